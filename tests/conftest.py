@@ -1,0 +1,28 @@
+"""Fixtures that tests of several areas share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The folder that holds pyproject.toml."""
+    return PROJECT_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real traces, reports and logs: `$SGLPROF_SHARED/data`, else `../shared/data`."""
+    override = os.environ.get("SGLPROF_SHARED", "")
+    shared = Path(override) if override else PROJECT_ROOT.parent / "shared"
+    data = shared / "data"
+    if not data.is_dir():
+        origin = "$SGLPROF_SHARED" if override else "../shared beside the project"
+        pytest.skip(f"no real data: {data.name} is not a folder in {origin}")
+    return data
