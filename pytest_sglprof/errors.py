@@ -1,0 +1,155 @@
+"""Every error that pytest-sglprof raises on purpose, as one tree.
+
+SglprofError                 exit status 2 of the command line
+├── SettingsError            an option, an ini key, a marker or sglprof.toml is wrong
+├── ServerError              the server under test
+│   ├── ServerMissing        SGLang is not installed in the chosen interpreter
+│   ├── ServerDied           it ended; carries the reason found in its log
+│   ├── ServerNotReady       it did not become ready in time
+│   ├── ServerUnreachable    nothing answers at its address
+│   ├── ServerRefused        it answered with an HTTP error
+│   └── LeaseError           a port, a GPU or the window of a server is taken
+├── LoadError                the load driver failed, or requests failed
+├── NsysError                the nsys command or one of its sessions
+│   ├── NsysMissing          no nsys was found
+│   ├── NsysTooOld           this nsys lacks --start-later
+│   └── NsysSessionError     a session is gone, busy, or in another state than needed
+├── WindowError              a profile window
+│   ├── WindowRefused        asked for something that would break the server or the data
+│   └── WindowIncomplete     it closed without everything that it should have recorded
+├── TraceError               a trace, report or export cannot be read
+│   ├── TraceTruncated       it ends too early
+│   └── NotATrace            it is something else
+└── Inconclusive             too little data for an answer      exit status 3
+
+All of them say three things: what happened, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SglprofError(Exception):
+    """Base of all errors of this package.
+
+    what: what happened, one sentence. expected: what should have been there.
+    hint: what to do next. log: lines of the server's (or tool's) own output that
+    are the reason.
+    """
+
+    exit_status = 2
+
+    def __init__(
+        self, what: str, *, expected: str = "", hint: str = "", log: Sequence[str] = ()
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.expected = expected
+        self.hint = hint
+        self.log = tuple(log)
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.expected:
+            parts.append(f"  expected: {self.expected}")
+        if self.log:
+            parts.append("  its own words:")
+            parts.extend(f"  | {line}" for line in self.log)
+        if self.hint:
+            parts.append(f"  next: {self.hint}")
+        return "\n".join(parts)
+
+
+class SettingsError(SglprofError):
+    """An option, an ini key, a marker or a configuration file is wrong."""
+
+
+class ServerError(SglprofError):
+    """The server under test misbehaved."""
+
+
+class ServerMissing(ServerError):
+    """SGLang is not installed in the chosen interpreter."""
+
+
+class ServerDied(ServerError):
+    """The server ended; ``log`` holds the reason found in its log."""
+
+
+class ServerNotReady(ServerError):
+    """The server did not become ready within its limit."""
+
+
+class ServerUnreachable(ServerError):
+    """Nothing answers at the server's address."""
+
+
+class ServerRefused(ServerError):
+    """The server answered with an HTTP error; ``status`` is its code."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        status: int,
+        expected: str = "",
+        hint: str = "",
+        log: Sequence[str] = (),
+    ) -> None:
+        super().__init__(what, expected=expected, hint=hint, log=log)
+        self.status = status
+
+
+class LeaseError(ServerError):
+    """A port, a GPU or the profile window of a server is taken by someone else."""
+
+
+class LoadError(SglprofError):
+    """The load driver failed, or some of its requests did."""
+
+
+class NsysError(SglprofError):
+    """The nsys command or one of its sessions misbehaved."""
+
+
+class NsysMissing(NsysError):
+    """No nsys command was found."""
+
+
+class NsysTooOld(NsysError):
+    """This nsys cannot start a session later (``--start-later``)."""
+
+
+class NsysSessionError(NsysError):
+    """An nsys session is gone, busy, or in another state than needed."""
+
+
+class WindowError(SglprofError):
+    """A profile window could not be opened, closed or read."""
+
+
+class WindowRefused(WindowError):
+    """A window asks for something that would break the server or its own data."""
+
+
+class WindowIncomplete(WindowError):
+    """A window closed without everything that it should have recorded."""
+
+
+class TraceError(SglprofError):
+    """A trace, report or export cannot be read."""
+
+
+class TraceTruncated(TraceError):
+    """A trace ends too early."""
+
+
+class NotATrace(TraceError):
+    """A file is readable but is not a trace."""
+
+
+class Inconclusive(SglprofError):
+    """There is too little data for an answer."""
+
+    exit_status = 3

@@ -1,0 +1,87 @@
+"""`Rank`: one scheduler process on one device, and the texts that name it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+_FILE_END = re.compile(r"(?:-(?:EXTEND|DECODE))?(?:\.trace)?\.json(?:\.gz|\.zst)?$")
+_FILE_PART = re.compile(r"(?:^|-)(TP|DP|PP|EP)-(\d+)$")
+_TAG = re.compile(r"^(ATTN_CP|MOE_DP|DP|PP|TP|EP|GPU)(\d+)$")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where a scheduler process stands in each parallel dimension.
+
+    A dimension of size 1 is absent (None) wherever the source leaves it out.
+    ``gpu`` is set only when a report tells nothing but the device.
+    The order of the fields is the order in which SGLang logs them.
+    """
+
+    dp: int | None = None
+    pp: int | None = None
+    attn_cp: int | None = None
+    moe_dp: int | None = None
+    tp: int | None = None
+    ep: int | None = None
+    gpu: int | None = None
+
+    @property
+    def label(self) -> str:
+        """``DP0 PP0 TP1 EP1``: tags in the order of the server's log."""
+        tags = ((f.name.upper(), getattr(self, f.name)) for f in fields(self))
+        return " ".join(f"{tag}{value}" for tag, value in tags if value is not None)
+
+    @property
+    def sort_key(self) -> tuple[int, ...]:
+        """Orders ranks numerically; an absent dimension counts as 0."""
+        return tuple(getattr(self, f.name) or 0 for f in fields(self))
+
+    def matches(self, other: Rank) -> bool:
+        """True when both name the same process, though one may leave out sizes of 1."""
+        return self.sort_key == other.sort_key
+
+    @classmethod
+    def parse(cls, label: str) -> Rank | None:
+        """Reads ``DP0 TP1`` (any order); None when a part is no tag or there is none."""
+        values: dict[str, int] = {}
+        for word in label.split():
+            match = _TAG.match(word)
+            if match is None:
+                return None
+            values[match[1].lower()] = int(match[2])
+        return cls(**values) if values else None
+
+    @classmethod
+    def from_file_name(cls, name: str) -> Rank | None:
+        """Reads ``{prefix-}{id}-TP-1-DP-0[-PP-p][-EP-e][-DECODE].trace.json.gz``.
+
+        Read from the right, since a prefix may itself contain ``TP-3``.
+        """
+        stem, found = _FILE_END.subn("", name)
+        if not found:
+            return None
+        values: dict[str, int] = {}
+        while match := _FILE_PART.search(stem):
+            key = match[1].lower()
+            if key in values:
+                break
+            values[key] = int(match[2])
+            stem = stem[: match.start()]
+            if key == "tp":  # SGLang writes TP first: what stands before it is the prefix
+                break
+        return cls(**values) if "tp" in values else None
+
+    @classmethod
+    def from_process_title(cls, title: str) -> Rank | None:
+        """Reads SGLang's ``sglang::scheduler_DP0_TP1_EP1``; None for other processes.
+
+        A scheduler without tags (every size is 1) is ``TP0``.
+        """
+        match = re.search(r"sglang::scheduler((?:_[A-Z_]+?\d+)*)", title)
+        if match is None:
+            return None
+        tags = re.findall(r"_(ATTN_CP|MOE_DP|DP|PP|TP|EP)(\d+)", match[1])
+        values = {tag.lower(): int(number) for tag, number in tags}
+        return cls(**values) if values else cls(tp=0)

@@ -1,0 +1,176 @@
+"""Frozen values that several rooms hand to each other; no behaviour beyond naming them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Backend = Literal["torch", "nsys"]
+ServerKind = Literal["sglang", "standin", "auto"]
+VerdictWord = Literal["pass", "fail", "inconclusive"]
+Metric = Literal["slowdown", "imbalance_factor", "lost_share"]
+METRICS: tuple[Metric, ...] = ("slowdown", "imbalance_factor", "lost_share")
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """How to start one server. Durations in seconds.
+
+    kind: "sglang", "standin", or "auto" (SGLang where it is installed, else the stand-in).
+    args: passed to SGLang as they are. standin_args: passed to the stand-in only.
+    env: added to the server's environment. secrets: environment variables of the
+    server whose values come from this process's environment under the same name; they
+    never stand on a command line or in nsys's environment.
+    api_key_env / admin_api_key_env: names of the environment variables of *this*
+    process that hold the server's keys ("" for none).
+    nsys: start it under ``nsys profile --start-later``. nsys_args: more options for that.
+    gpus: device indices to lease ("all" visible ones, or a tuple).
+    """
+
+    name: str = "default"
+    kind: ServerKind = "sglang"
+    model_path: str = ""
+    args: tuple[str, ...] = ()
+    standin_args: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    secrets: tuple[str, ...] = ()
+    api_key_env: str = ""
+    admin_api_key_env: str = ""
+    python: str = ""
+    nsys: bool = False
+    nsys_args: tuple[str, ...] = ()
+    gpus: Literal["all"] | tuple[int, ...] = "all"
+    port: int | None = None
+    ready_timeout: float = 1800.0
+    stop_timeout: float = 60.0
+
+    @property
+    def key(self) -> str:
+        """Identifies one server life: tests with equal keys share a server."""
+        return f"{self.name}+nsys" if self.nsys else self.name
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One limit. A verdict fails when `metric` of `scope` exceeds `limit`.
+
+    scope: "compute", "communication", "all", or a category (`moe`, `gemm`, ...).
+    kernel: a regular expression over normalised kernel names, instead of a scope.
+    stage: "decode", "prefill" or "" (all steps together).
+    origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
+    """
+
+    metric: Metric = "slowdown"
+    limit: float = 1.10
+    scope: str = "compute"
+    kernel: str = ""
+    stage: str = ""
+    origin: str = "default"
+
+    @property
+    def identity(self) -> tuple[str, str, str, str]:
+        """A threshold replaces an earlier one of the same identity."""
+        return (self.scope, self.kernel, self.stage, self.metric)
+
+    def describe(self) -> str:
+        """`slowdown of moe in decode <= 1.2`."""
+        what = f"kernel /{self.kernel}/" if self.kernel else self.scope
+        stage = f" in {self.stage}" if self.stage else ""
+        return f"{self.metric} of {what}{stage} <= {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """What a profile window records and when. Durations in seconds, counts in steps.
+
+    num_steps: closes after so many forward passes (None: `duration` or by hand).
+    start_step: absolute step of the server's own counter; see docs/windows.md before use.
+    delay: waits before opening. duration: closes after so long. settle: dropped from the
+    front of the window before measuring. timeout: limit for opening, filling and
+    closing together. output_dir: a folder on the *server's* machine.
+    whole_body: profile all of the test's body instead of a steady part of it.
+    Names and defaults of the rest are those of SGLang's `/start_profile`.
+    """
+
+    name: str = "window"
+    backend: Backend = "torch"
+    start_step: int | None = None
+    num_steps: int | None = None
+    delay: float = 0.0
+    duration: float | None = None
+    settle: float = 0.0
+    activities: tuple[str, ...] | None = None
+    profile_by_stage: bool = False
+    profile_stages: tuple[str, ...] | None = None
+    with_stack: bool = False
+    record_shapes: bool = False
+    merge_profiles: bool = False
+    profile_prefix: str | None = None
+    profile_id: str | None = None
+    detailed_annotations: bool = True
+    output_dir: str | None = None
+    timeout: float = 300.0
+    whole_body: bool = False
+    thresholds: tuple[Threshold, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file that a window left. kind: "torch", "nsys-rep", "sqlite", "parquet"."""
+
+    path: Path
+    kind: str
+    rank: str = ""
+
+
+@dataclass(frozen=True)
+class WindowCapture:
+    """A window after it was closed: what is there, and what is not.
+
+    state: "complete", or "incomplete" (closed, but something is missing), or "failed"
+    (nothing to read). reason: why it is not complete. opened, closed: Unix time, s.
+    expected_ranks / missing_ranks: labels. pid_ranks: pid of each scheduler at window
+    time -> rank label, which is the only trace of the rank in an nsys report.
+    """
+
+    window_id: str
+    spec: WindowSpec
+    state: Literal["complete", "incomplete", "failed"]
+    opened: float
+    closed: float
+    artifacts: tuple[Artifact, ...] = ()
+    expected_ranks: tuple[str, ...] = ()
+    missing_ranks: tuple[str, ...] = ()
+    pid_ranks: Mapping[int, str] = field(default_factory=dict)
+    gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    reason: str = ""
+    log: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What the load driver measured. Times in ms, rates per second, `duration` in s.
+
+    requested, completed: numbers of requests. ttft, tpot, itl, e2e: statistic name
+    ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver did not give,
+    or gave as infinite, is None. raw: the driver's own record, redacted.
+    """
+
+    requested: int
+    completed: int
+    duration: float
+    request_throughput: float | None
+    output_throughput: float | None
+    total_throughput: float | None
+    concurrency: float | None
+    ttft: Mapping[str, float | None]
+    tpot: Mapping[str, float | None]
+    itl: Mapping[str, float | None]
+    e2e: Mapping[str, float | None]
+    command: tuple[str, ...] = ()
+    warmed_up: bool = True
+    cache_flushed: bool = True
+    raw: Mapping[str, Any] = field(default_factory=dict)
