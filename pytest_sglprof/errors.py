@@ -7,6 +7,7 @@ SglprofError                 exit status 2 of the command line
 │   ├── ServerDied           it ended; carries the reason found in its log
 │   ├── ServerNotReady       it did not become ready in time
 │   ├── ServerUnreachable    nothing answers at its address
+│   │   └── ServerSilent     it is there, but did not answer in time
 │   ├── ServerRefused        it answered with an HTTP error
 │   └── LeaseError           a port, a GPU or the window of a server is taken
 ├── LoadError                the load driver failed, or requests failed
@@ -83,6 +84,10 @@ class ServerNotReady(ServerError):
 
 class ServerUnreachable(ServerError):
     """Nothing answers at the server's address."""
+
+
+class ServerSilent(ServerUnreachable):
+    """The server did not answer in time."""
 
 
 class ServerRefused(ServerError):

@@ -1,0 +1,185 @@
+"""`SglangClient`: the few HTTP endpoints of an SGLang server that this project needs.
+
+Failures become three errors: nothing answers (`ServerUnreachable`), nothing answers *in
+time* (`ServerSilent`), and an answer that is no success (`ServerRefused`, with its status).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from pytest_sglprof.errors import ServerRefused, ServerSilent, ServerUnreachable
+from pytest_sglprof.redact import redact, redact_text
+
+LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1", "0.0.0.0", "::"})
+PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
+SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
+
+
+def is_local_url(url: str) -> bool:
+    """True when `url` names this very machine."""
+    return (urlsplit(url).hostname or "") in LOCAL_HOSTS
+
+
+class SglangClient:
+    """Talks to one server. Not for use by several threads that also close it.
+
+    url: ``http://HOST:PORT``. api_key: the server's ``--api-key``. admin_key: its
+    ``--admin-api-key``, which the profile endpoints want where one is set.
+    timeout: s, for the quick endpoints.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str = "", admin_key: str = "", timeout: float = 30.0
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self._admin_key = admin_key
+        self._stop_path = "/stop_profile"
+        # A proxy from the environment must not stand between us and this machine.
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, trust_env=not is_local_url(url)
+        )
+
+    def is_ready(self) -> bool:
+        """True when the server takes requests; never raises for a server that is starting.
+
+        Asks ``/ready``, which costs nothing; servers without it answer 404 and are asked
+        ``/health``, which runs a one-token batch: do not poll it inside a window.
+        """
+        try:
+            status = self._http.get("/ready", timeout=PROBE_TIMEOUT).status_code
+            if status == HTTPStatus.NOT_FOUND:
+                status = self._http.get("/health", timeout=PROBE_TIMEOUT).status_code
+        except httpx.TransportError:
+            return False
+        return status == HTTPStatus.OK
+
+    def server_info(self) -> dict[str, Any]:
+        """All resolved arguments of the server, flat, with keys and tokens hidden."""
+        response = self._request("GET", "/server_info", allow=(HTTPStatus.NOT_FOUND,))
+        if response.status_code == HTTPStatus.NOT_FOUND:
+            response = self._request("GET", "/get_server_info")
+        info = redact(self._json_object(response, "/server_info"))
+        assert isinstance(info, dict)
+        return info
+
+    def loads(self) -> list[dict[str, Any]]:
+        """Load of each DP rank as ``/v1/loads`` tells it (``num_running_reqs``, ...)."""
+        found = self._json_object(self._request("GET", "/v1/loads"), "/v1/loads").get("loads")
+        return [dict(load) for load in found] if isinstance(found, list) else []
+
+    def start_profile(self, params: Mapping[str, Any], timeout: float) -> None:
+        """Opens a torch profile; `params` is the body of ``/start_profile``.
+
+        A refusal is a ``ServerRefused``; its reason stands in the server's log only.
+        """
+        self._request("POST", "/start_profile", admin=True, timeout=timeout, json=dict(params))
+
+    def stop_profile(self, timeout: float) -> bool:
+        """Ends the profile: True when it ended now, False when none was running.
+
+        Returns when the files of all ranks are written. A server without
+        ``/stop_profile`` is asked ``/end_profile``, and that is remembered.
+        """
+        status = self._stop(timeout)
+        if status == HTTPStatus.NOT_FOUND and self._stop_path == "/stop_profile":
+            self._stop_path = "/end_profile"
+            status = self._stop(timeout)
+            if status == HTTPStatus.NOT_FOUND:
+                self._stop_path = "/stop_profile"
+                raise ServerRefused(
+                    f"{self.url} knows neither /stop_profile nor /end_profile",
+                    status=status,
+                    expected="an SGLang server, which has one of the two",
+                    hint="check that the URL is that of the server itself, not of a gateway",
+                )
+        return status == HTTPStatus.OK
+
+    def _stop(self, timeout: float) -> int:
+        allowed = (HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR)
+        response = self._request(
+            "POST", self._stop_path, admin=True, timeout=timeout, allow=allowed
+        )
+        return response.status_code
+
+    def flush_cache(self) -> bool:
+        """Empties the prefix cache; False when requests are running, which prevents it."""
+        allowed = (HTTPStatus.BAD_REQUEST,)
+        response = self._request("POST", "/flush_cache", admin=True, allow=allowed)
+        return response.status_code == HTTPStatus.OK
+
+    def close(self) -> None:
+        """Closes the connections; the client is of no use afterwards."""
+        self._http.close()
+
+    def _headers(self, admin: bool) -> dict[str, str]:
+        key = (self._admin_key or self._api_key) if admin else (self._api_key or self._admin_key)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        admin: bool = False,
+        timeout: float | None = None,
+        json: Mapping[str, Any] | None = None,
+        allow: tuple[int, ...] = (),
+    ) -> httpx.Response:
+        limit = self._http.timeout if timeout is None else httpx.Timeout(timeout)
+        try:
+            response = self._http.request(
+                method, path, headers=self._headers(admin), timeout=limit, json=json
+            )
+        except httpx.TimeoutException as error:
+            seconds = limit.read or 0.0
+            raise ServerSilent(
+                f"{self.url}{path} did not answer within {seconds:g} s",
+                hint="an export of a profile stalls the server: take a smaller window, "
+                "or give more time",
+            ) from error
+        except httpx.TransportError as error:
+            raise ServerUnreachable(
+                f"{self.url}{path}: {error or type(error).__name__}",
+                expected="an SGLang server at this address",
+            ) from error
+        if response.is_success or response.status_code in allow:
+            return response
+        raise self._refusal(path, response, admin)
+
+    def _refusal(self, path: str, response: httpx.Response, admin: bool) -> ServerRefused:
+        status = response.status_code
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            option = "admin_api_key_env (or api_key_env)" if admin else "api_key_env"
+            return ServerRefused(
+                f"{self.url}{path} answered {status}: the server wants a key",
+                status=status,
+                expected="the key that the server was started with",
+                hint=f"name the environment variable that holds it in {option}",
+            )
+        body = redact_text(response.text, (self._api_key, self._admin_key)).strip()
+        return ServerRefused(
+            f"{self.url}{path} answered {status}: {body[:SHOWN_BODY]}",
+            status=status,
+            hint="the reason stands in the server's log" if status >= 500 else "",
+        )
+
+    def _json_object(self, response: httpx.Response, path: str) -> dict[str, Any]:
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        raise ServerRefused(
+            f"{self.url}{path} did not answer with a JSON object",
+            status=response.status_code,
+            expected="an SGLang server",
+            hint="check the URL: something else may be listening there",
+        )

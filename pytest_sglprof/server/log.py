@@ -1,0 +1,189 @@
+"""`ServerLog`: a server's log file while it grows, and the reason of a death in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_sglprof.redact import HIDDEN, redact_text
+
+MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
+TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
+
+_KEYS = re.compile(r"((?:api|admin)[-_]?key['\"]?\s*[:=]\s*)(['\"])(?!\2)[^'\"]*\2", re.I)
+_STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
+_TRACEBACK = "Traceback (most recent call last)"
+# The server goes on after these: a request failed, not a process.
+_HARMLESS = re.compile(r"Exception in ASGI application|Profiling is not in progress")
+# What the other ranks say when one of them has died: true, but not the reason.
+_AFTERMATH = re.compile(
+    r"Connection (?:closed|reset)|Broken pipe|EOFError|remote process exited|"
+    r"KeyboardInterrupt|Connection refused|Socket closed",
+    re.I,
+)
+_CAUSES = re.compile(
+    r"out of memory|OutOfMemory|not enough memory|address already in use|errno 98|"
+    r"port \d+ is (?:not available|in use)|watchdog|segmentation fault|fatal python error|"
+    r"core dumped|bus error|illegal instruction|unrecognized arguments|: error: |"
+    r"No module named|no such file or directory|can't open file|permission denied|"
+    r"no space left|CUDA error|NCCL error|terminate called|Killed",
+    re.I,
+)
+_ENDINGS = re.compile(r"SIGQUIT received|kill_process_tree called|Received sigterm", re.I)
+_NOISE = re.compile(
+    r"server_args=|\"(?:GET|POST) /|Decode batch|Prefill batch|^USDT:|UserWarning|"
+    r"Ignore import error|disabled:|^\s*$|%\|"
+)
+
+
+class ServerLog:
+    """Reads a log by byte offset; the file may not exist yet and may hold any bytes.
+
+    secrets: texts (API keys) that never leave this class.
+    """
+
+    def __init__(self, path: Path, secrets: Iterable[str] = ()) -> None:
+        self.path = Path(path)
+        self._secrets = tuple(secrets)
+
+    def position(self) -> int:
+        """Byte offset of the file's end now; 0 when there is no file."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    def lines(self, start: int = 0) -> list[str]:
+        """The complete lines (without their ends) that begin at or after byte `start`."""
+        return self.read(start)[0]
+
+    def read(self, start: int = 0) -> tuple[list[str], int]:
+        """The complete lines from byte `start` on, and the offset to go on from."""
+        data = self._bytes(start)
+        end = data.rfind(b"\n") + 1
+        return self._decode(data[:end]), start + end
+
+    def last_line(self) -> str:
+        """The last line that is not empty ("" when there is none), without a key."""
+        for line in reversed(self._decode(self._bytes(max(0, self.position() - TAIL_BYTES)))):
+            if line.strip():
+                return _shorten(line)
+        return ""
+
+    def reason(self, start: int = 0, limit: int = 12) -> tuple[str, ...]:
+        """At most `limit` lines after `start` that explain why the server died.
+
+        Tracebacks that ended a process come first choice, the innermost frame and the
+        exception of each; then lines that name a cause (memory, a port, an argument);
+        then what the server said about its end; and only then the last lines that are
+        not traffic.
+        """
+        lines = self._decode(self._bytes(start))  # a dying server may not end its last line
+        blocks = _tracebacks(lines)
+        inside = {number for block in blocks for number in range(block.first, block.last + 1)}
+        causes = [
+            line
+            for number, line in enumerate(lines)
+            if number not in inside and _CAUSES.search(line) and not _NOISE.search(line)
+        ]
+        found = _distinct(causes)[-max(limit // 3, 1) :] + _deadly(blocks)
+        if not found:
+            found = _distinct(line for line in lines if _ENDINGS.search(line))
+        if not found:
+            found = [line for line in lines if not _NOISE.search(line)][-limit // 2 :]
+        return tuple(_shorten(line) for line in found[-limit:])
+
+    def _bytes(self, start: int) -> bytes:
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(start)
+                return stream.read()
+        except OSError:
+            return b""
+
+    def _decode(self, data: bytes) -> list[str]:
+        text = data.decode("utf-8", errors="replace")
+        text = _KEYS.sub(rf"\1\2{HIDDEN}\2", redact_text(text, self._secrets))
+        # splitlines() would also split at form feeds and progress bars' carriage returns.
+        lines = text.split("\n")
+        if lines and not lines[-1]:
+            lines.pop()
+        return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One traceback: line numbers of its ends, and its telling lines."""
+
+    first: int
+    last: int
+    told: tuple[str, ...]
+    harmless: bool
+    ended_rank: bool
+
+    @property
+    def exception(self) -> str:
+        """The exception's own line."""
+        return self.told[-1]
+
+
+def _tracebacks(lines: Sequence[str]) -> list[_Block]:
+    blocks = []
+    number = 0
+    while number < len(lines):
+        if _TRACEBACK in lines[number]:
+            block = _read_block(lines, number)
+            blocks.append(block)
+            number = block.last
+        number += 1
+    return blocks
+
+
+def _read_block(lines: Sequence[str], first: int) -> _Block:
+    end = first + 1
+    while end < len(lines) and (lines[end].startswith(" ") or not lines[end]):
+        end += 1
+    # A message may go on over several lines, until the next entry of the log.
+    last = end
+    while last + 1 < len(lines) and last < end + 3 and _goes_on(lines[last + 1]):
+        last += 1
+    frames = [line for line in lines[first + 1 : end] if line.lstrip().startswith("File ")]
+    ended_rank = "hit an exception" in lines[first]
+    head = [lines[first].strip()] if ended_rank else []
+    exception = " ".join(line.strip() for line in lines[end : last + 1]) or lines[first].strip()
+    around = "\n".join([*lines[max(0, first - 3) : first + 1], exception])
+    return _Block(
+        first,
+        min(last, len(lines) - 1),
+        told=(*head, *frames[-1:], exception),
+        harmless=bool(_HARMLESS.search(around)),
+        ended_rank=ended_rank,
+    )
+
+
+def _goes_on(line: str) -> bool:
+    return bool(line.strip()) and not (
+        _STAMP.match(line) or _NOISE.search(line) or _TRACEBACK in line or _EXCEPTION.match(line)
+    )
+
+
+def _deadly(blocks: Sequence[_Block]) -> list[str]:
+    """The telling lines of at most two tracebacks, the cause before its consequences."""
+    harmful = [block for block in blocks if not block.harmless]
+    primary = [block for block in harmful if not _AFTERMATH.search(block.exception)]
+    ended = [block for block in primary if block.ended_rank]
+    chosen: dict[str, _Block] = {}
+    for block in ended or primary or harmful:
+        chosen.setdefault(block.exception, block)
+    return [line for block in list(chosen.values())[-2:] for line in block.told]
+
+
+def _distinct(lines: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(lines))
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
