@@ -1,0 +1,160 @@
+"""The kernel table summed once into small cells, from which every figure is made.
+
+A cell is the kernel time of one kernel on one rank in one step. A window of 50 steps,
+8 ranks and 60 kernels has 24,000 of them, however many activities it holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pytest_sglprof.analysis.groups import WorkGroup, work_groups
+from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+# What the server computes, as opposed to what it says to its peers and to the host: a
+# collective's duration is mostly waiting, a copy's depends on the bus and the host.
+NOT_COMPUTE = ("communication", "memory")
+
+
+@dataclass(frozen=True)
+class GroupCells:
+    """Kernel time of one work group in its compared steps (or over everything).
+
+    ns: kernel time of each cell, int64 nanoseconds. rank, step, kernel: indices of each
+    cell into `group.ranks`, `steps.numbers` and `kernels`. kernels: (category, normalised
+    name) pairs. has_steps: False when the table knows no steps; then there is one
+    pseudo-step that holds everything. assigned_share: share of the group's kernel time
+    that belongs to some step, 0 to 1 (1.0 without steps). active: ranks with any activity.
+    """
+
+    group: WorkGroup
+    steps: ComparedSteps
+    has_steps: bool
+    ns: Ints
+    rank: Ints
+    step: Ints
+    kernel: Ints
+    kernels: tuple[tuple[str, str], ...]
+    assigned_share: float
+    active: frozenset[str]
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Categories with a cell, by kernel time, largest first."""
+        names = np.array([category for category, _ in self.kernels], dtype=object)
+        totals: dict[str, int] = {}
+        for category, ns in zip(names[self.kernel], self.ns, strict=True):
+            totals[str(category)] = totals.get(str(category), 0) + int(ns)
+        return tuple(sorted(totals, key=lambda name: (-totals[name], name)))
+
+    def select(self, scope: str, kernel: str = "") -> Mask:
+        """Which kernels a scope, or a regular expression over names, means.
+
+        Shape (kernels,). scope: "all", "compute" (all but communication and memory) or a
+        category. A `kernel` expression stands instead of the scope.
+        """
+        if kernel:
+            search = re.compile(kernel).search
+            chosen = [search(name) is not None for _, name in self.kernels]
+        elif scope == "all":
+            chosen = [True] * len(self.kernels)
+        elif scope == "compute":
+            chosen = [category not in NOT_COMPUTE for category, _ in self.kernels]
+        else:
+            chosen = [category == scope for category, _ in self.kernels]
+        return np.array(chosen, dtype=bool)
+
+    def matrix(self, kernels: Mask, stage: str = "") -> Ints:
+        """Kernel time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
+        full = np.zeros((self._rows, len(self.group.ranks)), np.int64)
+        mine = kernels[self.kernel]
+        np.add.at(full, (self.step[mine], self.rank[mine]), self.ns[mine])
+        return full[self._stage_rows(stage)]
+
+    def kernel_totals(self, kernels: Mask, stage: str = "") -> Ints:
+        """Kernel time over all compared steps, shape (all kernels, ranks), int64 ns.
+
+        Rows of kernels that were not chosen are zero.
+        """
+        totals = np.zeros((len(self.kernels), len(self.group.ranks)), np.int64)
+        mine = kernels[self.kernel] & self._stage_rows(stage)[self.step]
+        np.add.at(totals, (self.kernel[mine], self.rank[mine]), self.ns[mine])
+        return totals
+
+    @property
+    def _rows(self) -> int:
+        return len(self.steps.numbers) if self.has_steps else 1
+
+    def _stage_rows(self, stage: str) -> Mask:
+        """Which rows of the step axis a stage means, shape (steps,)."""
+        if not stage:
+            return np.ones(self._rows, bool)
+        if not self.has_steps:
+            return np.zeros(1, bool)
+        return np.array([found == stage for found in self.steps.stages], dtype=bool)
+
+
+def measure(table: KernelTable) -> tuple[GroupCells, ...]:
+    """Sums a kernel table into the cells of each of its work groups.
+
+    Only steps that all ranks of a group have count, and of those only whole ones. A table
+    without any step is summed as a whole.
+    """
+    sums = _sums(table.frame)
+    spans = step_spans(table)
+    return tuple(_group_cells(group, sums, spans) for group in work_groups(table.ranks))
+
+
+def _sums(frame: pd.DataFrame) -> pd.DataFrame:
+    """`rank, step, category, name, ns, count`: the one pass over all activities."""
+    keys = ["rank", "step", "category", "name"]
+    grouped = frame.groupby(keys, observed=True, sort=False)["dur_ns"]
+    sums = grouped.agg(ns="sum", count="size").reset_index()
+    text = {"rank": object, "category": object, "name": object}
+    return sums.astype({**text, "step": np.int64, "ns": np.int64, "count": np.int64})
+
+
+def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> GroupCells:
+    mine = sums[sums["rank"].isin(group.ranks)]
+    has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
+    steps = compared_steps(spans, mine, group.ranks)
+    every = int(mine["ns"].sum())
+    assigned = int(mine.loc[mine["step"] >= 0, "ns"].sum())
+    active = frozenset(str(rank) for rank in mine["rank"].unique())
+    if has_steps:
+        mine = mine[mine["step"].isin(steps.numbers)]
+        step = _positions(steps.numbers, mine["step"])
+    else:
+        step = np.zeros(len(mine), np.int64)
+    pairs = pd.MultiIndex.from_frame(mine[["category", "name"]])
+    codes, kernels = pairs.factorize()
+    return GroupCells(
+        group=group,
+        steps=steps,
+        has_steps=has_steps,
+        ns=mine["ns"].to_numpy(np.int64),
+        rank=_positions(group.ranks, mine["rank"]),
+        step=step,
+        kernel=codes.astype(np.int64),
+        kernels=tuple((str(category), str(name)) for category, name in kernels),
+        assigned_share=assigned / every if has_steps and every else 1.0,
+        active=active,
+    )
+
+
+def _positions(known: Sequence[object], values: pd.Series) -> Ints:
+    """Index into `known` of each value, shape of `values`."""
+    return pd.Index(list(known)).get_indexer(pd.Index(values)).astype(np.int64)

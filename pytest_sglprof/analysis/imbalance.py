@@ -1,0 +1,260 @@
+"""How unequal the ranks of a work group are: slowdown, imbalance factor, lost time.
+
+Definitions, units and formulas of every figure stand in docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pytest_sglprof.analysis.cells import GroupCells, Ints, Mask, measure
+from pytest_sglprof.analysis.steps import steps_per_rank
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
+__all__ = [
+    "ImbalanceFinding",
+    "RankFigure",
+    "all_findings",
+    "group_findings",
+    "imbalance",
+    "imbalance_of_groups",
+    "steps_per_rank",
+]
+
+# Below half, the steps no longer speak for the window.
+MIN_ASSIGNED_SHARE = 0.5
+MAX_CONTRIBUTORS = 20
+
+
+@dataclass(frozen=True)
+class RankFigure:
+    """One rank's kernel time in the compared steps.
+
+    total_ns: sum of durations, ns. slowest_share: share of the steps with any activity
+    of the scope in which this rank alone took longest, 0 to 1; None without steps.
+    """
+
+    rank: str
+    total_ns: int
+    slowest_share: float | None
+
+
+@dataclass(frozen=True)
+class ImbalanceFinding:
+    """How unequal the ranks of one work group are in one scope.
+
+    scope: "compute", "communication", "all" or a category; kernel: a regular expression
+    or an exact name instead ("" for none); stage: "" for all steps together.
+    ranks: in the order of the table. slowdown: slowest rank / median of the others.
+    factor: λ, max / mean of the ranks' totals. lost_ns: Σ (max − mean) over the steps, ns.
+    lost_share: lost_ns / Σ max. Figures are None where `reason` says why.
+    slowest: label of the rank with the largest total; None when two share it.
+    share_of_compute: kernel time of the scope / kernel time of compute, same group.
+    contributors: kernel name -> ns by which the slowest exceeds the median of the
+    others, largest first; category_contributors: the same by category.
+    others_ns: median total of the others, ns. group: label of the work group, "" if only
+    one. steps: compared steps with activity of the scope (0: the table knows no steps,
+    totals are compared). compared_steps: all that are compared. dropped_steps: seen on
+    some rank, not on all, or cut by the window's edge.
+    """
+
+    scope: str
+    kernel: str
+    stage: str
+    ranks: tuple[RankFigure, ...]
+    slowdown: float | None
+    factor: float | None
+    lost_ns: int
+    lost_share: float | None
+    slowest: str | None
+    share_of_compute: float
+    contributors: tuple[tuple[str, float], ...] = ()
+    category_contributors: tuple[tuple[str, float], ...] = ()
+    others_ns: float | None = None
+    group: str = ""
+    steps: int = 0
+    compared_steps: int = 0
+    dropped_steps: int = 0
+    has_steps: bool = True
+    reason: str = ""
+
+    @property
+    def one_sided(self) -> bool:
+        """True when the others' median is 0 while the slowest has activity: no ratio exists."""
+        return not self.reason and self.others_ns == 0
+
+    def figure(self, rank: str | None) -> RankFigure | None:
+        """The figure of a rank; None when there is none."""
+        return next((found for found in self.ranks if found.rank == rank), None)
+
+
+def imbalance(
+    table: KernelTable, *, scope: str = "compute", kernel: str = "", stage: str = ""
+) -> ImbalanceFinding:
+    """The finding of the worst work group (largest slowdown).
+
+    scope: "compute", "communication", "all" or a category. kernel: regular expression
+    over normalised names, searched; stands instead of the scope; all kernels that it
+    finds are summed. stage: "decode", "prefill", ... or "" for all steps together.
+    A table without ranks gives a finding without figures.
+    """
+    found = imbalance_of_groups(measure(table), scope=scope, kernel=kernel, stage=stage)
+    return worst(found, scope=scope, kernel=kernel, stage=stage)
+
+
+def imbalance_of_groups(
+    groups: Sequence[GroupCells], *, scope: str = "compute", kernel: str = "", stage: str = ""
+) -> tuple[ImbalanceFinding, ...]:
+    """One finding for each work group, in the order of the table."""
+    return tuple(
+        _finding(cells, cells.select(scope, kernel), scope, kernel, stage) for cells in groups
+    )
+
+
+def worst(
+    findings: Sequence[ImbalanceFinding], *, scope: str, kernel: str, stage: str
+) -> ImbalanceFinding:
+    """The finding with the largest slowdown, then lost time; an empty one of none."""
+    if not findings:
+        return ImbalanceFinding(
+            scope, kernel, stage, (), None, None, 0, None, None, 0.0, reason="no rank at all"
+        )
+
+    def badness(found: ImbalanceFinding) -> tuple[float, int]:
+        return (math.inf if found.one_sided else found.slowdown or 0.0, found.lost_ns)
+
+    return max(findings, key=badness)
+
+
+def all_findings(table: KernelTable) -> tuple[ImbalanceFinding, ...]:
+    """Compute, communication, every category and every kernel, for each work group.
+
+    Categories and kernels by kernel time, largest first. In a kernel's finding `kernel`
+    is its exact normalised name and `scope` its category.
+    """
+    return tuple(found for cells in measure(table) for found in group_findings(cells))
+
+
+def group_findings(
+    cells: GroupCells, *, max_kernels: int | None = None
+) -> tuple[ImbalanceFinding, ...]:
+    """`all_findings` of one work group; at most `max_kernels` kernels, the longest first."""
+    scopes = dict.fromkeys(("compute", "communication", *cells.categories))
+    findings = [_finding(cells, cells.select(scope), scope, "", "") for scope in scopes]
+    kernel_ns = cells.kernel_totals(np.ones(len(cells.kernels), bool)).sum(axis=1)
+    order = sorted(range(len(cells.kernels)), key=lambda at: (-kernel_ns[at], cells.kernels[at]))
+    for at in order[:max_kernels]:
+        category, name = cells.kernels[at]
+        chosen = np.zeros(len(cells.kernels), bool)
+        chosen[at] = True
+        findings.append(_finding(cells, chosen, category, name, ""))
+    return tuple(findings)
+
+
+def _finding(
+    cells: GroupCells, chosen: Mask, scope: str, kernel: str, stage: str
+) -> ImbalanceFinding:
+    matrix = cells.matrix(chosen, stage)
+    totals = matrix.sum(axis=0)
+    live = matrix[(matrix > 0).any(axis=1)]
+    reason = _why_no_figures(cells, len(matrix), totals, scope, kernel, stage)
+    peak = int(live.max(axis=1).sum()) if live.size else 0
+    lost = peak - live.mean(axis=1).sum() if live.size else 0.0
+    top, others = _slowest_and_others(totals)
+    slowest = None if top is None or reason else cells.group.ranks[top]
+    compute = int(cells.matrix(cells.select("compute"), stage).sum())
+    by_kernel: tuple[tuple[str, float], ...] = ()
+    by_category: tuple[tuple[str, float], ...] = ()
+    if slowest is not None and top is not None:
+        by_kernel, by_category = _contributors(cells, chosen, stage, top)
+    return ImbalanceFinding(
+        scope=scope,
+        kernel=kernel,
+        stage=stage,
+        ranks=_rank_figures(cells, totals, live),
+        slowdown=float(totals.max() / others) if others and not reason else None,
+        factor=None if reason else float(totals.max() / totals.mean()),
+        lost_ns=0 if reason else round(lost),
+        lost_share=None if reason else float(lost / peak),
+        slowest=slowest,
+        share_of_compute=float(totals.sum() / compute) if compute else 0.0,
+        contributors=by_kernel,
+        category_contributors=by_category,
+        others_ns=None if reason else others,
+        group=cells.group.label,
+        steps=len(live) if cells.has_steps else 0,
+        compared_steps=len(matrix) if cells.has_steps else 0,
+        dropped_steps=cells.steps.dropped,
+        has_steps=cells.has_steps,
+        reason=reason,
+    )
+
+
+def _why_no_figures(
+    cells: GroupCells, rows: int, totals: Ints, scope: str, kernel: str, stage: str
+) -> str:
+    """The reason for which ranks cannot be compared; "" when they can."""
+    ranks = cells.group.ranks
+    if len(ranks) == 1:
+        return f"{ranks[0]} is the only rank with this input, so it has no peer to compare with"
+    silent = [rank for rank in ranks if rank not in cells.active]
+    if silent:
+        who = "no rank" if len(silent) == len(ranks) else ", ".join(silent)
+        return f"{who} recorded {'any' if who == 'no rank' else 'no'} activity"
+    if stage and not cells.has_steps:
+        return f"the table knows no steps, so none of them is {stage}"
+    if rows == 0:
+        kind = f"{stage} step" if stage else "step"
+        return f"no {kind} is whole on all of {', '.join(ranks)}"
+    if cells.assigned_share < MIN_ASSIGNED_SHARE:
+        return f"only {cells.assigned_share:.0%} of the kernel time belongs to a known step"
+    if not totals.any():
+        return f"no activity of {f'a kernel like /{kernel}/' if kernel else scope}"
+    return ""
+
+
+def _slowest_and_others(totals: Ints) -> tuple[int | None, float | None]:
+    """Index of the only rank with the largest total, and the median of the others."""
+    if len(totals) < 2:
+        return None, None
+    top = int(totals.argmax())
+    others = float(np.median(np.delete(totals, top)))
+    return (top if (totals == totals[top]).sum() == 1 else None), others
+
+
+def _rank_figures(cells: GroupCells, totals: Ints, live: Ints) -> tuple[RankFigure, ...]:
+    shares: list[float | None] = [None] * len(totals)
+    if cells.has_steps and len(live):
+        at_peak = live == live.max(axis=1, keepdims=True)
+        alone = at_peak & (at_peak.sum(axis=1, keepdims=True) == 1)
+        shares = [float(share) for share in alone.mean(axis=0)]
+    return tuple(
+        RankFigure(rank, int(total), share)
+        for rank, total, share in zip(cells.group.ranks, totals, shares, strict=True)
+    )
+
+
+def _contributors(
+    cells: GroupCells, chosen: Mask, stage: str, top: int
+) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
+    """By kernel and by category: how much longer the slowest took than the others' median."""
+    totals = cells.kernel_totals(chosen, stage)
+    names = [name for _, name in cells.kernels]
+    categories = [category for category, _ in cells.kernels]
+    return _excess(names, totals, top), _excess(categories, totals, top)
+
+
+def _excess(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
+    sums: dict[str, Ints] = {}
+    for key, row in zip(keys, totals, strict=True):
+        sums[key] = sums[key] + row if key in sums else row
+    over = {key: float(row[top] - np.median(np.delete(row, top))) for key, row in sums.items()}
+    ordered = sorted(over.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(item for item in ordered[:MAX_CONTRIBUTORS] if item[1] > 0)

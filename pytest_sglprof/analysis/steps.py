@@ -1,0 +1,108 @@
+"""Which steps of a window may be compared: those that every rank of a group has, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
+# A step at the edge of a window counts as cut when a rank has fewer than this share of
+# the activities that it should have. Whole steps of one stage differ by a few percent
+# (a sampling kernel more or less); a cut one lacks about half on average.
+WHOLE_STEP_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class ComparedSteps:
+    """The steps of one work group that can be compared.
+
+    numbers: their numbers, ascending. stages: the stage of each, same length.
+    unmatched: steps that some rank of the group lacks, or has in another stage.
+    cut: steps at the window's edges of which a rank has only a part.
+    """
+
+    numbers: tuple[int, ...]
+    stages: tuple[str, ...]
+    unmatched: int
+    cut: int
+
+    @property
+    def dropped(self) -> int:
+        """How many steps were seen on some rank but are not compared."""
+        return self.unmatched + self.cut
+
+
+def steps_per_rank(table: KernelTable) -> dict[str, int]:
+    """Number of steps that each rank of the table has; 0 for ranks without any."""
+    counts = step_spans(table).groupby("rank", observed=True)["step"].nunique()
+    return {rank: int(counts.get(rank, 0)) for rank in table.ranks}
+
+
+def step_spans(table: KernelTable) -> pd.DataFrame:
+    """`rank, step, stage`, one row a step of a rank, as plain (not categorical) columns.
+
+    From the table's own steps; where it has none, from the rows that carry a number.
+    """
+    source = table.steps
+    if source.empty:
+        source = table.frame.loc[table.frame["step"] >= 0, ["rank", "step", "stage"]]
+    spans = source[["rank", "step", "stage"]].drop_duplicates(["rank", "step"])
+    spans = spans[spans["step"] >= 0]
+    return spans.astype({"rank": object, "step": np.int64, "stage": object})
+
+
+def compared_steps(
+    spans: pd.DataFrame, activities: pd.DataFrame, ranks: Sequence[str]
+) -> ComparedSteps:
+    """Matches the steps of `ranks` by number and stage and drops the cut ones.
+
+    spans: from `step_spans`. activities: `rank, step, count`, the number of activities
+    of each rank in each step. Only the first and the last common step can be cut.
+    """
+    mine = spans[spans["rank"].isin(list(ranks))]
+    by_step = mine.groupby("step", sort=True)["stage"].agg(["size", "nunique", "first"])
+    common = by_step[(by_step["size"] == len(ranks)) & (by_step["nunique"] == 1)]
+    numbers = common.index.to_numpy(np.int64)
+    stages = common["first"].to_numpy(object)
+    keep = np.ones(len(numbers), bool)
+    counts = _count_matrix(activities, numbers, ranks)
+    for edge in {0, len(numbers) - 1} if len(numbers) > 2 else ():
+        keep[edge] = not _is_cut(counts, stages, edge)
+    return ComparedSteps(
+        numbers=tuple(int(number) for number in numbers[keep]),
+        stages=tuple(str(stage) for stage in stages[keep]),
+        unmatched=len(by_step) - len(common),
+        cut=int((~keep).sum()),
+    )
+
+
+def _count_matrix(
+    activities: pd.DataFrame, numbers: np.ndarray, ranks: Sequence[str]
+) -> np.ndarray:
+    """Number of activities, shape (steps, ranks)."""
+    wide = activities.pivot_table(
+        index="step", columns="rank", values="count", aggfunc="sum", observed=True
+    )
+    return wide.reindex(index=numbers, columns=list(ranks)).fillna(0).to_numpy(float)
+
+
+def _is_cut(counts: np.ndarray, stages: np.ndarray, edge: int) -> bool:
+    """True when a rank has less in this step than its peers *and* than it usually has.
+
+    Either alone proves nothing: one rank may always run fewer kernels than another, and
+    an odd step may be short on all of them alike.
+    """
+    inner = np.arange(1, len(stages) - 1)
+    inner = inner[stages[inner] == stages[edge]]
+    here = counts[edge]
+    less_than_peers = here < WHOLE_STEP_SHARE * here.max(initial=0.0)
+    if len(inner) == 0:
+        return False
+    less_than_usual = here < WHOLE_STEP_SHARE * np.median(counts[inner], axis=0)
+    return bool((less_than_peers & less_than_usual).any())

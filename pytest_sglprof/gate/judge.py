@@ -1,0 +1,232 @@
+"""From a kernel table and thresholds to one verdict with its reason and its numbers.
+
+Too little data never passes: it is inconclusive, whatever the figures look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_sglprof.analysis.cells import GroupCells, measure
+from pytest_sglprof.analysis.imbalance import ImbalanceFinding, imbalance_of_groups
+from pytest_sglprof.gate.reasons import (
+    group_prefix,
+    measured_reason,
+    metric_value,
+    one_sided_reason,
+    short_reason,
+    subject,
+)
+from pytest_sglprof.gate.wording import count
+from pytest_sglprof.ranks import Rank
+from pytest_sglprof.values import Threshold, VerdictWord
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
+DEFAULT_MIN_STEPS = 30
+DEFAULT_MIN_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One threshold applied to one work group.
+
+    finding: None when there was nothing to measure. value: the metric's figure, None
+    where it does not exist.
+    """
+
+    threshold: Threshold
+    finding: ImbalanceFinding | None
+    value: float | None
+    verdict: VerdictWord
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict of one window: the word, why, and each judgement behind it."""
+
+    word: VerdictWord
+    reason: str
+    judgements: tuple[Judgement, ...] = ()
+
+    @property
+    def worst(self) -> Judgement | None:
+        """The judgement that decided: of the verdict's word, farthest above its limit."""
+        deciding = [found for found in self.judgements if found.verdict == self.word]
+        return max(deciding, key=_excess, default=None)
+
+
+def judge(
+    table: KernelTable | None,
+    thresholds: Sequence[Threshold],
+    *,
+    min_steps: int = DEFAULT_MIN_STEPS,
+    min_share: float = DEFAULT_MIN_SHARE,
+    expected_ranks: Sequence[str] = (),
+    missing_ranks: Sequence[str] = (),
+    incomplete_reason: str = "",
+) -> Verdict:
+    """Judges every threshold in every work group of `table`.
+
+    min_steps: compared steps that a judgement needs (0 also accepts a table without
+    steps). min_share: a kernel threshold cannot fail below this share of compute, 0 to 1.
+    expected_ranks, missing_ranks: labels. incomplete_reason: why the window is not
+    complete. A missing rank, a truncated trace or an incomplete window makes everything
+    inconclusive; otherwise the verdict is fail if any judgement fails, else inconclusive
+    if any is, else pass.
+    """
+    doubt = _doubt(table, expected_ranks, missing_ranks, incomplete_reason)
+    groups = measure(table) if table is not None else ()
+    judgements = tuple(
+        judgement
+        for threshold in thresholds
+        for judgement in _judge_threshold(groups, threshold, min_steps, min_share, doubt)
+    )
+    return _verdict(judgements, doubt)
+
+
+def _doubt(
+    table: KernelTable | None,
+    expected: Sequence[str],
+    missing: Sequence[str],
+    incomplete_reason: str,
+) -> str:
+    """Why nothing in this window may be trusted; "" when all may."""
+    present = table.ranks if table is not None else ()
+    absent = dict.fromkeys(missing)
+    if table is not None:
+        absent.update(dict.fromkeys(rank for rank in expected if not _is_in(rank, present)))
+    doubts = [incomplete_reason] if incomplete_reason else []
+    if absent:
+        total = f" of {len(expected)}" if expected else ""
+        doubts.append(f"{count(len(absent), 'rank')}{total} missing: {', '.join(absent)}")
+    if table is None and not doubts:
+        doubts.append("the window left nothing to read")
+    if table is not None and table.partial:
+        doubts.append("a trace of this window is truncated, so its times are too small")
+    return "; ".join(doubts)
+
+
+def _is_in(label: str, present: Sequence[str]) -> bool:
+    """True when `present` holds this rank, maybe without its dimensions of size 1."""
+    rank = Rank.parse(label)
+    if label in present or rank is None:
+        return label in present
+    others = (Rank.parse(other) for other in present)
+    return any(other is not None and rank.matches(other) for other in others)
+
+
+def _judge_threshold(
+    groups: Sequence[GroupCells],
+    threshold: Threshold,
+    min_steps: int,
+    min_share: float,
+    doubt: str,
+) -> tuple[Judgement, ...]:
+    if not groups:
+        reason = doubt or "the window has no rank"
+        return (Judgement(threshold, None, None, "inconclusive", reason),)
+    findings = imbalance_of_groups(
+        groups, scope=threshold.scope, kernel=threshold.kernel, stage=threshold.stage
+    )
+    return tuple(
+        _judge_finding(finding, threshold, min_steps, min_share, doubt) for finding in findings
+    )
+
+
+def _judge_finding(
+    finding: ImbalanceFinding, threshold: Threshold, min_steps: int, min_share: float, doubt: str
+) -> Judgement:
+    value = metric_value(finding, threshold.metric)
+    verdict: VerdictWord = "inconclusive"
+    reason = doubt or _too_little(finding, threshold, min_steps)
+    if not reason:
+        verdict, reason = _compare(finding, threshold, value, min_share)
+    return Judgement(threshold, finding, value, verdict, reason)
+
+
+def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int) -> str:
+    """Why this finding has too little data for a verdict; "" when it has enough."""
+    prefix = group_prefix(finding)
+    if finding.reason:
+        return f"{prefix}{finding.reason}"
+    if finding.steps >= min_steps:
+        return ""
+    if not finding.has_steps:
+        return (
+            f"{prefix}the trace tells no steps, so nobody knows whether it holds the "
+            f"{min_steps} that a verdict on {subject(threshold)} needs"
+        )
+    return (
+        f"{prefix}{count(finding.steps, 'step')} with {subject(threshold)}, "
+        f"{min_steps} are needed for a verdict{_lost_steps(finding)}"
+    )
+
+
+def _lost_steps(finding: ImbalanceFinding) -> str:
+    if not finding.dropped_steps:
+        return ""
+    return f" ({count(finding.dropped_steps, 'step')} dropped: not whole on every rank)"
+
+
+def _compare(
+    finding: ImbalanceFinding, threshold: Threshold, value: float | None, min_share: float
+) -> tuple[VerdictWord, str]:
+    if finding.one_sided:
+        reason = one_sided_reason(finding, threshold)
+        if threshold.kernel:
+            return "inconclusive", f"{reason}; its peers may use another kernel for the same work"
+        return "fail", reason
+    failed = value is not None and value > threshold.limit
+    reason = measured_reason(finding, threshold, failed=failed)
+    if failed and threshold.kernel and finding.share_of_compute < min_share:
+        share = f"{100 * finding.share_of_compute:.2g} %"
+        return (
+            "pass",
+            f"{reason}; at {share} of compute (below {percent(min_share)}) it cannot fail",
+        )
+    return ("fail" if failed else "pass"), reason
+
+
+def _verdict(judgements: tuple[Judgement, ...], doubt: str) -> Verdict:
+    words = {judgement.verdict for judgement in judgements}
+    if doubt:
+        return Verdict("inconclusive", doubt, judgements)
+    if not judgements:
+        return Verdict("pass", "no threshold is set: figures are recorded, not judged")
+    word: VerdictWord = (
+        "fail" if "fail" in words else "inconclusive" if "inconclusive" in words else "pass"
+    )
+    deciding = sorted((j for j in judgements if j.verdict == word), key=_excess, reverse=True)
+    return Verdict(word, _overall_reason(word, deciding, judgements), judgements)
+
+
+def _overall_reason(
+    word: VerdictWord, deciding: Sequence[Judgement], judgements: Sequence[Judgement]
+) -> str:
+    """The worst judgement in full; the others of a failure by their figures only."""
+    if word != "fail":
+        reasons = tuple(dict.fromkeys(judgement.reason for judgement in deciding))
+        return reasons[0] if word == "pass" else "; ".join(reasons)
+    parts = [deciding[0].reason]
+    also = [short_reason(found.finding, found.threshold) for found in deciding[1:]]
+    open_ones = [found.reason for found in judgements if found.verdict == "inconclusive"]
+    if also:
+        parts.append(f"also above their limits: {', '.join(also)}")
+    if open_ones:
+        parts.append(f"not judged: {', '.join(dict.fromkeys(open_ones))}")
+    return "; ".join(parts)
+
+
+def _excess(judgement: Judgement) -> float:
+    """How far above its limit, as a ratio; what has no value but failed comes first."""
+    threshold, value = judgement.threshold, judgement.value
+    if value is None:
+        return float("inf")
+    if threshold.metric == "lost_share":
+        return (1 - threshold.limit) / max(1 - value, 1e-9)  # the ratio of useful shares
+    return value / threshold.limit

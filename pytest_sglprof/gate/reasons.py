@@ -1,0 +1,128 @@
+"""What a judgement says: the rank, the figures, the limit and the kernel, in one sentence."""
+
+from __future__ import annotations
+
+from pytest_sglprof.analysis.imbalance import ImbalanceFinding
+from pytest_sglprof.gate.wording import against_limit, count, duration, percent
+from pytest_sglprof.values import Metric, Threshold
+
+
+def metric_value(finding: ImbalanceFinding, metric: Metric) -> float | None:
+    """The figure of a finding that a metric means; None when it has none."""
+    if metric == "slowdown":
+        return finding.slowdown
+    return finding.factor if metric == "imbalance_factor" else finding.lost_share
+
+
+def subject(threshold: Threshold) -> str:
+    """`moe`, `kernels like /fused_moe/`, `compute of decode steps`."""
+    what = f"kernels like /{threshold.kernel}/" if threshold.kernel else threshold.scope
+    return f"{what} of {threshold.stage} steps" if threshold.stage else what
+
+
+def group_prefix(finding: ImbalanceFinding) -> str:
+    """`DP0: ` where there are several work groups."""
+    return f"{finding.group}: " if finding.group else ""
+
+
+def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
+    """For a rank that alone has activity of the scope: no ratio exists."""
+    slowest = finding.figure(finding.slowest)
+    total = duration(slowest.total_ns if slowest else 0)
+    return f"only {finding.slowest} has any {subject(threshold)}: {total}{_over(finding)}"
+
+
+def measured_reason(finding: ImbalanceFinding, threshold: Threshold, *, failed: bool) -> str:
+    """The sentence for a figure that was compared with its limit."""
+    if threshold.metric == "slowdown":
+        text = _slowdown_text(finding, threshold)
+    elif threshold.metric == "imbalance_factor":
+        text = _factor_text(finding, threshold)
+    else:
+        text = _lost_text(finding, threshold)
+    if not failed:
+        return text
+    longer = "" if threshold.metric == "slowdown" else _longer(finding)
+    return f"{text}{longer}{_share_of_steps(finding)}{cause(finding)}"
+
+
+def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
+    """`slowdown of moe 1.39 (limit 1.10)`, for lists."""
+    value = metric_value(finding, threshold.metric) if finding else None
+    prefix = group_prefix(finding) if finding else ""
+    what = f"{prefix}{threshold.metric} of {subject(threshold)}"
+    if value is None:
+        return what
+    shown, limit = against_limit(value, threshold.limit)
+    return f"{what} {shown} (limit {limit})"
+
+
+def cause(finding: ImbalanceFinding) -> str:
+    """`; fused_moe_kernel alone makes 11.3 ms of it`; "" when nothing stands out.
+
+    A scope of several categories names the category first.
+    """
+    slowest = finding.figure(finding.slowest)
+    if slowest is None or finding.others_ns is None or not finding.contributors:
+        return ""
+    excess = slowest.total_ns - finding.others_ns
+    kernel, ns = finding.contributors[0]
+    alone = f"{kernel} alone makes {duration(ns)} of it"
+    if ns > excess:
+        alone = f"{kernel} alone takes {duration(ns)} longer"
+    if finding.kernel or finding.scope not in ("compute", "all"):
+        return "" if kernel == finding.kernel else f"; {alone}"
+    category, _ = finding.category_contributors[0]
+    return f"; most of all in {category}: {alone}"
+
+
+def _slowdown_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
+    shown, limit = against_limit(finding.slowdown or 0.0, threshold.limit)
+    what = subject(threshold)
+    slowest = finding.figure(finding.slowest)
+    if slowest is None:
+        return f"{group_prefix(finding)}no rank is slower in {what}{_over(finding)} (limit {limit})"
+    return (
+        f"{finding.slowest} is {shown}x slower than its peers in {what} (limit {limit}): "
+        f"{duration(slowest.total_ns)} against {duration(finding.others_ns or 0)} a rank"
+        f"{_over(finding)}"
+    )
+
+
+def _factor_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
+    shown, limit = against_limit(finding.factor or 0.0, threshold.limit)
+    totals = [figure.total_ns for figure in finding.ranks]
+    who = finding.slowest or "the slowest rank"
+    return (
+        f"{group_prefix(finding)}the imbalance factor of {subject(threshold)} is {shown} "
+        f"(limit {limit}): {who} has {duration(max(totals))}, "
+        f"the mean is {duration(sum(totals) / len(totals))}{_over(finding)}"
+    )
+
+
+def _lost_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
+    shown, limit = against_limit(100 * (finding.lost_share or 0.0), 100 * threshold.limit)
+    return (
+        f"{group_prefix(finding)}{shown} % of the time in {subject(threshold)} is lost to "
+        f"imbalance (limit {limit} %): {duration(finding.lost_ns)}{_over(finding)}"
+    )
+
+
+def _longer(finding: ImbalanceFinding) -> str:
+    slowest = finding.figure(finding.slowest)
+    if slowest is None or finding.others_ns is None:
+        return ""
+    return f"; {slowest.rank} takes {duration(slowest.total_ns - finding.others_ns)} longer"
+
+
+def _share_of_steps(finding: ImbalanceFinding) -> str:
+    slowest = finding.figure(finding.slowest)
+    if slowest is None or slowest.slowest_share is None or finding.steps < 2:
+        return ""
+    return f", slowest in {percent(slowest.slowest_share)} of the steps"
+
+
+def _over(finding: ImbalanceFinding) -> str:
+    if not finding.has_steps:
+        return " over the whole window"
+    return f" over {count(finding.steps, 'step')}"

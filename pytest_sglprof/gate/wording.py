@@ -1,0 +1,50 @@
+"""How times, shares and ratios are written for people, everywhere the same."""
+
+from __future__ import annotations
+
+
+def duration(ns: float) -> str:
+    """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, never a bare number."""
+    for limit, unit, size in ((1e3, "ns", 1.0), (1e6, "µs", 1e3), (1e10, "ms", 1e6)):
+        if abs(ns) < limit:
+            return f"{_three(ns / size)} {unit}"
+    return f"{_three(ns / 1e9)} s"
+
+
+def milliseconds(ns: float) -> str:
+    """A figure for a column whose head says ms: `41.2`, `0.412`, `1234`."""
+    return _three(ns / 1e6)
+
+
+def percent(share: float | None) -> str:
+    """`64 %`; `-` where there is none."""
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def ratio(value: float | None, digits: int = 2) -> str:
+    """`1.39`; `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def against_limit(value: float, limit: float) -> tuple[str, str]:
+    """Value and limit with as many digits as it takes to see that they differ.
+
+    `("1.104", "1.10")` rather than `("1.10", "1.10")`.
+    """
+    for digits in (2, 3, 4, 5):
+        if f"{value:.{digits}f}" != f"{limit:.{digits}f}":
+            break
+    return f"{value:.{digits}f}", f"{limit:.2f}" if round(limit, 2) == limit else f"{limit:g}"
+
+
+def count(number: int, singular: str, plural: str = "") -> str:
+    """`1 step`, `50 steps`."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _three(value: float) -> str:
+    if value == 0:
+        return "0"
+    size = abs(value)
+    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
+    return f"{value:,.{digits}f}"
