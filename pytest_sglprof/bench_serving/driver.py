@@ -1,0 +1,118 @@
+"""One run of the load driver: a process group of its own that never outlives its owner."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pytest_sglprof.bench_serving import guard
+
+_TAIL_BYTES = 4096
+_POLL_S = 0.25
+
+
+class DriverProcess:
+    """A running load driver; its output goes to `log`.
+
+    on_end is called once, from another thread, as soon as the driver has ended.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log: Path,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.log = log
+        self._started = time.monotonic()
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,
+            )
+        self._on_end = on_end
+        self._watcher = threading.Thread(target=self._watch, name="sglprof-load", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        self._process.wait()
+        if self._on_end:
+            self._on_end()
+
+    @property
+    def pid(self) -> int:
+        """Leader of the driver's process group."""
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """Exit status (128 + signal when it was killed), None while it runs."""
+        code = self._process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def wait(self, check: Callable[[], None]) -> int:
+        """Waits for the end and returns the exit status.
+
+        `check` is called four times a second; the driver is ended when it raises, and
+        also on KeyboardInterrupt.
+        """
+        try:
+            while (status := self.status) is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=_POLL_S)
+                    continue
+                check()
+            self._watcher.join()
+            self._close_pipe()
+            return status
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends the driver and all that it started; harmless when it is over already."""
+        self._close_pipe()
+        try:
+            self._process.wait(timeout=guard.GRACE_S + 2)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._watcher.join(timeout=1)
+
+    def _close_pipe(self) -> None:
+        if self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def output(self) -> str:
+        """Everything that the driver has written so far."""
+        return self.log.read_text("utf-8", "replace")
+
+    def last_line(self) -> str:
+        """The newest line of its output; of a progress bar the newest state."""
+        with self.log.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _TAIL_BYTES))
+            text = stream.read().decode("utf-8", "replace")
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+        return lines[-1].strip() if lines else ""
