@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-class VerdictFailed(pytest.fail.Exception):  # type: ignore[misc]  # pytest types it as Any
+class VerdictFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # a variable to mypy
     """A test whose body passed, but whose profile windows did not.
 
     ``verdict`` is "fail" or "inconclusive". Usable in

@@ -1,0 +1,55 @@
+"""The fixtures; each delegates to the session of `--sglprof`, and imports when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_sglprof.bench_serving.load import BenchServing
+    from pytest_sglprof.plugin_session import PluginSession
+    from pytest_sglprof.server.server import Server
+    from pytest_sglprof.session.window_run import WindowRun
+
+
+@pytest.fixture(scope="session")
+def sglang_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A running SGLang server, shared by all tests that ask for the same one.
+
+    Which one: `@pytest.mark.sglang_server("NAME", nsys=True)`, a `[servers.NAME]` of
+    sglprof.toml; without the marker `[server]`. Has `.url`, `.client`, `.info`, `.sizes`,
+    `.kind` ("sglang" or "standin") and `.log`.
+    """
+    with _session(request).serve(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def bench_serving(request: pytest.FixtureRequest, sglang_server: Server) -> BenchServing:
+    """Runs SGLang's load driver against the server of this test.
+
+    `bench_serving(num_prompts=200, random_input_len=1024)` waits for its end;
+    `with bench_serving.running(...) as load:` runs it beside the block.
+    """
+    return _session(request).test_run(request.node).bench_serving()
+
+
+@pytest.fixture
+def profile_window(
+    request: pytest.FixtureRequest, sglang_server: Server
+) -> Callable[..., WindowRun]:
+    """Opens profile windows by hand: `with profile_window("steady", num_steps=50) as window:`.
+
+    Options: docs/windows.md. Every window is judged at the end of its test.
+    """
+    return _session(request).window_factory(request.node)
+
+
+def _session(request: pytest.FixtureRequest) -> PluginSession:
+    from pytest_sglprof.plugin import PLUGIN_NAME
+
+    session: Any = request.config.pluginmanager.getplugin(PLUGIN_NAME)
+    assert session is not None, "tests with our fixtures are skipped without --sglprof"
+    return session  # type: ignore[no-any-return]

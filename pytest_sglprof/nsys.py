@@ -1,0 +1,358 @@
+"""Finds the nsys command, probes it, and drives its sessions by name.
+
+nsys answers many mistakes with exit status 0 (an unknown session, a missing folder) and
+writes its first report elsewhere than asked. So everything is checked before and after:
+a session's state is read before it is told anything, and a report is where the
+``Generated:`` lines say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pytest_sglprof.errors import (
+    NsysError,
+    NsysMissing,
+    NsysSessionError,
+    NsysTooOld,
+    SettingsError,
+)
+from pytest_sglprof.nsys_output import StopOutput, read_sessions
+from pytest_sglprof.redact import is_secret_env
+
+ENV_NAME = "SGLPROF_NSYS"
+QUICK = 30.0  # s; version, help and session lists answer within a tenth of a second
+COLLECTING = frozenset({"Collection", "RangeCollection", "StartRange"})
+GONE = frozenset({"", "Shutdown"})
+_VERSION = re.compile(r"version\s+v?(\d+(?:\.\d+)+)")
+_INSTALL_HINT = (
+    "install Nsight Systems 2023.4 or newer and put nsys on PATH, or name it with "
+    f"--sglprof-nsys or ${ENV_NAME}"
+)
+# Ours by necessity: a session that is named or started otherwise cannot be driven.
+_RESERVED = {"--session-new", "--session", "--start-later", "-Y", "--output", "-o"}
+_SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
+
+
+@dataclass(frozen=True)
+class NsysTool:
+    """An nsys command that can start sessions later. version: such as "2023.4.4"."""
+
+    path: str
+    version: str
+
+
+def find_nsys(path: str | None = None) -> NsysTool:
+    """The nsys at `path`, else at ``$SGLPROF_NSYS``, else on PATH.
+
+    Raises `NsysMissing`, or `NsysTooOld` when ``profile --help`` knows no --start-later.
+    """
+    wanted = path or os.environ.get(ENV_NAME) or "nsys"
+    if Path(wanted).is_dir():
+        wanted = str(Path(wanted) / "nsys")
+    found = shutil.which(wanted)
+    if found is None:
+        raise NsysMissing(
+            f"no nsys command: {wanted!r} is not an executable file",
+            expected="Nsight Systems' command line tool",
+            hint=_INSTALL_HINT,
+        )
+    answer = _quick(found, ["--version"])
+    match = _VERSION.search(answer)
+    if match is None:
+        raise NsysMissing(
+            f"{found} is not a working nsys: its --version names none",
+            expected="NVIDIA Nsight Systems version 2023.4 or newer",
+            hint=_INSTALL_HINT,
+            log=answer.splitlines()[-5:],
+        )
+    if "--start-later" not in _profile_help(found):
+        raise NsysTooOld(
+            f"{found} (version {match[1]}) cannot start a session later",
+            expected="an nsys whose `profile` has --start-later (2023.4 has it, 2022.4 has not)",
+            hint=_INSTALL_HINT,
+        )
+    return NsysTool(found, match[1])
+
+
+def profile_prefix(
+    tool: NsysTool, session: str, first_report: Path, extra: Sequence[str], *, gpu: bool
+) -> list[str]:
+    """The words before the server's command that put it under a session named `session`.
+
+    first_report: where the first window's report goes, whatever ``nsys start`` says.
+    extra: the user's options; one that we would give as well replaces ours.
+    gpu: records CUDA, with the kernels inside CUDA graphs.
+    """
+    taken = {_SHORT.get(name, name) for word in extra if (name := word.partition("=")[0])}
+    for name in taken & _RESERVED:
+        raise SettingsError(
+            f"nsys_args: {name} is set by pytest-sglprof itself",
+            expected="other options of `nsys profile`, such as --trace=cuda-sw,nvtx",
+            hint=f"remove {name} from nsys_args",
+        )
+    ours = {
+        "--trace": "cuda,nvtx" if gpu else "nvtx",
+        "--sample": "none",
+        "--cpuctxsw": "none",
+        "--trace-fork-before-exec": "true",
+        "--force-overwrite": "true",
+    }
+    if gpu:
+        ours["--cuda-graph-trace"] = "node"
+    if "--discard-environment" in _profile_help(tool.path):
+        ours["--discard-environment"] = "true"
+    return [
+        tool.path,
+        "profile",
+        "--start-later=true",
+        f"--session-new={session}",
+        f"--output={first_report}",
+        *(f"{name}={value}" for name, value in ours.items() if name not in taken),
+        *extra,
+    ]
+
+
+class NsysSession:
+    """One session, known by its name; it may also be one that somebody else started.
+
+    tmpdir: the TMPDIR that the session was started under. nsys keeps its sessions in
+    files there: a session of another TMPDIR is invisible.
+    """
+
+    def __init__(self, tool: NsysTool, name: str, *, tmpdir: Path | None = None) -> None:
+        self.tool = tool
+        self.name = name
+        self.tmpdir = tmpdir
+        self._output: Path | None = None
+
+    def state(self) -> str:
+        """What ``nsys sessions list`` says of it; "" when there is no such session."""
+        return self._sessions().get(self.name, "")
+
+    def start(
+        self, output: Path, *, capture_range: str | None = None, timeout: float = 60.0
+    ) -> None:
+        """Opens a window whose report is to be at `output` (``….nsys-rep``).
+
+        capture_range: ``cudaProfilerApi`` to wait for the target's own start and stop;
+        ignored by a session's first window.
+        """
+        sessions = self._sessions()
+        state = sessions.get(self.name, "")
+        if state in GONE:
+            raise self._gone(sessions)  # to start it would create a stray session
+        if state in COLLECTING:
+            raise NsysSessionError(
+                f"nsys session {self.name!r} already collects (state {state})",
+                expected="a session without an open window",
+                hint="close the other window first (`nsys stop`)",
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)  # else the report goes elsewhere
+        words = ["start", f"--session={self.name}", f"--output={output}", "--force-overwrite=true"]
+        if capture_range:
+            words += [f"--capture-range={capture_range}", "--capture-range-end=stop"]
+        self._checked(words, timeout)
+        self._output = output
+        self._wait_for_state(lambda now: now in COLLECTING, "to collect", timeout)
+
+    def stop(self, *, timeout: float, progress: Callable[[str], None] | None = None) -> Path:
+        """Closes the window; returns its report, which is complete then.
+
+        The first report of a session is moved to where `start` was asked to put it.
+        Raises `NsysError` when there is no report, or only a ``.qdstrm``.
+        """
+        sessions = self._sessions()
+        state = sessions.get(self.name, "")
+        if state in GONE:
+            raise self._gone(sessions)
+        if state not in COLLECTING:
+            raise NsysSessionError(
+                f"nsys session {self.name!r} has no open window (state {state})",
+                expected="state Collection",
+                hint="the window was closed by someone else, or never opened",
+            )
+        report = self._stop(timeout, progress)
+        wanted, self._output = self._output, None
+        if wanted is None or wanted == report:
+            return report
+        shutil.move(report, wanted)
+        return wanted
+
+    def shutdown(self, *, timeout: float = 60.0, discard: bool = False) -> None:
+        """Ends the session and its target (SIGTERM); nothing happens when it is gone.
+
+        An open window would lose its report: refused, unless `discard`.
+        """
+        state = self.state()
+        if state in GONE:
+            return
+        if state in COLLECTING and not discard:
+            raise NsysSessionError(
+                f"nsys session {self.name!r} still has an open window",
+                hint="stop it first: a shutdown now would lose the report",
+            )
+        self._checked(["shutdown", "--kill=sigterm", f"--session={self.name}"], timeout)
+        self._wait_for_state(lambda now: now in GONE, "to end", timeout)
+
+    def _stop(self, timeout: float, progress: Callable[[str], None] | None) -> Path:
+        output = StopOutput(progress)
+        words = [self.tool.path, "stop", f"--session={self.name}"]
+        with _started(words, self._environment()) as process:
+            ended = output.follow(process, timeout)
+        if not ended:
+            raise NsysError(
+                f"`nsys stop` of session {self.name!r} did not end within {timeout:g} s",
+                expected="the report, which takes about as long as the window is large",
+                hint="take a smaller window or raise its timeout",
+                log=output.tail(),
+            )
+        return output.report(process.returncode)
+
+    def _checked(self, words: Sequence[str], timeout: float) -> str:
+        process = _run([self.tool.path, *words], timeout, self._environment())
+        if process.returncode == 0:
+            return process.stdout
+        said = process.stdout.strip()
+        kind = NsysSessionError if "session" in said.lower() or "state" in said else NsysError
+        raise kind(
+            f"`nsys {words[0]}` of session {self.name!r} failed (exit {process.returncode})",
+            log=said.splitlines()[-8:],
+        )
+
+    def _sessions(self) -> dict[str, str]:
+        words = [self.tool.path, "sessions", "list", "--show-header=false"]
+        process = _run(words, QUICK, self._environment())
+        return read_sessions(process.stdout)
+
+    def _wait_for_state(self, wanted: Callable[[str], bool], what: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not wanted(state := self.state()):
+            if time.monotonic() >= deadline:
+                raise NsysSessionError(
+                    f"nsys session {self.name!r} was told {what}, but its state is "
+                    f"{state or 'gone'} after {timeout:g} s",
+                )
+            time.sleep(0.05)
+
+    def _gone(self, sessions: dict[str, str]) -> NsysSessionError:
+        others = ", ".join(sorted(sessions)) or "none"
+        return NsysSessionError(
+            f"there is no nsys session {self.name!r}",
+            expected=f"one of the sessions that nsys lists: {others}",
+            hint="start the server under `nsys profile --start-later=true "
+            "--session-new=NAME`; sessions are kept per user and TMPDIR",
+        )
+
+    def _environment(self) -> dict[str, str]:
+        environment = {k: v for k, v in os.environ.items() if not is_secret_env(k)}
+        if self.tmpdir is not None:
+            environment["TMPDIR"] = str(self.tmpdir)
+        return environment
+
+
+def export(
+    tool: NsysTool,
+    report: Path,
+    kind: Literal["sqlite", "parquet"],
+    target: Path,
+    timeout: float,
+) -> Path:
+    """Exports `report` to `target`: a SQLite file, or a folder of Parquet files.
+
+    The target appears only when it is complete; one that exists is replaced.
+    """
+    if not report.is_file():
+        raise NsysError(f"{report}: no such report", expected="a .nsys-rep file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    suffix = ".sqlite" if kind == "sqlite" else ""
+    partial = target.with_name(f".{target.name[:80]}.{os.getpid()}.partial{suffix}")
+    option = "sqlite" if kind == "sqlite" else "parquetdir"
+    words = [f"--type={option}", "--force-overwrite=true", f"--output={partial}", str(report)]
+    try:
+        process = _run([tool.path, "export", *words], timeout, None)
+        if process.returncode != 0 or not partial.exists():
+            raise NsysError(
+                f"nsys {tool.version} could not export {report} as {kind} "
+                f"(exit {process.returncode})",
+                expected="a complete report that this or an older nsys wrote",
+                hint="a report of a newer nsys needs an export by that one",
+                log=process.stdout.strip().splitlines()[-8:],
+            )
+        _remove(target)
+        partial.replace(target)
+    finally:
+        _remove(partial)
+    return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _profile_help(path: str) -> str:
+    return _quick(path, ["profile", "--help"])
+
+
+def _quick(path: str, words: Sequence[str]) -> str:
+    try:
+        process = _run([path, *words], QUICK, None)
+    except NsysError as error:
+        raise NsysMissing(error.what, hint=_INSTALL_HINT, log=error.log) from error
+    return process.stdout
+
+
+def _run(
+    words: Sequence[str], timeout: float, environment: dict[str, str] | None
+) -> subprocess.CompletedProcess[str]:
+    """Runs one command in a process session of its own: Ctrl-C must not cut a report."""
+    with _started(words, environment) as process:
+        try:
+            out, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise NsysError(
+                f"`{Path(words[0]).name} {words[1]}` did not answer within {timeout:g} s",
+                hint="an agent of an earlier session may hang: look for `nsys --start-agent`",
+            ) from None
+    text = out.decode("utf-8", errors="replace")
+    return subprocess.CompletedProcess(list(words), process.returncode, text, "")
+
+
+@contextlib.contextmanager
+def _started(
+    words: Sequence[str], environment: dict[str, str] | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command, both outputs in one pipe; it is killed when the body leaves early."""
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise NsysError(f"{words[0]} could not be run: {error.strerror or error}") from error
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()

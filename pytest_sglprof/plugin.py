@@ -1,0 +1,94 @@
+"""The pytest hooks. Each hands over to `PluginSession`, registered only with `--sglprof`.
+
+This module is imported by every pytest run of whoever installed the package, so it imports
+nothing that pytest has not imported already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from pytest_sglprof import fixtures
+from pytest_sglprof.markers import MARKER_HELP, concerns
+from pytest_sglprof.options import OPTIONS
+
+sglang_server = fixtures.sglang_server
+bench_serving = fixtures.bench_serving
+profile_window = fixtures.profile_window
+
+OFF = "needs --sglprof: it starts a server and opens profile windows"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Registers one option group and the ini keys."""
+    group = parser.getgroup("sglprof", "profile windows on SGLang servers (pytest-sglprof)")
+    for option in OPTIONS:
+        text = f"{option.help} [{option.env}]"
+        if option.kind == "flag":
+            group.addoption(
+                option.flag, dest=option.dest, action="store_true", default=None, help=text
+            )
+        else:
+            group.addoption(
+                option.flag,
+                dest=option.dest,
+                default=None,
+                metavar=option.metavar or None,
+                choices=option.choices or None,
+                help=text,
+            )
+        if option.ini:
+            parser.addini(option.dest, option.help, type="string", default="")
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Registers the hooks of `hookspec`."""
+    from pytest_sglprof import hookspec
+
+    pluginmanager.add_hookspecs(hookspec)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
+    """Before xdist chooses a mode: `-n` without `--dist` becomes loadgroup."""
+    if _enabled(config):
+        from pytest_sglprof.xdist_support import prefer_loadgroup
+
+        prefer_loadgroup(config)
+    return (yield)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers, and the session object where `--sglprof` is given."""
+    for line in MARKER_HELP:
+        config.addinivalue_line("markers", line)
+    if _enabled(config):
+        from pytest_sglprof.plugin_session import PluginSession
+
+        config.pluginmanager.register(PluginSession(config), PLUGIN_NAME)
+
+
+PLUGIN_NAME = "sglprof-session"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--sglprof`, skips what needs it."""
+    if not config.pluginmanager.has_plugin(PLUGIN_NAME):
+        for item in items:
+            if concerns(item):
+                item.add_marker(pytest.mark.skip(reason=OFF))
+
+
+def _enabled(config: pytest.Config) -> bool:
+    """The main switch, resolved like every option: command line > environment > ini."""
+    option = config.getoption("sglprof_enabled")
+    show = config.getoption("sglprof_show_config")
+    if option is not None or show:
+        return True
+    import os
+
+    text = os.environ.get("SGLPROF") or str(config.getini("sglprof_enabled"))
+    return text.lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,324 @@
+"""`PluginSession`: the hooks of a run with `--sglprof`, each delegating to the conductor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sglprof import xdist_support
+from pytest_sglprof.collecting import collection_problems, sort_by_server
+from pytest_sglprof.config_file import find_config, load_config
+from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError
+from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
+from pytest_sglprof.options import OPTIONS
+from pytest_sglprof.progress import TerminalProgress
+from pytest_sglprof.run_facts import run_facts
+from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
+from pytest_sglprof.session.server_life import close_server, open_server
+from pytest_sglprof.session.test_run import TestRun
+from pytest_sglprof.settings import Settings, build_settings, resolve_options, window_spec
+from pytest_sglprof.verdict_failed import VerdictFailed
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
+    from pytest_sglprof.session.window_run import WindowRun
+
+TEST_RUN = pytest.StashKey[TestRun]()
+ATTEMPTS = pytest.StashKey[int]()
+SKIPS = (pytest.skip.Exception, pytest.xfail.Exception)
+WORKER_INPUT = "sglprof_run_id"
+
+
+class PluginSession:
+    """State of one pytest process: settings, the run's folder and book, the live server."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.settings = _settings(config)
+        self.worker = xdist_support.worker_name(config)
+        workerinput: dict[str, Any] = getattr(config, "workerinput", {})
+        self.run_id = str(workerinput.get(WORKER_INPUT) or new_run_id())
+        self.folder = RunFolder(self.settings.output, self.run_id, worker=self.worker)
+        self.progress = TerminalProgress(config, silent=bool(self.worker))
+        self.server: Server | None = None
+        self._book = RunBook(self.settings.output, self.run_id, run_facts(config, self.settings))
+
+    # ---- the run -------------------------------------------------------------------------
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """xdist: workers write into the controller's run."""
+        node.workerinput[WORKER_INPUT] = self.run_id
+
+    def pytest_report_header(self) -> list[str]:
+        """The effective settings in a line or two."""
+        from pytest_sglprof.header import header_lines
+
+        warning = xdist_support.mode_warning(self.config)
+        return header_lines(self.settings, self._book.folder) + ([warning] if warning else [])
+
+    def pytest_sessionstart(self) -> None:
+        """Opens the run's folder, unless tests are only collected."""
+        if not self.worker and not self.config.option.collectonly:
+            self._book.open()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """In the process that reports: keeps what travelled with the report."""
+        record = getattr(report, "sglprof", None)
+        if record is not None and not self.worker:
+            self._book.add({**record, "outcome": _outcome(report)})
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, exitstatus: int | pytest.ExitCode) -> None:
+        """Writes results.json and removes old runs."""
+        if self.worker:
+            return
+        self._results = self._book.finish(int(exitstatus))
+        prune(
+            self.settings.output,
+            keep_runs=self.settings.keep_runs,
+            keep_bytes=self.settings.keep_bytes,
+        )
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """One section, when there is something to say."""
+        if self.worker or not self._book.records:
+            return
+        from pytest_sglprof.report.markdown import step_summary
+        from pytest_sglprof.report.terminal import summary_lines
+
+        document = self._book.document()
+        terminalreporter.section("sglprof")
+        for line in summary_lines(document):
+            terminalreporter.write_line(line)
+        if self._results is not None:
+            terminalreporter.write_line(f"results: {self._results}")
+        summary = os.environ.get("GITHUB_STEP_SUMMARY")
+        if summary:
+            with open(summary, "a", encoding="utf-8") as stream:  # noqa: PTH123 – appended to
+                stream.write(step_summary(document))
+
+    # ---- collection ----------------------------------------------------------------------
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Gives the session fixture its server as a parameter, so that it is known now."""
+        if "sglang_server" not in metafunc.fixturenames:
+            return
+        try:
+            key = server_key(metafunc.definition, self.settings.servers)
+        except SettingsError:
+            key = ServerKey()  # reported with the module, see pytest_make_collect_report
+        metafunc.parametrize(
+            "sglang_server", [key], indirect=True, ids=[pytest.HIDDEN_PARAM], scope="session"
+        )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Fails a module with wrong markers as a whole, naming all of them."""
+        report = yield
+        if report.passed:
+            problems = collection_problems(report.result, self.settings)
+            if problems:
+                report.outcome = "failed"
+                report.longrepr = problems
+                report.result = []
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keeps tests of one server together, here and among xdist's workers."""
+        keys = {item: self._key(item) for item in items if concerns(item)}
+        items[:] = sort_by_server(items, keys)
+        if self.worker or xdist_support.is_distributed(self.config):
+            for item, key in keys.items():
+                xdist_support.add_group(item, key)
+
+    # ---- tests ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Before the fixtures: the attempt. After them: its preparation."""
+        if not concerns(item):
+            return (yield)
+        attempt = item.stash.get(ATTEMPTS, 0) + 1
+        item.stash[ATTEMPTS] = attempt
+        test = item.stash[TEST_RUN] = TestRun(
+            xdist_support.plain_nodeid(item.nodeid),
+            attempt,
+            self.settings,
+            self.folder,
+            marked_window(item, self.settings),
+            drives_load="bench_serving" in getattr(item, "fixturenames", ()),
+            progress=self.progress,
+        )
+        with _shown_plainly():
+            result = yield
+            test.prepare(self.server)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Around the body: windows open and close, and a bad verdict fails the test."""
+        test = item.stash.get(TEST_RUN, None)
+        if test is None:
+            return (yield)
+        test.begin()
+        try:
+            result = yield
+        except Inconclusive as error:
+            test.abandon(discard=False)
+            test.inconclusive(str(error))
+        except BaseException as error:
+            test.abandon(discard=isinstance(error, SKIPS))
+            raise
+        else:
+            with _shown_plainly():
+                test.end()
+                self._retry(item, test)
+        finally:
+            self.progress.clear()
+        self._raise_verdict(test)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attaches the attempt's record, its properties and its rank table."""
+        test = item.stash.get(TEST_RUN, None)
+        if test is not None and call.when == "call":
+            _set_properties(item, test)
+        report = yield
+        if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
+            _attach(report, test)
+        return report
+
+    def _retry(self, item: pytest.Item, test: TestRun) -> None:
+        for _ in range(self.settings.retry_inconclusive):
+            if test.verdict != "inconclusive":
+                return
+            test.forget_attempt()
+            test.begin()
+            try:
+                item.runtest()
+            except BaseException as error:
+                test.abandon(discard=isinstance(error, SKIPS))
+                raise
+            test.end()
+
+    def _raise_verdict(self, test: TestRun) -> None:
+        if test.verdict == "fail":
+            raise VerdictFailed(test.message())
+        if test.verdict == "inconclusive":
+            if self.settings.allow_inconclusive:
+                raise pytest.skip.Exception(f"inconclusive: {test.reason}", _use_item_location=True)
+            raise VerdictFailed(test.message(), verdict="inconclusive")
+
+    # ---- what fixtures ask for -----------------------------------------------------------
+
+    @contextlib.contextmanager
+    def serve(self, key: ServerKey) -> Iterator[Server]:
+        """The server of `key`, alive as long as the block; errors are shown plainly."""
+        with _shown_plainly():
+            server = open_server(
+                key.spec(self.settings.servers), self.settings, self.folder, self.progress
+            )
+        self.progress.clear()
+        self.server = server
+        try:
+            yield server
+        finally:
+            self.server = None
+            with _shown_plainly():
+                close_server(server)
+
+    def test_run(self, item: pytest.Item) -> TestRun:
+        """The running attempt of `item`, with its server."""
+        test = item.stash[TEST_RUN]
+        test.server = self.server
+        return test
+
+    def window_factory(self, item: pytest.Item) -> Callable[..., WindowRun]:
+        """What the fixture `profile_window` yields."""
+        test = self.test_run(item)
+
+        def profile_window(name: str = "window", **options: Any) -> WindowRun:
+            keywords = {"name": name, **options}
+            spec = window_spec(self.settings, keywords, origin=f"profile_window({name!r})")
+            return test.new_window(spec)
+
+        return profile_window
+
+    def _key(self, item: pytest.Item) -> ServerKey:
+        try:
+            return server_key(item, self.settings.servers)
+        except SettingsError:
+            return ServerKey()
+
+
+@contextlib.contextmanager
+def _shown_plainly() -> Iterator[None]:
+    """Our own errors say all that is needed: pytest shows them without our traceback."""
+    try:
+        yield
+    except SglprofError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from error
+
+
+def _settings(config: pytest.Config) -> Settings:
+    command_line = {option.dest: getattr(config.option, option.dest) for option in OPTIONS}
+    ini = {option.dest: config.getini(option.dest) for option in OPTIONS if option.ini}
+    invocation = config.invocation_params.dir
+    try:
+        values, origins = resolve_options(command_line, os.environ, ini)
+        if "config" in values:
+            path = invocation / values["config"]
+        else:
+            tests = [invocation / arg.split("::")[0] for arg in config.args]
+            path = find_config([test for test in tests if test.exists()], config.rootpath)
+        extra: dict[str, Any] = {}
+        for answer in config.hook.pytest_sglprof_servers(config=config):
+            extra.update(answer or {})
+        return build_settings(
+            values,
+            origins,
+            load_config(path) if path else {},
+            config_file=path,
+            invocation_dir=invocation,
+            extra_servers=extra,
+        )
+    except SettingsError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _outcome(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return "xfailed" if report.skipped else "xpassed"
+    if report.when != "call" and report.failed:
+        return "error"
+    return str(report.outcome)
+
+
+def _set_properties(item: pytest.Item, test: TestRun) -> None:
+    from pytest_sglprof.report.junit import properties
+
+    ours = [pair for document in test.documents() for pair in properties(document)]
+    names = {name for name, _ in ours}
+    item.user_properties[:] = [p for p in item.user_properties if p[0] not in names] + ours
+
+
+def _attach(report: pytest.TestReport, test: TestRun) -> None:
+    from pytest_sglprof.report.terminal import rank_table
+
+    test.drop_artifacts()
+    report.sglprof = test.record(str(report.outcome))  # type: ignore[attr-defined]
+    for document in test.documents():
+        if document["verdict"]["word"] != "pass":
+            title = f"sglprof {document['name']}"
+            report.sections.append((title, "\n".join(rank_table(document))))

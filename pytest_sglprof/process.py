@@ -1,0 +1,179 @@
+"""Process trees: who belongs to a server, how it is ended, which rank a process is.
+
+Every question about a pid carries its creation time as well, since the kernel hands
+pids out again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pytest_sglprof.ranks import Rank
+
+if TYPE_CHECKING:
+    import psutil
+
+KILL_WAIT = 10.0  # s for the kernel to end a killed process; a GPU context takes seconds
+SAME_PROCESS = 0.02  # s; psutil derives creation times from clock ticks of 10 ms
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> bool:
+    """Makes this process the parent of whatever its descendants leave behind.
+
+    nsys starts an agent that detaches itself, and a killed launcher orphans the server:
+    with this (Linux's ``PR_SET_CHILD_SUBREAPER``) they all stay in `descendants`.
+    False where the system cannot do it.
+    """
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        return bool(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+    except (OSError, AttributeError):
+        return False
+
+
+def reap_orphans(keep: Iterable[int] = ()) -> None:
+    """Collects dead children that were adopted; never those in `keep`, whose status is wanted."""
+    kept = set(keep)
+    for process in descendants(os.getpid(), zombies=True):
+        if process.pid not in kept and _is_zombie(process):
+            with contextlib.suppress(OSError):
+                os.waitpid(process.pid, os.WNOHANG)
+
+
+def create_time(pid: int) -> float | None:
+    """When the process started, Unix time in s; None when there is none (or a zombie)."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if _is_zombie(process) else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def is_alive(pid: int, created: float) -> bool:
+    """True while the very process that started at `created` runs (a zombie does not)."""
+    found = create_time(pid)
+    return found is not None and abs(found - created) <= SAME_PROCESS
+
+
+def descendants(pid: int, *, zombies: bool = False) -> list[psutil.Process]:
+    """All processes below `pid`, parents before children; [] when it is gone."""
+    import psutil
+
+    try:
+        found = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+    return [process for process in found if zombies or not _is_zombie(process)]
+
+
+def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
+    """Ends the processes and all their descendants; returns pids that are still alive.
+
+    First the roots alone get SIGTERM, so that a server ends its own ranks in order, and
+    `grace` s; then what is left of the trees gets SIGTERM and a second; then SIGKILL.
+    """
+    import psutil
+
+    own = os.getpid()
+    roots = [process for pid in pids if (process := _process(pid)) and pid != own]
+    _signal(roots, "terminate")
+    family = _family(roots)
+    psutil.wait_procs(roots, timeout=grace)
+    # A root that has ended tells no children any more: those seen before count.
+    family = _family([*roots, *family])
+    rest = _living(family)
+    if rest:
+        _signal(rest, "terminate")
+        psutil.wait_procs(rest, timeout=min(grace, 1.0))
+        rest = _living(_family(family))
+        _signal(rest, "kill")
+        wait_gone(rest, KILL_WAIT)
+    return sorted(process.pid for process in _living(family))
+
+
+def kill_all(processes: Iterable[psutil.Process], wait: float = KILL_WAIT) -> list[int]:
+    """SIGKILLs the processes; returns pids that are still alive after `wait` s."""
+    living = _living(processes)
+    _signal(living, "kill")
+    return [process.pid for process in wait_gone(living, wait)]
+
+
+def wait_gone(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Waits until the processes are gone or zombies; returns those that are not."""
+    deadline = time.monotonic() + timeout
+    living = _living(processes)
+    while living and time.monotonic() < deadline:
+        time.sleep(0.05)
+        living = _living(living)
+    return living
+
+
+def scheduler_ranks(root_pid: int) -> dict[int, Rank]:
+    """pid -> rank of every scheduler process below `root_pid` (and of itself).
+
+    Read from the live command lines (``sglang::scheduler_DP0_TP1``): an nsys report has
+    them cut to 15 characters.
+    """
+    import psutil
+
+    found: dict[int, Rank] = {}
+    root = _process(root_pid)
+    for process in [*([root] if root else []), *descendants(root_pid)]:
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        # Only a title counts: the name may also stand among another program's arguments.
+        if title.startswith("sglang::scheduler") and (rank := Rank.from_process_title(title)):
+            found[process.pid] = rank
+    return dict(sorted(found.items(), key=lambda item: (item[1].sort_key, item[0])))
+
+
+def _process(pid: int) -> psutil.Process | None:
+    import psutil
+
+    try:
+        return psutil.Process(pid)
+    except psutil.Error:
+        return None
+
+
+def _family(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
+    found: dict[int, psutil.Process] = {}
+    for root in roots:
+        found[root.pid] = root
+        if root.is_running():
+            for process in descendants(root.pid):
+                found.setdefault(process.pid, process)
+    return list(found.values())
+
+
+def _living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and not _is_zombie(process)]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _signal(processes: Iterable[psutil.Process], action: str) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            getattr(process, action)()

@@ -1,0 +1,80 @@
+"""A closed window's files become a kernel table, and the table a verdict. No server here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_sglprof.errors import TraceError
+from pytest_sglprof.gate.judge import Verdict, judge
+from pytest_sglprof.values import Artifact, Threshold, WindowCapture
+
+if TYPE_CHECKING:
+    from pytest_sglprof.settings import Settings
+    from pytest_sglprof.trace.table import KernelTable
+
+
+@dataclass(frozen=True)
+class Measured:
+    """table: None when there was nothing to read. verdict: its judgement, with reasons."""
+
+    table: KernelTable | None
+    verdict: Verdict
+
+
+def measure(
+    capture: WindowCapture, settings: Settings, extra: Sequence[Threshold] = ()
+) -> Measured:
+    """Reads what `capture` left and judges it against its thresholds and `extra`.
+
+    A window that is not complete, or whose files cannot be read, is inconclusive with
+    that reason: it is never passed, and what could be read is kept in the table.
+    """
+    table, unreadable = _read(capture, settings)
+    reason = unreadable or (capture.reason if capture.state != "complete" else "")
+    return Measured(table, judge_table(capture, table, reason, settings, extra))
+
+
+def judge_table(
+    capture: WindowCapture,
+    table: KernelTable | None,
+    reason: str,
+    settings: Settings,
+    extra: Sequence[Threshold] = (),
+) -> Verdict:
+    """The verdict on a table that was read already."""
+    return judge(
+        table,
+        (*capture.spec.thresholds, *extra),
+        min_steps=settings.min_steps,
+        min_share=settings.min_share,
+        expected_ranks=capture.expected_ranks,
+        missing_ranks=capture.missing_ranks,
+        incomplete_reason=reason,
+    )
+
+
+def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | None, str]:
+    if not capture.artifacts:
+        return None, capture.reason or "the window left no trace"
+    from pytest_sglprof.trace.read import read_window
+
+    try:
+        table = read_window(
+            [artifact.path for artifact in _readable(capture)],
+            pid_ranks=capture.pid_ranks or None,
+            gpu_ranks=capture.gpu_ranks or None,
+            settle_s=capture.spec.settle,
+            patterns=settings.categories,
+            nsys=settings.nsys or None,
+        )
+    except TraceError as error:
+        return None, str(error)
+    return table, ""
+
+
+def _readable(capture: WindowCapture) -> list[Artifact]:
+    """A report and its export are the same data: the export is read where there is one."""
+    exported = [a for a in capture.artifacts if a.kind in ("sqlite", "parquet")]
+    return exported or list(capture.artifacts)

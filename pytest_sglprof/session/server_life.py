@@ -1,0 +1,96 @@
+"""The one server that a worker has alive: started or attached, recorded, stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof.errors import ServerDied, ServerError
+from pytest_sglprof.values import ServerSpec
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
+    from pytest_sglprof.session.run import RunFolder
+    from pytest_sglprof.settings import Settings
+
+ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
+API_KEY_ENV = "SGLPROF_API_KEY"
+
+
+def open_server(
+    spec: ServerSpec,
+    settings: Settings,
+    folder: RunFolder,
+    progress: Callable[[str], None] | None,
+) -> Server:
+    """Starts the server of `spec`, or attaches to `--sglprof-server`.
+
+    An attached server's keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    """
+    from dataclasses import replace
+
+    from pytest_sglprof.server import server as servers
+
+    if settings.server:
+        return servers.attach(
+            settings.server,
+            api_key=os.environ.get(API_KEY_ENV, ""),
+            admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
+            server_dir=settings.server_dir,
+            nsys_session=settings.nsys_session or None,
+            nsys_path=settings.nsys or None,
+            folder=folder.server("attached"),
+        )
+    if settings.python:
+        spec = replace(spec, python=settings.python)
+    return servers.launch(
+        spec,
+        folder=folder.server(spec.key),
+        nsys_path=settings.nsys or None,
+        progress=progress,
+    )
+
+
+def close_server(server: Server) -> None:
+    """Stops a server that is ours; raises `ServerError` when something is left of it."""
+    left = server.stop()
+    if left:
+        raise ServerError(
+            f"the server {server.url} was stopped, but this is left: {', '.join(left)}",
+            expected="no process, nsys session, agent, lock or GPU memory",
+            hint=f"end it by hand; {server.folder / 'keeper.log'} tells what was tried",
+        )
+
+
+def check_alive(server: Server) -> None:
+    """Raises `ServerDied` when an earlier test's server is gone."""
+    if server.attached or server.is_alive():
+        return
+    reason = server.exit_reason()
+    if reason is not None:
+        raise reason
+    raise ServerDied(
+        f"the server {server.url} is gone",
+        expected="a running server",
+        hint=f"look at {server.folder / 'server.log'}",
+    )
+
+
+def server_document(server: Server) -> dict[str, Any]:
+    """The server as plain data for results.json."""
+    sizes = server.sizes
+    return {
+        "id": server.folder.name,
+        "key": server.spec.key,
+        "kind": server.kind,
+        "standin": server.kind == "standin",
+        "attached": server.attached,
+        "url": server.url,
+        "command": list(server.command),
+        "version": sizes.version,
+        "device": sizes.device,
+        "sizes": {"tp": sizes.tp, "dp": sizes.dp, "pp": sizes.pp, "ep": sizes.ep},
+        "nsys": server.nsys is not None,
+        "model": server.spec.model_path or str(server.info.get("model_path", "")),
+    }

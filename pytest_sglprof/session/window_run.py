@@ -1,0 +1,175 @@
+"""`WindowRun`: one profile window of a test, from opening to its verdict."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof.capture.window import ProfileWindow
+from pytest_sglprof.errors import Inconclusive, WindowError
+from pytest_sglprof.session.measure import Measured, judge_table, measure
+from pytest_sglprof.values import METRICS, Metric, Threshold, WindowCapture, WindowSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_sglprof.gate.judge import Verdict
+    from pytest_sglprof.server.server import Server
+    from pytest_sglprof.settings import Settings
+    from pytest_sglprof.trace.table import KernelTable
+
+
+class WindowRun:
+    """What the fixture `profile_window` gives: open it by `with`, or it was opened for you.
+
+    After it is closed, `table`, `verdict` and `check` answer from its files. Every window
+    is judged against its thresholds at the end of its test, whether asked here or not.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        spec: WindowSpec,
+        settings: Settings,
+        folder: Path,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.id = folder.name
+        self.folder = folder
+        self._settings = settings
+        self._window = ProfileWindow(
+            server, spec, window_id=self.id, folder=folder, progress=progress
+        )
+        self._capture: WindowCapture | None = None
+        self._measured: Measured | None = None
+        self._checks: list[Threshold] = []
+        self._lock = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """True between opening and closing."""
+        return self._window.state == "open"
+
+    @property
+    def was_opened(self) -> bool:
+        """True once the server began to profile."""
+        return self._window.state != "new"
+
+    def open(self) -> None:
+        """Opens the window; raises `WindowError`, `ServerError` or `NsysError`."""
+        self._window.open()
+
+    def wait(self, stop: threading.Event | None = None) -> None:
+        """Waits until its steps or seconds are over, or until `stop` is set."""
+        self._window.wait(stop)
+
+    def close(self) -> WindowCapture:
+        """Closes the window (once) and returns what it left."""
+        with self._lock:
+            if self._capture is None:
+                self._capture = self._window.close()
+            return self._capture
+
+    def discard(self) -> None:
+        """Closes the window and forgets it."""
+        self._window.discard()
+
+    def __enter__(self) -> WindowRun:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def capture(self) -> WindowCapture:
+        """The closed window: its files, ranks and times."""
+        if self._capture is None:
+            raise WindowError(
+                f"the window {self.spec.name} is not closed yet",
+                expected="a closed window",
+                hint="use it after its with block",
+            )
+        return self._capture
+
+    @property
+    def measured(self) -> Measured:
+        """Table and verdict; the files are read at the first use."""
+        capture = self.capture
+        with self._lock:
+            if self._measured is None:
+                self._measured = measure(capture, self._settings, self._checks)
+            return self._measured
+
+    @property
+    def table(self) -> KernelTable:
+        """The kernel table; `Inconclusive` when the window left nothing to read."""
+        table = self.measured.table
+        if table is None:
+            raise Inconclusive(
+                f"the window {self.spec.name} has no kernel table: {self.measured.verdict.reason}",
+                expected="a complete window",
+                hint="see the reason above",
+            )
+        return table
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of its thresholds so far."""
+        return self.measured.verdict
+
+    def check(
+        self,
+        metric: Metric,
+        limit: float,
+        *,
+        scope: str = "compute",
+        kernel: str = "",
+        stage: str = "",
+    ) -> float:
+        """Judges one more threshold and returns the figure that it judges.
+
+        The test fails at its end when the figure is above `limit`. Too little data for a
+        figure raises `Inconclusive` at once.
+        """
+        if metric not in METRICS:
+            raise WindowError(
+                f"check({metric!r}, ...): there is no such metric",
+                expected="one of " + ", ".join(METRICS),
+                hint="correct the name",
+            )
+        threshold = Threshold(metric, limit, scope, kernel, stage, origin="check")
+        measured = self.measured
+        capture = self.capture
+        single = replace(capture, spec=replace(capture.spec, thresholds=(threshold,)))
+        incomplete = capture.reason if capture.state != "complete" else ""
+        reason = incomplete if measured.table is not None else measured.verdict.reason
+        verdict = judge_table(single, measured.table, reason, self._settings)
+        judgement = verdict.judgements[0] if verdict.judgements else None
+        if verdict.word == "inconclusive" or judgement is None or judgement.value is None:
+            raise Inconclusive(
+                f"{threshold.describe()}: {verdict.reason}",
+                expected=f"at least {self._settings.min_steps} steps of every rank",
+                hint="give the window more steps, or the server a longer load",
+            )
+        self._checks.append(threshold)
+        self._measured = Measured(
+            measured.table,
+            judge_table(capture, measured.table, reason, self._settings, self._checks),
+        )
+        return judgement.value
+
+    def document(self, **about: Any) -> dict[str, Any]:
+        """The window as plain data for results.json."""
+        from pytest_sglprof.report.results import window_document
+
+        return window_document(self.capture, self.measured.table, self.verdict, **about)

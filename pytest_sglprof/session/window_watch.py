@@ -1,0 +1,65 @@
+"""Opens a marked window while its test's body runs, at the moment when the load is steady."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from pytest_sglprof.capture.steady import steady_load
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
+    from pytest_sglprof.session.load_state import LoadState
+    from pytest_sglprof.session.window_run import WindowRun
+
+
+class WindowWatch:
+    """A thread beside the body. An error in it is raised by `finish` in the test."""
+
+    def __init__(
+        self, window: WindowRun, server: Server, load: LoadState, *, drives_load: bool
+    ) -> None:
+        self._window = window
+        self._server = server
+        self._load = load
+        self._drives_load = drives_load
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="sglprof-window", daemon=True)
+
+    def start(self) -> None:
+        """Begins to watch."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """The body is over: closes what is open and raises what went wrong."""
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            if not self._is_time():
+                return
+            self._window.open()
+            try:
+                self._window.wait(self._stop)
+            finally:
+                self._window.close()
+        except BaseException as error:  # handed to the test by finish
+            self._error = error
+
+    def _is_time(self) -> bool:
+        spec = self._window.spec
+        if spec.delay > 0:
+            return not self._stop.wait(spec.delay)
+        while not self._stop.is_set():
+            if self._drives_load and not self._load.wait_for_start(self._stop):
+                return False
+            target = self._load.target or 1
+            if steady_load(self._server, target, timeout=spec.timeout, stop=self._stop):
+                return True
+            if not self._drives_load:
+                return False
+        return False

@@ -1,0 +1,304 @@
+"""Options, environment, ini and `sglprof.toml` become one frozen `Settings`.
+
+Precedence: command line > environment > ini > configuration file > default.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.options import OPTIONS, Option
+from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
+
+DEFAULT_THRESHOLD = Threshold()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What this run does. Sizes in bytes; `origins` tells where each name was set."""
+
+    output: Path
+    keep: Literal["failed", "all", "none"] = "failed"
+    keep_runs: int = 10
+    keep_bytes: int = 20 * 2**30
+    python: str = ""
+    nsys: str = ""
+    server: str = ""
+    server_dir: tuple[str, str] | None = None
+    nsys_session: str = ""
+    allow_inconclusive: bool = False
+    retry_inconclusive: int = 0
+    min_steps: int = 30
+    min_share: float = 0.01
+    servers: Mapping[str, ServerSpec] = field(default_factory=dict)
+    window: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: tuple[Threshold, ...] = (DEFAULT_THRESHOLD,)
+    categories: tuple[tuple[str, str], ...] = ()
+    config_file: Path | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """One line a setting, `name = value  (origin)`, for `--sglprof-show-config`."""
+        lines = []
+        for item in fields(self):
+            if item.name in ("origins", "servers", "thresholds", "window"):
+                continue
+            origin = self.origins.get(item.name, "default")
+            lines.append(f"{item.name} = {getattr(self, item.name)}  ({origin})")
+        lines += [f"threshold: {limit.describe()}  ({limit.origin})" for limit in self.thresholds]
+        lines += [f"window.{name} = {value}  (config)" for name, value in self.window.items()]
+        lines += [
+            f"server {name}: kind={spec.kind} nsys={spec.nsys} args={' '.join(spec.args)}"
+            for name, spec in self.servers.items()
+        ]
+        return lines
+
+
+def resolve_options(
+    command_line: Mapping[str, Any], environ: Mapping[str, str], ini: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and origins of the options that were set anywhere; keys are option names."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for option in OPTIONS:
+        sources = (
+            (option.flag, command_line.get(option.dest)),
+            (option.env, environ.get(option.env) or None),
+            (f"ini {option.dest}", ini.get(option.dest)),
+        )
+        for origin, raw in sources:
+            if raw is None or raw == "":
+                continue
+            values[option.name] = _convert(option, raw, origin)
+            origins[option.name] = origin
+            break
+    return values, origins
+
+
+def build_settings(
+    values: Mapping[str, Any],
+    origins: Mapping[str, str],
+    document: Mapping[str, Any],
+    *,
+    config_file: Path | None,
+    invocation_dir: Path,
+    extra_servers: Mapping[str, ServerSpec] | None = None,
+) -> Settings:
+    """Merges resolved options with a valid configuration document."""
+    where = config_file.name if config_file else "default"
+    merged: dict[str, Any] = {}
+    known: dict[str, str] = {}
+    for name, section, key in _FROM_CONFIG:
+        if key in document.get(section, {}):
+            merged[name], known[name] = document[section][key], where
+    for name, value in values.items():
+        if name not in ("enabled", "config", "show_config"):
+            merged[name], known[name] = value, origins[name]
+    if "max_gib" in document.get("output", {}):
+        merged["keep_bytes"] = int(document["output"]["max_gib"] * 2**30)
+        known["keep_bytes"] = where
+    merged["output"] = invocation_dir / merged.get("output", ".sglprof")
+    if "server_dir" in merged:
+        merged["server_dir"] = _server_dir(merged["server_dir"])
+    _refuse_contradictions(merged)
+    base = config_file.parent if config_file else invocation_dir
+    return Settings(
+        **merged,
+        servers={**servers_from(document, base), **(extra_servers or {})},
+        window=dict(document.get("window", {})),
+        thresholds=thresholds_from(document, where),
+        categories=tuple((c["name"], c["pattern"]) for c in document.get("category", ())),
+        config_file=config_file,
+        origins=known,
+    )
+
+
+_FROM_CONFIG = (
+    ("output", "output", "dir"),
+    ("keep", "output", "keep"),
+    ("keep_runs", "output", "runs"),
+    ("min_steps", "gate", "min_steps"),
+    ("min_share", "gate", "min_share"),
+    ("allow_inconclusive", "gate", "allow_inconclusive"),
+    ("retry_inconclusive", "gate", "retry_inconclusive"),
+)
+
+
+def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpec]:
+    """`[server]` is "default"; `[servers.NAME]` are the others."""
+    tables = {"default": document.get("server", {}), **document.get("servers", {})}
+    return {name: _server_spec(name, table, base) for name, table in tables.items()}
+
+
+def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
+    """`[[threshold]]` tables; without any, the default slowdown of compute."""
+    tables = document.get("threshold", ())
+    for table in tables:
+        _check_limit(table["limit"], f"{origin}: threshold limit")
+        _check_regex(table.get("kernel", ""), f"{origin}: threshold kernel")
+    return tuple(Threshold(**table, origin=origin) for table in tables) or (DEFAULT_THRESHOLD,)
+
+
+def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
+    """A window from the configured defaults and the keywords of a marker or a call.
+
+    Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`) become thresholds that replace
+    configured ones of the same scope, stage and metric. `SettingsError` for unknown
+    keywords, wrong types and contradictions.
+    """
+    from pytest_sglprof.gate.thresholds import merge_thresholds, thresholds_from_keywords
+
+    known = {item.name for item in fields(WindowSpec)} - {"thresholds"}
+    unknown = sorted(set(keywords) - known - set(METRICS))
+    if unknown:
+        raise SettingsError(
+            f"{origin}: unknown argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
+            expected="one of " + ", ".join(sorted(known)) + ", or a metric: " + ", ".join(METRICS),
+            hint="correct the spelling",
+        )
+    options = {key: value for key, value in keywords.items() if key in known}
+    limits = {key: value for key, value in keywords.items() if key in METRICS}
+    for name in ("activities", "profile_stages"):
+        if isinstance(options.get(name), list):
+            options[name] = tuple(options[name])
+    defaults = dict(settings.window)
+    if options.get("num_steps") is not None:
+        defaults.pop("duration", None)
+    if options.get("duration") is not None:
+        defaults.pop("num_steps", None)
+    if isinstance(defaults.get("activities"), list):
+        defaults["activities"] = tuple(defaults["activities"])
+    spec = WindowSpec(**{**defaults, **options})
+    _check_window(spec, origin)
+    own = thresholds_from_keywords(limits, origin)
+    return replace(spec, thresholds=merge_thresholds(settings.thresholds, own))
+
+
+def _check_window(spec: WindowSpec, origin: str) -> None:
+    rules = (
+        (spec.backend in ("torch", "nsys"), f"backend={spec.backend!r}", '"torch" or "nsys"'),
+        (_is_number(spec.timeout, above=0), f"timeout={spec.timeout!r}", "seconds above 0"),
+        (_is_number(spec.delay), f"delay={spec.delay!r}", "seconds, 0 or more"),
+        (_is_number(spec.settle), f"settle={spec.settle!r}", "seconds, 0 or more"),
+        (
+            spec.duration is None or _is_number(spec.duration, above=0),
+            f"duration={spec.duration!r}",
+            "seconds above 0",
+        ),
+        (_is_count(spec.num_steps), f"num_steps={spec.num_steps!r}", "a whole number above 0"),
+        (_is_count(spec.start_step), f"start_step={spec.start_step!r}", "a whole number above 0"),
+        (
+            not (spec.num_steps and spec.duration),
+            f"num_steps={spec.num_steps} with duration={spec.duration}",
+            "one of the two",
+        ),
+        (
+            not (spec.whole_body and (spec.num_steps or spec.duration or spec.delay)),
+            "whole_body=True with num_steps, duration or delay",
+            "whole_body alone: it opens before the body and closes after it",
+        ),
+        (
+            not (spec.profile_by_stage and not spec.num_steps),
+            "profile_by_stage=True without num_steps",
+            "num_steps as well: without it the server dies at its next batch",
+        ),
+        (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a text"),
+    )
+    for fine, found, expected in rules:
+        if not fine:
+            raise SettingsError(f"{origin}: {found}", expected=expected, hint="correct the marker")
+
+
+def _is_number(value: Any, *, above: float | None = None) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number and (value > above if above is not None else value >= 0)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
+def _convert(option: Option, raw: Any, origin: str) -> Any:
+    if option.kind == "flag":
+        if isinstance(raw, bool):
+            return raw
+        if str(raw).lower() in ("1", "true", "yes", "on"):
+            return True
+        if str(raw).lower() in ("0", "false", "no", "off"):
+            return False
+        raise SettingsError(f"{origin} is {raw!r}", expected="true or false", hint="correct it")
+    if option.kind == "int":
+        try:
+            number = int(raw)
+        except ValueError:
+            number = -1
+        if number < 0:
+            raise SettingsError(
+                f"{origin} is {raw!r}", expected="a whole number, 0 or more", hint="correct it"
+            )
+        return number
+    if option.choices and raw not in option.choices:
+        raise SettingsError(
+            f"{origin} is {raw!r}", expected=" or ".join(option.choices), hint="correct it"
+        )
+    return str(raw)
+
+
+def _server_dir(text: str) -> tuple[str, str]:
+    server, colon, local = text.partition(":")
+    if not colon or not server.startswith("/") or not local:
+        raise SettingsError(
+            f"--sglprof-server-dir is {text!r}",
+            expected="SERVER:LOCAL, an absolute folder on the server's machine and the same here",
+            hint="for a server on this machine give the same path twice, /data/prof:/data/prof",
+        )
+    return server, str(Path(local).resolve())
+
+
+def _refuse_contradictions(merged: Mapping[str, Any]) -> None:
+    for name in ("server_dir", "nsys_session"):
+        if merged.get(name) and not merged.get("server"):
+            flag = f"--sglprof-{name.replace('_', '-')}"
+            raise SettingsError(
+                f"{flag} is given without --sglprof-server",
+                expected="both: it describes a server that is already running",
+                hint=f"add --sglprof-server=URL, or leave {flag} out",
+            )
+
+
+def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
+    values = dict(table)
+    for key in ("args", "standin_args", "secrets", "nsys_args"):
+        if key in values:
+            values[key] = tuple(values[key])
+    if "env" in values:
+        values["env"] = tuple(values["env"].items())
+    if isinstance(values.get("gpus"), list):
+        values["gpus"] = tuple(values["gpus"])
+    if values.get("model_path", "").startswith(("./", "../")):
+        values["model_path"] = str((base / values["model_path"]).resolve())
+    return ServerSpec(name=name, **values)
+
+
+def _check_limit(limit: Any, where: str) -> None:
+    if not _is_number(limit, above=0):
+        raise SettingsError(
+            f"{where} is {limit!r}", expected="a number above 0", hint="1.10 allows 10 % more"
+        )
+
+
+def _check_regex(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise SettingsError(
+            f"{where} {pattern!r} is no regular expression: {error}",
+            expected="a Python regular expression",
+            hint="escape the special characters",
+        ) from None
