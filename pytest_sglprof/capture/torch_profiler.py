@@ -1,0 +1,314 @@
+"""`TorchRecording`: a window through ``/start_profile`` and ``/stop_profile``.
+
+The server answers 200 before anything is recorded, checks its first rank only, and a step
+window ends without telling. So the truth is in the files, one a rank, and in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pytest_sglprof.capture.backend import Outcome, Progress, State, WindowServer
+from pytest_sglprof.capture.folders import OutputFolder, output_folder
+from pytest_sglprof.capture.life import POLL, LifeWatch
+from pytest_sglprof.capture.space import check_space, check_watchdog
+from pytest_sglprof.capture.torch_files import MERGED, TraceFiles
+from pytest_sglprof.capture.torch_log import last_step, read_progress, refusal_reason
+from pytest_sglprof.capture.torch_request import (
+    DISARM,
+    NAME_LIMIT,
+    refuse_request,
+    request_body,
+    wanted_stages,
+)
+from pytest_sglprof.errors import (
+    ServerDied,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+    WindowError,
+    WindowRefused,
+)
+from pytest_sglprof.files import safe_name
+from pytest_sglprof.ranks import Rank
+from pytest_sglprof.server.client import SglangClient
+from pytest_sglprof.values import Artifact, WindowSpec
+
+QUIET = 2.0  # s without a byte written: whatever is still missing will not come
+QUIET_SHARED = 8.0  # the same over a network file system, or when ranks end one by one
+ABORT_SECONDS = 15.0
+DEATH_SECONDS = 2.0  # a connection that breaks is the first sign of a death; its log follows
+# Servers (by their client) whose last window may not have ended: the next one ends it first.
+_UNSETTLED: weakref.WeakSet[SglangClient] = weakref.WeakSet()
+
+
+class TorchRecording:
+    """One torch window of `server`; its files end up in `folder`."""
+
+    def __init__(
+        self,
+        server: WindowServer,
+        spec: WindowSpec,
+        *,
+        window_id: str,
+        folder: Path,
+        life: LifeWatch,
+        progress: Progress | None = None,
+    ) -> None:
+        self._server = server
+        self._spec = spec
+        self._window_id = window_id
+        self._folder = folder
+        self._life = life
+        self._progress = progress or (lambda text: None)
+        self._ranks: Sequence[Rank] = server.sizes.ranks()
+        self._profile_id = safe_name(
+            spec.profile_id
+            or f"{safe_name(window_id, limit=NAME_LIMIT - 9)}-{uuid.uuid4().hex[:8]}",
+            limit=NAME_LIMIT,
+        )
+        self._place: OutputFolder | None = None
+        self._files = TraceFiles(folder, self._ranks)
+        self._notes: list[str] = []
+
+    def refuse(self) -> None:
+        """Raises `WindowRefused` for what would break the server or the data."""
+        server, spec = self._server, self._spec
+        refuse_request(
+            spec,
+            server.sizes,
+            under_nsys=server.nsys is not None,
+            standin=server.kind == "standin",
+            env=self._environment(),
+            last_step=last_step(server.log) if server.log and spec.start_step else None,
+        )
+        limit = server.info.get("watchdog_timeout")
+        check_watchdog(spec, float(limit) if isinstance(limit, int | float) else None)
+        output_folder(server, spec, self._window_id)
+
+    def _environment(self) -> Mapping[str, str]:
+        """Of the server, as far as known; one that somebody else started tells nothing."""
+        inherited = {} if self._server.attached else dict(os.environ)
+        return {**inherited, **dict(self._server.spec.env)}
+
+    def start(self, deadline: float) -> None:
+        """Makes the folder, ends what an earlier window may have left, and starts."""
+        server, spec = self._server, self._spec
+        place = self._place = output_folder(server, spec, self._window_id)
+        place.prepare(shared=server.attached)
+        self._files = TraceFiles(
+            place.local,
+            self._ranks,
+            profile_id="" if place.ours else self._profile_id,
+            stages=wanted_stages(spec),
+        )
+        if self._files.found():
+            raise WindowRefused(
+                f"{place.local} already holds traces of profile_id {self._profile_id}",
+                expected="an id of its own for each window",
+                hint="leave profile_id out, and a fresh one is chosen",
+            )
+        self._check_space(place)
+        if server.attached or server.client in _UNSETTLED:
+            self._end_leftover(deadline)
+        body = request_body(
+            spec, profile_id=self._profile_id, output_dir=place.server, sizes=server.sizes
+        )
+        _UNSETTLED.add(server.client)
+        try:
+            self._life.call(
+                lambda left: server.client.start_profile(body, left), deadline, "/start_profile"
+            )
+        except ServerRefused as error:
+            _UNSETTLED.discard(server.client)
+            log = refusal_reason(server.log, self._life.log_start) if server.log else ()
+            raise WindowError(
+                f"the server refused to start the profile: {error.what}",
+                expected="200 Start profiling.",
+                hint=error.hint,
+                log=log,
+            ) from error
+
+    def _check_space(self, place: OutputFolder) -> None:
+        temporary = self._server.folder / "tmp"
+        folders = [place.local, temporary] if temporary.is_dir() else [place.local]
+        try:
+            check_space(self._spec, self._server.sizes, folders)
+        except WindowRefused:
+            place.remove()
+            raise
+
+    def _end_leftover(self, deadline: float) -> None:
+        # To start while another profile runs answers 200 and loses the other one.
+        if self._life.call(self._server.client.stop_profile, deadline, "/stop_profile"):
+            self._notes.append("a profile was still running on this server: it was ended first")
+        _UNSETTLED.discard(self._server.client)
+
+    def is_done(self) -> bool:
+        """True when the asked-for steps have ended and every rank's file is complete."""
+        return self._spec.num_steps is not None and self._files.all_whole() and not self._pending()
+
+    def _pending(self) -> list[str]:
+        """Ranks that began and did not report their end, where the log can tell."""
+        if self._server.log is None:
+            return []
+        progress = read_progress(self._server.log, self._life.log_start, self._profile_id)
+        labels = {(r.dp or 0, r.pp or 0, r.tp or 0): r.label for r in self._ranks}
+        return [labels[where] for where in progress.pending() if where in labels]
+
+    def stop(self, deadline: float, *, unfinished: str) -> Outcome:
+        """Ends the profile and collects its files."""
+        reasons = [self._why_unfinished(unfinished)] if unfinished else []
+        log: tuple[str, ...] = ()
+        dead = still_open = False
+        self._progress("writing the traces")
+        try:
+            ended = self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
+            self._settle(deadline, quiet=self._quiet(ended))
+            self._disarm(deadline)
+            _UNSETTLED.discard(self._server.client)
+        except ServerError as error:
+            death = self._cause_of(error)
+            dead, still_open = death is not None, death is None
+            reasons = [(death or error).what]
+            log = (death or error).log
+        death = self._life.death()
+        if death and not dead:
+            dead, reasons, log = True, [death.what], death.log
+        return self._outcome(reasons, dead=dead, still_open=still_open, log=log)
+
+    def _quiet(self, ended: bool) -> float:
+        # 200 comes when every file is there; 500 says nothing of the ranks after the first.
+        return QUIET if ended and not self._server.attached else QUIET_SHARED
+
+    def _cause_of(self, error: ServerError) -> ServerDied | None:
+        if isinstance(error, ServerDied):
+            return error
+        over = time.monotonic() + DEATH_SECONDS
+        while isinstance(error, ServerUnreachable) and time.monotonic() < over:
+            if death := self._life.death():
+                return death
+            time.sleep(POLL)
+        return self._life.death()
+
+    def _why_unfinished(self, unfinished: str) -> str:
+        """`unfinished`, or better: that nothing ran at all."""
+        server = self._server
+        if server.log is not None:
+            progress = read_progress(server.log, self._life.log_start, self._profile_id)
+            if progress.batches or progress.ended:
+                return unfinished
+        with contextlib.suppress(ServerError):
+            running = sum(int(load.get("num_running_reqs") or 0) for load in server.client.loads())
+            if not running:
+                return f"no forward pass was run while the window was open: {unfinished}"
+        return unfinished
+
+    def _settle(self, deadline: float, *, quiet: float) -> None:
+        """Waits until every rank's file is complete, or nothing is written any more."""
+        sizes: Mapping[Path, int] = {}
+        changed = time.monotonic()
+        settled = True  # the server has answered: its files stand still
+        while not self._life.death():
+            complete = self._files.whole(settled=settled)
+            if not self._files.missing(complete) and not self._pending():
+                return
+            now = time.monotonic()
+            if sizes != (sizes := self._files.sizes()):
+                changed = now
+            if now - changed > quiet or now > deadline:
+                return
+            settled = False
+            time.sleep(POLL)
+
+    def _disarm(self, deadline: float) -> None:
+        """Takes away a trigger that did not fire: it would ruin the next window."""
+        if self._spec.profile_by_stage or self._spec.start_step is not None:
+            self._life.call(
+                lambda left: self._server.client.start_profile(DISARM, left),
+                deadline,
+                "/start_profile",
+            )
+
+    def _outcome(
+        self, reasons: list[str], *, dead: bool, still_open: bool, log: tuple[str, ...]
+    ) -> Outcome:
+        complete = self._files.whole(settled=True)
+        missing = [rank.label for rank in self._files.missing(complete)]
+        notes = [*self._notes, *self._remarks(complete)]
+        if not dead and not still_open:
+            reasons = [*reasons, *self._faults(complete, missing)]
+        state: State = "complete"
+        if dead or not complete:
+            state = "failed"
+        elif reasons:
+            state = "incomplete"
+        return Outcome(
+            state=state,
+            reason="; ".join(reasons),
+            artifacts=self._collect(complete),
+            missing_ranks=tuple(missing),
+            gpu_ranks=self._server.sizes.gpu_ranks(),
+            log=log,
+            notes=tuple(notes),
+            still_open=still_open,
+        )
+
+    def _faults(self, complete: Mapping[Path, Rank], missing: Sequence[str]) -> list[str]:
+        faults = []
+        cut = sorted(path.name for path in self._files.found() if path not in complete)
+        if missing:
+            faults.append(f"no complete trace of {', '.join(missing)}")
+        if cut:
+            faults.append(f"cut off: {', '.join(cut)}")
+        if pending := self._pending():
+            faults.append(f"{', '.join(pending)} began but never reported 'Profiling done'")
+        if self._server.log is not None:
+            progress = read_progress(self._server.log, self._life.log_start, self._profile_id)
+            if progress.strangers:
+                faults.append(
+                    f"another profile ({', '.join(progress.strangers)}) began meanwhile, and "
+                    "what was recorded until then is lost"
+                )
+        return faults
+
+    def _remarks(self, complete: Mapping[Path, Rank]) -> list[str]:
+        remarks = []
+        if stages := self._files.missing_stages(complete):
+            remarks.append(f"no rank has a file of stage {', '.join(stages)}")
+        if self._spec.merge_profiles and not any(
+            path.name.startswith(MERGED) for path in self._files.others()
+        ):
+            why = " (with a profile_prefix it never does)" if self._spec.profile_prefix else ""
+            remarks.append(f"the server left no merged trace{why}")
+        return remarks
+
+    def _collect(self, complete: Mapping[Path, Rank]) -> tuple[Artifact, ...]:
+        if self._place is None:
+            return ()
+        kinds = dict.fromkeys(complete, "torch")
+        for path in self._files.others():
+            kinds[path] = "merged" if path.name.startswith(MERGED) else "other"
+        for path in self._files.found():
+            kinds.setdefault(path, "partial")
+        moved = self._place.collect(list(kinds), self._folder)
+        return tuple(
+            Artifact(moved[path], kind, complete[path].label if path in complete else "")
+            for path, kind in kinds.items()
+        )
+
+    def abort(self) -> None:
+        """Ends the profile and drops its files."""
+        deadline = time.monotonic() + ABORT_SECONDS
+        with contextlib.suppress(ServerError):
+            self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
+            self._disarm(deadline)
+            _UNSETTLED.discard(self._server.client)
+        if self._place is not None:
+            self._place.remove()
