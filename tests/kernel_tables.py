@@ -30,6 +30,11 @@ class PlainTable:
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
+    def by(self, *keys: str) -> pd.DataFrame:
+        grouped = self.frame.groupby(list(keys), observed=True)["dur_ns"]
+        sums = grouped.agg(count="size", total_ns="sum").reset_index()
+        return sums.sort_values("total_ns", ascending=False)
+
 
 def build(
     ranks: Sequence[str] = ("TP0", "TP1"),

@@ -6,7 +6,7 @@ Too little data never passes: it is inconclusive, whatever the figures look like
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pytest_sglprof.analysis.cells import GroupCells, measure
@@ -47,11 +47,15 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of one window: the word, why, and each judgement behind it."""
+    """The verdict of one window: the word, why, and each judgement behind it.
+
+    groups: the measured cells, so that a report need not sum the table again.
+    """
 
     word: VerdictWord
     reason: str
     judgements: tuple[Judgement, ...] = ()
+    groups: tuple[GroupCells, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def worst(self) -> Judgement | None:
@@ -86,7 +90,7 @@ def judge(
         for threshold in thresholds
         for judgement in _judge_threshold(groups, threshold, min_steps, min_share, doubt)
     )
-    return _verdict(judgements, doubt)
+    return _verdict(judgements, doubt, groups)
 
 
 def _doubt(
@@ -184,25 +188,25 @@ def _compare(
     failed = value is not None and value > threshold.limit
     reason = measured_reason(finding, threshold, failed=failed)
     if failed and threshold.kernel and finding.share_of_compute < min_share:
-        share = f"{100 * finding.share_of_compute:.2g} %"
-        return (
-            "pass",
-            f"{reason}; at {share} of compute (below {percent(min_share)}) it cannot fail",
-        )
+        share = f"{100 * finding.share_of_compute:.2g} % of compute"
+        return "pass", f"{reason}; at {share} it is too small to fail (below {100 * min_share:g} %)"
     return ("fail" if failed else "pass"), reason
 
 
-def _verdict(judgements: tuple[Judgement, ...], doubt: str) -> Verdict:
+def _verdict(
+    judgements: tuple[Judgement, ...], doubt: str, groups: tuple[GroupCells, ...]
+) -> Verdict:
     words = {judgement.verdict for judgement in judgements}
     if doubt:
-        return Verdict("inconclusive", doubt, judgements)
+        return Verdict("inconclusive", doubt, judgements, groups)
     if not judgements:
-        return Verdict("pass", "no threshold is set: figures are recorded, not judged")
+        reason = "no threshold is set: figures are recorded, not judged"
+        return Verdict("pass", reason, groups=groups)
     word: VerdictWord = (
         "fail" if "fail" in words else "inconclusive" if "inconclusive" in words else "pass"
     )
     deciding = sorted((j for j in judgements if j.verdict == word), key=_excess, reverse=True)
-    return Verdict(word, _overall_reason(word, deciding, judgements), judgements)
+    return Verdict(word, _overall_reason(word, deciding, judgements), judgements, groups)
 
 
 def _overall_reason(

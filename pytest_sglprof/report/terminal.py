@@ -1,0 +1,199 @@
+"""What the terminal shows of windows and runs: a compact rank table, one summary section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
+from pytest_sglprof.report.text_table import shorten, text_table
+
+Document = Mapping[str, Any]
+
+STANDIN_NOTE = "embedded stand-in server: these figures say nothing about SGLang"
+MAX_RANKS = 16
+MAX_NAME = 60
+
+
+def rank_table(window: Document) -> list[str]:
+    """Lines for one window: its verdict, a row a rank, the kernel that contributes most.
+
+    Columns: rank, compute ms, communication ms, the scope that decided (where it is
+    another), share of steps in which the rank is slowest. Of more than 16 ranks of a work
+    group, the slowest and the fastest are shown.
+    """
+    lines = [f"{window_title(window)}: {window['verdict']}", window["reason"]]
+    if window["state"] != "complete" and window["state_reason"] not in window["reason"]:
+        lines.append(f"window {window['state']}: {window['state_reason']}")
+    lines.extend(f"  | {line}" for line in window["log"])
+    decisive = deciding_finding(window)
+    scope = decided_scope(window)
+    head = ["rank", "compute ms", "communication ms"]
+    if scope:
+        head.append(f"{shorten(scope, 30)} ms")
+    head.append("slowest in")
+    rows = [row for group in _groups(window) for row in _group_rows(window, group, decisive)]
+    if rows:
+        lines.extend(("", *text_table(head, rows)))
+    if any(finding["compared_steps"] == 0 for finding in _of_scope(window, "compute")):
+        lines.append("no step could be compared: times are those of the whole window")
+    lines.extend(_contributor_lines(decisive))
+    return lines
+
+
+def summary_lines(run: Document) -> list[str]:
+    """Lines of the summary section; none when the run had no window."""
+    windows = run["windows"]
+    if not windows:
+        return []
+    words = run["summary"]["windows"]
+    parts = [f"{words[word]} {word}" for word in ("pass", "fail", "inconclusive") if words[word]]
+    lines = [f"{count(len(windows), 'profile window')}: {', '.join(parts)}"]
+    if run["summary"]["standin"]:
+        lines.append(STANDIN_NOTE)
+    for word in ("fail", "inconclusive"):
+        for window in windows:
+            if window["verdict"] == word:
+                lines.append(f"{word.upper()} {window['nodeid']} {window_title(window)}")
+                lines.append(f"  {window['reason']}")
+    lines.extend(_attempt_lines(run["tests"]))
+    lines.extend(
+        f"server {server['key']} left behind: {what}"
+        for server in run["servers"]
+        for what in server["left_behind"]
+    )
+    return lines
+
+
+def window_title(window: Document) -> str:
+    """`window "steady" (torch, 50 steps, stand-in)`."""
+    steps = [group["compared"] for group in window["steps"]["groups"]]
+    known = [number for number in steps if number is not None]
+    details = [window["backend"]]
+    if known:
+        details.append(count(max(known), "step"))
+    if window["source"] in ("cpu_op", "nvtx"):
+        details.append("CPU operators" if window["source"] == "cpu_op" else "NVTX ranges")
+    if window["attempt"] > 1:
+        details.append(f"attempt {window['attempt']}")
+    if window["retry_of"]:
+        details.append("repeated")
+    if window["standin"]:
+        details.append("stand-in")
+    return f'window "{window["name"]}" ({", ".join(details)})'
+
+
+def deciding_finding(window: Document) -> Document | None:
+    """The finding of the judgement that decided; None when there is none."""
+    if window["decisive"] is None:
+        return None
+    finding: Document | None = window["judgements"][window["decisive"]]["finding"]
+    return finding
+
+
+def decided_scope(window: Document) -> str:
+    """What the deciding finding is about, where that is no column of its own; else ""."""
+    finding = deciding_finding(window)
+    if finding is None:
+        return ""
+    if finding["kernel"]:
+        return f"/{finding['kernel']}/"
+    if finding["stage"]:
+        return f"{finding['scope']} in {finding['stage']}"
+    return "" if finding["scope"] in ("compute", "communication") else str(finding["scope"])
+
+
+def _groups(window: Document) -> list[str]:
+    return [finding["group"] for finding in _of_scope(window, "compute")]
+
+
+def _of_scope(window: Document, scope: str) -> list[Document]:
+    return [
+        finding
+        for finding in window["findings"]
+        if finding["scope"] == scope and not finding["kernel"]
+    ]
+
+
+def _group_rows(window: Document, group: str, decisive: Document | None) -> list[list[str]]:
+    """Rows of the ranks of one work group."""
+    compute = _figures(window, "compute", group)
+    communication = _figures(window, "communication", group)
+    chosen = None
+    if decisive is not None and decisive["group"] == group:
+        chosen = {figure["rank"]: figure for figure in decisive["ranks"]}
+    shares = chosen or compute
+    rows = []
+    for rank in _shown(compute):
+        row = [rank, milliseconds(compute[rank]["total_ns"])]
+        row.append(milliseconds(communication[rank]["total_ns"]) if communication else "-")
+        if decided_scope(window):
+            row.append(milliseconds(chosen[rank]["total_ns"]) if chosen else "-")
+        row.append(percent(shares[rank]["slowest_share"]))
+        rows.append(row)
+    return rows
+
+
+def _figures(window: Document, scope: str, group: str) -> dict[str, Document]:
+    """Figures by rank; over the whole window where no step could be compared."""
+    found = next((item for item in _of_scope(window, scope) if item["group"] == group), None)
+    if found is None:
+        return {}
+    if found["compared_steps"] != 0:
+        return {figure["rank"]: figure for figure in found["ranks"]}
+    totals = {figure["rank"]: 0 for figure in found["ranks"]}
+    outside = ("communication", "memory")
+    for row in window["table"]:
+        is_mine = row["category"] not in outside if scope == "compute" else row["category"] == scope
+        if is_mine and row["rank"] in totals:
+            totals[row["rank"]] += row["total_ns"]
+    return {
+        rank: {"rank": rank, "total_ns": total, "slowest_share": None}
+        for rank, total in totals.items()
+    }
+
+
+def _shown(figures: Mapping[str, Document]) -> list[str]:
+    """All ranks, or of many the slowest and the fastest, in their own order."""
+    ranks = list(figures)
+    if len(ranks) <= MAX_RANKS:
+        return ranks
+    by_time = sorted(ranks, key=lambda rank: figures[rank]["total_ns"])
+    half = MAX_RANKS // 2
+    kept = {*by_time[:half], *by_time[-half:]}
+    return [rank for rank in ranks if rank in kept]
+
+
+def _contributor_lines(finding: Document | None) -> list[str]:
+    if finding is None or not finding["slowest"] or not finding["contributors"]:
+        return []
+    first = finding["contributors"][0]
+    more = [
+        f"{shorten(item['name'], MAX_NAME)} (+{duration(item['ns'])})"
+        for item in finding["contributors"][1:3]
+    ]
+    line = (
+        f"most of it: {shorten(first['name'], MAX_NAME)}, {duration(first['ns'])} longer on "
+        f"{finding['slowest']} than on its peers"
+    )
+    return ["", f"{line}; then {', '.join(more)}" if more else line]
+
+
+def _attempt_lines(tests: Sequence[Document]) -> list[str]:
+    """One line for each test that was run more than once: every attempt's word."""
+    lines = []
+    for test in tests:
+        if len(test["attempts"]) > 1:
+            words = [attempt["verdict"] or attempt["outcome"] for attempt in test["attempts"]]
+            lines.append(f"{test['nodeid']}: {count(len(words), 'attempt')}: {', '.join(words)}")
+    return lines
+
+
+def imbalance_line(finding: Document) -> str:
+    """`slowdown 1.39, imbalance factor 1.16, lost 6.00 ms (8.2 %)`."""
+    lost = finding["lost_share"]
+    share = "" if lost is None else f" ({100 * lost:.1f} %)"
+    return (
+        f"slowdown {ratio(finding['slowdown'])}, imbalance factor {ratio(finding['factor'])}, "
+        f"lost {duration(finding['lost_ns'])}{share}"
+    )

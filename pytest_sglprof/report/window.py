@@ -1,0 +1,202 @@
+"""One profile window as a plain document: what was recorded, found and judged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof.analysis.cells import GroupCells, measure
+from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
+from pytest_sglprof.gate.judge import Judgement, Verdict
+from pytest_sglprof.redact import redact
+from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.values import WindowCapture
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
+MAX_KERNEL_FINDINGS = 20
+MAX_CONTRIBUTORS = 5
+
+
+def window_document(
+    capture: WindowCapture,
+    table: KernelTable | None,
+    verdict: Verdict,
+    *,
+    nodeid: str,
+    attempt: int,
+    server_key: str,
+    standin: bool,
+    load: str | None,
+    root: Path | None = None,
+    retry_of: str | None = None,
+) -> dict[str, Any]:
+    """The document of one window, JSON-plain and redacted; see results.schema.json.
+
+    table: None when there was nothing to read. load: id of the load that ran meanwhile.
+    root: folder that artifact paths are relative to (None: file names only).
+    retry_of: id of the inconclusive window that this one repeats.
+    """
+    spec = plain(capture.spec)
+    spec.pop("thresholds")  # every one of them stands in a judgement
+    document = {
+        "id": capture.window_id,
+        "name": capture.spec.name,
+        "backend": capture.spec.backend,
+        "nodeid": nodeid,
+        "attempt": attempt,
+        "retry_of": retry_of,
+        "server": server_key,
+        "standin": standin,
+        "load": load,
+        "spec": spec,
+        "opened": utc(capture.opened),
+        "closed": utc(capture.closed),
+        "duration_s": max(0.0, capture.closed - capture.opened),
+        "state": capture.state,
+        "state_reason": capture.reason,
+        "log": list(capture.log),
+        "notes": [*capture.notes, *(table.notes if table is not None else ())],
+        "expected_ranks": list(capture.expected_ranks),
+        "missing_ranks": list(capture.missing_ranks),
+        "artifacts": [
+            {"path": _relative(item.path, root), "kind": item.kind, "rank": item.rank}
+            for item in capture.artifacts
+        ],
+        "verdict": verdict.word,
+        "reason": verdict.reason,
+        "judgements": [judgement_document(judgement) for judgement in verdict.judgements],
+        "decisive": _decisive(verdict),
+        **_measured(table, verdict.groups),
+    }
+    return redact(plain(document))  # type: ignore[no-any-return]
+
+
+def judgement_document(judgement: Judgement) -> dict[str, Any]:
+    """One threshold, what was measured for it, and the word."""
+    threshold, finding = judgement.threshold, judgement.finding
+    return {
+        "metric": threshold.metric,
+        "scope": threshold.scope,
+        "kernel": threshold.kernel,
+        "stage": threshold.stage,
+        "limit": threshold.limit,
+        "origin": threshold.origin,
+        "value": judgement.value,
+        "verdict": judgement.verdict,
+        "reason": judgement.reason,
+        "finding": None if finding is None else finding_document(finding),
+    }
+
+
+def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
+    """One finding; of the contributors only the largest."""
+    return {
+        "group": finding.group,
+        "scope": finding.scope,
+        "kernel": finding.kernel,
+        "stage": finding.stage,
+        "slowdown": finding.slowdown,
+        "factor": finding.factor,
+        "lost_ns": finding.lost_ns,
+        "lost_share": finding.lost_share,
+        "slowest": finding.slowest,
+        "others_ns": finding.others_ns,
+        "share_of_compute": finding.share_of_compute,
+        "steps": finding.steps if finding.has_steps else None,
+        "compared_steps": finding.compared_steps if finding.has_steps else None,
+        "dropped_steps": finding.dropped_steps,
+        "reason": finding.reason,
+        "ranks": [
+            {
+                "rank": figure.rank,
+                "total_ns": figure.total_ns,
+                "slowest_share": figure.slowest_share,
+            }
+            for figure in finding.ranks
+        ],
+        "contributors": _named(finding.contributors),
+        "category_contributors": _named(finding.category_contributors),
+    }
+
+
+def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[str, Any]:
+    """What comes from the kernel table; empty where there is none."""
+    if table is None:
+        return {
+            "source": None,
+            "partial": False,
+            "ranks": [],
+            "steps": {"per_rank": {}, "groups": []},
+            "findings": [],
+            "table": [],
+        }
+    cells = groups or measure(table)
+    findings = [
+        finding_document(finding)
+        for group in cells
+        for finding in group_findings(group, max_kernels=MAX_KERNEL_FINDINGS)
+    ]
+    return {
+        "source": table.source,
+        "partial": table.partial,
+        "ranks": list(table.ranks),
+        "steps": {
+            "per_rank": steps_per_rank(table),
+            "groups": [_step_counts(group) for group in cells],
+        },
+        "findings": findings,
+        "table": _rows(table),
+    }
+
+
+def _step_counts(cells: GroupCells) -> dict[str, Any]:
+    """How many steps of a work group are compared, by stage, and why others are not."""
+    stages: dict[str, int] = {}
+    for stage in cells.steps.stages:
+        stages[stage] = stages.get(stage, 0) + 1
+    return {
+        "group": cells.group.label,
+        "ranks": list(cells.group.ranks),
+        "compared": len(cells.steps.numbers) if cells.has_steps else None,
+        "by_stage": stages,
+        "unmatched": cells.steps.unmatched,
+        "cut": cells.steps.cut,
+        "assigned_share": cells.assigned_share,
+    }
+
+
+def _rows(table: KernelTable) -> list[dict[str, Any]]:
+    rows = table.by("rank", "name", "category")
+    columns = zip(
+        rows["rank"], rows["name"], rows["category"], rows["count"], rows["total_ns"], strict=True
+    )
+    return [
+        {
+            "rank": str(rank),
+            "name": str(name),
+            "category": str(category),
+            "count": int(count),
+            "total_ns": int(total),
+        }
+        for rank, name, category, count, total in columns
+    ]
+
+
+def _decisive(verdict: Verdict) -> int | None:
+    """Index of the judgement that decided."""
+    worst = verdict.worst
+    return None if worst is None else verdict.judgements.index(worst)
+
+
+def _named(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"name": name, "ns": ns} for name, ns in pairs[:MAX_CONTRIBUTORS]]
+
+
+def _relative(path: Path, root: Path | None) -> str:
+    if root is None:
+        return path.name
+    return Path(os.path.relpath(path, root)).as_posix()
