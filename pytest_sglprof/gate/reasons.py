@@ -54,7 +54,7 @@ def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
     if value is None:
         return what
     shown, limit = against_limit(value, threshold.limit)
-    return f"{what} {shown} (limit {limit})"
+    return f"{what} {shown}{limit}"
 
 
 def cause(finding: ImbalanceFinding) -> str:
@@ -81,9 +81,9 @@ def _slowdown_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
     what = subject(threshold)
     slowest = finding.figure(finding.slowest)
     if slowest is None:
-        return f"{group_prefix(finding)}no rank is slower in {what}{_over(finding)} (limit {limit})"
+        return f"{group_prefix(finding)}no rank is slower in {what}{_over(finding)}{limit}"
     return (
-        f"{finding.slowest} is {shown}x slower than its peers in {what} (limit {limit}): "
+        f"{finding.slowest} is {shown}x slower than its peers in {what}{limit}: "
         f"{duration(slowest.total_ns)} against {duration(finding.others_ns or 0)} a rank"
         f"{_over(finding)}"
     )
@@ -94,17 +94,18 @@ def _factor_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
     totals = [figure.total_ns for figure in finding.ranks]
     who = finding.slowest or "the slowest rank"
     return (
-        f"{group_prefix(finding)}the imbalance factor of {subject(threshold)} is {shown} "
-        f"(limit {limit}): {who} has {duration(max(totals))}, "
+        f"{group_prefix(finding)}the imbalance factor of {subject(threshold)} is {shown}"
+        f"{limit}: {who} has {duration(max(totals))}, "
         f"the mean is {duration(sum(totals) / len(totals))}{_over(finding)}"
     )
 
 
 def _lost_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    shown, limit = against_limit(100 * (finding.lost_share or 0.0), 100 * threshold.limit)
+    value = 100 * (finding.lost_share or 0.0)
+    shown, limit = against_limit(value, 100 * threshold.limit, unit=" %")
     return (
-        f"{group_prefix(finding)}{shown} % of the time in {subject(threshold)} is lost to "
-        f"imbalance (limit {limit} %): {duration(finding.lost_ns)}{_over(finding)}"
+        f"{group_prefix(finding)}{shown} of the time in {subject(threshold)} is lost to "
+        f"imbalance{limit}: {duration(finding.lost_ns)}{_over(finding)}"
     )
 
 

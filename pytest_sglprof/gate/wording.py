@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def duration(ns: float) -> str:
     """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, never a bare number."""
@@ -26,15 +28,21 @@ def ratio(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def against_limit(value: float, limit: float) -> tuple[str, str]:
-    """Value and limit with as many digits as it takes to see that they differ.
+def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, str]:
+    """A value, and its limit in brackets: `("1.39", " (limit 1.10)")`.
 
-    `("1.104", "1.10")` rather than `("1.10", "1.10")`.
+    With as many digits as it takes to see that they differ (1.104 against 1.10). An
+    infinite limit is none and gives "".
     """
-    for digits in (2, 3, 4, 5):
-        if f"{value:.{digits}f}" != f"{limit:.{digits}f}":
+    shown = f"{value:.2f}"
+    for digits in (3, 4, 5):
+        if value == limit or float(shown) != round(limit, digits - 1):
             break
-    return f"{value:.{digits}f}", f"{limit:.2f}" if round(limit, 2) == limit else f"{limit:g}"
+        shown = f"{value:.{digits}f}"
+    if not math.isfinite(limit):
+        return f"{shown}{unit}", ""
+    text = f"{limit:.2f}" if round(limit, 2) == round(limit, 9) else f"{limit:g}"
+    return f"{shown}{unit}", f" (limit {text}{unit})"
 
 
 def count(number: int, singular: str, plural: str = "") -> str:

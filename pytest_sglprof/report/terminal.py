@@ -37,7 +37,7 @@ def rank_table(window: Document) -> list[str]:
         lines.extend(("", *text_table(head, rows)))
     if any(finding["compared_steps"] == 0 for finding in _of_scope(window, "compute")):
         lines.append("no step could be compared: times are those of the whole window")
-    lines.extend(_contributor_lines(decisive))
+    lines.extend(contributor_lines(decisive))
     return lines
 
 
@@ -164,7 +164,8 @@ def _shown(figures: Mapping[str, Document]) -> list[str]:
     return [rank for rank in ranks if rank in kept]
 
 
-def _contributor_lines(finding: Document | None) -> list[str]:
+def contributor_lines(finding: Document | None) -> list[str]:
+    """A blank line and one that names the kernels which make a rank slowest; or nothing."""
     if finding is None or not finding["slowest"] or not finding["contributors"]:
         return []
     first = finding["contributors"][0]

@@ -1,0 +1,77 @@
+"""The `sglprof` command: the plugin's work outside pytest.
+
+Exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive, 130 interrupted,
+141 when whoever read the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+from pytest_sglprof import __version__
+from pytest_sglprof.errors import SglprofError
+
+# name -> help. Each is a module of this package with `add_parser(subparsers) -> None` and
+# `run(args) -> int`; only the chosen one is imported, so that `--help` stays instant.
+COMMANDS = {
+    "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
+    "imbalance": "how unequal the ranks are, judged against a limit",
+}
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+    except SglprofError as error:
+        sys.stderr.write(f"sglprof: {error}\n")
+        return error.exit_status
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit and would complain about the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        sys.stderr.write("sglprof: interrupted\n")
+        return INTERRUPTED
+    return status
+
+
+def _run(words: list[str]) -> int:
+    chosen = next((word for word in words if not word.startswith("-")), "")
+    module = _module(chosen) if chosen in COMMANDS else None
+    try:
+        args = _parser(chosen, module).parse_args(words)
+    except SystemExit as leaving:  # argparse has already said why
+        return leaving.code if isinstance(leaving.code, int) else USAGE
+    status: int = module.run(args) if module is not None else USAGE
+    return status
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"pytest_sglprof.cli.{name}")
+
+
+def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sglprof",
+        description="Per-rank kernels of an SGLang server: who is slow, and by how much.",
+        epilog="exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive",
+    )
+    parser.add_argument("--version", action="version", version=f"sglprof {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        if name == chosen and module is not None:
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)
+    return parser
