@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,9 +36,10 @@ class GroupCells:
 
     ns: kernel time of each cell, int64 nanoseconds. rank, step, kernel: indices of each
     cell into `group.ranks`, `steps.numbers` and `kernels`. kernels: (category, normalised
-    name) pairs. has_steps: False when the table knows no steps; then there is one
-    pseudo-step that holds everything. assigned_share: share of the group's kernel time
-    that belongs to some step, 0 to 1 (1.0 without steps). active: ranks with any activity.
+    name) pairs. Cells are sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`.
+    has_steps: False when the table knows no steps; then there is one pseudo-step that
+    holds everything. assigned_share: share of the group's kernel time that belongs to
+    some step, 0 to 1 (1.0 without steps). active: ranks with any activity.
     """
 
     group: WorkGroup
@@ -48,16 +50,17 @@ class GroupCells:
     step: Ints
     kernel: Ints
     kernels: tuple[tuple[str, str], ...]
+    bounds: Ints
     assigned_share: float
     active: frozenset[str]
 
     @property
     def categories(self) -> tuple[str, ...]:
         """Categories with a cell, by kernel time, largest first."""
-        names = np.array([category for category, _ in self.kernels], dtype=object)
+        every = self.kernel_totals(np.ones(len(self.kernels), bool)).sum(axis=1)
         totals: dict[str, int] = {}
-        for category, ns in zip(names[self.kernel], self.ns, strict=True):
-            totals[str(category)] = totals.get(str(category), 0) + int(ns)
+        for (category, _), ns in zip(self.kernels, every, strict=True):
+            totals[category] = totals.get(category, 0) + int(ns)
         return tuple(sorted(totals, key=lambda name: (-totals[name], name)))
 
     def select(self, scope: str, kernel: str = "") -> Mask:
@@ -80,7 +83,7 @@ class GroupCells:
     def matrix(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
         full = np.zeros((self._rows, len(self.group.ranks)), np.int64)
-        mine = kernels[self.kernel]
+        mine = self._cells_of(kernels)
         np.add.at(full, (self.step[mine], self.rank[mine]), self.ns[mine])
         return full[self._stage_rows(stage)]
 
@@ -93,6 +96,22 @@ class GroupCells:
         mine = kernels[self.kernel] & self._stage_rows(stage)[self.step]
         np.add.at(totals, (self.kernel[mine], self.rank[mine]), self.ns[mine])
         return totals
+
+    def compute_ns(self, stage: str = "") -> int:
+        """Kernel time of compute over all compared steps and ranks, ns."""
+        return int(self.ns[self._is_compute & self._stage_rows(stage)[self.step]].sum())
+
+    @cached_property
+    def _is_compute(self) -> Mask:
+        chosen: Mask = self.select("compute")[self.kernel]
+        return chosen
+
+    def _cells_of(self, kernels: Mask) -> slice | Mask:
+        """Which cells belong to the chosen kernels; a view where it is one kernel only."""
+        chosen = np.flatnonzero(kernels)
+        if len(chosen) == 1:
+            return slice(int(self.bounds[chosen[0]]), int(self.bounds[chosen[0] + 1]))
+        return kernels[self.kernel]
 
     @property
     def _rows(self) -> int:
@@ -124,7 +143,9 @@ def _sums(frame: pd.DataFrame) -> pd.DataFrame:
     grouped = frame.groupby(keys, observed=True, sort=False)["dur_ns"]
     sums = grouped.agg(ns="sum", count="size").reset_index()
     text = {"rank": object, "category": object, "name": object}
-    return sums.astype({**text, "step": np.int64, "ns": np.int64, "count": np.int64})
+    numbers = {"step": np.int64, "ns": np.int64, "count": np.int64}
+    typed: pd.DataFrame = sums.astype({**text, **numbers})
+    return typed
 
 
 def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> GroupCells:
@@ -141,15 +162,17 @@ def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> G
         step = np.zeros(len(mine), np.int64)
     pairs = pd.MultiIndex.from_frame(mine[["category", "name"]])
     codes, kernels = pairs.factorize()
+    order = np.argsort(codes, kind="stable")
     return GroupCells(
         group=group,
         steps=steps,
         has_steps=has_steps,
-        ns=mine["ns"].to_numpy(np.int64),
-        rank=_positions(group.ranks, mine["rank"]),
-        step=step,
-        kernel=codes.astype(np.int64),
+        ns=mine["ns"].to_numpy(np.int64)[order],
+        rank=_positions(group.ranks, mine["rank"])[order],
+        step=step[order],
+        kernel=codes[order].astype(np.int64),
         kernels=tuple((str(category), str(name)) for category, name in kernels),
+        bounds=np.searchsorted(codes[order], np.arange(len(kernels) + 1)).astype(np.int64),
         assigned_share=assigned / every if has_steps and every else 1.0,
         active=active,
     )
@@ -157,4 +180,5 @@ def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> G
 
 def _positions(known: Sequence[object], values: pd.Series) -> Ints:
     """Index into `known` of each value, shape of `values`."""
-    return pd.Index(list(known)).get_indexer(pd.Index(values)).astype(np.int64)
+    found: Ints = pd.Index(list(known)).get_indexer(pd.Index(values)).astype(np.int64)
+    return found

@@ -169,7 +169,7 @@ def _finding(
     lost = peak - live.mean(axis=1).sum() if live.size else 0.0
     top, others = _slowest_and_others(totals)
     slowest = None if top is None or reason else cells.group.ranks[top]
-    compute = int(cells.matrix(cells.select("compute"), stage).sum())
+    compute = cells.compute_ns(stage)
     by_kernel: tuple[tuple[str, float], ...] = ()
     by_category: tuple[tuple[str, float], ...] = ()
     if slowest is not None and top is not None:

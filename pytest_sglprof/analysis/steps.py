@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # the activities that it should have. Whole steps of one stage differ by a few percent
 # (a sampling kernel more or less); a cut one lacks about half on average.
 WHOLE_STEP_SHARE = 0.9
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def step_spans(table: KernelTable) -> pd.DataFrame:
         source = table.frame.loc[table.frame["step"] >= 0, ["rank", "step", "stage"]]
     spans = source[["rank", "step", "stage"]].drop_duplicates(["rank", "step"])
     spans = spans[spans["step"] >= 0]
-    return spans.astype({"rank": object, "step": np.int64, "stage": object})
+    typed: pd.DataFrame = spans.astype({"rank": object, "step": np.int64, "stage": object})
+    return typed
 
 
 def compared_steps(
@@ -83,16 +87,17 @@ def compared_steps(
 
 
 def _count_matrix(
-    activities: pd.DataFrame, numbers: np.ndarray, ranks: Sequence[str]
-) -> np.ndarray:
+    activities: pd.DataFrame, numbers: npt.NDArray[np.int64], ranks: Sequence[str]
+) -> Floats:
     """Number of activities, shape (steps, ranks)."""
     wide = activities.pivot_table(
         index="step", columns="rank", values="count", aggfunc="sum", observed=True
     )
-    return wide.reindex(index=numbers, columns=list(ranks)).fillna(0).to_numpy(float)
+    counts: Floats = wide.reindex(index=numbers, columns=list(ranks)).fillna(0).to_numpy(float)
+    return counts
 
 
-def _is_cut(counts: np.ndarray, stages: np.ndarray, edge: int) -> bool:
+def _is_cut(counts: Floats, stages: npt.NDArray[np.object_], edge: int) -> bool:
     """True when a rank has less in this step than its peers *and* than it usually has.
 
     Either alone proves nothing: one rank may always run fewer kernels than another, and

@@ -171,16 +171,16 @@ def _tests(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         own = {key: value for key, value in attempt.items() if key != "nodeid"}
         by_node.setdefault(str(attempt["nodeid"]), []).append(own)
     tests = []
-    for nodeid, own in by_node.items():
-        own.sort(key=lambda attempt: int(attempt["number"]))
-        last = own[-1]
+    for nodeid, mine in by_node.items():
+        mine.sort(key=lambda attempt: int(attempt["number"]))
+        last = mine[-1]
         tests.append(
             {
                 "nodeid": nodeid,
                 "outcome": last["outcome"],
                 "verdict": last["verdict"],
                 "reason": last["reason"],
-                "attempts": own,
+                "attempts": mine,
             }
         )
     return tests
