@@ -140,6 +140,14 @@ class NsysSession:
         """What ``nsys sessions list`` says of it; "" when there is no such session."""
         return self._sessions().get(self.name, "")
 
+    def require(self) -> str:
+        """Its state; raises `NsysSessionError` when there is no such session."""
+        sessions = self._sessions()
+        state = sessions.get(self.name, "")
+        if state in GONE:
+            raise self._gone(sessions)  # to start it would create a stray session
+        return state
+
     def start(
         self, output: Path, *, capture_range: str | None = None, timeout: float = 60.0
     ) -> None:
@@ -148,10 +156,7 @@ class NsysSession:
         capture_range: ``cudaProfilerApi`` to wait for the target's own start and stop;
         ignored by a session's first window.
         """
-        sessions = self._sessions()
-        state = sessions.get(self.name, "")
-        if state in GONE:
-            raise self._gone(sessions)  # to start it would create a stray session
+        state = self.require()
         if state in COLLECTING:
             raise NsysSessionError(
                 f"nsys session {self.name!r} already collects (state {state})",
@@ -172,10 +177,7 @@ class NsysSession:
         The first report of a session is moved to where `start` was asked to put it.
         Raises `NsysError` when there is no report, or only a ``.qdstrm``.
         """
-        sessions = self._sessions()
-        state = sessions.get(self.name, "")
-        if state in GONE:
-            raise self._gone(sessions)
+        state = self.require()
         if state not in COLLECTING:
             raise NsysSessionError(
                 f"nsys session {self.name!r} has no open window (state {state})",

@@ -37,13 +37,15 @@ def adopt_orphans() -> bool:
         return False
 
 
-def reap_orphans(keep: Iterable[int] = ()) -> None:
-    """Collects dead children that were adopted; never those in `keep`, whose status is wanted."""
-    kept = set(keep)
-    for process in descendants(os.getpid(), zombies=True):
-        if process.pid not in kept and _is_zombie(process):
-            with contextlib.suppress(OSError):
-                os.waitpid(process.pid, os.WNOHANG)
+def reap_orphans() -> None:
+    """Collects dead children that were adopted.
+
+    Poll the children whose status is wanted first: their status is lost here.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            if found.si_pid == 0:
+                break
 
 
 def create_time(pid: int) -> float | None:
@@ -63,15 +65,15 @@ def is_alive(pid: int, created: float) -> bool:
     return found is not None and abs(found - created) <= SAME_PROCESS
 
 
-def descendants(pid: int, *, zombies: bool = False) -> list[psutil.Process]:
-    """All processes below `pid`, parents before children; [] when it is gone."""
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes below `pid` that live, parents before children; [] when it is gone."""
     import psutil
 
     try:
         found = psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
-    return [process for process in found if zombies or not _is_zombie(process)]
+    return [process for process in found if not _is_zombie(process)]
 
 
 def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
@@ -80,19 +82,17 @@ def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
     First the roots alone get SIGTERM, so that a server ends its own ranks in order, and
     `grace` s; then what is left of the trees gets SIGTERM and a second; then SIGKILL.
     """
-    import psutil
-
     own = os.getpid()
     roots = [process for pid in pids if (process := _process(pid)) and pid != own]
     _signal(roots, "terminate")
     family = _family(roots)
-    psutil.wait_procs(roots, timeout=grace)
+    wait_gone(roots, grace)
     # A root that has ended tells no children any more: those seen before count.
     family = _family([*roots, *family])
     rest = _living(family)
     if rest:
         _signal(rest, "terminate")
-        psutil.wait_procs(rest, timeout=min(grace, 1.0))
+        wait_gone(rest, min(grace, 1.0))
         rest = _living(_family(family))
         _signal(rest, "kill")
         wait_gone(rest, KILL_WAIT)

@@ -93,7 +93,8 @@ class ServerLog:
         if not found:
             found = _distinct(line for line in lines if _ENDINGS.search(line))
         if not found:
-            found = [line for line in lines if not _NOISE.search(line)][-limit // 2 :]
+            telling = (line for number, line in enumerate(lines) if number not in inside)
+            found = [line for line in telling if not _NOISE.search(line)][-limit // 2 :]
         return tuple(_shorten(line) for line in found[-limit:])
 
     def _bytes(self, start: int) -> bytes:

@@ -1,0 +1,157 @@
+"""``python -m pytest_sglprof.keeper``: see `pytest_sglprof.server.plan` for its messages.
+
+It runs in a process session of its own and ignores Ctrl-C. When pytest stops it, dies, or
+closes the pipe, it tears the server down by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from pytest_sglprof import process
+from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.keeper.gpus import log_gpus
+from pytest_sglprof.keeper.life import ServerLife
+from pytest_sglprof.keeper.teardown import tear_down
+from pytest_sglprof.server.plan import Plan, error_message
+from pytest_sglprof.values import Backend
+
+log = logging.getLogger("sglprof.keeper")
+
+TICK = 0.25  # s between two looks at the server
+ALONE_LIMIT = 20.0  # s for closing a window when nobody waits for it any more
+Message = dict[str, Any]
+
+
+class Keeper:
+    """The keeper's loop: messages in, events out, the server in between."""
+
+    def __init__(self) -> None:
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._alone = False
+        self._window: Backend | None = None
+        self._opened = 0.0
+        self._parent = 0
+
+    def run(self) -> int:
+        """Serves one server; returns the exit status."""
+        process.adopt_orphans()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self._end_alone())
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+        first = self._inbox.get()
+        if first is None or first.get("op") != "launch":
+            return 2
+        plan = Plan.from_plain(first["plan"])
+        self._log_to(plan)
+        self._parent = plan.parent
+        os.environ.pop("PYTHONPATH", None)
+        if plan.pythonpath:
+            os.environ["PYTHONPATH"] = plan.pythonpath
+        life = ServerLife(
+            plan,
+            cancelled=self._is_ending,
+            progress=lambda text: self._say({"event": "progress", "text": text}),
+        )
+        left: list[str] = []
+        try:
+            if self._start(life):
+                self._loop(life)
+        except Exception:
+            log.exception("the keeper failed; it tears down")
+        finally:
+            limit = ALONE_LIMIT if self._alone else plan.spec.stop_timeout
+            left = tear_down(life, self._window, self._opened, limit)
+            self._say({"event": "stopped", "left": left})
+        return 1 if left else 0
+
+    def _start(self, life: ServerLife) -> bool:
+        try:
+            life.start()
+        except SglprofError as error:
+            log.warning("not started: %s", error)
+            self._say(error_message(error))
+            return False
+        self._say(
+            {
+                "event": "started",
+                "pid": life.pid,
+                "created": life.created,
+                "host": life.host,
+                "port": life.port,
+                "command": life.words,
+                "session": life.session.name if life.session else "",
+                "tmpdir": str(life.tmpdir),
+            }
+        )
+        return True
+
+    def _loop(self, life: ServerLife) -> None:
+        while not self._is_ending():
+            with contextlib.suppress(queue.Empty):
+                self._take(self._inbox.get(timeout=TICK))
+            if not life.is_alive():
+                status = life.exit_status()
+                log.warning("the server ended by itself, status %s", status)
+                self._say({"event": "exited", "status": status})
+                return
+            if life.launcher is not None and life.launcher.poll() is not None:
+                process.reap_orphans()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._take(self._inbox.get_nowait())
+
+    def _take(self, message: Message | None) -> None:
+        if message is not None and message.get("op") == "window":
+            self._window = message.get("backend")
+            self._opened = time.time()
+            log.info("window: %s", self._window)
+
+    def _is_ending(self) -> bool:
+        """Also true when pytest has died while somebody else holds the pipe open."""
+        if os.getppid() != self._parent:
+            self._end_alone()
+        return self._ending.is_set()
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                self._inbox.put(message)
+                if message.get("op") == "stop":
+                    self._ending.set()
+        self._end_alone()
+        self._inbox.put(None)
+
+    def _end_alone(self) -> None:
+        self._alone = True
+        self._ending.set()
+
+    def _say(self, message: Message) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody may listen any more
+            sys.stdout.write(json.dumps(message) + "\n")
+            sys.stdout.flush()
+
+    def _log_to(self, plan: Plan) -> None:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(plan.folder / "keeper.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.info("keeper %d of process %d; %s", os.getpid(), plan.parent, log_gpus())
+
+
+if __name__ == "__main__":
+    sys.exit(Keeper().run())

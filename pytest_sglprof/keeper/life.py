@@ -1,0 +1,279 @@
+"""`ServerLife`: one server, with its nsys and its leases, from start to end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pytest_sglprof import nsys, process
+from pytest_sglprof.errors import LeaseError, ServerDied, ServerNotReady
+from pytest_sglprof.keeper.gpus import VISIBLE, choose_gpus, visible_gpus
+from pytest_sglprof.keeper.handover import LogPump, hand_over
+from pytest_sglprof.redact import redact_command
+from pytest_sglprof.server import command, lease
+from pytest_sglprof.server.plan import Plan
+
+log = logging.getLogger("sglprof.keeper")
+
+SOCKET_ROOM = 60  # bytes of a folder's path; SGLang puts sockets (107 bytes at most) into it
+START_LIMIT = 120.0  # s for nsys and the interpreter to come up
+STATUS_WAIT = 60.0  # s for nsys to write the report of a dead target and tell its status
+HURRIED_WAIT = 10.0  # s for the same when everything is to end
+PORT_WAIT = 10.0  # s for a port to be free again after its last server
+
+Say = Callable[[str], None]
+
+
+class ServerLife:
+    """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`."""
+
+    def __init__(self, plan: Plan, *, cancelled: Callable[[], bool], progress: Say) -> None:
+        self.plan = plan
+        self.folder = plan.folder
+        self.host = command.option(plan.spec.args, "--host") or command.HOST
+        self.port = 0
+        self.pid = 0
+        self.created = 0.0
+        self.words: list[str] = []
+        self.session: nsys.NsysSession | None = None
+        self.launcher: subprocess.Popen[bytes] | None = None
+        self.pump: LogPump | None = None
+        self.tmpdir = self.folder / "tmp"
+        self.seen: set[int] = set()
+        self._leases: list[lease.Lease] = []
+        self._link: Path | None = None
+        self._cancelled = cancelled
+        self._progress = progress
+
+    def start(self) -> None:
+        """Leases, then starts; returns when the server's process runs (not: is ready)."""
+        lease.sweep()
+        for name in ("tmp", "traces", "nsys"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        gpus = self._lease_gpus()
+        self.port, nccl_port = self._lease_ports()
+        self._shorten_tmpdir()
+        plan = self.plan
+        words = command.server_words(plan.spec, plan.entry, self.port, nccl_port)
+        shown, hidden = command.split_secret_words(words)
+        hidden += command.key_words(plan.spec, plan.api_key, plan.admin_key)
+        self.words = redact_command(command.shown_command(plan.entry, [*shown, *hidden]))
+        environment, private = command.server_environment(
+            plan.spec, plan.entry, os.environ, self.tmpdir
+        )
+        if gpus is not None:
+            environment[VISIBLE] = ",".join(gpus)
+        fifo = self.folder / "tmp" / "handover.fifo"
+        os.mkfifo(fifo, 0o600)
+        line = [*self._nsys_words(), *command.exec_command(plan.entry, fifo, shown)]
+        log.info("starting %s", " ".join(redact_command(line)))
+        self._spawn(line, environment)
+        self._hand_over(fifo, self._secrets(hidden, private))
+        self._wait_for_pid()
+
+    def is_alive(self) -> bool:
+        """True while the server's own process runs, whatever became of nsys."""
+        return bool(self.pid) and process.is_alive(self.pid, self.created)
+
+    def exit_status(self) -> int | None:
+        """The server's exit status after its end; None when nobody knows it.
+
+        Below nsys it is told only when the report of the open window is written.
+        """
+        if self.launcher is None:
+            return None
+        deadline = time.monotonic() + STATUS_WAIT
+        while (status := self.launcher.poll()) is None:
+            if time.monotonic() > deadline:
+                return None
+            if self._cancelled():
+                deadline = min(deadline, time.monotonic() + HURRIED_WAIT)
+            time.sleep(0.05)
+        # An nsys that was killed did not live to tell the status of its target.
+        return None if self.plan.nsys and status < 0 else status
+
+    def remember(self) -> None:
+        """Notes who belongs to the server, for the look at the GPUs after its end."""
+        self.seen.update(found.pid for found in process.descendants(os.getpid()))
+
+    def free(self) -> None:
+        """Removes the temporary folder and frees the leases; for after the end."""
+        if self.pump is not None:
+            self.pump.close()
+        if self._link is not None:
+            self._link.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        for held in self._leases:
+            held.release()
+        self._leases.clear()
+
+    def _lease_gpus(self) -> list[str] | None:
+        """Leases the devices; returns them when the server is to see only these."""
+        spec = self.plan.spec
+        on_cpu = command.option(spec.args, "--device") == "cpu"
+        if self.plan.entry.kind == "standin" or on_cpu:
+            return None
+        visible = visible_gpus({**os.environ, **dict(spec.env)})
+        chosen = choose_gpus(spec.gpus, visible)
+        for name in sorted(chosen):  # in one order for everybody, so that nobody deadlocks
+            self._leases.append(
+                lease.acquire(
+                    f"gpu-{name}",
+                    timeout=spec.ready_timeout,
+                    what=f"GPU {name}",
+                    progress=self._progress,
+                    cancelled=self._cancelled,
+                )
+            )
+        if spec.gpus == "all" or VISIBLE in dict(spec.env):
+            return None
+        return None if command.option(spec.args, "--base-gpu-id") else chosen
+
+    def _lease_ports(self) -> tuple[int, int | None]:
+        wanted = command.user_port(self.plan.spec)
+        if wanted is None:
+            port, leases = lease.free_server_ports()
+            self._leases += leases
+        else:
+            port = wanted
+            self._lease_wanted_port(port)
+        if command.option(self.plan.spec.args, "--nccl-port") is not None:
+            return port, None
+        nccl_port, held = lease.free_port()
+        self._leases.append(held)
+        return port, nccl_port
+
+    def _lease_wanted_port(self, port: int) -> None:
+        self._leases.append(
+            lease.acquire(
+                lease.port_name(port),
+                timeout=self.plan.spec.ready_timeout,
+                what=f"port {port}",
+                progress=self._progress,
+                cancelled=self._cancelled,
+            )
+        )
+        deadline = time.monotonic() + PORT_WAIT
+        while not lease.port_is_free(port):
+            pid = lease.listener_of(port)
+            if pid is not None or time.monotonic() > deadline or self._cancelled():
+                raise LeaseError(
+                    f"port {port} is in use by {f'process {pid}' if pid else 'another process'}",
+                    expected="a free port, since one was asked for",
+                    hint="end that process, give another port, or none: a free one is chosen then",
+                )
+            time.sleep(0.1)
+
+    def _shorten_tmpdir(self) -> None:
+        """A socket's path is short by law of the kernel: a link stands for a long folder."""
+        if len(os.fsencode(self.tmpdir)) <= SOCKET_ROOM:
+            return
+        link = Path(tempfile.gettempdir()) / f"sglprof-{secrets.token_hex(6)}"
+        link.symlink_to(self.tmpdir.absolute(), target_is_directory=True)
+        self._link = self.tmpdir = link
+
+    def _nsys_words(self) -> list[str]:
+        plan = self.plan
+        if not plan.nsys:
+            return []
+        tool = nsys.NsysTool(plan.nsys, plan.nsys_version)
+        name = f"sglprof-{plan.parent}-{secrets.token_hex(4)}"
+        self.session = nsys.NsysSession(tool, name, tmpdir=self.tmpdir)
+        on_cpu = command.option(plan.spec.args, "--device") == "cpu"
+        return nsys.profile_prefix(
+            tool,
+            name,
+            self.folder / "nsys" / "first.nsys-rep",
+            plan.spec.nsys_args,
+            gpu=plan.entry.kind == "sglang" and not on_cpu,
+        )
+
+    def _spawn(self, line: list[str], environment: dict[str, str]) -> None:
+        try:
+            with (self.folder / "server.log").open("ab") as output:
+                self.launcher = subprocess.Popen(
+                    line,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ServerDied(
+                f"{line[0]} could not be started: {error.strerror or error}",
+                hint="check --sglprof-python and --sglprof-nsys",
+            ) from error
+
+    def _secrets(self, hidden: list[str], private: dict[str, str]) -> dict[str, Any]:
+        """What goes through the fifo; see `server/exec_step.py`."""
+        texts = [word.partition("=")[2] if word.startswith("--") else word for word in hidden]
+        texts = [text for text in texts if text]
+        target = self.folder / "server.log"
+        if texts:
+            target = self.folder / "tmp" / "log.fifo"
+            self.pump = LogPump(target, self.folder / "server.log", [*texts, *private.values()])
+        return {
+            # Below nsys every process's environment block ends up in the report.
+            "environ": {} if self.plan.nsys else private,
+            "private": private if self.plan.nsys else {},
+            "args": hidden,
+            "log": str(target),
+            "pid_file": str(self._pid_file),
+        }
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.folder / "tmp" / "server.pid"
+
+    def _hand_over(self, fifo: Path, given: dict[str, Any]) -> None:
+        launcher = self.launcher
+        assert launcher is not None
+
+        def alive() -> bool:
+            return launcher.poll() is None and not self._cancelled()
+
+        if not hand_over(fifo, given, alive=alive, timeout=START_LIMIT):
+            raise self._not_started()
+
+    def _wait_for_pid(self) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while not self._pid_file.exists():
+            assert self.launcher is not None
+            over = time.monotonic() > deadline or self._cancelled()
+            if over or self.launcher.poll() is not None:
+                raise self._not_started()
+            time.sleep(0.02)
+        self.pid = int(self._pid_file.read_text())
+        with contextlib.suppress(OSError):
+            self._pid_file.unlink()
+        created = process.create_time(self.pid)
+        if created is None:
+            raise self._not_started()
+        self.created = created
+        log.info("server is process %d", self.pid)
+
+    def _not_started(self) -> ServerDied | ServerNotReady:
+        status = self.launcher.poll() if self.launcher else None
+        lines = (self.folder / "server.log").read_text(errors="replace").splitlines()
+        if status is None:
+            return ServerNotReady(
+                f"the server's process did not come up within {START_LIMIT:g} s",
+                hint=f"look at {self.folder / 'server.log'}",
+                log=lines[-12:],
+            )
+        return ServerDied(
+            f"the server's command ended with status {status} before the server ran",
+            expected="a command that starts",
+            hint=f"the whole log is {self.folder / 'server.log'}",
+            log=lines[-12:],
+        )

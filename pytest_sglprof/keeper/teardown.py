@@ -1,0 +1,151 @@
+"""Ends a server in the order that loses nothing, and tells what is left.
+
+The open window first, then the server's tree, then nsys; then nobody of us may be left:
+no process, no session, no agent, no context on a GPU. Every step has its limit, and
+together they fit into the minute in which a killed pytest must be cleaned up after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from pytest_sglprof import nsys, process
+from pytest_sglprof.errors import NsysError, SglprofError
+from pytest_sglprof.keeper.gpus import processes_on_gpus
+from pytest_sglprof.keeper.life import ServerLife
+from pytest_sglprof.server.command import local_url
+from pytest_sglprof.values import Backend
+
+log = logging.getLogger("sglprof.keeper")
+
+GRACE = 12.0  # s after SIGTERM; SGLang needs about 5
+FINALISE = 10.0  # s for nsys to end after its target
+SHUTDOWN = 8.0  # s for `nsys shutdown`
+GPU_WAIT = 10.0  # s for the driver to drop the contexts of killed processes
+
+
+def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: float) -> list[str]:
+    """Does it all; returns what could not be removed, [] when nothing is left.
+
+    window: the backend of a window that is still open, opened at Unix time `opened`.
+    limit: s for closing it.
+    """
+    life.remember()
+    if window is not None and life.is_alive():
+        _close_window(life, window, opened, limit)
+    if life.is_alive():
+        log.info("SIGTERM to the server's tree")
+        life.remember()
+        process.terminate_tree([life.pid], GRACE)
+    _end_launcher(life)
+    _end_session(life)
+    left = _end_rest(life)
+    left += _check_session(life)
+    left += _check_gpus(life)
+    life.free()
+    for text in left:
+        log.error("left behind: %s", text)
+    log.info("teardown is over")
+    return left
+
+
+def _close_window(life: ServerLife, window: Backend, opened: float, limit: float) -> None:
+    log.info("closing the open %s window, limit %.0f s", window, limit)
+    try:
+        if window == "nsys" and life.session is not None:
+            if life.session.state() in nsys.COLLECTING:
+                log.info("report: %s", life.session.stop(timeout=limit))
+        else:
+            _stop_profile(life, limit)
+    except (SglprofError, OSError) as error:
+        log.warning("the window could not be closed: %s", error)
+        _remove_halves(life.folder / "traces", opened)
+
+
+def _stop_profile(life: ServerLife, limit: float) -> None:
+    from pytest_sglprof.server.client import SglangClient
+
+    client = SglangClient(
+        local_url(life.host, life.port),
+        api_key=life.plan.api_key,
+        admin_key=life.plan.admin_key,
+    )
+    try:
+        ended = client.stop_profile(limit)
+        log.info("profile %s", "ended" if ended else "was not running any more")
+    finally:
+        client.close()
+
+
+def _remove_halves(traces: Path, opened: float) -> None:
+    """Files of a window that was cut off: they are written in place, so they are halves."""
+    for path in traces.rglob("*.json*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime >= opened:
+                path.unlink()
+
+
+def _end_launcher(life: ServerLife) -> None:
+    """nsys ends by itself after its target, once the report is written."""
+    if life.launcher is None:
+        return
+    try:
+        life.launcher.wait(FINALISE)
+    except subprocess.TimeoutExpired:
+        log.warning("the launched command does not end by itself: SIGTERM")
+        process.terminate_tree([life.launcher.pid], 2.0)
+
+
+def _end_session(life: ServerLife) -> None:
+    """For an nsys command that was killed: its session and agent live on."""
+    if life.session is None:
+        return
+    try:
+        if life.session.state() not in nsys.GONE:
+            log.info("nsys shutdown of %s", life.session.name)
+            life.session.shutdown(timeout=SHUTDOWN, discard=True)
+    except NsysError as error:
+        log.warning("%s", error)
+
+
+def _end_rest(life: ServerLife) -> list[str]:
+    """Kills whatever still descends from this process; it adopted all orphans."""
+    _reap(life)
+    rest = process.descendants(os.getpid())
+    # The agent ends a moment after its session.
+    rest = process.wait_gone(rest, 2.0) if rest else rest
+    if rest:
+        log.warning("SIGKILL to %s", ", ".join(str(found.pid) for found in rest))
+    alive = process.kill_all(rest)
+    _reap(life)
+    return [f"process {pid}" for pid in alive]
+
+
+def _check_session(life: ServerLife) -> list[str]:
+    if life.session is None:
+        return []
+    try:
+        state = life.session.state()
+    except NsysError as error:
+        return [f"nsys session {life.session.name}: {error.what}"]
+    return [] if state in nsys.GONE else [f"nsys session {life.session.name} ({state})"]
+
+
+def _check_gpus(life: ServerLife) -> list[str]:
+    deadline = time.monotonic() + GPU_WAIT
+    while held := processes_on_gpus(life.seen):
+        if time.monotonic() > deadline:
+            return [f"process {pid} on a GPU" for pid in held]
+        time.sleep(0.25)
+    return []
+
+
+def _reap(life: ServerLife) -> None:
+    if life.launcher is not None:
+        life.launcher.poll()
+    process.reap_orphans()

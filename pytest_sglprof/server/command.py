@@ -1,0 +1,226 @@
+"""The command of a server: what the chosen interpreter has, its words, its environment."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pytest_sglprof.errors import ServerMissing, SettingsError
+from pytest_sglprof.redact import is_secret_env, redact_command
+from pytest_sglprof.values import ServerSpec
+
+WATCHDOG = "1800"  # s; an export of a profile that outlasts it would kill the server
+HOST = "127.0.0.1"
+EXEC_STEP = Path(__file__).with_name("exec_step.py")
+PACKAGE_ROOT = Path(__file__).parents[2]
+PROBE_LIMIT = 120.0  # s; interpreters in containers and on network disks start slowly
+
+# Looks only at files: importing sglang would import torch.
+_PROBE = """
+import importlib.metadata, importlib.util, json, os, sys
+if sys.path[0] == "":  # a folder called sglang beside us is not an installation
+    del sys.path[0]
+spec = importlib.util.find_spec("sglang")
+places = list(spec.submodule_search_locations or []) if spec else []
+has = lambda *parts: any(os.path.isfile(os.path.join(p, *parts)) for p in places)
+try:
+    version = importlib.metadata.version("sglang") if places else ""
+except importlib.metadata.PackageNotFoundError:
+    version = ""
+print(json.dumps({"serve": has("cli", "serve.py"), "module": has("launch_server.py"),
+                  "version": version}))
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How an interpreter starts a server.
+
+    mode: "serve" (`sglang serve`), or "module" (`python -m MODULE`).
+    version: SGLang's, "" where it is not told.
+    """
+
+    kind: Literal["sglang", "standin"]
+    python: str
+    mode: Literal["serve", "module"]
+    module: str = ""
+    version: str = ""
+
+
+def find_entry(spec: ServerSpec) -> Entry:
+    """The server that `spec` means. "auto" is SGLang where it is installed.
+
+    Raises `ServerMissing` when SGLang is wanted and the interpreter has none.
+    """
+    if spec.kind == "standin":
+        return _standin()
+    python = spec.python or sys.executable
+    try:
+        return _sglang(python)
+    except ServerMissing:
+        if spec.kind == "auto":
+            return _standin()
+        raise
+
+
+def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | None) -> list[str]:
+    """The arguments of the server; what the user gave is never given again."""
+    given = {word.partition("=")[0] for word in spec.args}
+    words: list[str] = []
+
+    def add(name: str, value: str, *also: str) -> None:
+        if value and not given & {name, *also}:
+            words.extend((name, value))
+
+    if entry.kind == "sglang":
+        add("--model-path", spec.model_path, "--model")
+    add("--host", HOST)
+    add("--port", str(port))
+    if entry.kind == "sglang":
+        add("--nccl-port", str(nccl_port) if nccl_port else "")
+        add("--watchdog-timeout", WATCHDOG)
+    words.extend(spec.args)
+    if entry.kind == "standin":
+        words.extend(spec.standin_args)
+    return words
+
+
+def option(args: Sequence[str], name: str) -> str | None:
+    """The value of `name` in a command line, in either spelling; the last one counts."""
+    found = None
+    for number, word in enumerate(args):
+        if word == name and number + 1 < len(args):
+            found = args[number + 1]
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def local_url(host: str, port: int) -> str:
+    """The address at which this machine reaches a server that listens on `host`."""
+    if host in ("0.0.0.0", "::", ""):
+        host = HOST
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def user_port(spec: ServerSpec) -> int | None:
+    """The port that the user asked for, by `port` or among `args`."""
+    text = option(spec.args, "--port")
+    if text is None:
+        return spec.port
+    if not text.isdigit():
+        raise SettingsError(f"server {spec.name!r}: --port {text!r} is not a number")
+    return int(text)
+
+
+def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
+    """The arguments that hand over the server's keys, where `args` does not."""
+    given = {word.partition("=")[0] for word in spec.args}
+    words: list[str] = []
+    if api_key and "--api-key" not in given:
+        words += ["--api-key", api_key]
+    if admin_key and "--admin-api-key" not in given:
+        words += ["--admin-api-key", admin_key]
+    return words
+
+
+def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line, apart: what may be seen, and options whose values may not."""
+    shown = redact_command(words)
+    hidden: set[int] = set()
+    for number, (word, safe) in enumerate(zip(words, shown, strict=True)):
+        if word != safe:
+            hidden |= {number} if word.startswith("--") else {number - 1, number}
+    return (
+        [word for number, word in enumerate(words) if number not in hidden],
+        [word for number, word in enumerate(words) if number in hidden],
+    )
+
+
+def exec_command(entry: Entry, fifo: Path, words: Sequence[str]) -> list[str]:
+    """The command that is really started: the exec step, which becomes the server."""
+    start = [entry.python, "-u", str(EXEC_STEP), str(fifo)]
+    target = ["serve"] if entry.mode == "serve" else ["module", entry.module]
+    return [*start, *target, *words]
+
+
+def shown_command(entry: Entry, words: Sequence[str]) -> list[str]:
+    """The command as a user would type it."""
+    start = ["-m", "sglang.cli.main", "serve"] if entry.mode == "serve" else ["-m", entry.module]
+    return [entry.python, *start, *words]
+
+
+def server_environment(
+    spec: ServerSpec, entry: Entry, base: Mapping[str, str], tmpdir: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The server's variables, apart: those that may be seen, and the secret ones.
+
+    base: the environment of the caller. A secret is what `spec.secrets` names and what
+    is named like a credential.
+    """
+    merged = dict(base)
+    merged["PYTHONUNBUFFERED"] = "1"
+    merged["TMPDIR"] = str(tmpdir)
+    merged.setdefault("SGLANG_LOG_FORWARD_ITERS", "1")
+    merged.setdefault("SGLANG_LOG_MS", "1")
+    if spec.nsys:
+        merged.setdefault("SGLANG_ENABLE_NVTX_SCHEDULER", "1")
+    if entry.kind == "standin":
+        paths = [str(PACKAGE_ROOT), *merged.get("PYTHONPATH", "").split(os.pathsep)]
+        merged["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    merged.update(spec.env)
+    secret = {name for name in merged if name in spec.secrets or is_secret_env(name)}
+    # The server's keys are handed over as arguments; it has no use for our variables.
+    unused = {spec.api_key_env, spec.admin_api_key_env} - {name for name, _ in spec.env}
+    open_ones = {k: v for k, v in merged.items() if k not in secret | unused}
+    return open_ones, {k: v for k, v in merged.items() if k in secret - unused}
+
+
+def _standin() -> Entry:
+    return Entry("standin", sys.executable, "module", "pytest_sglprof.standin")
+
+
+@functools.lru_cache(maxsize=8)
+def _sglang(python: str) -> Entry:
+    found = _probe(python)
+    version = str(found["version"])
+    if found["serve"]:
+        return Entry("sglang", python, "serve", version=version)
+    if found["module"]:
+        return Entry("sglang", python, "module", "sglang.launch_server", version=version)
+    raise ServerMissing(
+        f"SGLang is not installed in {python}",
+        expected="an interpreter that has the package sglang",
+        hint="install SGLang there, name another interpreter with --sglprof-python, or "
+        'say kind = "standin" to run against the embedded stand-in server',
+    )
+
+
+def _probe(python: str) -> dict[str, object]:
+    try:
+        answer = subprocess.run(
+            [python, "-c", _PROBE],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_LIMIT,
+            check=True,
+        )
+        found = json.loads(answer.stdout.strip().splitlines()[-1])
+        assert isinstance(found, dict)
+        return found
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise ServerMissing(
+            f"{python} is not a working Python interpreter",
+            expected="the interpreter that has SGLang",
+            hint="check --sglprof-python (or `python` of the server)",
+            log=str(said).strip().splitlines()[-5:],
+        ) from error

@@ -1,0 +1,90 @@
+"""Becomes the server after taking its secrets from a fifo.
+
+    python exec_step.py FIFO module MODULE [ARG ...]     like `python -m MODULE ARG ...`
+    python exec_step.py FIFO serve [ARG ...]             like `sglang serve ARG ...`
+
+Whoever starts a command shows its words and its environment to everyone who lists
+processes, and nsys writes both into every report. So API keys and tokens come through
+the fifo, as one JSON object, and the server runs inside this very process:
+
+    environ   variables that are set for the server and its children
+    private   variables that must not be in the *environment block* of any child: nsys
+              records the block of each process that it follows. Python code still
+              finds them in os.environ, here and in children of multiprocessing.
+    args      arguments added to the command (--api-key KEY)
+    log       file or fifo that takes the server's output ("" leaves it as it is); nsys
+              would store what goes through its own pipes
+    pid_file  where this process writes its pid
+
+This file is run by the server's interpreter, which need not have pytest-sglprof: it uses
+the standard library only and works from Python 3.8 on.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+
+READ_LIMIT = 120  # s
+
+# Runs in children that multiprocessing spawns, when they unpickle what their parent sent.
+_IN_CHILD = """
+import os
+import multiprocessing.spawn as spawn
+for name, value in private.items():
+    os.environ._data[os.environ.encodekey(name)] = os.environ.encodevalue(value)
+class Carrier:
+    def __reduce__(self):
+        return exec, (source, {"source": source, "private": private})
+original = spawn.get_preparation_data
+def with_private(name):
+    data = original(name)
+    data["sglprof_private"] = Carrier()
+    return data
+spawn.get_preparation_data = with_private
+"""
+
+
+def main() -> None:
+    """Reads the fifo, prepares this process, and runs the server in it."""
+    fifo, mode, words = sys.argv[1], sys.argv[2], sys.argv[3:]
+    signal.alarm(READ_LIMIT)  # the writer may have been killed
+    with open(fifo, encoding="utf-8") as stream:  # noqa: PTH123
+        given = json.load(stream)
+    signal.alarm(0)
+    if given.get("log"):
+        _write_to(given["log"])
+    os.environ.update(given.get("environ", {}))
+    if given.get("private"):
+        exec(_IN_CHILD, {"source": _IN_CHILD, "private": given["private"]})
+    _tell_pid(given["pid_file"])
+    # `python FILE` puts the file's folder first, whose modules would hide others.
+    if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
+        del sys.path[0]
+    if mode == "module":
+        sys.argv = [words[0], *words[1:], *given["args"]]
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        serve = importlib.import_module("sglang.cli.main").main
+
+        sys.argv = ["sglang", "serve", *words, *given["args"]]
+        sys.exit(serve())
+
+
+def _write_to(path: str) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def _tell_pid(path: str) -> None:
+    with open(path + ".new", "w", encoding="utf-8") as stream:  # noqa: PTH123
+        stream.write(str(os.getpid()))
+    os.replace(path + ".new", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What pytest tells the keeper to start, and the messages that both exchange.
+
+One JSON object a line. To the keeper (its stdin):
+
+    {"op": "launch", "plan": {...}}          first, once
+    {"op": "window", "backend": "torch"}     a window is open ("nsys", or null for none)
+    {"op": "stop"}                           tear down; the end of the pipe says the same
+
+From the keeper (its stdout):
+
+    {"event": "progress", "text": ...}
+    {"event": "started", "pid", "created", "host", "port", "command", "session"}
+    {"event": "failed", "error", "what", "expected", "hint", "log"}
+    {"event": "exited", "status": 1}         the server ended by itself (null: unknown)
+    {"event": "stopped", "left": [...]}      last; what the teardown could not remove
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_sglprof import errors
+from pytest_sglprof.errors import ServerError, SglprofError
+from pytest_sglprof.server.command import Entry
+from pytest_sglprof.values import ServerSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a keeper must know. nsys: path of the command, "" for none.
+
+    parent: pid of pytest. pythonpath: pytest's PYTHONPATH; the keeper has a longer one,
+    which the server's interpreter must not inherit.
+    """
+
+    spec: ServerSpec
+    entry: Entry
+    folder: Path
+    nsys: str = ""
+    nsys_version: str = ""
+    api_key: str = ""
+    admin_key: str = ""
+    parent: int = 0
+    pythonpath: str = ""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON values. It holds the keys: for a pipe, never for a file."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_plain`, after JSON has turned tuples into lists."""
+        spec = {key: _tuples(value) for key, value in plain["spec"].items()}
+        return cls(
+            **{
+                **plain,
+                "spec": ServerSpec(**spec),
+                "entry": Entry(**plain["entry"]),
+                "folder": Path(plain["folder"]),
+            }
+        )
+
+
+def error_message(error: SglprofError) -> dict[str, Any]:
+    """An error as a message of the keeper."""
+    return {
+        "event": "failed",
+        "error": type(error).__name__,
+        "what": error.what,
+        "expected": error.expected,
+        "hint": error.hint,
+        "log": list(error.log),
+    }
+
+
+def error_from(message: Mapping[str, Any]) -> SglprofError:
+    """The error that a keeper's message tells of."""
+    kind = getattr(errors, str(message.get("error")), ServerError)
+    if not (isinstance(kind, type) and issubclass(kind, SglprofError)):
+        kind = ServerError
+    return kind(
+        str(message["what"]),
+        expected=str(message.get("expected", "")),
+        hint=str(message.get("hint", "")),
+        log=[str(line) for line in message.get("log", ())],
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,118 @@
+"""Waits for a server to start and to be ready, and tells how it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pytest_sglprof.errors import ServerDied, ServerError, ServerNotReady
+from pytest_sglprof.server.client import SglangClient
+from pytest_sglprof.server.keeper_link import KeeperLink, keeper_said
+from pytest_sglprof.server.log import ServerLog
+from pytest_sglprof.server.plan import Plan, error_from
+from pytest_sglprof.values import ServerSpec
+
+TELL_EVERY = 1.0  # s between two lines of progress
+POLL = 0.25  # s between two looks at /ready
+CAP = 4.0  # times the limit, at most, while the log moves
+PATIENCE = 0.25  # of the limit: how long a moving log extends it each time
+START_LIMIT = 300.0  # s for the keeper to start the process, once all leases are there
+
+Progress = Callable[[str], None]
+
+
+def wait_started(keeper: KeeperLink, plan: Plan, progress: Progress | None) -> dict[str, Any]:
+    """The keeper's "started" event; raises the error that it tells of instead."""
+    # Waiting for leases has its own limit, each of them in the keeper.
+    deadline = time.monotonic() + START_LIMIT + 4 * plan.spec.ready_timeout
+    while time.monotonic() < deadline:
+        event = keeper.next_event(TELL_EVERY)
+        kind = event.get("event") if event else ""
+        if event is None:
+            continue
+        if kind == "started":
+            return event
+        if kind == "failed":
+            raise error_from(event)
+        if kind == "progress" and progress is not None:
+            progress(str(event.get("text", "")))
+        if kind == "closed":
+            raise ServerError(
+                "the keeper of the server ended before it had started the server",
+                hint=f"look at {plan.folder / 'keeper.log'}",
+                log=keeper_said(plan.folder),
+            )
+    raise ServerNotReady(
+        "the keeper did not start the server in time", log=keeper_said(plan.folder)
+    )
+
+
+def wait_until_ready(
+    keeper: KeeperLink,
+    client: SglangClient,
+    log: ServerLog,
+    spec: ServerSpec,
+    progress: Progress | None,
+) -> None:
+    """Returns when the server takes requests.
+
+    Raises `ServerDied` when it ends, `ServerNotReady` after `spec.ready_timeout` s; a log
+    that moves extends that, four times at most.
+    """
+    clock = ReadyClock(spec.ready_timeout, time.monotonic())
+    told = 0.0
+    while not client.is_ready():
+        now = time.monotonic()
+        clock.saw(log.position(), now)
+        if exited := keeper.told("exited"):
+            raise starting_death(log, exited.get("status"), clock.elapsed(now))
+        if keeper.told("closed"):
+            raise ServerError("the keeper of the server ended", log=keeper_said(log.path.parent))
+        if clock.is_over(now):
+            raise ServerNotReady(
+                f"the server was not ready after {clock.elapsed(now):.0f} s",
+                expected=f"an answer 200 at {client.url}/ready within {spec.ready_timeout:g} s",
+                hint=f"raise ready_timeout; its whole log is {log.path}",
+                log=log.reason() or [log.last_line()],
+            )
+        if progress is not None and now - told >= TELL_EVERY:
+            progress(f"server {spec.key}: {clock.elapsed(now):.0f} s, {log.last_line()}")
+            told = now
+        time.sleep(POLL)
+
+
+class ReadyClock:
+    """When waiting is over. All times in s of one monotonic clock."""
+
+    def __init__(self, limit: float, now: float) -> None:
+        self._limit = limit
+        self._began = now
+        self._deadline = now + limit
+        self._size = -1
+
+    def saw(self, size: int, now: float) -> None:
+        """The log had `size` bytes at `now`."""
+        if size != self._size and self._size >= 0:
+            longest = self._began + CAP * self._limit
+            self._deadline = min(max(self._deadline, now + PATIENCE * self._limit), longest)
+        self._size = size
+
+    def is_over(self, now: float) -> bool:
+        """True when the server has had all its time."""
+        return now >= self._deadline
+
+    def elapsed(self, now: float) -> float:
+        """Time since the start."""
+        return now - self._began
+
+
+def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:
+    """The error for a server that ended before it was ready."""
+    how = "of unknown status" if status is None else f"with exit status {status}"
+    return ServerDied(
+        f"the server ended {how} after {seconds:.0f} s, before it was ready",
+        expected="a server that becomes ready",
+        hint=f"its whole log is {log.path}",
+        log=log.reason(),
+    )

@@ -1,0 +1,329 @@
+"""`launch`, `attach` and `Server`: a ready server, ours or somebody else's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pytest_sglprof import process
+from pytest_sglprof.errors import ServerDied, ServerUnreachable, SettingsError
+from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
+from pytest_sglprof.ranks import Rank
+from pytest_sglprof.server import command, lease
+from pytest_sglprof.server.client import SglangClient, is_local_url
+from pytest_sglprof.server.keeper_link import KeeperLink
+from pytest_sglprof.server.log import ServerLog
+from pytest_sglprof.server.plan import Plan
+from pytest_sglprof.server.readiness import wait_started, wait_until_ready
+from pytest_sglprof.server.sizes import ServerSizes
+from pytest_sglprof.values import Backend, ServerSpec
+
+TEARDOWN_LIMIT = 90.0  # s beyond the spec's stop_timeout; the keeper's own limits add up to less
+STATUS_WAIT = 15.0  # s for the keeper to tell an exit status after a death
+GONE_WAIT = 10.0
+
+Progress = Callable[[str], None]
+
+
+class Server:
+    """A server that was ready when this object was made.
+
+    spec: what it was started from (of an attached one only the name). kind: "sglang" or
+    "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
+    info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
+    the same folder here), of an attached one. notes: what the user should know.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: ServerSpec,
+        kind: str,
+        url: str,
+        folder: Path,
+        python: str,
+        client: SglangClient,
+        info: Mapping[str, Any],
+        log: ServerLog | None = None,
+        nsys: NsysSession | None = None,
+        server_dir: tuple[str, str] | None = None,
+        shown_command: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+        keeper: KeeperLink | None = None,
+        pid: int = 0,
+        created: float = 0.0,
+    ) -> None:
+        self.spec = spec
+        self.kind = kind
+        self.url = url
+        parts = urlsplit(url)
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.folder = folder
+        self.python = python
+        self.client = client
+        self.info = dict(info)
+        self.sizes = ServerSizes.from_info(info)
+        self.log = log
+        self.nsys = nsys
+        self.server_dir = server_dir
+        self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
+        self.command = shown_command
+        self.notes = notes
+        self.pid = pid
+        self.attached = keeper is None
+        self._keeper = keeper
+        self._created = created
+        self._left: tuple[str, ...] | None = None
+
+    def is_alive(self) -> bool:
+        """True while the server's process runs; of an attached one, while its port answers."""
+        if self._keeper is None:
+            return _answers(self.host, self.port)
+        return process.is_alive(self.pid, self._created)
+
+    def exit_reason(self) -> ServerDied | None:
+        """Why it is dead, with its exit status and its log's own words; None while it lives."""
+        if self.is_alive():
+            return None
+        if self._keeper is None:
+            return ServerDied(
+                f"nothing listens at {self.url} any more",
+                hint="the server was not ours: look at its own log",
+            )
+        told = self._keeper.wait_told("exited", STATUS_WAIT)
+        return died(self.log, told.get("status") if told else None)
+
+    def scheduler_ranks(self) -> dict[int, Rank]:
+        """pid -> rank, from live command lines; {} for a server on another machine."""
+        if self._keeper is not None:
+            return process.scheduler_ranks(self.pid)
+        if not is_local_url(self.url):
+            return {}
+        pid = lease.listener_of(self.port)
+        return process.scheduler_ranks(pid) if pid else {}
+
+    def window_lock(self) -> AbstractContextManager[None]:
+        """Held while a window is open; `LeaseError` when another process has one open."""
+        return lease.window_lock(self.url)
+
+    def announce_window(self, backend: Backend | None) -> None:
+        """Tells the keeper which window a teardown has to close first (None: none)."""
+        if self._keeper is not None:
+            self._keeper.send({"op": "window", "backend": backend})
+
+    def stop(self) -> tuple[str, ...]:
+        """Ends a server of ours in order; returns what could not be removed. Idempotent.
+
+        An attached server is left alone.
+        """
+        if self._left is None:
+            self.client.close()
+            self._left = () if self._keeper is None else self._stop(self._keeper)
+        return self._left
+
+    def _stop(self, keeper: KeeperLink) -> tuple[str, ...]:
+        if not keeper.close(self.spec.stop_timeout + TEARDOWN_LIMIT):
+            return (f"keeper process {keeper.pid}, still tearing down",)
+        stopped = keeper.told("stopped")
+        if stopped is not None:
+            return tuple(stopped.get("left", ()))
+        return self._clean_after_keeper()
+
+    def _clean_after_keeper(self) -> tuple[str, ...]:
+        """For a keeper that was killed: its leases are free already, its server lives on."""
+        left = []
+        if self.is_alive():
+            left += process.terminate_tree([self.pid], GONE_WAIT)
+        if self.nsys is not None:
+            with contextlib.suppress(Exception):
+                self.nsys.shutdown(discard=True)
+        return tuple(f"process {pid}" for pid in left)
+
+
+def launch(
+    spec: ServerSpec,
+    *,
+    folder: Path,
+    nsys_path: str | None = None,
+    progress: Progress | None = None,
+) -> Server:
+    """Starts the server of `spec` and returns when it is ready.
+
+    folder: its own, made when missing. progress: told about once a second how it goes.
+    Raises `ServerMissing`, `NsysError`, `LeaseError`, `ServerDied` or `ServerNotReady`;
+    nothing is left running then.
+    """
+    entry = command.find_entry(spec)
+    tool = find_nsys(nsys_path) if spec.nsys else None
+    api_key, admin_key = server_keys(spec)
+    plan = Plan(
+        spec=spec,
+        entry=entry,
+        folder=folder.absolute(),
+        nsys=tool.path if tool else "",
+        nsys_version=tool.version if tool else "",
+        api_key=api_key,
+        admin_key=admin_key,
+        parent=os.getpid(),
+        pythonpath=os.environ.get("PYTHONPATH", ""),
+    )
+    log = ServerLog(plan.folder / "server.log", [key for key in (api_key, admin_key) if key])
+    keeper = KeeperLink(plan)
+    try:
+        started = wait_started(keeper, plan, progress)
+        url = command.local_url(started["host"], started["port"])
+        client = SglangClient(url, api_key=api_key, admin_key=admin_key)
+        try:
+            wait_until_ready(keeper, client, log, spec, progress)
+            info = client.server_info()
+        except BaseException:
+            client.close()
+            raise
+    except BaseException:
+        keeper.close(spec.stop_timeout + TEARDOWN_LIMIT)
+        raise
+    return Server(
+        spec=spec,
+        kind=entry.kind,
+        url=url,
+        folder=plan.folder,
+        python=entry.python,
+        client=client,
+        info=info,
+        log=log,
+        nsys=_own_session(tool, started),
+        shown_command=tuple(started["command"]),
+        keeper=keeper,
+        pid=int(started["pid"]),
+        created=float(started["created"]),
+    )
+
+
+def attach(
+    url: str,
+    *,
+    api_key: str = "",
+    admin_key: str = "",
+    server_dir: tuple[str, str] | None = None,
+    nsys_session: str | None = None,
+    nsys_path: str | None = None,
+    folder: Path,
+) -> Server:
+    """A server that somebody else runs; it is never stopped.
+
+    server_dir: (a folder on the server's machine, the same folder here).
+    nsys_session: name of the session that it runs under, to be driven from here.
+    Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
+    `NsysError`.
+    """
+    url = checked_url(url)
+    session = None
+    if nsys_session:
+        session = NsysSession(find_nsys(nsys_path), nsys_session)
+        session.require()
+    client = SglangClient(url, api_key=api_key, admin_key=admin_key)
+    try:
+        info = client.server_info()
+    except ServerUnreachable as error:
+        client.close()
+        raise ServerUnreachable(
+            error.what,
+            expected="a running SGLang server",
+            hint="check --sglprof-server; without it a server is started",
+        ) from error
+    except BaseException:
+        client.close()
+        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    standin = str(info.get("version", "")).find("standin") >= 0 or bool(info.get("standin"))
+    return Server(
+        spec=ServerSpec(name="attached", nsys=session is not None),
+        kind="standin" if standin else "sglang",
+        url=url,
+        folder=folder.absolute(),
+        python="",
+        client=client,
+        info=info,
+        nsys=session,
+        server_dir=server_dir,
+        notes=_attached_notes(url, server_dir),
+    )
+
+
+def checked_url(url: str) -> str:
+    """``http://HOST:PORT`` without a path; raises `SettingsError` for anything else."""
+    full = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(full)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or True)
+    except ValueError:
+        valid = False
+    if not valid or parts.path.strip("/") or parts.query or parts.username:
+        raise SettingsError(
+            f"--sglprof-server {url!r} is not the address of a server",
+            expected="http://HOST:PORT",
+            hint="give no path; keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY",
+        )
+    # One name for one server: the window's lock goes by the address.
+    return f"{parts.scheme}://{parts.netloc.replace('localhost', '127.0.0.1')}"
+
+
+def server_keys(spec: ServerSpec) -> tuple[str, str]:
+    """The API key and the admin key of a server, from the environment or its own arguments."""
+    keys = []
+    for name, option in (
+        (spec.api_key_env, "--api-key"),
+        (spec.admin_api_key_env, "--admin-api-key"),
+    ):
+        if name and not os.environ.get(name):
+            raise SettingsError(
+                f"server {spec.name!r}: the environment variable {name} is not set",
+                expected=f"the server's {option[2:]} in it",
+                hint=f"export {name}, or remove the setting that names it",
+            )
+        keys.append(command.option(spec.args, option) or (os.environ[name] if name else ""))
+    return keys[0], keys[1]
+
+
+def died(log: ServerLog | None, status: int | None) -> ServerDied:
+    """The error for a server that ended by itself."""
+    how = "its exit status is not known" if status is None else f"exit status {status}"
+    return ServerDied(
+        f"the server died ({how})",
+        expected="a running server",
+        hint=f"its whole log is {log.path}" if log else "",
+        log=log.reason() if log else (),
+    )
+
+
+def _own_session(tool: NsysTool | None, started: Mapping[str, Any]) -> NsysSession | None:
+    if tool is None:
+        return None
+    return NsysSession(tool, str(started["session"]), tmpdir=Path(started["tmpdir"]))
+
+
+def _attached_notes(url: str, server_dir: tuple[str, str] | None) -> tuple[str, ...]:
+    notes = [
+        "an attached server is not ours: while it exports a profile its requests stall and "
+        "/health answers 503, so a watchdog of yours may take it for dead"
+    ]
+    if server_dir is None and not is_local_url(url):
+        notes.append(
+            "no output_dir is sent to a server on another machine: give "
+            "--sglprof-server-dir SERVER:LOCAL to fetch its traces"
+        )
+    return tuple(notes)
+
+
+def _answers(host: str, port: int) -> bool:
+    import socket
+
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0):
+        return True
+    return False
