@@ -8,17 +8,13 @@ a session's state is read before it is told anything, and a report is where the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from pytest_sglprof.errors import (
     NsysError,
@@ -27,8 +23,19 @@ from pytest_sglprof.errors import (
     NsysTooOld,
     SettingsError,
 )
+from pytest_sglprof.nsys_command import NsysTool, run, started
+from pytest_sglprof.nsys_export import export
 from pytest_sglprof.nsys_output import StopOutput, read_sessions
-from pytest_sglprof.redact import is_secret_env
+
+__all__ = [
+    "COLLECTING",
+    "GONE",
+    "NsysSession",
+    "NsysTool",
+    "export",
+    "find_nsys",
+    "profile_prefix",
+]
 
 ENV_NAME = "SGLPROF_NSYS"
 QUICK = 30.0  # s; version, help and session lists answer within a tenth of a second
@@ -42,14 +49,6 @@ _INSTALL_HINT = (
 # Ours by necessity: a session that is named or started otherwise cannot be driven.
 _RESERVED = {"--session-new", "--session", "--start-later", "-Y", "--output", "-o"}
 _SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
-
-
-@dataclass(frozen=True)
-class NsysTool:
-    """An nsys command that can start sessions later. version: such as "2023.4.4"."""
-
-    path: str
-    version: str
 
 
 def find_nsys(path: str | None = None) -> NsysTool:
@@ -185,6 +184,7 @@ class NsysSession:
                 hint="the window was closed by someone else, or never opened",
             )
         report = self._stop(timeout, progress)
+        report.chmod(0o600)  # it holds the environment of every process of this machine
         wanted, self._output = self._output, None
         if wanted is None or wanted == report:
             return report
@@ -210,7 +210,7 @@ class NsysSession:
     def _stop(self, timeout: float, progress: Callable[[str], None] | None) -> Path:
         output = StopOutput(progress)
         words = [self.tool.path, "stop", f"--session={self.name}"]
-        with _started(words, self._environment()) as process:
+        with started(words, self.tmpdir) as process:
             ended = output.follow(process, timeout)
         if not ended:
             raise NsysError(
@@ -222,7 +222,7 @@ class NsysSession:
         return output.report(process.returncode)
 
     def _checked(self, words: Sequence[str], timeout: float) -> str:
-        process = _run([self.tool.path, *words], timeout, self._environment())
+        process = run([self.tool.path, *words], timeout, self.tmpdir)
         if process.returncode == 0:
             return process.stdout
         said = process.stdout.strip()
@@ -234,7 +234,7 @@ class NsysSession:
 
     def _sessions(self) -> dict[str, str]:
         words = [self.tool.path, "sessions", "list", "--show-header=false"]
-        process = _run(words, QUICK, self._environment())
+        process = run(words, QUICK, self.tmpdir)
         return read_sessions(process.stdout)
 
     def _wait_for_state(self, wanted: Callable[[str], bool], what: str, timeout: float) -> None:
@@ -256,54 +256,6 @@ class NsysSession:
             "--session-new=NAME`; sessions are kept per user and TMPDIR",
         )
 
-    def _environment(self) -> dict[str, str]:
-        environment = {k: v for k, v in os.environ.items() if not is_secret_env(k)}
-        if self.tmpdir is not None:
-            environment["TMPDIR"] = str(self.tmpdir)
-        return environment
-
-
-def export(
-    tool: NsysTool,
-    report: Path,
-    kind: Literal["sqlite", "parquet"],
-    target: Path,
-    timeout: float,
-) -> Path:
-    """Exports `report` to `target`: a SQLite file, or a folder of Parquet files.
-
-    The target appears only when it is complete; one that exists is replaced.
-    """
-    if not report.is_file():
-        raise NsysError(f"{report}: no such report", expected="a .nsys-rep file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    suffix = ".sqlite" if kind == "sqlite" else ""
-    partial = target.with_name(f".{target.name[:80]}.{os.getpid()}.partial{suffix}")
-    option = "sqlite" if kind == "sqlite" else "parquetdir"
-    words = [f"--type={option}", "--force-overwrite=true", f"--output={partial}", str(report)]
-    try:
-        process = _run([tool.path, "export", *words], timeout, None)
-        if process.returncode != 0 or not partial.exists():
-            raise NsysError(
-                f"nsys {tool.version} could not export {report} as {kind} "
-                f"(exit {process.returncode})",
-                expected="a complete report that this or an older nsys wrote",
-                hint="a report of a newer nsys needs an export by that one",
-                log=process.stdout.strip().splitlines()[-8:],
-            )
-        _remove(target)
-        partial.replace(target)
-    finally:
-        _remove(partial)
-    return target
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
 
 @functools.lru_cache(maxsize=8)
 def _profile_help(path: str) -> str:
@@ -312,49 +264,7 @@ def _profile_help(path: str) -> str:
 
 def _quick(path: str, words: Sequence[str]) -> str:
     try:
-        process = _run([path, *words], QUICK, None)
+        process = run([path, *words], QUICK)
     except NsysError as error:
         raise NsysMissing(error.what, hint=_INSTALL_HINT, log=error.log) from error
     return process.stdout
-
-
-def _run(
-    words: Sequence[str], timeout: float, environment: dict[str, str] | None
-) -> subprocess.CompletedProcess[str]:
-    """Runs one command in a process session of its own: Ctrl-C must not cut a report."""
-    with _started(words, environment) as process:
-        try:
-            out, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise NsysError(
-                f"`{Path(words[0]).name} {words[1]}` did not answer within {timeout:g} s",
-                hint="an agent of an earlier session may hang: look for `nsys --start-agent`",
-            ) from None
-    text = out.decode("utf-8", errors="replace")
-    return subprocess.CompletedProcess(list(words), process.returncode, text, "")
-
-
-@contextlib.contextmanager
-def _started(
-    words: Sequence[str], environment: dict[str, str] | None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A running command, both outputs in one pipe; it is killed when the body leaves early."""
-    try:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise NsysError(f"{words[0]} could not be run: {error.strerror or error}") from error
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()

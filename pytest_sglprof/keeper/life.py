@@ -68,7 +68,7 @@ class ServerLife:
         hidden += command.key_words(plan.spec, plan.api_key, plan.admin_key)
         self.words = redact_command(command.shown_command(plan.entry, [*shown, *hidden]))
         environment, private = command.server_environment(
-            plan.spec, plan.entry, os.environ, self.tmpdir
+            plan.spec, plan.entry, {**os.environ, **plan.private}, self.tmpdir
         )
         if gpus is not None:
             environment[VISIBLE] = ",".join(gpus)

@@ -176,11 +176,17 @@ def server_environment(
         paths = [str(PACKAGE_ROOT), *merged.get("PYTHONPATH", "").split(os.pathsep)]
         merged["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     merged.update(spec.env)
-    secret = {name for name in merged if name in spec.secrets or is_secret_env(name)}
+    secret = secret_variables(spec, merged)
     # The server's keys are handed over as arguments; it has no use for our variables.
     unused = {spec.api_key_env, spec.admin_api_key_env} - {name for name, _ in spec.env}
-    open_ones = {k: v for k, v in merged.items() if k not in secret | unused}
-    return open_ones, {k: v for k, v in merged.items() if k in secret - unused}
+    open_ones = {k: v for k, v in merged.items() if k not in secret}
+    return open_ones, {k: v for k, v in secret.items() if k not in unused}
+
+
+def secret_variables(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
+    """Those that `spec` calls secret, those that hold its keys, and credentials by name."""
+    named = {*spec.secrets, spec.api_key_env, spec.admin_api_key_env}
+    return {k: v for k, v in environment.items() if k in named or is_secret_env(k)}
 
 
 def _standin() -> Entry:

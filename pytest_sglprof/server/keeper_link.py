@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class KeeperLink:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(),
+                env=_environment(plan.private),
                 start_new_session=True,
             )
         threading.Thread(target=self._read, name="sglprof keeper", daemon=True).start()
@@ -107,10 +107,11 @@ class KeeperLink:
         self._events.put(message)
 
 
-def _environment() -> dict[str, str]:
-    """Ours, with the folder of this very package in front, wherever it was imported from."""
+def _environment(private: Container[str]) -> dict[str, str]:
+    """Ours without secrets, this very package's folder first, wherever that may lie."""
     paths = [str(PACKAGE_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    ours = {k: v for k, v in os.environ.items() if k not in private}
+    return {**ours, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def keeper_said(folder: Path, limit: int = 8) -> list[str]:

@@ -18,7 +18,7 @@ From the keeper (its stdout):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Plan:
     """All that a keeper must know. nsys: path of the command, "" for none.
 
     parent: pid of pytest. pythonpath: pytest's PYTHONPATH; the keeper has a longer one,
-    which the server's interpreter must not inherit.
+    which the server's interpreter must not inherit. private: pytest's secret variables,
+    which are not in the keeper's own environment: nsys stores that of every process.
     """
 
     spec: ServerSpec
@@ -45,6 +46,7 @@ class Plan:
     admin_key: str = ""
     parent: int = 0
     pythonpath: str = ""
+    private: Mapping[str, str] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON values. It holds the keys: for a pipe, never for a file."""

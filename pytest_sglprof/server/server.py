@@ -172,6 +172,7 @@ def launch(
         admin_key=admin_key,
         parent=os.getpid(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
+        private=command.secret_variables(spec, os.environ),
     )
     log = ServerLog(plan.folder / "server.log", [key for key in (api_key, admin_key) if key])
     keeper = KeeperLink(plan)

@@ -1,0 +1,111 @@
+"""Turns an nsys report into a file that can be read, without the credentials in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Literal
+
+from pytest_sglprof.errors import NsysError
+from pytest_sglprof.nsys_command import NsysTool, run
+from pytest_sglprof.redact import HIDDEN, is_secret_env
+
+_ASSIGNMENT = re.compile(rb"(^|[\x00;\n])([A-Za-z_][A-Za-z0-9_]*)=([^\x00;\n]+)")
+_BARE = re.compile(rb"^([A-Za-z_][A-Za-z0-9_]*)=([^\x00]+)$", re.S)
+
+
+def export(
+    tool: NsysTool,
+    report: Path,
+    kind: Literal["sqlite", "parquet"],
+    target: Path,
+    timeout: float,
+) -> Path:
+    """Exports `report` to `target`: a SQLite file, or a folder of Parquet files.
+
+    The target appears only when it is complete; one that exists is replaced. nsys puts
+    the environment of every readable process into a report: a SQLite export is given
+    without the values of variables that are named like credentials.
+    """
+    if not report.is_file():
+        raise NsysError(f"{report}: no such report", expected="a .nsys-rep file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    suffix = ".sqlite" if kind == "sqlite" else ""
+    partial = target.with_name(f".{target.name[:80]}.{os.getpid()}.partial{suffix}")
+    option = "sqlite" if kind == "sqlite" else "parquetdir"
+    words = [f"--type={option}", "--force-overwrite=true", f"--output={partial}", str(report)]
+    try:
+        process = run([tool.path, "export", *words], timeout)
+        if process.returncode != 0 or not partial.exists():
+            raise NsysError(
+                f"nsys {tool.version} could not export {report} as {kind} "
+                f"(exit {process.returncode})",
+                expected="a complete report that this or an older nsys wrote",
+                hint="a report of a newer nsys needs an export by that one",
+                log=process.stdout.strip().splitlines()[-8:],
+            )
+        if kind == "sqlite":
+            hide_credentials(partial)
+        _remove(target)
+        partial.replace(target)
+    finally:
+        _remove(partial)
+    return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def hide_credentials(database: Path) -> int:
+    """Hides values of secret variables in every text of an export; returns how many rows."""
+    changed = 0
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA secure_delete = ON")  # else the old text stays in the file
+        tables = _text_columns(connection)
+        connection.text_factory = bytes  # an environment may hold any bytes
+        for table, column in tables:
+            # As blobs: for LIKE and GLOB a text ends at its first NUL, an environment's does not.
+            rows = connection.execute(
+                f'SELECT rowid, "{column}" FROM "{table}" '
+                f"WHERE instr(CAST(\"{column}\" AS BLOB), X'3D') > 0"
+            ).fetchall()
+            hidden = [(_hide(text), row) for row, text in rows if _hide(text) != text]
+            connection.executemany(
+                f'UPDATE "{table}" SET "{column}" = CAST(? AS TEXT) WHERE rowid = ?', hidden
+            )
+            changed += len(hidden)
+        connection.commit()
+    return changed
+
+
+def _text_columns(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    """Where environments stand: string pools and descriptions, never the events."""
+    found = []
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    for (table,) in tables.fetchall():
+        if table == "StringIds" or table.startswith(("TARGET_INFO", "META_DATA")):
+            columns = connection.execute(f'PRAGMA table_info("{table}")').fetchall()
+            found += [(table, column[1]) for column in columns if column[2].upper() == "TEXT"]
+    return found
+
+
+def _hide(text: bytes) -> bytes:
+    """`A=1;MY_TOKEN=x` with the value of MY_TOKEN hidden; also for one bare assignment."""
+    bare = _BARE.match(text)
+    if bare and _is_secret(bare[1]):
+        return bare[1] + b"=" + HIDDEN.encode()
+    return _ASSIGNMENT.sub(
+        lambda m: m[1] + m[2] + b"=" + HIDDEN.encode() if _is_secret(m[2]) else m[0], text
+    )
+
+
+def _is_secret(name: bytes) -> bool:
+    return is_secret_env(name.decode("ascii"))
