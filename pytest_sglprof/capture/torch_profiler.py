@@ -282,26 +282,21 @@ class TorchRecording:
         remarks = []
         if stages := self._files.missing_stages(complete):
             remarks.append(f"no rank has a file of stage {', '.join(stages)}")
-        if self._spec.merge_profiles and not any(
-            path.name.startswith(MERGED) for path in self._files.others()
-        ):
+        others = [path.name for path in self._files.others()]
+        if others:
+            remarks.append(f"beside the ranks' traces: {', '.join(others)}")
+        if self._spec.merge_profiles and not any(name.startswith(MERGED) for name in others):
             why = " (with a profile_prefix it never does)" if self._spec.profile_prefix else ""
             remarks.append(f"the server left no merged trace{why}")
         return remarks
 
     def _collect(self, complete: Mapping[Path, Rank]) -> tuple[Artifact, ...]:
+        """Brings every file into the window's folder; only whole rank traces are artifacts."""
         if self._place is None:
             return ()
-        kinds = dict.fromkeys(complete, "torch")
-        for path in self._files.others():
-            kinds[path] = "merged" if path.name.startswith(MERGED) else "other"
-        for path in self._files.found():
-            kinds.setdefault(path, "partial")
-        moved = self._place.collect(list(kinds), self._folder)
-        return tuple(
-            Artifact(moved[path], kind, complete[path].label if path in complete else "")
-            for path, kind in kinds.items()
-        )
+        files = [*self._files.found(), *self._files.others()]
+        moved = self._place.collect(files, self._folder)
+        return tuple(Artifact(moved[path], "torch", rank.label) for path, rank in complete.items())
 
     def abort(self) -> None:
         """Ends the profile and drops its files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -114,9 +115,9 @@ class ProfileWindow:
         """What the server died of since the window was made; None while it lives."""
         return self._life.death()
 
-    def wait(self) -> None:
+    def wait(self, stop: threading.Event | None = None) -> None:
         """Returns when the window's steps or duration are over, its `timeout` has passed,
-        or the server has died; `close` tells which.
+        the server has died, or `stop` is set; `close` tells which.
         """
         if self.state != "open":
             return
@@ -128,6 +129,7 @@ class ProfileWindow:
                 hint="give one of them, or close the window yourself",
             )
         over = None if duration is None else self._opened_at + duration
+        pause = stop or threading.Event()
         while not self._life.death():
             now = time.monotonic()
             if over is not None and now >= over:
@@ -138,7 +140,8 @@ class ProfileWindow:
                 self._timed_out = True
                 return
             until = min(self._deadline, over) if over is not None else self._deadline
-            time.sleep(max(min(POLL, until - now), 0.001))
+            if pause.wait(max(min(POLL, until - now), 0.001)):
+                return
 
     def _duration(self) -> float | None:
         if self.spec.duration is not None or self.spec.num_steps is not None:

@@ -12,7 +12,7 @@ from pytest_sglprof.redact import HIDDEN, redact_text
 MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
 TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
 
-_KEYS = re.compile(r"((?:api|admin)[-_]?key['\"]?\s*[:=]\s*)(['\"])(?!\2)[^'\"]*\2", re.I)
+_KEYS = re.compile(r"((?:api|admin)[-_]?key['\"]?\s*[:=]\s*)(['\"])(?!\2)(?:(?!\2).)*\2", re.I)
 _STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
 _TRACEBACK = "Traceback (most recent call last)"
