@@ -106,6 +106,16 @@ def kill_all(processes: Iterable[psutil.Process], wait: float = KILL_WAIT) -> li
     return [process.pid for process in wait_gone(living, wait)]
 
 
+def of_session(leader: int) -> list[psutil.Process]:
+    """Our own descendants that belong to the process session of `leader`, dead or not."""
+    found = []
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+    return found
+
+
 def wait_gone(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
     """Waits until the processes are gone or zombies; returns those that are not."""
     deadline = time.monotonic() + timeout

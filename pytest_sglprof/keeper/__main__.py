@@ -14,7 +14,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from typing import Any
 
 from pytest_sglprof import process
@@ -102,6 +101,7 @@ class Keeper:
             with contextlib.suppress(queue.Empty):
                 self._take(self._inbox.get(timeout=TICK))
             if not life.is_alive():
+                life.end_ranks()
                 status = life.exit_status()
                 log.warning("the server ended by itself, status %s", status)
                 self._say({"event": "exited", "status": status})
@@ -115,7 +115,7 @@ class Keeper:
     def _take(self, message: Message | None) -> None:
         if message is not None and message.get("op") == "window":
             self._window = message.get("backend")
-            self._opened = time.time()
+            self._opened = float(message.get("opened") or 0.0)
             log.info("window: %s", self._window)
 
     def _is_ending(self) -> bool:

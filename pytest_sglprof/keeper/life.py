@@ -27,6 +27,7 @@ log = logging.getLogger("sglprof.keeper")
 SOCKET_ROOM = 60  # bytes of a folder's path; SGLang puts sockets (107 bytes at most) into it
 START_LIMIT = 120.0  # s for nsys and the interpreter to come up
 STATUS_WAIT = 60.0  # s for nsys to write the report of a dead target and tell its status
+RANK_GRACE = 1.0  # s for the ranks of a dead server to end by themselves
 HURRIED_WAIT = 10.0  # s for the same when everything is to end
 PORT_WAIT = 10.0  # s for a port to be free again after its last server
 
@@ -83,6 +84,10 @@ class ServerLife:
     def is_alive(self) -> bool:
         """True while the server's own process runs, whatever became of nsys."""
         return bool(self.pid) and process.is_alive(self.pid, self.created)
+
+    def end_ranks(self) -> None:
+        """After the server's death: its ranks can linger for a minute, and nsys with them."""
+        process.kill_all(process.wait_gone(process.of_session(self.pid), RANK_GRACE))
 
     def exit_status(self) -> int | None:
         """The server's exit status after its end; None when nobody knows it.

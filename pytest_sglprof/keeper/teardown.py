@@ -26,6 +26,7 @@ log = logging.getLogger("sglprof.keeper")
 GRACE = 12.0  # s after SIGTERM; SGLang needs about 5
 FINALISE = 10.0  # s for nsys to end after its target
 SHUTDOWN = 8.0  # s for `nsys shutdown`
+CLOCK_STEP = 0.1  # s; a file's time is that of the last tick, a little in the past
 GPU_WAIT = 10.0  # s for the driver to drop the contexts of killed processes
 
 
@@ -86,7 +87,7 @@ def _remove_halves(traces: Path, opened: float) -> None:
     """Files of a window that was cut off: they are written in place, so they are halves."""
     for path in traces.rglob("*.json*"):
         with contextlib.suppress(OSError):
-            if path.stat().st_mtime >= opened:
+            if path.stat().st_mtime >= opened - CLOCK_STEP:
                 path.unlink()
 
 

@@ -41,9 +41,14 @@ class SglangClient:
         self._api_key = api_key
         self._admin_key = admin_key
         self._stop_path = "/stop_profile"
-        # A proxy from the environment must not stand between us and this machine.
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout, trust_env=not is_local_url(url)
+            base_url=self.url,
+            timeout=timeout,
+            # A proxy from the environment must not stand between us and this machine.
+            trust_env=not is_local_url(url),
+            # The server closes idle connections after 5 s: a request that meets that moment
+            # is reset, and /start_profile must not be sent twice.
+            limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     def is_ready(self) -> bool:

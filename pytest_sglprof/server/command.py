@@ -153,8 +153,9 @@ def exec_command(entry: Entry, fifo: Path, words: Sequence[str]) -> list[str]:
 
 def shown_command(entry: Entry, words: Sequence[str]) -> list[str]:
     """The command as a user would type it."""
-    start = ["-m", "sglang.cli.main", "serve"] if entry.mode == "serve" else ["-m", entry.module]
-    return [entry.python, *start, *words]
+    if entry.mode == "serve":
+        return [str(Path(entry.python).with_name("sglang")), "serve", *words]
+    return [entry.python, "-m", entry.module, *words]
 
 
 def server_environment(

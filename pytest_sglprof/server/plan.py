@@ -3,7 +3,8 @@
 One JSON object a line. To the keeper (its stdin):
 
     {"op": "launch", "plan": {...}}          first, once
-    {"op": "window", "backend": "torch"}     a window is open ("nsys", or null for none)
+    {"op": "window", "backend": "torch", "opened": 1.5e9}
+                                             a window is open ("nsys", or null for none)
     {"op": "stop"}                           tear down; the end of the pipe says the same
 
 From the keeper (its stdout):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_sglprof import process
-from pytest_sglprof.errors import ServerDied, ServerUnreachable, SettingsError
+from pytest_sglprof.errors import ServerDied, ServerUnreachable, SettingsError, SglprofError
 from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server import command, lease
@@ -57,6 +59,7 @@ class Server:
         keeper: KeeperLink | None = None,
         pid: int = 0,
         created: float = 0.0,
+        tmpdir: Path | None = None,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -79,6 +82,7 @@ class Server:
         self.attached = keeper is None
         self._keeper = keeper
         self._created = created
+        self._tmpdir = tmpdir or folder / "tmp"
         self._left: tuple[str, ...] | None = None
 
     def is_alive(self) -> bool:
@@ -115,7 +119,7 @@ class Server:
     def announce_window(self, backend: Backend | None) -> None:
         """Tells the keeper which window a teardown has to close first (None: none)."""
         if self._keeper is not None:
-            self._keeper.send({"op": "window", "backend": backend})
+            self._keeper.send({"op": "window", "backend": backend, "opened": time.time()})
 
     def stop(self) -> tuple[str, ...]:
         """Ends a server of ours in order; returns what could not be removed. Idempotent.
@@ -141,8 +145,12 @@ class Server:
         if self.is_alive():
             left += process.terminate_tree([self.pid], GONE_WAIT)
         if self.nsys is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(SglprofError):
                 self.nsys.shutdown(discard=True)
+        if self._tmpdir.is_symlink():
+            self._tmpdir.unlink()
+        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        lease.sweep()
         return tuple(f"process {pid}" for pid in left)
 
 
@@ -203,6 +211,7 @@ def launch(
         keeper=keeper,
         pid=int(started["pid"]),
         created=float(started["created"]),
+        tmpdir=Path(started["tmpdir"]),
     )
 
 
