@@ -8,30 +8,32 @@ import pytest
 from pytest_sglprof.capture.torch_files import TraceFiles, is_whole, stage_of
 from pytest_sglprof.server.sizes import ServerSizes
 
-WHOLE = gzip.compress(b'{"traceEvents": []}\n')
+
+def packed(text: bytes) -> bytes:
+    return gzip.compress(text, mtime=0)  # the same in every xdist worker
+
+
+WHOLE = packed(b'{"traceEvents": []}\n')
 
 
 @pytest.mark.parametrize(
     ("data", "whole"),
     [
-        (WHOLE, True),
-        (gzip.compress(b'{"a": [') + gzip.compress(b"]}"), True),
-        (WHOLE[:-1], False),
-        (WHOLE[:-9], False),
-        (WHOLE[:12], False),
-        (WHOLE[:-8] + b"\0" * 8, False),
-        (gzip.compress(b'{"traceEvents": ['), True),
-        (gzip.compress(b'{"traceEvents": [{"a"'), False),
-        (b"", False),
-        (b"plain", False),
-        (WHOLE + b"junk", False),
+        pytest.param(WHOLE, True, id="whole"),
+        pytest.param(packed(b'{"a": [') + packed(b"]}"), True, id="two members"),
+        pytest.param(WHOLE[:-1], False, id="last byte missing"),
+        pytest.param(WHOLE[:-9], False, id="trailer missing"),
+        pytest.param(WHOLE[:12], False, id="header only"),
+        pytest.param(WHOLE[:-8] + b"\0" * 8, False, id="wrong checksum"),
+        pytest.param(packed(b'{"traceEvents": [{"a"'), False, id="json cut before compression"),
+        pytest.param(b"", False, id="empty"),
+        pytest.param(b"plain", False, id="no gzip"),
+        pytest.param(WHOLE + b"junk", False, id="junk behind"),
     ],
 )
 def test_whole_is_where_gzip_checksum_and_json_end(tmp_path, data, whole):
     path = tmp_path / "x.trace.json.gz"
     path.write_bytes(data)
-    if data == gzip.compress(b'{"traceEvents": ['):
-        whole = False
     assert is_whole(path) is whole
 
 
