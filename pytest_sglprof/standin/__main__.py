@@ -1,0 +1,61 @@
+"""`python -m pytest_sglprof.standin`: runs the stand-in until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from pytest_sglprof.standin.front import (
+    Front,
+    address_in_use,
+    died_while_starting,
+    start_failure,
+)
+from pytest_sglprof.standin.logs import log, web
+from pytest_sglprof.standin.options import parse
+from pytest_sglprof.standin.ranks import RankGone, end_all
+from pytest_sglprof.standin.web import Listener
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a stand-in; the exit status of the process."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parse(words)
+    log(
+        f"stand-in of SGLang: no GPU, no model, {len(options.others)} other options ignored: "
+        f"{' '.join(sorted(options.others)) or 'none'}"
+    )
+    if options.start_fault == "import":
+        return start_failure(options)
+    front = Front(options, words)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, front.stop)
+    sys.setswitchinterval(0.001)
+    try:
+        front.start_ranks()
+    except RankGone as gone:
+        if front.stopping:
+            end_all(front.ranks)
+            return 0
+        status = died_while_starting(gone)
+        end_all(front.ranks)
+        return status
+    try:
+        if options.start_fault == "port":
+            raise OSError
+        time.sleep(options.ready_delay / 2)
+        listener = Listener(front)
+    except OSError:
+        end_all(front.ranks)
+        return address_in_use(options.host, options.port)
+    web(f"Uvicorn running on http://{options.host}:{listener.port} (Press CTRL+C to quit)")
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    front.serve()
+    return front.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

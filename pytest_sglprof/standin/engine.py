@@ -1,0 +1,183 @@
+"""One replica: a loop that forms batches, lets its ranks run them, and logs them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_sglprof.standin.batching import Lane
+from pytest_sglprof.standin.kernels import Batch
+from pytest_sglprof.standin.logs import env_flag, log
+from pytest_sglprof.standin.options import Options
+from pytest_sglprof.standin.ranks import RankGone, RankProcess, ask_all
+from pytest_sglprof.standin.timeline import is_idle
+from pytest_sglprof.standin.topology import stage_peers
+
+PUBLISH_INTERVAL = 15
+"""Decode passes between two refreshes of `/v1/loads`, as in the real server."""
+
+
+@dataclass
+class Order:
+    """A control request to the loop, answered through `done`."""
+
+    message: dict[str, Any]
+    done: threading.Event = field(default_factory=threading.Event)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A refreshed state of a lane, what `/v1/loads` shows."""
+
+    timestamp: float
+    running: int
+    waiting: int
+    tokens: int
+    throughput: float
+    waiting_tokens: int = 0
+
+
+class Engine(threading.Thread):
+    """The scheduler of one replica. Everything else talks to it through its methods."""
+
+    def __init__(
+        self,
+        options: Options,
+        ranks: Sequence[RankProcess],
+        on_death: Callable[[RankProcess], None],
+    ) -> None:
+        super().__init__(daemon=True, name=f"engine-{ranks[0].place.engine}")
+        self.options = options
+        self.ranks = ranks
+        self.on_death = on_death
+        places = [rank.place for rank in ranks]
+        self.peers = stage_peers(places[0], tuple(places))
+        leaders = [p for p in self.peers if p.attention_rank == 0]
+        chunk = options.chunked_prefill_size
+        self.lanes = [Lane(p.dp or 0, options.max_running_requests, chunk) for p in leaders]
+        self.tags = [p.tags for p in leaders]
+        self.step = 0
+        self.last_progress = 0.0
+        self.forward_sleep: float | None = None
+        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.loads = [Load(time.time(), 0, 0, 0, 0.0) for _ in self.lanes]
+        self.decodes = [0 for _ in self.lanes]
+        self.generated = [0 for _ in self.lanes]
+        self.last_decode_log = [time.perf_counter() for _ in self.lanes]
+        self.last_prefill_log = [time.perf_counter() for _ in self.lanes]
+        self.show_step = env_flag("SGLANG_LOG_FORWARD_ITERS")
+
+    def wake(self) -> None:
+        """Tells an idle loop that a request was queued."""
+        self.orders.put(None)
+
+    def ask(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """Has all ranks answer a message between two batches; blocks until they have."""
+        order = Order(message)
+        self.orders.put(order)
+        order.done.wait()
+        return order.answers
+
+    def flush(self) -> bool:
+        """Forgets the prefix caches of an idle replica; False when it is busy."""
+        if not all(lane.is_empty for lane in self.lanes):
+            return False
+        for lane, tags in zip(self.lanes, self.tags, strict=True):
+            lane.flush()
+            log("Cache flushed successfully!", tags)
+        return True
+
+    def run(self) -> None:
+        """The loop; ends only with the death of a rank."""
+        try:
+            while True:
+                self._serve_orders(block=all(lane.is_empty for lane in self.lanes))
+                batches = tuple(lane.next_batch() for lane in self.lanes)
+                if not is_idle(batches):
+                    self._forward(batches)
+        except RankGone as gone:
+            self.on_death(gone.rank)
+
+    def _serve_orders(self, *, block: bool) -> None:
+        while block or not self.orders.empty():
+            order = self.orders.get()
+            block = False
+            if order is not None:
+                order.answers = ask_all(self.ranks, {**order.message, "step": self.step})
+                order.done.set()
+
+    def _forward(self, batches: tuple[Batch, ...]) -> None:
+        self.step += 1
+        if self.forward_sleep is not None:
+            log(f"Scheduler.run_batch sleep {self.forward_sleep}s", self.tags[0])
+            time.sleep(self.forward_sleep)
+        wall = self.options.model.wall_ns(self.step, self.peers, batches)
+        ask_all(
+            self.ranks,
+            {
+                "op": "step",
+                "step": self.step,
+                "start": time.time_ns(),
+                "wall": wall,
+                "batches": [(b.mode, b.size, b.tokens, b.kv) for b in batches],
+            },
+        )
+        self.last_progress = time.time()
+        for number, batch in enumerate(batches):
+            if batch.mode == "EXTEND":
+                self._log_prefill(number, batch)
+            self.generated[number] += self.lanes[number].finish(batch)
+            if batch.mode == "DECODE":
+                self.decodes[number] += 1
+                if self.decodes[number] % self.options.decode_log_interval == 0:
+                    self._log_decode(number, batch)
+            ended = self.lanes[number].is_empty
+            if batch.mode == "EXTEND" or ended or self.decodes[number] % PUBLISH_INTERVAL == 0:
+                self._publish(number)
+
+    def _publish(self, number: int) -> None:
+        lane, now = self.lanes[number], time.time()
+        with lane.lock:
+            waiting = sum(len(request.prompt) for request in lane.waiting)
+        running = len(lane.running)
+        rate = running * 1e9 / self.options.model.step_ns
+        self.loads[number] = Load(now, running, len(lane.waiting), lane.held_tokens, rate, waiting)
+
+    def _iteration(self) -> str:
+        return f" [{self.step}]" if self.show_step else ""
+
+    def _log_prefill(self, number: int, batch: Batch) -> None:
+        lane, now = self.lanes[number], time.perf_counter()
+        rate = batch.tokens / max(1e-9, now - self.last_prefill_log[number])
+        self.last_prefill_log[number] = now
+        cached = sum(request.cached for request in lane.admitted)
+        usage = (lane.held_tokens + batch.kv) / self.options.max_total_tokens
+        log(
+            f"Prefill batch{self._iteration()}, #new-seq: {batch.size}, "
+            f"#new-token: {batch.tokens}, #cached-token: {cached}, token usage: {usage:.2f}, "
+            f"#running-req: {len(lane.running)}, #queue-req: {len(lane.waiting)}, "
+            f"#pending-token: 0, {self._graph}: False, input throughput (token/s): {rate:.2f}",
+            self.tags[number],
+        )
+
+    def _log_decode(self, number: int, batch: Batch) -> None:
+        lane, now = self.lanes[number], time.perf_counter()
+        rate = self.generated[number] / max(1e-9, now - self.last_decode_log[number])
+        self.last_decode_log[number], self.generated[number] = now, 0
+        usage = lane.held_tokens / self.options.max_total_tokens
+        log(
+            f"Decode batch{self._iteration()}, #running-req: {batch.size}, "
+            f"#token: {lane.held_tokens}, token usage: {usage:.2f}, "
+            f"{self._graph}: {self.options.device != 'cpu'}, "
+            f"gen throughput (token/s): {rate:.2f}, #queue-req: {len(lane.waiting)}",
+            self.tags[number],
+        )
+
+    @property
+    def _graph(self) -> str:
+        return "cpu graph" if self.options.device == "cpu" else "cuda graph"

@@ -1,0 +1,297 @@
+"""`python -m pytest_sglprof.standin.load_driver`: load without SGLang being installed.
+
+Takes the place of `python -m sglang.benchmark.serving`: same options, same fields, and the
+same habit of exiting 0 when requests failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pytest_sglprof.standin.load_metrics import Outcome, measure
+from pytest_sglprof.standin.load_options import PATHS, base_url, parse
+
+VOCABULARY = 32_000
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request to send: token ids, and how many to generate."""
+
+    ids: tuple[int, ...]
+    output_len: int
+
+    @property
+    def text(self) -> str:
+        """As many words as there are tokens."""
+        return " ".join(f"t{number}" for number in self.ids)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one load and appends its result; the exit status of the process."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    url = base_url(options)
+    headers = {**_auth(), **options.headers}
+    if options.ready_check_timeout_sec > 0 and not _wait(
+        f"{url}/v1/models", headers, options.ready_check_timeout_sec
+    ):
+        _say(f"Server at {url}/v1/models is not ready. Exiting.")
+        return 1
+    options.model = options.model or _model(url, headers)
+    try:
+        result = asyncio.run(_benchmark(options, url, headers))
+    except WarmUpFailed as error:
+        _say(f"Warmup failed - Please make sure benchmark arguments are correct. Error: {error}")
+        return 1
+    _report(result)
+    if options.output_file:
+        with Path(options.output_file).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+    return 0
+
+
+class WarmUpFailed(Exception):
+    """No request of the warm-up succeeded."""
+
+
+def rows(options: argparse.Namespace) -> list[Row]:
+    """The requests of a run; the same seed gives the same rows."""
+    rng = random.Random(options.seed)
+    found: list[Row] = []
+    for number in range(options.num_prompts):
+        size = _length(rng, options.random_input_len, options.random_range_ratio)
+        output = _length(rng, options.random_output_len, options.random_range_ratio)
+        offset = rng.randrange(VOCABULARY)
+        ids = tuple((offset + number + i) % VOCABULARY for i in range(size))
+        found.append(Row(ids, output))
+    return found
+
+
+def _length(rng: random.Random, full: int, ratio: float) -> int:
+    return rng.randint(max(int(full * ratio), 1), full) if full > 0 else 0
+
+
+async def _benchmark(
+    options: argparse.Namespace, url: str, headers: dict[str, str]
+) -> dict[str, Any]:
+    todo = rows(options)
+    limit = asyncio.Semaphore(options.max_concurrency or len(todo) or 1)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=None, limits=limits
+    ) as client:
+
+        async def one(row: Row) -> Outcome:
+            async with limit:
+                return await _send(client, options, row)
+
+        _say(f"Starting warmup with {options.warmup_requests} sequences...")
+        if options.warmup_requests and todo:
+            short = Row(todo[0].ids, min(todo[0].output_len, WARM_UP_TOKENS))
+            tries = await asyncio.gather(*(one(short) for _ in range(options.warmup_requests)))
+            if not any(outcome.success for outcome in tries):
+                raise WarmUpFailed(tries[0].error)
+        _say(
+            f"Warmup completed with {options.warmup_requests} sequences. "
+            "Starting main benchmark run..."
+        )
+        if options.flush_cache:
+            await client.post("/flush_cache")
+        await asyncio.sleep(1.0)
+        began = time.perf_counter()
+        tasks = [asyncio.create_task(one(row)) async for row in _paced(options, todo)]
+        outcomes = list(await asyncio.gather(*tasks))
+        duration = time.perf_counter() - began
+        reply = await _server_info(client)
+    return _result(options, outcomes, duration, reply)
+
+
+async def _paced(options: argparse.Namespace, todo: Sequence[Row]) -> AsyncIterator[Row]:
+    """Rows at their moments: all at once, or as a Poisson process of the given rate."""
+    rng = random.Random(options.seed + 1)
+    for row in todo:
+        yield row
+        if options.request_rate != float("inf"):
+            await asyncio.sleep(rng.expovariate(options.request_rate))
+
+
+async def _send(client: httpx.AsyncClient, options: argparse.Namespace, row: Row) -> Outcome:
+    outcome = Outcome(len(row.ids), row.output_len, start=time.perf_counter())
+    path = PATHS[options.backend]
+    try:
+        async with client.stream("POST", path, json=_payload(options, row)) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                outcome.error = f"{response.reason_phrase}: {text}"
+                return outcome
+            await _follow(response, options, outcome)
+        outcome.latency = time.perf_counter() - outcome.start
+        outcome.success = True
+    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+async def _follow(response: httpx.Response, options: argparse.Namespace, outcome: Outcome) -> None:
+    last, seen = outcome.start, 0
+    async for line in response.aiter_lines():
+        data = line.removeprefix("data: ").strip()
+        if not data or data == "[DONE]":
+            continue
+        text, count = _read(json.loads(data), options.backend, seen)
+        if not text or count <= seen:
+            continue
+        now = time.perf_counter()
+        if not outcome.ttft:
+            outcome.ttft = now - outcome.start
+        else:
+            outcome.itl += [(now - last) / (count - seen)] * (count - seen)
+        last, seen, outcome.text = now, count, text
+        outcome.output_len = count
+
+
+def _read(data: dict[str, Any], backend: str, seen: int) -> tuple[str, int]:
+    """Text and number of tokens so far, of one event or of a whole answer."""
+    if PATHS[backend] == "/generate":
+        return data["text"], int(data["meta_info"]["completion_tokens"])
+    choices = data.get("choices") or [{}]
+    part = choices[0].get("delta") or choices[0].get("message") or choices[0]
+    text = part.get("content") or part.get("text") or ""
+    usage = data.get("usage") or {}
+    return text, int(usage.get("completion_tokens") or seen + 1)
+
+
+def _payload(options: argparse.Namespace, row: Row) -> dict[str, Any]:
+    stream = not options.disable_stream
+    ignore = not options.disable_ignore_eos
+    if PATHS[options.backend] == "/generate":
+        sampling: dict[str, Any] = {
+            "temperature": options.temperature,
+            "max_new_tokens": row.output_len,
+            "ignore_eos": ignore,
+        }
+        if options.top_p < 1:
+            sampling["top_p"] = options.top_p
+        prompt = {"input_ids": row.ids} if options.tokenize_prompt else {"text": row.text}
+        body: dict[str, Any] = {**prompt, "sampling_params": sampling, "stream": stream}
+        if options.return_logprob:
+            body["return_logprob"] = True
+        return {**body, **options.extra}
+    shared = {
+        "model": options.served_model_name or options.model,
+        "temperature": options.temperature,
+        "stream": stream,
+        "ignore_eos": ignore,
+    }
+    if PATHS[options.backend].endswith("chat/completions"):
+        messages = [{"role": "user", "content": row.text}]
+        own = {"messages": messages, "max_completion_tokens": row.output_len}
+    else:
+        own = {"prompt": row.text, "max_tokens": row.output_len}
+    return {**shared, **own, **options.extra}
+
+
+def _result(
+    options: argparse.Namespace,
+    outcomes: Sequence[Outcome],
+    duration: float,
+    server_info: dict[str, Any] | None,
+) -> dict[str, Any]:
+    result = {
+        "tag": options.tag,
+        "backend": options.backend,
+        "dataset_name": options.dataset_name,
+        "request_rate": options.request_rate,
+        "max_concurrency": options.max_concurrency,
+        "sharegpt_output_len": options.sharegpt_output_len,
+        "random_input_len": options.random_input_len,
+        "random_output_len": options.random_output_len,
+        "random_range_ratio": options.random_range_ratio,
+        "server_info": server_info,
+        **measure(outcomes, duration),
+    }
+    if options.output_details:
+        result |= {
+            "input_lens": [outcome.prompt_len for outcome in outcomes],
+            "output_lens": [o.output_len if o.success else 0 for o in outcomes],
+            "ttfts": [outcome.ttft for outcome in outcomes],
+            "itls": [outcome.itl for outcome in outcomes],
+            "generated_texts": [outcome.text for outcome in outcomes],
+            "errors": [outcome.error for outcome in outcomes],
+        }
+    for error in sorted({outcome.error for outcome in outcomes if outcome.error}):
+        _say(f"output.error={error!r}")
+    return result
+
+
+def _auth() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _wait(url: str, headers: dict[str, str], limit: float) -> bool:
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            if httpx.get(url, headers=headers, timeout=5).status_code == 200:
+                return True
+        except httpx.HTTPError:
+            pass
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(min(1.0, limit))
+
+
+def _model(url: str, headers: dict[str, str]) -> str:
+    found = httpx.get(f"{url}/v1/models", headers=headers, timeout=5).json()["data"]
+    return str(found[0]["id"])
+
+
+async def _server_info(client: httpx.AsyncClient) -> dict[str, Any] | None:
+    try:
+        reply = await client.get("/server_info", timeout=10)
+        info: dict[str, Any] | None = reply.json() if reply.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        return None
+    return info
+
+
+def _report(result: dict[str, Any]) -> None:
+    _say(f"{' Serving Benchmark Result ':=^50}")
+    for label, key in (
+        ("Backend:", "backend"),
+        ("Successful requests:", "completed"),
+        ("Benchmark duration (s):", "duration"),
+        ("Request throughput (req/s):", "request_throughput"),
+        ("Output token throughput (tok/s):", "output_throughput"),
+        ("Concurrency:", "concurrency"),
+        ("Mean TTFT (ms):", "mean_ttft_ms"),
+        ("Mean TPOT (ms):", "mean_tpot_ms"),
+        ("Mean E2E Latency (ms):", "mean_e2e_latency_ms"),
+    ):
+        value = result[key]
+        shown = f"{value:.2f}" if isinstance(value, float) else str(value)
+        _say(f"{label:<40} {shown:<10}")
+    _say("=" * 50)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

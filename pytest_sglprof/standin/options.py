@@ -1,0 +1,196 @@
+"""The stand-in's command line: SGLang's options, and the faults that tests plant."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_sglprof.standin.timeline import Model, Slow
+from pytest_sglprof.standin.topology import Sizes
+
+START_FAULTS = ("import", "oom", "port")
+
+
+@dataclass(frozen=True)
+class Options:
+    """One stand-in. Durations in seconds unless named otherwise."""
+
+    host: str
+    port: int
+    sizes: Sizes
+    model: Model
+    model_path: str = "standin"
+    served_model_name: str = "standin"
+    device: str = "cuda"
+    api_key: str = ""
+    admin_api_key: str = ""
+    decode_log_interval: int = 40
+    max_running_requests: int = 256
+    max_total_tokens: int = 400_000
+    chunked_prefill_size: int = 8192
+    context_length: int = 131_072
+    enable_metrics: bool = False
+    ready_delay: float = 0.0
+    never_ready: bool = False
+    hang_in_stop_profile: bool = False
+    die_after: float | None = None
+    die_in_window: int | None = None
+    start_fault: str = ""
+    crash_delay: float = 5.0
+    export_delay: float = 0.0
+    launch_command: str = ""
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Reads the command line; unknown options are SGLang's own and end up in `others`.
+
+    Raises SystemExit (2) for values that are wrong, as argparse does.
+    """
+    parser = _parser()
+    known, rest = parser.parse_known_args(list(argv))
+    try:
+        slow = tuple(_slow(text) for text in known.slow)
+        sizes = _sizes(known)
+        others = _others(rest)
+    except ValueError as error:
+        parser.error(str(error))
+    step_ns = round(known.step_ms * 1e6)
+    if step_ns < 100_000:
+        parser.error("--step-ms must be at least 0.1")
+    return Options(
+        host=known.host,
+        port=known.port,
+        sizes=sizes,
+        model=Model(step_ns=step_ns, layers=known.layers, seed=known.random_seed, slow=slow),
+        model_path=known.model_path,
+        served_model_name=known.served_model_name or known.model_path,
+        device=known.device,
+        api_key=known.api_key,
+        admin_api_key=known.admin_api_key,
+        decode_log_interval=known.decode_log_interval,
+        max_running_requests=known.max_running_requests,
+        max_total_tokens=known.max_total_tokens,
+        chunked_prefill_size=known.chunked_prefill_size,
+        context_length=known.context_length,
+        enable_metrics=known.enable_metrics,
+        ready_delay=known.ready_delay,
+        never_ready=known.never_ready,
+        hang_in_stop_profile=known.hang_in_stop_profile,
+        die_after=known.die_after,
+        die_in_window=known.die_in_window,
+        start_fault=known.start_fault or "",
+        crash_delay=known.crash_delay,
+        export_delay=known.export_delay,
+        launch_command=shlex.join(argv),
+        others=others,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pytest_sglprof.standin",
+        description="A server that speaks SGLang's HTTP, logs and traces, without a GPU or a "
+        "model. Options that it does not know are taken as SGLang's and ignored.",
+        allow_abbrev=False,
+    )
+    own = parser.add_argument_group("options of SGLang that have an effect")
+    own.add_argument("--host", default="127.0.0.1")
+    own.add_argument("--port", type=int, default=30000)
+    own.add_argument("--model-path", "--model", default="standin")
+    own.add_argument("--served-model-name", default="")
+    own.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
+    own.add_argument("--dp", "--dp-size", "--data-parallel-size", type=int, default=1)
+    own.add_argument("--pp", "--pp-size", "--pipeline-parallel-size", type=int, default=1)
+    own.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, default=1)
+    own.add_argument("--enable-dp-attention", action="store_true")
+    own.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    own.add_argument("--api-key", default="")
+    own.add_argument("--admin-api-key", default="")
+    own.add_argument("--decode-log-interval", type=int, default=40)
+    own.add_argument("--max-running-requests", type=int, default=256)
+    own.add_argument("--max-total-tokens", type=int, default=400_000)
+    own.add_argument("--chunked-prefill-size", type=int, default=8192)
+    own.add_argument("--context-length", type=int, default=131_072)
+    own.add_argument("--random-seed", type=int, default=0)
+    own.add_argument("--enable-metrics", action="store_true")
+    model = parser.add_argument_group("the modelled device")
+    model.add_argument("--step-ms", type=float, default=10.0, help="wall time of a decode step")
+    model.add_argument("--layers", type=int, default=4, help="decoder layers of a forward pass")
+    model.add_argument(
+        "--slow",
+        action="append",
+        default=[],
+        metavar="rank=1,category=moe,factor=1.4[,from_step=50][,until_step=90]",
+        help="a rank (number or label such as DP0.TP1) that is slower; may be repeated",
+    )
+    fault = parser.add_argument_group("planted faults")
+    fault.add_argument("--ready-delay", type=float, default=0.0, metavar="S")
+    fault.add_argument("--never-ready", action="store_true")
+    fault.add_argument("--hang-in-stop-profile", action="store_true")
+    fault.add_argument("--die-after", type=float, metavar="S", help="seconds after ready")
+    fault.add_argument(
+        "--die-in-window", type=int, nargs="?", const=5, metavar="STEPS", help="default: 5"
+    )
+    fault.add_argument("--start-fault", choices=START_FAULTS)
+    fault.add_argument("--crash-delay", type=float, default=5.0, metavar="S")
+    fault.add_argument("--export-delay", type=float, default=0.0, metavar="S")
+    return parser
+
+
+def _sizes(known: argparse.Namespace) -> Sizes:
+    sizes = Sizes(known.tp, known.dp, known.pp, known.ep, known.enable_dp_attention)
+    if min(sizes.tp, sizes.dp, sizes.pp, sizes.ep) < 1:
+        raise ValueError("parallel sizes must be at least 1")
+    if sizes.dp_attention and sizes.tp % sizes.dp:
+        raise ValueError("with --enable-dp-attention, --tp must be a multiple of --dp")
+    if sizes.tp % sizes.ep:
+        raise ValueError("--tp must be a multiple of --ep")
+    return sizes
+
+
+def _slow(text: str) -> Slow:
+    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    unknown = set(values) - {"rank", "category", "factor", "from_step", "until_step"}
+    if unknown or "rank" not in values or "factor" not in values:
+        raise ValueError(f"--slow {text!r}: expected rank=, factor= and perhaps category=, ...")
+    until = values.get("until_step")
+    return Slow(
+        rank=values["rank"].replace(".", " "),
+        category=values.get("category", "compute"),
+        factor=float(values["factor"]),
+        from_step=int(values.get("from_step", 0)),
+        until_step=None if until is None else int(until),
+    )
+
+
+def _others(words: Sequence[str]) -> dict[str, Any]:
+    """SGLang's other options as `/server_info` shows them: `--foo-bar 3` is foo_bar: 3."""
+    found: dict[str, Any] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            name = key.replace("-", "_")
+            found[name] = _plain(value) if value else True
+        elif not name:
+            raise ValueError(f"unexpected argument: {word}")
+        elif found[name] is True:
+            found[name] = _plain(word)
+        elif isinstance(found[name], list):
+            found[name].append(_plain(word))
+        else:
+            found[name] = [found[name], _plain(word)]
+    return found
+
+
+def _plain(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
