@@ -13,7 +13,7 @@ from pytest_sglprof.capture.backend import Outcome, Progress, Recording, WindowS
 from pytest_sglprof.capture.life import LifeWatch
 from pytest_sglprof.capture.nsys_window import DEFAULT_SECONDS, NsysRecording
 from pytest_sglprof.capture.torch_profiler import TorchRecording
-from pytest_sglprof.errors import ServerDied, WindowError, WindowRefused
+from pytest_sglprof.errors import ServerDied, SglprofError, WindowError, WindowRefused
 from pytest_sglprof.files import safe_name
 from pytest_sglprof.values import WindowCapture, WindowSpec
 
@@ -91,6 +91,9 @@ class ProfileWindow:
             self._recording.start(self._deadline)
         except BaseException as error:
             self.state = "closed"
+            what = error.what if isinstance(error, SglprofError) else type(error).__name__
+            log = error.log if isinstance(error, SglprofError) else ()
+            self._capture = self._describe(Outcome("failed", f"it did not open: {what}", log=log))
             try:
                 if not isinstance(error, WindowRefused):
                     self._recording.abort()

@@ -205,6 +205,8 @@ def test_a_refused_start_tells_the_logs_own_reason(server, http, new_window):
         "RuntimeError: Profiling is already in progress. Call /stop_profile first.",
     )
     assert opened.state == "closed"
+    assert (opened.close().state, opened.close().log) == ("failed", error.value.log)
+    assert opened.close().reason.startswith("it did not open: the server refused")
     assert server.announced[-1] is None
     http.start_status = 200
     with new_window(num_steps=2) as later:
