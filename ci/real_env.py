@@ -1,0 +1,123 @@
+"""Installs what the real-server suites need, and prints the environment that finds it.
+
+    eval "$(python3 ci/real_env.py)"
+
+prints `export` lines for SGLPROF_REAL_PYTHON (an interpreter that has SGLang),
+SGLPROF_REAL_MODELS (a folder of tiny models) and SGLPROF_NSYS. What cannot be installed
+gets no line but a reason on standard error; the suites then skip with it, or fail where
+SGLPROF_REQUIRE_REAL is set. Needs only the standard library.
+
+Everything is kept in `$XDG_CACHE_HOME/pytest-sglprof` (`~/.cache/…`), under a name that
+holds a hash of the files that made it: a changed script installs anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODELS = ("llama", "qwen3moe", "mixtral")
+SGLANG_PYTHON = (3, 11)  # the version whose wheels the pinned requirements name
+
+
+class CannotInstall(Exception):
+    """The reason for which one part is missing."""
+
+
+def main() -> None:
+    """Prints one `export` line for each part that is there or can be installed."""
+    with _locked(_cache()):
+        for install in (_sglang, _nsys):
+            try:
+                for name, value in install():
+                    sys.stdout.write(f"export {name}={shlex.quote(str(value))}\n")
+            except CannotInstall as reason:
+                _say(str(reason))
+
+
+def _cache() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "pytest-sglprof"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One installer at a time; the lock ends with its process."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sglang() -> list[tuple[str, Path]]:
+    script = HERE / "install_sglang_cpu.sh"
+    requirements = HERE / "sglang_cpu_requirements.txt"
+    shim = sorted(
+        path for path in (HERE / "sglang_cpu_shim").rglob("*.p*") if path.suffix != ".pyc"
+    )
+    venv = _cache() / f"sglang-{_key([script, requirements, *shim])}"
+    python = venv / "bin" / "python"
+    if not os.access(python, os.X_OK):  # also when the interpreter behind it is gone
+        _install([script, venv, _python_for_sglang()], venv)
+    maker = HERE / "make_tiny_model.py"
+    models = _cache() / f"models-{_key([maker])}"
+    for arch in MODELS:
+        if not (models / arch).is_dir():
+            _install([python, maker, models / arch, "--arch", arch], models / arch)
+    return [("SGLPROF_REAL_PYTHON", python), ("SGLPROF_REAL_MODELS", models)]
+
+
+def _nsys() -> list[tuple[str, Path]]:
+    script = HERE / "install_nsys.sh"
+    folder = _cache() / f"nsys-{_key([script])}"
+    nsys = folder / "target-linux-x64" / "nsys"
+    if not os.access(nsys, os.X_OK):
+        _install([script, folder], folder)
+    return [("SGLPROF_NSYS", nsys)]
+
+
+def _key(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _install(command: Sequence[Path | str], target: Path) -> None:
+    """Runs an installer, whose output goes to standard error, in place of any broken rest."""
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.monotonic()
+    _say(f"installing {target.name}")
+    done = subprocess.run([str(word) for word in command], stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise CannotInstall(f"{target.name} cannot be installed here (see above)")
+    _say(f"installed {target.name} in {time.monotonic() - started:.0f} s")
+
+
+def _python_for_sglang() -> str:
+    wanted = ".".join(map(str, SGLANG_PYTHON))
+    test = f"import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != {SGLANG_PYTHON})"
+    for name in (f"python{wanted}", f"/usr/bin/python{wanted}", sys.executable, "python3"):
+        found = shutil.which(name)
+        if found and subprocess.run([found, "-c", test], capture_output=True).returncode == 0:
+            return found
+    raise CannotInstall(f"SGLang is not installed: no CPython {wanted} with venv was found")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"real_env: {text}\n")
+
+
+if __name__ == "__main__":
+    main()
