@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.trace.read import read_window
     from pytest_sglprof.trace.table import KernelTable
     from pytest_sglprof.values import LoadResult, ServerSpec, Threshold, WindowSpec
-    from pytest_sglprof.verdict_failed import VerdictFailed
+    from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ _HOMES = {
     "SglprofError": "errors",
     "Threshold": "values",
     "VerdictFailed": "verdict_failed",
+    "VerdictInconclusive": "verdict_failed",
     "WindowSpec": "values",
     "read_window": "trace.read",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "SglprofError",
     "Threshold",
     "VerdictFailed",
+    "VerdictInconclusive",
     "WindowSpec",
     "__version__",
     "read_window",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pytest_sglprof.errors import ServerMissing
 from pytest_sglprof.settings import Settings
 
 
@@ -27,9 +28,18 @@ def _servers(settings: Settings) -> str:
 
 
 def _kind(settings: Settings, name: str) -> str:
-    from pytest_sglprof.server.command import resolve_kind
+    """Its resolved kind; a missing SGLang is told when the server is to be started."""
+    from dataclasses import replace
 
-    return resolve_kind(settings.servers[name], settings.python)
+    from pytest_sglprof.server.command import find_entry
+
+    spec = settings.servers[name]
+    if settings.python:
+        spec = replace(spec, python=settings.python)
+    try:
+        return find_entry(spec).kind
+    except ServerMissing:
+        return "sglang, which is missing"
 
 
 def _stand_ins(settings: Settings) -> list[str]:

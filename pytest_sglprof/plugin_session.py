@@ -21,7 +21,7 @@ from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 from pytest_sglprof.session.server_life import close_server, open_server
 from pytest_sglprof.session.test_run import TestRun
 from pytest_sglprof.settings import Settings, build_settings, resolve_options, window_spec
-from pytest_sglprof.verdict_failed import VerdictFailed
+from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 
 if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
@@ -203,8 +203,7 @@ class PluginSession:
         for _ in range(self.settings.retry_inconclusive):
             if test.verdict != "inconclusive":
                 return
-            test.forget_attempt()
-            test.begin()
+            test.begin_again()
             try:
                 item.runtest()
             except BaseException as error:
@@ -218,7 +217,7 @@ class PluginSession:
         if test.verdict == "inconclusive":
             if self.settings.allow_inconclusive:
                 raise pytest.skip.Exception(f"inconclusive: {test.reason}", _use_item_location=True)
-            raise VerdictFailed(test.message(), verdict="inconclusive")
+            raise VerdictInconclusive(test.message())
 
     # ---- what fixtures ask for -----------------------------------------------------------
 
@@ -310,7 +309,8 @@ def _set_properties(item: pytest.Item, test: TestRun) -> None:
 
     ours = [pair for document in test.documents() for pair in properties(document)]
     names = {name for name, _ in ours}
-    item.user_properties[:] = [p for p in item.user_properties if p[0] not in names] + ours
+    theirs = [pair for pair in item.user_properties if pair[0] not in names]
+    item.user_properties[:] = [*theirs, *ours]
 
 
 def _attach(report: pytest.TestReport, test: TestRun) -> None:
@@ -319,6 +319,6 @@ def _attach(report: pytest.TestReport, test: TestRun) -> None:
     test.drop_artifacts()
     report.sglprof = test.record(str(report.outcome))  # type: ignore[attr-defined]
     for document in test.documents():
-        if document["verdict"]["word"] != "pass":
+        if document["verdict"] != "pass" and not test.told:
             title = f"sglprof {document['name']}"
             report.sections.append((title, "\n".join(rank_table(document))))

@@ -21,10 +21,12 @@ def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:
         "command": redact_command(["pytest", *map(str, config.invocation_params.args)]),
         "host": platform.node(),
         "versions": {
-            "pytest-sglprof": __version__,
+            "pytest_sglprof": __version__,
             "python": platform.python_version(),
             "pytest": pytest.__version__,
             "pandas": metadata.version("pandas"),
+            "sglang": "",
+            "nsys": "",
         },
         "min_steps": settings.min_steps,
     }

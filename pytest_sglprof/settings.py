@@ -163,7 +163,7 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
             hint="correct the spelling",
         )
     options = {key: value for key, value in keywords.items() if key in known}
-    limits = {key: value for key, value in keywords.items() if key in METRICS}
+    limits: dict[str, Any] = {str(key): value for key, value in keywords.items() if key in METRICS}
     for name in ("activities", "profile_stages"):
         if isinstance(options.get(name), list):
             options[name] = tuple(options[name])

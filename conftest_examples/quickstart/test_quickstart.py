@@ -9,9 +9,9 @@ from pytest_sglprof import VerdictFailed
 def test_ranks_are_balanced(sglang_server, bench_serving):
     """A window of 50 steps opens once the load is steady; its verdict is this test's."""
     load = bench_serving(
-        num_prompts=32, max_concurrency=8, random_input_len=64, random_output_len=64
+        num_prompts=64, max_concurrency=8, random_input_len=64, random_output_len=256
     )
-    assert load.completed == 32
+    assert load.completed == 64
 
 
 @pytest.mark.sglang_server("slow_rank")
@@ -21,4 +21,4 @@ def test_a_slow_rank_is_caught(sglang_server, bench_serving):
     """Run with --runxfail to see how a slow rank looks."""
     if sglang_server.kind != "standin":
         pytest.skip("a slow rank can be planted in the stand-in only")
-    bench_serving(num_prompts=32, max_concurrency=8, random_input_len=64, random_output_len=64)
+    bench_serving(num_prompts=64, max_concurrency=8, random_input_len=64, random_output_len=256)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pytest_sglprof import process
@@ -45,7 +45,7 @@ class Server:
         self,
         *,
         spec: ServerSpec,
-        kind: str,
+        kind: Literal["sglang", "standin"],
         url: str,
         folder: Path,
         python: str,

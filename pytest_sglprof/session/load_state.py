@@ -11,6 +11,13 @@ class LoadState:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._target = 0
+        self._started = 0
+
+    @property
+    def number(self) -> int:
+        """Number of the load that is driven now, 1 for the test's first; 0 while none is."""
+        with self._changed:
+            return self._started if self._target else 0
 
     @property
     def target(self) -> int:
@@ -20,6 +27,7 @@ class LoadState:
 
     def start(self, target: int) -> None:
         """The measured load begins."""
+        self._started += 1
         self._set(max(1, target))
 
     def end(self) -> None:

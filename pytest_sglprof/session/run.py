@@ -91,12 +91,15 @@ class RunBook:
         run = {**self._facts, "id": self.run_id, "started": self._started, "ended": time.time()}
         if exit_status is not None:
             run["exit_status"] = exit_status
+        records = self.records
+        run["versions"] = {**run["versions"], **_server_versions(records)}
+        servers = {(s["log"], s["url"]): s for record in records for s in record["servers"]}
         return run_document(
             run,
-            merge_attempts(self.records),
-            [window for record in self.records for window in record["windows"]],
-            list({s["id"]: s for record in self.records for s in record["servers"]}.values()),
-            [load for record in self.records for load in record["loads"]],
+            [record["attempt"] for record in records],
+            [window for record in records for window in record["windows"]],
+            list(servers.values()),
+            [load for record in records for load in record["loads"]],
         )
 
     def finish(self, exit_status: int) -> Path | None:
@@ -129,16 +132,12 @@ class RunBook:
             self._lock = None
 
 
-def merge_attempts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a test; reruns are its attempts, and the last one is its verdict."""
-    tests: dict[str, dict[str, Any]] = {}
-    for record in records:
-        attempt = {key: record[key] for key in ("attempt", "outcome", "verdict", "reason")}
-        attempt["windows"] = [window["id"] for window in record["windows"]]
-        test = tests.setdefault(record["nodeid"], {"nodeid": record["nodeid"], "attempts": []})
-        test["attempts"].append(attempt)
-        test.update(outcome=record["outcome"], verdict=record["verdict"], reason=record["reason"])
-    return list(tests.values())
+def _server_versions(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Versions of SGLang and nsys that the run's servers told; the stand-in is no SGLang."""
+    servers = [server for record in records for server in record["servers"]]
+    sglang = {str(s["version"]) for s in servers if not s["standin"]}
+    nsys = {str(s["nsys"]) for s in servers if s["nsys"]}
+    return {"sglang": ", ".join(sorted(sglang)), "nsys": ", ".join(sorted(nsys))}
 
 
 def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import ServerDied, ServerError
@@ -77,20 +78,20 @@ def check_alive(server: Server) -> None:
     )
 
 
-def server_document(server: Server) -> dict[str, Any]:
-    """The server as plain data for results.json."""
-    sizes = server.sizes
-    return {
-        "id": server.folder.name,
-        "key": server.spec.key,
-        "kind": server.kind,
-        "standin": server.kind == "standin",
-        "attached": server.attached,
-        "url": server.url,
-        "command": list(server.command),
-        "version": sizes.version,
-        "device": sizes.device,
-        "sizes": {"tp": sizes.tp, "dp": sizes.dp, "pp": sizes.pp, "ep": sizes.ep},
-        "nsys": server.nsys is not None,
-        "model": server.spec.model_path or str(server.info.get("model_path", "")),
-    }
+def describe_server(server: Server, root: Path) -> dict[str, Any]:
+    """The server as plain data for results.json; its log's path is relative to `root`."""
+    from pytest_sglprof.report.results import server_document
+
+    return server_document(
+        key=server.spec.key,
+        kind=server.kind,
+        url=server.url,
+        command=server.command,
+        version=server.sizes.version,
+        sizes=server.sizes,
+        attached=server.attached,
+        nsys=server.nsys.tool.version if server.nsys is not None else "",
+        standin=server.kind == "standin",
+        model=server.spec.model_path or str(server.info.get("model_path", "")),
+        log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
+    )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.session.load_state import LoadState
-from pytest_sglprof.session.server_life import check_alive, server_document
+from pytest_sglprof.session.server_life import check_alive, describe_server
 from pytest_sglprof.session.window_run import WindowRun
 from pytest_sglprof.session.window_watch import WindowWatch
 from pytest_sglprof.values import VerdictWord, WindowSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pytest_sglprof.bench_serving.load import BenchServing
     from pytest_sglprof.server.server import Server
@@ -44,6 +44,7 @@ class TestRun:
         self.windows: list[WindowRun] = []
         self.verdict: VerdictWord | None = None
         self.reason = ""
+        self.told = False  # the test's own failure message shows the windows
         self._settings = settings
         self._folder = folder
         self._marked = marked
@@ -51,9 +52,12 @@ class TestRun:
         self._progress = progress
         self._load = LoadState()
         self._bench: BenchServing | None = None
+        self._round: list[WindowRun] = []  # windows of this run of the body
+        self._inconclusive: dict[str, str] = {}  # name -> id, of the run before
         self._watch: WindowWatch | None = None
         self._watched: WindowRun | None = None
         self._documents: list[dict[str, Any]] | None = None
+        self._started = time.monotonic()
 
     def prepare(self, server: Server | None) -> None:
         """After the fixtures: the server must live; a window of the whole body opens now."""
@@ -61,16 +65,15 @@ class TestRun:
         if server is None:
             return
         check_alive(server)
-        if self._marked is not None and self._marked.whole_body:
-            self._watched = self.new_window(self._marked)
-            self._watched.open()
+        self._open_whole_body()
 
     def new_window(self, spec: WindowSpec) -> WindowRun:
         """A window of this test, not opened yet."""
         assert self.server is not None, "a window needs the server fixture"
         folder = self._folder.window(spec.name, self.nodeid)
-        window = WindowRun(self.server, spec, self._settings, folder, self._progress)
-        self.windows.append(window)
+        window = WindowRun(self.server, spec, self._settings, folder, self._load, self._progress)
+        window.retry_of = self._inconclusive.get(spec.name)
+        self._round.append(window)
         return window
 
     def bench_serving(self) -> BenchServing:
@@ -101,30 +104,32 @@ class TestRun:
     def end(self) -> None:
         """After the body: closes and judges every window; raises what went wrong in them."""
         self._end_watch()
-        if self._watched is not None:
-            self._watched.close()
-        for window in self.windows:
-            window.close()
-        self._conclude()
+        for window in self._round:
+            if window is self._watched or window.was_opened:
+                window.close()
+                self.windows.append(window)
+        self._conclude(self._round)
 
     def abandon(self, *, discard: bool) -> None:
-        """After a body that failed (or skipped: `discard`): nothing stays open."""
+        """After a body that failed (or was skipped: `discard`): nothing stays open."""
         try:
             self._end_watch()
         finally:
-            for window in self.windows:
-                if discard:
+            for window in self._round:
+                if discard or not window.was_opened:
                     window.discard()
                 else:
                     window.close()
-        if discard:
-            self.windows.clear()
-        else:
-            self._conclude()
+                    self.windows.append(window)
+        self._conclude(self.windows)
 
-    def forget_attempt(self) -> None:
-        """Before the body runs again for an inconclusive verdict: its windows stay recorded."""
+    def begin_again(self) -> None:
+        """The body is about to run again, after an inconclusive verdict."""
+        self._inconclusive = {window.spec.name: window.id for window in self._round}
+        self._round, self._watched = [], None
         self.verdict, self.reason = None, ""
+        self._open_whole_body()
+        self.begin()
 
     def inconclusive(self, reason: str) -> None:
         """The body itself found too little data."""
@@ -132,14 +137,22 @@ class TestRun:
 
     def record(self, outcome: str) -> dict[str, Any]:
         """This attempt as plain data, which travels with the test's report."""
+        from pytest_sglprof.report.results import attempt_document
+
+        windows = self.documents()
         return {
-            "nodeid": self.nodeid,
-            "attempt": self.attempt,
-            "outcome": outcome,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "windows": self.documents(),
-            "servers": [server_document(self.server)] if self.server else [],
+            "attempt": attempt_document(
+                nodeid=self.nodeid,
+                number=self.attempt,
+                outcome=outcome,
+                verdict=self.verdict,
+                reason=self.reason,
+                duration_s=time.monotonic() - self._started,
+                windows=[window["id"] for window in windows],
+                worker=self._folder.worker,
+            ),
+            "windows": windows,
+            "servers": [describe_server(self.server, self._folder.path)] if self.server else [],
             "loads": self._load_documents(),
         }
 
@@ -147,10 +160,13 @@ class TestRun:
         """The bad verdict as a tired engineer wants to read it."""
         from pytest_sglprof.report.terminal import rank_table
 
-        parts = [f"profile window verdict: {self.verdict}", self.reason]
-        for document in self.documents():
-            if document["verdict"]["word"] != "pass":
-                parts += ["", *rank_table(document)]
+        self.told = True
+        shown = [rank_table(doc) for doc in self.documents() if doc["verdict"] != "pass"]
+        parts = [f"profile window verdict: {self.verdict}"]
+        if not shown:
+            parts.append(self.reason)
+        for lines in shown:
+            parts += ["", *lines]
         return "\n".join(parts)
 
     def documents(self) -> list[dict[str, Any]]:
@@ -169,7 +185,7 @@ class TestRun:
         for window in self.windows:
             shutil.rmtree(window.folder, ignore_errors=True)
         for document in self.documents():
-            document["artifacts_kept"] = False
+            document["artifacts"] = []
 
     def _show_load(self, elapsed: float, line: str) -> None:
         if self._progress is not None:
@@ -180,8 +196,13 @@ class TestRun:
         if watch is not None:
             watch.finish()
 
-    def _conclude(self) -> None:
-        judged = [(w.verdict.word, w.spec.name, w.verdict.reason) for w in self.windows]
+    def _open_whole_body(self) -> None:
+        if self._marked is not None and self._marked.whole_body:
+            self._watched = self.new_window(self._marked)
+            self._watched.open()
+
+    def _conclude(self, windows: Sequence[WindowRun]) -> None:
+        judged = [(w.verdict.word, w.spec.name, w.verdict.reason) for w in windows]
         for word in RANKING:
             reasons = [f"{name}: {reason}" for found, name, reason in judged if found == word]
             if reasons:
@@ -189,15 +210,39 @@ class TestRun:
                 return
 
     def _document(self, window: WindowRun) -> dict[str, Any]:
-        assert self.server is not None
         return window.document(
             nodeid=self.nodeid,
             attempt=self.attempt,
-            server_key=self.server.spec.key,
-            standin=self.server.kind == "standin",
-            load=None,
+            server_key=self._server_key,
+            standin=self._standin,
+            load=self._load_id(window.load_number) if window.load_number else None,
+            root=self._folder.path,
+            retry_of=window.retry_of,
         )
 
     def _load_documents(self) -> list[dict[str, Any]]:
+        from pytest_sglprof.report.results import load_document
+
         results = self._bench.results if self._bench is not None else []
-        return [{"nodeid": self.nodeid, "attempt": self.attempt, **asdict(r)} for r in results]
+        return [
+            load_document(
+                result,
+                load_id=self._load_id(number),
+                nodeid=self.nodeid,
+                attempt=self.attempt,
+                server_key=self._server_key,
+                standin=self._standin,
+            )
+            for number, result in enumerate(results, start=1)
+        ]
+
+    def _load_id(self, number: int) -> str:
+        return f"{self.nodeid}#{self.attempt}.{number}"
+
+    @property
+    def _server_key(self) -> str:
+        return self.server.spec.key if self.server is not None else ""
+
+    @property
+    def _standin(self) -> bool:
+        return self.server is not None and self.server.kind == "standin"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_sglprof.gate.judge import Verdict
     from pytest_sglprof.server.server import Server
+    from pytest_sglprof.session.load_state import LoadState
     from pytest_sglprof.settings import Settings
     from pytest_sglprof.trace.table import KernelTable
 
@@ -35,11 +37,15 @@ class WindowRun:
         spec: WindowSpec,
         settings: Settings,
         folder: Path,
+        load: LoadState,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.spec = spec
         self.id = folder.name
         self.folder = folder
+        self.load_number = 0
+        self.retry_of: str | None = None
+        self._load = load
         self._settings = settings
         self._window = ProfileWindow(
             server, spec, window_id=self.id, folder=folder, progress=progress
@@ -62,6 +68,7 @@ class WindowRun:
     def open(self) -> None:
         """Opens the window; raises `WindowError`, `ServerError` or `NsysError`."""
         self._window.open()
+        self.load_number = self._load.number
 
     def wait(self, stop: threading.Event | None = None) -> None:
         """Waits until its steps or seconds are over, or until `stop` is set."""
@@ -71,8 +78,20 @@ class WindowRun:
         """Closes the window (once) and returns what it left."""
         with self._lock:
             if self._capture is None:
-                self._capture = self._window.close()
+                self._capture = self._window.close() if self.was_opened else self._unopened()
             return self._capture
+
+    def _unopened(self) -> WindowCapture:
+        moment = time.time()
+        return WindowCapture(
+            window_id=self.id,
+            spec=self.spec,
+            state="failed",
+            opened=moment,
+            closed=moment,
+            reason="the test's body was over before the load was steady, so the window never "
+            "opened: drive a longer load, or use whole_body=True",
+        )
 
     def discard(self) -> None:
         """Closes the window and forgets it."""

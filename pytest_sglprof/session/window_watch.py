@@ -53,7 +53,7 @@ class WindowWatch:
     def _is_time(self) -> bool:
         spec = self._window.spec
         if spec.delay > 0:
-            return not self._stop.wait(spec.delay)
+            return True  # opening waits for it
         while not self._stop.is_set():
             if self._drives_load and not self._load.wait_for_start(self._stop):
                 return False

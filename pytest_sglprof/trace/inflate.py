@@ -1,0 +1,182 @@
+"""A trace's bytes in pieces of bounded size, verified to the end.
+
+``pieces(path)`` yields the plain bytes of a ``.json``, ``.json.gz`` or ``.json.zst``
+file, recognised by content. It returns normally only when the end was reached and every
+checksum was right, so a reader that holds its results back until then never returns
+half a file. Memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Protocol
+
+from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
+
+PIECE = 256 * 1024  # larger pieces fall out of the processor's cache, smaller ones cost calls
+_READ = 128 * 1024
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_SQLITE = b"SQLite format 3\x00"
+
+Progress = Callable[[int], None]
+
+
+class _Inflater(Protocol):
+    """What isal, zlib and zstd decompressors have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+
+
+class _ZlibInflater:
+    """The standard library's zlib with the interface of isal's decompressor."""
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(wbits=31)
+        self._pending = b""
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._pending and not self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data
+
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes:
+        source = self._pending + data
+        piece = self._stream.decompress(source, max_length)
+        self._pending = self._stream.unconsumed_tail
+        return piece
+
+
+def _gzip_inflater() -> _Inflater:
+    """isal's decompressor (four times as fast), zlib's where isal is not installed."""
+    try:
+        from isal import igzip_lib
+    except ImportError:
+        return _ZlibInflater()
+    inflater: _Inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+    return inflater
+
+
+def _zstd_inflater(path: Path) -> _Inflater:
+    """The standard library's decompressor, which exists from Python 3.14 on."""
+    try:
+        from compression import zstd  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise TraceError(
+            f"{path} is compressed with zstd, which this Python cannot read",
+            expected="a .json.gz or .json file, or Python 3.14 and newer",
+            hint=f"unpack it first: zstd -d {path}",
+        ) from None
+    inflater: _Inflater = zstd.ZstdDecompressor()
+    return inflater
+
+
+def pieces(path: Path, *, size: int = PIECE, progress: Progress | None = None) -> Iterator[bytes]:
+    """Yields the plain bytes of `path` in pieces of at most `size` bytes.
+
+    progress: called with the number of *stored* bytes read since its last call.
+    Raises NotATrace (missing, empty, another kind of file), TraceTruncated (the stream
+    stops before its end) and TraceError (damaged: bad data or a wrong checksum).
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise NotATrace(
+            f"{path} cannot be opened: {error.strerror}",
+            expected="a readable trace file",
+            hint="check the path and its permissions",
+        ) from error
+    with stream:
+        head = stream.read(len(_SQLITE))
+        stream.seek(0)
+        if not head:
+            raise NotATrace(
+                f"{path} is empty",
+                expected="a Kineto trace (.json or .json.gz)",
+                hint="the profiler was stopped before it wrote the file; open the window again",
+            )
+        if head == _SQLITE:
+            raise NotATrace(
+                f"{path} is an SQLite database, not a torch trace",
+                expected="a Kineto trace (.json or .json.gz)",
+                hint="an nsys export is recognised by its ending .sqlite; rename the file",
+            )
+        if head.startswith(_GZIP):
+            yield from _inflate(path, stream, _gzip_inflater, _GZIP, size, progress)
+        elif head.startswith(_ZSTD):
+            yield from _inflate(path, stream, lambda: _zstd_inflater(path), _ZSTD, size, progress)
+        else:
+            yield from _plain(stream, size, progress)
+
+
+def _plain(stream: IO[bytes], size: int, progress: Progress | None) -> Iterator[bytes]:
+    while data := stream.read(size):
+        if progress is not None:
+            progress(len(data))
+        yield data
+
+
+def _inflate(
+    path: Path,
+    stream: IO[bytes],
+    make: Callable[[], _Inflater],
+    magic: bytes,
+    size: int,
+    progress: Progress | None,
+) -> Iterator[bytes]:
+    """Inflates every member of `stream`; a file may hold several (`cat a.gz b.gz`)."""
+    inflater = make()
+    while True:
+        data = b""
+        if inflater.eof:
+            rest = inflater.unused_data.lstrip(b"\0")  # gzip allows zeros as padding
+            while len(rest) < len(magic):
+                more = stream.read(_READ)
+                if not more:
+                    break
+                rest = (rest + more).lstrip(b"\0")
+            if not rest:
+                return
+            if not rest.startswith(magic):
+                raise TraceError(
+                    f"{path} has bytes after its compressed data that are no compressed data",
+                    expected="nothing, or another member of the same kind",
+                    hint="the file was damaged or written twice; copy or record it again",
+                )
+            inflater, data = make(), rest
+        elif inflater.needs_input:
+            data = stream.read(_READ)
+            if progress is not None:
+                progress(len(data))
+            if not data:
+                raise TraceTruncated(
+                    f"{path} ends in the middle of its compressed data",
+                    expected="a complete file; the profiler writes it in place and grows it",
+                    hint="wait until the profiler is done, or read what is there with "
+                    "allow_partial=True",
+                )
+        try:
+            piece = inflater.decompress(data, size)
+        except Exception as error:  # isal, zlib and zstd have no common error class
+            raise TraceError(
+                f"{path} is damaged: {error}",
+                expected="compressed data with a right checksum",
+                hint="copy the file again; if it was recorded so, open the window again",
+            ) from error
+        if piece:
+            yield piece

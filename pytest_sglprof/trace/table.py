@@ -1,0 +1,152 @@
+"""The kernel table: one row an activity, one clock, one rank label for each process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from pytest_sglprof.ranks import Rank
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TEXT_COLUMNS = ("rank", "name", "full_name", "category", "kind", "stage")
+COLUMNS = (*TEXT_COLUMNS, "step", "stream", "start_ns", "dur_ns")
+STEP_COLUMNS = (
+    "rank",
+    "step",
+    "stage",
+    "start_ns",
+    "end_ns",
+    "batch_size",
+    "tokens",
+    "forward_id",
+)
+NO_STEP = -1
+UNKNOWN_STAGE = "unknown"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of one rank. Times in ns; -1 where the source does not tell."""
+
+    step: int
+    stage: str
+    start_ns: int
+    end_ns: int
+    batch_size: int = -1
+    tokens: int = -1
+    forward_id: int = -1
+
+    def shifted(self, offset_ns: int) -> Step:
+        """The same step on a clock that is `offset_ns` ahead."""
+        return replace(self, start_ns=self.start_ns + offset_ns, end_ns=self.end_ns + offset_ns)
+
+
+@dataclass(frozen=True)
+class RankActivities:
+    """What one reader found of one rank: parallel columns over its activities.
+
+    name_codes, kind_codes: indices into names (full, as recorded) and kinds. start, dur:
+    int64 ns. step: the number of a `Step` or -1. stream: -1 where there is none.
+    """
+
+    rank: str
+    names: Sequence[str]
+    name_codes: NDArray[np.int64]
+    kinds: Sequence[str]
+    kind_codes: NDArray[np.int64]
+    start: NDArray[np.int64]
+    dur: NDArray[np.int64]
+    stream: NDArray[np.int64]
+    step: NDArray[np.int64]
+    steps: Sequence[Step] = ()
+    source: str = "gpu"
+    notes: Sequence[str] = ()
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """All activities of a window.
+
+    frame: one row an activity with the columns `rank, name, full_name, category, kind,
+    stage` (categorical text), `step, stream, start_ns, dur_ns` (int64; ns). step is -1
+    outside of any step; equal numbers mean the same forward pass on every rank. kind is
+    "kernel", "memcpy", "memset", "op", "range" or "collective".
+    ranks: labels in rank order, also of ranks without any activity. steps: one row a rank
+    and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
+    time of NVTX ranges). partial: a truncated file was allowed. notes: what was skipped,
+    and which way of reading was taken. files: what was read.
+    """
+
+    frame: pd.DataFrame
+    ranks: tuple[str, ...]
+    steps: pd.DataFrame
+    source: str = "gpu"
+    partial: bool = False
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = field(default=())
+
+    def by(self, *keys: str) -> pd.DataFrame:
+        """Count and total time for each combination of `keys`.
+
+        Columns: the keys, `count`, `total_ns` (int64). Ordered by rank where that is a
+        key, then by total, largest first.
+        """
+        grouped = self.frame.groupby(list(keys), observed=True, sort=False)["dur_ns"]
+        sums = grouped.agg(count="size", total_ns="sum").reset_index()
+        by_rank = [key for key in keys if key == "rank"]
+        ascending = [True] * len(by_rank) + [False]
+        ordered = sums.sort_values([*by_rank, "total_ns"], ascending=ascending, kind="stable")
+        result: pd.DataFrame = ordered.reset_index(drop=True)
+        return result
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[tuple[str, str, str, str, int, int, int, int]],
+        *,
+        steps: Iterable[tuple[str, Step]] = (),
+        source: str = "gpu",
+        ranks: Sequence[str] | None = None,
+    ) -> KernelTable:
+        """A table of explicit `(rank, name, category, stage, step, stream, start, dur)` rows."""
+        listed = list(rows)
+        labels = tuple(ranks) if ranks is not None else rank_order({row[0] for row in listed})
+        columns = list(zip(*listed, strict=True)) or [()] * 8
+        rank, name, category, stage, step, stream, start, dur = columns
+        kind = ["memcpy" if text == "memory" else "kernel" for text in category]
+        texts = dict(zip(TEXT_COLUMNS, (rank, name, name, category, kind, stage), strict=True))
+        numbers = {"step": step, "stream": stream, "start_ns": start, "dur_ns": dur}
+        frame = pd.DataFrame(
+            {key: pd.Categorical(list(values)) for key, values in texts.items()}
+            | {key: np.asarray(values, dtype=np.int64) for key, values in numbers.items()}
+        )
+        frame["rank"] = frame["rank"].cat.set_categories(list(labels), ordered=True)
+        return cls(frame, labels, step_frame(list(steps), labels), source)
+
+
+def rank_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels in the numerical order of their ranks; unknown texts last, by name."""
+
+    def key(label: str) -> tuple[bool, tuple[int, ...], str]:
+        rank = Rank.parse(label)
+        return (rank is None, rank.sort_key if rank else (), label)
+
+    return tuple(sorted(labels, key=key))
+
+
+def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:
+    """The `steps` table: one row a rank and step."""
+    values: dict[str, object] = {
+        "rank": pd.Categorical([rank for rank, _ in steps], categories=list(ranks), ordered=True),
+        "stage": pd.Categorical([step.stage for _, step in steps]),
+    }
+    for name in ("step", "start_ns", "end_ns", "batch_size", "tokens", "forward_id"):
+        values[name] = np.asarray([getattr(step, name) for _, step in steps], dtype=np.int64)
+    return pd.DataFrame(values, columns=list(STEP_COLUMNS))

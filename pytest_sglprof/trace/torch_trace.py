@@ -1,0 +1,342 @@
+"""Kineto traces of the torch profiler, as SGLang writes them: one file a rank, or merged.
+
+Times are converted to integer ns from the text of the file; floats are never summed. A file
+is used only when its end was reached and every checksum was right, unless `allow_partial`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof.ranks import Rank
+from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.repair import repaired
+from pytest_sglprof.trace.self_time import self_times
+from pytest_sglprof.trace.steps import Ints, Launches, Span, StepMap, step_spans
+from pytest_sglprof.trace.table import RankActivities
+
+GPU_KINDS = {
+    "kernel": "kernel",
+    "gpu_memcpy": "memcpy",
+    "memcpy": "memcpy",
+    "gpu_memset": "memset",
+    "memset": "memset",
+}
+LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "hip_runtime", "runtime", "driver"})
+SPANS = frozenset({"user_annotation", "gpu_user_annotation"})
+OPERATORS = frozenset({"cpu_op", "operator"})
+COMMUNICATION = ("gloo:", "nccl:", "mpi:")
+SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
+BOM = b"\xef\xbb\xbf"
+_MERGED_PID = re.compile(r"^\[((?:[A-Z]+\d+-?)+)\]")
+_NUMBER = re.compile(r'^"?\s*(-?)(\d+)(?:\.(\d*))?(?:[eE]([+-]?\d+))?\s*"?$')
+
+
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+class _Args(msgspec.Struct, gc=False):
+    stream: int | str | None = None
+    correlation: int | None = None
+    graph_node: int | None = msgspec.field(name="graph node id", default=None)
+
+
+class _Event(msgspec.Struct, gc=False):
+    ph: str = ""
+    cat: str = ""
+    name: str | int | float | bool | None = ""
+    ts: msgspec.Raw = msgspec.Raw(b"")
+    dur: msgspec.Raw = msgspec.Raw(b"")
+    pid: msgspec.Raw = msgspec.Raw(b"")
+    tid: msgspec.Raw = msgspec.Raw(b"")
+    args: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Distributed(msgspec.Struct):
+    rank: int | None = None
+    world_size: int | None = None
+
+
+class _Trace(msgspec.Struct):
+    events: list[_Event] | None = msgspec.field(name="traceEvents", default=None)
+    base_ns: int | None = msgspec.field(name="baseTimeNanoseconds", default=None)
+    distributed: _Distributed | None = msgspec.field(name="distributedInfo", default=None)
+
+
+_DECODER = msgspec.json.Decoder(_Trace)
+_ARGS = msgspec.json.Decoder(_Args)
+
+
+@dataclass
+class _Collected:
+    """What was found of one owner (one process of a merged file, or the whole file)."""
+
+    names: dict[str, int] = field(default_factory=dict)
+    gpu: list[tuple[int, int, int, int, int, int, bool]] = field(default_factory=list)
+    operators: list[tuple[int, int, int, str]] = field(default_factory=list)
+    communication: list[tuple[int, int, int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    launches: Launches = field(default_factory=Launches)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def code(self, name: str) -> int:
+        """Index of a name in this owner's table of names."""
+        return self.names.setdefault(name, len(self.names))
+
+
+def read_trace(path: Path, *, allow_partial: bool = False) -> list[RankActivities]:
+    """The activities of each rank in one file; ranks of SGLang's merged files are split.
+
+    Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
+    """
+    trace, notes, partial = _decode(path, allow_partial)
+    owners = _collect(trace)
+    base = trace.base_ns or 0
+    found = []
+    for owner, collected in owners.items():
+        label = owner or _label(path, trace)
+        found.append(_activities(label, collected, base, notes, partial))
+    return found or [_activities(_label(path, trace), _Collected(), base, notes, partial)]
+
+
+def ns(raw: bytes) -> int | None:
+    """Exact ns of a time in µs from its JSON text (a number or a quoted one).
+
+    None when it is absent or not a finite number. Digits below 1 ns are rounded half up.
+    """
+    match = _NUMBER.match(bytes(raw).decode("ascii", "replace").strip())
+    if match is None:
+        return None
+    sign, whole, fraction, exponent = match.groups()
+    fraction = fraction or ""
+    shift = 3 + int(exponent or 0) - len(fraction)
+    if abs(shift) > 40:
+        return None
+    value: int = int(whole + fraction)
+    if shift >= 0:
+        value *= int(10**shift)
+    else:
+        value = (2 * value + 10**-shift) // (2 * 10**-shift)
+    return -value if sign else value
+
+
+def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
+    data = bytearray()
+    partial = False
+    notes: list[str] = []
+    try:
+        for piece in pieces(path):
+            data += piece
+    except TraceTruncated:
+        if not allow_partial:
+            raise
+        partial = True
+    if data.startswith(BOM):
+        del data[: len(BOM)]
+    try:
+        trace = _DECODER.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        trace, notes, cut = _decode_repaired(path, bytes(data), error, allow_partial)
+        partial = partial or cut
+    if trace.events is None:
+        raise NotATrace(
+            f"{path} is JSON, but not a trace: it has no traceEvents",
+            expected="a Kineto trace of the torch profiler",
+            hint="give the *.trace.json.gz files that the server wrote",
+        )
+    if partial:
+        notes = [*notes, f"{path.name}: truncated; only what stands before its end was read"]
+    return trace, notes, partial
+
+
+def _decode_repaired(
+    path: Path, data: bytes, error: Exception, allow_partial: bool
+) -> tuple[_Trace, list[str], bool]:
+    fixed = repaired(data)
+    if fixed is None:
+        raise NotATrace(
+            f"{path} is not a trace: {error}",
+            expected="a Kineto trace of the torch profiler (JSON)",
+            hint="give the *.trace.json.gz files that the server wrote",
+        )
+    if fixed.cut and not allow_partial:
+        raise TraceTruncated(
+            f"{path} ends in the middle of its JSON",
+            expected="a complete file; the profiler writes it in place and grows it",
+            hint="wait until the profiler is done, or read what is there with allow_partial=True",
+        )
+    try:
+        trace = _DECODER.decode(fixed.data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as second:
+        raise TraceError(
+            f"{path} is not valid JSON, and its events cannot be told apart: {second}",
+            expected="a Kineto trace of the torch profiler (JSON)",
+            hint="record the window again with with_stack=False",
+        ) from error
+    note = f"{path.name}: invalid JSON; {fixed.skipped} events that cannot be read were skipped"
+    return trace, [note], fixed.cut
+
+
+def _collect(trace: _Trace) -> dict[str, _Collected]:
+    owners: dict[str, _Collected] = {}
+    by_pid: dict[bytes, str] = {}
+    for event in trace.events or ():
+        category = event.cat.lower()
+        wanted = category in GPU_KINDS or category in SPANS or category in OPERATORS
+        if event.ph != "X" or not (wanted or category in LAUNCHES):
+            continue
+        pid = bytes(event.pid)
+        owner = by_pid.get(pid)
+        if owner is None:
+            owner = by_pid[pid] = _owner(pid)
+        _add(owners.setdefault(owner, _Collected()), event, category)
+    return owners
+
+
+def _add(into: _Collected, event: _Event, category: str) -> None:
+    start = ns(event.ts)
+    dur = ns(event.dur)
+    if start is None or dur is None or dur < 0:
+        if category not in LAUNCHES:
+            what = "negative" if dur is not None and dur < 0 else "missing or unreadable"
+            key = f"{category} events with a {what} time"
+            into.skipped[key] = into.skipped.get(key, 0) + 1
+        return
+    name = str(event.name)
+    if category in GPU_KINDS:
+        args = _arguments(event)
+        stream = args.stream if isinstance(args.stream, int) else -1
+        correlation = args.correlation or -1
+        kind = ("kernel", "memcpy", "memset").index(GPU_KINDS[category])
+        graph = bool(args.graph_node)
+        into.gpu.append((into.code(name), kind, start, dur, stream, correlation, graph))
+    elif category in SPANS:
+        thread = bytes(event.tid).decode("ascii", "replace")
+        gpu = category == "gpu_user_annotation"
+        if name.startswith(COMMUNICATION) and not gpu:
+            into.communication.append((into.code(name), start, dur))
+        else:
+            into.spans.append(Span(name, start, start + dur, gpu=gpu, thread=thread))
+    elif category in LAUNCHES:
+        correlation = _arguments(event).correlation or -1
+        if correlation > 0:
+            into.launches.add(correlation, start)
+    elif not name.startswith(SUBMITTED):
+        thread = bytes(event.tid).decode("ascii", "replace")
+        into.operators.append((into.code(name), start, dur, thread))
+
+
+def _arguments(event: _Event) -> _Args:
+    try:
+        return _ARGS.decode(event.args) if event.args else _Args()
+    except msgspec.DecodeError:
+        return _Args()
+
+
+def _owner(pid: bytes) -> str:
+    match = _MERGED_PID.match(bytes(pid).decode("utf-8", "replace").strip('"'))
+    if match is None:
+        return ""
+    parts = [re.sub(r"(\D)0*(\d+)$", r"\1\2", part) for part in match[1].split("-")]
+    rank = Rank.parse(" ".join(parts))
+    return rank.label if rank is not None else match[1]
+
+
+def _label(path: Path, trace: _Trace) -> str:
+    rank = Rank.from_file_name(path.name)
+    if rank is not None:
+        return rank.label
+    if trace.distributed is not None and trace.distributed.rank is not None:
+        return Rank(tp=trace.distributed.rank).label
+    found = re.search(r"rank[-_]?(\d+)", path.name)
+    if found:
+        return Rank(tp=int(found[1])).label
+    if trace.distributed is not None and trace.distributed.world_size not in (None, 1):
+        raise TraceError(
+            f"{path} does not tell its rank: neither its name nor its distributedInfo",
+            expected="a name such as ID-TP-1.trace.json.gz",
+            hint="rename the file after its rank",
+        )
+    return Rank(tp=0).label
+
+
+def _activities(
+    label: str, found: _Collected, base: int, notes: Sequence[str], partial: bool
+) -> RankActivities:
+    own = [*notes, *(f"{label}: skipped {n} {what}" for what, n in found.skipped.items())]
+    steps = StepMap(step_spans(found.spans))
+    if found.gpu:
+        columns, more = _gpu_columns(label, found, steps)
+        own += more
+        kinds: tuple[str, ...] = ("kernel", "memcpy", "memset")
+    else:
+        columns, kinds = _cpu_columns(found, steps), ("op", "collective")
+    code, kind, start, dur, stream, step = columns
+    return RankActivities(
+        rank=label,
+        names=list(found.names),
+        name_codes=code,
+        kinds=kinds,
+        kind_codes=kind,
+        start=start + base,
+        dur=dur,
+        stream=stream,
+        step=step,
+        steps=[entry.shifted(base) for entry in steps.steps],
+        source="gpu" if found.gpu else "cpu_op",
+        notes=own,
+        partial=partial,
+    )
+
+
+Columns = tuple[Ints, Ints, Ints, Ints, Ints, Ints]
+
+
+def _gpu_columns(label: str, found: _Collected, steps: StepMap) -> tuple[Columns, list[str]]:
+    table = np.array(found.gpu, dtype=np.int64).reshape(-1, 7)
+    table = table[np.lexsort((table[:, 2], table[:, 4]))]
+    impossible = impossible_rows(table[:, 2], table[:, 3], table[:, 4], table[:, 6] > 0)
+    notes = []
+    if impossible.any():
+        lost = int(table[impossible, 3].sum())
+        notes.append(
+            f"{label}: excluded {int(impossible.sum())} kernels ({lost / 1e6:.3f} ms) that contain "
+            "a whole later kernel of their own stream, which is impossible"
+        )
+        table = table[~impossible]
+    launched = found.launches.times(table[:, 5])
+    step = steps.of_gpu(table[:, 2], launched)
+    code, kind, start, dur, stream = (np.ascontiguousarray(table[:, n]) for n in range(5))
+    return (code, kind, start, dur, stream, step), notes
+
+
+def _cpu_columns(found: _Collected, steps: StepMap) -> Columns:
+    own = self_times([(start, dur, thread) for _, start, dur, thread in found.operators])
+    rows = [
+        (code, 0, start, self_dur)
+        for (code, start, _, _), self_dur in zip(found.operators, own, strict=True)
+    ]
+    rows += [(code, 1, start, dur) for code, start, dur in found.communication]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    code, kind, start, dur = (np.ascontiguousarray(table[:, n]) for n in range(4))
+    return code, kind, start, dur, np.full(len(table), -1, dtype=np.int64), steps.of_time(start)
+
+
+def impossible_rows(start: Ints, dur: Ints, stream: Ints, graph: Flags) -> Flags:
+    """Rows (sorted by stream, then start) that contain a whole later row of their stream.
+
+    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs.
+    """
+    bad = np.zeros(len(start), dtype=bool)
+    if len(start) > 1:
+        end = start + dur
+        inside = (stream[1:] == stream[:-1]) & (end[1:] < end[:-1]) & (stream[1:] >= 0)
+        bad[:-1] = inside & ~graph[:-1] & (dur[1:] > 0)
+    return bad
