@@ -58,7 +58,7 @@ class Lane:
     @property
     def is_empty(self) -> bool:
         """True when nothing waits or runs."""
-        return not (self.waiting or self.running)
+        return not (self.waiting or self.admitted or self.running)
 
     @property
     def held_tokens(self) -> int:

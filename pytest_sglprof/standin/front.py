@@ -57,6 +57,7 @@ class Front:
         for engine in self.engines:
             engine.start()
         threading.Thread(target=self._become_ready, daemon=True).start()
+        threading.Thread(target=self._watch_ranks, daemon=True).start()
 
     def submit(self, request: Request, dp_rank: int | None = None) -> None:
         """Queues a request: at the DP rank asked for, else in turn."""
@@ -80,10 +81,8 @@ class Front:
         """An orderly end, also as a signal handler."""
         if not self.stopping:
             self.stopping = True
-            log(
-                f"{signal.Signals(signum or signal.SIGTERM).name} received. {signum=} {frame=}. "
-                "Draining requests and shutting down..."
-            )
+            name = signal.Signals(signum or signal.SIGTERM).name
+            log(f"{name} received. signum=None frame=None. Draining requests and shutting down...")
         self._ended.set()
 
     def wait(self) -> int:
@@ -120,6 +119,13 @@ class Front:
                 self.kill_a_rank()
             except RankGone:
                 return
+
+    def _watch_ranks(self) -> None:
+        """An idle replica talks to nobody and would not notice that a rank has gone."""
+        while not self._ended.wait(0.1):
+            for rank in self.ranks:
+                if rank.process.poll() is not None:
+                    self._rank_died(rank)
 
     def _rank_died(self, rank: RankProcess) -> None:
         status = rank.exit_status()

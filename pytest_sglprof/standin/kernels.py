@@ -13,7 +13,8 @@ from typing import Literal
 Kind = Literal["kernel", "memcpy", "memset", "collective"]
 Scope = Literal["attention", "all"]
 
-COMPUTE = (
+SLOWABLE = (
+    "compute",
     "attention",
     "gemm",
     "moe",
@@ -22,9 +23,8 @@ COMPUTE = (
     "sampling",
     "elementwise",
     "memory",
-    "other",
 )
-"""Categories that a fault may slow; `compute` in a fault means all of them but memory."""
+"""What a fault may slow: a category, or `compute`, all kernels but collectives and copies."""
 
 FILL = 0.85
 """Share of a step's wall time in which the device works."""
@@ -144,10 +144,10 @@ def layer(*, prefill: bool, attention_ranks: int, ranks: int) -> tuple[Kernel, .
     kernels = [
         Kernel(_NORM, "norm", 2, "aten::rms_norm"),
         Kernel("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "gemm", 10, "aten::mm"),
-        Kernel(_ROPE, "elementwise", 2, "sgl_kernel::rotary_embedding_cpu"),
+        Kernel(_ROPE, "attention", 2, "sgl_kernel::rotary_embedding_cpu"),
         Kernel(
             "void store_kvcache<256l, 4, true, long>(StoreKVCacheParams)",
-            "memory",
+            "attention",
             1,
             "aten::index_put_",
         ),
@@ -204,7 +204,7 @@ def forward(*, prefill: bool, layers: int, attention_ranks: int, ranks: int) -> 
     head = (
         Kernel("Memcpy HtoD (Pinned -> Device)", "memory", 1, "aten::copy_", "memcpy"),
         Kernel("Memset (Device)", "memory", 0.5, "aten::zero_", "memset"),
-        Kernel(_EMBEDDING, "memory", 1, "aten::embedding"),
+        Kernel(_EMBEDDING, "elementwise", 1, "aten::embedding"),
     )
     tail = [
         Kernel(_NORM, "norm", 2, "aten::rms_norm"),

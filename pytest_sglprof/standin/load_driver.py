@@ -25,6 +25,8 @@ from pytest_sglprof.standin.load_options import PATHS, base_url, parse
 
 VOCABULARY = 32_000
 WARM_UP_TOKENS = 32
+SETTLE_S = 1.0
+"""Between warm-up and load, as in the real driver."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ async def _benchmark(
         )
         if options.flush_cache:
             await client.post("/flush_cache")
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(SETTLE_S)
         began = time.perf_counter()
         tasks = [asyncio.create_task(one(row)) async for row in _paced(options, todo)]
         outcomes = list(await asyncio.gather(*tasks))

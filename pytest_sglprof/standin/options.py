@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_sglprof.standin.kernels import SLOWABLE
 from pytest_sglprof.standin.timeline import Model, Slow
-from pytest_sglprof.standin.topology import Sizes
+from pytest_sglprof.standin.topology import Sizes, places
 
 START_FAULTS = ("import", "oom", "port")
 
@@ -53,8 +54,8 @@ def parse(argv: Sequence[str]) -> Options:
     parser = _parser()
     known, rest = parser.parse_known_args(list(argv))
     try:
-        slow = tuple(_slow(text) for text in known.slow)
         sizes = _sizes(known)
+        slow = tuple(_slow(text, sizes) for text in known.slow)
         others = _others(rest)
     except ValueError as error:
         parser.error(str(error))
@@ -152,15 +153,20 @@ def _sizes(known: argparse.Namespace) -> Sizes:
     return sizes
 
 
-def _slow(text: str) -> Slow:
+def _slow(text: str, sizes: Sizes) -> Slow:
     values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     unknown = set(values) - {"rank", "category", "factor", "from_step", "until_step"}
     if unknown or "rank" not in values or "factor" not in values:
         raise ValueError(f"--slow {text!r}: expected rank=, factor= and perhaps category=, ...")
     until = values.get("until_step")
+    rank, category = values["rank"].replace(".", " "), values.get("category", "compute")
+    if all(rank not in (place.label, str(place.index)) for place in places(sizes)):
+        raise ValueError(f"--slow {text!r}: there is no rank {rank}")
+    if category not in SLOWABLE:
+        raise ValueError(f"--slow {text!r}: expected a category of {', '.join(SLOWABLE)}")
     return Slow(
-        rank=values["rank"].replace(".", " "),
-        category=values.get("category", "compute"),
+        rank=rank,
+        category=category,
         factor=float(values["factor"]),
         from_step=int(values.get("from_step", 0)),
         until_step=None if until is None else int(until),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class RankProcess:
         try:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: closed by `end_all` meanwhile
             raise RankGone(self) from error
 
     def receive(self) -> dict[str, Any]:
@@ -72,7 +73,18 @@ def ask_all(ranks: Sequence[RankProcess], message: dict[str, Any]) -> list[dict[
 
 
 def end_all(ranks: Sequence[RankProcess], grace: float = 1.0) -> None:
-    """SIGTERM to all, SIGKILL to those left after `grace` seconds, and reaps them."""
+    """Ends all and reaps them: they see the end of stdin, then SIGTERM, then SIGKILL.
+
+    grace: seconds before SIGKILL; a third of it passes before SIGTERM.
+    """
+    for rank in ranks:
+        if rank.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                rank.process.stdin.close()
+    deadline = time.monotonic() + grace / 3
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.terminate()
