@@ -48,7 +48,7 @@ def profile_window(
 
 
 def _session(request: pytest.FixtureRequest) -> PluginSession:
-    from pytest_sglprof.plugin import PLUGIN_NAME
+    from pytest_sglprof.options import PLUGIN_NAME
 
     session: Any = request.config.pluginmanager.getplugin(PLUGIN_NAME)
     assert session is not None, "tests with our fixtures are skipped without --sglprof"

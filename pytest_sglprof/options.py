@@ -7,7 +7,9 @@ Imported by every pytest run, so it imports nothing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+PLUGIN_NAME = "sglprof-session"  # under which a run with --sglprof registers its hooks
 
 
 class Option(NamedTuple):
@@ -34,6 +36,20 @@ class Option(NamedTuple):
     def env(self) -> str:
         """Name of the environment variable; the main switch is `SGLPROF`."""
         return f"SGLPROF_{self.name.upper()}" if self.name != "enabled" else "SGLPROF"
+
+
+def is_on(text: object) -> bool:
+    """True for the texts by which the environment and ini files switch something on."""
+    return str(text).lower() in ("1", "true", "yes", "on")
+
+
+def shows_config(config: Any) -> bool:
+    """`--sglprof-show-config`, or its environment variable."""
+    import os
+
+    return bool(config.getoption("sglprof_show_config")) or is_on(
+        os.environ.get("SGLPROF_SHOW_CONFIG", "")
+    )
 
 
 OPTIONS: tuple[Option, ...] = (

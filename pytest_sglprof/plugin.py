@@ -13,7 +13,7 @@ import pytest
 
 from pytest_sglprof import fixtures
 from pytest_sglprof.markers import MARKER_HELP, concerns
-from pytest_sglprof.options import OPTIONS
+from pytest_sglprof.options import OPTIONS, PLUGIN_NAME, is_on, shows_config
 
 sglang_server = fixtures.sglang_server
 bench_serving = fixtures.bench_serving
@@ -71,9 +71,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(PluginSession(config), PLUGIN_NAME)
 
 
-PLUGIN_NAME = "sglprof-session"
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without `--sglprof`, skips what needs it."""
     if not config.pluginmanager.has_plugin(PLUGIN_NAME):
@@ -84,11 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _enabled(config: pytest.Config) -> bool:
     """The main switch, resolved like every option: command line > environment > ini."""
-    option = config.getoption("sglprof_enabled")
-    show = config.getoption("sglprof_show_config")
-    if option is not None or show:
+    if config.getoption("sglprof_enabled") is not None or shows_config(config):
         return True
     import os
 
-    text = os.environ.get("SGLPROF") or str(config.getini("sglprof_enabled"))
-    return text.lower() in ("1", "true", "yes", "on")
+    return is_on(os.environ.get("SGLPROF") or config.getini("sglprof_enabled"))

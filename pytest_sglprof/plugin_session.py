@@ -14,7 +14,7 @@ from pytest_sglprof.collecting import collection_problems, sort_by_server
 from pytest_sglprof.config_file import find_config, load_config
 from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
-from pytest_sglprof.options import OPTIONS
+from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
 from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
@@ -39,6 +39,7 @@ class PluginSession:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.settings = _settings(config)
+        self._show_config = shows_config(config)
         self.worker = xdist_support.worker_name(config)
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})
         self.run_id = str(workerinput.get(WORKER_INPUT) or new_run_id())
@@ -58,13 +59,22 @@ class PluginSession:
         """The effective settings in a line or two."""
         from pytest_sglprof.header import header_lines
 
+        lines = header_lines(self.settings, self._book.folder)
         warning = xdist_support.mode_warning(self.config)
-        return header_lines(self.settings, self._book.folder) + ([warning] if warning else [])
+        if self._show_config:
+            lines += self.settings.describe()
+        return [*lines, warning] if warning else lines
 
     def pytest_sessionstart(self) -> None:
         """Opens the run's folder, unless tests are only collected."""
-        if not self.worker and not self.config.option.collectonly:
+        option = self.config.option
+        if not (self.worker or option.collectonly or self._show_config):
             self._book.open()
+
+    def pytest_collection(self) -> None:
+        """`--sglprof-show-config` ends the run after the header, which shows the settings."""
+        if self._show_config:
+            pytest.exit("the effective settings of pytest-sglprof are shown above", returncode=0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the process that reports: keeps what travelled with the report."""
@@ -168,21 +178,25 @@ class PluginSession:
         test = item.stash.get(TEST_RUN, None)
         if test is None:
             return (yield)
-        test.begin()
-        try:
-            result = yield
-        except Inconclusive as error:
-            test.abandon(discard=False)
-            test.inconclusive(str(error))
-        except BaseException as error:
-            test.abandon(discard=isinstance(error, SKIPS))
-            raise
-        else:
+        with contextlib.ExitStack() as measuring:
             with _shown_plainly():
-                test.end()
-                self._retry(item, test)
-        finally:
-            self.progress.clear()
+                measuring.enter_context(test.measuring())
+            test.begin()
+            try:
+                result = yield
+            except Inconclusive as error:
+                test.abandon(discard=False)
+                test.inconclusive(str(error))
+                result = None
+            except BaseException as error:
+                test.abandon(discard=isinstance(error, SKIPS))
+                raise
+            else:
+                with _shown_plainly():
+                    test.end()
+                    self._retry(item, test)
+            finally:
+                self.progress.clear()
         self._raise_verdict(test)
         return result
 

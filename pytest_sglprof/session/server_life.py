@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import ServerDied, ServerError
+from pytest_sglprof.server import lease as leases
 from pytest_sglprof.values import ServerSpec
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.settings import Settings
 
 ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
+TEST_LEASE_TIMEOUT = 3600.0  # s; another test may be long, and it ends by its own limits
 API_KEY_ENV = "SGLPROF_API_KEY"
 
 
@@ -76,6 +79,27 @@ def check_alive(server: Server) -> None:
         expected="a running server",
         hint=f"look at {server.folder / 'server.log'}",
     )
+
+
+@contextlib.contextmanager
+def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Iterator[None]:
+    """While a test measures, no other test of this machine measures on the same hardware.
+
+    A server's GPUs are leased for its whole life; what is left to share are the cores of
+    CPU servers, and an attached server. The stand-in's figures do not depend on the machine.
+    """
+    if server.attached:
+        name, what = f"test-{server.url}", f"the server {server.url}"
+    elif server.kind == "sglang" and server.sizes.is_cpu:
+        name, what = "test-cpu", "the processor, by a test of another CPU server"
+    else:
+        yield
+        return
+    lease = leases.acquire(name, timeout=TEST_LEASE_TIMEOUT, what=what, progress=progress)
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def describe_server(server: Server, root: Path) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.session.load_state import LoadState
-from pytest_sglprof.session.server_life import check_alive, describe_server
+from pytest_sglprof.session.server_life import check_alive, describe_server, undisturbed
 from pytest_sglprof.session.window_run import WindowRun
 from pytest_sglprof.session.window_watch import WindowWatch
 from pytest_sglprof.values import VerdictWord, WindowSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pytest_sglprof.bench_serving.load import BenchServing
     from pytest_sglprof.server.server import Server
@@ -90,6 +91,15 @@ class TestRun:
                 on_end=self._load.end,
             )
         return self._bench
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around the body and its windows: nobody else measures on the same hardware."""
+        if self.server is None:
+            yield
+            return
+        with undisturbed(self.server, self._progress):
+            yield
 
     def begin(self) -> None:
         """Before the body: a marked window begins to wait for steady load."""
