@@ -1,0 +1,91 @@
+"""A project of a user, written to a folder and run by `pytest --sglprof` for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.real_env import CPU_ARGUMENTS, RealSglang
+
+LIMIT_S = 900
+
+
+@dataclass
+class Outcome:
+    """What a run left: its exit status, its output, and its one results document."""
+
+    status: int
+    output: str
+    results: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    def windows(self) -> dict[str, dict[str, Any]]:
+        return {window["name"]: window for window in self.results["windows"]}
+
+    def tests(self) -> dict[str, dict[str, Any]]:
+        return {test["nodeid"].rsplit("::", 1)[1]: test for test in self.results["tests"]}
+
+
+def write_project(
+    folder: Path, sglang: RealSglang, body: str, *, model: str, args: tuple[str, ...], ranks: int
+) -> None:
+    """`sglprof.toml` for a CPU server of so many ranks, and one module of tests."""
+    environment = json.dumps(sglang.environment(ranks)).replace('": "', '" = "')
+    (folder / "sglprof.toml").write_text(
+        "[server]\n"
+        f'model_path = "{sglang.model(model)}"\n'
+        f"python = {json.dumps(sglang.python)}\n"
+        f"args = {json.dumps([*CPU_ARGUMENTS, *args])}\n"
+        f"env = {environment}\n"
+        "ready_timeout = 400\n"
+        "[[threshold]]\n"
+        "limit = 100\n",
+        encoding="utf-8",
+    )
+    (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    (folder / "test_job.py").write_text(body, encoding="utf-8")
+
+
+def run_project(folder: Path, *options: str) -> Outcome:
+    """Runs the project and reads what it left."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "SGLPROF_"))
+    }
+    environment["SGLPROF_LEASE_DIR"] = str(folder / "leases")
+    environment["SGLPROF_NSYS"] = os.environ.get("SGLPROF_NSYS", "")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "--sglprof", "--sglprof-keep=all", "-v", *options],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    print(ran.stdout)
+    latest = folder / ".sglprof" / "latest"
+    path = latest / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    return Outcome(ran.returncode, ran.stdout, results, latest.resolve())
+
+
+def left_over(folder: Path) -> list[str]:
+    """Command lines of processes that still belong to the project in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environ = (entry / "environ").read_bytes().decode("utf-8", "replace")
+        except OSError:
+            continue
+        if str(folder) in words or f"SGLPROF_LEASE_DIR={folder}" in environ:
+            found.append(words[:200])
+    return found
