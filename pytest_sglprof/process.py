@@ -84,11 +84,11 @@ def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
     """
     own = os.getpid()
     roots = [process for pid in pids if (process := _process(pid)) and pid != own]
-    _signal(roots, "terminate")
+    # A root that has ended tells no children any more: they are noted before.
     family = _family(roots)
+    _signal(roots, "terminate")
     wait_gone(roots, grace)
-    # A root that has ended tells no children any more: those seen before count.
-    family = _family([*roots, *family])
+    family = _family(family)
     rest = _living(family)
     if rest:
         _signal(rest, "terminate")

@@ -70,7 +70,8 @@ class Keeper:
         except Exception:
             log.exception("the keeper failed; it tears down")
         finally:
-            limit = ALONE_LIMIT if self._alone else plan.spec.stop_timeout
+            limit = plan.spec.stop_timeout
+            limit = min(limit, ALONE_LIMIT) if self._alone else limit
             left = tear_down(life, self._window, self._opened, limit)
             self._say({"event": "stopped", "left": left})
         return 1 if left else 0

@@ -42,7 +42,7 @@ def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: fl
     if life.is_alive():
         log.info("SIGTERM to the server's tree")
         life.remember()
-        process.terminate_tree([life.pid], GRACE)
+        process.terminate_tree([life.pid], min(GRACE, life.plan.spec.stop_timeout))
     _end_launcher(life)
     _end_session(life)
     left = _end_rest(life)

@@ -26,7 +26,8 @@ from pytest_sglprof.server.server import launch
 from pytest_sglprof.values import ServerSpec
 folder, mode, backend = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 spec = ServerSpec(args=("--device", "cpu", "--tp", "2"), nsys=backend == "nsys",
-                  env=(("FAKE_MODE", mode),), ready_timeout=600)
+                  env=(("FAKE_MODE", mode),), ready_timeout=600,
+                  stop_timeout=float(sys.argv[4]))
 server = launch(spec, folder=folder, progress=lambda text: print(text, flush=True))
 if server.nsys is not None and backend == "nsys":
     server.nsys.start(folder.parent / "window" / "open.nsys-rep")
@@ -43,9 +44,9 @@ def launcher(fake_sglang, nothing_left, tmp_path):
     """Starts a process that launches a server; gives it and its READY line's words."""
     running = []
 
-    def start(mode: str = "", backend: str = "", until: str = "READY"):
+    def start(mode: str = "", backend: str = "", until: str = "READY", limit: float = 60.0):
         process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(tmp_path / "server"), mode, backend],
+            [sys.executable, "-c", LAUNCHER, str(tmp_path / "server"), mode, backend, str(limit)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -96,8 +97,8 @@ def test_sigkill_of_pytest_in_a_torch_window_closes_it_first(launcher, lease_fol
 
 
 def test_a_hang_in_stop_profile_ends_too_and_leaves_no_half_files(launcher, lease_folder, tmp_path):
-    process, _ = launcher("hang_stop", backend="torch")
-    assert kill_and_wait(process, lease_folder) < CLEAN_WITHIN
+    process, _ = launcher("hang_stop", backend="torch", limit=2.0)
+    assert 2.0 < kill_and_wait(process, lease_folder) < 15
     assert list((tmp_path / "server" / "traces").iterdir()) == []
     assert "could not be closed" in (tmp_path / "server" / "keeper.log").read_text()
 

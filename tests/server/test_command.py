@@ -1,0 +1,219 @@
+"""Which command is started, with which words and which environment."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_sglprof.errors import (
+    LeaseError,
+    ServerError,
+    ServerMissing,
+    SettingsError,
+    SglprofError,
+)
+from pytest_sglprof.server import command
+from pytest_sglprof.server.command import Entry
+from pytest_sglprof.server.plan import Plan, error_from, error_message
+from pytest_sglprof.server.server import checked_url, server_keys
+from pytest_sglprof.values import ServerSpec
+
+SGLANG = Entry("sglang", "/env/bin/python", "module", "sglang.launch_server")
+STANDIN = Entry("standin", "/usr/bin/python", "module", "pytest_sglprof.standin")
+
+
+@pytest.fixture(autouse=True)
+def no_memory():
+    command._sglang.cache_clear()
+    yield
+    command._sglang.cache_clear()
+
+
+def installed(folder: Path, monkeypatch, *files: str) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("raise ImportError('a probe must not import this')\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_the_newer_command_is_taken_where_there_is_one(tmp_path, monkeypatch):
+    files = ("sglang/__init__.py", "sglang/launch_server.py", "sglang/cli/serve.py")
+    installed(tmp_path, monkeypatch, *files)
+    assert command.find_entry(ServerSpec()) == Entry("sglang", sys.executable, "serve")
+
+
+def test_an_older_one_starts_by_its_module(tmp_path, monkeypatch):
+    installed(tmp_path, monkeypatch, "sglang/__init__.py", "sglang/launch_server.py")
+    entry = command.find_entry(ServerSpec(kind="auto", python=sys.executable))
+    assert entry == Entry("sglang", sys.executable, "module", "sglang.launch_server")
+
+
+def test_without_sglang(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "sglang").mkdir()  # a folder of that name is no installation
+    (tmp_path / "sglang" / "launch_server.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ServerMissing, match="SGLang is not installed in") as caught:
+        command.find_entry(ServerSpec())
+    assert "--sglprof-python" in caught.value.hint
+    assert command.find_entry(ServerSpec(kind="auto")).kind == "standin"
+    assert command.find_entry(ServerSpec(kind="standin")).module == "pytest_sglprof.standin"
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/bin/false"])
+def test_an_interpreter_that_is_none(python):
+    with pytest.raises(ServerMissing, match="is not a working Python interpreter"):
+        command.find_entry(ServerSpec(python=python))
+
+
+def test_sglangs_words():
+    words = command.server_words(
+        ServerSpec(model_path="m", args=("--tp", "2")), SGLANG, 30000, 30001
+    )
+    assert words == [
+        "--model-path",
+        "m",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "30000",
+        "--nccl-port",
+        "30001",
+        "--watchdog-timeout",
+        "1800",
+        "--tp",
+        "2",
+    ]
+    assert command.shown_command(SGLANG, ["--x"]) == [
+        "/env/bin/python",
+        "-m",
+        "sglang.launch_server",
+        "--x",
+    ]
+    serve = Entry("sglang", "/env/bin/python", "serve")
+    assert command.shown_command(serve, ["--x"]) == ["/env/bin/sglang", "serve", "--x"]
+    assert command.exec_command(serve, Path("/f"), ["--x"])[2:] == [
+        str(command.EXEC_STEP),
+        "/f",
+        "serve",
+        "--x",
+    ]
+
+
+def test_what_the_user_gives_is_not_given_again():
+    args = (
+        "--host=0.0.0.0",
+        "--watchdog-timeout",
+        "60",
+        "--nccl-port=1",
+        "--port",
+        "9",
+        "--model",
+        "x",
+    )
+    spec = ServerSpec(model_path="m", args=args)
+    assert command.server_words(spec, SGLANG, 9, None) == list(args)
+    assert command.user_port(spec) == 9
+    assert command.user_port(ServerSpec(port=8)) == 8
+    with pytest.raises(SettingsError, match="not a number"):
+        command.user_port(ServerSpec(args=("--port", "x")))
+
+
+def test_the_stand_ins_words_have_its_own_options_last():
+    spec = ServerSpec(model_path="m", args=("--tp", "2"), standin_args=("--slow", "rank=1"))
+    words = command.server_words(spec, STANDIN, 30000, 30001)
+    assert words == ["--host", "127.0.0.1", "--port", "30000", "--tp", "2", "--slow", "rank=1"]
+
+
+def test_secret_words_go_apart():
+    words = ["--tp", "2", "--api-key", "K", "--admin-api-key=A", "--tokenizer-path", "t"]
+    assert command.split_secret_words(words) == (
+        ["--tp", "2", "--tokenizer-path", "t"],
+        ["--api-key", "K", "--admin-api-key=A"],
+    )
+    spec = ServerSpec(args=("--api-key", "K"))
+    assert command.key_words(spec, "K", "A") == ["--admin-api-key", "A"]
+    assert command.key_words(ServerSpec(), "K", "") == ["--api-key", "K"]
+
+
+def test_the_environment_is_parted_by_secrecy(monkeypatch):
+    base = {
+        "HF_TOKEN": "h",
+        "MY_CONFIG": "c",
+        "THE_KEY": "k",
+        "SGLANG_LOG_MS": "0",
+        "PATH": "/bin",
+        "TMPDIR": "/tmp",
+    }
+    spec = ServerSpec(
+        secrets=("MY_CONFIG",),
+        api_key_env="THE_KEY",
+        nsys=True,
+        env=(("A", "1"), ("B_SECRET", "2")),
+    )
+    shown, private = command.server_environment(spec, SGLANG, base, Path("/t"))
+    assert private == {"HF_TOKEN": "h", "MY_CONFIG": "c", "B_SECRET": "2"}
+    assert shown == {
+        "PATH": "/bin",
+        "TMPDIR": "/t",
+        "A": "1",
+        "PYTHONUNBUFFERED": "1",
+        "SGLANG_LOG_MS": "0",
+        "SGLANG_LOG_FORWARD_ITERS": "1",
+        "SGLANG_ENABLE_NVTX_SCHEDULER": "1",
+    }
+    plain, _ = command.server_environment(ServerSpec(), STANDIN, {"PYTHONPATH": "x"}, Path("/t"))
+    assert "SGLANG_ENABLE_NVTX_SCHEDULER" not in plain
+    assert plain["PYTHONPATH"] == f"{command.PACKAGE_ROOT}:x"
+
+
+def test_keys_come_from_the_environment_or_the_arguments(monkeypatch):
+    monkeypatch.setenv("K", "one")
+    assert server_keys(ServerSpec(api_key_env="K")) == ("one", "")
+    assert server_keys(ServerSpec(args=("--admin-api-key=two",))) == ("", "two")
+
+
+def test_a_plan_survives_its_way():
+    spec = ServerSpec(args=("a",), env=(("A", "1"),), gpus=(0, 1), port=3)
+    plan = Plan(spec, SGLANG, Path("/f"), nsys="/n", api_key="K", parent=7, private={"T": "x"})
+    import json
+
+    assert Plan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
+
+
+def test_an_error_survives_its_way():
+    error = LeaseError("taken", expected="free", hint="wait", log=("a", "b"))
+    back = error_from(error_message(error))
+    assert type(back) is LeaseError
+    assert str(back) == str(error)
+    unknown = error_from({"error": "annotations", "what": "odd"})
+    assert type(unknown) is ServerError
+    assert isinstance(unknown, SglprofError)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://localhost:30000/", "http://127.0.0.1:30000"),
+        ("node7:8000", "http://node7:8000"),
+        ("https://gpu.example", "https://gpu.example"),
+        ("http://[::1]:30000", "http://[::1]:30000"),
+    ],
+)
+def test_addresses(text, url):
+    assert checked_url(text) == url
+
+
+@pytest.mark.parametrize(
+    "text", ["", "http://", "ftp://a:1", "http://a:x", "http://a:1/v1", "http://u:p@a:1"]
+)
+def test_no_addresses(text):
+    with pytest.raises(SettingsError, match="is not the address of a server"):
+        checked_url(text)
+
+
+def test_where_a_listening_host_is_reached():
+    assert command.local_url("0.0.0.0", 1) == "http://127.0.0.1:1"
+    assert command.local_url("::1", 1) == "http://[::1]:1"
