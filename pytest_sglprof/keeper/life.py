@@ -60,6 +60,8 @@ class ServerLife:
         lease.sweep()
         for name in ("tmp", "traces", "nsys"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        # A log of an earlier life would explain the death of this one.
+        (self.folder / "server.log").unlink(missing_ok=True)
         gpus = self._lease_gpus()
         self.port, nccl_port = self._lease_ports()
         self._shorten_tmpdir()
