@@ -139,12 +139,12 @@ def _answer(request: Request) -> dict[str, Any]:
             "finish_reason": {"type": "length", "length": request.made} if finished else None,
             "prompt_tokens": len(request.prompt),
             "weight_version": "default",
-            "total_retractions": 0,
+            "num_retractions": 0,
             "completion_tokens": request.made,
             "cached_tokens": request.cached,
-            "cached_tokens_details": None,
             "dp_rank": request.dp_rank,
             "e2e_latency": time.time() - request.created,
+            "response_sent_to_client_ts": time.time(),
         },
     }
 

@@ -201,7 +201,7 @@ def _load(front: Front, rank: int, load: Load) -> dict[str, Any]:
             "graph_gb": 0.0,
             "token_capacity": options.max_total_tokens,
         },
-        "disaggregation": {"mode": "null"},
+        "disaggregation": {"mode": "null", **dict.fromkeys(_TRANSFERS, 0)},
         "queues": {
             "waiting": load.waiting,
             "grammar": 0,
@@ -210,6 +210,17 @@ def _load(front: Front, rank: int, load: Load) -> dict[str, Any]:
             "prealloc_ready": 0,
         },
     }
+
+
+_TRANSFERS = (
+    "prefill_bootstrap_queue_reqs",
+    "prefill_inflight_queue_reqs",
+    "decode_prealloc_queue_reqs",
+    "decode_transfer_queue_reqs",
+    "decode_retracted_queue_reqs",
+    "kv_transfer_speed_gb_s",
+    "kv_transfer_latency_ms",
+)
 
 
 def metrics(call: Call) -> Reply:

@@ -148,6 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             reply = Reply(500, b"Internal Server Error")
         self._send(reply)
         if failure:
+            self.close_connection = True  # as uvicorn does, without having said so
             web("Exception in ASGI application", "ERROR")
             raw(failure.replace(f"{__name__}.ServerFault", "RuntimeError").rstrip())
 

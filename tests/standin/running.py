@@ -26,7 +26,9 @@ class Running:
         self.process = process
         self.log_file = log
         self.url = ""
-        self.http = httpx.Client(timeout=PATIENCE)
+        # After a 500 the server closes the connection: a kept one could meet its end.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(timeout=PATIENCE, limits=limits)
 
     @property
     def log(self) -> str:
