@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
+from pytest_sglprof.trace.table import KernelTable
 
 KERNELS = (
     ("fused_moe_kernel", "moe", 600_000),
@@ -16,24 +17,6 @@ KERNELS = (
     ("Memcpy HtoD", "memory", 50_000),
 )
 STEP_NS = 2_000_000
-
-
-@dataclass(frozen=True)
-class PlainTable:
-    """The attributes of a KernelTable that analysis reads."""
-
-    frame: pd.DataFrame
-    ranks: tuple[str, ...]
-    steps: pd.DataFrame
-    source: str = "gpu"
-    partial: bool = False
-    notes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-    def by(self, *keys: str) -> pd.DataFrame:
-        grouped = self.frame.groupby(list(keys), observed=True)["dur_ns"]
-        sums = grouped.agg(count="size", total_ns="sum").reset_index()
-        return sums.sort_values("total_ns", ascending=False)
 
 
 def build(
@@ -46,7 +29,7 @@ def build(
     with_steps: bool = True,
     partial: bool = False,
     silent: Sequence[str] = (),
-):
+) -> KernelTable:
     """A table of `steps` steps; `scale(rank, category, step)` multiplies durations."""
     rows = []
     spans = []
@@ -69,18 +52,26 @@ def build(
     return table_of(rows, spans if with_steps else [], ranks, partial=partial)
 
 
-def table_of(rows, spans, ranks, *, partial=False):
+def table_of(
+    rows: Sequence[tuple[object, ...]],
+    spans: Sequence[tuple[object, ...]],
+    ranks: Sequence[str],
+    *,
+    partial: bool = False,
+) -> KernelTable:
     """A table of explicit rows and step spans, in the column order of the schema."""
     columns = ["rank", "name", "full_name", "category", "kind", "stage", "step"]
     frame = pd.DataFrame(rows, columns=[*columns, "stream", "start_ns", "dur_ns"])
     frame = frame.astype({"step": np.int64, "start_ns": np.int64, "dur_ns": np.int64})
-    frame = frame.astype({name: "category" for name in columns[:-1]})
+    frame = frame.astype(dict.fromkeys(columns[:-1], "category"))
     names = ["rank", "step", "stage", "start_ns", "end_ns", "batch_size", "tokens", "forward_id"]
     step_frame = pd.DataFrame(spans, columns=names).astype({"step": np.int64})
-    return PlainTable(frame, tuple(ranks), step_frame, partial=partial)
+    return KernelTable(frame, tuple(ranks), step_frame, partial=partial)
 
 
-def slow(slow_rank: str, slow_category: str, factor: float, from_step: int = 0):
+def slow(
+    slow_rank: str, slow_category: str, factor: float, from_step: int = 0
+) -> Callable[[str, str, int], float]:
     """A `scale` that makes one category of one rank slower."""
 
     def scale(rank: str, category: str, step: int) -> float:
