@@ -79,6 +79,12 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
             hint="give the others by keyword",
         )
     if mark.args:
+        if "name" in keywords:
+            raise SettingsError(
+                f"@pytest.mark.{WINDOW_MARK} got its name twice",
+                expected="the name alone or name=",
+                hint="remove one of the two",
+            )
         keywords["name"] = mark.args[0]
     return window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
 

@@ -6,13 +6,18 @@ Precedence: command line > environment > ini > configuration file > default.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.gate.thresholds import (
+    check_kernel,
+    check_limit,
+    merge_thresholds,
+    thresholds_from_keywords,
+)
 from pytest_sglprof.options import OPTIONS, Option
 from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
 
@@ -138,11 +143,12 @@ def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpe
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
     """`[[threshold]]` tables; without any, the default slowdown of compute."""
-    tables = document.get("threshold", ())
-    for table in tables:
-        _check_limit(table["limit"], f"{origin}: threshold limit")
-        _check_regex(table.get("kernel", ""), f"{origin}: threshold kernel")
-    return tuple(Threshold(**table, origin=origin) for table in tables) or (DEFAULT_THRESHOLD,)
+    found = [Threshold(**table, origin=origin) for table in document.get("threshold", ())]
+    for number, threshold in enumerate(found):
+        where = f"threshold[{number}]"
+        check_limit(threshold.metric, threshold.limit, origin, f"{where}.limit")
+        check_kernel(threshold.kernel, origin, f"{where}.kernel")
+    return tuple(found) or (DEFAULT_THRESHOLD,)
 
 
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
@@ -152,8 +158,6 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
     configured ones of the same scope, stage and metric. `SettingsError` for unknown
     keywords, wrong types and contradictions.
     """
-    from pytest_sglprof.gate.thresholds import merge_thresholds, thresholds_from_keywords
-
     known = {item.name for item in fields(WindowSpec)} - {"thresholds"}
     unknown = sorted(set(keywords) - known - set(METRICS))
     if unknown:
@@ -172,12 +176,27 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
         defaults.pop("duration", None)
     if options.get("duration") is not None:
         defaults.pop("num_steps", None)
+    if options.get("whole_body"):
+        defaults = {k: v for k, v in defaults.items() if k not in _PART_OF_BODY}
     if isinstance(defaults.get("activities"), list):
         defaults["activities"] = tuple(defaults["activities"])
     spec = WindowSpec(**{**defaults, **options})
     _check_window(spec, origin)
     own = thresholds_from_keywords(limits, origin)
     return replace(spec, thresholds=merge_thresholds(settings.thresholds, own))
+
+
+_PART_OF_BODY = ("num_steps", "duration", "delay")  # what a window of the whole body cannot have
+_SWITCHES = (
+    "whole_body",
+    "profile_by_stage",
+    "with_stack",
+    "record_shapes",
+    "merge_profiles",
+    "detailed_annotations",
+)
+_TEXTS = ("profile_prefix", "profile_id", "output_dir")
+_LISTS = ("activities", "profile_stages")
 
 
 def _check_window(spec: WindowSpec, origin: str) -> None:
@@ -209,10 +228,29 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             "num_steps as well: without it the server dies at its next batch",
         ),
         (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a text"),
+        *_type_rules(spec),
     )
     for fine, found, expected in rules:
         if not fine:
             raise SettingsError(f"{origin}: {found}", expected=expected, hint="correct the marker")
+
+
+def _type_rules(spec: WindowSpec) -> Iterator[tuple[bool, str, str]]:
+    """What needs no thought: True for a right type, what was found, what was expected."""
+    for names, is_fine, expected in (
+        (_SWITCHES, lambda value: isinstance(value, bool), "True or False"),
+        (_TEXTS, lambda value: value is None or isinstance(value, str), "a text"),
+        (_LISTS, _is_list_of_texts, "a list of texts"),
+    ):
+        for name in names:
+            value = getattr(spec, name)
+            yield is_fine(value), f"{name}={value!r}", expected
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+    )
 
 
 def _is_number(value: Any, *, above: float | None = None) -> bool:
@@ -284,21 +322,3 @@ def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
     if values.get("model_path", "").startswith(("./", "../")):
         values["model_path"] = str((base / values["model_path"]).resolve())
     return ServerSpec(name=name, **values)
-
-
-def _check_limit(limit: Any, where: str) -> None:
-    if not _is_number(limit, above=0):
-        raise SettingsError(
-            f"{where} is {limit!r}", expected="a number above 0", hint="1.10 allows 10 % more"
-        )
-
-
-def _check_regex(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise SettingsError(
-            f"{where} {pattern!r} is no regular expression: {error}",
-            expected="a Python regular expression",
-            hint="escape the special characters",
-        ) from None

@@ -60,4 +60,4 @@ def add_group(item: pytest.Item, key: ServerKey) -> None:
 def plain_nodeid(nodeid: str) -> str:
     """A node id without the `@group` that xdist appends under loadgroup."""
     head, at, group = nodeid.rpartition("@")
-    return head if at and "/" not in group and "::" in head and "]" not in group else nodeid
+    return head if at and "::" in head and "]" not in group else nodeid
