@@ -38,7 +38,7 @@ class GroupCells:
     cell into `group.ranks`, `steps.numbers` and `kernels`. kernels: (category, normalised
     name) pairs. Cells are sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`.
     has_steps: False when the table knows no steps; then there is one pseudo-step that
-    holds everything. assigned_share: share of the group's kernel time that belongs to
+    holds everything. assigned_share: share of the group's compute time that belongs to
     some step, 0 to 1 (1.0 without steps). active: ranks with any activity.
     """
 
@@ -152,8 +152,10 @@ def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> G
     mine = sums[sums["rank"].isin(group.ranks)]
     has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
     steps = compared_steps(spans, mine, group.ranks)
-    every = int(mine["ns"].sum())
-    assigned = int(mine.loc[mine["step"] >= 0, "ns"].sum())
+    # Of compute only: between steps an idle server waits for requests in a collective.
+    compute = mine[~mine["category"].isin(NOT_COMPUTE)]
+    every = int(compute["ns"].sum())
+    assigned = int(compute.loc[compute["step"] >= 0, "ns"].sum())
     active = frozenset(str(rank) for rank in mine["rank"].unique())
     if has_steps:
         mine = mine[mine["step"].isin(steps.numbers)]

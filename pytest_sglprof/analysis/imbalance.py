@@ -210,11 +210,15 @@ def _why_no_figures(
         return f"{who} recorded {'any' if who == 'no rank' else 'no'} activity"
     if stage and not cells.has_steps:
         return f"the table knows no steps, so none of them is {stage}"
+    if rows == 0 and not stage and not cells.steps.dropped:
+        return f"no step was recorded on {', '.join(ranks)}"
     if rows == 0:
         kind = f"{stage} step" if stage else "step"
         return f"no {kind} is whole on all of {', '.join(ranks)}"
     if cells.assigned_share < MIN_ASSIGNED_SHARE:
-        return f"only {cells.assigned_share:.0%} of the kernel time belongs to a known step"
+        return (
+            f"only {100 * cells.assigned_share:.0f} % of the compute time belongs to a known step"
+        )
     if not totals.any():
         return f"no activity of {f'a kernel like /{kernel}/' if kernel else scope}"
     return ""

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_tables import KERNELS, build, slow, table_of
 
-from pytest_sglprof.analysis.imbalance import all_findings, imbalance, steps_per_rank
+from pytest_sglprof.analysis.cells import measure
+from pytest_sglprof.analysis.imbalance import (
+    all_findings,
+    imbalance,
+    imbalance_of_groups,
+    steps_per_rank,
+)
+from pytest_sglprof.trace.table import KernelTable
 
 COMPUTE_NS = sum(ns for _, category, ns in KERNELS if category not in ("communication", "memory"))
 
@@ -145,7 +152,24 @@ def test_kernel_time_outside_all_steps_is_not_compared() -> None:
     found = imbalance(table)
     assert (found.steps, found.compared_steps) == (30, 40)
     table.frame.loc[table.frame["step"] < 30, "step"] = -1
-    assert imbalance(table).reason == "only 25% of the kernel time belongs to a known step"
+    assert imbalance(table).reason == "only 25 % of the compute time belongs to a known step"
+
+
+def test_waiting_for_requests_between_steps_is_no_reason_to_doubt() -> None:
+    table = build(steps=40, scale=lambda r, c, step: 99.0 if c == "communication" else 1.0)
+    between = (table.frame["category"] == "communication") & (table.frame["step"] < 35)
+    table.frame.loc[between, "step"] = -1
+    assert imbalance(table).reason == ""
+
+
+def test_an_idle_replica_has_no_step_while_another_has() -> None:
+    table = build(("DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1"))
+    idle = table.frame["rank"].isin(["DP0 TP0", "DP0 TP1"])
+    table.frame.loc[idle, "step"] = -1
+    steps = table.steps[~table.steps["rank"].isin(["DP0 TP0", "DP0 TP1"])]
+    cells = measure(KernelTable(table.frame, table.ranks, steps))
+    reasons = [found.reason for found in imbalance_of_groups(cells)]
+    assert reasons == ["no step was recorded on DP0 TP0, DP0 TP1", ""]
 
 
 @pytest.mark.parametrize(
