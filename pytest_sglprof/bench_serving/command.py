@@ -155,7 +155,7 @@ def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | Non
     Names like the unknown ones are taken from the usage that the driver itself printed,
     so they are right for every version. None when `output` holds no such complaint.
     """
-    complaint = re.search(r"^usage: .*^\S+: error: (.+?)$", output, re.M | re.S)
+    complaint = re.search(r"^usage: (?:.*\n)*?.+: error: (.+)$", output, re.M)
     if not complaint:
         return None
     flags = re.findall(r"--([a-z][a-z0-9-]+)", output)

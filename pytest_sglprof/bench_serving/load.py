@@ -36,9 +36,13 @@ FLUSH_PAUSE_S = 0.25
 _CHECK_EVERY_S = 1.0  # looking at the server may be a request to it
 
 
-class FlushingClient(Protocol):
-    """The one request to the server that a load needs."""
+class LoadClient(Protocol):
+    """What a load needs of the server's client."""
 
+    @property
+    def api_key(self) -> str: ...  # noqa: D102
+    @property
+    def secrets(self) -> tuple[str, ...]: ...  # noqa: D102
     def flush_cache(self) -> bool:
         """Empties the prefix cache; False while requests are running."""
         ...
@@ -58,7 +62,7 @@ class LoadedServer(Protocol):
     @property
     def info(self) -> Mapping[str, Any]: ...  # noqa: D102
     @property
-    def client(self) -> FlushingClient: ...  # noqa: D102
+    def client(self) -> LoadClient: ...  # noqa: D102
     def is_alive(self) -> bool: ...  # noqa: D102
     def exit_reason(self) -> SglprofError | None: ...  # noqa: D102
 
@@ -223,24 +227,23 @@ class BenchServing:
         env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1"}
         # A key for some other service is not for this server to see.
         env.pop("OPENAI_API_KEY", None)
-        if key := os.environ.get(self._server.spec.api_key_env, ""):
+        if key := self._server.client.api_key:
             env["OPENAI_API_KEY"] = key
         return env
 
-    def _secrets(self) -> list[str]:
-        spec = self._server.spec
-        return [os.environ.get(name, "") for name in (spec.api_key_env, spec.admin_api_key_env)]
+    def _redact(self, text: str) -> str:
+        return redact_text(text, self._server.client.secrets)
 
     def _store_redacted(self, raw: Path, target: Path) -> None:
         if not raw.exists():
             return
-        text = redact_text(raw.read_text("utf-8", "replace"), self._secrets())
+        text = self._redact(raw.read_text("utf-8", "replace"))
         raw.unlink()
         atomic_write(target, redact_record(text))
 
     def _redact_log(self, driver: DriverProcess) -> None:
         output = driver.output()
-        if (clean := redact_text(output, self._secrets())) != output:
+        if (clean := self._redact(output)) != output:
             atomic_write(driver.log, clean)
 
     def _finish(
@@ -251,7 +254,7 @@ class BenchServing:
         if status == 0 and record.exists():
             return record.read_text("utf-8", "replace").strip().rpartition("\n")[2]
         self._raise_when_server_died()
-        output = redact_text(driver.output(), self._secrets())
+        output = self._redact(driver.output())
         if refused := usage_error(output, options):
             raise refused
         what = f"exit status {status}" if status else "exit status 0, but no result"
@@ -271,7 +274,7 @@ class BenchServing:
                 return
             checked = driver.elapsed
             self._raise_when_server_died()
-            last_line = redact_text(driver.last_line(), self._secrets())
+            last_line = self._redact(driver.last_line())
             if checked > timeout:
                 raise LoadError(
                     f"the load driver did not end within {timeout:g} s",

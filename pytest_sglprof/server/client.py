@@ -51,6 +51,16 @@ class SglangClient:
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
+    @property
+    def api_key(self) -> str:
+        """The key for plain requests, "" for none: for a load driver, never to be stored."""
+        return self._api_key or self._admin_key
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """All keys, for hiding them in whatever is stored."""
+        return tuple(key for key in (self._api_key, self._admin_key) if key)
+
     def is_ready(self) -> bool:
         """True when the server takes requests; never raises for a server that is starting.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -223,10 +224,12 @@ def attach(
     server_dir: tuple[str, str] | None = None,
     nsys_session: str | None = None,
     nsys_path: str | None = None,
+    python: str = "",
     folder: Path,
 ) -> Server:
     """A server that somebody else runs; it is never stopped.
 
+    python: an interpreter of this machine that has SGLang's load driver ("": this one).
     server_dir: (a folder on the server's machine, the same folder here).
     nsys_session: name of the session that it runs under, to be driven from here.
     Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
@@ -257,7 +260,7 @@ def attach(
         kind="standin" if standin else "sglang",
         url=url,
         folder=folder.absolute(),
-        python="",
+        python=python or sys.executable,
         client=client,
         info=info,
         nsys=session,

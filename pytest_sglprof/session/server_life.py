@@ -44,6 +44,7 @@ def open_server(
             server_dir=settings.server_dir,
             nsys_session=settings.nsys_session or None,
             nsys_path=settings.nsys or None,
+            python=settings.python,
             folder=folder.server("attached"),
         )
     if settings.python:

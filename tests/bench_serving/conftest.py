@@ -27,11 +27,16 @@ class FakeServer:
     info: Mapping[str, Any] = field(default_factory=lambda: {"model_path": "some/model"})
     flushes: list[bool] = field(default_factory=list)
     flushed: int = 0
+    api_key: str = ""
     died: SglprofError | None = None
 
     @property
     def client(self) -> FakeServer:
         return self
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.api_key,)
 
     def flush_cache(self) -> bool:
         self.flushed += 1

@@ -131,8 +131,9 @@ USAGE = """usage: serving.py [-h] [--num-prompts NUM_PROMPTS] [--max-concurrency
 """
 
 
-def test_unknown_option_names_its_neighbours() -> None:
-    output = f"{USAGE}serving.py: error: unrecognized arguments: --max-concurency 3 --frob\n"
+@pytest.mark.parametrize("program", ["serving.py", "python -m pytest_sglprof.standin.load_driver"])
+def test_unknown_option_names_its_neighbours(program: str) -> None:
+    output = f"{USAGE}{program}: error: unrecognized arguments: --max-concurency 3 --frob\n"
     error = usage_error(output, {"max_concurency": 3, "frob": True})
     assert isinstance(error, SettingsError)
     assert "bench_serving(max_concurency=…, frob=…)" in error.what

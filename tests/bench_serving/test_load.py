@@ -81,16 +81,16 @@ def test_flush_is_tried_again_while_requests_end(
 def test_key_reaches_the_driver_only_and_stays_off_the_disk(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SERVER_KEY", "hush-hush")
     monkeypatch.setenv("OPENAI_API_KEY", "of-another-service")
-    server.spec = ServerSpec(api_key_env="SERVER_KEY", env=(("EXTRA", "1"),))
+    server.spec = ServerSpec(env=(("EXTRA", "1"),))
+    server.api_key = "hush-hush"
     bench = BenchServing(server, folder=tmp_path / "loads")
     result = bench(num_prompts=2, warm_up=False)
     log = (tmp_path / "loads" / "load-1.log").read_text()
     assert "key=<redacted> extra=1" in log
     assert not any("hush-hush" in p.read_text() for p in (tmp_path / "loads").iterdir())
     assert "hush-hush" not in " ".join(result.command)
-    server.spec = ServerSpec()
+    server.spec, server.api_key = ServerSpec(), ""
     bench(num_prompts=2, warm_up=False)
     assert "key= extra=" in (tmp_path / "loads" / "load-2.log").read_text()
 
