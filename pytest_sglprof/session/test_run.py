@@ -131,7 +131,8 @@ class TestRun:
                 else:
                     window.close()
                     self.windows.append(window)
-        self._conclude(self.windows)
+        with contextlib.suppress(Exception):  # the body's own error matters more
+            self._conclude(self.windows)
 
     def begin_again(self) -> None:
         """The body is about to run again, after an inconclusive verdict."""

@@ -126,7 +126,14 @@ class WindowRun:
         capture = self.capture
         with self._lock:
             if self._measured is None:
-                self._measured = measure(capture, self._settings, self._checks)
+                try:
+                    self._measured = measure(capture, self._settings, self._checks)
+                except Exception as error:
+                    # Raised once, in the test; its report then tells the rest.
+                    reason = f"reading the window failed: {error!r}"
+                    verdict = judge_table(capture, None, reason, self._settings)
+                    self._measured = Measured(None, verdict)
+                    raise
             return self._measured
 
     @property
