@@ -78,13 +78,15 @@ def cause(finding: ImbalanceFinding) -> str:
 
 def _slowdown_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
     shown, limit = against_limit(finding.slowdown or 0.0, threshold.limit)
-    what = subject(threshold)
-    slowest = finding.figure(finding.slowest)
-    if slowest is None:
+    what, most = subject(threshold), max(figure.total_ns for figure in finding.ranks)
+    if finding.slowest is None and most == finding.others_ns:
         return f"{group_prefix(finding)}no rank is slower in {what}{_over(finding)}{limit}"
+    # Ranks share the largest total only where one of three or more is *faster*.
+    tied = [figure.rank for figure in finding.ranks if figure.total_ns == most]
+    who = f"{finding.slowest} is" if finding.slowest else f"{', '.join(tied)} are equally"
     return (
-        f"{finding.slowest} is {shown}x slower than its peers in {what}{limit}: "
-        f"{duration(slowest.total_ns)} against {duration(finding.others_ns or 0)} a rank"
+        f"{who} {shown}x slower than {'its' if finding.slowest else 'their'} peers in "
+        f"{what}{limit}: {duration(most)} against {duration(finding.others_ns or 0)} a rank"
         f"{_over(finding)}"
     )
 
