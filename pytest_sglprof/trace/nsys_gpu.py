@@ -1,0 +1,205 @@
+"""GPU activities of an nsys report: kernels, copies and sets, with their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pytest_sglprof.trace.nsys_ranks import Owner
+from pytest_sglprof.trace.nsys_tables import (
+    MISSING,
+    Flags,
+    Ints,
+    ReportTables,
+    pid_of,
+    process_of,
+)
+
+KINDS = ("kernel", "memcpy", "memset")
+_PREFIX = "CUPTI_ACTIVITY_KIND_"
+_COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "correlationId", "graphNodeId")
+# ENUM_CUDA_MEMCPY_OPER; older exports do not bring it along.
+_COPIES = (
+    "Unknown",
+    "Host-to-Device",
+    "Device-to-Host",
+    "Host-to-Array",
+    "Array-to-Host",
+    "Array-to-Array",
+    "Array-to-Device",
+    "Device-to-Array",
+    "Device-to-Device",
+    "Host-to-Host",
+    "Peer-to-Peer",
+    "Unified Host-to-Device",
+    "Unified Device-to-Host",
+    "Unified Device-to-Device",
+)
+
+
+@dataclass(frozen=True)
+class GpuRows:
+    """Activities, arrays of shape (rows,). Times in ns; MISSING, or -1 for stream and device.
+
+    process: globalPid. kind, name: codes into KINDS and names. correlation: the id that
+    the launch has as well. graph: a node of a CUDA graph.
+    """
+
+    start: Ints
+    dur: Ints
+    device: Ints
+    stream: Ints
+    process: Ints
+    correlation: Ints
+    graph: Flags
+    kind: Ints
+    name: Ints
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def owners(self) -> frozenset[tuple[int, int]]:
+        """Every (pid, device) that has a row."""
+        pairs = np.unique(np.stack([pid_of(self.process), self.device]), axis=1)
+        return frozenset((int(pid), int(device)) for pid, device in pairs.T)
+
+    def of_owners(self, owners: Iterable[Owner]) -> Ints:
+        """The indices of the rows of these owners."""
+        pid = pid_of(self.process)
+        chosen = np.zeros(len(self), dtype=bool)
+        for owner in owners:
+            chosen |= (pid == owner.pid) & (self.device == owner.device)
+        return np.flatnonzero(chosen)
+
+
+def read_gpu_rows(tables: ReportTables) -> GpuRows:
+    """All GPU activities, without those that have no time or an impossible one."""
+    code_of: dict[str, int] = {}
+    parts = []
+    for number, kind in enumerate(KINDS):
+        extra = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",)}.get(kind, ())
+        read = tables.integers(_PREFIX + kind.upper(), (*_COLUMNS, *extra))
+        names = _names(tables, kind, read[len(_COLUMNS) :], read.shape[1], code_of)
+        kinds = np.full(read.shape[1], number, dtype=np.int64)
+        parts.append(np.vstack([read[: len(_COLUMNS)], kinds, names]))
+    start, end, device, stream, process, correlation, node, kinds, names = np.hstack(parts)
+    timed = (start != MISSING) & (end != MISSING) & (end >= start)
+    notes = []
+    if not timed.all():
+        count = int((~timed).sum())
+        notes.append(f"skipped {count} GPU activities with a missing or negative duration")
+    graph = (node != MISSING) & (node != 0)
+    group = np.unique(np.stack([process, device, stream]), axis=1, return_inverse=True)[1].ravel()
+    bad = impossible(start, end, group, (kinds == 0) & ~graph & timed)
+    if bad.any():
+        lost = int((end - start)[bad].sum())
+        notes.append(
+            f"excluded {int(bad.sum())} kernels ({lost / 1e6:.3f} ms) that contain a whole later "
+            "kernel of their own stream, which is impossible"
+        )
+    keep = timed & ~bad
+    return GpuRows(
+        start=start[keep],
+        dur=(end - start)[keep],
+        device=np.where(device < 0, -1, device)[keep],
+        stream=np.where(stream < 0, -1, stream)[keep],
+        process=process[keep],
+        correlation=correlation[keep],
+        graph=graph[keep],
+        kind=kinds[keep],
+        name=names[keep],
+        names=tuple(code_of),
+        notes=tuple(notes),
+    )
+
+
+def impossible(start: Ints, end: Ints, group: Ints, candidate: Flags) -> Flags:
+    """Which candidates contain a whole candidate of their group that starts later.
+
+    A stream runs its kernels in order. Short overlaps are programmatic dependent launch;
+    nodes of graphs run side by side, so they are no candidates.
+    """
+    bad = np.zeros(len(start), dtype=bool)
+    rows = np.flatnonzero(candidate)
+    rows = rows[np.lexsort((end[rows], start[rows], group[rows]))]
+    edges = np.flatnonzero(np.diff(group[rows])) + 1
+    for stream in np.split(rows, edges):
+        if len(stream) > 1:
+            ends = end[stream]
+            earliest_later = np.minimum.accumulate(ends[::-1])[::-1][1:]
+            bad[stream[:-1]] = earliest_later < ends[:-1]
+    return bad
+
+
+def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
+    """When the CPU launched each row (ns); MISSING where no launch was recorded."""
+    launched = np.full(len(rows), MISSING, dtype=np.int64)
+    columns = ("start", "globalTid", "correlationId")
+    start, thread, correlation = tables.integers(_PREFIX + "RUNTIME", columns)
+    process = process_of(thread)
+    for one in np.unique(rows.process[rows.process != MISSING]):
+        calls = np.flatnonzero((process == process_of(one)) & (correlation != MISSING))
+        # A runtime call and the driver call inside it share their id: the first one counts.
+        calls = calls[np.lexsort((start[calls], correlation[calls]))]
+        mine = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
+        if len(calls) and len(mine):
+            ids = correlation[calls]
+            at = np.searchsorted(ids, rows.correlation[mine]).clip(max=len(ids) - 1)
+            found = ids[at] == rows.correlation[mine]
+            launched[mine[found]] = start[calls[at[found]]]
+    return launched
+
+
+@dataclass(frozen=True)
+class WholeGraphs:
+    """Launches of CUDA graphs without their kernels. owners: their (pid, device) pairs."""
+
+    owners: frozenset[tuple[int, int]] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def read_whole_graphs(tables: ReportTables) -> WholeGraphs:
+    """What `--cuda-graph-trace=graph` leaves instead of kernels."""
+    columns = ("start", "end", "globalPid", "deviceId")
+    start, end, process, device = tables.integers(_PREFIX + "GRAPH_TRACE", columns)
+    if not len(start):
+        return WholeGraphs()
+    timed = (start != MISSING) & (end != MISSING)
+    total = int((end - start)[timed].sum())
+    note = (
+        f"{len(start)} launches of CUDA graphs ({total / 1e6:.3f} ms) were recorded as a whole, "
+        "their kernels are missing: nsys needs --cuda-graph-trace=node"
+    )
+    pairs = zip(pid_of(process).tolist(), np.where(device < 0, -1, device).tolist(), strict=True)
+    return WholeGraphs(frozenset(pairs), (note,))
+
+
+def _names(
+    tables: ReportTables, kind: str, extra: Ints, count: int, code_of: dict[str, int]
+) -> Ints:
+    """One code a row; adds the names to `code_of`."""
+    if kind == "memset":
+        keys = np.zeros(count, dtype=np.int64)
+    elif kind == "memcpy":
+        keys = extra[0]
+    else:
+        keys = np.where(extra[0] != MISSING, extra[0], extra[1])
+    distinct, at = np.unique(keys, return_inverse=True)
+    numbers = [int(key) for key in distinct]
+    texts = tables.strings(n for n in numbers if n != MISSING) if kind == "kernel" else {}
+    names = [_name(kind, number, texts) for number in numbers]
+    codes = np.array([code_of.setdefault(name, len(code_of)) for name in names], dtype=np.int64)
+    return codes[at.ravel()]
+
+
+def _name(kind: str, key: int, texts: dict[int, str]) -> str:
+    if kind == "kernel":
+        return texts.get(key, "") or "unnamed kernel"
+    if kind == "memset":
+        return "[CUDA memset]"
+    known = 0 <= key < len(_COPIES)
+    return f"[CUDA memcpy {_COPIES[key] if known else _COPIES[0]}]"

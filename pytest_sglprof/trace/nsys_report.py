@@ -1,0 +1,204 @@
+"""nsys reports and their exports, one `RankActivities` a process and device.
+
+One report holds all ranks of a node on one clock. Where it has GPU activities, they are
+what is read; the report of a CPU server has NVTX ranges instead, of which each counts
+with its self time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from pytest_sglprof.errors import NotATrace, TraceError
+from pytest_sglprof.trace.nsys_gpu import (
+    KINDS,
+    GpuRows,
+    launch_times,
+    read_gpu_rows,
+    read_whole_graphs,
+)
+from pytest_sglprof.trace.nsys_parquet import ParquetTables
+from pytest_sglprof.trace.nsys_ranges import (
+    Ranges,
+    read_ranges,
+    run_batches,
+    self_times,
+    step_at,
+)
+from pytest_sglprof.trace.nsys_ranks import Owner, label_owners
+from pytest_sglprof.trace.nsys_sqlite import open_sqlite
+from pytest_sglprof.trace.nsys_tables import MISSING, Ints, ReportTables, pid_of
+from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
+
+EXPORT_TIMEOUT = 1800.0  # s; grows with the report, some reach gigabytes
+_THREAD = 0xFFFFFF
+
+
+def read_report(
+    path: Path,
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    gpu_ranks: Mapping[int, str] | None = None,
+    nsys: str | None = None,
+) -> list[RankActivities]:
+    """The activities of each rank in a `.sqlite` export, a `.nsys-rep` or a Parquet folder.
+
+    pid_ranks, gpu_ranks: the rank of a process id, else of a device, as the server had
+    them; processes of pid_ranks come back even without any activity. nsys: the command
+    that exports a `.nsys-rep`; its SQLite export is kept beside it and used again.
+
+    Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
+    """
+    with _opened(path, nsys) as tables:
+        return _read(tables, pid_ranks or {}, gpu_ranks or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
+    if path.is_dir():
+        yield ParquetTables(path)
+    elif path.suffix == ".nsys-rep":
+        with _exported(path, nsys) as database, open_sqlite(database) as tables:
+            yield tables
+    elif path.suffix == ".qdstrm":
+        raise TraceError(
+            f"{path} is what nsys recorded, but nsys has made no report of it",
+            expected="a .nsys-rep file",
+            hint="the host half of nsys is missing or broken (libssh, host-linux-x64 beside "
+            "target-linux-x64): import the file with QdstrmImporter of the same version",
+        )
+    elif not path.exists():
+        raise NotATrace(f"{path} does not exist", expected="an nsys report or an export of one")
+    else:
+        with open_sqlite(path) as tables:
+            yield tables
+
+
+@contextlib.contextmanager
+def _exported(report: Path, nsys: str | None) -> Iterator[Path]:
+    """A SQLite export of `report`: the one beside it unless the report is newer."""
+    from pytest_sglprof.nsys import export, find_nsys
+
+    if not report.is_file():
+        raise NotATrace(f"{report} does not exist", expected="an nsys report")
+    beside = report.with_suffix(".sqlite")
+    if beside.is_file() and beside.stat().st_mtime_ns >= report.stat().st_mtime_ns:
+        yield beside
+        return
+    tool = find_nsys(nsys)
+    if os.access(report.parent, os.W_OK):
+        yield export(tool, report, "sqlite", beside, EXPORT_TIMEOUT)
+        return
+    with TemporaryDirectory(prefix="sglprof-") as folder:
+        yield export(tool, report, "sqlite", Path(folder) / beside.name, EXPORT_TIMEOUT)
+
+
+def _read(
+    tables: ReportTables, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
+) -> list[RankActivities]:
+    rows = read_gpu_rows(tables)
+    graphs = read_whole_graphs(tables)
+    ranges = read_ranges(tables)
+    notes = [*rows.notes, *graphs.notes]
+    on_gpu = {Owner(pid, device) for pid, device in rows.owners() | graphs.owners}
+    if on_gpu:
+        owners = sorted(on_gpu)
+    else:
+        owners, more = _without_strangers(ranges, pid_ranks)
+        notes += [*more, *ranges.notes]
+    recorded = _recorded(tables)
+    labels, how = label_owners(owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, recorded=recorded)
+    seen = recorded | {owner.pid for owner in owners}
+    notes += how
+    notes += [
+        f"process {pid} ({label}) is not in the nsys report"
+        for pid, label in pid_ranks.items()
+        if pid not in seen
+    ]
+    members: dict[str, list[Owner]] = {}
+    for owner in owners:
+        members.setdefault(labels[owner], []).append(owner)
+    pids = {label: {owner.pid for owner in own} for label, own in members.items()}
+    for pid, label in pid_ranks.items():
+        pids.setdefault(label, {pid})
+    own_ranges = {label: ranges.of_pids(own) for label, own in pids.items()}
+    if not on_gpu:
+        return [_of_ranges(label, own, notes) for label, own in own_ranges.items()]
+    steps = {label: run_batches(own) for label, own in own_ranges.items()}
+    launched = launch_times(tables, rows) if any(steps.values()) else None
+    return [
+        _of_gpu(label, rows, rows.of_owners(members.get(label, [])), launched, own, notes)
+        for label, own in steps.items()
+    ]
+
+
+def _recorded(tables: ReportTables) -> frozenset[int]:
+    (process,) = tables.integers("PROCESSES", ["globalPid"])
+    return frozenset(pid_of(process[process != MISSING]).tolist())
+
+
+def _without_strangers(
+    ranges: Ranges, pid_ranks: Mapping[int, str]
+) -> tuple[list[Owner], list[str]]:
+    """The processes with ranges; only the known ones where any of them is known."""
+    pids, counts = np.unique(pid_of(ranges.thread[ranges.nests]), return_counts=True)
+    ranges_of = dict(zip(pids.tolist(), counts.tolist(), strict=True))
+    known = [pid for pid in ranges_of if pid in pid_ranks]
+    strangers = [pid for pid in ranges_of if pid not in pid_ranks] if known else []
+    notes = [
+        f"left out {ranges_of[pid]} NVTX ranges of process {pid}, which is no rank"
+        for pid in strangers
+    ]
+    return [Owner(pid) for pid in ranges_of if pid not in strangers], notes
+
+
+def _of_gpu(
+    label: str,
+    rows: GpuRows,
+    chosen: Ints,
+    launched: Ints | None,
+    steps: tuple[Step, ...],
+    notes: Sequence[str],
+) -> RankActivities:
+    chosen = chosen[np.argsort(rows.start[chosen], kind="stable")]
+    none = np.full(len(chosen), NO_STEP, dtype=np.int64)
+    return RankActivities(
+        rank=label,
+        names=rows.names,
+        name_codes=rows.name[chosen],
+        kinds=KINDS,
+        kind_codes=rows.kind[chosen],
+        start=rows.start[chosen],
+        dur=rows.dur[chosen],
+        stream=rows.stream[chosen],
+        step=none if launched is None else step_at(steps, launched[chosen]),
+        steps=steps,
+        source="gpu",
+        notes=notes,
+    )
+
+
+def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActivities:
+    steps = run_batches(ranges)
+    nested = ranges.take(ranges.nests)
+    nested = nested.take(np.argsort(nested.start, kind="stable"))
+    return RankActivities(
+        rank=label,
+        names=nested.names,
+        name_codes=nested.name,
+        kinds=("range",),
+        kind_codes=np.zeros(len(nested.start), dtype=np.int64),
+        start=nested.start,
+        dur=self_times(nested.start, nested.dur, nested.thread),
+        stream=nested.thread & _THREAD,
+        step=step_at(steps, nested.start),
+        steps=steps,
+        source="nvtx",
+        notes=notes,
+    )

@@ -1,0 +1,57 @@
+"""What a reader of nsys exports asks of their tables, whatever file they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+MISSING = int(np.iinfo(np.int64).min)
+"""Stands for NULL and for columns that this version of nsys does not write."""
+
+KNOWN_TABLES = frozenset(
+    {
+        "META_DATA_EXPORT",
+        "EXPORT_META_DATA",  # its name up to schema 2
+        "StringIds",
+        "PROCESSES",
+        "NVTX_EVENTS",
+        "CUPTI_ACTIVITY_KIND_KERNEL",
+        "CUPTI_ACTIVITY_KIND_RUNTIME",
+    }
+)
+"""At least one of these stands in every export; nsys leaves out tables without rows."""
+
+
+class ReportTables(Protocol):
+    """Read access to the tables of one export. A table that is absent is an empty one."""
+
+    def integers(self, table: str, columns: Sequence[str]) -> Ints:
+        """Shape (columns, rows), in the order of the table; `MISSING` where there is no value."""
+        ...
+
+    def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
+        """One code a row, in the order of the table, and the text of each code; -1: NULL.
+
+        Without the table or the column there are no codes at all.
+        """
+        ...
+
+    def strings(self, ids: Iterable[int]) -> dict[int, str]:
+        """The texts of `StringIds` under these ids; unknown ids are left out."""
+        ...
+
+
+def process_of(global_id: Ints) -> Ints:
+    """The process (globalPid) of a globalTid: nsys keeps the thread in the low 24 bits."""
+    return global_id & ~np.int64(0xFFFFFF)
+
+
+def pid_of(global_id: Ints) -> Ints:
+    """The operating system's process id in a globalPid or globalTid."""
+    return (global_id >> 24) & 0xFFFFFF
