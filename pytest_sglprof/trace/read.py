@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof.errors import NotATrace, TraceError
+from pytest_sglprof.errors import NotATrace
+from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
 from pytest_sglprof.trace.table import (
     COLUMNS,
-    NO_STEP,
     UNKNOWN_STAGE,
     KernelTable,
     RankActivities,
@@ -29,7 +27,6 @@ from pytest_sglprof.trace.torch_trace import COMMUNICATION, read_trace
 TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
 NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
 POOL_BYTES = 8 * 2**20  # stored bytes; below, starting processes costs more than it saves
-_STAGE_PART = re.compile(r"-(EXTEND|DECODE)(?=\.)")
 
 Progress = Callable[[int, int], None]
 
@@ -82,13 +79,12 @@ def build_table(
     patterns: Sequence[tuple[str, str]] = (),
 ) -> KernelTable:
     """Joins what was read of each rank; refuses a rank that stands in two files."""
-    _refuse_twice(found)
-    merged = _join_stages([activities for _, activities in found])
-    source, parts = _one_source(merged)
+    merged = joined(found)
+    source, parts, left_out = one_source(merged)
     ranks = rank_order({activities.rank for activities in merged})
     steps = [(part.rank, step) for part in parts for step in part.steps]
     frame = _frame(parts, ranks, patterns)
-    notes = list(dict.fromkeys(note for part in merged for note in part.notes))
+    notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
     if settle_s > 0 and len(frame):
         frame, steps, note = _settle(frame, steps, settle_s)
         notes.append(note)
@@ -116,6 +112,7 @@ def _files(path: Path) -> list[Path]:
     if any(file.suffix == ".parquet" for file in inside):
         return [path]
     traces = [file for file in inside if file.name.endswith(TORCH_ENDINGS)]
+    traces = [file for file in traces if ".trace.json" in file.name] or traces
     ranked = [file for file in traces if not file.name.startswith("merged-")]
     exports = [file for file in inside if file.suffix == ".sqlite"]
     stems = {file.stem for file in exports}
@@ -162,42 +159,6 @@ def _mapped(read: Any, files: Sequence[Path], size: int, processes: int | None) 
         yield from pool.map(read, files)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _refuse_twice(found: Sequence[tuple[Path, RankActivities]]) -> None:
-    seen: dict[tuple[str, str], Path] = {}
-    for file, activities in found:
-        stage = _STAGE_PART.search(file.name)
-        key = (activities.rank, stage[1] if stage else "")
-        other = seen.setdefault(key, file)
-        if other != file:
-            raise TraceError(
-                f"rank {activities.rank} stands in two files: {other.name} and {file.name}",
-                expected="one file a rank, of one window",
-                hint="give the files of one window only",
-            )
-
-
-def _join_stages(parts: Sequence[RankActivities]) -> list[RankActivities]:
-    """A by-stage window has two files a rank; their step numbers must not collide."""
-    joined: list[RankActivities] = []
-    used: dict[str, int] = {}
-    for part in parts:
-        offset = used.get(part.rank, 0)
-        if offset:
-            steps = [replace(step, step=step.step + offset) for step in part.steps]
-            numbers = np.where(part.step == NO_STEP, NO_STEP, part.step + offset)
-            part = replace(part, steps=steps, step=numbers)
-        used[part.rank] = max([offset - 1, *(step.step for step in part.steps)]) + 1
-        joined.append(part)
-    return joined
-
-
-def _one_source(parts: Sequence[RankActivities]) -> tuple[str, list[RankActivities]]:
-    """GPU activities where any rank has them: idle ranks then have none, not CPU operators."""
-    sources = {part.source for part in parts if len(part.start)}
-    source = "gpu" if "gpu" in sources or not sources else sorted(sources)[0]
-    return source, [part for part in parts if part.source == source or not len(part.start)]
 
 
 def _frame(

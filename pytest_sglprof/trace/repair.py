@@ -14,20 +14,24 @@ import msgspec
 
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
 _NEXT_EVENT = re.compile(rb'\{\s*"ph"\s*:')
-_BASE = re.compile(rb'"baseTimeNanoseconds"\s*:\s*(\d+)')
-_RANK = re.compile(rb'"distributedInfo"\s*:\s*\{[^{}]*?"rank"\s*:\s*(\d+)')
-_GPU = re.compile(rb'"cat"\s*:\s*"(?:kernel|gpu_mem|Kernel|Memcpy|Memset)')
-_NOT_A_NUMBER = re.compile(rb"(:\s*)-?(?:inf(?:inity)?|nan)\b", re.IGNORECASE)
+_PHASE = re.compile(rb'\{\s*"ph"\s*:\s*"[^X"]"')
+_CATEGORY = re.compile(rb'"cat"\s*:\s*"([^"\\]{0,60})"')
+_GPU = frozenset({b"kernel", b"gpu_memcpy", b"gpu_memset", b"memcpy", b"memset"})
+_NOT_A_NUMBER = re.compile(rb"([:,\[]\s*)-?(?:inf(?:inity)?|nan)\b", re.IGNORECASE)
 _STRAY_BACKSLASH = re.compile(rb'\\(?!["\\/bfnrtu])')
-_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_CONTROL = re.compile(rb"[\x00-\x1f]")  # a space means the same where whitespace is allowed
 _TRAILING_COMMA = re.compile(rb",(\s*[}\]])")
+
+
+class Unrepairable(ValueError):
+    """The events cannot be told apart, or one that counts is itself unreadable."""
 
 
 @dataclass(frozen=True)
 class Repaired:
     """data: valid JSON with the events that could be read. skipped: how many could not.
 
-    cut: the file ends inside its events.
+    cut: the file ends before its JSON does.
     """
 
     data: bytes
@@ -35,51 +39,69 @@ class Repaired:
     cut: bool
 
 
-def repaired(data: bytes) -> Repaired | None:
-    """None when events cannot be told apart, or when a GPU event itself is unreadable."""
+def repaired(data: bytes) -> Repaired:
+    """Skips events that are no GPU activities and cannot be read.
+
+    Raises `Unrepairable` where that would lose a GPU event, or what is none is unclear.
+    """
     opening = _EVENTS.search(data)
-    if opening is None:
-        return None
-    starts = [match.start() for match in _NEXT_EVENT.finditer(data, opening.end())]
-    if not starts:
-        return None
+    starts = [m.start() for m in _NEXT_EVENT.finditer(data, opening.end())] if opening else []
+    if opening is None or not starts:
+        raise Unrepairable("it has no events in Kineto's layout")
     chunks = [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
-    last, tail = _split_last(chunks.pop())
+    head = _mended(data[: opening.end()])
+    last, tail = _split_last(chunks[-1], head)
+    if tail is None and not _is_object(head + b"]}"):
+        raise Unrepairable("what stands before its events is damaged")
+    chunks[-1] = last
     sound: list[bytes] = []
     skipped = 0
-    for chunk in [*chunks, last]:
-        text = _valid(chunk.rstrip(b", \t\r\n")) if chunk else None
+    for chunk in chunks:
+        text = _event(chunk)
         if text is not None:
             sound.append(text)
-        elif _GPU.search(chunk) and chunk is not last:
-            return None
+        elif _is_harmless(chunk) or (tail is None and chunk is last):
+            skipped += 1
         else:
-            skipped += bool(chunk)
-    facts = _facts(data[: starts[0]] + (tail or b""))
-    body = b'{"traceEvents":[' + b",".join(sound) + b"]" + facts + b"}"
+            raise Unrepairable("a GPU event, or one of unknown kind, cannot be read")
+    body = head + b",".join(sound) + (b"]}" if tail is None else tail)
     return Repaired(body, skipped, cut=tail is None)
 
 
-def _split_last(chunk: bytes) -> tuple[bytes, bytes | None]:
-    """The last event, and what follows the list of events; None when nothing closes it."""
+def _split_last(chunk: bytes, head: bytes) -> tuple[bytes, bytes | None]:
+    """The last event, and the rest of the file from the end of the list of events on.
+
+    The rest is None where nothing closes what `head` opened: the file was cut there.
+    """
     end = chunk.find(b"]")
     while end >= 0:
-        event = chunk[:end].rstrip(b", \t\r\n")
-        if _valid(event) is not None and chunk.rstrip().endswith((b"}", b"]")):
-            return event, chunk[end:]
+        tail = _mended(chunk[end:])
+        if _is_object(head + tail):
+            return chunk[:end], tail
         end = chunk.find(b"]", end + 1)
     return chunk, None
 
 
-def _valid(event: bytes) -> bytes | None:
-    for text in (event, _mended(event)):
-        try:
-            decoded = msgspec.json.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            continue
-        if isinstance(decoded, dict):
-            return text
+def _event(chunk: bytes) -> bytes | None:
+    """The one event in `chunk` as valid JSON; None when there is none."""
+    text = chunk.rstrip(b", \t\r\n")
+    for candidate in (text, _mended(text)):
+        if _is_object(candidate):
+            return candidate
     return None
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+
+
+def _is_harmless(chunk: bytes) -> bool:
+    """True when the event's kind can be read and is no GPU activity."""
+    kinds = [kind.lower() for kind in _CATEGORY.findall(chunk)]
+    return not _GPU.intersection(kinds) and (bool(kinds) or _PHASE.match(chunk) is not None)
 
 
 def _mended(event: bytes) -> bytes:
@@ -88,13 +110,3 @@ def _mended(event: bytes) -> bytes:
     text = _NOT_A_NUMBER.sub(rb"\1null", text)
     text = _STRAY_BACKSLASH.sub(rb"\\\\", text)
     return _TRAILING_COMMA.sub(rb"\1", text)
-
-
-def _facts(outside: bytes) -> bytes:
-    parts = b""
-    base, rank = _BASE.search(outside), _RANK.search(outside)
-    if base:
-        parts += b',"baseTimeNanoseconds":' + base[1]
-    if rank:
-        parts += b',"distributedInfo":{"rank":' + rank[1] + b"}"
-    return parts

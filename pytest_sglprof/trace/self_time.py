@@ -12,8 +12,9 @@ from collections.abc import Hashable, Sequence
 def self_times(spans: Sequence[tuple[int, int, Hashable]]) -> list[int]:
     """Self time of each `(start, dur, thread)`, in the same order and unit (integers).
 
-    Spans of one thread nest. One that overlaps its predecessor without lying inside it
-    (clocks are not perfect) counts as nested in it up to its end.
+    Spans of one thread nest. Where one overlaps another without lying inside it (clocks are
+    not perfect), the time belongs to the one that began last, so that the sum of a thread
+    is always the length of its union.
     """
     own = [dur for _, dur, _ in spans]
     order = sorted(range(len(spans)), key=lambda i: (spans[i][0], -spans[i][1]))
@@ -24,8 +25,12 @@ def self_times(spans: Sequence[tuple[int, int, Hashable]]) -> list[int]:
         stack = stacks.setdefault(thread, [])
         while stack and stack[-1][1] <= start:
             stack.pop()
-        if stack:
-            parent, parent_end = stack[-1]
-            own[parent] -= min(end, parent_end) - start
+        taken = start  # up to here, the new span's time was taken from the spans around it
+        for outer, outer_end in reversed(stack):
+            if taken >= end:
+                break
+            if outer_end > taken:
+                own[outer] -= min(end, outer_end) - taken
+                taken = min(end, outer_end)
         stack.append((index, end))
     return own

@@ -14,7 +14,7 @@ from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 _STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
-_PAIR = re.compile(r"(\w+)=(-?\d+)")
+_PAIR = re.compile(r"(\w+)=(-?\d{1,18})\b")
 STAGES = {
     "DECODE": "decode",
     "VERIFY": "decode",

@@ -10,14 +10,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
-from pytest_sglprof.ranks import Rank
+from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.inflate import pieces
-from pytest_sglprof.trace.repair import repaired
+from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import Ints, Launches, Span, StepMap, step_spans
 from pytest_sglprof.trace.table import RankActivities
@@ -35,22 +36,25 @@ OPERATORS = frozenset({"cpu_op", "operator"})
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
 BOM = b"\xef\xbb\xbf"
-_MERGED_PID = re.compile(r"^\[((?:[A-Z]+\d+-?)+)\]")
-_NUMBER = re.compile(r'^"?\s*(-?)(\d+)(?:\.(\d*))?(?:[eE]([+-]?\d+))?\s*"?$')
+_NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
+_LARGEST_NS = 2**62  # two of them can be added in int64
 
 
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
 class _Args(msgspec.Struct, gc=False):
-    stream: int | str | None = None
-    correlation: int | None = None
-    graph_node: int | None = msgspec.field(name="graph node id", default=None)
+    stream: _Int64 | str | None = None
+    correlation: _Int64 | None = None
+    graph_node: _Int64 | None = msgspec.field(name="graph node id", default=None)
 
 
 class _Event(msgspec.Struct, gc=False):
-    ph: str = ""
-    cat: str = ""
+    ph: str | None = ""
+    cat: str | None = ""
     name: str | int | float | bool | None = ""
     ts: msgspec.Raw = msgspec.Raw(b"")
     dur: msgspec.Raw = msgspec.Raw(b"")
@@ -59,15 +63,10 @@ class _Event(msgspec.Struct, gc=False):
     args: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _Distributed(msgspec.Struct):
-    rank: int | None = None
-    world_size: int | None = None
-
-
 class _Trace(msgspec.Struct):
     events: list[_Event] | None = msgspec.field(name="traceEvents", default=None)
-    base_ns: int | None = msgspec.field(name="baseTimeNanoseconds", default=None)
-    distributed: _Distributed | None = msgspec.field(name="distributedInfo", default=None)
+    base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
+    distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
 
 
 _DECODER = msgspec.json.Decoder(_Trace)
@@ -79,7 +78,8 @@ class _Collected:
     """What was found of one owner (one process of a merged file, or the whole file)."""
 
     names: dict[str, int] = field(default_factory=dict)
-    gpu: list[tuple[int, int, int, int, int, int, bool]] = field(default_factory=list)
+    gpu: list[tuple[int, int, int, int, int, int, bool, int]] = field(default_factory=list)
+    devices: dict[bytes, int] = field(default_factory=dict)
     operators: list[tuple[int, int, int, str]] = field(default_factory=list)
     communication: list[tuple[int, int, int]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -98,12 +98,13 @@ def read_trace(path: Path, *, allow_partial: bool = False) -> list[RankActivitie
     """
     trace, notes, partial = _decode(path, allow_partial)
     owners = _collect(trace)
-    base = trace.base_ns or 0
-    found = []
-    for owner, collected in owners.items():
-        label = owner or _label(path, trace)
-        found.append(_activities(label, collected, base, notes, partial))
-    return found or [_activities(_label(path, trace), _Collected(), base, notes, partial)]
+    base, unclear = _base(path, trace)
+    notes = [*notes, *unclear]
+    if "" in owners or not owners:
+        label, contradiction = rank_of_file(path, bytes(trace.distributed))
+        notes += contradiction
+        owners[label] = owners.pop("", _Collected())
+    return [_activities(label, found, base, notes, partial) for label, found in owners.items()]
 
 
 def ns(raw: bytes) -> int | None:
@@ -117,13 +118,15 @@ def ns(raw: bytes) -> int | None:
     sign, whole, fraction, exponent = match.groups()
     fraction = fraction or ""
     shift = 3 + int(exponent or 0) - len(fraction)
-    if abs(shift) > 40:
+    if abs(shift) > 60:
         return None
     value: int = int(whole + fraction)
     if shift >= 0:
         value *= int(10**shift)
     else:
         value = (2 * value + 10**-shift) // (2 * 10**-shift)
+    if value >= _LARGEST_NS:
+        return None
     return -value if sign else value
 
 
@@ -159,43 +162,59 @@ def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
 def _decode_repaired(
     path: Path, data: bytes, error: Exception, allow_partial: bool
 ) -> tuple[_Trace, list[str], bool]:
-    fixed = repaired(data)
-    if fixed is None:
-        raise NotATrace(
-            f"{path} is not a trace: {error}",
-            expected="a Kineto trace of the torch profiler (JSON)",
-            hint="give the *.trace.json.gz files that the server wrote",
-        )
+    try:
+        fixed = repaired(data)
+    except Unrepairable as reason:
+        raise _refusal(path, data, f"{error}; {reason}") from error
     if fixed.cut and not allow_partial:
-        raise TraceTruncated(
-            f"{path} ends in the middle of its JSON",
-            expected="a complete file; the profiler writes it in place and grows it",
-            hint="wait until the profiler is done, or read what is there with allow_partial=True",
-        )
+        raise _cut(path)
     try:
         trace = _DECODER.decode(fixed.data)
     except (msgspec.DecodeError, UnicodeDecodeError) as second:
-        raise TraceError(
-            f"{path} is not valid JSON, and its events cannot be told apart: {second}",
-            expected="a Kineto trace of the torch profiler (JSON)",
-            hint="record the window again with with_stack=False",
-        ) from error
+        raise _refusal(path, data, str(second)) from error
     note = f"{path.name}: invalid JSON; {fixed.skipped} events that cannot be read were skipped"
     return trace, [note], fixed.cut
+
+
+def _cut(path: Path) -> TraceTruncated:
+    return TraceTruncated(
+        f"{path} ends in the middle of its JSON",
+        expected="a complete file; the profiler writes it in place and grows it",
+        hint="wait until the profiler is done, or read what is there with allow_partial=True",
+    )
+
+
+def _refusal(path: Path, data: bytes, why: str) -> TraceError:
+    """The error of a file that no way of reading understands."""
+    if b'"traceEvents"' not in data:
+        return NotATrace(
+            f"{path} is not a trace: {why}",
+            expected="a Kineto trace of the torch profiler (JSON)",
+            hint="give the *.trace.json.gz files that the server wrote",
+        )
+    if not data.rstrip().endswith(b"}"):
+        return _cut(path)
+    return TraceError(
+        f"{path} is not valid JSON: {why}",
+        expected="a Kineto trace of the torch profiler (JSON), at least its GPU events",
+        hint="record the window again with with_stack=False",
+    )
 
 
 def _collect(trace: _Trace) -> dict[str, _Collected]:
     owners: dict[str, _Collected] = {}
     by_pid: dict[bytes, str] = {}
     for event in trace.events or ():
-        category = event.cat.lower()
-        wanted = category in GPU_KINDS or category in SPANS or category in OPERATORS
-        if event.ph != "X" or not (wanted or category in LAUNCHES):
-            continue
         pid = bytes(event.pid)
         owner = by_pid.get(pid)
         if owner is None:
-            owner = by_pid[pid] = _owner(pid)
+            owner = by_pid[pid] = rank_of_pid(pid)
+            if owner:  # a rank of a merged file, even when it did nothing
+                owners.setdefault(owner, _Collected())
+        category = (event.cat or "").lower()
+        wanted = category in GPU_KINDS or category in SPANS or category in OPERATORS
+        if event.ph != "X" or not (wanted or category in LAUNCHES):
+            continue
         _add(owners.setdefault(owner, _Collected()), event, category)
     return owners
 
@@ -216,7 +235,9 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
         correlation = args.correlation or -1
         kind = ("kernel", "memcpy", "memset").index(GPU_KINDS[category])
         graph = bool(args.graph_node)
-        into.gpu.append((into.code(name), kind, start, dur, stream, correlation, graph))
+        device = into.devices.setdefault(bytes(event.pid), len(into.devices))
+        row = (into.code(name), kind, start, dur, stream, correlation, graph, device)
+        into.gpu.append(row)
     elif category in SPANS:
         thread = bytes(event.tid).decode("ascii", "replace")
         gpu = category == "gpu_user_annotation"
@@ -240,31 +261,15 @@ def _arguments(event: _Event) -> _Args:
         return _Args()
 
 
-def _owner(pid: bytes) -> str:
-    match = _MERGED_PID.match(bytes(pid).decode("utf-8", "replace").strip('"'))
-    if match is None:
-        return ""
-    parts = [re.sub(r"(\D)0*(\d+)$", r"\1\2", part) for part in match[1].split("-")]
-    rank = Rank.parse(" ".join(parts))
-    return rank.label if rank is not None else match[1]
-
-
-def _label(path: Path, trace: _Trace) -> str:
-    rank = Rank.from_file_name(path.name)
-    if rank is not None:
-        return rank.label
-    if trace.distributed is not None and trace.distributed.rank is not None:
-        return Rank(tp=trace.distributed.rank).label
-    found = re.search(r"rank[-_]?(\d+)", path.name)
-    if found:
-        return Rank(tp=int(found[1])).label
-    if trace.distributed is not None and trace.distributed.world_size not in (None, 1):
-        raise TraceError(
-            f"{path} does not tell its rank: neither its name nor its distributedInfo",
-            expected="a name such as ID-TP-1.trace.json.gz",
-            hint="rename the file after its rank",
-        )
-    return Rank(tp=0).label
+def _base(path: Path, trace: _Trace) -> tuple[int, list[str]]:
+    """ns to add to every time, which newer files write relative to this."""
+    text = bytes(trace.base).decode("ascii", "replace").strip('" ')
+    if text.isdecimal() and int(text[:19]) < _LARGEST_NS and len(text) <= 19:
+        return int(text), []
+    if text in ("", "null"):
+        return 0, []
+    note = f"{path.name}: baseTimeNanoseconds {text[:40]} is no time; this rank's clock is its own"
+    return 0, [note]
 
 
 def _activities(
@@ -300,9 +305,10 @@ Columns = tuple[Ints, Ints, Ints, Ints, Ints, Ints]
 
 
 def _gpu_columns(label: str, found: _Collected, steps: StepMap) -> tuple[Columns, list[str]]:
-    table = np.array(found.gpu, dtype=np.int64).reshape(-1, 7)
-    table = table[np.lexsort((table[:, 2], table[:, 4]))]
-    impossible = impossible_rows(table[:, 2], table[:, 3], table[:, 4], table[:, 6] > 0)
+    table = np.array(found.gpu, dtype=np.int64).reshape(-1, 8)
+    table = table[np.lexsort((-table[:, 3], table[:, 2], table[:, 4], table[:, 7]))]
+    where = np.where(table[:, 4] < 0, -1, (table[:, 7] << 32) + table[:, 4])
+    impossible = impossible_rows(table[:, 2], table[:, 3], where, table[:, 6] > 0)
     notes = []
     if impossible.any():
         lost = int(table[impossible, 3].sum())
@@ -332,11 +338,15 @@ def _cpu_columns(found: _Collected, steps: StepMap) -> Columns:
 def impossible_rows(start: Ints, dur: Ints, stream: Ints, graph: Flags) -> Flags:
     """Rows (sorted by stream, then start) that contain a whole later row of their stream.
 
-    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs.
+    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs, and
+    rows of no known stream (-1).
     """
     bad = np.zeros(len(start), dtype=bool)
-    if len(start) > 1:
-        end = start + dur
-        inside = (stream[1:] == stream[:-1]) & (end[1:] < end[:-1]) & (stream[1:] >= 0)
-        bad[:-1] = inside & ~graph[:-1] & (dur[1:] > 0)
-    return bad
+    end = start + dur
+    edges = np.flatnonzero(np.diff(stream)) + 1
+    for first, last in zip([0, *edges], [*edges, len(start)], strict=True):
+        if last - first > 1 and stream[first] >= 0:
+            # The earliest end of all later rows: it lies inside when any of them does.
+            earliest = np.minimum.accumulate(end[first + 1 : last][::-1])[::-1]
+            bad[first : last - 1] = earliest < end[first : last - 1]
+    return bad & ~graph
