@@ -100,6 +100,9 @@ class Engine(threading.Thread):
                 batches = tuple(lane.next_batch() for lane in self.lanes)
                 if not is_idle(batches):
                     self._forward(batches)
+                else:  # all clients have left
+                    for number in range(len(self.lanes)):
+                        self._publish(number)
         except RankGone as gone:
             self.on_death(gone.rank)
 

@@ -148,9 +148,11 @@ def test_loads_follow_the_running_requests_and_a_busy_cache_is_not_flushed(pair:
         return int(pair.get("/v1/loads").json()["loads"][0]["num_running_reqs"])
 
     with pair.http.stream("POST", pair.url + "/generate", json=body) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # dropping the iterator would close the connection
+        next(lines)
         wait_for(lambda: running_requests() == 1)
         assert pair.post("/flush_cache").status_code == 400
+    wait_for(lambda: running_requests() == 0)
     wait_for(lambda: pair.post("/flush_cache").status_code == 200)
     assert pair.lines("Cache flushed successfully!")
     assert pair.lines("Cache not flushed because there are pending requests")
