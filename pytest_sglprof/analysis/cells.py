@@ -39,7 +39,7 @@ class GroupCells:
     name) pairs. Cells are sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`.
     has_steps: False when the table knows no steps; then there is one pseudo-step that
     holds everything. assigned_share: share of the group's compute time that belongs to
-    some step, 0 to 1 (1.0 without steps). active: ranks with any activity.
+    some step, 0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
     """
 
     group: WorkGroup
@@ -134,7 +134,12 @@ def measure(table: KernelTable) -> tuple[GroupCells, ...]:
     """
     sums = _sums(table.frame)
     spans = step_spans(table)
-    return tuple(_group_cells(group, sums, spans) for group in work_groups(table.ranks))
+    # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
+    # that lost their step; they cannot say how much of the work the steps cover.
+    is_covering = table.source != "nvtx"
+    return tuple(
+        _group_cells(group, sums, spans, is_covering) for group in work_groups(table.ranks)
+    )
 
 
 def _sums(frame: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +153,9 @@ def _sums(frame: pd.DataFrame) -> pd.DataFrame:
     return typed
 
 
-def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> GroupCells:
+def _group_cells(
+    group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame, is_covering: bool
+) -> GroupCells:
     mine = sums[sums["rank"].isin(group.ranks)]
     has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
     steps = compared_steps(spans, mine, group.ranks)
@@ -175,7 +182,7 @@ def _group_cells(group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame) -> G
         kernel=codes[order].astype(np.int64),
         kernels=tuple((str(category), str(name)) for category, name in kernels),
         bounds=np.searchsorted(codes[order], np.arange(len(kernels) + 1)).astype(np.int64),
-        assigned_share=assigned / every if has_steps and every else 1.0,
+        assigned_share=assigned / every if has_steps and is_covering and every else 1.0,
         active=active,
     )
 

@@ -5,6 +5,7 @@ Too little data never passes: it is inconclusive, whatever the figures look like
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -226,11 +227,11 @@ def _overall_reason(
     return "; ".join(parts)
 
 
-def _excess(judgement: Judgement) -> float:
-    """How far above its limit, as a ratio; what has no value but failed comes first."""
+def _excess(judgement: Judgement) -> tuple[float, float]:
+    """How far above its limit, as a ratio, then the value; what failed without one is first."""
     threshold, value = judgement.threshold, judgement.value
     if value is None:
-        return float("inf")
+        return math.inf, math.inf
     if threshold.metric == "lost_share":
-        return (1 - threshold.limit) / max(1 - value, 1e-9)  # the ratio of useful shares
-    return value / threshold.limit
+        return (1 - threshold.limit) / max(1 - value, 1e-9), value  # ratio of useful shares
+    return value / threshold.limit, value  # without a limit every ratio is 0

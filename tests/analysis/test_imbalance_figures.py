@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -153,6 +154,13 @@ def test_kernel_time_outside_all_steps_is_not_compared() -> None:
     assert (found.steps, found.compared_steps) == (30, 40)
     table.frame.loc[table.frame["step"] < 30, "step"] = -1
     assert imbalance(table).reason == "only 25 % of the compute time belongs to a known step"
+
+
+def test_scheduler_ranges_between_steps_are_no_lost_kernels() -> None:
+    table = build(steps=40)
+    table.frame.loc[table.frame["step"] < 35, "step"] = -1
+    assert "belongs to a known step" in imbalance(table).reason
+    assert imbalance(replace(table, source="nvtx")).reason == ""
 
 
 def test_waiting_for_requests_between_steps_is_no_reason_to_doubt() -> None:
