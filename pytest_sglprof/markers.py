@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SERVER_MARK = "sglang_server"
 WINDOW_MARK = "profile_window"
 FIXTURES = ("sglang_server", "bench_serving", "profile_window")
+DEFAULT_STEPS = 50  # after which a marked torch window closes; nsys windows take 5 s
 MARKER_HELP = (
     f'{SERVER_MARK}(name="default", nsys=None): the server of this test: a [servers.NAME] of '
     "sglprof.toml; nsys=True starts it under nsys profile --start-later",
@@ -86,7 +87,9 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
                 hint="remove one of the two",
             )
         keywords["name"] = mark.args[0]
-    return window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
+    spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
+    ends_itself = spec.num_steps or spec.duration or spec.whole_body or spec.backend == "nsys"
+    return spec if ends_itself else replace(spec, num_steps=DEFAULT_STEPS)
 
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:

@@ -12,6 +12,13 @@ class LoadState:
         self._changed = threading.Condition()
         self._target = 0
         self._started = 0
+        self._ended = threading.Event()
+
+    @property
+    def ended(self) -> threading.Event:
+        """Set when the load that is driven now (or was last) is over."""
+        with self._changed:
+            return self._ended
 
     @property
     def number(self) -> int:
@@ -28,10 +35,12 @@ class LoadState:
     def start(self, target: int) -> None:
         """The measured load begins."""
         self._started += 1
+        self._ended = threading.Event()
         self._set(max(1, target))
 
     def end(self) -> None:
         """The measured load is over."""
+        self._ended.set()
         self._set(0)
 
     def wait_for_start(self, stop: threading.Event, poll: float = 0.1) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.capture.window import ProfileWindow
 from pytest_sglprof.errors import Inconclusive, WindowError
 from pytest_sglprof.session.measure import Measured, judge_table, measure
@@ -46,6 +47,8 @@ class WindowRun:
         self.load_number = 0
         self.retry_of: str | None = None
         self._load = load
+        self._server = server
+        self._progress = progress
         self._settings = settings
         self._window = ProfileWindow(
             server, spec, window_id=self.id, folder=folder, progress=progress
@@ -81,6 +84,14 @@ class WindowRun:
                 self._capture = self._window.close() if self.was_opened else self._unopened()
             return self._capture
 
+    def _await_steady_load(self) -> None:
+        """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
+        target, ended = self._load.target, self._load.ended
+        if target and not self.spec.delay:
+            if self._progress is not None:
+                self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
+            steady_load(self._server, target, timeout=self.spec.timeout, stop=ended)
+
     def _unopened(self) -> WindowCapture:
         moment = time.time()
         return WindowCapture(
@@ -98,6 +109,7 @@ class WindowRun:
         self._window.discard()
 
     def __enter__(self) -> WindowRun:
+        self._await_steady_load()
         self.open()
         return self
 
