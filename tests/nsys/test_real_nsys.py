@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_env import real_nsys
 
 from pytest_sglprof.errors import NsysSessionError
 from pytest_sglprof.nsys import NsysSession, NsysTool, export, find_nsys, profile_prefix
@@ -24,9 +25,7 @@ TARGET = "import time\nprint('up', flush=True)\ntime.sleep(600)"
 
 @pytest.fixture(scope="module")
 def tool() -> NsysTool:
-    if not os.environ.get("SGLPROF_NSYS"):
-        pytest.skip("no real nsys: $SGLPROF_NSYS names none")
-    return find_nsys()
+    return find_nsys(real_nsys())
 
 
 class Profiled:

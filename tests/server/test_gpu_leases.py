@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from real_env import real_nsys
 
 from pytest_sglprof import nsys
 from pytest_sglprof.errors import LeaseError, NsysError, SettingsError
@@ -140,8 +141,7 @@ def test_a_context_that_stays_on_a_gpu_is_told(monkeypatch):
 def test_nsys_own_words_when_it_rejects_an_option(fake_sglang, nothing_left, tmp_path):
     from pytest_sglprof.errors import ServerDied
 
-    if not os.environ.get("SGLPROF_NSYS"):
-        pytest.skip("no real nsys: $SGLPROF_NSYS names none")
+    real_nsys()
     spec = ServerSpec(args=("--device", "cpu"), nsys=True, nsys_args=("--no-such-option=1",))
     with pytest.raises(ServerDied, match="before the server ran") as caught:
         launch(spec, folder=tmp_path / "server")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from real_env import real_nsys
 
 from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof.process import wait_gone
@@ -65,9 +66,7 @@ def launcher(fake_sglang, nothing_left, tmp_path):
 
 @pytest.fixture
 def tool() -> NsysTool:
-    if not os.environ.get("SGLPROF_NSYS"):
-        pytest.skip("no real nsys: $SGLPROF_NSYS names none")
-    return find_nsys()
+    return find_nsys(real_nsys())
 
 
 def kill_and_wait(process: subprocess.Popen[str], marker: Path) -> float:
