@@ -13,6 +13,7 @@ from pytest_sglprof.trace.nsys_tables import (
     Flags,
     Ints,
     ReportTables,
+    coded,
     pid_of,
     process_of,
 )
@@ -64,8 +65,8 @@ class GpuRows:
 
     def owners(self) -> frozenset[tuple[int, int]]:
         """Every (pid, device) that has a row."""
-        pairs = np.unique(np.stack([pid_of(self.process), self.device]), axis=1)
-        return frozenset((int(pid), int(device)) for pid, device in pairs.T)
+        pairs = np.unique((pid_of(self.process) << 32) + self.device + 1).tolist()
+        return frozenset((pair >> 32, (pair & 0xFFFFFFFF) - 1) for pair in pairs)
 
     def of_owners(self, owners: Iterable[Owner]) -> Ints:
         """The indices of the rows of these owners."""
@@ -93,7 +94,10 @@ def read_gpu_rows(tables: ReportTables) -> GpuRows:
         count = int((~timed).sum())
         notes.append(f"skipped {count} GPU activities with a missing or negative duration")
     graph = (node != MISSING) & (node != 0)
-    group = np.unique(np.stack([process, device, stream]), axis=1, return_inverse=True)[1].ravel()
+    group = np.zeros(len(start), dtype=np.int64)
+    for part in (process, device, stream):
+        distinct, codes = coded(part)
+        group = group * len(distinct) + codes
     bad = impossible(start, end, group, (kinds == 0) & ~graph & timed)
     if bad.any():
         lost = int((end - start)[bad].sum())
@@ -188,12 +192,12 @@ def _names(
         keys = extra[0]
     else:
         keys = np.where(extra[0] != MISSING, extra[0], extra[1])
-    distinct, at = np.unique(keys, return_inverse=True)
+    distinct, at = coded(keys)
     numbers = [int(key) for key in distinct]
     texts = tables.strings(n for n in numbers if n != MISSING) if kind == "kernel" else {}
     names = [_name(kind, number, texts) for number in numbers]
     codes = np.array([code_of.setdefault(name, len(code_of)) for name in names], dtype=np.int64)
-    return codes[at.ravel()]
+    return codes[at]
 
 
 def _name(kind: str, key: int, texts: dict[int, str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pytest_sglprof.trace.nsys_tables import MISSING, Flags, Ints, ReportTables, pid_of
+from pytest_sglprof.trace.nsys_tables import MISSING, Flags, Ints, ReportTables, coded, pid_of
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
@@ -56,7 +56,7 @@ def read_ranges(tables: ReportTables) -> Ranges:
     code = own if len(own) else np.full(len(start), -1, dtype=np.int64)
     lost = int(wanted.sum() - done.sum())
     registered = np.where(code < 0, text_id, MISSING)[done]
-    ids, at = np.unique(registered, return_inverse=True)
+    ids, at = coded(registered)
     texts = tables.strings(int(number) for number in ids if number != MISSING)
     code_of = {name: number for number, name in enumerate(names)}
     codes = [code_of.setdefault(texts.get(int(number), ""), len(code_of)) for number in ids]

@@ -47,6 +47,15 @@ class ReportTables(Protocol):
         ...
 
 
+def coded(values: Ints) -> tuple[Ints, Ints]:
+    """The distinct values, ascending, and the index of each value in them.
+
+    As `np.unique` with its inverse, which sorts all rows; here only distinct values are.
+    """
+    distinct = np.unique(values)
+    return distinct, np.searchsorted(distinct, values)
+
+
 def process_of(global_id: Ints) -> Ints:
     """The process (globalPid) of a globalTid: nsys keeps the thread in the low 24 bits."""
     return global_id & ~np.int64(0xFFFFFF)

@@ -47,7 +47,7 @@ def make_export(path: Path, **tables: Table) -> Path:
     return path
 
 
-def kernel(start: int, end: int | None, name: int = 1, **more: Any) -> dict[str, Any]:
+def kernel(start: int, end: int | None, name: int | None = 1, **more: Any) -> dict[str, Any]:
     row = {
         "start": start,
         "end": end,
@@ -184,14 +184,14 @@ def test_ranges_of_a_cpu_server_count_with_their_self_time(shared_data: Path, na
         )
         assert [(step.start_ns, step.end_ns) for step in part.steps] == batches
         assert [step.step for step in part.steps] == list(range(len(batches)))
-        names = [part.names[code] for code in part.name_codes.tolist()]
+        texts = [part.names[code] for code in part.name_codes.tolist()]
         expected = [
             next((n for n, (a, b) in enumerate(batches) if a <= start < b), -1)
             for start in part.start.tolist()
         ]
         assert part.step.tolist() == expected
         assert all(
-            step >= 0 for step, text in zip(expected, names, strict=True) if "run_batch" in text
+            step >= 0 for step, text in zip(expected, texts, strict=True) if "run_batch" in text
         )
 
 
@@ -246,7 +246,7 @@ def covered(rows: Sequence[tuple[int, int, int]], thread: int) -> int:
     return len({t for start, end, own in rows if own == thread for t in range(start, end)})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(nested_ranges())
 def test_self_times_of_any_nesting(rows: list[tuple[int, int, int]]) -> None:
     start, end, thread = np.array(rows, dtype=np.int64).reshape(-1, 3).T
@@ -263,7 +263,7 @@ def test_self_times_of_any_nesting(rows: list[tuple[int, int, int]]) -> None:
         assert own[thread == number].sum() == covered(rows, number)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 2)), max_size=12))
 def test_self_times_add_up_to_the_union_even_when_ranges_cross(
     spans: list[tuple[int, int, int]],
@@ -394,7 +394,7 @@ def test_impossible_kernels_are_excluded_and_said(tmp_path: Path) -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15), st.integers(0, 1)), max_size=9))
 def test_impossible_is_containing_a_later_one_of_the_stream(
     spans: list[tuple[int, int, int]],
