@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
+PROPERTIES = pytest.StashKey[dict[str, str]]()
 SKIPS = (pytest.skip.Exception, pytest.xfail.Exception)
 WORKER_INPUT = "sglprof_run_id"
+PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 class PluginSession:
@@ -80,7 +83,8 @@ class PluginSession:
         """In the process that reports: keeps what travelled with the report."""
         record = getattr(report, "sglprof", None)
         if record is not None and not self.worker:
-            self._book.add({**record, "outcome": _outcome(report)})
+            attempt = {**record["attempt"], "outcome": _outcome(report)}
+            self._book.add({**record, "attempt": attempt})
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, exitstatus: int | pytest.ExitCode) -> None:
@@ -183,22 +187,12 @@ class PluginSession:
                 measuring.enter_context(test.measuring())
             test.begin()
             try:
-                result = yield
-            except Inconclusive as error:
-                test.abandon(discard=False)
-                test.inconclusive(str(error))
-                result = None
-            except BaseException as error:
-                test.abandon(discard=isinstance(error, SKIPS))
-                raise
-            else:
-                with _shown_plainly():
-                    test.end()
-                    self._retry(item, test)
+                with _body(item, test):
+                    yield
+                self._retry(item, test)
             finally:
                 self.progress.clear()
         self._raise_verdict(test)
-        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -217,13 +211,10 @@ class PluginSession:
         for _ in range(self.settings.retry_inconclusive):
             if test.verdict != "inconclusive":
                 return
-            test.begin_again()
-            try:
+            with _shown_plainly():
+                test.begin_again()
+            with _body(item, test):
                 item.runtest()
-            except BaseException as error:
-                test.abandon(discard=isinstance(error, SKIPS))
-                raise
-            test.end()
 
     def _raise_verdict(self, test: TestRun) -> None:
         if test.verdict == "fail":
@@ -284,6 +275,39 @@ def _shown_plainly() -> Iterator[None]:
         raise pytest.fail.Exception(str(error), pytrace=False) from error
 
 
+@contextlib.contextmanager
+def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
+    """Around one run of the body: its windows close and are judged, whatever happens in it."""
+    try:
+        yield
+    except Inconclusive as error:
+        test.abandon(discard=False)
+        test.inconclusive(str(error))
+    except BaseException as error:
+        test.abandon(discard=isinstance(error, SKIPS))
+        if isinstance(error, SglprofError):
+            _cut_traceback(error, item)
+        raise
+    else:
+        with _shown_plainly():
+            test.end()
+
+
+def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:
+    """Leaves the lines of the test and its helpers; what ours called says the error itself."""
+    in_test, last = False, None
+    entry = error.__traceback__
+    while entry is not None:
+        file = entry.tb_frame.f_code.co_filename
+        in_test = in_test or file == str(item.path)
+        if in_test and file.startswith(PACKAGE):
+            break
+        last, entry = entry, entry.tb_next
+    if in_test and last is not None:
+        last.tb_next = None
+        error.__cause__, error.__suppress_context__ = None, True
+
+
 def _settings(config: pytest.Config) -> Settings:
     command_line = {option.dest: getattr(config.option, option.dest) for option in OPTIONS}
     ini = {option.dest: config.getini(option.dest) for option in OPTIONS if option.ini}
@@ -311,20 +335,28 @@ def _settings(config: pytest.Config) -> Settings:
 
 
 def _outcome(report: pytest.TestReport) -> str:
+    """The word of results.json; an attempt that is followed by another is called "rerun"."""
     if hasattr(report, "wasxfail"):
         return "xfailed" if report.skipped else "xpassed"
-    if report.when != "call" and report.failed:
-        return "error"
+    bad = report.failed or str(report.outcome) == "rerun"
+    if bad:
+        return "failed" if report.when == "call" else "error"
     return str(report.outcome)
 
 
 def _set_properties(item: pytest.Item, test: TestRun) -> None:
-    from pytest_sglprof.report.junit import properties
+    """Those of this attempt's windows, but for windows that were repeated."""
+    from pytest_sglprof.report.junit import properties_of_test
 
-    ours = [pair for document in test.documents() for pair in properties(document)]
-    names = {name for name, _ in ours}
-    theirs = [pair for pair in item.user_properties if pair[0] not in names]
-    item.user_properties[:] = [*theirs, *ours]
+    documents = test.documents()
+    repeated = {document["retry_of"] for document in documents}
+    ours = dict(properties_of_test([d for d in documents if d["id"] not in repeated]))
+    if test.verdict is not None and ours.get("verdict") != test.verdict:
+        ours |= {"verdict": test.verdict, "reason": test.reason}
+    earlier = item.stash.get(PROPERTIES, {})
+    theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
+    item.user_properties[:] = [*theirs, *ours.items()]
+    item.stash[PROPERTIES] = ours
 
 
 def _attach(report: pytest.TestReport, test: TestRun) -> None:

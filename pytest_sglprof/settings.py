@@ -237,20 +237,16 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
 
 def _type_rules(spec: WindowSpec) -> Iterator[tuple[bool, str, str]]:
     """What needs no thought: True for a right type, what was found, what was expected."""
-    for names, is_fine, expected in (
-        (_SWITCHES, lambda value: isinstance(value, bool), "True or False"),
-        (_TEXTS, lambda value: value is None or isinstance(value, str), "a text"),
-        (_LISTS, _is_list_of_texts, "a list of texts"),
-    ):
-        for name in names:
-            value = getattr(spec, name)
-            yield is_fine(value), f"{name}={value!r}", expected
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, tuple) and all(isinstance(text, str) for text in value)
-    )
+    for name in _SWITCHES:
+        value = getattr(spec, name)
+        yield isinstance(value, bool), f"{name}={value!r}", "True or False"
+    for name in _TEXTS:
+        value = getattr(spec, name)
+        yield isinstance(value, str | None), f"{name}={value!r}", "a text"
+    for name in _LISTS:
+        value = getattr(spec, name)
+        of_texts = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+        yield value is None or of_texts, f"{name}={value!r}", "a list of texts"
 
 
 def _is_number(value: Any, *, above: float | None = None) -> bool:

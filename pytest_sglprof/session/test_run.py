@@ -6,6 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof.errors import SglprofError
 from pytest_sglprof.session.load_state import LoadState
 from pytest_sglprof.session.server_life import check_alive, describe_server, undisturbed
 from pytest_sglprof.session.window_run import WindowRun
@@ -122,16 +123,15 @@ class TestRun:
 
     def abandon(self, *, discard: bool) -> None:
         """After a body that failed (or was skipped: `discard`): nothing stays open."""
-        try:
+        with contextlib.suppress(SglprofError):  # the body's own error matters more
             self._end_watch()
-        finally:
-            for window in self._round:
-                if discard or not window.was_opened:
-                    window.discard()
-                else:
-                    window.close()
-                    self.windows.append(window)
-        with contextlib.suppress(Exception):  # the body's own error matters more
+        for window in self._round:
+            if discard or not window.was_opened:
+                window.discard()
+            else:
+                window.close()
+                self.windows.append(window)
+        with contextlib.suppress(Exception):
             self._conclude(self.windows)
 
     def begin_again(self) -> None:
