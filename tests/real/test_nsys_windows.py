@@ -20,7 +20,7 @@ pytestmark = pytest.mark.sglang_server(nsys=True)
 
 def test_two_windows_in_one_life(bench_serving, profile_window):
     load = dict(max_concurrency=4, random_input_len=32, random_output_len=64)
-    with bench_serving.running(num_prompts=60, random_range_ratio=1.0, **load):
+    with bench_serving.running(num_prompts=240, random_range_ratio=1.0, **load):
         for name in ("first", "second"):
             with profile_window(name, backend="nsys", duration=3.0) as window:
                 window.wait()

@@ -26,7 +26,7 @@ def test_a_window_at_steady_load(sglang_server, bench_serving):
 
 
 def test_two_windows_by_hand(sglang_server, bench_serving, profile_window):
-    with bench_serving.running(num_prompts=40, **LOAD):
+    with bench_serving.running(num_prompts=160, **LOAD):
         with profile_window("steps", num_steps=40) as steps:
             steps.wait()
         with profile_window("seconds", duration=2.0) as seconds:
