@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import heapq
+import itertools
 import json
 from collections import defaultdict
 from decimal import Decimal
@@ -88,7 +89,7 @@ def self_time_of_each(spans: list[tuple[int, int]]) -> list[int]:
     active: list[tuple[int, int]] = []
     coming = iter([*enumerate(order), (len(order), None)])
     place, index = next(coming)
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in itertools.pairwise(edges):
         while index is not None and spans[index][0] <= left:
             heapq.heappush(active, (-place, index))
             place, index = next(coming)

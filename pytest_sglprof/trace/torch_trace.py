@@ -144,6 +144,8 @@ def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
     if data.startswith(BOM):
         del data[: len(BOM)]
     try:
+        if not data.isascii():
+            data.decode()  # in keys that are not asked for, msgspec takes any bytes
         trace = _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         trace, notes, cut = _decode_repaired(path, bytes(data), error, allow_partial)

@@ -43,11 +43,10 @@ def kineto_text(doc: Event) -> str:
     for entry in doc["traceEvents"]:
         first = {key: entry[key] for key in entry if key not in ("ts", "dur", "args")}
         times = {key: entry[key] for key in ("ts", "dur") if key in entry}
-        args = json.dumps(entry.get("args", {}))
-        texts.append(
-            "  {\n    " + json.dumps(first)[1:-1] + ",\n    " + json.dumps(times)[1:-1]
-            + ',\n    "args": {\n      ' + args[1:-1] + "\n    }\n  }"
-        )  # fmt: skip
+        args = json.dumps(entry.get("args", {}))[1:-1]
+        parts = [json.dumps(first)[1:-1], json.dumps(times)[1:-1]]
+        parts.append(f'"args": {{\n      {args}\n    }}')
+        texts.append("  {\n    " + ",\n    ".join(filter(None, parts)) + "\n  }")
     lines.append(",\n".join(texts))
     lines.append('  ],\n  "traceName": "trace.json"\n}\n')
     return "\n".join(lines)
