@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+
+from pytest_sglprof.errors import SettingsError
 
 CATEGORIES: tuple[str, ...] = (
     "attention",
@@ -44,7 +47,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ),
     (
         "attention",
-        r"attention|flash_?(fwd|attn|mla|bwd|infer_decode)|fmha|mla_|_mla|BatchDecodeWith"
+        r"attention|attn|flash_?(fwd|attn|mla|bwd|infer_decode)|fmha|mla_|_mla|BatchDecodeWith"
         r"|BatchPrefillWith|PersistentVariableLengthMerge|rotary|_rope|rope_|RotaryPos"
         r"|ApplyRotary|kv_?cache|paged|merge_?state|_fwd_grouped_kernel|_fwd_kernel_stage"
         r"|decode_att|extend_att|kv_indices|unified_attn|cascade|flash::|mamba|gated_delta|ssd_",
@@ -81,6 +84,8 @@ PATTERNS: tuple[tuple[str, str], ...] = (
 )
 
 _COMPILED = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in PATTERNS)
+# Types of CUTLASS stand in the arguments of kernels that have nothing to do with it.
+_NUMBER_TYPE = re.compile(r"cutlass::(?:\w+_t\b|float_\w+)")
 _LENGTH = re.compile(r"(\d+)")
 _FUNCTOR = re.compile(
     r"(?:at::native::)?\b(?!gpu_kernel_impl)(\w*(?:Functor|_kernel_cuda|KernelImpl|kernel_impl|_cuda_out|ArgM\w+Ops"
@@ -89,7 +94,7 @@ _FUNCTOR = re.compile(
 _CUTLASS_NAME = re.compile(r"(cutlass\w*_(?:tensorop|simt|wmma)\w*)")
 _CK_NAME = re.compile(r"\w*?((?:Fmha|Gemm|GroupedGemm|MoeGemm|Moe|Rmsnorm2d|Layernorm2d)\w*Kernel)")
 _TENSILE = re.compile(r"^(Cijk_[A-Za-z]+_[A-Za-z]+(?:_[A-Z0-9]{2,4}){0,2})\w*?_(MT\d+x\d+x\d+)")
-_TRITON_SIGNATURE = re.compile(r"_\d+(?:d\d*|c|de)+(?:_|$).*|_[0-9a-f]{16,}$")
+_TRITON_SIGNATURE = re.compile(r"_0(?:de|d|c)?1(?:\d*(?:de|d|c))+\d*$|_[0-9a-f]{16,}$")
 _NOISE = re.compile(r"\(anonymous namespace\)::|<unnamed>::|_GLOBAL__N_\w+::")
 _GENERIC_HOST = re.compile(
     r"(elementwise_kernel|reduce_kernel|elementwise_kernel_manual_unroll|multi_tensor_apply_kernel"
@@ -122,14 +127,30 @@ def normalise(name: str) -> str:
 
 
 def category(name: str, patterns: Sequence[tuple[str, str]] = ()) -> str:
-    """The category of a kernel's full name; `patterns` (category, regex) are tried first."""
+    """The category of a kernel's full name; `patterns` (category, regex) are tried first.
+
+    Raises `SettingsError` for a pattern that is no regular expression.
+    """
     for found, pattern in patterns:
-        if re.search(pattern, name):
+        if _user_pattern(found, pattern).search(name):
             return found
+    text = _NUMBER_TYPE.sub("", name)
     for found, compiled in _COMPILED:
-        if compiled.search(name):
+        if compiled.search(text):
             return found
     return "other"
+
+
+@lru_cache(maxsize=256)
+def _user_pattern(category: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SettingsError(
+            f"the pattern {pattern!r} of category {category} is no regular expression: {error}",
+            expected="a Python regular expression that is searched in full kernel names",
+            hint="escape what is meant literally, for example \\( and \\[",
+        ) from error
 
 
 def _inner(text: str, bare: str) -> str:
@@ -151,7 +172,8 @@ def _strip_nested(text: str) -> str:
             depth += 1
         elif char in ">)]}":
             if char == ">" and position and text[position - 1] == "-":
-                continue  # an arrow, not the end of a template
+                kept += char * (not depth)  # an arrow, not the end of a template
+                continue
             depth = max(0, depth - 1)
         elif not depth:
             kept.append(char)
