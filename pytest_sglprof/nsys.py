@@ -24,7 +24,7 @@ from pytest_sglprof.errors import (
     SettingsError,
 )
 from pytest_sglprof.nsys_command import NsysTool, run, started
-from pytest_sglprof.nsys_export import export
+from pytest_sglprof.nsys_export import export, import_again
 from pytest_sglprof.nsys_output import StopOutput, read_sessions
 
 __all__ = [
@@ -219,6 +219,9 @@ class NsysSession:
                 hint="take a smaller window or raise its timeout",
                 log=output.tail(),
             )
+        stream = output.stream()
+        if stream is not None:
+            return import_again(self.tool, stream, timeout, output.tail())
         return output.report(process.returncode)
 
     def _checked(self, words: Sequence[str], timeout: float) -> str:

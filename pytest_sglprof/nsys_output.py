@@ -61,22 +61,16 @@ class StopOutput:
         """The last lines that are no progress bars."""
         return tuple(line for line in self._lines() if not _PROGRESS.match(line))[-8:]
 
+    def stream(self) -> Path | None:
+        """The raw ``.qdstrm`` that was left instead of a report: its import failed."""
+        named = [*self._generated(), *self._streams()]
+        return next((path for path in named if path.suffix == ".qdstrm" and path.exists()), None)
+
     def report(self, status: int | None) -> Path:
         """The report that was generated, from the ``Generated:`` lines."""
-        generated = self._generated()
-        for path in generated:
+        for path in self._generated():
             if path.suffix in (".nsys-rep", ".qdrep") and _has_content(path):
                 return path
-        stream = next((p for p in [*generated, *self._streams()] if p.suffix == ".qdstrm"), None)
-        if stream is not None and ("mporter" in self._text or stream.exists()):
-            raise NsysError(
-                f"nsys left only {stream}, no report: its importer did not work",
-                expected="a .nsys-rep file",
-                hint="the importer is in nsys's host-linux-x64 folder, which must lie beside "
-                "target-linux-x64, and needs libssh.so.4 (Debian: libssh-4, linked as "
-                "host-linux-x64/libssh.so)",
-                log=self.tail(),
-            )
         raise NsysError(
             f"`nsys stop` named no report that exists (exit {status})",
             expected="a path ending in .nsys-rep below its line `Generated:`",
@@ -95,12 +89,10 @@ class StopOutput:
         return [line for line in re.split(r"[\r\n]+", self._text) if line.strip()]
 
     def _generated(self) -> list[Path]:
-        lines = self._lines()
-        heads = [number for number, line in enumerate(lines) if line.startswith("Generated:")]
-        if not heads:
-            return []
+        # The head may follow a progress bar on its line: importer and command write at once.
+        _, head, rest = self._text.rpartition("Generated:")
         found = []
-        for line in lines[heads[-1] + 1 :]:
+        for line in rest.splitlines()[1:] if head else ():
             if not line.startswith((" ", "\t")):
                 break
             found.append(Path(line.strip()))

@@ -187,6 +187,30 @@ def test_a_broken_importer_is_recognised(tmp_path):
     assert any("Importer error status" in line for line in caught.value.log)
 
 
+def test_an_importer_that_stumbled_works_the_second_time(tmp_path):
+    """Seen on a loaded machine: an exception in the importer, whose input is left."""
+    stream = tmp_path / "w.qdstrm"
+    stream.write_bytes(b"stream")
+    mine = stopping(tmp_path / "target", f"printf 'Generated:\\n    {stream}\\n'")
+    importer = tmp_path / "host-linux-x64" / "QdstrmImporter"
+    importer.parent.mkdir()
+    importer.write_text('#!/bin/sh\n[ "$1" = --input-file ] && cp "$2" "$4"\n')
+    importer.chmod(0o755)
+    report = mine.stop(timeout=10)
+    assert report == tmp_path / "w.nsys-rep"
+    assert report.read_bytes() == b"stream"
+    assert not stream.exists()
+
+
+def test_the_head_may_stand_at_the_end_of_a_progress_bar(tmp_path):
+    """Seen on a loaded machine: importer and command write at the same time."""
+    report = tmp_path / "w.nsys-rep"
+    report.write_bytes(b"report")
+    bar = r"\r[1/1] [===50%%      ] w.nsys-rep"
+    mine = stopping(tmp_path / "n", f"printf '{bar}Generated:\\n    {report}\\n'")
+    assert mine.stop(timeout=10) == report
+
+
 def test_a_report_that_is_named_but_not_there(tmp_path):
     mine = stopping(tmp_path, f"printf 'Generated:\\n\\t{tmp_path}/none.nsys-rep\\n'")
     with pytest.raises(NsysError, match="named no report that exists"):
