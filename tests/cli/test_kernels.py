@@ -1,0 +1,162 @@
+"""`sglprof kernels` as a user runs it, against independent sums."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import plain_traces as plain
+import pytest
+
+from pytest_sglprof.cli.main import main
+
+MI300X = "torch/sglang-mi300x/sglang_Qwen3-8B_decode.json.gz"
+TRACE = {
+    "baseTimeNanoseconds": 0,
+    "traceEvents": [
+        {"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur, "pid": 0, "tid": stream,
+         "args": {"stream": stream}}
+        for name, ts, dur, stream in (
+            ("fused_moe_kernel", 1, 5, 7), ("fused_moe_kernel", 10, 6.5, 7), ("zzz", 20, 1, 8),
+        )
+    ],
+}  # fmt: skip
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "1-TP-0.trace.json"
+    path.write_text(json.dumps(TRACE))
+    return path
+
+
+def test_json_is_a_list_of_plain_objects(trace: Path, capsys: Output) -> None:
+    assert main(["kernels", str(trace), "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [
+        {"rank": "TP0", "name": "fused_moe_kernel", "category": "moe", "count": 2,
+         "total_ns": 11_500},
+        {"rank": "TP0", "name": "zzz", "category": "other", "count": 1, "total_ns": 1_000},
+    ]  # fmt: skip
+    assert err == ""
+
+
+def test_json_of_a_real_trace_equals_an_independent_sum(shared_data: Path, capsys: Output) -> None:
+    path = shared_data / MI300X
+    status = main(["kernels", str(path), "--by", "rank,full_name,category", "--format", "json"])
+    assert status == 0
+    rows = json.loads(capsys.readouterr().out)
+    expected = plain.totals([(row[0], row[3]) for row in plain.gpu_rows(path)])
+    assert {row["full_name"]: (row["count"], row["total_ns"]) for row in rows} == expected
+    assert {row["rank"] for row in rows} == {"TP0"}
+    totals = [row["total_ns"] for row in rows]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_a_folder_of_real_ranks(shared_data: Path, capsys: Output) -> None:
+    folder = shared_data / "torch/sglang-cpu-tp2dp2"
+    assert main(["kernels", str(folder), "--by", "rank,category", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert list(dict.fromkeys(row["rank"] for row in rows)) == [
+        "DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1",
+    ]  # fmt: skip
+    expected = sum(ns for file in folder.iterdir() for _, ns in plain.cpu_totals(file).values())
+    assert sum(row["total_ns"] for row in rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("rank,category", [("TP0", "moe", 2, 11_500), ("TP0", "other", 1, 1_000)]),
+        ("category", [("moe", 2, 11_500), ("other", 1, 1_000)]),
+        (" stream , kind ", [("7", "kernel", 2, 11_500), ("8", "kernel", 1, 1_000)]),
+        ("step,stage", [("-1", "unknown", 3, 12_500)]),
+    ],
+)
+def test_csv_and_keys(
+    trace: Path, capsys: Output, by: str, expected: list[tuple[object, ...]]
+) -> None:
+    assert main(["kernels", str(trace), "--by", by, "--format", "csv"]) == 0
+    head, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert head == [*(key.strip() for key in by.split(",")), "count", "total_ns"]
+    assert rows == [[str(value) for value in row] for row in expected]
+
+
+def test_table_for_people(trace: Path, capsys: Output) -> None:
+    assert main(["kernels", str(trace)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["rank", "name", "category", "count", "total", "ms"]
+    assert [line.split() for line in lines[-2:]] == [
+        ["TP0", "fused_moe_kernel", "moe", "2", "0.011"],
+        ["TP0", "zzz", "other", "1", "0.001"],
+    ]
+
+
+def test_uncategorised(trace: Path, capsys: Output) -> None:
+    assert main(["kernels", str(trace), "--uncategorised", "--format", "json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["zzz"]
+
+
+def test_nothing_is_an_answer_with_a_note(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "1-TP-0.trace.json"
+    path.write_text(json.dumps({"traceEvents": []}))
+    for form, empty in (("json", "[]\n"), ("csv", "rank,name,category,count,total_ns\n")):
+        assert main(["kernels", str(path), "--format", form]) == 0
+        out, err = capsys.readouterr()
+        assert out == empty
+        assert "no activity in" in err
+    assert main(["kernels", str(path)]) == 0
+
+
+def test_notes_go_beside_the_table(trace: Path, capsys: Output) -> None:
+    doc = json.loads(trace.read_text())
+    doc["traceEvents"][0]["dur"] = -1
+    trace.write_text(json.dumps(doc))
+    assert main(["kernels", str(trace), "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["count"] for row in json.loads(out)] == [1, 1]
+    assert err.startswith("note: TP0: skipped 1 kernel events with a negative time")
+
+
+def test_a_cut_file_is_refused_unless_allowed(trace: Path, capsys: Output) -> None:
+    trace.write_text(trace.read_text()[:-60])
+    assert main(["kernels", str(trace)]) == 2
+    assert "ends in the middle" in capsys.readouterr().err
+    assert main(["kernels", str(trace), "--allow-partial", "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["count"] for row in json.loads(out)] == [2]
+    assert "truncated" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["kernels"], "PATH"),
+        (["kernels", "none.json"], "none.json does not exist"),
+        (["kernels", "{trace}", "--by", "rank,colour"], "unknown key colour"),
+        (["kernels", "{trace}", "--by", ","], "none given"),
+        (["kernels", "{trace}", "--format", "xml"], "xml"),
+        (["kernels", "{trace}", "{trace}"], "given twice"),
+        (["kernels", "{trace}", "--nonsense"], "--nonsense"),
+    ],
+)
+def test_what_is_wrong_is_said_with_status_2(
+    trace: Path, capsys: Output, words: list[str], message: str
+) -> None:
+    assert main([word.format(trace=trace) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+
+
+def test_as_a_program(trace: Path) -> None:
+    command = [sys.executable, "-m", "pytest_sglprof", "kernels", str(trace), "--format", "json"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert len(json.loads(done.stdout)) == 2
