@@ -13,7 +13,12 @@ def header_lines(settings: Settings, folder: Path) -> list[str]:
     """One line of settings, and one that shouts where the stand-in takes SGLang's place."""
     config = _short(settings.config_file) if settings.config_file else "none"
     lines = [f"sglprof: {_servers(settings)}; config {config}; results {_short(folder)}"]
-    if not settings.server and _stand_ins(settings):
+    if settings.server:
+        lines.append(
+            "sglprof: it is never stopped; while it exports a profile its requests stall, and "
+            "/health answers 503"
+        )
+    elif _stand_ins(settings):
         names = ", ".join(_stand_ins(settings))
         lines.append(
             f"sglprof: STAND-IN server for {names}: no SGLang, no GPU; the numbers are synthetic"
