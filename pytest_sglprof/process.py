@@ -65,6 +65,16 @@ def is_alive(pid: int, created: float) -> bool:
     return found is not None and abs(found - created) <= SAME_PROCESS
 
 
+def variable(pid: int, name: str) -> str:
+    """A variable of the environment that the process was started with; "" for none."""
+    import psutil
+
+    try:
+        return str(psutil.Process(pid).environ().get(name, ""))
+    except psutil.Error:
+        return ""
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     """All processes below `pid` that live, parents before children; [] when it is gone."""
     import psutil

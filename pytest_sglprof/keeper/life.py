@@ -27,6 +27,7 @@ log = logging.getLogger("sglprof.keeper")
 SOCKET_ROOM = 60  # bytes of a folder's path; SGLang puts sockets (107 bytes at most) into it
 START_LIMIT = 120.0  # s for nsys and the interpreter to come up
 STATUS_WAIT = 60.0  # s for nsys to write the report of a dead target and tell its status
+INJECTION = "QUADD_INJECTION_CONFIG"  # a file in /tmp that an nsys that was killed leaves
 RANK_GRACE = 1.0  # s for the ranks of a dead server to end by themselves
 HURRIED_WAIT = 10.0  # s for the same when everything is to end
 PORT_WAIT = 10.0  # s for a port to be free again after its last server
@@ -52,6 +53,7 @@ class ServerLife:
         self.seen: set[int] = set()
         self._leases: list[lease.Lease] = []
         self._link: Path | None = None
+        self._injection = ""
         self._cancelled = cancelled
         self._progress = progress
 
@@ -118,6 +120,8 @@ class ServerLife:
             self.pump.close()
         if self._link is not None:
             self._link.unlink(missing_ok=True)
+        if Path(self._injection).name.startswith("injection_config_"):
+            Path(self._injection).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         for held in self._leases:
             held.release()
@@ -267,6 +271,8 @@ class ServerLife:
         if created is None:
             raise self._not_started()
         self.created = created
+        if self.session is not None:
+            self._injection = process.variable(self.pid, INJECTION)
         log.info("server is process %d", self.pid)
 
     def _not_started(self) -> ServerDied | ServerNotReady:

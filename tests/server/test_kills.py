@@ -14,6 +14,7 @@ import pytest
 from real_env import real_nsys
 
 from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
+from pytest_sglprof.process import variable as process_variable
 from pytest_sglprof.process import wait_gone
 
 from .conftest import family, wait_clean
@@ -151,7 +152,10 @@ def test_sigkill_of_nsys_in_a_window_leaves_a_usable_server(start, tmp_path, too
     assert server.nsys.stop(timeout=60) == tmp_path / "one.nsys-rep"
     server.nsys.start(tmp_path / "two.nsys-rep")
     assert server.nsys.stop(timeout=60).stat().st_size > 0
+    config = process_variable(server.pid, "QUADD_INJECTION_CONFIG")
+    assert Path(config).is_file()
     assert server.stop() == ()
+    assert not Path(config).exists()
 
 
 @pytest.mark.real_nsys
