@@ -49,6 +49,7 @@ def contract_server(
         return
     # The interval is the real one's, as is the time of a step there.
     arguments = ["--tp", "2", "--decode-log-interval", "5", "--max-running-requests", "16"]
+    arguments += ["--crash-delay", "1"]
     arguments += ["--device", "cpu"] if kind == "standin-cpu" else []
     with standin(folder, *arguments) as running:
         module = ("-m", "pytest_sglprof.standin.load_driver")
