@@ -33,8 +33,8 @@ EVENTS = [
 ]
 DOCUMENT = document(EVENTS, rank=0)
 RIGHT = [("Memset (Device)", 7_250), ("gemm", 5_002)]
-INSERTED = (b'"', b"]", b"7")
-FLIPS = (0x01, 0x80)
+INSERTED = (b'"', b"]", b"7", b"\xff", b"\\")
+FLIPS = (0x01, 0x80, 0x20)
 
 
 def pairs(table: KernelTable) -> list[tuple[str, int]]:
@@ -52,12 +52,12 @@ def read(path: Path, *, allow_partial: bool = False) -> tuple[list[tuple[str, in
 
 
 def damaged(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """A cut, a flip and an insertion at every offset; masks and bytes take turns."""
     for at in range(len(data)):
+        mask, new = FLIPS[at % len(FLIPS)], INSERTED[at % len(INSERTED)]
         yield f"cut at {at}", data[:at]
-        for mask in FLIPS:
-            yield f"flip {mask:#x} at {at}", data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
-        for new in INSERTED:
-            yield f"insert {new!r} at {at}", data[:at] + new + data[at:]
+        yield f"flip {mask:#x} at {at}", data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
+        yield f"insert {new!r} at {at}", data[:at] + new + data[at:]
 
 
 def told_by_json(data: bytes) -> list[tuple[str, int]] | None:
