@@ -272,7 +272,7 @@ def _shown_plainly() -> Iterator[None]:
     try:
         yield
     except SglprofError as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from error
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @contextlib.contextmanager

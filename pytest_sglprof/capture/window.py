@@ -66,6 +66,10 @@ class ProfileWindow:
             progress=self._progress,
         )
 
+    def check(self) -> None:
+        """Raises what `open` would refuse, without touching the server's profiler."""
+        self._recording.refuse()
+
     def open(self) -> None:
         """Starts to record, after `delay` seconds.
 

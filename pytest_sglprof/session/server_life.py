@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def open_server(
     from pytest_sglprof.server import server as servers
 
     if settings.server:
-        return servers.attach(
+        server = servers.attach(
             settings.server,
             api_key=os.environ.get(API_KEY_ENV, ""),
             admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
@@ -47,6 +48,8 @@ def open_server(
             python=settings.python,
             folder=folder.server("attached"),
         )
+        server.python = settings.python or sys.executable  # of the load driver
+        return server
     if settings.python:
         spec = replace(spec, python=settings.python)
     return servers.launch(

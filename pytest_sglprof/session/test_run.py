@@ -68,6 +68,9 @@ class TestRun:
             return
         check_alive(server)
         self._open_whole_body()
+        if self._watched is None and self._marked is not None:
+            self._watched = self.new_window(self._marked)
+            self._watched.refuse()
 
     def new_window(self, spec: WindowSpec) -> WindowRun:
         """A window of this test, not opened yet."""
@@ -106,7 +109,8 @@ class TestRun:
         """Before the body: a marked window begins to wait for steady load."""
         if self._marked is None or self._marked.whole_body or self.server is None:
             return
-        self._watched = self.new_window(self._marked)
+        if self._watched is None:
+            self._watched = self.new_window(self._marked)
         self._watch = WindowWatch(
             self._watched, self.server, self._load, drives_load=self._drives_load
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -67,6 +68,11 @@ class WindowRun:
     def was_opened(self) -> bool:
         """True once the server began to profile."""
         return self._window.state != "new"
+
+    def refuse(self) -> None:
+        """Raises now what opening would refuse; a full disk may be emptier by then."""
+        with contextlib.suppress(Inconclusive):
+            self._window.check()
 
     def open(self) -> None:
         """Opens the window; raises `WindowError`, `ServerError` or `NsysError`."""

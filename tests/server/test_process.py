@@ -30,12 +30,12 @@ import os, subprocess, sys, time
 from pytest_sglprof import process
 assert process.adopt_orphans()
 child = subprocess.Popen([sys.executable, "-c",
-    "import subprocess, sys; subprocess.Popen(['sleep', '0.3'])"])
+    "import subprocess, sys; subprocess.Popen(['sleep', '2'])"])
 child.wait()
 assert [p.name() for p in process.descendants(os.getpid())] == ["sleep"]
 process.reap_orphans()
 orphan, = process.descendants(os.getpid())
-assert process.wait_gone([orphan], 5) == []
+assert process.wait_gone([orphan], 20) == []
 assert orphan.status() == "zombie"
 process.reap_orphans()
 assert not orphan.is_running()
