@@ -17,6 +17,7 @@ from pytest_sglprof.standin.front import (
 from pytest_sglprof.standin.logs import log, web
 from pytest_sglprof.standin.options import parse
 from pytest_sglprof.standin.ranks import RankGone, end_all
+from pytest_sglprof.standin.routes import find
 from pytest_sglprof.standin.web import Listener
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.start_fault == "port":
             raise OSError
         time.sleep(options.ready_delay / 2)
-        listener = Listener(front)
+        listener = Listener(front, find)
     except OSError:
         end_all(front.ranks)
         return address_in_use(options.host, options.port)

@@ -86,14 +86,15 @@ def allowed(front: Front, path: str, authorization: str, *, admin: bool) -> bool
 
 
 class Listener(ThreadingHTTPServer):
-    """The listening socket; OSError when the address is taken."""
+    """The listening socket; OSError when the address is taken. find: path → route."""
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 512
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Front, find: Callable[[str], Route | None]) -> None:
         self.front = front
+        self.find = find
         super().__init__((front.options.host, front.options.port), Handler)
 
     @property
@@ -153,9 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             raw(failure.replace(f"{__name__}.ServerFault", "RuntimeError").rstrip())
 
     def _answer(self, call: Call) -> Reply:
-        from pytest_sglprof.standin.routes import find
-
-        route = find(call.path)
+        route = self.server.find(call.path)
         header = self.headers.get("Authorization", "")
         if not allowed(call.front, call.path, header, admin=bool(route and route.admin)):
             return as_json({"error": "Unauthorized"}, 401)
