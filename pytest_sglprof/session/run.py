@@ -21,7 +21,6 @@ from typing import IO, Any
 from pytest_sglprof.files import safe_name
 
 RUN_PREFIX = "run-"
-LOCK_NAME = ".in-use"
 
 
 def new_run_id() -> str:
@@ -68,12 +67,12 @@ class RunBook:
         self._facts = dict(facts)
         self._started = time.time()
         self._journal: IO[str] | None = None
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None  # of the folder itself, so that no file is left
 
     def open(self) -> None:
         """Makes the folder and marks it as in use, so that no other run prunes it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK_NAME).open("w")
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._journal = (self.folder / "journal.jsonl").open("a", encoding="utf-8")
 
@@ -106,29 +105,26 @@ class RunBook:
         """Writes `results.json`; a run without records leaves no folder. Returns its path."""
         if self._journal is None:
             return None
-        results: Path | None = self.folder / "results.json"
+        results = self.folder / "results.json"
         try:
-            if self.records and results is not None:
+            if self.records:
                 from pytest_sglprof.report.results import write_results
 
                 write_results(self.document(exit_status), results)
                 _point_latest(self.folder)
-            else:
-                results = None
         finally:
             self._journal.close()
             self._journal = None
-            if results is not None:
-                (self.folder / "journal.jsonl").unlink(missing_ok=True)
             self._release()
-        if results is None and not self.records:
-            _remove_if_bare(self.folder)
-        return results
+        (self.folder / "journal.jsonl").unlink(missing_ok=True)  # kept where writing failed
+        if self.records:
+            return results
+        _remove_if_bare(self.folder)
+        return None
 
     def _release(self) -> None:
         if self._lock is not None:
-            (self.folder / LOCK_NAME).unlink(missing_ok=True)
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
 
@@ -159,13 +155,14 @@ def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:
 
 
 def _in_use(folder: Path) -> bool:
-    lock = folder / LOCK_NAME
-    if not lock.exists():
-        return False
-    with contextlib.suppress(OSError), lock.open("r+") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    return True
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _size(folder: Path) -> int:
@@ -186,7 +183,6 @@ def _point_latest(folder: Path) -> None:
 
 
 def _remove_if_bare(folder: Path) -> None:
-    (folder / "journal.jsonl").unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
     with contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sglprof.session.run import LOCK_NAME, RunBook, RunFolder, new_run_id, prune
+from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 
 FACTS = {
     "command": ["pytest"],
@@ -106,7 +106,7 @@ def test_a_run_without_records_keeps_the_servers_logs(tmp_path):
     (RunFolder(tmp_path, "run-1").server("s") / "server.log").write_text("why")
     assert book.finish(2) is None
     assert (tmp_path / "run-1" / "servers" / "s.1" / "server.log").read_text() == "why"
-    assert not (tmp_path / "run-1" / LOCK_NAME).exists()
+    assert [path.name for path in (tmp_path / "run-1").iterdir()] == ["servers"]
 
 
 def test_a_book_that_was_never_opened_writes_nothing(tmp_path):
@@ -138,10 +138,14 @@ def test_runs_are_pruned_by_size_but_never_the_newest(five_runs):
 
 
 def test_a_run_in_use_is_kept_and_one_of_the_dead_is_not(five_runs):
-    (five_runs / "run-1" / LOCK_NAME).touch()  # its process was killed: nobody holds the lock
-    with (five_runs / "run-0" / LOCK_NAME).open("w") as held:
+    # run-1's process was killed: its journal is there, but nobody holds its lock.
+    (five_runs / "run-1" / "journal.jsonl").touch()
+    held = os.open(five_runs / "run-0", os.O_RDONLY)
+    try:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert prune(five_runs, keep_runs=2, keep_bytes=10**9) == ["run-1", "run-2", "run-3"]
+    finally:
+        os.close(held)
     assert run_folders(five_runs) == ["run-0", "run-4"]
 
 
