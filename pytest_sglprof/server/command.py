@@ -84,12 +84,21 @@ def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | Non
     add("--host", HOST)
     add("--port", str(port))
     if entry.kind == "sglang":
-        add("--nccl-port", str(nccl_port) if nccl_port else "")
+        # Plain DP replicas look for a port each; one that is given would be everybody's.
+        if nccl_port and not has_replicas(spec.args):
+            add("--nccl-port", str(nccl_port))
         add("--watchdog-timeout", WATCHDOG)
     words.extend(spec.args)
     if entry.kind == "standin":
         words.extend(spec.standin_args)
     return words
+
+
+def has_replicas(args: Sequence[str]) -> bool:
+    """True for plain data parallelism: several groups of ranks that share no collective."""
+    sizes = (option(args, name) for name in ("--dp", "--dp-size", "--data-parallel-size"))
+    wide = any(size not in (None, "1") for size in sizes)
+    return wide and "--enable-dp-attention" not in args
 
 
 def option(args: Sequence[str], name: str) -> str | None:

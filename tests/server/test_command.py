@@ -102,6 +102,20 @@ def test_sglangs_words():
     ]
 
 
+@pytest.mark.parametrize(
+    ("args", "given"),
+    [
+        (("--dp-size", "2"), False),
+        (("--dp=2", "--tp", "2"), False),
+        (("--dp", "1"), True),
+        (("--dp", "2", "--enable-dp-attention"), True),
+    ],
+)
+def test_replicas_find_their_own_ports(args, given):
+    words = command.server_words(ServerSpec(args=args), SGLANG, 30000, 30001)
+    assert ("--nccl-port" in words) is given
+
+
 def test_what_the_user_gives_is_not_given_again():
     args = (
         "--host=0.0.0.0",
