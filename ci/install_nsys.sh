@@ -30,12 +30,12 @@ apt_here() {
 echo "deb [signed-by=$keyring] $mirror $release main contrib non-free" >"$work/sources.list"
 apt_here update || fail "the lists of $release could not be read from the machine's mirror"
 (cd "$work/packages" && apt_here download nsight-systems nsight-systems-target)
-for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/root"; done
+for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/unpacked"; done
 
 # nsys looks for its two halves side by side.
 mkdir -p "$partial"
-mv "$work/root/usr/lib/nsight-systems/host-linux-x64" "$partial/"
-mv "$work"/root/usr/lib/*/nsight-systems/target-linux-x64 "$partial/"
+mv "$work/unpacked/usr/lib/nsight-systems/host-linux-x64" "$partial/"
+mv "$work"/unpacked/usr/lib/*/nsight-systems/target-linux-x64 "$partial/"
 
 # The importer loads libssh from its own folder; without it every report stays a .qdstrm.
 find_libssh() { ldconfig -p | awk '/libssh\.so\.4 / && !path {path = $NF} END {print path}'; }
