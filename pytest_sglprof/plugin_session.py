@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
 PROPERTIES = pytest.StashKey[dict[str, str]]()
-SKIPS = (pytest.skip.Exception, pytest.xfail.Exception)
+# After these nobody asks for the windows of a body.
+DISCARDING = (
+    *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
+    *(KeyboardInterrupt, SystemExit),
+)
 WORKER_INPUT = "sglprof_run_id"
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -284,7 +288,7 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
         test.abandon(discard=False)
         test.inconclusive(str(error))
     except BaseException as error:
-        test.abandon(discard=isinstance(error, SKIPS))
+        test.abandon(discard=isinstance(error, DISCARDING))
         if isinstance(error, SglprofError):
             _cut_traceback(error, item)
         raise

@@ -9,6 +9,8 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
+pytest_plugins = ["pytester"]
+
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -154,11 +154,31 @@ def _mapped(read: Any, files: Sequence[Path], size: int, processes: int | None) 
         return
     # Threads of the calling process (pytest's, a window's watch) rule out a plain fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_owner)
     try:
         yield from pool.map(read, files)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_owner() -> None:
+    """In a process of the pool: ends it with its owner, however that ends.
+
+    Left to themselves, the processes of a killed owner wait for each other for ever.
+    """
+    import multiprocessing
+    import os
+    import threading
+    from multiprocessing.connection import wait
+
+    owner = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if owner is not None:
+            wait([owner.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _frame(

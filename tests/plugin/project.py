@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,14 +70,15 @@ class Outcome:
     text: str
     seconds: float = 0.0
     _xml: Path | None = field(default=None, repr=False)
+    run_folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run_folder = (self.folder / ".sglprof" / "latest").resolve()
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        return json.loads((self.folder / ".sglprof" / "latest" / "results.json").read_text())
-
-    @property
-    def run_folder(self) -> Path:
-        return (self.folder / ".sglprof" / "latest").resolve()
+        document: dict[str, Any] = json.loads((self.run_folder / "results.json").read_text())
+        return document
 
     def test(self, name: str) -> dict[str, Any]:
         """The test of results.json whose node id ends in `::name`."""
@@ -106,6 +109,19 @@ class Outcome:
         found = re.search(rf"{head}(.*?)(?=\n_{{3,}} |\n={{3,}} )", self.text, re.S)
         assert found, f"no section {name}"
         return found[1]
+
+
+def _is_cut(path: Path) -> bool:
+    """True for a trace whose gzip does not end."""
+    if path.suffix != ".gz":
+        return False
+    try:
+        gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error):
+        return True
+    except FileNotFoundError:  # moved to its window meanwhile
+        pass
+    return False
 
 
 class Project:
@@ -182,9 +198,8 @@ class Project:
 
     def half_files(self) -> list[Path]:
         """Temporary files and unfinished traces below the results."""
-        hidden = (p for p in self.folder.glob(".sglprof/**/.*") if p.name != ".in-use")
-        servers = self.folder.glob(".sglprof/run-*/servers/*/tmp/**/*")
-        return [*hidden, *(path for path in servers if path.is_file())]
+        found = [path for path in self.folder.glob(".sglprof/**/*") if path.is_file()]
+        return [p for p in found if p.name.startswith(".") or "tmp" in p.parts[-4:] or _is_cut(p)]
 
     def left_over(self, within: float) -> list[str]:
         """What is left after at most `within` s: processes, leases, half files."""
