@@ -28,7 +28,11 @@ apt_here() {
         -o Dir::State::Lists="$work/lists" -o APT::Sandbox::User=root "$@"
 }
 echo "deb [signed-by=$keyring] $mirror $release main contrib non-free" >"$work/sources.list"
-apt_here update || fail "the lists of $release could not be read from the machine's mirror"
+if ! apt_here update; then
+    # An older bookworm does not have the key of trixie yet.
+    { apt-get -qq update && apt-get -qq install -y debian-archive-keyring >/dev/null; } || true
+    apt_here update || fail "the lists of $release could not be read from the machine's mirror"
+fi
 (cd "$work/packages" && apt_here download nsight-systems nsight-systems-target)
 for package in "$work"/packages/*.deb; do dpkg-deb -x "$package" "$work/unpacked"; done
 
