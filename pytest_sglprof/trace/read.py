@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from pytest_sglprof.trace.table import (
     rank_order,
     step_frame,
 )
-from pytest_sglprof.trace.torch_trace import COMMUNICATION, read_trace
+from pytest_sglprof.trace.torch_trace import COMMUNICATION
+from pytest_sglprof.trace.torch_window import read_traces
 
 TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
-NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
 POOL_BYTES = 8 * 2**20  # stored bytes; below, starting processes costs more than it saves
+NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
 
 Progress = Callable[[int, int], None]
 
@@ -130,55 +130,17 @@ def _read_torch(
     progress: Progress | None,
     processes: int | None,
 ) -> list[tuple[Path, RankActivities]]:
-    sizes = [file.stat().st_size for file in files]
-    read = partial(read_trace, allow_partial=allow_partial)
-    found: list[tuple[Path, RankActivities]] = []
+    total = sum(file.stat().st_size for file in files)
     done = 0
-    for file, size, activities in zip(
-        files, sizes, _mapped(read, files, sum(sizes), processes), strict=True
-    ):
-        done += size
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
         if progress is not None:
-            progress(done, sum(sizes))
-        found += [(file, one) for one in activities]
-    return found
+            progress(done, total)
 
-
-def _mapped(read: Any, files: Sequence[Path], size: int, processes: int | None) -> Any:
-    import multiprocessing
-    import os
-
-    workers = min(processes or os.cpu_count() or 1, len(files))
-    if workers < 2 or size < POOL_BYTES:
-        yield from map(read, files)
-        return
-    # Threads of the calling process (pytest's, a window's watch) rule out a plain fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_owner)
-    try:
-        yield from pool.map(read, files)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_owner() -> None:
-    """In a process of the pool: ends it with its owner, however that ends.
-
-    Left to themselves, the processes of a killed owner wait for each other for ever.
-    """
-    import multiprocessing
-    import os
-    import threading
-    from multiprocessing.connection import wait
-
-    owner = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if owner is not None:
-            wait([owner.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    workers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
+    return read_traces(files, allow_partial=allow_partial, progress=tell, processes=workers)
 
 
 def _frame(
@@ -191,7 +153,10 @@ def _frame(
     kinds = list(dict.fromkeys(kind for part in parts for kind in part.kinds))
     columns: dict[str, Any] = {
         "rank": pd.Categorical.from_codes(
-            _concat([np.full(len(p.start), ranks.index(p.rank)) for p in parts]).astype(np.int16),
+            np.repeat(
+                np.array([ranks.index(p.rank) for p in parts], dtype=np.int16),
+                [len(p.start) for p in parts],
+            ),
             categories=pd.Index(list(ranks)),
             ordered=True,
         ),
@@ -205,31 +170,37 @@ def _frame(
         "start_ns": _concat([part.start for part in parts]),
         "dur_ns": _concat([part.dur for part in parts]),
     }
-    return pd.DataFrame(columns, columns=list(COLUMNS))
+    return pd.DataFrame({key: columns[key] for key in COLUMNS}, copy=False)
 
 
 def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
     return "communication" if name.startswith(COMMUNICATION) else category(name, patterns)
 
 
-def _concat(arrays: Sequence[Any]) -> Any:
-    return np.concatenate([*arrays, np.empty(0, dtype=np.int64)]).astype(np.int64)
+def _concat(arrays: Sequence[Any], dtype: Any = np.int64) -> Any:
+    """One array of `dtype`, without the copies in between that a window can ill afford."""
+    whole = np.empty(sum(len(array) for array in arrays), dtype=dtype)
+    at = 0
+    for array in arrays:
+        whole[at : at + len(array)] = array
+        at += len(array)
+    return whole
 
 
 def _coded(parts: Sequence[RankActivities], texts: str, codes: str, whole: Sequence[str]) -> Any:
     at = {text: number for number, text in enumerate(whole)}
     arrays = []
     for part in parts:
-        own = np.array([at[text] for text in getattr(part, texts)], dtype=np.int64)
-        arrays.append(own[getattr(part, codes)] if len(own) else np.empty(0, dtype=np.int64))
-    return _concat(arrays)
+        own = np.array([at[text] for text in getattr(part, texts)], dtype=np.int32)
+        arrays.append(own[getattr(part, codes)] if len(own) else np.empty(0, dtype=np.int32))
+    return _concat(arrays, np.int32)
 
 
 def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
     """Categorical of `texts[code]`, equal texts being one category."""
     unique = list(dict.fromkeys(texts))
     at = {text: number for number, text in enumerate(unique)}
-    table = np.array([at[text] for text in texts], dtype=np.int64)
+    table = np.array([at[text] for text in texts], dtype=np.int32)
     own = table[codes] if len(table) else codes
     return pd.Categorical.from_codes(own, categories=pd.Index(unique))
 
@@ -243,13 +214,13 @@ def _stages(parts: Sequence[RankActivities]) -> Any:
             [texts.setdefault(s.stage, len(texts)) for s in part.steps], dtype=np.int64
         )
         order = np.argsort(numbers, kind="stable")
-        codes = np.zeros(len(part.step), dtype=np.int64)
+        codes = np.zeros(len(part.step), dtype=np.int16)
         if len(numbers):
             at = np.searchsorted(numbers[order], part.step).clip(max=len(numbers) - 1)
             hit = numbers[order][at] == part.step
             codes[hit] = stages[order][at][hit]
         arrays.append(codes)
-    return pd.Categorical.from_codes(_concat(arrays), categories=pd.Index(list(texts)))
+    return pd.Categorical.from_codes(_concat(arrays, np.int16), categories=pd.Index(list(texts)))
 
 
 def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any, list[Any], str]:

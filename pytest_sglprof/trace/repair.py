@@ -49,7 +49,7 @@ def repaired(data: bytes) -> Repaired:
     if opening is None or not starts:
         raise Unrepairable("it has no events in Kineto's layout")
     chunks = [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
-    head = _mended(data[: opening.end()])
+    head = mended(data[: opening.end()])
     last, tail = _split_last(chunks[-1], head)
     if tail is None and not _is_object(head + b"]}"):
         raise Unrepairable("what stands before its events is damaged")
@@ -75,7 +75,7 @@ def _split_last(chunk: bytes, head: bytes) -> tuple[bytes, bytes | None]:
     """
     end = chunk.find(b"]")
     while end >= 0:
-        tail = _mended(chunk[end:])
+        tail = mended(chunk[end:])
         if _is_object(head + tail):
             return chunk[:end], tail
         end = chunk.find(b"]", end + 1)
@@ -85,7 +85,7 @@ def _split_last(chunk: bytes, head: bytes) -> tuple[bytes, bytes | None]:
 def _event(chunk: bytes) -> bytes | None:
     """The one event in `chunk` as valid JSON; None when there is none."""
     text = chunk.rstrip(b", \t\r\n")
-    for candidate in (text, _mended(text)):
+    for candidate in (text, mended(text)):
         if _is_object(candidate):
             return candidate
     return None
@@ -104,7 +104,8 @@ def _is_harmless(chunk: bytes) -> bool:
     return not _GPU.intersection(kinds) and (bool(kinds) or _PHASE.match(chunk) is not None)
 
 
-def _mended(event: bytes) -> bytes:
+def mended(event: bytes) -> bytes:
+    """`event` with the defects seen in real traces made harmless."""
     text = event.decode("utf-8", "replace").encode()
     text = _CONTROL.sub(b" ", text)
     text = _NOT_A_NUMBER.sub(rb"\1null", text)

@@ -50,9 +50,9 @@ class StepSpans:
 class Launches:
     """When the CPU launched what: correlation id → ns."""
 
-    def __init__(self) -> None:
-        self._ids = array("q")
-        self._times = array("q")
+    def __init__(self, ids: Sequence[int] | Ints = (), times: Sequence[int] | Ints = ()) -> None:
+        self._ids = array("q", ids)
+        self._times = array("q", times)
 
     def add(self, correlation: int, time: int) -> None:
         """Remembers one launch."""

@@ -6,7 +6,6 @@ is used only when its end was reached and every checksum was right, unless `allo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import Ints, Launches, Span, StepMap, step_spans
 from pytest_sglprof.trace.table import RankActivities
+from pytest_sglprof.trace.times import LARGEST_NS, ns
 
 GPU_KINDS = {
     "kernel": "kernel",
@@ -36,8 +36,6 @@ OPERATORS = frozenset({"cpu_op", "operator"})
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
 BOM = b"\xef\xbb\xbf"
-_NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
-_LARGEST_NS = 2**62  # two of them can be added in int64
 
 
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -98,36 +96,13 @@ def read_trace(path: Path, *, allow_partial: bool = False) -> list[RankActivitie
     """
     trace, notes, partial = _decode(path, allow_partial)
     owners = _collect(trace)
-    base, unclear = _base(path, trace)
+    base, unclear = base_time(path, bytes(trace.base))
     notes = [*notes, *unclear]
     if "" in owners or not owners:
         label, contradiction = rank_of_file(path, bytes(trace.distributed))
         notes += contradiction
         owners[label] = owners.pop("", _Collected())
     return [_activities(label, found, base, notes, partial) for label, found in owners.items()]
-
-
-def ns(raw: bytes) -> int | None:
-    """Exact ns of a time in µs from its JSON text (a number or a quoted one).
-
-    None when it is absent or not a finite number. Digits below 1 ns are rounded half up.
-    """
-    match = _NUMBER.match(bytes(raw).decode("ascii", "replace").strip())
-    if match is None:
-        return None
-    sign, whole, fraction, exponent = match.groups()
-    fraction = fraction or ""
-    shift = 3 + int(exponent or 0) - len(fraction)
-    if abs(shift) > 60:
-        return None
-    value: int = int(whole + fraction)
-    if shift >= 0:
-        value *= int(10**shift)
-    else:
-        value = (2 * value + 10**-shift) // (2 * 10**-shift)
-    if value >= _LARGEST_NS:
-        return None
-    return -value if sign else value
 
 
 def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
@@ -263,10 +238,10 @@ def _arguments(event: _Event) -> _Args:
         return _Args()
 
 
-def _base(path: Path, trace: _Trace) -> tuple[int, list[str]]:
+def base_time(path: Path, raw: bytes) -> tuple[int, list[str]]:
     """ns to add to every time, which newer files write relative to this."""
-    text = bytes(trace.base).decode("ascii", "replace").strip('" ')
-    if text.isdecimal() and int(text[:19]) < _LARGEST_NS and len(text) <= 19:
+    text = raw.decode("ascii", "replace").strip('" ')
+    if text.isdecimal() and int(text[:19]) < LARGEST_NS and len(text) <= 19:
         return int(text), []
     if text in ("", "null"):
         return 0, []

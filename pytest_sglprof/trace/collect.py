@@ -1,0 +1,213 @@
+"""Gathers what scanning a torch trace finds, and hands it on in batches.
+
+The scan of a file fills one `Collector`; full batches go to `emit` at once, so memory
+stays flat however large the file is. Names become codes of the file's own name table.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+
+from pytest_sglprof.trace.kineto import (
+    CPU_SPAN,
+    FLOAT_LIMIT,
+    GPU_SPAN,
+    KERNEL,
+    KIND_OF_CATEGORY,
+    LAUNCH,
+    MEMCPY,
+    MEMSET,
+    Annotation,
+    Batch,
+    Event,
+    FileFacts,
+    FullEvent,
+)
+from pytest_sglprof.trace.times import ns
+
+BATCH = 8192  # activities; about 380 KB
+GPU_KINDS = frozenset({KERNEL, MEMCPY, MEMSET})
+LAUNCHES = frozenset({LAUNCH})
+
+
+class NeedsText(Exception):
+    """Stamps are too large for float64: read this file by its text."""
+
+
+class _Codes(dict[str, int]):
+    """word -> number, numbered in order of appearance."""
+
+    def __missing__(self, word: str) -> int:
+        code = len(self)
+        self[word] = code
+        return code
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed."""
+
+    kinds: frozenset[int] = GPU_KINDS
+    partial: bool = False
+
+
+class _Numbers(msgspec.Struct, gc=False):
+    """The arguments once more, where one of them is no integer."""
+
+    stream: Any = -1
+    correlation: Any = -1
+    graph_node: Any = msgspec.field(name="graph node id", default=0)
+    device: Any = 0
+    external: Any = msgspec.field(name="External id", default=-1)
+
+
+_NUMBERS = msgspec.json.Decoder(_Numbers)
+_INT64 = range(-(2**63), 2**63)
+
+
+def _new_batch(*, exact: bool) -> Batch:
+    time = "q" if exact else "d"
+    return Batch(
+        exact=exact,
+        start=array(time),
+        dur=array(time),
+        name=array("i"),
+        kind=array("b"),
+        stream=array("q"),
+        correlation=array("q"),
+        graph=array("b"),
+        device=array("h"),
+        owner=array("h"),
+    )
+
+
+class Collector:
+    """Takes events, keeps codes and counts, emits batches."""
+
+    def __init__(self, wanted: Wanted, emit: Callable[[Batch], None]) -> None:
+        self.wanted = wanted
+        self.facts = FileFacts()
+        self._emit = emit
+        self._kinds = {
+            name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in wanted.kinds
+        }
+        self._names = _Codes()
+        self._owners = _Codes()
+        self._quick = _new_batch(exact=False)
+        self._exact = _new_batch(exact=True)
+
+    def add_quick(self, found: Sequence[Event]) -> None:
+        """Adds GPU events with float times. Raises NeedsText when those are too large."""
+        kinds = self._kinds
+        events = [e for e in found if e.cat in kinds and e.dur >= 0.0 and e.ph == "X"]
+        if len(events) != len(found):
+            for event in found:
+                self._count_unfit(event.cat, event.ph, event.dur)
+        if not events:
+            return
+        starts = [e.ts for e in events]
+        if max(starts) >= FLOAT_LIMIT or min(starts) < 0.0:
+            raise NeedsText
+        try:
+            self._extend_quick(events, starts)
+        except OverflowError:  # a number that is no id; by text it counts as absent
+            raise NeedsText from None
+        if len(self._quick) >= BATCH:
+            self._emit(self._quick)
+            self._quick = _new_batch(exact=False)
+
+    def _extend_quick(self, events: list[Event], starts: list[float]) -> None:
+        args = [e.args for e in events]
+        names, kinds = self._names, self._kinds
+        batch = self._quick
+        batch.start.extend(cast("Any", starts))
+        batch.dur.extend(cast("Any", [e.dur for e in events]))
+        batch.name.extend([names[e.name] for e in events])
+        batch.kind.extend([kinds[e.cat] for e in events])
+        batch.stream.extend([a.stream for a in args])
+        batch.correlation.extend([a.correlation for a in args])
+        batch.graph.extend([a.graph_node != 0 for a in args])
+        batch.device.extend([a.device for a in args])
+        batch.owner.extend([self._owners[""]] * len(events))
+
+    def _count_unfit(self, category: str, ph: str, dur: float | None) -> None:
+        if category not in self._kinds or ph != "X" or (dur is not None and dur >= 0):
+            return
+        absent = dur is None or dur == float("-inf")
+        what = "missing or unreadable" if absent else "negative"
+        reason = f"{category.lower()} events with a {what} time"
+        self.facts.skipped[reason] = self.facts.skipped.get(reason, 0) + 1
+
+    def add_full(self, event: FullEvent) -> None:
+        """Adds one event by its text: activity, launch, span, or nothing of interest."""
+        spans = event.cat in (CPU_SPAN, GPU_SPAN) and event.name.startswith("step[")
+        kind = self._kinds.get(event.cat)
+        if event.ph != "X" or not (spans or kind is not None):
+            return
+        start, dur = ns(event.ts), ns(event.dur)
+        if start is None or dur is None or dur < 0:
+            if kind != LAUNCH:
+                unfit = None if start is None or dur is None else float(dur)
+                self._count_unfit(event.cat, event.ph, unfit)
+            return
+        numbers = _numbers(event.args)
+        if spans:
+            self.facts.annotations.append(
+                Annotation(
+                    owner=self._owner(event.pid),
+                    name=event.name,
+                    start=start,
+                    dur=dur,
+                    gpu=event.cat == GPU_SPAN,
+                    thread=str(event.tid),
+                    external=_integer(numbers.external, -1),
+                )
+            )
+        elif kind is not None:
+            self._add_row(event, kind, start, dur, numbers)
+
+    def _add_row(
+        self, event: FullEvent, kind: int, start: int, dur: int, numbers: _Numbers
+    ) -> None:
+        batch = self._exact
+        batch.start.append(start)
+        batch.dur.append(dur)
+        batch.name.append(self._names[event.name])
+        batch.kind.append(kind)
+        batch.stream.append(_integer(numbers.stream, -1))
+        batch.correlation.append(_integer(numbers.correlation, -1))
+        batch.graph.append(_integer(numbers.graph_node, 0) != 0)
+        batch.device.append(_integer(numbers.device, 0) & 0x7FFF)
+        batch.owner.append(self._owner(event.pid))
+        if len(batch) >= BATCH:
+            self._emit(batch)
+            self._exact = _new_batch(exact=True)
+
+    def _owner(self, pid: object) -> int:
+        """The code of a merged file's pid (``[TP00-DP01] 83``), else of ""."""
+        return self._owners[pid if isinstance(pid, str) and pid.startswith("[") else ""]
+
+    def finish(self) -> FileFacts:
+        """Emits the rest; the facts of the file."""
+        for batch in (self._quick, self._exact):
+            if len(batch):
+                self._emit(batch)
+        self.facts.names = list(self._names)
+        self.facts.owners = list(self._owners) or [""]
+        return self.facts
+
+
+def _numbers(args: msgspec.Raw) -> _Numbers:
+    try:
+        return _NUMBERS.decode(args)
+    except msgspec.DecodeError:
+        return _Numbers()
+
+
+def _integer(value: object, otherwise: int) -> int:
+    return value if isinstance(value, int) and value in _INT64 else otherwise

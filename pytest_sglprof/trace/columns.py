@@ -1,0 +1,83 @@
+"""The activities of one file as numpy columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pytest_sglprof.trace.kineto import Batch
+
+Ints = npt.NDArray[np.int64]
+_NARROW = (("name", "i4"), ("kind", "i1"), ("graph", "i1"), ("device", "i2"), ("owner", "i2"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Parallel arrays; start and dur are int64 ns, the rest the smallest integers that fit.
+
+    name, owner: codes of the file's own tables. kind: of `kineto.KINDS`. graph: 1 for the
+    node of a graph.
+    """
+
+    start: Ints
+    dur: Ints
+    name: npt.NDArray[Any]
+    kind: npt.NDArray[Any]
+    stream: npt.NDArray[Any]
+    correlation: npt.NDArray[Any]
+    graph: npt.NDArray[Any]
+    device: npt.NDArray[Any]
+    owner: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def take(self, chosen: npt.NDArray[Any]) -> Columns:
+        """The rows that a mask or indices select."""
+        return Columns(**{key: values[chosen] for key, values in vars(self).items()})
+
+    def of_owner(self, code: int) -> Columns:
+        """The rows of one rank of a merged file."""
+        return self.take(self.owner == code)
+
+
+def joined(batches: Sequence[Batch]) -> Columns:
+    """All batches of a file in one."""
+    columns: dict[str, Any] = {}
+    for key in ("start", "dur"):
+        parts = [_ns(getattr(batch, key), batch.exact) for batch in batches]
+        columns[key] = np.concatenate([np.empty(0, np.int64), *parts])
+    for key, kind in (
+        ("name", "i4"),
+        ("kind", "i1"),
+        ("graph", "i1"),
+        ("owner", "i2"),
+        ("device", "i2"),
+    ):
+        arrays = [np.asarray(getattr(batch, key)) for batch in batches]
+        columns[key] = np.concatenate([np.empty(0, kind), *arrays]).astype(kind, copy=False)
+    for key in ("stream", "correlation"):
+        arrays = [np.asarray(getattr(batch, key)) for batch in batches]
+        columns[key] = _compact(np.concatenate([np.empty(0, np.int64), *arrays]))
+    return Columns(**columns)
+
+
+def _ns(times: Any, exact: bool) -> Ints:
+    """Exact ns: see the module text of `kineto` for why the fraction rounds right."""
+    values = np.asarray(times)
+    if exact:
+        return np.asarray(values, dtype=np.int64)
+    whole = np.floor(values)
+    fraction = np.rint((values - whole) * 1000.0)
+    ns: Ints = whole.astype(np.int64) * 1000 + fraction.astype(np.int64)
+    return ns
+
+
+def _compact(values: Ints) -> npt.NDArray[Any]:
+    small = np.iinfo(np.int32)
+    fits = not len(values) or (values.min() >= small.min and values.max() <= small.max)
+    return values.astype(np.int32) if fits else values

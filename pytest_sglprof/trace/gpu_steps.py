@@ -1,0 +1,62 @@
+"""To which step a GPU activity belongs, by the best evidence that the trace has.
+
+Kineto projects a CPU annotation onto every stream that its kernels ran on; the two share
+an `External id`. Where those projections exist they are the answer, and the launches need
+not be read. Else the launch of an activity (same correlation id) lies in the step's span
+on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pytest_sglprof.trace.kineto import Annotation
+from pytest_sglprof.trace.table import NO_STEP, Step
+
+Ints = npt.NDArray[np.int64]
+
+PROJECTED_SHARE = 0.5  # of the steps; fewer projections mean that the profiler made none
+
+
+class Projections:
+    """The steps' spans on the GPU's streams.
+
+    steps: numbered steps; annotations: the CPU annotation of each, in the same order.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], cpu: Sequence[Annotation], gpu: Sequence[Annotation]
+    ) -> None:
+        number_of = {
+            (span.external, span.name): step.step
+            for step, span in zip(steps, cpu, strict=True)
+            if span.external >= 0
+        }
+        streams: dict[int, list[tuple[int, int, int]]] = {}
+        matched: set[int] = set()
+        for span in gpu:
+            number = number_of.get((span.external, span.name))
+            if number is None or not span.thread.lstrip("-").isdigit():
+                continue
+            matched.add(number)
+            entry = (span.start, span.start + span.dur, number)
+            streams.setdefault(int(span.thread), []).append(entry)
+        self.complete = len(matched) >= PROJECTED_SHARE * len(steps) > 0
+        self._streams = {
+            stream: np.array(sorted(entries), dtype=np.int64) for stream, entries in streams.items()
+        }
+
+    def find(self, start: Ints, stream: npt.NDArray[Any]) -> Ints:
+        """The step whose projection on the activity's own stream holds its start, else -1."""
+        found = np.full(len(start), NO_STEP, dtype=np.int64)
+        for number, spans in self._streams.items():
+            rows = np.flatnonzero(stream == number)
+            at = np.searchsorted(spans[:, 0], start[rows], side="right") - 1
+            safe = at.clip(min=0)
+            inside = (at >= 0) & (start[rows] < spans[safe, 1])
+            found[rows[inside]] = spans[safe[inside], 2]
+        return found

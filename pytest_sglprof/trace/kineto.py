@@ -1,0 +1,130 @@
+"""What is taken from one event of a Kineto trace, and the batches it travels in.
+
+Times: a Kineto file writes µs with up to three decimals. While `ts` stays below 2**43 µs
+(files with `baseTimeNanoseconds`), the nearest float64 is off by less than 0.49 ns, so
+the integer part and the rounded fraction give exactly the ns of the text. Larger stamps
+(older files, absolute) are converted from the text itself.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import msgspec
+
+FLOAT_LIMIT = float(2**43)  # µs; beyond it float64 cannot hold three decimals
+KINDS = ("kernel", "memcpy", "memset", "launch")
+KERNEL, MEMCPY, MEMSET, LAUNCH = range(len(KINDS))
+
+KIND_OF_CATEGORY = {
+    "kernel": KERNEL,
+    "Kernel": KERNEL,
+    "gpu_memcpy": MEMCPY,
+    "Memcpy": MEMCPY,
+    "gpu_memset": MEMSET,
+    "Memset": MEMSET,
+    "cuda_runtime": LAUNCH,
+    "cuda_driver": LAUNCH,
+    "hip_runtime": LAUNCH,
+    "Runtime": LAUNCH,
+}
+CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
+
+
+class Args(msgspec.Struct, gc=False):
+    """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
+
+    stream: int = -1
+    correlation: int = -1
+    graph_node: int = msgspec.field(name="graph node id", default=0)
+    device: int = 0
+
+
+class Event(msgspec.Struct, gc=False):
+    """An event whose times fit a float (see the module's text). `dur` -inf: absent."""
+
+    name: str
+    ts: float
+    args: Args = msgspec.field(default_factory=Args)
+    dur: float = float("-inf")
+    cat: str = ""
+    ph: str = ""
+
+
+class FullEvent(msgspec.Struct, gc=False):
+    """The same event by its text, with the fields whose type differs from file to file."""
+
+    name: str
+    ts: msgspec.Raw
+    args: msgspec.Raw = msgspec.Raw(b"{}")
+    dur: msgspec.Raw = msgspec.Raw(b"")
+    cat: str = ""
+    ph: str = ""
+    pid: int | str | float | None = None
+    tid: int | str | float | None = None
+
+
+class Annotation(msgspec.Struct, frozen=True, gc=False):
+    """A span that names a step; ns. `gpu`: on the GPU's timeline, `thread` is its stream.
+
+    external: the id that the CPU's span and its projections onto the GPU share; -1: none.
+    """
+
+    owner: int
+    name: str
+    start: int
+    dur: int
+    gpu: bool
+    thread: str = ""
+    external: int = -1
+
+
+def ns_from_float(microseconds: float) -> int:
+    """Exact ns of a time below `FLOAT_LIMIT` whose text had at most three decimals."""
+    whole = int(microseconds)
+    return whole * 1000 + round((microseconds - whole) * 1000)
+
+
+@dataclass
+class Batch:
+    """Columns of many activities; what a worker sends and the reader joins.
+
+    start and dur are µs as float64 when `exact` is false, else ns as int64. name and
+    owner are codes of the file's own tables; kind is one of KINDS.
+    """
+
+    exact: bool
+    start: array[float] | array[int]
+    dur: array[float] | array[int]
+    name: array[int]
+    kind: array[int]
+    stream: array[int]
+    correlation: array[int]
+    graph: array[int]
+    device: array[int]
+    owner: array[int]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+@dataclass
+class FileFacts:
+    """What a trace file says beside its activities.
+
+    owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". base: JSON
+    text of `baseTimeNanoseconds`, distributed: of `distributedInfo`; "" for none. skipped:
+    what was left out -> count. unsafe: why the file must be read exactly, "" when it was
+    read. plain_bytes: of JSON.
+    """
+
+    names: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
+    annotations: list[Annotation] = field(default_factory=list)
+    base: str = ""
+    distributed: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: bool = False
+    unsafe: str = ""
+    plain_bytes: int = 0

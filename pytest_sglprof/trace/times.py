@@ -1,0 +1,31 @@
+"""Exact times from the text of a trace."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
+LARGEST_NS = 2**62  # two of them can be added in int64
+
+
+def ns(raw: bytes) -> int | None:
+    """Exact ns of a time in µs from its JSON text (a number or a quoted one).
+
+    None when it is absent or not a finite number. Digits below 1 ns are rounded half up.
+    """
+    match = _NUMBER.match(bytes(raw).decode("ascii", "replace").strip())
+    if match is None:
+        return None
+    sign, whole, fraction, exponent = match.groups()
+    fraction = fraction or ""
+    shift = 3 + int(exponent or 0) - len(fraction)
+    if abs(shift) > 60:
+        return None
+    value: int = int(whole + fraction)
+    if shift >= 0:
+        value *= int(10**shift)
+    else:
+        value = (2 * value + 10**-shift) // (2 * 10**-shift)
+    if value >= LARGEST_NS:
+        return None
+    return -value if sign else value

@@ -1,0 +1,214 @@
+"""All torch traces of a window: large ones are scanned, in processes; small ones decoded.
+
+Scanning looks at the GPU's events only: fast, flat in memory, and blind for defects of
+everything else. Decoding reads every event and tells of each defect; a file below
+`SCAN_BYTES` is decoded in no time. A large file that holds no GPU activity, or whose
+layout cannot be scanned safely, is decoded too. Both give the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pytest_sglprof.trace.collect import LAUNCHES, Wanted
+from pytest_sglprof.trace.columns import Columns, Ints
+from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
+from pytest_sglprof.trace.gpu_steps import Projections
+from pytest_sglprof.trace.kineto import KINDS, LAUNCH, Annotation, FileFacts
+from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
+from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans
+from pytest_sglprof.trace.table import NO_STEP, RankActivities
+from pytest_sglprof.trace.torch_trace import base_time, impossible_rows, read_trace
+
+SCAN_BYTES = 2 * 2**20  # stored bytes of a file
+
+Progress = Callable[[int], None]
+Jobs = Sequence[tuple[Path, Wanted]]
+Reader = Callable[[Jobs, Progress | None], list[FileContent]]
+
+
+def read_traces(
+    files: Sequence[Path],
+    *,
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+    processes: int = 1,
+) -> list[tuple[Path, RankActivities]]:
+    """The activities of each rank in each file, in the order of `files`.
+
+    progress: stored bytes read since its last call. processes: at most so many readers at
+    once; 1 reads in this process. Raises `NotATrace`, `TraceTruncated` or `TraceError`, all
+    naming the file.
+    """
+    sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
+    large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
+    read = _reader(processes)
+    wanted = Wanted(partial=allow_partial)
+    contents = {c.path: c for c in read([(path, wanted) for path in large], progress)}
+    asked = replace(wanted, kinds=LAUNCHES)
+    unclear = [path for path, content in contents.items() if _needs_launches(content)]
+    launches = {c.path: c for c in read([(path, asked) for path in unclear], None)}
+    found: list[tuple[Path, RankActivities]] = []
+    for path in files:
+        content = contents.pop(path, None)
+        if content is not None and not content.facts.unsafe and len(content.columns):
+            parts = _assembled(content, launches.get(path))
+        else:
+            parts = _decoded(path, content, allow_partial)
+            if content is None and progress is not None:
+                progress(sizes[path])
+        found += [(path, part) for part in parts]
+    return found
+
+
+def _decoded(path: Path, content: FileContent | None, allow_partial: bool) -> list[RankActivities]:
+    parts = read_trace(path, allow_partial=allow_partial)
+    if content is None or not content.facts.unsafe:
+        return parts
+    note = f"{path.name}: decoded as a whole, since {content.facts.unsafe}"
+    return [replace(part, notes=[*part.notes, note]) for part in parts]
+
+
+def _reader(processes: int) -> Reader:
+    def read(jobs: Jobs, progress: Progress | None) -> list[FileContent]:
+        workers = min(processes, len(jobs))
+        if workers < 2:
+            return [read_here(*job, progress) for job in jobs]
+        return read_in_processes(jobs, workers, progress)
+
+    return read
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Both answers to where a rank's activities belong."""
+
+    map: StepMap
+    projected: Projections
+
+
+def _steps_of(annotations: Sequence[Annotation]) -> _Steps:
+    ordered = sorted(annotations, key=lambda a: a.start)
+    cpu = [a for a in ordered if not a.gpu]
+    spans = step_spans([_span(a) for a in ordered])
+    return _Steps(StepMap(spans), Projections(spans.cpu, cpu, [a for a in ordered if a.gpu]))
+
+
+def _span(a: Annotation) -> Span:
+    return Span(a.name, a.start, a.start + a.dur, gpu=a.gpu, thread=a.thread)
+
+
+def _needs_launches(content: FileContent) -> bool:
+    """Whether steps are known on the CPU, and the profiler did not project them."""
+    owners = {a.owner for a in content.facts.annotations if not a.gpu}
+    if not owners or not len(content.columns):
+        return False
+    return not all(_steps_of(_of(content.facts, owner)).projected.complete for owner in owners)
+
+
+def _of(facts: FileFacts, owner: int) -> list[Annotation]:
+    return [a for a in facts.annotations if a.owner == owner]
+
+
+def _assembled(content: FileContent, launched: FileContent | None) -> list[RankActivities]:
+    facts, path = content.facts, content.path
+    base, notes = base_time(path, facts.base.encode())
+    if facts.truncated:
+        notes.append(f"{path.name}: truncated; only what stands before its end was read")
+    labels: dict[str, list[int]] = {}
+    for number, pid in enumerate(facts.owners):
+        label = rank_of_pid(pid.encode())
+        if not label:
+            label, contradiction = rank_of_file(path, facts.distributed.encode())
+            notes += contradiction
+        labels.setdefault(label, []).append(number)
+    found = []
+    for label, owners in labels.items():
+        mine = content.columns
+        if len(labels) > 1:
+            mine = mine.take(np.isin(mine.owner, owners))
+        steps = _steps_of([a for owner in owners for a in _of(facts, owner)])
+        told = [*notes, *(f"{label}: skipped {n} {what}" for what, n in facts.skipped.items())]
+        known = _launches(launched, label)
+        found.append(_activities(label, facts, mine, steps, known, base, told))
+    content.columns = content.columns.take(np.zeros(0, np.int64))
+    return found
+
+
+def _launches(launched: FileContent | None, label: str) -> Launches | None:
+    if launched is None:
+        return None
+    columns = launched.columns
+    same = [n for n, pid in enumerate(launched.facts.owners) if rank_of_pid(pid.encode()) == label]
+    if same:
+        columns = columns.take(np.isin(columns.owner, same))
+    return Launches(columns.correlation, columns.start)
+
+
+def _activities(
+    label: str,
+    facts: FileFacts,
+    mine: Columns,
+    steps: _Steps,
+    launches: Launches | None,
+    base: int,
+    notes: list[str],
+) -> RankActivities:
+    mine, excluded = _possible(label, mine)
+    step = _steps(mine, steps, launches)
+    np.add(mine.start, base, out=mine.start)  # in place: it is the largest column
+    return RankActivities(
+        rank=label,
+        names=facts.names,
+        name_codes=mine.name,
+        kinds=KINDS[:LAUNCH],
+        kind_codes=mine.kind,
+        start=mine.start,
+        dur=mine.dur,
+        stream=mine.stream,
+        step=step,
+        steps=[entry.shifted(base) for entry in steps.map.steps],
+        source="gpu",
+        notes=[*notes, *excluded],
+        partial=facts.truncated,
+    )
+
+
+def _steps(mine: Columns, steps: _Steps, launches: Launches | None) -> Ints:
+    if launches is None and steps.projected.complete:
+        return steps.projected.find(mine.start, mine.stream)
+    unknown: Ints = np.full(len(mine), -1, np.int64)
+    launched = unknown if launches is None else launches.times(mine.correlation)
+    found = steps.map.of_gpu(mine.start, launched)
+    left = found == NO_STEP
+    found[left] = steps.projected.find(mine.start[left], mine.stream[left])
+    return found
+
+
+def _possible(label: str, mine: Columns) -> tuple[Columns, list[str]]:
+    """Sorted by device, stream and start, without durations that cannot be true."""
+    stream = mine.stream.astype(np.int64)
+    where = np.where(stream < 0, -1, (mine.device.astype(np.int64) << 32) + stream)
+    if not _ascends(where, mine.start):
+        order = np.lexsort((-mine.dur, mine.start, mine.stream, mine.device))
+        mine, where = mine.take(order), where[order]
+    bad = impossible_rows(mine.start, mine.dur, where, mine.graph > 0)
+    if not bad.any():
+        return mine, []
+    lost = int(mine.dur[bad].sum())
+    note = (
+        f"{label}: excluded {int(bad.sum())} kernels ({lost / 1e6:.3f} ms) that contain "
+        "a whole later kernel of their own stream, which is impossible"
+    )
+    return mine.take(~bad), [note]
+
+
+def _ascends(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> bool:
+    """Whether rows are ordered by `first`, then strictly by `second`."""
+    later = np.diff(first) > 0
+    return bool(np.all(later | ((np.diff(first) == 0) & (np.diff(second) > 0))))

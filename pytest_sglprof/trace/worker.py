@@ -1,0 +1,67 @@
+"""A reader process: takes files to read from stdin, sends batches back on stdout.
+
+It imports neither numpy nor pandas, which would cost more time and memory than reading.
+Frames: one byte that says what, four bytes of length, a pickled payload. Written to our
+own parent only, over a private pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.trace.collect import Wanted
+from pytest_sglprof.trace.torch_file import scan_file
+
+HEAD = struct.Struct("<cI")
+BATCH, RESTART, PROGRESS, DONE, ERROR, JOB = b"B", b"R", b"P", b"D", b"E", b"J"
+
+
+def send(stream: IO[bytes], what: bytes, payload: object = None) -> None:
+    """Writes one frame."""
+    data = pickle.dumps(payload, protocol=5)
+    stream.write(HEAD.pack(what, len(data)) + data)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> tuple[bytes, Any] | None:
+    """Reads one frame; None when the other side has gone."""
+    head = stream.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    what, size = HEAD.unpack(head)
+    data = stream.read(size)
+    return (what, pickle.loads(data)) if len(data) == size else None
+
+
+def main() -> None:
+    """Serves jobs until stdin closes."""
+    jobs = sys.stdin.buffer
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing that prints may write between the frames
+    try:
+        while (job := receive(jobs)) is not None:
+            _read(results, *job[1])
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def _read(results: IO[bytes], path: str, wanted: Wanted) -> None:
+    try:
+        facts = scan_file(
+            Path(path),
+            wanted,
+            lambda batch: send(results, BATCH, batch),
+            restart=lambda: send(results, RESTART),
+            progress=lambda count: send(results, PROGRESS, count),
+        )
+    except SglprofError as error:
+        said = {"expected": error.expected, "hint": error.hint, "log": error.log}
+        send(results, ERROR, (type(error).__name__, error.what, said))
+    else:
+        send(results, DONE, facts)
