@@ -110,7 +110,7 @@ def in_window(project: Project, process: subprocess.Popen[str]) -> tuple[int, in
     return int(owner), int(server)
 
 
-def tests(*names: str) -> list[str]:
+def only(*names: str) -> list[str]:
     return [f"test_job.py::test_{name}" for name in names]
 
 
@@ -130,7 +130,7 @@ def wait(what, process, project, limit=60.0):
 
 
 def test_sigkill_of_the_server_in_a_window(project):
-    process = project.start(*tests("window", "next", "other"))
+    process = project.start(*only("window", "next", "other"))
     _, server = in_window(project, process)
     os.kill(server, signal.SIGKILL)
     ran = project.outcome(process)
@@ -150,7 +150,7 @@ def test_sigkill_of_the_server_in_a_window(project):
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 def test_ctrl_c_in_a_window(project, workers):
-    process = project.start(*workers, *tests("window", "other"))
+    process = project.start(*workers, *only("window", "other"))
     in_window(project, process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
@@ -163,7 +163,7 @@ def test_ctrl_c_in_a_window(project, workers):
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 def test_sigkill_of_pytest_itself(project, workers):
-    process = project.start(*workers, *tests("window"))
+    process = project.start(*workers, *only("window"))
     in_window(project, process)
     began = time.monotonic()
     process.kill()
@@ -172,7 +172,7 @@ def test_sigkill_of_pytest_itself(project, workers):
 
 
 def test_sigkill_of_a_worker(project):
-    process = project.start("-n", "2", *tests("window", "other"))
+    process = project.start("-n", "2", *only("window", "other"))
     worker, _ = in_window(project, process)
     assert worker != process.pid
     os.kill(worker, signal.SIGKILL)
@@ -186,7 +186,7 @@ def test_sigkill_of_a_worker(project):
 
 def test_a_server_that_hangs_in_stop_profile(project):
     began = time.monotonic()
-    ran = project.run(*tests("hanging"))
+    ran = project.run(*only("hanging"))
     assert project.left_over(within=GONE_WITHIN - (time.monotonic() - began)) == []
     (window,) = ran.windows("test_hanging")
     assert (window["state"], window["verdict"]) == ("failed", "inconclusive")
@@ -196,7 +196,7 @@ def test_a_server_that_hangs_in_stop_profile(project):
 
 
 def test_ctrl_c_while_a_server_does_not_get_ready(project):
-    process = project.start(*tests("never"))
+    process = project.start(*only("never"))
     wait(lambda: any("standin" in words(p) for p in project.family()), process, project)
     os.killpg(process.pid, signal.SIGINT)
     ran = project.outcome(process)
@@ -207,7 +207,7 @@ def test_ctrl_c_while_a_server_does_not_get_ready(project):
 
 @pytest.mark.real_nsys
 def test_sigkill_of_nsys_in_a_window(project):
-    ran = project.run(*tests("nsys_killed"), SGLPROF_NSYS=real_nsys())
+    ran = project.run(*only("nsys_killed"), SGLPROF_NSYS=real_nsys())
     assert project.left_over(within=GONE_WITHIN) == []
     assert "nsys" in ran.section("test_nsys_killed")
     assert not [p for p in psutil.process_iter() if str(project.folder) in words(p)]

@@ -239,7 +239,7 @@ def not_starting(make_project):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("test_dies", ["the server ended with exit status", "ImportError", "server.log"]),
+        ("test_dies", ["the server ended with exit status", "No module named", "server.log"]),
         ("test_hangs", ["the server was not ready after", "within 1 s", "raise ready_timeout"]),
         ("test_needs_key", ["the environment variable NO_SUCH_KEY is not set"]),
         ("test_taken", ["port ", " is in use by", "expected: a free port"]),
