@@ -171,7 +171,8 @@ def test_sigkill_of_the_server_in_an_nsys_window(start, tmp_path, tool):
     assert reason is not None
     assert "died" in reason.what
     assert server.stop() == ()
-    assert time.monotonic() - began < 15
+    # 3 s as a rule; now and then nsys does not notice the death, and is waited for, then ended.
+    assert time.monotonic() - began < 60
     assert (server.folder / "nsys" / "first.nsys-rep").stat().st_size > 0
 
 
