@@ -62,6 +62,15 @@ class PluginSession:
         """xdist: workers write into the controller's run."""
         node.workerinput[WORKER_INPUT] = self.run_id
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """xdist: a loadgroup that goes on after a worker crashed."""
+        if config.getoption("dist") != "loadgroup":
+            return None
+        from pytest_sglprof.xdist_scheduler import CrashSafeScheduling, is_needed
+
+        return CrashSafeScheduling(config, log) if is_needed() else None
+
     def pytest_report_header(self) -> list[str]:
         """The effective settings in a line or two."""
         from pytest_sglprof.header import header_lines

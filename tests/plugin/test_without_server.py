@@ -284,3 +284,38 @@ def test_workers_that_scatter_the_tests_of_a_server_are_warned_of(pytester, run)
     pytester.makepyfile("def test_it(): pass")
     warned = "*--dist=each may give tests of one server to several workers*"
     run("--sglprof", "-n", "1", "--dist=each").stdout.fnmatch_lines([warned])
+
+
+CRASHING = """
+    import os, pytest
+
+    group = pytest.mark.xdist_group
+
+    @group("a")
+    def test_before(): pass
+
+    @group("a")
+    def test_crash(): os._exit(1)
+
+    @group("a")
+    def test_after(): pass
+
+    @group("b")
+    def test_other(): pass
+
+    def test_crash_alone(): os._exit(1)
+
+    def test_last(): pass
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_crashed_worker_loses_only_the_test_it_died_of(pytester, run, workers):
+    pytester.makepyfile(CRASHING)
+    ran = run("--sglprof", "-n", workers)
+    ran.assert_outcomes(passed=4, failed=2)
+    crashed = [line for line in ran.outlines if line.startswith("FAILED")]
+    assert sorted(line.split("::")[1].split("@")[0].split(" ")[0] for line in crashed) == [
+        "test_crash",
+        "test_crash_alone",
+    ]
