@@ -9,8 +9,6 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-pytest_plugins = ["pytester"]
-
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
