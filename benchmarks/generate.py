@@ -55,7 +55,7 @@ def _head(rank: int, ranks: int) -> str:
     )
 
 
-_TAIL = '\n  ],"traceName": "/tmp/trace.json" }'
+_TAIL = '\n  ],"traceName": "trace.json" }'
 
 
 def _event(cat: str, name: str, pid: int, tid: int, ns: int, dur: int, args: str) -> str:

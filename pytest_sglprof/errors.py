@@ -16,8 +16,7 @@ SglprofError                 exit status 2 of the command line
 │   ├── NsysTooOld           this nsys lacks --start-later
 │   └── NsysSessionError     a session is gone, busy, or in another state than needed
 ├── WindowError              a profile window
-│   ├── WindowRefused        asked for something that would break the server or the data
-│   └── WindowIncomplete     it closed without everything that it should have recorded
+│   └── WindowRefused        asked for something that would break the server or the data
 ├── TraceError               a trace, report or export cannot be read
 │   ├── TraceTruncated       it ends too early
 │   └── NotATrace            it is something else
@@ -136,10 +135,6 @@ class WindowError(SglprofError):
 
 class WindowRefused(WindowError):
     """A window asks for something that would break the server or its own data."""
-
-
-class WindowIncomplete(WindowError):
-    """A window closed without everything that it should have recorded."""
 
 
 class TraceError(SglprofError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -50,6 +50,6 @@ def profile_window(
 def _session(request: pytest.FixtureRequest) -> PluginSession:
     from pytest_sglprof.options import PLUGIN_NAME
 
-    session: Any = request.config.pluginmanager.getplugin(PLUGIN_NAME)
+    session: PluginSession | None = request.config.pluginmanager.getplugin(PLUGIN_NAME)
     assert session is not None, "tests with our fixtures are skipped without --sglprof"
-    return session  # type: ignore[no-any-return]
+    return session

@@ -18,8 +18,8 @@ def header_lines(settings: Settings, folder: Path) -> list[str]:
             "sglprof: it is never stopped; while it exports a profile its requests stall, and "
             "/health answers 503"
         )
-    elif _stand_ins(settings):
-        names = ", ".join(_stand_ins(settings))
+    elif stand_ins := _stand_ins(settings):
+        names = ", ".join(stand_ins)
         lines.append(
             f"sglprof: STAND-IN server for {names}: no SGLang, no GPU; the numbers are synthetic"
         )
@@ -34,15 +34,10 @@ def _servers(settings: Settings) -> str:
 
 def _kind(settings: Settings, name: str) -> str:
     """Its resolved kind; a missing SGLang is told when the server is to be started."""
-    from dataclasses import replace
-
     from pytest_sglprof.server.command import find_entry
 
-    spec = settings.servers[name]
-    if settings.python:
-        spec = replace(spec, python=settings.python)
     try:
-        return find_entry(spec).kind
+        return find_entry(settings.servers[name]).kind
     except ServerMissing:
         return "sglang, which is missing"
 

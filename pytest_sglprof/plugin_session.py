@@ -118,7 +118,7 @@ class PluginSession:
         from pytest_sglprof.report.markdown import step_summary
         from pytest_sglprof.report.terminal import summary_lines
 
-        document = self._book.document()
+        document = self._book.results
         terminalreporter.section("sglprof")
         for line in summary_lines(document):
             terminalreporter.write_line(line)
@@ -135,10 +135,7 @@ class PluginSession:
         """Gives the session fixture its server as a parameter, so that it is known now."""
         if "sglang_server" not in metafunc.fixturenames:
             return
-        try:
-            key = server_key(metafunc.definition, self.settings.servers)
-        except SettingsError:
-            key = ServerKey()  # reported with the module, see pytest_make_collect_report
+        key = self._key(metafunc.definition)
         metafunc.parametrize(
             "sglang_server", [key], indirect=True, ids=[pytest.HIDDEN_PARAM], scope="session"
         )
@@ -272,11 +269,11 @@ class PluginSession:
 
         return profile_window
 
-    def _key(self, item: pytest.Item) -> ServerKey:
+    def _key(self, node: Any) -> ServerKey:
         try:
-            return server_key(item, self.settings.servers)
+            return server_key(node, self.settings.servers)
         except SettingsError:
-            return ServerKey()
+            return ServerKey()  # reported with the module, see pytest_make_collect_report
 
 
 @contextlib.contextmanager

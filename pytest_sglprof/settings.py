@@ -15,13 +15,12 @@ from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.thresholds import (
     check_kernel,
     check_limit,
+    default_thresholds,
     merge_thresholds,
     thresholds_from_keywords,
 )
-from pytest_sglprof.options import OPTIONS, Option
+from pytest_sglprof.options import OPTIONS, Option, is_on
 from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
-
-DEFAULT_THRESHOLD = Threshold()
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Settings:
     min_share: float = 0.01
     servers: Mapping[str, ServerSpec] = field(default_factory=dict)
     window: Mapping[str, Any] = field(default_factory=dict)
-    thresholds: tuple[Threshold, ...] = (DEFAULT_THRESHOLD,)
+    thresholds: tuple[Threshold, ...] = default_thresholds()
     categories: tuple[tuple[str, str], ...] = ()
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -113,9 +112,12 @@ def build_settings(
         merged["server_dir"] = _server_dir(merged["server_dir"])
     _refuse_contradictions(merged)
     base = config_file.parent if config_file else invocation_dir
+    servers = {**servers_from(document, base), **(extra_servers or {})}
+    if merged.get("python"):
+        servers = {name: replace(s, python=merged["python"]) for name, s in servers.items()}
     return Settings(
         **merged,
-        servers={**servers_from(document, base), **(extra_servers or {})},
+        servers=servers,
         window=dict(document.get("window", {})),
         thresholds=thresholds_from(document, where),
         categories=tuple((c["name"], c["pattern"]) for c in document.get("category", ())),
@@ -148,7 +150,7 @@ def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold
         where = f"threshold[{number}]"
         check_limit(threshold.metric, threshold.limit, origin, f"{where}.limit")
         check_kernel(threshold.kernel, origin, f"{where}.kernel")
-    return tuple(found) or (DEFAULT_THRESHOLD,)
+    return tuple(found) or default_thresholds()
 
 
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
@@ -262,7 +264,7 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
     if option.kind == "flag":
         if isinstance(raw, bool):
             return raw
-        if str(raw).lower() in ("1", "true", "yes", "on"):
+        if is_on(raw):
             return True
         if str(raw).lower() in ("0", "false", "no", "off"):
             return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytest_sglprof.capture.torch_files import PlaceOfRank, place
@@ -36,10 +35,6 @@ class Progress:
     def pending(self) -> list[PlaceOfRank]:
         """Ranks that began more often than they ended."""
         return sorted(where for where, times in self.begun.items() if times > self.ended[where])
-
-    def all_ended(self, ranks: Sequence[Rank]) -> bool:
-        """True when each of `ranks` began and ended."""
-        return not self.pending() and all(self.ended[place(rank)] for rank in ranks)
 
 
 def read_progress(log: ServerLog, start: int, profile_id: str) -> Progress:

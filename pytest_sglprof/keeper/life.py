@@ -131,8 +131,7 @@ class ServerLife:
     def _lease_gpus(self) -> list[str] | None:
         """Leases the devices; returns them when the server is to see only these."""
         spec = self.plan.spec
-        on_cpu = command.option(spec.args, "--device") == "cpu"
-        if self.plan.entry.kind == "standin" or on_cpu:
+        if not self._on_gpu:
             return None
         visible = visible_gpus({**os.environ, **dict(spec.env)})
         chosen = choose_gpus(spec.gpus, visible)
@@ -200,13 +199,12 @@ class ServerLife:
         tool = nsys.NsysTool(plan.nsys, plan.nsys_version)
         name = f"sglprof-{plan.parent}-{secrets.token_hex(4)}"
         self.session = nsys.NsysSession(tool, name, tmpdir=self.tmpdir)
-        on_cpu = command.option(plan.spec.args, "--device") == "cpu"
         return nsys.profile_prefix(
             tool,
             name,
             self.folder / "nsys" / "first.nsys-rep",
             plan.spec.nsys_args,
-            gpu=plan.entry.kind == "sglang" and not on_cpu,
+            gpu=self._on_gpu,
         )
 
     def _spawn(self, line: list[str], environment: dict[str, str]) -> None:
@@ -242,6 +240,11 @@ class ServerLife:
             "log": str(target),
             "pid_file": str(self._pid_file),
         }
+
+    @property
+    def _on_gpu(self) -> bool:
+        on_cpu = command.option(self.plan.spec.args, "--device") == "cpu"
+        return self.plan.entry.kind == "sglang" and not on_cpu
 
     @property
     def _pid_file(self) -> Path:

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """table: None when there was nothing to read. verdict: its judgement, with reasons."""
+    """table: None when there was nothing to read. verdict: its judgement, with reasons.
+
+    doubt: why the window is not whole, "" when it is; a judgement of it is inconclusive.
+    """
 
     table: KernelTable | None
     verdict: Verdict
+    doubt: str = ""
 
 
 def measure(
@@ -32,8 +36,8 @@ def measure(
     that reason: it is never passed, and what could be read is kept in the table.
     """
     table, unreadable = _read(capture, settings)
-    reason = unreadable or (capture.reason if capture.state != "complete" else "")
-    return Measured(table, judge_table(capture, table, reason, settings, extra))
+    doubt = unreadable or (capture.reason if capture.state != "complete" else "")
+    return Measured(table, judge_table(capture, table, doubt, settings, extra), doubt)
 
 
 def judge_table(

@@ -58,7 +58,10 @@ class RunFolder:
 
 
 class RunBook:
-    """All records of a run, kept by the process that reports (the controller under xdist)."""
+    """All records of a run, kept by the process that reports (the controller under xdist).
+
+    results: the document of the run, once it is finished; every view is made of it.
+    """
 
     def __init__(self, output: Path, run_id: str, facts: Mapping[str, Any]) -> None:
         self.folder = output / run_id
@@ -66,6 +69,7 @@ class RunBook:
         self.records: list[dict[str, Any]] = []
         self._facts = dict(facts)
         self._started = time.time()
+        self.results: dict[str, Any] = {}
         self._journal: IO[str] | None = None
         self._lock: int | None = None  # of the folder itself, so that no file is left
 
@@ -83,13 +87,12 @@ class RunBook:
             self._journal.write(json.dumps(record) + "\n")
             self._journal.flush()
 
-    def document(self, exit_status: int | None = None) -> dict[str, Any]:
+    def _document(self, exit_status: int) -> dict[str, Any]:
         """The run as the one JSON document that every view is made of."""
         from pytest_sglprof.report.results import run_document
 
         run = {**self._facts, "id": self.run_id, "started": self._started, "ended": time.time()}
-        if exit_status is not None:
-            run["exit_status"] = exit_status
+        run["exit_status"] = exit_status
         records = self.records
         run["versions"] = {**run["versions"], **_server_versions(records)}
         servers = {(s["log"], s["url"]): s for record in records for s in record["servers"]}
@@ -110,7 +113,8 @@ class RunBook:
             if self.records:
                 from pytest_sglprof.report.results import write_results
 
-                write_results(self.document(exit_status), results)
+                self.results = self._document(exit_status)
+                write_results(self.results, results)
                 _point_latest(self.folder)
         finally:
             self._journal.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +32,10 @@ def open_server(
 
     An attached server's keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
     """
-    from dataclasses import replace
-
     from pytest_sglprof.server import server as servers
 
     if settings.server:
-        server = servers.attach(
+        return servers.attach(
             settings.server,
             api_key=os.environ.get(API_KEY_ENV, ""),
             admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
@@ -48,10 +45,6 @@ def open_server(
             python=settings.python,
             folder=folder.server("attached"),
         )
-        server.python = settings.python or sys.executable  # of the load driver
-        return server
-    if settings.python:
-        spec = replace(spec, python=settings.python)
     return servers.launch(
         spec,
         folder=folder.server(spec.key),

@@ -60,11 +60,6 @@ class WindowRun:
         self._lock = threading.Lock()
 
     @property
-    def is_open(self) -> bool:
-        """True between opening and closing."""
-        return self._window.state == "open"
-
-    @property
     def was_opened(self) -> bool:
         """True once the server began to profile."""
         return self._window.state != "new"
@@ -150,7 +145,7 @@ class WindowRun:
                     # Raised once, in the test; its report then tells the rest.
                     reason = f"reading the window failed: {error!r}"
                     verdict = judge_table(capture, None, reason, self._settings)
-                    self._measured = Measured(None, verdict)
+                    self._measured = Measured(None, verdict, reason)
                     raise
             return self._measured
 
@@ -195,9 +190,7 @@ class WindowRun:
         measured = self.measured
         capture = self.capture
         single = replace(capture, spec=replace(capture.spec, thresholds=(threshold,)))
-        incomplete = capture.reason if capture.state != "complete" else ""
-        reason = incomplete if measured.table is not None else measured.verdict.reason
-        verdict = judge_table(single, measured.table, reason, self._settings)
+        verdict = judge_table(single, measured.table, measured.doubt, self._settings)
         judgement = verdict.judgements[0] if verdict.judgements else None
         if verdict.word == "inconclusive" or judgement is None or judgement.value is None:
             raise Inconclusive(
@@ -206,10 +199,8 @@ class WindowRun:
                 hint="give the window more steps, or the server a longer load",
             )
         self._checks.append(threshold)
-        self._measured = Measured(
-            measured.table,
-            judge_table(capture, measured.table, reason, self._settings, self._checks),
-        )
+        verdict = judge_table(capture, measured.table, measured.doubt, self._settings, self._checks)
+        self._measured = replace(measured, verdict=verdict)
         return judgement.value
 
     def document(self, **about: Any) -> dict[str, Any]:

@@ -76,13 +76,6 @@ class Engine(threading.Thread):
         """Tells an idle loop that a request was queued."""
         self.orders.put(None)
 
-    def ask(self, message: dict[str, Any]) -> list[dict[str, Any]]:
-        """Has all ranks answer a message between two batches; blocks until they have."""
-        order = Order(message)
-        self.orders.put(order)
-        order.done.wait()
-        return order.answers
-
     def flush(self) -> bool:
         """Forgets the prefix caches of an idle replica; False when it is busy."""
         if not all(lane.is_empty for lane in self.lanes):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.kineto import Batch
 
-Ints = npt.NDArray[np.int64]
 _NARROW = (("name", "i4"), ("kind", "i1"), ("graph", "i1"), ("device", "i2"), ("owner", "i2"))
 
 
@@ -40,24 +40,14 @@ class Columns:
         """The rows that a mask or indices select."""
         return Columns(**{key: values[chosen] for key, values in vars(self).items()})
 
-    def of_owner(self, code: int) -> Columns:
-        """The rows of one rank of a merged file."""
-        return self.take(self.owner == code)
-
 
 def joined(batches: Sequence[Batch]) -> Columns:
     """All batches of a file in one."""
     columns: dict[str, Any] = {}
     for key in ("start", "dur"):
-        parts = [_ns(getattr(batch, key), batch.exact) for batch in batches]
+        parts = [exact_ns(getattr(batch, key), batch.exact) for batch in batches]
         columns[key] = np.concatenate([np.empty(0, np.int64), *parts])
-    for key, kind in (
-        ("name", "i4"),
-        ("kind", "i1"),
-        ("graph", "i1"),
-        ("owner", "i2"),
-        ("device", "i2"),
-    ):
+    for key, kind in _NARROW:
         arrays = [np.asarray(getattr(batch, key)) for batch in batches]
         columns[key] = np.concatenate([np.empty(0, kind), *arrays]).astype(kind, copy=False)
     for key in ("stream", "correlation"):
@@ -66,8 +56,11 @@ def joined(batches: Sequence[Batch]) -> Columns:
     return Columns(**columns)
 
 
-def _ns(times: Any, exact: bool) -> Ints:
-    """Exact ns: see the module text of `kineto` for why the fraction rounds right."""
+def exact_ns(times: Any, exact: bool) -> Ints:
+    """Exact ns of a batch's `start` or `dur`.
+
+    See the module text of `kineto` for why the fraction rounds right.
+    """
     values = np.asarray(times)
     if exact:
         return np.asarray(values, dtype=np.int64)

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pytest_sglprof.trace.arrays import Ints, holding
 from pytest_sglprof.trace.kineto import Annotation
 from pytest_sglprof.trace.table import NO_STEP, Step
-
-Ints = npt.NDArray[np.int64]
 
 PROJECTED_SHARE = 0.5  # of the steps; fewer projections mean that the profiler made none
 
@@ -55,8 +54,6 @@ class Projections:
         found = np.full(len(start), NO_STEP, dtype=np.int64)
         for number, spans in self._streams.items():
             rows = np.flatnonzero(stream == number)
-            at = np.searchsorted(spans[:, 0], start[rows], side="right") - 1
-            safe = at.clip(min=0)
-            inside = (at >= 0) & (start[rows] < spans[safe, 1])
-            found[rows[inside]] = spans[safe[inside], 2]
+            at = holding(spans[:, 0], spans[:, 1], start[rows])
+            found[rows[at >= 0]] = spans[at[at >= 0], 2]
         return found

@@ -80,12 +80,6 @@ class Annotation(msgspec.Struct, frozen=True, gc=False):
     external: int = -1
 
 
-def ns_from_float(microseconds: float) -> int:
-    """Exact ns of a time below `FLOAT_LIMIT` whose text had at most three decimals."""
-    whole = int(microseconds)
-    return whole * 1000 + round((microseconds - whole) * 1000)
-
-
 @dataclass
 class Batch:
     """Columns of many activities; what a worker sends and the reader joins.
@@ -116,7 +110,7 @@ class FileFacts:
     owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". base: JSON
     text of `baseTimeNanoseconds`, distributed: of `distributedInfo`; "" for none. skipped:
     what was left out -> count. unsafe: why the file must be read exactly, "" when it was
-    read. plain_bytes: of JSON.
+    read.
     """
 
     names: list[str] = field(default_factory=list)
@@ -127,4 +121,3 @@ class FileFacts:
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: bool = False
     unsafe: str = ""
-    plain_bytes: int = 0

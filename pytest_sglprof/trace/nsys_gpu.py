@@ -7,16 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pytest_sglprof.trace.arrays import Flags, Ints, first_of
+from pytest_sglprof.trace.impossible import contains_later, excluded
 from pytest_sglprof.trace.nsys_ranks import Owner
-from pytest_sglprof.trace.nsys_tables import (
-    MISSING,
-    Flags,
-    Ints,
-    ReportTables,
-    coded,
-    pid_of,
-    process_of,
-)
+from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, process_of
 
 KINDS = ("kernel", "memcpy", "memset")
 _PREFIX = "CUPTI_ACTIVITY_KIND_"
@@ -100,11 +94,7 @@ def read_gpu_rows(tables: ReportTables) -> GpuRows:
         group = group * len(distinct) + codes
     bad = impossible(start, end, group, (kinds == 0) & ~graph & timed)
     if bad.any():
-        lost = int((end - start)[bad].sum())
-        notes.append(
-            f"excluded {int(bad.sum())} kernels ({lost / 1e6:.3f} ms) that contain a whole later "
-            "kernel of their own stream, which is impossible"
-        )
+        notes.append(excluded((end - start)[bad]))
     keep = timed & ~bad
     return GpuRows(
         start=start[keep],
@@ -124,18 +114,12 @@ def read_gpu_rows(tables: ReportTables) -> GpuRows:
 def impossible(start: Ints, end: Ints, group: Ints, candidate: Flags) -> Flags:
     """Which candidates contain a whole candidate of their group that starts later.
 
-    A stream runs its kernels in order. Short overlaps are programmatic dependent launch;
-    nodes of graphs run side by side, so they are no candidates.
+    Nodes of graphs run side by side, so they are no candidates.
     """
     bad = np.zeros(len(start), dtype=bool)
     rows = np.flatnonzero(candidate)
     rows = rows[np.lexsort((end[rows], start[rows], group[rows]))]
-    edges = np.flatnonzero(np.diff(group[rows])) + 1
-    for stream in np.split(rows, edges):
-        if len(stream) > 1:
-            ends = end[stream]
-            earliest_later = np.minimum.accumulate(ends[::-1])[::-1][1:]
-            bad[stream[:-1]] = earliest_later < ends[:-1]
+    bad[rows] = contains_later(end[rows], group[rows])
     return bad
 
 
@@ -150,11 +134,8 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
         # A runtime call and the driver call inside it share their id: the first one counts.
         calls = calls[np.lexsort((start[calls], correlation[calls]))]
         mine = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
-        if len(calls) and len(mine):
-            ids = correlation[calls]
-            at = np.searchsorted(ids, rows.correlation[mine]).clip(max=len(ids) - 1)
-            found = ids[at] == rows.correlation[mine]
-            launched[mine[found]] = start[calls[at[found]]]
+        at = first_of(correlation[calls], rows.correlation[mine])
+        launched[mine[at >= 0]] = start[calls[at[at >= 0]]]
     return launched
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError
-from pytest_sglprof.trace.nsys_tables import KNOWN_TABLES, MISSING, Ints
+from pytest_sglprof.trace.arrays import Ints
+from pytest_sglprof.trace.nsys_tables import KNOWN_TABLES, MISSING
 
 SUFFIX = ".parquet"
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pytest_sglprof.trace.nsys_tables import MISSING, Flags, Ints, ReportTables, coded, pid_of
+from pytest_sglprof.trace.arrays import Flags, Ints, holding
+from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
@@ -87,15 +88,14 @@ def run_batches(ranges: Ranges) -> tuple[Step, ...]:
 
 def step_at(steps: tuple[Step, ...], times: Ints) -> Ints:
     """The number of the step (ordered by start, not overlapping) that holds each time, or -1."""
-    if not steps:
-        return np.full(len(times), NO_STEP, dtype=np.int64)
     starts = np.array([step.start_ns for step in steps], dtype=np.int64)
     ends = np.array([step.end_ns for step in steps], dtype=np.int64)
     numbers = np.array([step.step for step in steps], dtype=np.int64)
-    at = np.searchsorted(starts, times, side="right") - 1
-    near = at.clip(min=0)
-    inside = (at >= 0) & ((times < ends[near]) | (times == starts[near]))
-    return np.where(inside, numbers[near], NO_STEP)
+    # A step without length holds the moment at which it stands.
+    at = holding(starts, np.maximum(ends, starts + 1), times)
+    found = np.full(len(times), NO_STEP, dtype=np.int64)
+    found[at >= 0] = numbers[at[at >= 0]]
+    return found
 
 
 def self_times(start: Ints, dur: Ints, thread: Ints) -> Ints:

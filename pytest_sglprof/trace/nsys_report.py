@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError
+from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.nsys_gpu import (
     KINDS,
     GpuRows,
@@ -33,7 +34,7 @@ from pytest_sglprof.trace.nsys_ranges import (
 )
 from pytest_sglprof.trace.nsys_ranks import Owner, label_owners
 from pytest_sglprof.trace.nsys_sqlite import open_sqlite
-from pytest_sglprof.trace.nsys_tables import MISSING, Ints, ReportTables, pid_of
+from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
 from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
 
 EXPORT_TIMEOUT = 1800.0  # s; grows with the report, some reach gigabytes

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError
-from pytest_sglprof.trace.nsys_tables import KNOWN_TABLES, MISSING, Ints
+from pytest_sglprof.trace.arrays import Ints
+from pytest_sglprof.trace.nsys_tables import KNOWN_TABLES, MISSING
 
 _ROWS = 65_536  # fetched at once: enough to hide the cost of a call, little memory
 _IDS = 500  # in one statement; old SQLite allows 999 variables

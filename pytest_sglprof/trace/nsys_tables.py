@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+from pytest_sglprof.trace.arrays import Ints
 
 MISSING = int(np.iinfo(np.int64).min)
 """Stands for NULL and for columns that this version of nsys does not write."""

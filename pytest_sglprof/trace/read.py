@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pytest_sglprof.errors import NotATrace
+from pytest_sglprof.trace.arrays import first_of
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
 from pytest_sglprof.trace.table import (
@@ -215,10 +216,8 @@ def _stages(parts: Sequence[RankActivities]) -> Any:
         )
         order = np.argsort(numbers, kind="stable")
         codes = np.zeros(len(part.step), dtype=np.int16)
-        if len(numbers):
-            at = np.searchsorted(numbers[order], part.step).clip(max=len(numbers) - 1)
-            hit = numbers[order][at] == part.step
-            codes[hit] = stages[order][at][hit]
+        at = first_of(numbers[order], part.step)
+        codes[at >= 0] = stages[order][at[at >= 0]]
         arrays.append(codes)
     return pd.Categorical.from_codes(_concat(arrays, np.int16), categories=pd.Index(list(texts)))
 

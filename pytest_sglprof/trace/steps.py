@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pytest_sglprof.trace.arrays import Ints, first_of, holding
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
-
-Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 _STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
 _PAIR = re.compile(r"(\w+)=(-?\d{1,18})\b")
@@ -50,9 +49,9 @@ class StepSpans:
 class Launches:
     """When the CPU launched what: correlation id → ns."""
 
-    def __init__(self, ids: Sequence[int] | Ints = (), times: Sequence[int] | Ints = ()) -> None:
-        self._ids = array("q", ids)
-        self._times = array("q", times)
+    def __init__(self) -> None:
+        self._ids = array("q")
+        self._times = array("q")
 
     def add(self, correlation: int, time: int) -> None:
         """Remembers one launch."""
@@ -62,13 +61,16 @@ class Launches:
     def times(self, correlation: Ints) -> Ints:
         """The launch time of each correlation id, -1 where there was none."""
         ids = np.array(self._ids, dtype=np.int64)
-        times = np.array(self._times, dtype=np.int64)
-        if not len(ids):
-            return np.full(len(correlation), -1, dtype=np.int64)
-        order = np.argsort(ids, kind="stable")
-        ids, times = ids[order], times[order]
-        at = np.searchsorted(ids, correlation).clip(max=len(ids) - 1)
-        return np.where(ids[at] == correlation, times[at], -1)
+        return launch_times(ids, np.array(self._times, dtype=np.int64), correlation)
+
+
+def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
+    """The time of the first launch with each correlation id, -1 where there was none."""
+    order = np.argsort(ids, kind="stable")
+    at = first_of(ids[order], correlation)
+    found = np.full(len(correlation), -1, dtype=np.int64)
+    found[at >= 0] = times[order][at[at >= 0]]
+    return found
 
 
 class StepMap:
@@ -99,11 +101,10 @@ class _Intervals:
         self._numbers = np.array([step.step for step in ordered], dtype=np.int64)
 
     def find(self, times: Ints) -> Ints:
-        if not len(self._starts):
-            return np.full(len(times), NO_STEP, dtype=np.int64)
-        at = np.searchsorted(self._starts, times, side="right") - 1
-        inside = (at >= 0) & (times < self._ends[at.clip(min=0)])
-        return np.where(inside, self._numbers[at.clip(min=0)], NO_STEP)
+        at = holding(self._starts, self._ends, times)
+        found = np.full(len(times), NO_STEP, dtype=np.int64)
+        found[at >= 0] = self._numbers[at[at >= 0]]
+        return found
 
 
 def step_spans(spans: Sequence[Span]) -> StepSpans:

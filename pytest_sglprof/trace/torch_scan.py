@@ -67,10 +67,8 @@ def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False
     first = head.index(b'"', start.end()) + 1
     held = layout.between + head[first:]
     before, cut = b"", 0
-    size = len(head)
     try:
         for piece in stream:
-            size += len(piece)
             last = held.rfind(layout.between)
             if last > 0:
                 _check(layout, held, last)
@@ -85,7 +83,6 @@ def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False
         if not collector.wanted.partial:
             raise
         collector.facts.truncated = True
-    collector.facts.plain_bytes = size
     _finish(layout, collector, take, before[:cut], held)
 
 

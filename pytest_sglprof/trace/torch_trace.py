@@ -15,30 +15,24 @@ import msgspec
 import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof.trace.arrays import Flags, Ints
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
+from pytest_sglprof.trace.impossible import contains_later, excluded
 from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.kineto import KIND_OF_CATEGORY, KINDS, LAUNCH
 from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
-from pytest_sglprof.trace.steps import Ints, Launches, Span, StepMap, step_spans
+from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans
 from pytest_sglprof.trace.table import RankActivities
 from pytest_sglprof.trace.times import LARGEST_NS, ns
 
-GPU_KINDS = {
-    "kernel": "kernel",
-    "gpu_memcpy": "memcpy",
-    "memcpy": "memcpy",
-    "gpu_memset": "memset",
-    "memset": "memset",
-}
+GPU_KINDS = {name.lower(): kind for name, kind in KIND_OF_CATEGORY.items() if kind != LAUNCH}
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "hip_runtime", "runtime", "driver"})
 SPANS = frozenset({"user_annotation", "gpu_user_annotation"})
 OPERATORS = frozenset({"cpu_op", "operator"})
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
 BOM = b"\xef\xbb\xbf"
-
-
-Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -210,7 +204,7 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
         args = _arguments(event)
         stream = args.stream if isinstance(args.stream, int) else -1
         correlation = args.correlation or -1
-        kind = ("kernel", "memcpy", "memset").index(GPU_KINDS[category])
+        kind = GPU_KINDS[category]
         graph = bool(args.graph_node)
         device = into.devices.setdefault(bytes(event.pid), len(into.devices))
         row = (into.code(name), kind, start, dur, stream, correlation, graph, device)
@@ -257,7 +251,7 @@ def _activities(
     if found.gpu:
         columns, more = _gpu_columns(label, found, steps)
         own += more
-        kinds: tuple[str, ...] = ("kernel", "memcpy", "memset")
+        kinds: tuple[str, ...] = KINDS[:LAUNCH]
     else:
         columns, kinds = _cpu_columns(found, steps), ("op", "collective")
     code, kind, start, dur, stream, step = columns
@@ -288,11 +282,7 @@ def _gpu_columns(label: str, found: _Collected, steps: StepMap) -> tuple[Columns
     impossible = impossible_rows(table[:, 2], table[:, 3], where, table[:, 6] > 0)
     notes = []
     if impossible.any():
-        lost = int(table[impossible, 3].sum())
-        notes.append(
-            f"{label}: excluded {int(impossible.sum())} kernels ({lost / 1e6:.3f} ms) that contain "
-            "a whole later kernel of their own stream, which is impossible"
-        )
+        notes.append(f"{label}: {excluded(table[impossible, 3])}")
         table = table[~impossible]
     launched = found.launches.times(table[:, 5])
     step = steps.of_gpu(table[:, 2], launched)
@@ -318,12 +308,4 @@ def impossible_rows(start: Ints, dur: Ints, stream: Ints, graph: Flags) -> Flags
     Short overlaps are programmatic dependent launch and stay; so do nodes of graphs, and
     rows of no known stream (-1).
     """
-    bad = np.zeros(len(start), dtype=bool)
-    end = start + dur
-    edges = np.flatnonzero(np.diff(stream)) + 1
-    for first, last in zip([0, *edges], [*edges, len(start)], strict=True):
-        if last - first > 1 and stream[first] >= 0:
-            # The earliest end of all later rows: it lies inside when any of them does.
-            earliest = np.minimum.accumulate(end[first + 1 : last][::-1])[::-1]
-            bad[first : last - 1] = earliest < end[first : last - 1]
-    return bad & ~graph
+    return contains_later(start + dur, stream) & (stream >= 0) & ~graph

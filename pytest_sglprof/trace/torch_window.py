@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.collect import LAUNCHES, Wanted
-from pytest_sglprof.trace.columns import Columns, Ints
+from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.gpu_steps import Projections
+from pytest_sglprof.trace.impossible import excluded
 from pytest_sglprof.trace.kineto import KINDS, LAUNCH, Annotation, FileFacts
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
-from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans
+from pytest_sglprof.trace.steps import Span, StepMap, launch_times, step_spans
 from pytest_sglprof.trace.table import NO_STEP, RankActivities
 from pytest_sglprof.trace.torch_trace import base_time, impossible_rows, read_trace
 
@@ -140,14 +142,14 @@ def _assembled(content: FileContent, launched: FileContent | None) -> list[RankA
     return found
 
 
-def _launches(launched: FileContent | None, label: str) -> Launches | None:
+def _launches(launched: FileContent | None, label: str) -> Columns | None:
     if launched is None:
         return None
     columns = launched.columns
     same = [n for n, pid in enumerate(launched.facts.owners) if rank_of_pid(pid.encode()) == label]
     if same:
         columns = columns.take(np.isin(columns.owner, same))
-    return Launches(columns.correlation, columns.start)
+    return columns
 
 
 def _activities(
@@ -155,7 +157,7 @@ def _activities(
     facts: FileFacts,
     mine: Columns,
     steps: _Steps,
-    launches: Launches | None,
+    launches: Columns | None,
     base: int,
     notes: list[str],
 ) -> RankActivities:
@@ -179,11 +181,12 @@ def _activities(
     )
 
 
-def _steps(mine: Columns, steps: _Steps, launches: Launches | None) -> Ints:
+def _steps(mine: Columns, steps: _Steps, launches: Columns | None) -> Ints:
     if launches is None and steps.projected.complete:
         return steps.projected.find(mine.start, mine.stream)
-    unknown: Ints = np.full(len(mine), -1, np.int64)
-    launched = unknown if launches is None else launches.times(mine.correlation)
+    launched: Ints = np.full(len(mine), -1, np.int64)
+    if launches is not None:
+        launched = launch_times(launches.correlation, launches.start, mine.correlation)
     found = steps.map.of_gpu(mine.start, launched)
     left = found == NO_STEP
     found[left] = steps.projected.find(mine.start[left], mine.stream[left])
@@ -200,12 +203,7 @@ def _possible(label: str, mine: Columns) -> tuple[Columns, list[str]]:
     bad = impossible_rows(mine.start, mine.dur, where, mine.graph > 0)
     if not bad.any():
         return mine, []
-    lost = int(mine.dur[bad].sum())
-    note = (
-        f"{label}: excluded {int(bad.sum())} kernels ({lost / 1e6:.3f} ms) that contain "
-        "a whole later kernel of their own stream, which is impossible"
-    )
-    return mine.take(~bad), [note]
+    return mine.take(~bad), [f"{label}: {excluded(mine.dur[bad])}"]
 
 
 def _ascends(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> bool:

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 import real_env
-from standin.running import Running, standin, wait_for
+from standin.running import Running, end, standin, wait_for
 
 READY_S = 300.0
 
@@ -95,11 +95,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     tree: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         tree = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for left in psutil.wait_procs(tree, timeout=10)[1]:
-        left.kill()
+    end(process, tree, patience=30)

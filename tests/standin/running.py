@@ -64,6 +64,19 @@ def wait_for(what: Callable[[], Any], patience: float = PATIENCE) -> Any:
     return found
 
 
+def end(process: subprocess.Popen[bytes], tree: list[psutil.Process], *, patience: float) -> None:
+    """SIGTERM, and SIGKILL to whatever of the process and its `tree` is left after it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for left in psutil.wait_procs(tree, timeout=patience / 2)[1]:
+        left.kill()
+
+
 @contextlib.contextmanager
 def standin(
     folder: Path, *arguments: str, env: dict[str, str] | None = None, ready: bool = True
@@ -94,12 +107,4 @@ def standin(
         yield running
     finally:
         running.http.close()
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for left in psutil.wait_procs(tree, timeout=5)[1]:
-            left.kill()
+        end(process, tree, patience=10)

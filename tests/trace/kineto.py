@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pytest_sglprof.trace.table import KernelTable
+
 BASE = 1_790_857_026_000_000_000
 Event = dict[str, Any]
 
@@ -63,3 +65,17 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     return path
+
+
+KERNELS = [kernel("gemm_kernel", 10.001, 5.002, correlation=1), kernel("silu_kernel", 20, 7.25)]
+ROWS = [("gemm_kernel", 10_001, 5_002), ("silu_kernel", 20_000, 7_250)]
+
+
+def rows(table: KernelTable, base: int = BASE) -> list[tuple[str, int, int]]:
+    frame = table.frame
+    return sorted(
+        (str(name), int(start) - base, int(dur))
+        for name, start, dur in zip(
+            frame["full_name"], frame["start_ns"], frame["dur_ns"], strict=True
+        )
+    )

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 import zlib
+from array import array
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from pytest_sglprof.errors import SglprofError, TraceError, TraceTruncated
 from pytest_sglprof.trace import inflate
 from pytest_sglprof.trace.collect import Wanted
-from pytest_sglprof.trace.kineto import KINDS, Batch, ns_from_float
+from pytest_sglprof.trace.columns import exact_ns
+from pytest_sglprof.trace.kineto import KINDS, Batch
 from pytest_sglprof.trace.read import read_window
 from pytest_sglprof.trace.torch_file import scan_file
 from tests.trace.scanned import (
@@ -42,11 +44,10 @@ def quick_rows(path: Path) -> list[Row]:
     base = int(facts.base or 0)
     rows = []
     for batch in batches:
-        for name, kind, start, dur in zip(
-            batch.name, batch.kind, batch.start, batch.dur, strict=True
-        ):
-            times = (start, dur) if batch.exact else (ns_from_float(start), ns_from_float(dur))
-            rows.append((facts.names[name], KINDS[kind], times[0] + base, times[1]))
+        starts = exact_ns(batch.start, batch.exact).tolist()
+        durs = exact_ns(batch.dur, batch.exact).tolist()
+        for name, kind, start, dur in zip(batch.name, batch.kind, starts, durs, strict=True):
+            rows.append((facts.names[name], KINDS[kind], start + base, dur))
     return sorted(rows)
 
 
@@ -177,7 +178,8 @@ def test_pieces_stay_small_however_well_a_file_is_packed(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("ns", [0, 1, 999, 8_796_093_022_207_999, 4_458_676_983_543_183])
 def test_float_times_below_the_limit_are_exact(ns: int) -> None:
-    assert ns_from_float(float(f"{ns // 1000}.{ns % 1000:03d}")) == ns
+    microseconds = array("d", [float(f"{ns // 1000}.{ns % 1000:03d}")])
+    assert exact_ns(microseconds, exact=False).tolist() == [ns]
 
 
 def test_batches_hold_every_column(tmp_path: Path) -> None:

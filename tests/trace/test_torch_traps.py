@@ -7,26 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kineto import BASE, Event, document, event, kernel, kineto_text, write
+from kineto import BASE, KERNELS, ROWS, Event, document, event, kernel, kineto_text, rows, write
 
 from pytest_sglprof.errors import TraceError, TraceTruncated
 from pytest_sglprof.trace.read import read_window
-from pytest_sglprof.trace.table import KernelTable
 from pytest_sglprof.trace.torch_trace import ns
-
-KERNELS = [kernel("gemm_kernel", 10.001, 5.002, correlation=1), kernel("silu_kernel", 20, 7.25)]
-ROWS = [("gemm_kernel", 10_001, 5_002), ("silu_kernel", 20_000, 7_250)]
-
-
-def rows(table: KernelTable, base: int = BASE) -> list[tuple[str, int, int]]:
-    frame = table.frame
-    return sorted(
-        (str(name), int(start) - base, int(dur))
-        for name, start, dur in zip(
-            frame["full_name"], frame["start_ns"], frame["dur_ns"], strict=True
-        )
-    )
-
 
 # Times -------------------------------------------------------------------------------------
 
