@@ -17,14 +17,14 @@ _NARROW = (("name", "i4"), ("kind", "i1"), ("graph", "i1"), ("device", "i2"), ("
 
 @dataclass(frozen=True)
 class Columns:
-    """Parallel arrays; start and dur are int64 ns, the rest the smallest integers that fit.
+    """Parallel arrays; start is int64 ns, dur ns, all but start the smallest integers that fit.
 
     name, owner: codes of the file's own tables. kind: of `kineto.KINDS`. graph: 1 for the
     node of a graph.
     """
 
     start: Ints
-    dur: Ints
+    dur: npt.NDArray[Any]
     name: npt.NDArray[Any]
     kind: npt.NDArray[Any]
     stream: npt.NDArray[Any]
@@ -47,6 +47,7 @@ def joined(batches: Sequence[Batch]) -> Columns:
     for key in ("start", "dur"):
         parts = [exact_ns(getattr(batch, key), batch.exact) for batch in batches]
         columns[key] = np.concatenate([np.empty(0, np.int64), *parts])
+    columns["dur"] = _compact(columns["dur"])
     for key, kind in _NARROW:
         arrays = [np.asarray(getattr(batch, key)) for batch in batches]
         columns[key] = np.concatenate([np.empty(0, kind), *arrays]).astype(kind, copy=False)

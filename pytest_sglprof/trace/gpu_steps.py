@@ -36,15 +36,12 @@ class Projections:
             if span.external >= 0
         }
         streams: dict[int, list[tuple[int, int, int]]] = {}
-        matched: set[int] = set()
         for span in gpu:
             number = number_of.get((span.external, span.name))
-            if number is None or not span.thread.lstrip("-").isdigit():
-                continue
-            matched.add(number)
-            entry = (span.start, span.start + span.dur, number)
-            streams.setdefault(int(span.thread), []).append(entry)
-        self.complete = len(matched) >= PROJECTED_SHARE * len(steps) > 0
+            if number is not None and _on_stream(span):
+                entry = (span.start, span.start + span.dur, number)
+                streams.setdefault(int(span.thread), []).append(entry)
+        self.complete = projected(cpu, gpu)
         self._streams = {
             stream: np.array(sorted(entries), dtype=np.int64) for stream, entries in streams.items()
         }
@@ -57,3 +54,14 @@ class Projections:
             at = holding(spans[:, 0], spans[:, 1], start[rows])
             found[rows[at >= 0]] = spans[at[at >= 0], 2]
         return found
+
+
+def projected(cpu: Sequence[Annotation], gpu: Sequence[Annotation]) -> bool:
+    """Whether the profiler projected the CPU's steps onto the GPU, at least half of them."""
+    known = {(span.external, span.name) for span in cpu if span.external >= 0}
+    found = {(span.external, span.name) for span in gpu if _on_stream(span)}
+    return len(known & found) >= PROJECTED_SHARE * len(cpu) > 0
+
+
+def _on_stream(span: Annotation) -> bool:
+    return span.thread.lstrip("-").isdigit()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pytest_sglprof.errors import NotATrace
-from pytest_sglprof.trace.arrays import first_of
+from pytest_sglprof.trace.arrays import Ints, first_of
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
 from pytest_sglprof.trace.table import (
@@ -74,18 +74,25 @@ def read_window(
 
 
 def build_table(
-    found: Sequence[tuple[Path, RankActivities]],
+    found: list[tuple[Path, RankActivities]],
     *,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
 ) -> KernelTable:
-    """Joins what was read of each rank; refuses a rank that stands in two files."""
+    """Joins what was read of each rank; refuses a rank that stands in two files.
+
+    Empties `found`, so that no activity is held twice for longer than it must be.
+    """
+    files = tuple(dict.fromkeys(str(file) for file, _ in found))
     merged = joined(found)
+    found.clear()
     source, parts, left_out = one_source(merged)
     ranks = rank_order({activities.rank for activities in merged})
     steps = [(part.rank, step) for part in parts for step in part.steps]
-    frame = _frame(parts, ranks, patterns)
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
+    partial = any(part.partial for part in merged)
+    del merged
+    frame = _frame(parts, ranks, patterns)
     if settle_s > 0 and len(frame):
         frame, steps, note = _settle(frame, steps, settle_s)
         notes.append(note)
@@ -94,9 +101,9 @@ def build_table(
         ranks=ranks,
         steps=step_frame(steps, ranks),
         source=source,
-        partial=any(part.partial for part in merged),
+        partial=partial,
         notes=tuple(notes),
-        files=tuple(dict.fromkeys(str(file) for file, _ in found)),
+        files=files,
     )
 
 
@@ -145,81 +152,69 @@ def _read_torch(
 
 
 def _frame(
-    parts: Sequence[RankActivities], ranks: Sequence[str], patterns: Sequence[tuple[str, str]]
+    parts: list[RankActivities], ranks: Sequence[str], patterns: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
-    full_names = list(dict.fromkeys(name for part in parts for name in part.names))
-    keys = {name: normalise(name) for name in full_names}
-    categories = {name: _category(name, patterns) for name in full_names}
-    full = _coded(parts, "names", "name_codes", full_names)
-    kinds = list(dict.fromkeys(kind for part in parts for kind in part.kinds))
-    columns: dict[str, Any] = {
-        "rank": pd.Categorical.from_codes(
-            np.repeat(
-                np.array([ranks.index(p.rank) for p in parts], dtype=np.int16),
-                [len(p.start) for p in parts],
-            ),
-            categories=pd.Index(list(ranks)),
-            ordered=True,
-        ),
-        "name": _mapped_text(full, [keys[name] for name in full_names]),
-        "full_name": pd.Categorical.from_codes(full, categories=pd.Index(full_names)),
-        "category": _mapped_text(full, [categories[name] for name in full_names]),
-        "kind": _mapped_text(_coded(parts, "kinds", "kind_codes", kinds), kinds),
-        "stage": _stages(parts),
-        "step": _concat([part.step for part in parts]),
-        "stream": _concat([part.stream for part in parts]),
-        "start_ns": _concat([part.start for part in parts]),
-        "dur_ns": _concat([part.dur for part in parts]),
+    """One row an activity. Empties `parts`: each is let go once its rows are copied."""
+    full_names = _Numbers(name for part in parts for name in part.names)
+    kinds = _Numbers(kind for part in parts for kind in part.kinds)
+    stages = _Numbers([UNKNOWN_STAGE, *(step.stage for part in parts for step in part.steps)])
+    size = sum(len(part.start) for part in parts)
+    numbers = {key: np.empty(size, np.int64) for key in ("step", "stream", "start_ns", "dur_ns")}
+    rank = np.empty(size, np.int16)
+    full = np.empty(size, np.int32)
+    kind = np.empty(size, np.int8)
+    stage = np.empty(size, np.int16)
+    end = 0
+    while parts:
+        part = parts.pop(0)
+        rows = slice(end, end := end + len(part.start))
+        rank[rows] = ranks.index(part.rank)
+        full[rows] = full_names.of(part.names)[part.name_codes]
+        kind[rows] = kinds.of(part.kinds)[part.kind_codes]
+        stage[rows] = _stages(part, stages)
+        numbers["step"][rows], numbers["stream"][rows] = part.step, part.stream
+        numbers["start_ns"][rows], numbers["dur_ns"][rows] = part.start, part.dur
+    texts = {
+        "rank": pd.Categorical.from_codes(rank, categories=pd.Index(list(ranks)), ordered=True),
+        "name": _mapped_text(full, [normalise(name) for name in full_names]),
+        "full_name": pd.Categorical.from_codes(full, categories=pd.Index(list(full_names))),
+        "category": _mapped_text(full, [_category(name, patterns) for name in full_names]),
+        "kind": pd.Categorical.from_codes(kind, categories=pd.Index(list(kinds))),
+        "stage": pd.Categorical.from_codes(stage, categories=pd.Index(list(stages))),
     }
+    columns: dict[str, Any] = {**texts, **numbers}
     return pd.DataFrame({key: columns[key] for key in COLUMNS}, copy=False)
+
+
+class _Numbers(dict[str, int]):
+    """Distinct texts in order of appearance, each with its number."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        super().__init__((text, at) for at, text in enumerate(dict.fromkeys(texts)))
+
+    def of(self, texts: Sequence[str]) -> Ints:
+        return np.array([self[text] for text in texts], dtype=np.int64)
 
 
 def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
     return "communication" if name.startswith(COMMUNICATION) else category(name, patterns)
 
 
-def _concat(arrays: Sequence[Any], dtype: Any = np.int64) -> Any:
-    """One array of `dtype`, without the copies in between that a window can ill afford."""
-    whole = np.empty(sum(len(array) for array in arrays), dtype=dtype)
-    at = 0
-    for array in arrays:
-        whole[at : at + len(array)] = array
-        at += len(array)
-    return whole
-
-
-def _coded(parts: Sequence[RankActivities], texts: str, codes: str, whole: Sequence[str]) -> Any:
-    at = {text: number for number, text in enumerate(whole)}
-    arrays = []
-    for part in parts:
-        own = np.array([at[text] for text in getattr(part, texts)], dtype=np.int32)
-        arrays.append(own[getattr(part, codes)] if len(own) else np.empty(0, dtype=np.int32))
-    return _concat(arrays, np.int32)
-
-
 def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
     """Categorical of `texts[code]`, equal texts being one category."""
-    unique = list(dict.fromkeys(texts))
-    at = {text: number for number, text in enumerate(unique)}
-    table = np.array([at[text] for text in texts], dtype=np.int32)
-    own = table[codes] if len(table) else codes
-    return pd.Categorical.from_codes(own, categories=pd.Index(unique))
+    unique = _Numbers(texts)
+    own = unique.of(texts).astype(np.int32)[codes]
+    return pd.Categorical.from_codes(own, categories=pd.Index(list(unique)))
 
 
-def _stages(parts: Sequence[RankActivities]) -> Any:
-    texts: dict[str, int] = {UNKNOWN_STAGE: 0}
-    arrays = []
-    for part in parts:
-        numbers = np.array([s.step for s in part.steps], dtype=np.int64)
-        stages = np.array(
-            [texts.setdefault(s.stage, len(texts)) for s in part.steps], dtype=np.int64
-        )
-        order = np.argsort(numbers, kind="stable")
-        codes = np.zeros(len(part.step), dtype=np.int16)
-        at = first_of(numbers[order], part.step)
-        codes[at >= 0] = stages[order][at[at >= 0]]
-        arrays.append(codes)
-    return pd.Categorical.from_codes(_concat(arrays, np.int16), categories=pd.Index(list(texts)))
+def _stages(part: RankActivities, stages: _Numbers) -> Ints:
+    """The number of each activity's stage; that of "unknown" outside of steps."""
+    numbers = np.array([step.step for step in part.steps], dtype=np.int64)
+    order = np.argsort(numbers, kind="stable")
+    at = first_of(numbers[order], part.step)
+    codes = np.full(len(part.step), stages[UNKNOWN_STAGE], dtype=np.int64)
+    codes[at >= 0] = stages.of([step.stage for step in part.steps])[order][at[at >= 0]]
+    return codes
 
 
 def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any, list[Any], str]:

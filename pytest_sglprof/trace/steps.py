@@ -125,6 +125,11 @@ def _numbered(spans: Sequence[Span]) -> tuple[Step, ...]:
     return tuple(replace(step, step=number) for number, step in enumerate(found))
 
 
+def is_step(name: str) -> bool:
+    """Whether a span of this name is a step."""
+    return _STEP.match(name) is not None
+
+
 def parse_step(span: Span) -> Step | None:
     """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise."""
     match = _STEP.match(span.name)

@@ -19,11 +19,11 @@ from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.collect import LAUNCHES, Wanted
 from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
-from pytest_sglprof.trace.gpu_steps import Projections
+from pytest_sglprof.trace.gpu_steps import Projections, projected
 from pytest_sglprof.trace.impossible import excluded
 from pytest_sglprof.trace.kineto import KINDS, LAUNCH, Annotation, FileFacts
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
-from pytest_sglprof.trace.steps import Span, StepMap, launch_times, step_spans
+from pytest_sglprof.trace.steps import Span, StepMap, is_step, launch_times, step_spans
 from pytest_sglprof.trace.table import NO_STEP, RankActivities
 from pytest_sglprof.trace.torch_trace import base_time, impossible_rows, read_trace
 
@@ -95,7 +95,7 @@ class _Steps:
 
 
 def _steps_of(annotations: Sequence[Annotation]) -> _Steps:
-    ordered = sorted(annotations, key=lambda a: a.start)
+    ordered = sorted((a for a in annotations if is_step(a.name)), key=lambda a: a.start)
     cpu = [a for a in ordered if not a.gpu]
     spans = step_spans([_span(a) for a in ordered])
     return _Steps(StepMap(spans), Projections(spans.cpu, cpu, [a for a in ordered if a.gpu]))
@@ -107,10 +107,14 @@ def _span(a: Annotation) -> Span:
 
 def _needs_launches(content: FileContent) -> bool:
     """Whether steps are known on the CPU, and the profiler did not project them."""
-    owners = {a.owner for a in content.facts.annotations if not a.gpu}
-    if not owners or not len(content.columns):
+    cpu = [a for a in content.facts.annotations if not a.gpu]
+    gpu = [a for a in content.facts.annotations if a.gpu]
+    if not cpu or not len(content.columns):
         return False
-    return not all(_steps_of(_of(content.facts, owner)).projected.complete for owner in owners)
+    return not all(
+        projected([a for a in cpu if a.owner == owner], [a for a in gpu if a.owner == owner])
+        for owner in {a.owner for a in cpu}
+    )
 
 
 def _of(facts: FileFacts, owner: int) -> list[Annotation]:

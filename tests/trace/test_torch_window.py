@@ -88,6 +88,16 @@ def test_real_traces(shared_data: Path, scanned: Callable[..., KernelTable], nam
     same(scanned(shared_data / "torch" / name), read_window(shared_data / "torch" / name))
 
 
+def test_a_span_that_only_begins_like_a_step_is_none(
+    tmp_path: Path, scanned: Callable[..., KernelTable]
+) -> None:
+    stray = event("user_annotation", "step[", 990.0, 5, 5, 5)
+    path = write(tmp_path, document([stray, *window(projected=True)]))
+    table = scanned(path)
+    assert len(table.steps) == 10
+    same(table, read_window(path))
+
+
 def test_cpu_traces_are_decoded(shared_data: Path, scanned: Callable[..., KernelTable]) -> None:
     path = shared_data / "torch/sglang-cpu-mixtral-tp2ep2"
     same(scanned(path), read_window(path))
