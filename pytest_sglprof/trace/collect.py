@@ -103,11 +103,7 @@ class Collector:
 
     def add_quick(self, found: Sequence[Event]) -> None:
         """Adds GPU events with float times. Raises NeedsText when those are too large."""
-        kinds = self._kinds
-        events = [e for e in found if e.cat in kinds and e.dur >= 0.0 and e.ph == "X"]
-        if len(events) != len(found):
-            for event in found:
-                self._count_unfit(event.cat, event.ph, event.dur)
+        events = found if self._all_fit(found) else self._fitting(found)
         if not events:
             return
         starts = [e.ts for e in events]
@@ -121,19 +117,34 @@ class Collector:
             self._emit(self._quick)
             self._quick = _new_batch(exact=False)
 
-    def _extend_quick(self, events: list[Event], starts: list[float]) -> None:
+    def _all_fit(self, found: Sequence[Event]) -> bool:
+        return (
+            bool(found)
+            and min([e.dur for e in found]) >= 0.0
+            and self._kinds.keys() >= {e.cat for e in found}
+            and {e.ph for e in found} == {"X"}
+        )
+
+    def _fitting(self, found: Sequence[Event]) -> list[Event]:
+        for event in found:
+            self._count_unfit(event.cat, event.ph, event.dur)
+        kinds = self._kinds
+        return [e for e in found if e.cat in kinds and e.dur >= 0.0 and e.ph == "X"]
+
+    def _extend_quick(self, events: Sequence[Event], starts: list[float]) -> None:
+        # Whole columns by fromlist: half the time of extend, and this is the hottest path.
         args = [e.args for e in events]
         names, kinds = self._names, self._kinds
         batch = self._quick
-        batch.start.extend(cast("Any", starts))
-        batch.dur.extend(cast("Any", [e.dur for e in events]))
-        batch.name.extend([names[e.name] for e in events])
-        batch.kind.extend([kinds[e.cat] for e in events])
-        batch.stream.extend([a.stream for a in args])
-        batch.correlation.extend([a.correlation for a in args])
-        batch.graph.extend([a.graph_node != 0 for a in args])
-        batch.device.extend([a.device for a in args])
-        batch.owner.extend([self._owners[""]] * len(events))
+        batch.start.fromlist(cast("Any", starts))
+        batch.dur.fromlist(cast("Any", [e.dur for e in events]))
+        batch.name.fromlist([names[e.name] for e in events])
+        batch.kind.fromlist([kinds[e.cat] for e in events])
+        batch.stream.fromlist([a.stream for a in args])
+        batch.correlation.fromlist([a.correlation for a in args])
+        batch.graph.fromlist([a.graph_node != 0 for a in args])
+        batch.device.fromlist([a.device for a in args])
+        batch.owner.fromlist([self._owners[""]] * len(events))
 
     def _count_unfit(self, category: str, ph: str, dur: float | None) -> None:
         if category not in self._kinds or ph != "X" or (dur is not None and dur >= 0):
