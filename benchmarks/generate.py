@@ -88,13 +88,17 @@ def _step(step: int, rank: int, rng: random.Random, truth: dict[str, list[int]])
         correlation = step * KERNELS_A_STEP + position + 1
         host = start + position * 20_000
         for depth in range(HOST_EVENTS):
+            # Random digits, so that it packs about as well as a real trace (1 to 13).
+            noise = rng.getrandbits(28)
+            at_host, lasts = host + depth * 600 + noise % 500, 16_000 - depth * 1300 - noise % 700
             if depth % 4 == 3:
-                args = f'"External id": {external}, "Input Dims": [[32, 4096], [4096]], "Ev Idx": 1'
-                yield _event("cpu_op", "aten::linear", 7, 7, host + depth, 9000 - depth, args)
+                dims = f"[[{noise % 97}, 4096], [4096, {noise % 89}]]"
+                args = f'"External id": {external}, "Input Dims": {dims}, "Ev Idx": {noise}'
+                yield _event("cpu_op", "aten::linear", 7, 7, at_host, lasts, args)
             else:
-                frame = f"sglang/srt/layers/linear.py({100 + depth}): forward"
-                args = f'"Python parent id": {depth}, "Python id": {correlation}, "Ev Idx": 2'
-                yield _event("python_function", frame, 7, 7, host + depth, 9500 - depth, args)
+                frame = f"sglang/srt/layers/linear.py({noise % 900}): forward"
+                args = f'"Python parent id": {noise >> 3}, "Python id": {noise}, "Ev Idx": {noise}'
+                yield _event("python_function", frame, 7, 7, at_host, lasts, args)
         args = f'"External id": {external}, "cbid": 211, "correlation": {correlation}'
         yield _event("cuda_runtime", "cudaLaunchKernel", 7, 7, host + 9000, 3000, args)
         yield _flow("s", correlation, 7, 7, host + 9000)

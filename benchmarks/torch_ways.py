@@ -1,0 +1,86 @@
+"""Ways to get from a folder of torch traces to count and time of each rank's kernels."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.child import Sums
+
+NEEDLES = (b'"kernel"', b'"gpu_mem', b'user_annotation"')
+GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def ours(folder: Path) -> Sums:
+    """The public API, with the pandas table."""
+    from pytest_sglprof import read_window
+
+    table = read_window(folder)
+    rows = table.by("rank", "full_name")
+    return {(str(rank), str(name)): (int(n), int(ns)) for rank, name, n, ns in rows.to_numpy()}
+
+
+def json_and_pandas(folder: Path) -> Sums:
+    """What people write: whole files, one process a processor."""
+    from multiprocessing import Pool
+
+    import pandas as pd
+
+    with Pool(os.cpu_count()) as pool:
+        frames = pool.map(_json_frame, sorted(folder.glob("*.gz")), chunksize=1)
+        pool.close()
+        pool.join()
+    grouped = pd.concat(frames).groupby(["rank", "name"])["ns"].agg(["size", "sum"]).reset_index()
+    return {(rank, name): (int(n), int(ns)) for rank, name, n, ns in grouped.to_numpy()}
+
+
+def _json_frame(path: Path) -> Any:
+    import pandas as pd
+
+    with gzip.open(path) as stream:
+        events = json.load(stream)["traceEvents"]
+    rank = rank_of(path)
+    rows = [(rank, e["name"], round(e["dur"] * 1000)) for e in events if e.get("cat") in GPU]
+    return pd.DataFrame(rows, columns=["rank", "name", "ns"])
+
+
+def holistic(folder: Path) -> Sums:
+    """HolisticTraceAnalysis' kernel breakdown, which gives no counts."""
+    from hta.trace_analysis import TraceAnalysis  # type: ignore[import-not-found]
+
+    analysis = TraceAnalysis(trace_dir=str(folder))
+    _, kernels = analysis.get_gpu_kernel_breakdown(
+        visualize=False, duration_ratio=1.0, num_kernels=100_000
+    )
+    columns = zip(kernels["rank"], kernels["name"], kernels["sum (us)"], strict=True)
+    return {(f"TP{rank}", str(name)): (0, round(us * 1000)) for rank, name, us in columns}
+
+
+def floor(folder: Path) -> Sums:
+    """What no reader can undercut: inflating, and one search for each needle. No sums."""
+    from pytest_sglprof.trace.inflate import pieces
+
+    for path in sorted(folder.glob("*.gz")):
+        for piece in pieces(path):
+            for needle in NEEDLES:
+                at = piece.find(needle)
+                while at >= 0:
+                    at = piece.find(needle, at + 1)
+    return {}
+
+
+def rank_of(path: Path) -> str:
+    """`TP3` of `1-TP-3.trace.json.gz`."""
+    return "TP" + path.name.split("-")[2].split(".")[0]
+
+
+WAYS: dict[str, Callable[[Path], Sums]] = {
+    "floor": floor,
+    "pytest-sglprof": ours,
+    "gzip + json + pandas": json_and_pandas,
+    "HolisticTraceAnalysis": holistic,
+}
