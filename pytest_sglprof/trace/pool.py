@@ -7,15 +7,15 @@ threads. The results are batches of columns, so the parent holds little more tha
 
 from __future__ import annotations
 
-import queue
+import selectors
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pytest_sglprof import errors
 from pytest_sglprof.errors import SglprofError, TraceError
@@ -26,8 +26,6 @@ from pytest_sglprof.trace.kineto import Batch, FileFacts
 from pytest_sglprof.trace.torch_file import scan_file
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from pytest_sglprof.trace.worker import main; main()"
-
-_THREAD = "sglprof-trace-reader"
 
 Progress = Callable[[int], None]
 
@@ -66,44 +64,83 @@ def read_in_processes(
 ) -> list[FileContent]:
     """Reads files in up to `processes` child processes; results in the order of `jobs`.
 
-    progress: called in the caller's thread with stored bytes read since the last call.
-    Raises the first error of a file, or TraceError when a reader process dies. However
-    it ends (Ctrl-C too), no reader outlives the call.
+    progress: called with stored bytes read since the last call. Raises the first error of
+    a file, or TraceError when a reader process dies. However it ends (Ctrl-C too), no
+    reader outlives the call.
     """
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(len(jobs)):
-        todo.put(number)
-    events: queue.SimpleQueue[int | tuple[int, FileContent] | BaseException] = queue.SimpleQueue()
+    todo = iter(range(len(jobs)))
     found: dict[int, FileContent] = {}
-    readers: list[subprocess.Popen[bytes]] = []
-    threads: list[threading.Thread] = []
+    readers: list[_Reader] = []
     try:
-        for _ in range(min(processes, len(jobs))):
-            reader = _start()
-            readers.append(reader)
-            arguments = (reader, jobs, todo, events)
-            threads.append(threading.Thread(target=_serve, args=arguments, name=_THREAD))
-            threads[-1].start()
-        while len(found) < len(jobs):
-            event = events.get()
-            if isinstance(event, BaseException):
-                raise event
-            if isinstance(event, tuple):
-                found[event[0]] = event[1]
-            elif progress is not None:
-                progress(event)
+        with selectors.DefaultSelector() as frames:
+            for number in islice(todo, processes):
+                readers.append(_Reader())
+                readers[-1].give(number, *jobs[number])
+                frames.register(readers[-1].output, selectors.EVENT_READ, readers[-1])
+            while len(found) < len(jobs):
+                for key, _ in frames.select():
+                    content = key.data.take(progress)
+                    if content is not None:
+                        found[key.data.number] = content
+                        following = next(todo, None)
+                        if following is None:
+                            frames.unregister(key.fileobj)
+                        else:
+                            key.data.give(following, *jobs[following])
     finally:
         for reader in readers:
-            reader.kill()
-        for thread in threads:
-            thread.join()
+            reader.process.kill()
         for reader in readers:
-            reader.wait()
-            for stream in (reader.stdin, reader.stdout):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
+            reader.close()
     return [found[number] for number in range(len(jobs))]
+
+
+class _Reader:
+    """A reader process, and the file that it is at: `number` of the jobs."""
+
+    def __init__(self) -> None:
+        self.process = _start()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._input: IO[bytes] = self.process.stdin
+        self.output: IO[bytes] = self.process.stdout
+        self.number = -1
+        self._content = FileContent(Path())
+
+    def give(self, number: int, path: Path, wanted: Wanted) -> None:
+        """Hands over the next file."""
+        self.number, self._content = number, FileContent(path)
+        with suppress(BrokenPipeError):  # `take` tells that the process is gone
+            worker.send(self._input, worker.JOB, (str(path), wanted))
+
+    def take(self, progress: Progress | None) -> FileContent | None:
+        """Takes one frame; the content once the file was read to its end."""
+        frame = worker.receive(self.output)
+        if frame is None:
+            raise TraceError(
+                f"the process that read {self._content.path} ended with status "
+                f"{self.process.wait()}",
+                expected="a reader that lives until the file's end",
+                hint="is the machine out of memory? processes=1 reads in this process",
+            )
+        what, payload = frame
+        if what == worker.ERROR:
+            raise _error(*payload)
+        if what == worker.DONE:
+            return self._content.close(payload)
+        if what == worker.BATCH:
+            self._content.batches.append(payload)
+        elif what == worker.RESTART:
+            self._content.batches.clear()
+        elif progress is not None:
+            progress(payload)
+        return None
+
+    def close(self) -> None:
+        """Waits for the end of the process, which was killed."""
+        self.process.wait()
+        for stream in (self._input, self.output):
+            with suppress(OSError):
+                stream.close()
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -112,54 +149,9 @@ def _start() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-c", _MAIN.format(path=[*path, package])]
     # A session of its own: Ctrl-C reaches us, and we end it. It ends by itself when we die,
     # since its stdin closes.
+    # Without buffers: what a selector does not see may not be held back.
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-
-
-def _serve(
-    reader: subprocess.Popen[bytes],
-    jobs: Sequence[tuple[Path, Wanted]],
-    todo: queue.SimpleQueue[int],
-    events: queue.SimpleQueue[int | tuple[int, FileContent] | BaseException],
-) -> None:
-    """Gives one reader file after file; ends when there is none, or at the first error."""
-    try:
-        while True:
-            try:
-                number = todo.get_nowait()
-            except queue.Empty:
-                return
-            events.put((number, _one(reader, *jobs[number], events.put)))
-    except BaseException as error:
-        events.put(error)
-
-
-def _one(
-    reader: subprocess.Popen[bytes], path: Path, wanted: Wanted, progress: Progress
-) -> FileContent:
-    assert reader.stdin is not None and reader.stdout is not None
-    content = FileContent(path)
-    try:
-        worker.send(reader.stdin, worker.JOB, (str(path), wanted))
-        while (frame := worker.receive(reader.stdout)) is not None:
-            what, payload = frame
-            if what == worker.BATCH:
-                content.batches.append(payload)
-            elif what == worker.RESTART:
-                content.batches.clear()
-            elif what == worker.PROGRESS:
-                progress(payload)
-            elif what == worker.ERROR:
-                raise _error(*payload)
-            else:
-                return content.close(payload)
-    except (BrokenPipeError, ValueError):
-        pass
-    raise TraceError(
-        f"the process that read {path} ended with status {reader.wait()}",
-        expected="a reader that lives until the file's end",
-        hint="is the machine out of memory? processes=1 reads in this process",
+        command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )
 
 

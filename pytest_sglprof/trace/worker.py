@@ -25,18 +25,32 @@ BATCH, RESTART, PROGRESS, DONE, ERROR, JOB = b"B", b"R", b"P", b"D", b"E", b"J"
 def send(stream: IO[bytes], what: bytes, payload: object = None) -> None:
     """Writes one frame."""
     data = pickle.dumps(payload, protocol=5)
-    stream.write(HEAD.pack(what, len(data)) + data)
+    left = memoryview(HEAD.pack(what, len(data)) + data)
+    while left:
+        left = left[stream.write(left) :]
     stream.flush()
 
 
 def receive(stream: IO[bytes]) -> tuple[bytes, Any] | None:
     """Reads one frame; None when the other side has gone."""
-    head = stream.read(HEAD.size)
-    if len(head) < HEAD.size:
+    head = _exactly(stream, HEAD.size)
+    if head is None:
         return None
     what, size = HEAD.unpack(head)
-    data = stream.read(size)
-    return (what, pickle.loads(data)) if len(data) == size else None
+    data = _exactly(stream, size)
+    return None if data is None else (what, pickle.loads(data))
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytearray | None:
+    """So many bytes, whether or not the stream is buffered; None at its end."""
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        count = stream.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            return None
+        left = left[count:]
+    return data
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,7 +184,8 @@ def test_an_error_of_the_caller_ends_the_readers(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         pool.read_in_processes(jobs, 2, stop)
-    assert not [thread for thread in threading.enumerate() if thread.name == pool._THREAD]
+    left = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not [command for command in left if "trace.worker" in command]
 
 
 def test_workers_import_neither_numpy_nor_pandas() -> None:
