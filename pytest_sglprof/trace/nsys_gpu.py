@@ -10,28 +10,17 @@ import numpy as np
 from pytest_sglprof.trace.arrays import Flags, Ints, first_of
 from pytest_sglprof.trace.impossible import contains_later, excluded
 from pytest_sglprof.trace.nsys_ranks import Owner
+from pytest_sglprof.trace.nsys_schema import (
+    KINDS,
+    PREFIX,
+    activity_name,
+    skipped,
+    table_of,
+    whole_graphs,
+)
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, process_of
 
-KINDS = ("kernel", "memcpy", "memset")
-_PREFIX = "CUPTI_ACTIVITY_KIND_"
 _COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "correlationId", "graphNodeId")
-# ENUM_CUDA_MEMCPY_OPER; older exports do not bring it along.
-_COPIES = (
-    "Unknown",
-    "Host-to-Device",
-    "Device-to-Host",
-    "Host-to-Array",
-    "Array-to-Host",
-    "Array-to-Array",
-    "Array-to-Device",
-    "Device-to-Array",
-    "Device-to-Device",
-    "Host-to-Host",
-    "Peer-to-Peer",
-    "Unified Host-to-Device",
-    "Unified Device-to-Host",
-    "Unified Device-to-Device",
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ def read_gpu_rows(tables: ReportTables) -> GpuRows:
     parts = []
     for number, kind in enumerate(KINDS):
         extra = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",)}.get(kind, ())
-        read = tables.integers(_PREFIX + kind.upper(), (*_COLUMNS, *extra))
+        read = tables.integers(table_of(kind), (*_COLUMNS, *extra))
         names = _names(tables, kind, read[len(_COLUMNS) :], read.shape[1], code_of)
         kinds = np.full(read.shape[1], number, dtype=np.int64)
         parts.append(np.vstack([read[: len(_COLUMNS)], kinds, names]))
@@ -85,8 +74,7 @@ def read_gpu_rows(tables: ReportTables) -> GpuRows:
     timed = (start != MISSING) & (end != MISSING) & (end >= start)
     notes = []
     if not timed.all():
-        count = int((~timed).sum())
-        notes.append(f"skipped {count} GPU activities with a missing or negative duration")
+        notes.append(skipped(int((~timed).sum())))
     graph = (node != MISSING) & (node != 0)
     group = np.zeros(len(start), dtype=np.int64)
     for part in (process, device, stream):
@@ -127,7 +115,7 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
     """When the CPU launched each row (ns); MISSING where no launch was recorded."""
     launched = np.full(len(rows), MISSING, dtype=np.int64)
     columns = ("start", "globalTid", "correlationId")
-    start, thread, correlation = tables.integers(_PREFIX + "RUNTIME", columns)
+    start, thread, correlation = tables.integers(PREFIX + "RUNTIME", columns)
     process = process_of(thread)
     for one in np.unique(rows.process[rows.process != MISSING]):
         calls = np.flatnonzero((process == process_of(one)) & (correlation != MISSING))
@@ -150,15 +138,12 @@ class WholeGraphs:
 def read_whole_graphs(tables: ReportTables) -> WholeGraphs:
     """What `--cuda-graph-trace=graph` leaves instead of kernels."""
     columns = ("start", "end", "globalPid", "deviceId")
-    start, end, process, device = tables.integers(_PREFIX + "GRAPH_TRACE", columns)
+    start, end, process, device = tables.integers(PREFIX + "GRAPH_TRACE", columns)
     if not len(start):
         return WholeGraphs()
     timed = (start != MISSING) & (end != MISSING)
     total = int((end - start)[timed].sum())
-    note = (
-        f"{len(start)} launches of CUDA graphs ({total / 1e6:.3f} ms) were recorded as a whole, "
-        "their kernels are missing: nsys needs --cuda-graph-trace=node"
-    )
+    note = whole_graphs(len(start), total)
     pairs = zip(pid_of(process).tolist(), np.where(device < 0, -1, device).tolist(), strict=True)
     return WholeGraphs(frozenset(pairs), (note,))
 
@@ -176,15 +161,6 @@ def _names(
     distinct, at = coded(keys)
     numbers = [int(key) for key in distinct]
     texts = tables.strings(n for n in numbers if n != MISSING) if kind == "kernel" else {}
-    names = [_name(kind, number, texts) for number in numbers]
+    names = [activity_name(kind, number, texts) for number in numbers]
     codes = np.array([code_of.setdefault(name, len(code_of)) for name in names], dtype=np.int64)
     return codes[at]
-
-
-def _name(kind: str, key: int, texts: dict[int, str]) -> str:
-    if kind == "kernel":
-        return texts.get(key, "") or "unnamed kernel"
-    if kind == "memset":
-        return "[CUDA memset]"
-    known = 0 <= key < len(_COPIES)
-    return f"[CUDA memcpy {_COPIES[key] if known else _COPIES[0]}]"
