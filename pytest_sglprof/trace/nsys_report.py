@@ -23,6 +23,7 @@ from pytest_sglprof.trace.nsys_gpu import (
 )
 from pytest_sglprof.trace.nsys_parquet import ParquetTables
 from pytest_sglprof.trace.nsys_ranges import (
+    RUN_BATCH,
     Ranges,
     read_ranges,
     run_batches,
@@ -70,9 +71,9 @@ def _opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
 def _read(
     tables: ReportTables, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
 ) -> list[RankActivities]:
-    rows = read_gpu_rows(tables)
-    graphs = read_whole_graphs(tables)
     ranges = read_ranges(tables)
+    rows = read_gpu_rows(tables, correlated=RUN_BATCH in ranges.names)
+    graphs = read_whole_graphs(tables)
     notes = [*rows.notes, *graphs.notes]
     on_gpu = {Owner(pid, device) for pid, device in rows.owners() | graphs.owners}
     if on_gpu:

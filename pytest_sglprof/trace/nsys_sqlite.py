@@ -14,7 +14,7 @@ from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.nsys_database import Database, open_database
 from pytest_sglprof.trace.nsys_tables import MISSING
 
-_ROWS = 65_536  # fetched at once: enough to hide the cost of a call, little memory
+_ROWS = 4_096  # fetched at once: enough to hide the cost of a call, few enough for the cache
 
 
 @contextlib.contextmanager
@@ -36,17 +36,27 @@ class SqliteTables:
         there = [column for column in columns if column in self._database.columns(table)]
         if not there:
             return np.empty((len(columns), 0), dtype=np.int64)
-        words = ", ".join(f'CAST(COALESCE("{column}", {MISSING}) AS INTEGER)' for column in there)
-        cursor = self._scan(table, words)
-        blocks = [np.empty((0, len(there)), dtype=np.int64)]
-        while rows := cursor.fetchmany(_ROWS):
-            flat = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * len(there))
-            blocks.append(flat.reshape(-1, len(there)))
-        read = np.concatenate(blocks)
-        values = np.full((len(columns), len(read)), MISSING, dtype=np.int64)
+        (count,) = self._connection.execute(f'SELECT COUNT(*) FROM "{table}"').fetchone()
+        read = np.empty((len(there), count), dtype=np.int64)
+        try:
+            self._fill(read, table, [f'IFNULL("{column}", {MISSING})' for column in there])
+        except (TypeError, ValueError):  # not all are numbers
+            cast = 'CAST(IFNULL("{}", {}) AS INTEGER)'
+            self._fill(read, table, [cast.format(column, MISSING) for column in there])
+        if len(there) == len(columns):
+            return read
+        values = np.full((len(columns), count), MISSING, dtype=np.int64)
         for at, column in enumerate(there):
-            values[columns.index(column)] = read[:, at]
+            values[columns.index(column)] = read[at]
         return values
+
+    def _fill(self, values: Ints, table: str, words: Sequence[str]) -> None:
+        cursor = self._scan(table, ", ".join(words))
+        at = 0
+        while rows := cursor.fetchmany(_ROWS):
+            flat = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * len(words))
+            values[:, at : at + len(rows)] = flat.reshape(-1, len(words)).T
+            at += len(rows)
 
     def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
         """See `ReportTables.texts`."""

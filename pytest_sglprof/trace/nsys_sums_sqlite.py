@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pytest_sglprof.trace.nsys_counted import Counted, Key
 from pytest_sglprof.trace.nsys_database import Database
 from pytest_sglprof.trace.nsys_schema import (
@@ -18,9 +16,10 @@ from pytest_sglprof.trace.nsys_schema import (
 )
 
 # A sum's key is one integer, so that looking it up is one comparison a level: process id,
-# device + 1 and id of the name, in 24, 8 and 31 bits. Rows that do not fit are not added.
+# device and id of the name, in 24, 8 and 31 bits. Rows that do not fit have a key of their own.
 _DEVICE_BITS, _NAME_BITS = 8, 31
 _DEVICE_MASK, _NAME_MASK = (1 << _DEVICE_BITS) - 1, (1 << _NAME_BITS) - 1
+_OTHERS = -1
 _NAME_COLUMNS = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",), "memset": ()}
 
 
@@ -38,15 +37,13 @@ def count_database(database: Database) -> Counted | None:
             continue
         if not _add_up(database, kind):
             return None
-        found = list(_sums(database, kind))
-        if not all(isinstance(total, int) for _, (_, total) in found):
+        found, others = _sums(database, kind)
+        whole = all(isinstance(total, int) for _, total in found.values())
+        if not whole or (others and others != _untimed(database, kind)):
             return None
-        left = _rows(database, kind) - sum(count for _, (count, _) in found)
-        if left and left != _untimed(database, kind):
-            return None
-        untimed += left
+        untimed += others
         sums.update(found)
-    if not _in_order(database):
+    if not _in_order(database, all_timed=not untimed):
         return None
     owners, notes = _whole_graphs(database)
     owners |= {(pid, device) for pid, device, _, _ in sums}
@@ -61,49 +58,51 @@ def _add_up(database: Database, kind: str) -> bool:
     columns = database.columns(table)
     if not {"start", "end"} <= columns:
         return False
-    where = ['"end" >= "start"']
-    pid, device, name = "0", "0", "0"
+    fits = ['"end" >= "start"']
+    parts = []
     if "globalPid" in columns:
-        pid = f'("globalPid" >> {PID_SHIFT} & {PID_MASK})'
-        where.append('"globalPid" IS NOT NULL')
+        fits.append('"globalPid" IS NOT NULL')
+        shift = _DEVICE_BITS + _NAME_BITS - PID_SHIFT
+        parts.append(f'("globalPid" & {PID_MASK << PID_SHIFT}) << {shift}')
+    high = []
     if "deviceId" in columns:
-        device = '("deviceId" + 1)'
-        where.append(f'"deviceId" BETWEEN 0 AND {_DEVICE_MASK - 1}')
+        parts.append(f'"deviceId" << {_NAME_BITS}')
+        high.append('"deviceId"')
     named = [column for column in _NAME_COLUMNS[kind] if column in columns]
-    if named:
-        name = f'"{named[0]}"'
-        where.append(f"{name} BETWEEN 0 AND {_NAME_MASK}")
-    elif _NAME_COLUMNS[kind]:
+    if _NAME_COLUMNS[kind] and not named:
         return False
-    key = f"({pid} << {_DEVICE_BITS + _NAME_BITS}) | ({device} << {_NAME_BITS}) | {name}"
+    if named:
+        parts.append(f'"{named[0]}"')
+        high.append(f'"{named[0]}" >> {_NAME_BITS - _DEVICE_BITS}')
+    if high:  # both at once: every row pays for this
+        fits.append(f"(({') | ('.join(high)})) BETWEEN 0 AND {_DEVICE_MASK}")
+    key = f"({') | ('.join(parts) or '0'})"
     run = database.connection.execute
     run("DROP TABLE IF EXISTS temp.sums")
     run("CREATE TEMP TABLE sums (key INTEGER PRIMARY KEY, count INTEGER, total INTEGER)")
     run(
-        f'INSERT INTO sums SELECT {key}, 1, "end" - "start" FROM "{table}" NOT INDEXED '
-        f"WHERE {' AND '.join(where)} "
+        f"INSERT INTO sums SELECT IIF({' AND '.join(fits)}, {key}, {_OTHERS}), 1, "
+        f'"end" - "start" FROM "{table}" NOT INDEXED WHERE TRUE '
         "ON CONFLICT (key) DO UPDATE SET count = count + 1, total = total + excluded.total"
     )
     return True
 
 
-def _sums(database: Database, kind: str) -> Iterator[tuple[Key, tuple[int, int]]]:
+def _sums(database: Database, kind: str) -> tuple[dict[Key, tuple[int, int]], int]:
+    """The sums under their names, and how many rows have not been added."""
     rows = database.connection.execute("SELECT key, count, total FROM temp.sums").fetchall()
-    ids = {key & _NAME_MASK for key, _, _ in rows}
-    texts = database.strings(ids) if kind == "kernel" else {}
+    others = sum(count for key, count, _ in rows if key == _OTHERS)
+    rows = [row for row in rows if row[0] != _OTHERS]
+    known_device = "deviceId" in database.columns(table_of(kind))
+    texts = database.strings({key & _NAME_MASK for key, _, _ in rows}) if kind == "kernel" else {}
     merged: dict[Key, tuple[int, int]] = {}  # two ids may stand for one text
     for key, count, total in rows:
         pid = key >> (_DEVICE_BITS + _NAME_BITS)
-        device = (key >> _NAME_BITS & _DEVICE_MASK) - 1
+        device = key >> _NAME_BITS & _DEVICE_MASK if known_device else -1
         whole = (pid, device, kind, activity_name(kind, key & _NAME_MASK, texts))
         before = merged.get(whole, (0, 0))
         merged[whole] = (before[0] + count, before[1] + total)
-    yield from merged.items()
-
-
-def _rows(database: Database, kind: str) -> int:
-    found = database.connection.execute(f'SELECT COUNT(*) FROM "{table_of(kind)}"')
-    return int(found.fetchone()[0])
+    return merged, others
 
 
 def _untimed(database: Database, kind: str) -> int:
@@ -114,7 +113,7 @@ def _untimed(database: Database, kind: str) -> int:
     return int(found.fetchone()[0])
 
 
-def _in_order(database: Database) -> bool:
+def _in_order(database: Database, *, all_timed: bool) -> bool:
     """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
 
     Then none contains a later one. Of two kernels of which one contains a later one, the
@@ -128,15 +127,14 @@ def _in_order(database: Database) -> bool:
     parts = ['"globalPid"'] if "globalPid" in columns else []
     parts += ['("deviceId" << 16)'] if "deviceId" in columns else []
     parts += ['COALESCE("streamId", -1)'] if "streamId" in columns else []
-    where = ['"end" >= "start"']
-    if "graphNodeId" in columns:
-        where.insert(0, '("graphNodeId" IS NULL OR "graphNodeId" = 0)')
+    where = ['IFNULL("graphNodeId", 0) = 0'] if "graphNodeId" in columns else []
+    where += [] if all_timed else ['"end" >= "start"']
     run = database.connection.execute
     run("DROP TABLE IF EXISTS temp.streams")
     run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start", "end", disorder INTEGER)')
     run(
         f'INSERT INTO streams SELECT {" + ".join(parts) or "0"}, "start", "end", 0 '
-        f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where)} ORDER BY rowid '
+        f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where) or "TRUE"} ORDER BY rowid '
         'ON CONFLICT (key) DO UPDATE SET "start" = excluded."start", "end" = excluded."end", '
         'disorder = disorder OR excluded."start" < "start" OR excluded."end" < "end"'
     )
