@@ -30,7 +30,7 @@ def window_files(path: Path) -> list[Path]:
     traces = [file for file in inside if file.name.endswith(TORCH_ENDINGS)]
     traces = [file for file in traces if ".trace.json" in file.name] or traces
     ranked = [file for file in traces if not file.name.startswith("merged-")]
-    exports = [file for file in inside if file.suffix == ".sqlite"]
+    exports = [file for file in inside if file.suffix == ".sqlite" and not _stale(file)]
     stems = {file.stem for file in exports}
     reports = [f for f in inside if f.suffix == ".nsys-rep" and f.stem not in stems]
     return (ranked or traces) + exports + reports
@@ -39,3 +39,17 @@ def window_files(path: Path) -> list[Path]:
 def is_nsys(path: Path) -> bool:
     """Whether this is for the reader of nsys reports."""
     return path.is_dir() or path.suffix in NSYS_ENDINGS
+
+
+def _stale(export: Path) -> bool:
+    """Whether the report of the same name beside it holds something else."""
+    report = export.with_suffix(".nsys-rep")
+    if not report.is_file():
+        return False
+    from pytest_sglprof.nsys_export import digest_of, exported_from
+
+    source = exported_from(export)
+    if source:
+        return source != digest_of(report)
+    # It does not say what it was made of; but nothing is made of what comes later.
+    return export.stat().st_mtime_ns < report.stat().st_mtime_ns

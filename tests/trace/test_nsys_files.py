@@ -21,6 +21,7 @@ from nsys_exports import (
 from pytest_sglprof.errors import NotATrace, NsysMissing, TraceError
 from pytest_sglprof.nsys import NsysTool, export
 from pytest_sglprof.trace.nsys_report import read_report
+from pytest_sglprof.trace.window_files import window_files
 
 
 def test_files_that_are_no_export(tmp_path: Path) -> None:
@@ -135,6 +136,24 @@ def test_an_export_that_a_window_left_is_used_for_its_report_only(
     read_report(report, nsys=str(fake_nsys))
     assert len(exports(tmp_path)) == 2
     assert beside.read_bytes() == before
+
+
+def test_a_folder_with_a_stale_export_gives_the_report(report: Path, fake_nsys: Path) -> None:
+    beside = report.with_suffix(".sqlite")
+    export(NsysTool(str(fake_nsys), "2023.4.4"), report, "sqlite", beside, 30)
+    assert window_files(report.parent) == [beside]
+    times = report.stat()
+    report.write_bytes(b"y")
+    os.utime(report, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert window_files(report.parent) == [report]
+    make_export(report.with_name("v.sqlite"), CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 1)])
+    other = report.with_name("v.nsys-rep")
+    other.write_bytes(b"older")
+    os.utime(other, ns=(0, 0))
+    assert window_files(report.parent) == [report.with_name("v.sqlite"), report]
+    os.utime(other)
+    os.utime(report.with_name("v.sqlite"), ns=(0, 0))
+    assert window_files(report.parent) == [other, report]
 
 
 def test_an_export_of_unknown_origin_is_neither_used_nor_touched(

@@ -124,10 +124,13 @@ def test_the_generated_export_has_the_generators_truth(
 ) -> None:
     monkeypatch.syspath_prepend(str(project_root))
     from benchmarks.nsys_generate import nsys_inputs, truth_of
+    from benchmarks.nsys_tables import group_by, right
 
     folder = nsys_inputs(tmp_path, kernels=8 * 220 * 11)  # both kinds of steps
     for name in ("report.sqlite", "report.parquet"):
         assert of(read_sums(folder / name)) == truth_of(folder)
+    assert right(group_by(folder), folder)
+    assert not right({("GPU0", "x", "kernel"): (1, 1)}, folder)
 
 
 def graph(start: int, end: int, device: int = 0) -> dict[str, Any]:
