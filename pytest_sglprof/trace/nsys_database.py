@@ -30,7 +30,7 @@ def open_database(path: Path) -> Iterator[Database]:
             if not KNOWN_TABLES & database.names:
                 raise _not_an_export(path, "it has none of an nsys export's tables")
             yield database
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
         if "not a database" in str(error):
             raise _not_an_export(path, "it is no SQLite database") from error
         raise TraceError(

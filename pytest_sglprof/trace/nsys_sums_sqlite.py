@@ -108,7 +108,8 @@ def _sums(database: Database, kind: str) -> tuple[dict[Key, tuple[int, int]], in
 def _untimed(database: Database, kind: str) -> int:
     found = database.connection.execute(
         f'SELECT COUNT(*) FROM "{table_of(kind)}" '
-        'WHERE "start" IS NULL OR "end" IS NULL OR "end" < "start"'
+        'WHERE "start" IS NULL OR "end" IS NULL OR ("end" < "start" '
+        "AND TYPEOF(\"start\") = 'integer' AND TYPEOF(\"end\") = 'integer')"
     )
     return int(found.fetchone()[0])
 

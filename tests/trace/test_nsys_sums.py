@@ -296,6 +296,26 @@ def test_a_truncated_database_is_an_error_or_right(tmp_path: Path, shared_data: 
             assert error.hint
 
 
+def test_a_flipped_bit_gives_our_error_or_what_the_rows_say(tmp_path: Path) -> None:
+    """SQLite has no checksums: some changes cannot be noticed, but both ways must agree."""
+    kernels = [kernel(10 * n, 10 * n + 5, 1 + n % 2) for n in range(40)]
+    source = make_export(
+        tmp_path / "s.sqlite", CUPTI_ACTIVITY_KIND_KERNEL=kernels, StringIds=STRINGS
+    )
+    whole = source.read_bytes()
+    path = tmp_path / "x.sqlite"
+    filled = [at for at, byte in enumerate(whole) if byte]
+    for number, at in enumerate(filled[::7]):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << number % 8]) + whole[at + 1 :])
+        try:
+            found = of(read_sums(path))
+        except TraceError:
+            with pytest.raises(TraceError):
+                read_report(path)
+        else:
+            assert found == from_rows(path), at
+
+
 def test_a_truncated_parquet_file_is_an_error(tmp_path: Path) -> None:
     path = make_export(
         tmp_path / "x.sqlite", CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 1)], StringIds=STRINGS
