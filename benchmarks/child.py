@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-Sums = dict[tuple[str, str], tuple[int, int]]
-"""(rank or device, full kernel name) -> (count, total ns)."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,15 @@ class Figures:
     note: str = ""
 
 
-def report(way: Callable[[Path], Sums], folder: Path, truth: Callable[[Path], Sums]) -> None:
-    """Runs `way` in this process and prints its figures, for `measured` to read."""
+def report(
+    way: Callable[[Path], T],
+    folder: Path,
+    judged: Callable[[T, Path], tuple[bool | None, str]],
+) -> None:
+    """Runs `way` in this process and prints its figures, for `measured` to read.
+
+    judged: whether the result is right, and a note.
+    """
     begin = time.monotonic()
     with _watched() as peaks:
         sums = way(folder)
@@ -44,15 +51,14 @@ def report(way: Callable[[Path], Sums], folder: Path, truth: Callable[[Path], Su
     own, others = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    expected = truth(folder)
-    right = sums == expected if sums else None
+    right, note = judged(sums, folder)
     figures = {
         "cpu_s": own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime,
         "wall_s": wall,
-        "parent_mb": own.ru_maxrss / 1024,
+        "parent_mb": _peak_mb("self"),
         "child_mb": max(peaks.values(), default=0.0),
         "right": right,
-        "note": "" if right in (True, None) else difference(sums, expected),
+        "note": note,
     }
     sys.stdout.write(json.dumps(figures) + "\n")
 
@@ -61,8 +67,7 @@ def report(way: Callable[[Path], Sums], folder: Path, truth: Callable[[Path], Su
 def _watched() -> Iterator[dict[int, float]]:
     """Peak resident memory of each child process, MB, as the kernel counts it.
 
-    Looked up while they live: what `getrusage` tells of children includes the memory of
-    this process, from which they were forked.
+    Looked up while they live.
     """
     peaks: dict[int, float] = {}
     done = threading.Event()
@@ -71,9 +76,7 @@ def _watched() -> Iterator[dict[int, float]]:
         while not done.wait(0.1):
             for task in Path("/proc/self/task").iterdir():
                 for pid in map(int, _text(task / "children").split()):
-                    found = re.search(r"VmHWM:\s*(\d+)", _text(Path(f"/proc/{pid}/status")))
-                    if found is not None:
-                        peaks[pid] = int(found[1]) / 1024
+                    peaks[pid] = max(_peak_mb(pid), peaks.get(pid, 0.0))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -84,18 +87,20 @@ def _watched() -> Iterator[dict[int, float]]:
         thread.join()
 
 
+def _peak_mb(process: int | str) -> float:
+    """Of a process since it began its program; 0 when it is gone.
+
+    What `getrusage` tells includes the memory of the process from which it was forked.
+    """
+    found = re.search(r"VmHWM:\s*(\d+)", _text(Path(f"/proc/{process}/status")))
+    return int(found[1]) / 1024 if found is not None else 0.0
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:  # the process is gone
         return ""
-
-
-def difference(sums: Sums, truth: Sums) -> str:
-    """How far the sums are from the truth, in words."""
-    total, whole = sum(ns for _, ns in sums.values()), sum(ns for _, ns in truth.values())
-    worst = min((sums.get(key, (0, 0))[1] / ns - 1 for key, (_, ns) in truth.items()), default=0)
-    return f"total {100 * (total / whole - 1):+.1f} %, worst name {100 * worst:+.0f} %"
 
 
 def measured(command: Sequence[str], root: Path) -> Figures:

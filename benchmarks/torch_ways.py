@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import Sums
+Sums = dict[tuple[str, str], tuple[int, int]]
+"""(rank, full kernel name) -> (count, total ns)."""
 
 NEEDLES = (b'"kernel"', b'"gpu_mem', b'user_annotation"')
 GPU = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -15,6 +16,9 @@ from pytest_sglprof.errors import NsysError
 from pytest_sglprof.nsys_command import NsysTool, run
 from pytest_sglprof.redact import HIDDEN, is_secret_env
 
+_HELP_TIMEOUT = 30.0  # s
+_PIECE = 1 << 20  # bytes
+_SIGNATURE = "SGLPROF_EXPORT"  # our table in an export
 _ASSIGNMENT = re.compile(rb"(^|[\x00;\n])([A-Za-z_][A-Za-z0-9_]*)=([^\x00;\n]+)")
 _BARE = re.compile(rb"^([A-Za-z_][A-Za-z0-9_]*)=([^\x00]+)$", re.S)
 
@@ -29,8 +33,9 @@ def export(
     """Exports `report` to `target`: a SQLite file, or a folder of Parquet files.
 
     The target appears only when it is complete; one that exists is replaced. nsys puts
-    the environment of every readable process into a report: a SQLite export is given
-    without the values of variables that are named like credentials.
+    the environment of every readable process into a report: an export is given without
+    the values of variables that are named like credentials. A SQLite export also says
+    which report it was made of (see `exported_from`).
     """
     if not report.is_file():
         raise NsysError(f"{report}: no such report", expected="a .nsys-rep file")
@@ -51,11 +56,49 @@ def export(
             )
         if kind == "sqlite":
             hide_credentials(partial)
+            _sign(partial, digest_of(report))
+        else:
+            _hide_in_folder(partial)
         _remove(target)
         partial.replace(target)
     finally:
         _remove(partial)
     return target
+
+
+def can_export_parquet(tool: NsysTool) -> bool:
+    """Whether this nsys writes folders of Parquet files."""
+    with contextlib.suppress(NsysError):
+        return "parquetdir" in run([tool.path, "export", "--help"], _HELP_TIMEOUT).stdout
+    return False
+
+
+def digest_of(report: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with report.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def exported_from(database: Path) -> str:
+    """The digest of the report that `export` made a SQLite file of; "" where it does not say."""
+    uri = f"{database.absolute().as_uri()}?mode=ro&immutable=1"
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(uri, uri=True)) as connection,
+    ):
+        (digest,) = connection.execute(f"SELECT report_sha256 FROM {_SIGNATURE}").fetchone()
+        return str(digest)
+    return ""
+
+
+def _sign(database: Path, digest: str) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute(f"CREATE TABLE {_SIGNATURE} (report_sha256 TEXT)")
+        connection.execute(f"INSERT INTO {_SIGNATURE} VALUES (?)", (digest,))
+        connection.commit()
 
 
 def _remove(path: Path) -> None:
@@ -120,6 +163,37 @@ def _text_columns(connection: sqlite3.Connection) -> list[tuple[str, str]]:
             columns = connection.execute(f'PRAGMA table_info("{table}")').fetchall()
             found += [(table, column[1]) for column in columns if column[2].upper() == "TEXT"]
     return found
+
+
+def _hide_in_folder(folder: Path) -> None:
+    """As `hide_credentials`; without pyarrow the files that may hold any are removed."""
+    for file in folder.glob("*.parquet"):
+        if file.stem != "StringIds" and not file.stem.startswith(("TARGET_INFO", "META_DATA")):
+            continue
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            file.unlink()
+            continue
+        try:
+            table = pyarrow.parquet.read_table(file)
+            for at, field in enumerate(table.schema):
+                if pyarrow.types.is_string(field.type):
+                    texts = [None if t is None else _hidden(t) for t in table[at].to_pylist()]
+                    table = table.set_column(at, field, [pyarrow.array(texts, field.type)])
+            pyarrow.parquet.write_table(table, file)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise NsysError(
+                f"nsys wrote {file.name}, which cannot be read: {error}",
+                expected="a complete Parquet export",
+                hint="export to SQLite instead",
+            ) from error
+
+
+def _hidden(text: str) -> str:
+    raw = text.encode("utf-8", errors="surrogateescape")
+    return _hide(raw).decode("utf-8", errors="replace")
 
 
 def _hide(text: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 _FILE_END = re.compile(r"(?:-(?:EXTEND|DECODE))?(?:\.trace)?\.json(?:\.gz|\.zst)?$")
@@ -85,3 +86,13 @@ class Rank:
         tags = re.findall(r"_(ATTN_CP|MOE_DP|DP|PP|TP|EP)(\d+)", match[1])
         values = {tag.lower(): int(number) for tag, number in tags}
         return cls(**values) if values else cls(tp=0)
+
+
+def rank_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels in the numerical order of their ranks; unknown texts last, by name."""
+
+    def key(label: str) -> tuple[bool, tuple[int, ...], str]:
+        rank = Rank.parse(label)
+        return (rank is None, rank.sort_key if rank else (), label)
+
+    return tuple(sorted(labels, key=key))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pytest_sglprof.cli.formats import Column, add_format_option, render
@@ -12,6 +15,8 @@ from pytest_sglprof.errors import SettingsError
 KEYS = ("rank", "name", "full_name", "category", "kind", "stage", "step", "stream")
 TEXT_COLUMNS = frozenset(KEYS) - {"step", "stream"}
 DEFAULT_KEYS = ("rank", "name", "category")
+
+_Answer = tuple[Sequence[Mapping[str, Any]], list[str]]  # records, notes
 
 
 def add_parser(subparsers: Any) -> None:
@@ -41,8 +46,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 0. Unreadable input raises `TraceError` (exit status 2)."""
-    from pytest_sglprof.trace.read import read_window
-
     keys = [key.strip() for key in args.by.split(",") if key.strip()]
     unknown = [key for key in keys if key not in KEYS]
     if unknown or not keys:
@@ -51,22 +54,47 @@ def run(args: argparse.Namespace) -> int:
             expected="keys out of " + ", ".join(KEYS),
             hint="for example --by rank,category",
         )
+    records, notes = _from_sums(keys, args) or _from_rows(keys, args)
+    columns = [Column(key, left=key in TEXT_COLUMNS) for key in (*keys, "count")]
+    columns.append(Column("total_ns", "total ms", _milliseconds))
+    sys.stdout.write(render(records, columns, args.format))
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+    return 0
+
+
+def _from_sums(keys: Sequence[str], args: argparse.Namespace) -> _Answer | None:
+    """The answer where totals of one nsys report are enough: its rows are not read then."""
+    from pytest_sglprof.trace.window_files import is_nsys, window_files
+
+    files = [file for path in args.paths for file in window_files(Path(path))]
+    if len(files) != 1 or not is_nsys(files[0]):
+        return None
+    from pytest_sglprof.trace.nsys_sums import KEYS as SUMMED
+    from pytest_sglprof.trace.nsys_sums import read_sums
+
+    if not set(keys) <= set(SUMMED):
+        return None
+    sums = read_sums(files[0], nsys=args.nsys)
+    records = sums.of("category", "other").by(*keys) if args.uncategorised else sums.by(*keys)
+    return records, _notes(sums.notes, bool(records), args)
+
+
+def _from_rows(keys: Sequence[str], args: argparse.Namespace) -> _Answer:
+    from pytest_sglprof.trace.read import read_window
+
     table = read_window(args.paths, nsys=args.nsys, allow_partial=args.allow_partial)
     if args.uncategorised:
-        from dataclasses import replace
-
         other = table.frame["category"] == "other"
         table = replace(table, frame=table.frame.loc[other])
     rows = table.by(*keys).astype(object).to_dict("records")
     records = [{str(key): value for key, value in row.items()} for row in rows]
-    columns = [Column(key, left=key in TEXT_COLUMNS) for key in (*keys, "count")]
-    columns.append(Column("total_ns", "total ms", _milliseconds))
-    sys.stdout.write(render(records, columns, args.format))
-    for note in table.notes:
-        sys.stderr.write(f"note: {note}\n")
-    if not len(table.frame):
-        sys.stderr.write(f"note: no activity in {', '.join(map(str, args.paths))}\n")
-    return 0
+    return records, _notes(table.notes, bool(len(table.frame)), args)
+
+
+def _notes(notes: Sequence[str], activity: bool, args: argparse.Namespace) -> list[str]:
+    none = f"no activity in {', '.join(map(str, args.paths))}"
+    return [*notes, *([] if activity else [none])]
 
 
 def _milliseconds(ns: Any) -> str:

@@ -10,28 +10,18 @@ import numpy as np
 from pytest_sglprof.trace.arrays import Flags, Ints, first_of
 from pytest_sglprof.trace.impossible import contains_later, excluded
 from pytest_sglprof.trace.nsys_ranks import Owner
+from pytest_sglprof.trace.nsys_schema import (
+    KINDS,
+    PREFIX,
+    activity_name,
+    skipped,
+    table_of,
+    whole_graphs,
+)
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, process_of
 
-KINDS = ("kernel", "memcpy", "memset")
-_PREFIX = "CUPTI_ACTIVITY_KIND_"
-_COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "correlationId", "graphNodeId")
-# ENUM_CUDA_MEMCPY_OPER; older exports do not bring it along.
-_COPIES = (
-    "Unknown",
-    "Host-to-Device",
-    "Device-to-Host",
-    "Host-to-Array",
-    "Array-to-Host",
-    "Array-to-Array",
-    "Array-to-Device",
-    "Device-to-Array",
-    "Device-to-Device",
-    "Host-to-Host",
-    "Peer-to-Peer",
-    "Unified Host-to-Device",
-    "Unified Device-to-Host",
-    "Unified Device-to-Device",
-)
+_COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "graphNodeId")
+_NAMED = {"kernel": ("demangledName",), "memcpy": ("copyKind",), "memset": ()}
 
 
 @dataclass(frozen=True)
@@ -71,22 +61,32 @@ class GpuRows:
         return np.flatnonzero(chosen)
 
 
-def read_gpu_rows(tables: ReportTables) -> GpuRows:
-    """All GPU activities, without those that have no time or an impossible one."""
+def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
+    """All GPU activities, without those that have no time or an impossible one.
+
+    correlated: whether correlation ids are asked for; they are MISSING where not.
+    """
     code_of: dict[str, int] = {}
-    parts = []
+    columns: list[list[Ints]] = [[] for _ in range(len(_COLUMNS) + 3)]
     for number, kind in enumerate(KINDS):
-        extra = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",)}.get(kind, ())
-        read = tables.integers(_PREFIX + kind.upper(), (*_COLUMNS, *extra))
-        names = _names(tables, kind, read[len(_COLUMNS) :], read.shape[1], code_of)
-        kinds = np.full(read.shape[1], number, dtype=np.int64)
-        parts.append(np.vstack([read[: len(_COLUMNS)], kinds, names]))
-    start, end, device, stream, process, correlation, node, kinds, names = np.hstack(parts)
+        asked = (*_COLUMNS, *(["correlationId"] if correlated else ()), *_NAMED[kind])
+        read = dict(zip(asked, tables.integers(table_of(kind), asked), strict=True))
+        count = len(read["start"])
+        correlation = read.get("correlationId", np.full(count, MISSING, dtype=np.int64))
+        kinds = np.full(count, number, dtype=np.int64)
+        keys = [read[column] for column in _NAMED[kind]] or [np.zeros(count, dtype=np.int64)]
+        names = _names(tables, kind, keys[0], code_of)
+        for parts, part in zip(
+            columns, (*(read[c] for c in _COLUMNS), correlation, kinds, names), strict=True
+        ):
+            parts.append(part)
+    start, end, device, stream, process, node, correlation, kinds, names = (
+        _joined(parts) for parts in columns
+    )
     timed = (start != MISSING) & (end != MISSING) & (end >= start)
     notes = []
     if not timed.all():
-        count = int((~timed).sum())
-        notes.append(f"skipped {count} GPU activities with a missing or negative duration")
+        notes.append(skipped(int((~timed).sum())))
     graph = (node != MISSING) & (node != 0)
     group = np.zeros(len(start), dtype=np.int64)
     for part in (process, device, stream):
@@ -96,19 +96,27 @@ def read_gpu_rows(tables: ReportTables) -> GpuRows:
     if bad.any():
         notes.append(excluded((end - start)[bad]))
     keep = timed & ~bad
+    chosen = slice(None) if keep.all() else keep  # a slice copies nothing
     return GpuRows(
-        start=start[keep],
-        dur=(end - start)[keep],
-        device=np.where(device < 0, -1, device)[keep],
-        stream=np.where(stream < 0, -1, stream)[keep],
-        process=process[keep],
-        correlation=correlation[keep],
-        graph=graph[keep],
-        kind=kinds[keep],
-        name=names[keep],
+        start=start[chosen],
+        dur=(end - start)[chosen],
+        device=np.maximum(device, -1)[chosen],
+        stream=np.maximum(stream, -1)[chosen],
+        process=process[chosen],
+        correlation=correlation[chosen],
+        graph=graph[chosen],
+        kind=kinds[chosen],
+        name=names[chosen],
         names=tuple(code_of),
         notes=tuple(notes),
     )
+
+
+def _joined(parts: list[Ints]) -> Ints:
+    """One column; the parts are given up, for memory's sake."""
+    filled = [part for part in parts if len(part)]
+    parts.clear()
+    return filled[0] if len(filled) == 1 else np.concatenate([*filled, np.empty(0, np.int64)])
 
 
 def impossible(start: Ints, end: Ints, group: Ints, candidate: Flags) -> Flags:
@@ -127,7 +135,7 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
     """When the CPU launched each row (ns); MISSING where no launch was recorded."""
     launched = np.full(len(rows), MISSING, dtype=np.int64)
     columns = ("start", "globalTid", "correlationId")
-    start, thread, correlation = tables.integers(_PREFIX + "RUNTIME", columns)
+    start, thread, correlation = tables.integers(PREFIX + "RUNTIME", columns)
     process = process_of(thread)
     for one in np.unique(rows.process[rows.process != MISSING]):
         calls = np.flatnonzero((process == process_of(one)) & (correlation != MISSING))
@@ -150,41 +158,24 @@ class WholeGraphs:
 def read_whole_graphs(tables: ReportTables) -> WholeGraphs:
     """What `--cuda-graph-trace=graph` leaves instead of kernels."""
     columns = ("start", "end", "globalPid", "deviceId")
-    start, end, process, device = tables.integers(_PREFIX + "GRAPH_TRACE", columns)
+    start, end, process, device = tables.integers(PREFIX + "GRAPH_TRACE", columns)
     if not len(start):
         return WholeGraphs()
     timed = (start != MISSING) & (end != MISSING)
     total = int((end - start)[timed].sum())
-    note = (
-        f"{len(start)} launches of CUDA graphs ({total / 1e6:.3f} ms) were recorded as a whole, "
-        "their kernels are missing: nsys needs --cuda-graph-trace=node"
-    )
+    note = whole_graphs(len(start), total)
     pairs = zip(pid_of(process).tolist(), np.where(device < 0, -1, device).tolist(), strict=True)
     return WholeGraphs(frozenset(pairs), (note,))
 
 
-def _names(
-    tables: ReportTables, kind: str, extra: Ints, count: int, code_of: dict[str, int]
-) -> Ints:
+def _names(tables: ReportTables, kind: str, keys: Ints, code_of: dict[str, int]) -> Ints:
     """One code a row; adds the names to `code_of`."""
-    if kind == "memset":
-        keys = np.zeros(count, dtype=np.int64)
-    elif kind == "memcpy":
-        keys = extra[0]
-    else:
-        keys = np.where(extra[0] != MISSING, extra[0], extra[1])
+    if kind == "kernel" and (keys == MISSING).any():
+        (short,) = tables.integers(table_of(kind), ["shortName"])
+        keys = np.where(keys != MISSING, keys, short) if len(short) else keys
     distinct, at = coded(keys)
     numbers = [int(key) for key in distinct]
     texts = tables.strings(n for n in numbers if n != MISSING) if kind == "kernel" else {}
-    names = [_name(kind, number, texts) for number in numbers]
+    names = [activity_name(kind, number, texts) for number in numbers]
     codes = np.array([code_of.setdefault(name, len(code_of)) for name in names], dtype=np.int64)
     return codes[at]
-
-
-def _name(kind: str, key: int, texts: dict[int, str]) -> str:
-    if kind == "kernel":
-        return texts.get(key, "") or "unnamed kernel"
-    if kind == "memset":
-        return "[CUDA memset]"
-    known = 0 <= key < len(_COPIES)
-    return f"[CUDA memcpy {_COPIES[key] if known else _COPIES[0]}]"

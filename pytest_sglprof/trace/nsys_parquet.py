@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError
 from pytest_sglprof.trace.arrays import Ints
-from pytest_sglprof.trace.nsys_tables import KNOWN_TABLES, MISSING
+from pytest_sglprof.trace.nsys_schema import KNOWN_TABLES
+from pytest_sglprof.trace.nsys_tables import MISSING
 
 SUFFIX = ".parquet"
+_ROWS = 1 << 17  # of a batch: enough to hide the cost of a call, little memory
 
 
 class ParquetTables:
@@ -50,6 +52,27 @@ class ParquetTables:
             if column in read.column_names:
                 values[at] = self._integers(table, read[column])
         return values
+
+    def batches(self, table: str, columns: Sequence[str]) -> Iterator[Any]:
+        """Arrow tables of the columns as int64, null where there is no value, row by row."""
+        file = self._files.get(table)
+        if file is None:
+            return
+        kind = self._pyarrow.int64()
+        try:
+            stored = self._pyarrow.parquet.ParquetFile(file)
+            there = [column for column in columns if column in stored.schema_arrow.names]
+            if not there:
+                return
+            for batch in stored.iter_batches(_ROWS, columns=there):
+                missing = self._pyarrow.nulls(batch.num_rows, kind)
+                arrays = [
+                    batch.column(column).cast(kind, safe=False) if column in there else missing
+                    for column in columns
+                ]
+                yield self._pyarrow.Table.from_arrays(arrays, names=list(columns))
+        except (OSError, self._pyarrow.ArrowException) as error:
+            raise _unreadable(file, str(error)) from error
 
     def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
         """See `ReportTables.texts`."""

@@ -56,6 +56,15 @@ def label_owners(
     return labels, notes
 
 
+def not_recorded(pid_ranks: Mapping[int, str], seen: Set[int]) -> list[str]:
+    """Notes on ranks whose process is not among those `seen` in the report."""
+    return [
+        f"process {pid} ({label}) is not in the nsys report"
+        for pid, label in pid_ranks.items()
+        if pid not in seen
+    ]
+
+
 def _alone(owner: Owner, unknown: Sequence[Owner]) -> bool:
     return sum(other.device == owner.device for other in unknown) == 1
 

@@ -8,17 +8,14 @@ with its self time.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pytest_sglprof.errors import NotATrace, TraceError
 from pytest_sglprof.trace.arrays import Ints
+from pytest_sglprof.trace.nsys_files import readable
 from pytest_sglprof.trace.nsys_gpu import (
-    KINDS,
     GpuRows,
     launch_times,
     read_gpu_rows,
@@ -26,18 +23,19 @@ from pytest_sglprof.trace.nsys_gpu import (
 )
 from pytest_sglprof.trace.nsys_parquet import ParquetTables
 from pytest_sglprof.trace.nsys_ranges import (
+    RUN_BATCH,
     Ranges,
     read_ranges,
     run_batches,
     self_times,
     step_at,
 )
-from pytest_sglprof.trace.nsys_ranks import Owner, label_owners
+from pytest_sglprof.trace.nsys_ranks import Owner, label_owners, not_recorded
+from pytest_sglprof.trace.nsys_schema import KINDS
 from pytest_sglprof.trace.nsys_sqlite import open_sqlite
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
 from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
 
-EXPORT_TIMEOUT = 1800.0  # s; grows with the report, some reach gigabytes
 _THREAD = 0xFFFFFF
 
 
@@ -52,7 +50,7 @@ def read_report(
 
     pid_ranks, gpu_ranks: the rank of a process id, else of a device, as the server had
     them; processes of pid_ranks come back even without any activity. nsys: the command
-    that exports a `.nsys-rep`; its SQLite export is kept beside it and used again.
+    that exports a `.nsys-rep` (see `nsys_files.readable`).
 
     Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
     """
@@ -62,50 +60,20 @@ def read_report(
 
 @contextlib.contextmanager
 def _opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
-    if path.is_dir():
-        yield ParquetTables(path)
-    elif path.suffix == ".nsys-rep":
-        with _exported(path, nsys) as database, open_sqlite(database) as tables:
-            yield tables
-    elif path.suffix == ".qdstrm":
-        raise TraceError(
-            f"{path} is what nsys recorded, but nsys has made no report of it",
-            expected="a .nsys-rep file",
-            hint="the host half of nsys is missing or broken (libssh, host-linux-x64 beside "
-            "target-linux-x64): import the file with QdstrmImporter of the same version",
-        )
-    elif not path.exists():
-        raise NotATrace(f"{path} does not exist", expected="an nsys report or an export of one")
-    else:
-        with open_sqlite(path) as tables:
-            yield tables
-
-
-@contextlib.contextmanager
-def _exported(report: Path, nsys: str | None) -> Iterator[Path]:
-    """A SQLite export of `report`: the one beside it unless the report is newer."""
-    from pytest_sglprof.nsys import export, find_nsys
-
-    if not report.is_file():
-        raise NotATrace(f"{report} does not exist", expected="an nsys report")
-    beside = report.with_suffix(".sqlite")
-    if beside.is_file() and beside.stat().st_mtime_ns >= report.stat().st_mtime_ns:
-        yield beside
-        return
-    tool = find_nsys(nsys)
-    if os.access(report.parent, os.W_OK):
-        yield export(tool, report, "sqlite", beside, EXPORT_TIMEOUT)
-        return
-    with TemporaryDirectory(prefix="sglprof-") as folder:
-        yield export(tool, report, "sqlite", Path(folder) / beside.name, EXPORT_TIMEOUT)
+    with readable(path, nsys) as export:
+        if export.is_dir():
+            yield ParquetTables(export)
+        else:
+            with open_sqlite(export) as tables:
+                yield tables
 
 
 def _read(
     tables: ReportTables, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
 ) -> list[RankActivities]:
-    rows = read_gpu_rows(tables)
-    graphs = read_whole_graphs(tables)
     ranges = read_ranges(tables)
+    rows = read_gpu_rows(tables, correlated=RUN_BATCH in ranges.names)
+    graphs = read_whole_graphs(tables)
     notes = [*rows.notes, *graphs.notes]
     on_gpu = {Owner(pid, device) for pid, device in rows.owners() | graphs.owners}
     if on_gpu:
@@ -117,11 +85,7 @@ def _read(
     labels, how = label_owners(owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, recorded=recorded)
     seen = recorded | {owner.pid for owner in owners}
     notes += how
-    notes += [
-        f"process {pid} ({label}) is not in the nsys report"
-        for pid, label in pid_ranks.items()
-        if pid not in seen
-    ]
+    notes += not_recorded(pid_ranks, seen)
     members: dict[str, list[Owner]] = {}
     for owner in owners:
         members.setdefault(labels[owner], []).append(owner)

@@ -12,19 +12,6 @@ from pytest_sglprof.trace.arrays import Ints
 MISSING = int(np.iinfo(np.int64).min)
 """Stands for NULL and for columns that this version of nsys does not write."""
 
-KNOWN_TABLES = frozenset(
-    {
-        "META_DATA_EXPORT",
-        "EXPORT_META_DATA",  # its name up to schema 2
-        "StringIds",
-        "PROCESSES",
-        "NVTX_EVENTS",
-        "CUPTI_ACTIVITY_KIND_KERNEL",
-        "CUPTI_ACTIVITY_KIND_RUNTIME",
-    }
-)
-"""At least one of these stands in every export; nsys leaves out tables without rows."""
-
 
 class ReportTables(Protocol):
     """Read access to the tables of one export. A table that is absent is an empty one."""

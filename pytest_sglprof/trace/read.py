@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pytest_sglprof.errors import NotATrace
+from pytest_sglprof.ranks import rank_order
 from pytest_sglprof.trace.arrays import Ints, first_of
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
@@ -19,15 +20,13 @@ from pytest_sglprof.trace.table import (
     UNKNOWN_STAGE,
     KernelTable,
     RankActivities,
-    rank_order,
     step_frame,
 )
 from pytest_sglprof.trace.torch_trace import COMMUNICATION
 from pytest_sglprof.trace.torch_window import read_traces
+from pytest_sglprof.trace.window_files import is_nsys, window_files
 
-TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
 POOL_BYTES = 8 * 2**20  # stored bytes; below, starting processes costs more than it saves
-NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
 
 Progress = Callable[[int, int], None]
 
@@ -55,17 +54,17 @@ def read_window(
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    files = [file for path in listed for file in _files(Path(path))]
+    files = [file for path in listed for file in window_files(Path(path))]
     if not files:
         raise NotATrace(
             "there is no trace to read" + (f" in {listed[0]}" if listed else ""),
             expected="*.trace.json.gz, *.json, *.nsys-rep, *.sqlite or a folder of them",
             hint="check the path",
         )
-    torch = [file for file in files if not _is_nsys(file)]
+    torch = [file for file in files if not is_nsys(file)]
     found = _read_torch(torch, allow_partial, progress, processes)
     for file in files:
-        if _is_nsys(file):
+        if is_nsys(file):
             from pytest_sglprof.trace.nsys_report import read_report
 
             read = read_report(file, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, nsys=nsys)
@@ -105,31 +104,6 @@ def build_table(
         notes=tuple(notes),
         files=files,
     )
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise NotATrace(
-            f"{path} does not exist",
-            expected="a trace, a report, an export or a folder of a window",
-            hint="check the path",
-        )
-    if not path.is_dir():
-        return [path]
-    inside = sorted(path.iterdir())
-    if any(file.suffix == ".parquet" for file in inside):
-        return [path]
-    traces = [file for file in inside if file.name.endswith(TORCH_ENDINGS)]
-    traces = [file for file in traces if ".trace.json" in file.name] or traces
-    ranked = [file for file in traces if not file.name.startswith("merged-")]
-    exports = [file for file in inside if file.suffix == ".sqlite"]
-    stems = {file.stem for file in exports}
-    reports = [f for f in inside if f.suffix == ".nsys-rep" and f.stem not in stems]
-    return (ranked or traces) + exports + reports
-
-
-def _is_nsys(path: Path) -> bool:
-    return path.is_dir() or path.suffix in NSYS_ENDINGS
 
 
 def _read_torch(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof.ranks import Rank
+from pytest_sglprof.ranks import rank_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,14 +96,16 @@ class KernelTable:
         """Count and total time for each combination of `keys`.
 
         Columns: the keys, `count`, `total_ns` (int64). Ordered by rank where that is a
-        key, then by total, largest first.
+        key, then by total, largest first, then by the other keys.
         """
         grouped = self.frame.groupby(list(keys), observed=True, sort=False)["dur_ns"]
         sums = grouped.agg(count="size", total_ns="sum").reset_index()
-        by_rank = [key for key in keys if key == "rank"]
-        ascending = [True] * len(by_rank) + [False]
-        ordered = sums.sort_values([*by_rank, "total_ns"], ascending=ascending, kind="stable")
-        result: pd.DataFrame = ordered.reset_index(drop=True)
+        first = [key for key in keys if key == "rank"]
+        rest = [key for key in keys if key != "rank"]
+        texts = {key: sums[key].astype(str) for key in rest if key in TEXT_COLUMNS}
+        ascending = [True] * len(first) + [False] + [True] * len(rest)
+        order = sums.assign(**texts).sort_values([*first, "total_ns", *rest], ascending=ascending)
+        result: pd.DataFrame = sums.loc[order.index].reset_index(drop=True)
         return result
 
     @classmethod
@@ -129,16 +131,6 @@ class KernelTable:
         )
         frame["rank"] = frame["rank"].cat.set_categories(list(labels), ordered=True)
         return cls(frame, labels, step_frame(list(steps), labels), source)
-
-
-def rank_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Labels in the numerical order of their ranks; unknown texts last, by name."""
-
-    def key(label: str) -> tuple[bool, tuple[int, ...], str]:
-        rank = Rank.parse(label)
-        return (rank is None, rank.sort_key if rank else (), label)
-
-    return tuple(sorted(labels, key=key))
 
 
 def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from pathlib import Path
 import plain_traces as plain
 import pytest
 
+from pytest_sglprof.cli import kernels
 from pytest_sglprof.cli.main import main
 
 MI300X = "torch/sglang-mi300x/sglang_Qwen3-8B_decode.json.gz"
@@ -86,6 +87,48 @@ def test_csv_and_keys(
     head, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
     assert head == [*(key.strip() for key in by.split(",")), "count", "total_ns"]
     assert rows == [[str(value) for value in row] for row in expected]
+
+
+NSYS = ("mfu_2gpu_before", "mfu_2gpu_after", "saxpy_perlmutter0", "sglang_cpu_tp2_win_b")
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--by", "category"], ["--by", "kind,full_name"], ["--uncategorised"],
+    ["--by", "full_name,rank,kind", "--format", "csv"],
+])  # fmt: skip
+@pytest.mark.parametrize("name", NSYS)
+def test_nsys_totals_say_what_the_rows_say(
+    shared_data: Path,
+    capsys: Output,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: list[str],
+) -> None:
+    words = ["kernels", str(shared_data / "nsys" / f"{name}.sqlite"), "--format", "json", *options]
+    assert main(words) == 0
+    from_sums = capsys.readouterr()
+    monkeypatch.setattr(kernels, "_from_sums", lambda keys, args: None)
+    assert main(words) == 0
+    assert capsys.readouterr() == from_sums
+
+
+def test_steps_and_streams_of_an_nsys_report_come_from_its_rows(
+    shared_data: Path, capsys: Output
+) -> None:
+    path = shared_data / "nsys" / "mfu_2gpu_after.sqlite"
+    assert main(["kernels", str(path), "--by", "rank,stream", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["rank"], row["stream"]) for row in rows] == [("GPU0", 7), ("GPU1", 15)]
+
+
+def test_nsys_totals_need_no_pandas(shared_data: Path, project_root: Path) -> None:
+    path = shared_data / "nsys" / "mfu_2gpu_after.sqlite"
+    code = (
+        "import sys\nfrom pytest_sglprof.cli.main import main\n"
+        f"assert main(['kernels', {str(path)!r}]) == 0\n"
+        "assert not {'pandas', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=project_root, capture_output=True)
 
 
 def test_table_for_people(trace: Path, capsys: Output) -> None:

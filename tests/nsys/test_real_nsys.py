@@ -17,6 +17,8 @@ from real_env import real_nsys
 
 from pytest_sglprof.errors import NsysSessionError
 from pytest_sglprof.nsys import NsysSession, NsysTool, export, find_nsys, profile_prefix
+from pytest_sglprof.nsys_export import can_export_parquet, digest_of, exported_from
+from pytest_sglprof.trace.nsys_report import read_report
 
 pytestmark = pytest.mark.real_nsys
 
@@ -136,3 +138,12 @@ def test_an_export_has_the_processes_and_no_credentials(profiled, tool, tmp_path
     assert tables == 2
     assert secret.encode() not in exported.read_bytes()
     assert [path.name for path in exported.parent.iterdir()] == ["w.sqlite"]
+    assert exported_from(exported) == digest_of(report)
+    # The same as Parquet, which this nsys can write, and read again by way of the report.
+    assert can_export_parquet(tool)
+    folder = export(tool, report, "parquet", tmp_path / "y" / "w", 60)
+    assert any(file.name == "PROCESSES.parquet" for file in folder.iterdir())
+    assert all(secret.encode() not in file.read_bytes() for file in folder.iterdir())
+    assert read_report(report, nsys=tool.path) == read_report(exported)
+    (kept,) = report.parent.glob(f".{report.stem}.*")
+    assert kept.suffix == ".parquetdir"

@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pytest_sglprof.trace.table import RankActivities
 
 GPU_FILES = ("mfu_2gpu_before.sqlite", "mfu_2gpu_after.sqlite", "saxpy_perlmutter0.sqlite")
@@ -78,3 +80,24 @@ def by_name(activities: RankActivities) -> dict[str, tuple[int, int]]:
 def one(found: Sequence[RankActivities]) -> RankActivities:
     assert len(found) == 1
     return found[0]
+
+
+def to_parquet(database: Path, folder: Path) -> Path:
+    """The tables as `nsys export --type=parquetdir` stores them: ids unsigned, one file each."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    with closing(sqlite3.connect(f"{database.as_uri()}?immutable=1", uri=True)) as connection:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
+            cursor = connection.execute(f'SELECT * FROM "{table}"')
+            names = [column[0] for column in cursor.description]
+            rows = cursor.fetchall()
+            if not rows:
+                continue
+            columns: dict[str, Any] = {}
+            for name, values in zip(names, zip(*rows, strict=True), strict=True):
+                unsigned = name in ("globalPid", "globalTid", "graphNodeId")
+                columns[name] = arrow.array(values, type=arrow.uint64() if unsigned else None)
+            parquet.write_table(arrow.table(columns), folder / f"{table}.parquet")
+    return folder

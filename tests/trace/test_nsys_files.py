@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sqlite3
-from contextlib import closing
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nsys_exports import (
@@ -17,10 +15,13 @@ from nsys_exports import (
     kernel,
     make_export,
     one,
+    to_parquet,
 )
 
 from pytest_sglprof.errors import NotATrace, NsysMissing, TraceError
+from pytest_sglprof.nsys import NsysTool, export
 from pytest_sglprof.trace.nsys_report import read_report
+from pytest_sglprof.trace.window_files import window_files
 
 
 def test_files_that_are_no_export(tmp_path: Path) -> None:
@@ -56,89 +57,155 @@ def test_a_recording_without_its_report(tmp_path: Path) -> None:
 
 
 FAKE_NSYS = """#!/bin/sh
-case "$1" in
-  --version) echo "NVIDIA Nsight Systems version 2023.4.4.54-234433681190v0" ;;
-  profile) echo "  -Y, --start-later=" ;;
-  export)
-    echo export >> "{calls}"
+case "$1 $2" in
+  "--version "*) echo "NVIDIA Nsight Systems version 2023.4.4.54-234433681190v0" ;;
+  "profile "*) echo "  -Y, --start-later=" ;;
+  "export --help") echo "sqlite {types}" ;;
+  "export "*)
+    echo "$2" >> "{calls}"
     for word in "$@"; do
-      case "$word" in --output=*) cp "{database}" "${{word#--output=}}" ;; esac
-    done ;;
+      case "$word" in --output=*) target="${{word#--output=}}" ;; esac
+    done
+    case "$2" in *parquetdir) cp -r "{folder}" "$target" ;; *) cp "{database}" "$target" ;; esac ;;
 esac
 """
 
 
-@pytest.fixture
-def fake_nsys(tmp_path: Path) -> Path:
+def make_nsys(tmp_path: Path, types: str = "") -> Path:
     """An nsys that exports one database, and notes each export in calls.txt."""
-    database = make_export(
-        tmp_path / "source.db", CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 5)], StringIds=STRINGS
-    )
+    database = tmp_path / "source.db"
+    folder = tmp_path / "source"
+    if not database.exists():
+        make_export(database, CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 5)], StringIds=STRINGS)
+        to_parquet(database, folder)
     script = tmp_path / "nsys"
-    script.write_text(FAKE_NSYS.format(calls=tmp_path / "calls.txt", database=database))
+    words = {"calls": tmp_path / "calls.txt", "database": database, "folder": folder}
+    script.write_text(FAKE_NSYS.format(types=types, **words))
     script.chmod(0o755)
     return script
 
 
-def test_a_report_is_exported_once_and_again_when_it_is_new(
-    tmp_path: Path, fake_nsys: Path
+@pytest.fixture
+def fake_nsys(tmp_path: Path) -> Path:
+    return make_nsys(tmp_path)
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    (tmp_path / "w").mkdir()
+    path = tmp_path / "w" / "w.nsys-rep"
+    path.write_bytes(b"x")
+    return path
+
+
+def exports(tmp_path: Path) -> list[str]:
+    return (tmp_path / "calls.txt").read_text().split()
+
+
+@pytest.mark.parametrize(("types", "ending"), [("", ".sqlite"), ("parquetdir", ".parquetdir")])
+def test_a_report_is_exported_once_and_again_when_it_holds_something_else(
+    tmp_path: Path, report: Path, types: str, ending: str
 ) -> None:
-    folder = tmp_path / "w"
-    folder.mkdir()
-    report = folder / "w.nsys-rep"
-    report.write_bytes(b"x")
+    nsys = make_nsys(tmp_path, types)
     for _ in range(2):
-        assert by_name(one(read_report(report, nsys=str(fake_nsys)))) == {
-            "void a<int>(int)": (1, 5)
-        }
-    assert sorted(file.name for file in folder.iterdir()) == ["w.nsys-rep", "w.sqlite"]
-    calls = tmp_path / "calls.txt"
-    assert calls.read_text().split() == ["export"]
-    later = (folder / "w.sqlite").stat().st_mtime_ns + 10**9
-    os.utime(report, ns=(later, later))
+        assert by_name(one(read_report(report, nsys=str(nsys)))) == {"void a<int>(int)": (1, 5)}
+    assert len(exports(tmp_path)) == 1
+    (kept,) = (file for file in report.parent.iterdir() if file != report)
+    assert kept.name.startswith(".w.")
+    assert kept.suffix == ending
+    # Neither the time nor the size tells the new report from the old one.
+    times = report.stat()
+    report.write_bytes(b"y")
+    os.utime(report, ns=(times.st_atime_ns, times.st_mtime_ns))
+    read_report(report, nsys=str(nsys))
+    assert len(exports(tmp_path)) == 2
+    assert not kept.exists()
+    assert len(list(report.parent.iterdir())) == 2
+
+
+def test_an_export_that_a_window_left_is_used_for_its_report_only(
+    tmp_path: Path, report: Path, fake_nsys: Path
+) -> None:
+    beside = report.with_suffix(".sqlite")
+    tool = NsysTool(str(fake_nsys), "2023.4.4")
+    export(tool, report, "sqlite", beside, 30)
+    assert len(read_report(report, nsys=str(fake_nsys))) == 1
+    assert len(exports(tmp_path)) == 1
+    report.write_bytes(b"another one")
+    before = beside.read_bytes()
     read_report(report, nsys=str(fake_nsys))
-    assert calls.read_text().split() == ["export"] * 2
+    assert len(exports(tmp_path)) == 2
+    assert beside.read_bytes() == before
+
+
+def test_a_folder_with_a_stale_export_gives_the_report(report: Path, fake_nsys: Path) -> None:
+    beside = report.with_suffix(".sqlite")
+    export(NsysTool(str(fake_nsys), "2023.4.4"), report, "sqlite", beside, 30)
+    assert window_files(report.parent) == [beside]
+    times = report.stat()
+    report.write_bytes(b"y")
+    os.utime(report, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert window_files(report.parent) == [report]
+    make_export(report.with_name("v.sqlite"), CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 1)])
+    other = report.with_name("v.nsys-rep")
+    other.write_bytes(b"older")
+    os.utime(other, ns=(0, 0))
+    assert window_files(report.parent) == [report.with_name("v.sqlite"), report]
+    os.utime(other)
+    os.utime(report.with_name("v.sqlite"), ns=(0, 0))
+    assert window_files(report.parent) == [other, report]
+
+
+def test_an_export_of_unknown_origin_is_neither_used_nor_touched(
+    tmp_path: Path, report: Path, fake_nsys: Path
+) -> None:
+    beside = report.with_suffix(".sqlite")
+    make_export(beside, CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 999)], StringIds=STRINGS)
+    before = beside.read_bytes()
+    found = read_report(report, nsys=str(fake_nsys))
+    assert by_name(one(found)) == {"void a<int>(int)": (1, 5)}
+    assert beside.read_bytes() == before
+    with pytest.raises(NsysMissing) as caught:
+        report.write_bytes(b"z")
+        read_report(report, nsys=str(tmp_path / "no-nsys"))
+    assert f"or give {beside} itself" in caught.value.hint
+
+
+def test_a_parquet_export_that_fails_gives_way_to_sqlite(tmp_path: Path, report: Path) -> None:
+    nsys = make_nsys(tmp_path, "parquetdir")
+    shutil.rmtree(tmp_path / "source")
+    assert len(read_report(report, nsys=str(nsys))) == 1
+    assert exports(tmp_path) == ["--type=parquetdir", "--type=sqlite"]
+
+
+def test_credentials_are_in_no_parquet_export(tmp_path: Path, report: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    nsys = make_nsys(tmp_path, "parquetdir")
+    texts = ["HOME=/x;HF_TOKEN=hush-hush-1;A=1", "plain", None]
+    table = arrow.table({"globalVid": [1, 2, 3], "value": texts})
+    parquet.write_table(table, tmp_path / "source" / "TARGET_INFO_SYSTEM_ENV.parquet")
+    read_report(report, nsys=str(nsys))
+    (kept,) = report.parent.glob(".w.*")
+    assert all(b"hush-hush-1" not in file.read_bytes() for file in kept.iterdir())
+    found = parquet.read_table(kept / "TARGET_INFO_SYSTEM_ENV.parquet")["value"].to_pylist()
+    assert found[0].startswith("HOME=/x;HF_TOKEN=")
+    assert found[1:] == ["plain", None]
 
 
 def test_a_report_in_a_folder_that_cannot_be_written(
-    tmp_path: Path, fake_nsys: Path, monkeypatch: pytest.MonkeyPatch
+    report: Path, fake_nsys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "w"
-    folder.mkdir()
-    report = folder / "w.nsys-rep"
-    report.write_bytes(b"x")
+    folder = report.parent
     access = os.access  # a superuser may write anywhere, so permissions alone show nothing
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder and access(path, mode))
     assert len(read_report(report, nsys=str(fake_nsys))) == 1
     assert [file.name for file in folder.iterdir()] == ["w.nsys-rep"]
 
 
-def test_a_report_without_nsys(tmp_path: Path) -> None:
-    report = tmp_path / "w.nsys-rep"
-    report.write_bytes(b"x")
+def test_a_report_without_nsys(tmp_path: Path, report: Path) -> None:
     with pytest.raises(NsysMissing):
         read_report(report, nsys=str(tmp_path / "no-nsys"))
-
-
-def to_parquet(database: Path, folder: Path) -> Path:
-    """The tables as `nsys export --type=parquetdir` stores them: ids unsigned, one file each."""
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    folder.mkdir()
-    with closing(sqlite3.connect(f"{database.as_uri()}?immutable=1", uri=True)) as connection:
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
-            cursor = connection.execute(f'SELECT * FROM "{table}"')
-            names = [column[0] for column in cursor.description]
-            rows = cursor.fetchall()
-            if not rows:
-                continue
-            columns: dict[str, Any] = {}
-            for name, values in zip(names, zip(*rows, strict=True), strict=True):
-                unsigned = name in ("globalPid", "globalTid", "graphNodeId")
-                columns[name] = arrow.array(values, type=arrow.uint64() if unsigned else None)
-            parquet.write_table(arrow.table(columns), folder / f"{table}.parquet")
-    return folder
 
 
 @pytest.mark.parametrize("name", [*GPU_FILES, *CPU_FILES])

@@ -1,0 +1,129 @@
+"""Sums of an nsys export in Parquet: batches of columns are added up one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pytest_sglprof.trace.nsys_counted import Counted, Key
+from pytest_sglprof.trace.nsys_gpu import read_whole_graphs
+from pytest_sglprof.trace.nsys_parquet import ParquetTables
+from pytest_sglprof.trace.nsys_schema import (
+    KINDS,
+    PID_MASK,
+    PID_SHIFT,
+    activity_name,
+    skipped,
+    table_of,
+)
+from pytest_sglprof.trace.nsys_tables import MISSING, pid_of
+
+_COLUMNS = ("start", "end", "globalPid", "deviceId", "streamId", "graphNodeId")
+_NAME_COLUMNS: dict[str, tuple[str, ...]] = {
+    "kernel": ("demangledName", "shortName"),
+    "memcpy": ("copyKind",),
+    "memset": (),
+}
+
+_Sums = dict[tuple[int, int, int], tuple[int, int]]  # (process id, device, id of the name)
+
+
+def count_folder(folder: Path) -> Counted | None:
+    """As `count_database`, of a folder of Parquet files. Raises the errors of `ParquetTables`."""
+    tables = ParquetTables(folder)
+    sums: dict[Key, tuple[int, int]] = {}
+    untimed = 0
+    for kind in KINDS:
+        order = _Order()
+        found: _Sums = {}
+        columns = (*_COLUMNS, *_NAME_COLUMNS[kind])
+        for batch in tables.batches(table_of(kind), columns):
+            timed = _timed(batch)
+            untimed += batch.num_rows - timed.num_rows
+            _add_up(timed, _NAME_COLUMNS[kind], found)
+            if kind == "kernel" and not order.holds(timed):
+                return None
+        sums.update(_named(tables, kind, found))
+    graphs = read_whole_graphs(tables)
+    owners = graphs.owners | {(pid, device) for pid, device, _, _ in sums}
+    (recorded,) = tables.integers("PROCESSES", ["globalPid"])
+    pids = frozenset(pid_of(recorded[recorded != MISSING]).tolist())
+    notes = ((skipped(untimed),) if untimed else ()) + graphs.notes
+    return Counted(sums, frozenset(owners), pids, notes)
+
+
+def _timed(batch: Any) -> Any:
+    """The rows that have a time."""
+    import pyarrow.compute as pc
+
+    return batch.filter(pc.greater_equal(batch["end"], batch["start"]))
+
+
+def _add_up(rows: Any, names: tuple[str, ...], found: _Sums) -> None:
+    import pyarrow.compute as pc
+
+    keys = ["globalPid", "deviceId", *names]
+    table = rows.select(keys).append_column("dur", pc.subtract(rows["end"], rows["start"]))
+    summed = table.group_by(keys, use_threads=False).aggregate([("dur", "count"), ("dur", "sum")])
+    columns = [summed[name].to_pylist() for name in (*keys, "dur_count", "dur_sum")]
+    for process, device, *ids, count, total in zip(*columns, strict=True):
+        pid = (process or 0) >> PID_SHIFT & PID_MASK
+        number = next((one for one in ids if one is not None), MISSING)
+        key = (pid, -1 if device is None or device < 0 else device, number)
+        before = found.get(key, (0, 0))
+        found[key] = (before[0] + count, before[1] + total)
+
+
+def _named(tables: ParquetTables, kind: str, found: _Sums) -> Iterator[tuple[Key, Any]]:
+    """The sums under their names; two ids may stand for one text."""
+    texts = tables.strings(number for _, _, number in found) if kind == "kernel" and found else {}
+    merged: dict[Key, tuple[int, int]] = {}
+    for (pid, device, number), (count, total) in found.items():
+        key = (pid, device, kind, activity_name(kind, number, texts))
+        before = merged.get(key, (0, 0))
+        merged[key] = (before[0] + count, before[1] + total)
+    yield from merged.items()
+
+
+class _Order:
+    """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
+
+    Then none contains a later one (see `count_database`).
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[int, int]] = {}
+
+    def holds(self, rows: Any) -> bool:
+        """Whether this is so of these rows, which follow those of the calls before."""
+        import pyarrow.compute as pc
+
+        node = rows["graphNodeId"]
+        rows = rows.filter(pc.or_kleene(pc.is_null(node), pc.equal(node, 0)))
+        if not rows.num_rows:
+            return True
+        # Should two streams get one key, that can only look like disorder, never hide it.
+        parts = (pc.fill_null(rows[name], -1) for name in ("globalPid", "deviceId", "streamId"))
+        process, device, stream = parts
+        key = pc.add(process, pc.add(pc.shift_left(device, 16), stream))
+        coded = key.combine_chunks().dictionary_encode()
+        keys = coded.dictionary.to_pylist()
+        codes = coded.indices.to_numpy()
+        by_stream = np.argsort(codes.astype(np.uint16 if len(keys) < 2**16 else np.int64),
+                               kind="stable")  # fmt: skip
+        start, end = (rows[name].to_numpy()[by_stream] for name in ("start", "end"))
+        edges = np.flatnonzero(np.diff(codes[by_stream])) + 1
+        falls = (np.diff(start) < 0) | (np.diff(end) < 0)
+        falls[edges - 1] = False
+        if falls.any():
+            return False
+        firsts, lasts = [0, *edges.tolist()], [*(edges - 1).tolist(), len(codes) - 1]
+        for number, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+            before = self._last.get(keys[number], (MISSING, MISSING))
+            if start[first] < before[0] or end[first] < before[1]:
+                return False
+            self._last[keys[number]] = (int(start[last]), int(end[last]))
+        return True

@@ -1,0 +1,174 @@
+"""Sums of an nsys export in SQLite: the engine adds them up, no row becomes an object."""
+
+from __future__ import annotations
+
+from pytest_sglprof.trace.nsys_counted import Counted, Key
+from pytest_sglprof.trace.nsys_database import Database
+from pytest_sglprof.trace.nsys_schema import (
+    KINDS,
+    PID_MASK,
+    PID_SHIFT,
+    PREFIX,
+    activity_name,
+    skipped,
+    table_of,
+    whole_graphs,
+)
+
+# A sum's key is one integer, so that looking it up is one comparison a level: process id,
+# device and id of the name, in 24, 8 and 31 bits. Rows that do not fit have a key of their own.
+_DEVICE_BITS, _NAME_BITS = 8, 31
+_DEVICE_MASK, _NAME_MASK = (1 << _DEVICE_BITS) - 1, (1 << _NAME_BITS) - 1
+_OTHERS = -1
+_NAME_COLUMNS = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",), "memset": ()}
+
+
+def count_database(database: Database) -> Counted | None:
+    """All GPU activities, added up; None where only reading row by row gives the right sums.
+
+    That is when a row holds what no nsys writes (no process, an id of more than 31 bits),
+    or when kernels of a stream are not in order of start *and* of end: one of them may then
+    contain a whole later one, which is impossible and must not be counted.
+    """
+    sums: dict[Key, tuple[int, int]] = {}
+    untimed = 0
+    for kind in KINDS:
+        if not database.columns(table_of(kind)):
+            continue
+        if not _add_up(database, kind):
+            return None
+        found, others = _sums(database, kind)
+        whole = all(isinstance(total, int) for _, total in found.values())
+        if not whole or (others and others != _untimed(database, kind)):
+            return None
+        untimed += others
+        sums.update(found)
+    if not _in_order(database, all_timed=not untimed):
+        return None
+    owners, notes = _whole_graphs(database)
+    owners |= {(pid, device) for pid, device, _, _ in sums}
+    if untimed:
+        notes.insert(0, skipped(untimed))
+    return Counted(sums, frozenset(owners), _recorded(database), tuple(notes))
+
+
+def _add_up(database: Database, kind: str) -> bool:
+    """Makes the table `temp.sums`; False where columns are missing that it needs."""
+    table = table_of(kind)
+    columns = database.columns(table)
+    if not {"start", "end"} <= columns:
+        return False
+    fits = ['"end" >= "start"']
+    parts = []
+    if "globalPid" in columns:
+        fits.append('"globalPid" IS NOT NULL')
+        shift = _DEVICE_BITS + _NAME_BITS - PID_SHIFT
+        parts.append(f'("globalPid" & {PID_MASK << PID_SHIFT}) << {shift}')
+    high = []
+    if "deviceId" in columns:
+        parts.append(f'"deviceId" << {_NAME_BITS}')
+        high.append('"deviceId"')
+    named = [column for column in _NAME_COLUMNS[kind] if column in columns]
+    if _NAME_COLUMNS[kind] and not named:
+        return False
+    if named:
+        parts.append(f'"{named[0]}"')
+        high.append(f'"{named[0]}" >> {_NAME_BITS - _DEVICE_BITS}')
+    if high:  # both at once: every row pays for this
+        fits.append(f"(({') | ('.join(high)})) BETWEEN 0 AND {_DEVICE_MASK}")
+    key = f"({') | ('.join(parts) or '0'})"
+    run = database.connection.execute
+    run("DROP TABLE IF EXISTS temp.sums")
+    run("CREATE TEMP TABLE sums (key INTEGER PRIMARY KEY, count INTEGER, total INTEGER)")
+    run(
+        f"INSERT INTO sums SELECT IIF({' AND '.join(fits)}, {key}, {_OTHERS}), 1, "
+        f'"end" - "start" FROM "{table}" NOT INDEXED WHERE TRUE '
+        "ON CONFLICT (key) DO UPDATE SET count = count + 1, total = total + excluded.total"
+    )
+    return True
+
+
+def _sums(database: Database, kind: str) -> tuple[dict[Key, tuple[int, int]], int]:
+    """The sums under their names, and how many rows have not been added."""
+    rows = database.connection.execute("SELECT key, count, total FROM temp.sums").fetchall()
+    others = sum(count for key, count, _ in rows if key == _OTHERS)
+    rows = [row for row in rows if row[0] != _OTHERS]
+    known_device = "deviceId" in database.columns(table_of(kind))
+    texts = database.strings({key & _NAME_MASK for key, _, _ in rows}) if kind == "kernel" else {}
+    merged: dict[Key, tuple[int, int]] = {}  # two ids may stand for one text
+    for key, count, total in rows:
+        pid = key >> (_DEVICE_BITS + _NAME_BITS)
+        device = key >> _NAME_BITS & _DEVICE_MASK if known_device else -1
+        whole = (pid, device, kind, activity_name(kind, key & _NAME_MASK, texts))
+        before = merged.get(whole, (0, 0))
+        merged[whole] = (before[0] + count, before[1] + total)
+    return merged, others
+
+
+def _untimed(database: Database, kind: str) -> int:
+    found = database.connection.execute(
+        f'SELECT COUNT(*) FROM "{table_of(kind)}" '
+        'WHERE "start" IS NULL OR "end" IS NULL OR ("end" < "start" '
+        "AND TYPEOF(\"start\") = 'integer' AND TYPEOF(\"end\") = 'integer')"
+    )
+    return int(found.fetchone()[0])
+
+
+def _in_order(database: Database, *, all_timed: bool) -> bool:
+    """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
+
+    Then none contains a later one. Of two kernels of which one contains a later one, the
+    ends fall; so they fall somewhere between neighbours in order of start, too.
+    """
+    table = table_of("kernel")
+    columns = database.columns(table)
+    if not columns:
+        return True
+    # Should two streams get one key, that can only look like disorder, never hide it.
+    parts = ['"globalPid"'] if "globalPid" in columns else []
+    parts += ['("deviceId" << 16)'] if "deviceId" in columns else []
+    parts += ['COALESCE("streamId", -1)'] if "streamId" in columns else []
+    where = ['IFNULL("graphNodeId", 0) = 0'] if "graphNodeId" in columns else []
+    where += [] if all_timed else ['"end" >= "start"']
+    run = database.connection.execute
+    run("DROP TABLE IF EXISTS temp.streams")
+    run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start", "end", disorder INTEGER)')
+    run(
+        f'INSERT INTO streams SELECT {" + ".join(parts) or "0"}, "start", "end", 0 '
+        f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where) or "TRUE"} ORDER BY rowid '
+        'ON CONFLICT (key) DO UPDATE SET "start" = excluded."start", "end" = excluded."end", '
+        'disorder = disorder OR excluded."start" < "start" OR excluded."end" < "end"'
+    )
+    (disorder,) = run("SELECT MAX(disorder) FROM temp.streams").fetchone()
+    return not disorder
+
+
+def _whole_graphs(database: Database) -> tuple[set[tuple[int, int]], list[str]]:
+    table = f"{PREFIX}GRAPH_TRACE"
+    columns = database.columns(table)
+    start, end, process, device = (
+        f'"{name}"' if name in columns else "NULL"
+        for name in ("start", "end", "globalPid", "deviceId")
+    )
+    if not columns:
+        return set(), []
+    rows = database.connection.execute(
+        f"SELECT COALESCE({process}, 0) >> {PID_SHIFT} & {PID_MASK}, "
+        f'MAX(COALESCE({device}, -1), -1), COUNT(*), SUM({end} - {start}) FROM "{table}" '
+        "GROUP BY 1, 2"
+    ).fetchall()
+    if not rows:
+        return set(), []
+    total = sum(ns or 0 for *_, ns in rows)
+    owners = {(pid, gpu) for pid, gpu, _, _ in rows}
+    return owners, [whole_graphs(sum(count for _, _, count, _ in rows), total)]
+
+
+def _recorded(database: Database) -> frozenset[int]:
+    if "globalPid" not in database.columns("PROCESSES"):
+        return frozenset()
+    found = database.connection.execute(
+        f'SELECT DISTINCT "globalPid" >> {PID_SHIFT} & {PID_MASK} FROM "PROCESSES" '
+        'WHERE "globalPid" IS NOT NULL'
+    )
+    return frozenset(int(pid) for (pid,) in found)

@@ -1,0 +1,55 @@
+"""Which files a window consists of, from a path that a user gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pytest_sglprof.errors import NotATrace
+
+TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
+NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
+
+
+def window_files(path: Path) -> list[Path]:
+    """What to read of `path`: itself, or the traces, exports and reports of a window's folder.
+
+    A folder of Parquet files is one export. Hidden files are none of the window's. Raises
+    `NotATrace` when there is no such path.
+    """
+    if not path.exists():
+        raise NotATrace(
+            f"{path} does not exist",
+            expected="a trace, a report, an export or a folder of a window",
+            hint="check the path",
+        )
+    if not path.is_dir():
+        return [path]
+    inside = sorted(file for file in path.iterdir() if file.name[0] != ".")
+    if any(file.suffix == ".parquet" for file in inside):
+        return [path]
+    traces = [file for file in inside if file.name.endswith(TORCH_ENDINGS)]
+    traces = [file for file in traces if ".trace.json" in file.name] or traces
+    ranked = [file for file in traces if not file.name.startswith("merged-")]
+    exports = [file for file in inside if file.suffix == ".sqlite" and not _stale(file)]
+    stems = {file.stem for file in exports}
+    reports = [f for f in inside if f.suffix == ".nsys-rep" and f.stem not in stems]
+    return (ranked or traces) + exports + reports
+
+
+def is_nsys(path: Path) -> bool:
+    """Whether this is for the reader of nsys reports."""
+    return path.is_dir() or path.suffix in NSYS_ENDINGS
+
+
+def _stale(export: Path) -> bool:
+    """Whether the report of the same name beside it holds something else."""
+    report = export.with_suffix(".nsys-rep")
+    if not report.is_file():
+        return False
+    from pytest_sglprof.nsys_export import digest_of, exported_from
+
+    source = exported_from(export)
+    if source:
+        return source != digest_of(report)
+    # It does not say what it was made of; but nothing is made of what comes later.
+    return export.stat().st_mtime_ns < report.stat().st_mtime_ns
