@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.cli.formats import Column, add_format_option, render
 from pytest_sglprof.errors import SettingsError
 
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
 KEYS = ("rank", "name", "full_name", "category", "kind", "stage", "step", "stream")
 TEXT_COLUMNS = frozenset(KEYS) - {"step", "stream"}
 DEFAULT_KEYS = ("rank", "name", "category")
+UNCATEGORISED_KEYS = ("name", "full_name")
+CONFIG = "sglprof.toml"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,9 +33,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH")
     parser.add_argument(
         "--by",
-        default=",".join(DEFAULT_KEYS),
         metavar="KEY,…",
-        help=f"one row for each combination of these: {', '.join(KEYS)}",
+        help=f"one row for each combination of these: {', '.join(KEYS)} (default: "
+        f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
     )
     add_format_option(parser)
     parser.add_argument("--nsys", metavar="NSYS", help="command that exports .nsys-rep")
@@ -35,7 +43,14 @@ def add_parser(subparsers: Any) -> None:
         "--allow-partial", action="store_true", help="read what a truncated trace still holds"
     )
     parser.add_argument(
-        "--uncategorised", action="store_true", help="only what no category pattern matches"
+        "--uncategorised",
+        action="store_true",
+        help="only what no category pattern matches, with its share of all kernel time",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"configuration with your own categories (default: {CONFIG} in this folder)",
     )
 
 
@@ -43,30 +58,70 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; 0. Unreadable input raises `TraceError` (exit status 2)."""
     from pytest_sglprof.trace.read import read_window
 
-    keys = [key.strip() for key in args.by.split(",") if key.strip()]
-    unknown = [key for key in keys if key not in KEYS]
-    if unknown or not keys:
-        raise SettingsError(
-            f"--by {args.by}: unknown key {', '.join(unknown) or '(none given)'}",
-            expected="keys out of " + ", ".join(KEYS),
-            hint="for example --by rank,category",
-        )
-    table = read_window(args.paths, nsys=args.nsys, allow_partial=args.allow_partial)
-    if args.uncategorised:
-        from dataclasses import replace
-
-        other = table.frame["category"] == "other"
-        table = replace(table, frame=table.frame.loc[other])
-    rows = table.by(*keys).astype(object).to_dict("records")
-    records = [{str(key): value for key, value in row.items()} for row in rows]
+    default = UNCATEGORISED_KEYS if args.uncategorised else DEFAULT_KEYS
+    keys = _keys(args.by) if args.by is not None else list(default)
+    table = read_window(
+        args.paths,
+        nsys=args.nsys,
+        allow_partial=args.allow_partial,
+        patterns=_own_categories(args.config),
+    )
     columns = [Column(key, left=key in TEXT_COLUMNS) for key in (*keys, "count")]
     columns.append(Column("total_ns", "total ms", _milliseconds))
+    if args.uncategorised:
+        columns.append(Column("share", cell=_percent))
+    records = kernel_records(table, keys, uncategorised=args.uncategorised)
     sys.stdout.write(render(records, columns, args.format))
     for note in table.notes:
         sys.stderr.write(f"note: {note}\n")
     if not len(table.frame):
         sys.stderr.write(f"note: no activity in {', '.join(map(str, args.paths))}\n")
     return 0
+
+
+def kernel_records(
+    table: KernelTable, keys: Sequence[str], *, uncategorised: bool = False
+) -> list[dict[str, Any]]:
+    """One record for each combination of `keys`: the keys, `count` and `total_ns`.
+
+    uncategorised: only category `other`, and `share`, `total_ns` of the kernel time of the
+    whole table (all ranks and categories), 0 to 1.
+    """
+    every = int(table.frame["dur_ns"].sum())
+    if uncategorised:
+        table = replace(table, frame=table.frame.loc[table.frame["category"] == "other"])
+    rows = table.by(*keys).astype(object).to_dict("records")
+    records = [{str(key): value for key, value in row.items()} for row in rows]
+    if uncategorised:
+        for record in records:
+            record["share"] = int(record["total_ns"]) / every if every else 0.0
+    return records
+
+
+def _keys(text: str) -> list[str]:
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    unknown = [key for key in keys if key not in KEYS]
+    if unknown or not keys:
+        raise SettingsError(
+            f"--by {text}: unknown key {', '.join(unknown) or '(none given)'}",
+            expected="keys out of " + ", ".join(KEYS),
+            hint="for example --by rank,category",
+        )
+    return keys
+
+
+def _own_categories(config: str | None) -> list[tuple[str, str]]:
+    """The `[[category]]` patterns of the configuration; none where there is no file."""
+    if config is None and not Path(CONFIG).is_file():
+        return []
+    from pytest_sglprof.config_file import load_config
+
+    document = load_config(Path(config or CONFIG))
+    return [(entry["name"], entry["pattern"]) for entry in document.get("category", ())]
+
+
+def _percent(share: Any) -> str:
+    return f"{100 * float(share):.2f} %"
 
 
 def _milliseconds(ns: Any) -> str:
