@@ -165,6 +165,7 @@ def _step_counts(cells: GroupCells) -> dict[str, Any]:
         "by_stage": stages,
         "unmatched": cells.steps.unmatched,
         "cut": cells.steps.cut,
+        "excluded": cells.steps.excluded,
         "assigned_share": cells.assigned_share,
     }
 

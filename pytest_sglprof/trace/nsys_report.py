@@ -35,6 +35,7 @@ from pytest_sglprof.trace.nsys_ranges import (
 from pytest_sglprof.trace.nsys_ranks import Owner, label_owners
 from pytest_sglprof.trace.nsys_sqlite import open_sqlite
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
+from pytest_sglprof.trace.steps import with_graph_share
 from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
 
 EXPORT_TIMEOUT = 1800.0  # s; grows with the report, some reach gigabytes
@@ -168,7 +169,10 @@ def _of_gpu(
     notes: Sequence[str],
 ) -> RankActivities:
     chosen = chosen[np.argsort(rows.start[chosen], kind="stable")]
-    none = np.full(len(chosen), NO_STEP, dtype=np.int64)
+    step = np.full(len(chosen), NO_STEP, dtype=np.int64)
+    if launched is not None:
+        step = step_at(steps, launched[chosen])
+    steps = with_graph_share(steps, step, rows.kind[chosen] == 0, rows.graph[chosen])
     return RankActivities(
         rank=label,
         names=rows.names,
@@ -178,7 +182,7 @@ def _of_gpu(
         start=rows.start[chosen],
         dur=rows.dur[chosen],
         stream=rows.stream[chosen],
-        step=none if launched is None else step_at(steps, launched[chosen]),
+        step=step,
         steps=steps,
         source="gpu",
         notes=notes,
