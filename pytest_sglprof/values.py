@@ -117,6 +117,31 @@ class WindowSpec:
 
 
 @dataclass(frozen=True)
+class AcceptLength:
+    """Mean tokens a request that speculative decoding accepted in the passes before `time`.
+
+    time: Unix time, s. dp: the replica that logged it, None where there is one.
+    """
+
+    time: float
+    dp: int | None
+    length: float
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the server's log tells of a window's forward passes.
+
+    rebalances: (start, end) of each rebalance of experts, Unix time, s, not overlapping.
+    captures: how often a capture of graphs began.
+    """
+
+    rebalances: tuple[tuple[float, float], ...] = ()
+    accepted: tuple[AcceptLength, ...] = ()
+    captures: int = 0
+
+
+@dataclass(frozen=True)
 class Artifact:
     """One file that a window left. kind: "torch", "nsys-rep", "sqlite", "parquet"."""
 
@@ -148,6 +173,7 @@ class WindowCapture:
     reason: str = ""
     log: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    facts: ServerFacts = ServerFacts()
 
 
 @dataclass(frozen=True)

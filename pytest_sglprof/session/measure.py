@@ -63,6 +63,7 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
     if not capture.artifacts:
         return None, capture.reason or "the window left no trace"
     from pytest_sglprof.trace.read import read_window
+    from pytest_sglprof.trace.server_facts import with_server_facts
 
     try:
         table = read_window(
@@ -75,7 +76,7 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
         )
     except TraceError as error:
         return None, str(error)
-    return table, ""
+    return with_server_facts(table, capture.facts), ""
 
 
 def _readable(capture: WindowCapture) -> list[Artifact]:

@@ -48,6 +48,7 @@ class WindowRun:
         self.load_number = 0
         self.retry_of: str | None = None
         self._load = load
+        self._log_start = 0
         self._server = server
         self._progress = progress
         self._settings = settings
@@ -71,6 +72,8 @@ class WindowRun:
 
     def open(self) -> None:
         """Opens the window; raises `WindowError`, `ServerError` or `NsysError`."""
+        log = self._server.log
+        self._log_start = log.position() if log is not None else 0
         self._window.open()
         self.load_number = self._load.number
 
@@ -82,8 +85,19 @@ class WindowRun:
         """Closes the window (once) and returns what it left."""
         with self._lock:
             if self._capture is None:
-                self._capture = self._window.close() if self.was_opened else self._unopened()
+                closed = self._window.close() if self.was_opened else self._unopened()
+                self._capture = self._with_facts(closed)
             return self._capture
+
+    def _with_facts(self, capture: WindowCapture) -> WindowCapture:
+        """With what the log told meanwhile; an attached server's log is not known."""
+        log = self._server.log
+        if log is None or not self.was_opened:
+            return capture
+        from pytest_sglprof.server.log_facts import read_log_facts
+
+        facts = read_log_facts(log.lines(self._log_start), capture.closed)
+        return replace(capture, facts=facts)
 
     def _await_steady_load(self) -> None:
         """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
