@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,10 @@ class WindowRun:
         self.folder = folder
         self.load_number = 0
         self.retry_of: str | None = None
+        self.repeat_of: str | None = None
+        self.repeat_index = 1
+        self.windows: list[WindowRun] = [self]  # shared by those that are opened together
+        self.make_next: Callable[[], WindowRun] | None = None
         self._load = load
         self._log_start = 0
         self._server = server
@@ -135,6 +140,18 @@ class WindowRun:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        while error is None and (following := self.next()) is not None:
+            following._await_steady_load()
+            following.open()
+            try:
+                following.wait(following._load.ended if following._load.target else None)
+            finally:
+                following.close()
+
+    def next(self) -> WindowRun | None:
+        """The window to open after the last of these; None when all were opened."""
+        is_last = len(self.windows) >= (self.spec.repeat or 1)
+        return None if is_last or self.make_next is None else self.make_next()
 
     @property
     def capture(self) -> WindowCapture:
@@ -192,8 +209,15 @@ class WindowRun:
         """Judges one more threshold and returns the figure that it judges.
 
         The test fails at its end when the figure is above `limit`. Too little data for a
-        figure raises `Inconclusive` at once.
+        figure raises `Inconclusive` at once. Of a window that was repeated it is the median
+        of the windows' figures.
         """
+        if len(self.windows) > 1 and self.repeat_index == 1:
+            each = {"scope": scope, "kernel": kernel, "stage": stage}
+            return median([w._check(metric, limit, **each) for w in self.windows])
+        return self._check(metric, limit, scope=scope, kernel=kernel, stage=stage)
+
+    def _check(self, metric: Metric, limit: float, *, scope: str, kernel: str, stage: str) -> float:
         if metric not in METRICS:
             raise WindowError(
                 f"check({metric!r}, ...): there is no such metric",
