@@ -145,6 +145,24 @@ class ServerFacts:
 
 
 @dataclass(frozen=True)
+class GpuClocks:
+    """The GPU of one rank during a window.
+
+    median_sm_mhz: of its SM clock, MHz. power_limit_w: W, None where it has none. throttled:
+    slowed by heat or an external power brake; a power cap is normal and does not count.
+    reason: "thermal", "power brake", both, or "". throttled_share: of the readings, 0 to 1.
+    """
+
+    rank: str
+    uuid: str
+    median_sm_mhz: float
+    power_limit_w: float | None
+    throttled: bool
+    reason: str = ""
+    throttled_share: float = 0.0
+
+
+@dataclass(frozen=True)
 class Artifact:
     """One file that a window left. kind: "torch", "nsys-rep", "sqlite", "parquet"."""
 
@@ -177,6 +195,7 @@ class WindowCapture:
     log: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     facts: ServerFacts = ServerFacts()
+    gpus: tuple[GpuClocks, ...] = ()
 
 
 @dataclass(frozen=True)

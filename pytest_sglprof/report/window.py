@@ -74,6 +74,7 @@ def window_document(
             {"path": _relative(item.path, root), "kind": item.kind, "rank": item.rank}
             for item in capture.artifacts
         ],
+        "gpus": [plain(clocks) for clocks in capture.gpus],
         "verdict": verdict.word if repeat is None else repeat.verdict.word,
         "reason": verdict.reason if repeat is None else repeat.verdict.reason,
         "judgements": [judgement_document(judgement) for judgement in verdict.judgements],

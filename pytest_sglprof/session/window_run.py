@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.capture.window import ProfileWindow
 from pytest_sglprof.errors import Inconclusive, WindowError
+from pytest_sglprof.server.gpu_clocks import ClockWatch, watch_clocks
 from pytest_sglprof.session.measure import Measured, judge_table, measure
-from pytest_sglprof.values import METRICS, Metric, Threshold, WindowCapture, WindowSpec
+from pytest_sglprof.values import METRICS, GpuClocks, Metric, Threshold, WindowCapture, WindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,7 @@ class WindowRun:
         self.make_next: Callable[[], WindowRun] | None = None
         self._load = load
         self._log_start = 0
+        self._clocks: ClockWatch | None = None
         self._server = server
         self._progress = progress
         self._settings = settings
@@ -80,6 +82,7 @@ class WindowRun:
         log = self._server.log
         self._log_start = log.position() if log is not None else 0
         self._window.open()
+        self._clocks = watch_clocks(self._server)
         self.load_number = self._load.number
 
     def wait(self, stop: threading.Event | None = None) -> None:
@@ -90,9 +93,15 @@ class WindowRun:
         """Closes the window (once) and returns what it left."""
         with self._lock:
             if self._capture is None:
+                clocks, told = self._end_clocks()  # before the export, in which GPUs are idle
                 closed = self._window.close() if self.was_opened else self._unopened()
+                closed = replace(closed, gpus=clocks, notes=(*closed.notes, *told))
                 self._capture = self._with_facts(closed)
             return self._capture
+
+    def _end_clocks(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
+        watch, self._clocks = self._clocks, None
+        return watch.stop() if watch is not None else ((), ())
 
     def _with_facts(self, capture: WindowCapture) -> WindowCapture:
         """With what the log told meanwhile; an attached server's log is not known."""
@@ -126,6 +135,7 @@ class WindowRun:
 
     def discard(self) -> None:
         """Closes the window and forgets it."""
+        self._end_clocks()
         self._window.discard()
 
     def __enter__(self) -> WindowRun:
