@@ -45,6 +45,7 @@ class Settings:
     window: Mapping[str, Any] = field(default_factory=dict)
     thresholds: tuple[Threshold, ...] = default_thresholds()
     categories: tuple[tuple[str, str], ...] = ()
+    step_delimiter: str = ""
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,6 +132,7 @@ _FROM_CONFIG = (
     ("output", "output", "dir"),
     ("keep", "output", "keep"),
     ("keep_runs", "output", "runs"),
+    ("step_delimiter", "trace", "step_delimiter"),
     ("min_steps", "gate", "min_steps"),
     ("min_share", "gate", "min_share"),
     ("allow_inconclusive", "gate", "allow_inconclusive"),

@@ -37,6 +37,12 @@ def add_parser(subparsers: Any) -> None:
         help=f"one row for each combination of these: {', '.join(KEYS)} (default: "
         f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
     )
+    parser.add_argument(
+        "--step-delimiter",
+        default="",
+        metavar="REGEX",
+        help="the kernel that begins a step, for traces that tell no steps",
+    )
     add_format_option(parser)
     parser.add_argument("--nsys", metavar="NSYS", help="command that exports .nsys-rep")
     parser.add_argument(
@@ -64,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.paths,
         nsys=args.nsys,
         allow_partial=args.allow_partial,
+        step_delimiter=args.step_delimiter,
         patterns=_own_categories(args.config),
     )
     columns = [Column(key, left=key in TEXT_COLUMNS) for key in (*keys, "count")]

@@ -72,6 +72,7 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
             gpu_ranks=capture.gpu_ranks or None,
             settle_s=capture.spec.settle,
             patterns=settings.categories,
+            step_delimiter=settings.step_delimiter,
             nsys=settings.nsys or None,
         )
     except TraceError as error:

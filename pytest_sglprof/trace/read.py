@@ -14,6 +14,7 @@ from pytest_sglprof.errors import NotATrace
 from pytest_sglprof.trace.arrays import first_of
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
+from pytest_sglprof.trace.repetition import with_repetition
 from pytest_sglprof.trace.table import (
     COLUMNS,
     UNKNOWN_STAGE,
@@ -40,6 +41,7 @@ def read_window(
     allow_partial: bool = False,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
+    step_delimiter: str = "",
     nsys: str | None = None,
     progress: Progress | None = None,
     processes: int | None = None,
@@ -49,7 +51,8 @@ def read_window(
     pid_ranks, gpu_ranks: which process, else which device, is which rank, for nsys
     reports. allow_partial: reads what a truncated trace still holds, and marks the table.
     settle_s: seconds dropped from the front. patterns: (category, regex) tried before the
-    built-in ones. nsys: command that exports `.nsys-rep`. progress: (bytes read, bytes in
+    built-in ones. step_delimiter: regex of the kernel that begins a step, for sources that
+    tell no steps. nsys: command that exports `.nsys-rep`. progress: (bytes read, bytes in
     all). processes: at most so many readers at once.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
@@ -70,7 +73,7 @@ def read_window(
 
             read = read_report(file, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, nsys=nsys)
             found += [(file, activities) for activities in read]
-    return build_table(found, settle_s=settle_s, patterns=patterns)
+    return build_table(found, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
 
 
 def build_table(
@@ -78,14 +81,17 @@ def build_table(
     *,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
+    step_delimiter: str = "",
 ) -> KernelTable:
     """Joins what was read of each rank; refuses a rank that stands in two files."""
     merged = joined(found)
     source, parts, left_out = one_source(merged)
+    parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
     steps = [(part.rank, step) for part in parts for step in part.steps]
     frame = _frame(parts, ranks, patterns)
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
+    notes += by_repetition
     if settle_s > 0 and len(frame):
         frame, steps, note = _settle(frame, steps, settle_s)
         notes.append(note)

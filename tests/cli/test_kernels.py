@@ -126,6 +126,25 @@ def test_own_categories_of_the_configuration(
     assert main([*by, "--config", str(tmp_path / "none.toml")]) == 2
 
 
+def test_the_kernel_that_begins_a_step(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "1-TP-0.trace.json"
+    event = TRACE["traceEvents"][0]
+    events = [
+        {**event, "name": name, "ts": 10 * n + at}
+        for n in range(4)
+        for at, name in ((0, "a"), (3, "b"))
+    ]
+    path.write_text(json.dumps({"baseTimeNanoseconds": 0, "traceEvents": events}))
+    by = ["kernels", str(path), "--by", "step", "--format", "csv"]
+    assert main(by) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["-1,8,40000"]
+    assert main([*by, "--step-delimiter", "^a$"]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(out.splitlines()[1:]) == ["-1,2,10000", *(f"{n},2,10000" for n in range(3))]
+    assert "steps are 3 repetitions" in err
+    assert main([*by, "--step-delimiter", "("]) == 2
+
+
 def test_json_follows_its_schema(trace: Path, capsys: Output) -> None:
     import jsonschema
 
