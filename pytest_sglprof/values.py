@@ -136,12 +136,14 @@ class ServerFacts:
     """What the server's log tells of a window's forward passes.
 
     rebalances: (start, end) of each rebalance of experts, Unix time, s, not overlapping.
-    captures: how often a capture of graphs began.
+    captures: how often a capture of graphs began. graph_batches: batch sizes, ascending, for
+    which there are decode graphs; a smaller batch is padded to the next one.
     """
 
     rebalances: tuple[tuple[float, float], ...] = ()
     accepted: tuple[AcceptLength, ...] = ()
     captures: int = 0
+    graph_batches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

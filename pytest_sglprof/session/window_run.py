@@ -109,8 +109,10 @@ class WindowRun:
         if log is None or not self.was_opened:
             return capture
         from pytest_sglprof.server.log_facts import read_log_facts
+        from pytest_sglprof.server.sizes import graph_batches
 
         facts = read_log_facts(log.lines(self._log_start), capture.closed)
+        facts = replace(facts, graph_batches=graph_batches(self._server.info))
         return replace(capture, facts=facts)
 
     def _await_steady_load(self) -> None:

@@ -13,6 +13,7 @@ from pytest_sglprof.trace.table import KernelTable
 from pytest_sglprof.values import AcceptLength, ServerFacts
 
 REBALANCE = "eplb rebalance"
+GRAPH_SHARE = 0.5  # of a step's kernels; a replayed decode step has a few launched by hand
 _UNIX_NS = 10**18  # September 2001; clocks that count from a start are far below
 
 
@@ -22,9 +23,11 @@ def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
     Both need steps on the Unix clock, as torch traces have them. On another clock nobody
     knows which steps a rebalance hit: then all of them are excluded.
     """
-    if table.steps.empty or not (facts.rebalances or facts.accepted or facts.captures):
+    if table.steps.empty or facts == ServerFacts():
         return table
     steps = table.steps.copy()
+    if facts.graph_batches:
+        steps["padded_batch"] = _padded(steps, facts.graph_batches)
     notes = list(table.notes)
     is_unix = bool((steps["start_ns"] > _UNIX_NS).all())
     if facts.rebalances:
@@ -40,6 +43,17 @@ def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
     if facts.accepted and is_unix:
         steps["accept_length"] = _accept_lengths(steps, facts.accepted)
     return replace(table, steps=steps, notes=tuple(notes))
+
+
+def _padded(steps: pd.DataFrame, batches: Sequence[int]) -> np.ndarray:
+    """The batch size of the graph that each step replayed; only of steps made of graph nodes."""
+    known = np.array([*batches, -1], dtype=np.int64)
+    size = steps["batch_size"].to_numpy()
+    padded = steps["padded_batch"].to_numpy().copy()
+    replayed = (steps["stage"] == "decode") & (steps["graph_share"] > GRAPH_SHARE)
+    chosen = (padded < 0) & (size > 0) & replayed.to_numpy()
+    padded[chosen] = known[np.searchsorted(known[:-1], size[chosen])]
+    return padded
 
 
 def _inside(steps: pd.DataFrame, spans: Sequence[tuple[float, float]]) -> np.ndarray:

@@ -58,6 +58,19 @@ def test_each_replica_has_its_own_accept_length() -> None:
     assert {k: set(v) for k, v in by_rank["accept_length"]} == {ranks[0]: {2.0}, ranks[1]: {4.0}}
 
 
+def test_a_replayed_decode_step_was_padded_to_the_next_graph() -> None:
+    cases = [(5, 0.9, "decode", 8), (8, 0.9, "decode", 8), (9, 0.9, "decode", -1),
+             (5, 0.1, "decode", -1), (5, -1.0, "decode", -1), (5, 0.9, "prefill", -1),
+             (-1, 0.9, "decode", -1)]  # fmt: skip
+    steps = [
+        ("TP0", Step(n, stage, n * 10, n * 10 + 9, batch_size=size, graph_share=share))
+        for n, (size, share, stage, _) in enumerate(cases)
+    ]
+    before = KernelTable.from_rows([], steps=steps, ranks=("TP0",))
+    found = with_server_facts(before, ServerFacts(graph_batches=(1, 2, 4, 8)))
+    assert found.steps["padded_batch"].tolist() == [padded for *_, padded in cases]
+
+
 def test_nothing_told_is_nothing_changed() -> None:
     before = table()
     assert with_server_facts(before, ServerFacts()) is before
