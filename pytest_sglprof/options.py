@@ -105,6 +105,12 @@ OPTIONS: tuple[Option, ...] = (
         metavar="N",
     ),
     Option(
+        "repeat",
+        "int",
+        "open each profile window N times and judge the median of the windows (default: 1)",
+        metavar="N",
+    ),
+    Option(
         "min_steps",
         "int",
         "fewest steps that a verdict needs (default: 30)",

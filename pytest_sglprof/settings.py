@@ -38,12 +38,14 @@ class Settings:
     nsys_session: str = ""
     allow_inconclusive: bool = False
     retry_inconclusive: int = 0
+    repeat: int = 1
     min_steps: int = 30
     min_share: float = 0.01
     servers: Mapping[str, ServerSpec] = field(default_factory=dict)
     window: Mapping[str, Any] = field(default_factory=dict)
     thresholds: tuple[Threshold, ...] = default_thresholds()
     categories: tuple[tuple[str, str], ...] = ()
+    step_delimiter: str = ""
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -130,6 +132,7 @@ _FROM_CONFIG = (
     ("output", "output", "dir"),
     ("keep", "output", "keep"),
     ("keep_runs", "output", "runs"),
+    ("step_delimiter", "trace", "step_delimiter"),
     ("min_steps", "gate", "min_steps"),
     ("min_share", "gate", "min_share"),
     ("allow_inconclusive", "gate", "allow_inconclusive"),
@@ -141,6 +144,24 @@ def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpe
     """`[server]` is "default"; `[servers.NAME]` are the others."""
     tables = {"default": document.get("server", {}), **document.get("servers", {})}
     return {name: _server_spec(name, table, base) for name, table in tables.items()}
+
+
+def repeats(spec: WindowSpec, settings: Settings) -> int:
+    """How often a window is opened: as it says itself, else as the settings say.
+
+    Raises `SettingsError` for one that says so itself but ends by hand; the settings' number
+    is for windows that end by themselves.
+    """
+    ends_itself = bool(spec.num_steps or spec.duration or spec.backend == "nsys")
+    if spec.repeat is None:
+        return max(1, settings.repeat) if ends_itself and not spec.whole_body else 1
+    if spec.repeat > 1 and not ends_itself:
+        raise SettingsError(
+            f"profile window {spec.name!r}: repeat={spec.repeat} without num_steps or duration",
+            expected="a window that ends by itself, so that it can be opened again",
+            hint="give it num_steps=50 or duration=2",
+        )
+    return spec.repeat
 
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
@@ -213,6 +234,12 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             "seconds above 0",
         ),
         (_is_count(spec.num_steps), f"num_steps={spec.num_steps!r}", "a whole number above 0"),
+        (_is_count(spec.repeat), f"repeat={spec.repeat!r}", "a whole number above 0"),
+        (
+            not (spec.whole_body and (spec.repeat or 1) > 1),
+            f"repeat={spec.repeat} with whole_body=True",
+            "one of the two: the body runs once",
+        ),
         (_is_count(spec.start_step), f"start_step={spec.start_step!r}", "a whole number above 0"),
         (
             not (spec.num_steps and spec.duration),

@@ -91,6 +91,8 @@ class WindowSpec:
     front of the window before measuring. timeout: limit for opening, filling and
     closing together. output_dir: a folder on the *server's* machine.
     whole_body: profile all of the test's body instead of a steady part of it.
+    repeat: opened so many times, and judged over all of them (None: as `--sglprof-repeat`
+    says, where it can be repeated).
     Names and defaults of the rest are those of SGLang's `/start_profile`.
     """
 
@@ -113,7 +115,53 @@ class WindowSpec:
     output_dir: str | None = None
     timeout: float = 300.0
     whole_body: bool = False
+    repeat: int | None = None
     thresholds: tuple[Threshold, ...] = ()
+
+
+@dataclass(frozen=True)
+class AcceptLength:
+    """Mean tokens a request that speculative decoding accepted in the passes before `time`.
+
+    time: Unix time, s. dp: the replica that logged it, None where there is one.
+    """
+
+    time: float
+    dp: int | None
+    length: float
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the server's log tells of a window's forward passes.
+
+    rebalances: (start, end) of each rebalance of experts, Unix time, s, not overlapping.
+    captures: how often a capture of graphs began. graph_batches: batch sizes, ascending, for
+    which there are decode graphs; a smaller batch is padded to the next one.
+    """
+
+    rebalances: tuple[tuple[float, float], ...] = ()
+    accepted: tuple[AcceptLength, ...] = ()
+    captures: int = 0
+    graph_batches: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GpuClocks:
+    """The GPU of one rank during a window.
+
+    median_sm_mhz: of its SM clock, MHz. power_limit_w: W, None where it has none. throttled:
+    slowed by heat or an external power brake; a power cap is normal and does not count.
+    reason: "thermal", "power brake", both, or "". throttled_share: of the readings, 0 to 1.
+    """
+
+    rank: str
+    uuid: str
+    median_sm_mhz: float
+    power_limit_w: float | None
+    throttled: bool
+    reason: str = ""
+    throttled_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +196,8 @@ class WindowCapture:
     reason: str = ""
     log: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    facts: ServerFacts = ServerFacts()
+    gpus: tuple[GpuClocks, ...] = ()
 
 
 @dataclass(frozen=True)

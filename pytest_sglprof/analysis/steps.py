@@ -28,17 +28,20 @@ class ComparedSteps:
     numbers: their numbers, ascending. stages: the stage of each, same length.
     unmatched: steps that some rank of the group lacks, or has in another stage.
     cut: steps at the window's edges of which a rank has only a part.
+    excluded: common steps that some rank marks as unlike its peers (JIT compilation, graph
+    capture, a rebalance of experts).
     """
 
     numbers: tuple[int, ...]
     stages: tuple[str, ...]
     unmatched: int
     cut: int
+    excluded: int = 0
 
     @property
     def dropped(self) -> int:
         """How many steps were seen on some rank but are not compared."""
-        return self.unmatched + self.cut
+        return self.unmatched + self.cut + self.excluded
 
 
 def steps_per_rank(table: KernelTable) -> dict[str, int]:
@@ -48,30 +51,37 @@ def steps_per_rank(table: KernelTable) -> dict[str, int]:
 
 
 def step_spans(table: KernelTable) -> pd.DataFrame:
-    """`rank, step, stage`, one row a step of a rank, as plain (not categorical) columns.
+    """`rank, step, stage, excluded`, one row a step of a rank, as plain columns.
 
-    From the table's own steps; where it has none, from the rows that carry a number.
+    excluded: whether the step may not be compared. From the table's own steps; where it has
+    none, from the rows that carry a number.
     """
     source = table.steps
     if source.empty:
         source = table.frame.loc[table.frame["step"] >= 0, ["rank", "step", "stage"]]
-    spans = source[["rank", "step", "stage"]].drop_duplicates(["rank", "step"])
+    spans = source.drop_duplicates(["rank", "step"])
     spans = spans[spans["step"] >= 0]
-    typed: pd.DataFrame = spans.astype({"rank": object, "step": np.int64, "stage": object})
+    typed: pd.DataFrame = spans[["rank", "step", "stage"]].astype(
+        {"rank": object, "step": np.int64, "stage": object}
+    )
+    marks = spans["excluded"].astype(object) if "excluded" in spans else ""
+    typed["excluded"] = marks != ""
     return typed
 
 
 def compared_steps(
     spans: pd.DataFrame, activities: pd.DataFrame, ranks: Sequence[str]
 ) -> ComparedSteps:
-    """Matches the steps of `ranks` by number and stage and drops the cut ones.
+    """Matches the steps of `ranks` by number and stage; drops the excluded and the cut ones.
 
     spans: from `step_spans`. activities: `rank, step, count`, the number of activities
     of each rank in each step. Only the first and the last common step can be cut.
     """
     mine = spans[spans["rank"].isin(list(ranks))]
     by_step = mine.groupby("step", sort=True)["stage"].agg(["size", "nunique", "first"])
-    common = by_step[(by_step["size"] == len(ranks)) & (by_step["nunique"] == 1)]
+    matched = by_step[(by_step["size"] == len(ranks)) & (by_step["nunique"] == 1)]
+    unlike = mine.loc[mine["excluded"], "step"].unique()
+    common = matched[~matched.index.isin(unlike)]
     numbers = common.index.to_numpy(np.int64)
     stages = common["first"].to_numpy(object)
     keep = np.ones(len(numbers), bool)
@@ -81,8 +91,9 @@ def compared_steps(
     return ComparedSteps(
         numbers=tuple(int(number) for number in numbers[keep]),
         stages=tuple(str(stage) for stage in stages[keep]),
-        unmatched=len(by_step) - len(common),
+        unmatched=len(by_step) - len(matched),
         cut=int((~keep).sum()),
+        excluded=len(matched) - len(common),
     )
 
 

@@ -63,6 +63,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show what a truncated trace still tells; the verdict stays inconclusive",
     )
     parser.add_argument("--nsys", metavar="PATH", help="the nsys that exports reports")
+    parser.add_argument(
+        "--step-delimiter",
+        default="",
+        metavar="REGEX",
+        help="the kernel that begins a step, for traces that tell no steps",
+    )
     add_format_option(parser)
 
 
@@ -72,7 +78,12 @@ def run(args: argparse.Namespace) -> int:
     from pytest_sglprof.trace.read import read_window
 
     threshold = _threshold(args)
-    table = read_window(args.paths, allow_partial=args.allow_partial, nsys=args.nsys)
+    table = read_window(
+        args.paths,
+        allow_partial=args.allow_partial,
+        step_delimiter=args.step_delimiter,
+        nsys=args.nsys,
+    )
     verdict = judge(table, [threshold], min_steps=args.min_steps, min_share=args.min_share)
     document = imbalance_document(table, threshold, verdict)
     if args.format == "json":

@@ -53,7 +53,7 @@ def summary_lines(run: Document) -> list[str]:
         lines.append(STANDIN_NOTE)
     for word in ("fail", "inconclusive"):
         for window in windows:
-            if window["verdict"] == word:
+            if window["verdict"] == word and window["repeat_index"] == 1:
                 lines.append(f"{word.upper()} {window['nodeid']} {window_title(window)}")
                 lines.append(f"  {window['reason']}")
     lines.extend(_attempt_lines(run["tests"]))
@@ -78,6 +78,8 @@ def window_title(window: Document) -> str:
         details.append(f"attempt {window['attempt']}")
     if window["retry_of"]:
         details.append("repeated")
+    if window["repeats"]:
+        details.append(f"{window['repeat_index']} of {window['repeats']['count']}")
     if window["standin"]:
         details.append("stand-in")
     return f'window "{window["name"]}" ({", ".join(details)})'

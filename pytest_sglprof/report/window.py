@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof.gate.judge import Judgement, Verdict
+from pytest_sglprof.gate.repeats import RepeatedVerdict
 from pytest_sglprof.redact import redact
 from pytest_sglprof.report.plain import plain, utc
 from pytest_sglprof.values import WindowCapture
@@ -33,12 +35,15 @@ def window_document(
     load: str | None,
     root: Path | None = None,
     retry_of: str | None = None,
+    repeat: Repeat | None = None,
 ) -> dict[str, Any]:
     """The document of one window, JSON-plain and redacted; see results.schema.json.
 
     table: None when there was nothing to read. load: id of the load that ran meanwhile.
     root: folder that artifact paths are relative to (None: file names only).
-    retry_of: id of the inconclusive window that this one repeats.
+    retry_of: id of the inconclusive window that this one repeats. repeat: the windows that
+    it was opened with; `verdict` and `reason` are then those over all of them, and the
+    judgements its own.
     """
     spec = plain(capture.spec)
     spec.pop("thresholds")  # every one of them stands in a judgement
@@ -49,6 +54,9 @@ def window_document(
         "nodeid": nodeid,
         "attempt": attempt,
         "retry_of": retry_of,
+        "repeat_of": repeat.of if repeat is not None else None,
+        "repeat_index": repeat.index if repeat is not None else 1,
+        "repeats": repeats_document(repeat, verdict) if repeat is not None else None,
         "server": server_key,
         "standin": standin,
         "load": load,
@@ -66,13 +74,53 @@ def window_document(
             {"path": _relative(item.path, root), "kind": item.kind, "rank": item.rank}
             for item in capture.artifacts
         ],
-        "verdict": verdict.word,
-        "reason": verdict.reason,
+        "gpus": [plain(clocks) for clocks in capture.gpus],
+        "verdict": verdict.word if repeat is None else repeat.verdict.word,
+        "reason": verdict.reason if repeat is None else repeat.verdict.reason,
         "judgements": [judgement_document(judgement) for judgement in verdict.judgements],
         "decisive": _decisive(verdict),
         **_measured(table, verdict.groups),
     }
     return redact(plain(document))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Where a window stands among those that it was opened with.
+
+    of: id of the first of them. index: 1 for the first. typical: id of the one in the middle.
+    """
+
+    of: str
+    index: int
+    typical: str
+    verdict: RepeatedVerdict
+
+
+def repeats_document(repeat: Repeat, own: Verdict) -> dict[str, Any]:
+    """The spread of each threshold over the windows, and this window's own verdict."""
+    return {
+        "count": repeat.verdict.count,
+        "typical": repeat.typical,
+        "own_verdict": own.word,
+        "own_reason": own.reason,
+        "spread": [
+            {
+                "metric": spread.threshold.metric,
+                "scope": spread.threshold.scope,
+                "kernel": spread.threshold.kernel,
+                "stage": spread.threshold.stage,
+                "group": spread.group,
+                "limit": spread.threshold.limit,
+                "values": list(spread.values),
+                "min": spread.known[0] if spread.known else None,
+                "median": spread.median,
+                "max": spread.known[-1] if spread.known else None,
+                "verdict": spread.verdict,
+            }
+            for spread in repeat.verdict.spreads
+        ],
+    }
 
 
 def judgement_document(judgement: Judgement) -> dict[str, Any]:
@@ -165,6 +213,7 @@ def _step_counts(cells: GroupCells) -> dict[str, Any]:
         "by_stage": stages,
         "unmatched": cells.steps.unmatched,
         "cut": cells.steps.cut,
+        "excluded": cells.steps.excluded,
         "assigned_share": cells.assigned_share,
     }
 

@@ -138,6 +138,20 @@ class ServerSizes:
         return max(self.tp // max(self.nnodes // self.pp, 1), 1)
 
 
+def graph_batches(info: Mapping[str, Any]) -> tuple[int, ...]:
+    """Batch sizes, ascending, for which `/server_info` says that decode graphs were captured.
+
+    Empty without decode graphs, without padding, and under DP attention, where a batch is
+    padded to what the ranks have together. Both the keys of 0.5.23 and older ones are read.
+    """
+    decode = (info.get("cuda_graph_config") or {}).get("decode") or {}
+    sizes = decode.get("bs") or info.get("cuda_graph_bs") or ()
+    off = decode.get("backend") == "disabled" or info.get("disable_cuda_graph")
+    if off or info.get("disable_cuda_graph_padding") or info.get("enable_dp_attention"):
+        return ()
+    return tuple(sorted(size for size in sizes if isinstance(size, int) and size > 0))
+
+
 def _number(info: Mapping[str, Any], key: str, default: int) -> int:
     value = info.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else default

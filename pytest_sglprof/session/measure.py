@@ -63,6 +63,7 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
     if not capture.artifacts:
         return None, capture.reason or "the window left no trace"
     from pytest_sglprof.trace.read import read_window
+    from pytest_sglprof.trace.server_facts import with_server_facts
 
     try:
         table = read_window(
@@ -71,11 +72,12 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
             gpu_ranks=capture.gpu_ranks or None,
             settle_s=capture.spec.settle,
             patterns=settings.categories,
+            step_delimiter=settings.step_delimiter,
             nsys=settings.nsys or None,
         )
     except TraceError as error:
         return None, str(error)
-    return table, ""
+    return with_server_facts(table, capture.facts), ""
 
 
 def _readable(capture: WindowCapture) -> list[Artifact]:

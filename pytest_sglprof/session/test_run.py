@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import SglprofError
@@ -11,12 +13,15 @@ from pytest_sglprof.session.load_state import LoadState
 from pytest_sglprof.session.server_life import check_alive, describe_server, undisturbed
 from pytest_sglprof.session.window_run import WindowRun
 from pytest_sglprof.session.window_watch import WindowWatch
+from pytest_sglprof.settings import repeats
 from pytest_sglprof.values import VerdictWord, WindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pytest_sglprof.bench_serving.load import BenchServing
+    from pytest_sglprof.gate.repeats import RepeatedVerdict
+    from pytest_sglprof.report.window import Repeat
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.run import RunFolder
     from pytest_sglprof.settings import Settings
@@ -55,7 +60,8 @@ class TestRun:
         self._load = LoadState()
         self._bench: BenchServing | None = None
         self._round: list[WindowRun] = []  # windows of this run of the body
-        self._inconclusive: dict[str, str] = {}  # name -> id, of the run before
+        # (name, index among repeats) -> id, of the run before
+        self._inconclusive: dict[tuple[str, int], str] = {}
         self._watch: WindowWatch | None = None
         self._watched: WindowRun | None = None
         self._documents: list[dict[str, Any]] | None = None
@@ -74,10 +80,26 @@ class TestRun:
 
     def new_window(self, spec: WindowSpec) -> WindowRun:
         """A window of this test, not opened yet."""
+        window = self._window(replace(spec, repeat=repeats(spec, self._settings)), index=1)
+        if window.spec.repeat != 1:
+            window.repeat_of = window.id
+            window.make_next = partial(self._another, window)
+        return window
+
+    def _another(self, first: WindowRun) -> WindowRun:
+        """One more of the windows that are opened together."""
+        window = self._window(first.spec, index=len(first.windows) + 1)
+        window.repeat_of, window.make_next = first.id, first.make_next
+        first.windows.append(window)
+        window.windows = first.windows
+        return window
+
+    def _window(self, spec: WindowSpec, index: int) -> WindowRun:
         assert self.server is not None, "a window needs the server fixture"
         folder = self._folder.window(spec.name, self.nodeid)
         window = WindowRun(self.server, spec, self._settings, folder, self._load, self._progress)
-        window.retry_of = self._inconclusive.get(spec.name)
+        window.repeat_index = index
+        window.retry_of = self._inconclusive.get((spec.name, index))
         self._round.append(window)
         return window
 
@@ -140,7 +162,7 @@ class TestRun:
 
     def begin_again(self) -> None:
         """The body is about to run again, after an inconclusive verdict."""
-        self._inconclusive = {window.spec.name: window.id for window in self._round}
+        self._inconclusive = {(w.spec.name, w.repeat_index): w.id for w in self._round}
         self._round, self._watched = [], None
         self.verdict, self.reason = None, ""
         self._open_whole_body()
@@ -176,7 +198,8 @@ class TestRun:
         from pytest_sglprof.report.terminal import rank_table
 
         self.told = True
-        shown = [rank_table(doc) for doc in self.documents() if doc["verdict"] != "pass"]
+        bad = [doc for doc in self.documents() if doc["verdict"] != "pass"]
+        shown = [rank_table(doc) for doc in bad if _is_shown(doc)]
         parts = [f"profile window verdict: {self.verdict}"]
         if not shown:
             parts.append(self.reason)
@@ -217,12 +240,37 @@ class TestRun:
             self._watched.open()
 
     def _conclude(self, windows: Sequence[WindowRun]) -> None:
-        judged = [(w.verdict.word, w.spec.name, w.verdict.reason) for w in windows]
+        judged = []
+        for window in windows:
+            repeated = self._repeated(window)
+            if repeated is None:
+                judged.append((window.verdict.word, window.spec.name, window.verdict.reason))
+            elif window.repeat_index == 1:
+                judged.append((repeated.word, window.spec.name, repeated.reason))
         for word in RANKING:
             reasons = [f"{name}: {reason}" for found, name, reason in judged if found == word]
             if reasons:
                 self.verdict, self.reason = word, "\n".join(reasons)
                 return
+
+    def _repeated(self, window: WindowRun) -> RepeatedVerdict | None:
+        """The verdict over the windows that this one was opened with; None for a single one."""
+        from pytest_sglprof.gate.repeats import judge_repeats
+
+        if window.repeat_of is None:
+            return None
+        closed = [one for one in window.windows if one in self.windows]
+        return judge_repeats([one.verdict for one in closed], window.spec.repeat or 1)
+
+    def _repeat(self, window: WindowRun) -> Repeat | None:
+        from pytest_sglprof.report.window import Repeat
+
+        verdict = self._repeated(window)
+        if verdict is None or window.repeat_of is None:
+            return None
+        closed = [one for one in window.windows if one in self.windows]
+        typical = closed[verdict.typical].id
+        return Repeat(window.repeat_of, window.repeat_index, typical, verdict)
 
     def _document(self, window: WindowRun) -> dict[str, Any]:
         return window.document(
@@ -233,6 +281,7 @@ class TestRun:
             load=self._load_id(window.load_number) if window.load_number else None,
             root=self._folder.path,
             retry_of=window.retry_of,
+            repeat=self._repeat(window),
         )
 
     def _load_documents(self) -> list[dict[str, Any]]:
@@ -261,3 +310,9 @@ class TestRun:
     @property
     def _standin(self) -> bool:
         return self.server is not None and self.server.kind == "standin"
+
+
+def _is_shown(document: dict[str, Any]) -> bool:
+    """Of windows that were opened together, the one in the middle speaks for all."""
+    repeated = document["repeats"]
+    return repeated is None or document["id"] == repeated["typical"]

@@ -7,14 +7,16 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.capture.window import ProfileWindow
 from pytest_sglprof.errors import Inconclusive, WindowError
+from pytest_sglprof.server.gpu_clocks import ClockWatch, watch_clocks
 from pytest_sglprof.session.measure import Measured, judge_table, measure
-from pytest_sglprof.values import METRICS, Metric, Threshold, WindowCapture, WindowSpec
+from pytest_sglprof.values import METRICS, GpuClocks, Metric, Threshold, WindowCapture, WindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +49,13 @@ class WindowRun:
         self.folder = folder
         self.load_number = 0
         self.retry_of: str | None = None
+        self.repeat_of: str | None = None
+        self.repeat_index = 1
+        self.windows: list[WindowRun] = [self]  # shared by those that are opened together
+        self.make_next: Callable[[], WindowRun] | None = None
         self._load = load
+        self._log_start = 0
+        self._clocks: ClockWatch | None = None
         self._server = server
         self._progress = progress
         self._settings = settings
@@ -71,7 +79,10 @@ class WindowRun:
 
     def open(self) -> None:
         """Opens the window; raises `WindowError`, `ServerError` or `NsysError`."""
+        log = self._server.log
+        self._log_start = log.position() if log is not None else 0
         self._window.open()
+        self._clocks = watch_clocks(self._server)
         self.load_number = self._load.number
 
     def wait(self, stop: threading.Event | None = None) -> None:
@@ -82,8 +93,27 @@ class WindowRun:
         """Closes the window (once) and returns what it left."""
         with self._lock:
             if self._capture is None:
-                self._capture = self._window.close() if self.was_opened else self._unopened()
+                clocks, told = self._end_clocks()  # before the export, in which GPUs are idle
+                closed = self._window.close() if self.was_opened else self._unopened()
+                closed = replace(closed, gpus=clocks, notes=(*closed.notes, *told))
+                self._capture = self._with_facts(closed)
             return self._capture
+
+    def _end_clocks(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
+        watch, self._clocks = self._clocks, None
+        return watch.stop() if watch is not None else ((), ())
+
+    def _with_facts(self, capture: WindowCapture) -> WindowCapture:
+        """With what the log told meanwhile; an attached server's log is not known."""
+        log = self._server.log
+        if log is None or not self.was_opened:
+            return capture
+        from pytest_sglprof.server.log_facts import read_log_facts
+        from pytest_sglprof.server.sizes import graph_batches
+
+        facts = read_log_facts(log.lines(self._log_start), capture.closed)
+        facts = replace(facts, graph_batches=graph_batches(self._server.info))
+        return replace(capture, facts=facts)
 
     def _await_steady_load(self) -> None:
         """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
@@ -107,6 +137,7 @@ class WindowRun:
 
     def discard(self) -> None:
         """Closes the window and forgets it."""
+        self._end_clocks()
         self._window.discard()
 
     def __enter__(self) -> WindowRun:
@@ -121,6 +152,18 @@ class WindowRun:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        while error is None and (following := self.next()) is not None:
+            following._await_steady_load()
+            following.open()
+            try:
+                following.wait(following._load.ended if following._load.target else None)
+            finally:
+                following.close()
+
+    def next(self) -> WindowRun | None:
+        """The window to open after the last of these; None when all were opened."""
+        is_last = len(self.windows) >= (self.spec.repeat or 1)
+        return None if is_last or self.make_next is None else self.make_next()
 
     @property
     def capture(self) -> WindowCapture:
@@ -178,8 +221,15 @@ class WindowRun:
         """Judges one more threshold and returns the figure that it judges.
 
         The test fails at its end when the figure is above `limit`. Too little data for a
-        figure raises `Inconclusive` at once.
+        figure raises `Inconclusive` at once. Of a window that was repeated it is the median
+        of the windows' figures.
         """
+        if len(self.windows) > 1 and self.repeat_index == 1:
+            each = {"scope": scope, "kernel": kernel, "stage": stage}
+            return median([w._check(metric, limit, **each) for w in self.windows])
+        return self._check(metric, limit, scope=scope, kernel=kernel, stage=stage)
+
+    def _check(self, metric: Metric, limit: float, *, scope: str, kernel: str, stage: str) -> float:
         if metric not in METRICS:
             raise WindowError(
                 f"check({metric!r}, ...): there is no such metric",

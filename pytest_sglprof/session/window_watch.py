@@ -40,13 +40,14 @@ class WindowWatch:
 
     def _run(self) -> None:
         try:
-            if not self._is_time():
-                return
-            self._window.open()
-            try:
-                self._window.wait(self._stop)
-            finally:
-                self._window.close()
+            window: WindowRun | None = self._window
+            while window is not None and self._is_time():
+                window.open()
+                try:
+                    window.wait(self._stop)
+                finally:
+                    window.close()
+                window = None if self._stop.is_set() else window.next()
         except BaseException as error:  # handed to the test by finish
             self._error = error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pytest_sglprof.errors import TraceError
+from pytest_sglprof.trace.steps import DRAFTS, step_key
 from pytest_sglprof.trace.table import NO_STEP, RankActivities
 
 _STAGE_PART = re.compile(r"-(EXTEND|DECODE)(?=\.)")
@@ -75,21 +76,37 @@ def _refuse_twice(found: Sequence[tuple[Path, RankActivities]]) -> None:
 
 def _one_numbering(parts: Sequence[RankActivities]) -> list[RankActivities]:
     """Steps of all ranks by forward id, or of all by order: a mix means nothing."""
-    by_id = [all(s.step == s.forward_id for s in part.steps) for part in parts if part.steps]
-    if all(by_id) or not any(by_id):
+    by_id = [all(s.step == step_key(s) for s in part.steps) for part in parts if part.steps]
+    if not any(by_id):
         return list(parts)
-    return [_by_order(part) for part in parts]
+    if not all(by_id):
+        return [_by_order(part) for part in parts]
+    starts: dict[int, list[int]] = {}
+    for part in parts:
+        for step in part.steps:
+            starts.setdefault(step.step, []).append(step.start_ns)
+    if max(starts) < DRAFTS:
+        return list(parts)
+    # Target and draft take turns: numbered in the order in which they ran.
+    ordered = sorted(starts, key=lambda key: (sum(starts[key]) / len(starts[key]), key))
+    number_of = {key: number for number, key in enumerate(ordered)}
+    return [_renumbered(part, [number_of[step.step] for step in part.steps]) for part in parts]
 
 
 def _by_order(part: RankActivities) -> RankActivities:
+    return _renumbered(part, range(len(part.steps)))
+
+
+def _renumbered(part: RankActivities, new: Sequence[int]) -> RankActivities:
+    """The part with `new` as the numbers of its steps, in their order."""
     if not part.steps:
         return part
     numbers = np.array([step.step for step in part.steps], dtype=np.int64)
     order = np.argsort(numbers)
     at = np.searchsorted(numbers[order], part.step).clip(max=len(numbers) - 1)
-    new = np.where(part.step == NO_STEP, NO_STEP, order[at])
-    steps = [replace(step, step=number) for number, step in enumerate(part.steps)]
-    return replace(part, steps=steps, step=new)
+    moved = np.asarray(list(new), dtype=np.int64)[order[at]]
+    steps = [replace(step, step=number) for step, number in zip(part.steps, new, strict=True)]
+    return replace(part, steps=steps, step=np.where(part.step == NO_STEP, NO_STEP, moved))
 
 
 def _offsets(parts: Sequence[RankActivities], stages: Sequence[str]) -> dict[str, int]:

@@ -34,6 +34,7 @@ from pytest_sglprof.trace.nsys_ranks import Owner, label_owners, not_recorded
 from pytest_sglprof.trace.nsys_schema import KINDS
 from pytest_sglprof.trace.nsys_sqlite import open_sqlite
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
+from pytest_sglprof.trace.steps import with_graph_share
 from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
 
 _THREAD = 0xFFFFFF
@@ -132,7 +133,10 @@ def _of_gpu(
     notes: Sequence[str],
 ) -> RankActivities:
     chosen = chosen[np.argsort(rows.start[chosen], kind="stable")]
-    none = np.full(len(chosen), NO_STEP, dtype=np.int64)
+    step = np.full(len(chosen), NO_STEP, dtype=np.int64)
+    if launched is not None:
+        step = step_at(steps, launched[chosen])
+    steps = with_graph_share(steps, step, rows.kind[chosen] == 0, rows.graph[chosen])
     return RankActivities(
         rank=label,
         names=rows.names,
@@ -142,7 +146,7 @@ def _of_gpu(
         start=rows.start[chosen],
         dur=rows.dur[chosen],
         stream=rows.stream[chosen],
-        step=none if launched is None else step_at(steps, launched[chosen]),
+        step=step,
         steps=steps,
         source="gpu",
         notes=notes,

@@ -15,6 +15,7 @@ from pytest_sglprof.ranks import rank_order
 from pytest_sglprof.trace.arrays import Ints, first_of
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
+from pytest_sglprof.trace.repetition import with_repetition
 from pytest_sglprof.trace.table import (
     COLUMNS,
     UNKNOWN_STAGE,
@@ -39,6 +40,7 @@ def read_window(
     allow_partial: bool = False,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
+    step_delimiter: str = "",
     nsys: str | None = None,
     progress: Progress | None = None,
     processes: int | None = None,
@@ -48,7 +50,8 @@ def read_window(
     pid_ranks, gpu_ranks: which process, else which device, is which rank, for nsys
     reports. allow_partial: reads what a truncated trace still holds, and marks the table.
     settle_s: seconds dropped from the front. patterns: (category, regex) tried before the
-    built-in ones. nsys: command that exports `.nsys-rep`. progress: (bytes read, bytes in
+    built-in ones. step_delimiter: regex of the kernel that begins a step, for sources that
+    tell no steps. nsys: command that exports `.nsys-rep`. progress: (bytes read, bytes in
     all). processes: at most so many readers at once.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
@@ -69,7 +72,7 @@ def read_window(
 
             read = read_report(file, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, nsys=nsys)
             found += [(file, activities) for activities in read]
-    return build_table(found, settle_s=settle_s, patterns=patterns)
+    return build_table(found, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
 
 
 def build_table(
@@ -77,6 +80,7 @@ def build_table(
     *,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
+    step_delimiter: str = "",
 ) -> KernelTable:
     """Joins what was read of each rank; refuses a rank that stands in two files.
 
@@ -86,9 +90,11 @@ def build_table(
     merged = joined(found)
     found.clear()
     source, parts, left_out = one_source(merged)
+    parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
+    notes += by_repetition
     partial = any(part.partial for part in merged)
     del merged
     frame = _frame(parts, ranks, patterns)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pytest_sglprof.trace.arrays import Ints, first_of, holding
+from pytest_sglprof.trace.arrays import Flags, Ints, first_of, holding
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
 
 _STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
@@ -19,12 +19,14 @@ STAGES = {
     "VERIFY": "decode",
     "TARGET_VERIFY": "decode",
     "DRAFT": "decode",
+    "DRAFT_LOOP": "decode",
     "DRAFT_EXTEND": "decode",
     "EXTEND": "prefill",
     "PREFILL": "prefill",
     "MIXED": "mixed",
     "IDLE": "idle",
 }
+DRAFTS = 2**40  # beyond every forward id
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class _Intervals:
 
 
 def step_spans(spans: Sequence[Span]) -> StepSpans:
-    """Numbers the `step[...]` spans: by forward_id where all have distinct ones, else by order."""
+    """Numbers the `step[...]` spans: by `step_key` where all have distinct ones, else by order."""
     cpu = _numbered([span for span in spans if not span.gpu])
     gpu = _numbered([span for span in spans if span.gpu])
     if cpu and gpu and len(cpu) != len(gpu) and not all(s.forward_id >= 0 for s in cpu + gpu):
@@ -119,9 +121,9 @@ def step_spans(spans: Sequence[Span]) -> StepSpans:
 def _numbered(spans: Sequence[Span]) -> tuple[Step, ...]:
     found = [step for span in spans if (step := parse_step(span)) is not None]
     found.sort(key=lambda step: step.start_ns)
-    ids = [step.forward_id for step in found]
-    if found and min(ids) >= 0 and len(set(ids)) == len(ids):
-        return tuple(replace(step, step=step.forward_id) for step in found)
+    keys = [step_key(step) for step in found]
+    if found and min(keys) >= 0 and len(set(keys)) == len(keys):
+        return tuple(replace(step, step=key) for step, key in zip(found, keys, strict=True))
     return tuple(replace(step, step=number) for number, step in enumerate(found))
 
 
@@ -130,14 +132,31 @@ def is_step(name: str) -> bool:
     return _STEP.match(name) is not None
 
 
+def step_key(step: Step) -> int:
+    """The number that means the same forward pass on every rank; -1 without a forward id.
+
+    The target and the draft model of speculative decoding count their passes each by
+    itself, so a draft's number is moved out of the way.
+    """
+    if step.forward_id < 0:
+        return NO_STEP
+    return step.forward_id + (DRAFTS if step.substage.startswith("DRAFT") else 0)
+
+
 def parse_step(span: Span) -> Step | None:
-    """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise."""
+    """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise.
+
+    With detailed annotations `c_sk` and `g_sk` are the KV tokens of the batch's prefills and
+    decodes. `raw_bs` beside `bs` tells that `bs` is padded for a graph.
+    """
     match = _STEP.match(span.name)
     if match is None:
         return None
     values = {key: int(value) for key, value in _PAIR.findall(match[2])}
-    bs = values.get("bs", -1)
-    stage = STAGES.get(match[1].upper(), UNKNOWN_STAGE)
+    bs = values.get("raw_bs", values.get("bs", -1))
+    substage = match[1].upper()
+    stage = STAGES.get(substage, UNKNOWN_STAGE)
+    kv = [values[key] for key in ("c_sk", "g_sk") if key in values]
     return Step(
         step=NO_STEP,
         stage=stage,
@@ -146,4 +165,32 @@ def parse_step(span: Span) -> Step | None:
         batch_size=bs,
         tokens=values.get("toks", bs if stage == "decode" else -1),
         forward_id=values.get("forward_id", -1),
+        substage=substage,
+        padded_batch=values.get("bs", -1) if "raw_bs" in values else -1,
+        kv_tokens=sum(kv) if kv else -1,
+    )
+
+
+def with_graph_share(
+    steps: Sequence[Step], step: Ints, kernel: Flags, graph: Flags
+) -> tuple[Step, ...]:
+    """The steps with the share of their kernels that are nodes of a graph.
+
+    step, kernel, graph: the step of each activity, whether it is a kernel, and whether a
+    graph's node. A rank without any node tells nothing: old profilers, and those of AMD,
+    do not mark nodes.
+    """
+    if not steps or not graph.any():
+        return tuple(steps)
+    numbers = np.array([entry.step for entry in steps], dtype=np.int64)
+    order = np.argsort(numbers, kind="stable")
+    at = first_of(numbers[order], step)
+    known = (at >= 0) & kernel
+    every = np.bincount(at[known], minlength=len(steps))
+    nodes = np.bincount(at[known & graph], minlength=len(steps))
+    shares = np.full(len(steps), -1.0)
+    shares[order] = np.where(every > 0, nodes / np.maximum(every, 1), -1.0)
+    return tuple(
+        replace(entry, graph_share=share)
+        for entry, share in zip(steps, shares.tolist(), strict=True)
     )

@@ -25,14 +25,29 @@ STEP_COLUMNS = (
     "batch_size",
     "tokens",
     "forward_id",
+    "substage",
+    "padded_batch",
+    "kv_tokens",
+    "graph_share",
+    "accept_length",
+    "excluded",
 )
+_STEP_TEXTS = ("stage", "substage", "excluded")
+_STEP_SHARES = ("graph_share", "accept_length")
 NO_STEP = -1
 UNKNOWN_STAGE = "unknown"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass of one rank. Times in ns; -1 where the source does not tell."""
+    """One forward pass of one rank. Times in ns; -1 where the source does not tell.
+
+    substage: SGLang's own word (DECODE, VERIFY, DRAFT, EXTEND, ...), "" where there is none.
+    padded_batch: the batch size that a graph was replayed for. kv_tokens: tokens of the KV
+    cache that the batch looks back on. graph_share: share of the step's kernels that are nodes
+    of a graph, 0 to 1. accept_length: mean tokens that a verify step accepts for a request.
+    excluded: why the step may not be compared ("jit compilation"), "" where it may.
+    """
 
     step: int
     stage: str
@@ -41,6 +56,12 @@ class Step:
     batch_size: int = -1
     tokens: int = -1
     forward_id: int = -1
+    substage: str = ""
+    padded_batch: int = -1
+    kv_tokens: int = -1
+    graph_share: float = -1.0
+    accept_length: float = -1.0
+    excluded: str = ""
 
     def shifted(self, offset_ns: int) -> Step:
         """The same step on a clock that is `offset_ns` ahead."""
@@ -136,9 +157,12 @@ class KernelTable:
 def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:
     """The `steps` table: one row a rank and step."""
     values: dict[str, object] = {
-        "rank": pd.Categorical([rank for rank, _ in steps], categories=list(ranks), ordered=True),
-        "stage": pd.Categorical([step.stage for _, step in steps]),
+        "rank": pd.Categorical([rank for rank, _ in steps], categories=list(ranks), ordered=True)
     }
-    for name in ("step", "start_ns", "end_ns", "batch_size", "tokens", "forward_id"):
-        values[name] = np.asarray([getattr(step, name) for _, step in steps], dtype=np.int64)
+    for name in STEP_COLUMNS[1:]:
+        listed = [getattr(step, name) for _, step in steps]
+        if name in _STEP_TEXTS:
+            values[name] = pd.Categorical(listed)
+        else:
+            values[name] = np.asarray(listed, np.float64 if name in _STEP_SHARES else np.int64)
     return pd.DataFrame(values, columns=list(STEP_COLUMNS))

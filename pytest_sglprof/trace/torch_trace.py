@@ -19,11 +19,12 @@ from pytest_sglprof.trace.arrays import Flags, Ints
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.impossible import contains_later, excluded
 from pytest_sglprof.trace.inflate import pieces
-from pytest_sglprof.trace.kineto import KIND_OF_CATEGORY, KINDS, LAUNCH
+from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
+from pytest_sglprof.trace.kineto import KERNEL, KIND_OF_CATEGORY, KINDS, LAUNCH
 from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
-from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans
-from pytest_sglprof.trace.table import RankActivities
+from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans, with_graph_share
+from pytest_sglprof.trace.table import RankActivities, Step
 from pytest_sglprof.trace.times import LARGEST_NS, ns
 
 GPU_KINDS = {name.lower(): kind for name, kind in KIND_OF_CATEGORY.items() if kind != LAUNCH}
@@ -76,6 +77,7 @@ class _Collected:
     communication: list[tuple[int, int, int]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     launches: Launches = field(default_factory=Launches)
+    interruptions: list[Call] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
 
     def code(self, name: str) -> int:
@@ -220,6 +222,8 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
         correlation = _arguments(event).correlation or -1
         if correlation > 0:
             into.launches.add(correlation, start)
+        if what := interruption(name):
+            into.interruptions.append((start, what))
     elif not name.startswith(SUBMITTED):
         thread = bytes(event.tid).decode("ascii", "replace")
         into.operators.append((into.code(name), start, dur, thread))
@@ -248,13 +252,16 @@ def _activities(
 ) -> RankActivities:
     own = [*notes, *(f"{label}: skipped {n} {what}" for what, n in found.skipped.items())]
     steps = StepMap(step_spans(found.spans))
+    entries = steps.steps
     if found.gpu:
-        columns, more = _gpu_columns(label, found, steps)
+        columns, entries, more = _gpu_columns(label, found, steps)
         own += more
         kinds: tuple[str, ...] = KINDS[:LAUNCH]
     else:
         columns, kinds = _cpu_columns(found, steps), ("op", "collective")
     code, kind, start, dur, stream, step = columns
+    entries, more = with_interruptions(label, entries, found.interruptions)
+    own += more
     return RankActivities(
         rank=label,
         names=list(found.names),
@@ -265,7 +272,7 @@ def _activities(
         dur=dur,
         stream=stream,
         step=step,
-        steps=[entry.shifted(base) for entry in steps.steps],
+        steps=[entry.shifted(base) for entry in entries],
         source="gpu" if found.gpu else "cpu_op",
         notes=own,
         partial=partial,
@@ -275,7 +282,9 @@ def _activities(
 Columns = tuple[Ints, Ints, Ints, Ints, Ints, Ints]
 
 
-def _gpu_columns(label: str, found: _Collected, steps: StepMap) -> tuple[Columns, list[str]]:
+def _gpu_columns(
+    label: str, found: _Collected, steps: StepMap
+) -> tuple[Columns, tuple[Step, ...], list[str]]:
     table = np.array(found.gpu, dtype=np.int64).reshape(-1, 8)
     table = table[np.lexsort((-table[:, 3], table[:, 2], table[:, 4], table[:, 7]))]
     where = np.where(table[:, 4] < 0, -1, (table[:, 7] << 32) + table[:, 4])
@@ -286,8 +295,9 @@ def _gpu_columns(label: str, found: _Collected, steps: StepMap) -> tuple[Columns
         table = table[~impossible]
     launched = found.launches.times(table[:, 5])
     step = steps.of_gpu(table[:, 2], launched)
+    entries = with_graph_share(steps.steps, step, table[:, 1] == KERNEL, table[:, 6] > 0)
     code, kind, start, dur, stream = (np.ascontiguousarray(table[:, n]) for n in range(5))
-    return (code, kind, start, dur, stream, step), notes
+    return (code, kind, start, dur, stream, step), entries, notes
 
 
 def _cpu_columns(found: _Collected, steps: StepMap) -> Columns:

@@ -21,9 +21,17 @@ from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.gpu_steps import Projections, projected
 from pytest_sglprof.trace.impossible import excluded
-from pytest_sglprof.trace.kineto import KINDS, LAUNCH, Annotation, FileFacts
+from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
+from pytest_sglprof.trace.kineto import KERNEL, KINDS, LAUNCH, Annotation, FileFacts
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
-from pytest_sglprof.trace.steps import Span, StepMap, is_step, launch_times, step_spans
+from pytest_sglprof.trace.steps import (
+    Span,
+    StepMap,
+    is_step,
+    launch_times,
+    step_spans,
+    with_graph_share,
+)
 from pytest_sglprof.trace.table import NO_STEP, RankActivities
 from pytest_sglprof.trace.torch_trace import base_time, impossible_rows, read_trace
 
@@ -141,7 +149,8 @@ def _assembled(content: FileContent, launched: FileContent | None) -> list[RankA
         steps = _steps_of([a for owner in owners for a in _of(facts, owner)])
         told = [*notes, *(f"{label}: skipped {n} {what}" for what, n in facts.skipped.items())]
         known = _launches(launched, label)
-        found.append(_activities(label, facts, mine, steps, known, base, told))
+        calls = _interruptions(launched, known)
+        found.append(_activities(label, facts, mine, steps, known, calls, base, told))
     content.columns = content.columns.take(np.zeros(0, np.int64))
     return found
 
@@ -156,17 +165,31 @@ def _launches(launched: FileContent | None, label: str) -> Columns | None:
     return columns
 
 
+def _interruptions(launched: FileContent | None, launches: Columns | None) -> list[Call]:
+    """Calls that compile or capture; none where the launches were not read."""
+    if launched is None or launches is None:
+        return []
+    what = [interruption(name) for name in launched.facts.names]
+    codes = [code for code, word in enumerate(what) if word]
+    rows = np.flatnonzero(np.isin(launches.name, codes))
+    pairs = zip(launches.start[rows].tolist(), launches.name[rows].tolist(), strict=True)
+    return [(start, what[code]) for start, code in pairs]
+
+
 def _activities(
     label: str,
     facts: FileFacts,
     mine: Columns,
     steps: _Steps,
     launches: Columns | None,
+    calls: Sequence[Call],
     base: int,
     notes: list[str],
 ) -> RankActivities:
     mine, excluded = _possible(label, mine)
     step = _steps(mine, steps, launches)
+    entries = with_graph_share(steps.map.steps, step, mine.kind == KERNEL, mine.graph > 0)
+    entries, told = with_interruptions(label, entries, calls)
     np.add(mine.start, base, out=mine.start)  # in place: it is the largest column
     return RankActivities(
         rank=label,
@@ -178,9 +201,9 @@ def _activities(
         dur=mine.dur,
         stream=mine.stream,
         step=step,
-        steps=[entry.shifted(base) for entry in steps.map.steps],
+        steps=[entry.shifted(base) for entry in entries],
         source="gpu",
-        notes=[*notes, *excluded],
+        notes=[*notes, *excluded, *told],
         partial=facts.truncated,
     )
 

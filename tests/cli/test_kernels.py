@@ -143,7 +143,61 @@ def test_table_for_people(trace: Path, capsys: Output) -> None:
 
 def test_uncategorised(trace: Path, capsys: Output) -> None:
     assert main(["kernels", str(trace), "--uncategorised", "--format", "json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["zzz"]
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row == {"name": "zzz", "full_name": "zzz", "count": 1, "total_ns": 1_000,
+                   "share": pytest.approx(1.0 / 12.5)}  # fmt: skip
+    assert main(["kernels", str(trace), "--uncategorised"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert " ".join(last.split()) == "zzz zzz 1 0.001 8.00 %"
+    assert main(["kernels", str(trace), "--uncategorised", "--by", "rank", "--format", "csv"]) == 0
+    assert capsys.readouterr().out == "rank,count,total_ns,share\nTP0,1,1000,0.08\n"
+
+
+def test_own_categories_of_the_configuration(
+    trace: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = '[[category]]\nname = "gemm"\npattern = "^z+$"\n'
+    (tmp_path / "sglprof.toml").write_text(config)
+    (tmp_path / "other.toml").write_text(config.replace("gemm", "norm"))
+    by = ["kernels", str(trace), "--by", "category", "--format", "csv"]
+    assert main([*by, "--uncategorised"]) == 0
+    assert capsys.readouterr().out == "category,count,total_ns,share\n"
+    for more, expected in (([], "gemm"), (["--config", str(tmp_path / "other.toml")], "norm")):
+        assert main([*by, *more]) == 0
+        assert f"{expected},1,1000" in capsys.readouterr().out
+    assert main([*by, "--config", str(tmp_path / "none.toml")]) == 2
+
+
+def test_the_kernel_that_begins_a_step(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "1-TP-0.trace.json"
+    event = TRACE["traceEvents"][0]
+    events = [
+        {**event, "name": name, "ts": 10 * n + at}
+        for n in range(4)
+        for at, name in ((0, "a"), (3, "b"))
+    ]
+    path.write_text(json.dumps({"baseTimeNanoseconds": 0, "traceEvents": events}))
+    by = ["kernels", str(path), "--by", "step", "--format", "csv"]
+    assert main(by) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["-1,8,40000"]
+    assert main([*by, "--step-delimiter", "^a$"]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(out.splitlines()[1:]) == ["-1,2,10000", *(f"{n},2,10000" for n in range(3))]
+    assert "steps are 3 repetitions" in err
+    assert main([*by, "--step-delimiter", "("]) == 2
+
+
+def test_json_follows_its_schema(trace: Path, capsys: Output) -> None:
+    import jsonschema
+
+    import pytest_sglprof
+
+    path = Path(pytest_sglprof.__file__).parent / "schemas/kernels.schema.json"
+    schema = json.loads(path.read_text())
+    for more in ([], ["--uncategorised"], ["--by", "rank,stage,step,stream,kind,category"]):
+        assert main(["kernels", str(trace), "--format", "json", *more]) == 0
+        jsonschema.validate(json.loads(capsys.readouterr().out), schema)
 
 
 def test_nothing_is_an_answer_with_a_note(tmp_path: Path, capsys: Output) -> None:

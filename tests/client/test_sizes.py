@@ -88,3 +88,17 @@ def test_a_shared_device_names_nobody():
 def test_odd_values_become_the_defaults():
     sizes = ServerSizes.from_info({"tp_size": None, "dp_size": "2", "pp_size": True})
     assert sizes == ServerSizes()
+
+
+def test_batch_sizes_of_decode_graphs(shared_data):
+    from pytest_sglprof.server.sizes import graph_batches
+
+    info = json.loads((shared_data / "logs/tp2/server_info.json").read_text())
+    assert graph_batches(info) == ()  # a CPU server: its backend is "disabled"
+    decode = info["cuda_graph_config"]["decode"]
+    decode["backend"] = "full"
+    assert graph_batches(info) == tuple(sorted(decode["bs"]))
+    for key in ("disable_cuda_graph", "disable_cuda_graph_padding", "enable_dp_attention"):
+        assert graph_batches({**info, key: True}) == ()
+    assert graph_batches({"cuda_graph_bs": [4, 1, 2]}) == (1, 2, 4)
+    assert graph_batches({}) == ()

@@ -67,6 +67,12 @@ def test_without_any_source_the_documented_defaults_hold():
     assert "keep = failed  (default)" in found.describe()
 
 
+def test_the_step_delimiter_and_the_number_of_repeats():
+    assert (settings().step_delimiter, settings().repeat) == ("", 1)
+    found = settings({"trace": {"step_delimiter": "^embed"}}, cli={"sglprof_repeat": "3"})
+    assert (found.step_delimiter, found.repeat) == ("^embed", 3)
+
+
 def test_every_option_has_its_three_names():
     by_name = {option.name: option for option in OPTIONS}
     main, retry = by_name["enabled"], by_name["retry_inconclusive"]

@@ -1,0 +1,155 @@
+"""Windows that are opened several times, on the stand-in: one run, seen from many sides."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from pytest_sglprof.report.results import validate
+
+TESTS = """
+from pytest_sglprof import VerdictFailed
+
+slow = pytest.mark.sglang_server("slow")
+
+@pytest.mark.profile_window(num_steps=30, repeat=3)
+def test_marked(load):
+    load(2600)
+
+@slow
+@pytest.mark.profile_window(num_steps=30, repeat=3)
+def test_marked_slow(load):
+    load(2600)
+
+@pytest.mark.profile_window(num_steps=30, repeat=4)
+def test_too_short(load):
+    load(1000)
+
+@slow
+def test_by_hand(bench_serving, profile_window):
+    with bench_serving.running(num_prompts=4, max_concurrency=4, random_input_len=8,
+                               random_output_len=2600, random_range_ratio=1.0, warm_up=False):
+        limits = {"moe": 2.0, "compute": 2.0}
+        with profile_window("w", num_steps=30, repeat=2, slowdown=limits) as window:
+            window.wait()
+    assert len(window.windows) == 2
+    assert window.check("slowdown", 1.6, scope="moe") == pytest.approx(1.4, rel=0.02)
+
+def test_that_ends_by_hand(drive, profile_window):
+    with profile_window("w", repeat=2):
+        drive()
+
+@pytest.mark.profile_window(whole_body=True)
+def test_whole_body(drive):
+    drive()
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(make_project):
+    return make_project(TESTS).run("--sglprof-keep=all")
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome_word", "verdict", "windows"),
+    [
+        ("test_marked", "passed", "pass", 3),
+        ("test_marked_slow", "failed", "fail", 3),
+        ("test_by_hand", "passed", "pass", 2),
+        ("test_whole_body", "passed", "pass", 1),
+    ],
+)
+def test_windows_and_verdicts(outcome, name, outcome_word, verdict, windows):
+    assert (outcome.test(name)["outcome"], outcome.test(name)["verdict"]) == (outcome_word, verdict)
+    found = outcome.windows(name)
+    assert len(found) == windows
+    assert {window["verdict"] for window in found} == {verdict}
+    if windows == 1:
+        assert [(w["repeat_of"], w["repeats"]) for w in found] == [(None, None)]
+        return
+    assert [w["repeat_index"] for w in found] == list(range(1, windows + 1))
+    assert {w["repeat_of"] for w in found} == {found[0]["id"]}
+    assert len({w["id"] for w in found}) == windows
+    opened = [(w["opened"], w["closed"]) for w in found]
+    assert all(before[1] <= after[0] for before, after in pairwise(opened))
+
+
+def test_the_spread_is_that_of_the_windows_own_figures(outcome):
+    found = outcome.windows("test_marked_slow")
+    for number, spread in enumerate(found[0]["repeats"]["spread"]):
+        values = [window["judgements"][number]["value"] for window in found]
+        assert spread["values"] == values
+        assert (spread["min"], spread["max"]) == (min(values), max(values))
+        assert spread["median"] == sorted(values)[1]
+    moe = next(s for s in found[0]["repeats"]["spread"] if s["scope"] == "moe")
+    assert moe["median"] == pytest.approx(1.4, rel=0.02)
+    assert all(window["repeats"] == {**found[0]["repeats"], "own_reason": own(window)}
+               for window in found)  # fmt: skip
+
+
+def own(window):
+    return window["repeats"]["own_reason"]
+
+
+def test_the_failure_says_median_and_spread_once(outcome):
+    section = outcome.section("test_marked_slow")
+    assert "in the median of 3 windows (limit 1.10), from 1." in section
+    assert "the window in the middle: TP1 is 1.40x slower" in section
+    assert section.count("compute ms") == 1
+    assert outcome.text.count("FAIL test_job.py::test_marked_slow window") == 1
+
+
+def test_windows_that_never_opened_decide_nothing(outcome):
+    assert outcome.test("test_too_short")["verdict"] == "inconclusive"
+    found = outcome.windows("test_too_short")
+    assert 1 <= len(found) < 4
+    assert "of 4 windows can be judged" in found[0]["reason"]
+    assert "never opened" in found[0]["reason"]
+
+
+def test_a_window_that_ends_by_hand_cannot_be_repeated(outcome):
+    assert "repeat=2 without num_steps or duration" in outcome.section("test_that_ends_by_hand")
+
+
+def test_results_and_files(outcome):
+    validate(outcome.results)
+    for window in outcome.results["windows"]:
+        assert [a["rank"] for a in window["artifacts"]] == ["TP0", "TP1"]
+
+
+def test_the_option_repeats_all_windows_that_end_by_themselves(make_project):
+    tests = """
+@pytest.mark.profile_window(num_steps=30)
+def test_marked(load):
+    load(2000)
+
+@pytest.mark.profile_window(num_steps=30, repeat=1)
+def test_once(load):
+    load(1200)
+
+@pytest.mark.profile_window(whole_body=True)
+def test_whole_body(drive):
+    drive()
+"""
+    outcome = make_project(tests).run("--sglprof-repeat=2")
+    assert outcome.status == 0
+    numbers = {
+        name: len(outcome.windows(name)) for name in ("test_marked", "test_once", "test_whole_body")
+    }
+    assert numbers == {"test_marked": 2, "test_once": 1, "test_whole_body": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("whole_body=True, repeat=2", "one of the two: the body runs once"),
+        ("repeat=0", "repeat=0"),
+        ("repeat='x'", "repeat='x'"),
+    ],
+)
+def test_wrong_repeats_are_found_at_collection(make_project, arguments, words):
+    tests = f"@pytest.mark.profile_window({arguments})\ndef test_it(drive): pass\n"
+    outcome = make_project(tests).run()
+    assert outcome.status == 2
+    assert words in outcome.text
