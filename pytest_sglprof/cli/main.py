@@ -20,6 +20,7 @@ from pytest_sglprof.errors import SglprofError
 # `run(args) -> int`; only the chosen one is imported, so that `--help` stays instant.
 COMMANDS = {
     "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
+    "perfetto": "merge the traces of all ranks into one file for Perfetto, with summary rows",
     "imbalance": "how unequal the ranks are, judged against a limit",
 }
 INTERRUPTED = 130

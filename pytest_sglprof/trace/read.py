@@ -54,6 +54,20 @@ def read_window(
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
+    files = window_files(paths)
+    torch = [file for file in files if not is_nsys(file)]
+    found = _read_torch(torch, allow_partial, progress, processes)
+    for file in files:
+        if is_nsys(file):
+            from pytest_sglprof.trace.nsys_report import read_report
+
+            read = read_report(file, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, nsys=nsys)
+            found += [(file, activities) for activities in read]
+    return build_table(found, settle_s=settle_s, patterns=patterns)
+
+
+def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `read_window` reads of `paths`. Raises NotATrace where there is none."""
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [file for path in listed for file in _files(Path(path))]
     if not files:
@@ -62,15 +76,12 @@ def read_window(
             expected="*.trace.json.gz, *.json, *.nsys-rep, *.sqlite or a folder of them",
             hint="check the path",
         )
-    torch = [file for file in files if not _is_nsys(file)]
-    found = _read_torch(torch, allow_partial, progress, processes)
-    for file in files:
-        if _is_nsys(file):
-            from pytest_sglprof.trace.nsys_report import read_report
+    return files
 
-            read = read_report(file, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, nsys=nsys)
-            found += [(file, activities) for activities in read]
-    return build_table(found, settle_s=settle_s, patterns=patterns)
+
+def is_nsys(path: Path) -> bool:
+    """Whether it is a report, an export or a folder of Parquet files, by its name."""
+    return path.is_dir() or path.suffix in NSYS_ENDINGS
 
 
 def build_table(
@@ -119,10 +130,6 @@ def _files(path: Path) -> list[Path]:
     stems = {file.stem for file in exports}
     reports = [f for f in inside if f.suffix == ".nsys-rep" and f.stem not in stems]
     return (ranked or traces) + exports + reports
-
-
-def _is_nsys(path: Path) -> bool:
-    return path.is_dir() or path.suffix in NSYS_ENDINGS
 
 
 def _read_torch(

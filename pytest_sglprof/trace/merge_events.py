@@ -1,0 +1,259 @@
+"""Events of one file, rewritten for a trace of many ranks.
+
+Nearly all windows go the quick way: the rank's prefix is put before every process and flow
+id by searching bytes, and the result is checked to be valid JSON in which every event was
+changed once. A window that is anything else (metadata, textual process ids, another clock,
+damage) goes the slow way, event by event.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+
+from pytest_sglprof.trace.event_windows import Layout, Unsafe
+from pytest_sglprof.trace.merge_ids import ProcessIds, RankNumbers, flow_id, shifted
+from pytest_sglprof.trace.repair import mended
+
+_PID = re.compile(rb'(?<!\\)"pid"\s*:\s*')
+_CATEGORY = re.compile(rb'"cat"\s*:\s*"([^"\\]{0,60})"')
+# A name that was copied into the file as it was, quotes and backslashes included.
+_NAME = re.compile(rb'("name"\s*:\s*")(.*?)("\s*,\s*"(?:pid|ts|cat|ph)"\s*:)', re.DOTALL)
+_UNESCAPED = re.compile(rb'\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})|(?<!\\)"')
+_GPU_LABEL = re.compile(rb"GPU \d+")
+_STREAM = re.compile(r"stream \d+")
+
+RawEvent = dict[str, msgspec.Raw]
+
+
+class _Quick(msgspec.Struct, gc=False):
+    """What an event must have for the quick way."""
+
+    pid: int
+    tid: int
+
+
+_QUICK = msgspec.json.Decoder(list[_Quick])
+_SLOW = msgspec.json.Decoder(list[RawEvent])
+_THREAD = attrgetter("pid", "tid")
+
+
+@dataclass
+class Seen:
+    """What passed: rank → events. lost: what could not be carried over → count.
+    timeless: events whose time could not be moved to the common clock.
+
+    threads: (new pid, thread) pairs with numeric ids. named: new pids that have a name.
+    """
+
+    events: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    mended: int = 0
+    timeless: int = 0
+    threads: set[tuple[int, int]] = field(default_factory=set)
+    named: set[int] = field(default_factory=set)
+    named_threads: set[tuple[int, int]] = field(default_factory=set)
+
+
+class EventRewriter:
+    """Rewrites the windows of one file. `seen.events` counts what stands in the result.
+
+    shift_ns: added to every time. taken: events of the file that were dealt with.
+    """
+
+    def __init__(self, numbers: RankNumbers, label: str, shift_ns: int = 0) -> None:
+        self.seen = Seen()
+        self.taken = 0
+        self.ids = ProcessIds(numbers, label)
+        self._numbers = numbers
+        self._label = label
+        self._shift = shift_ns
+        self._pid = b""
+        self._quick = shift_ns == 0
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """The first three digits of a new process id → its rank."""
+        return {self._numbers.prefix(label).decode(): label for label in self.seen.events}
+
+    def window(self, layout: Layout, events: bytes) -> bytes:
+        """Events joined by commas, as they stand in the file, for the result.
+
+        Raises Unsafe where they cannot be told apart.
+        """
+        if layout.merged:
+            self._quick = False
+        found = self._quickly(events) if self._quick and b'"M"' not in events else None
+        return self._slowly(layout, events) if found is None else found
+
+    def listed(self, events: list[RawEvent]) -> bytes:
+        """The same for events that were decoded already."""
+        self.taken += len(events)
+        gpus = _gpu_processes(events)
+        for event in events:
+            self._rewrite(event, gpus)
+        return msgspec.json.encode(events)[1:-1]
+
+    def _quickly(self, events: bytes) -> bytes | None:
+        if not self._pid:
+            learned = _PID.search(events)
+            if learned is None:
+                return None
+            self._pid = learned[0]
+            self._flow = re.compile(rb'"id"\s*:\s*(?=\d{1,15}\s*,\s*' + re.escape(self._pid) + b")")
+        prefix = self._numbers.prefix(self._label)
+        changed = events.replace(self._pid, self._pid + prefix)
+        processes = (len(changed) - len(events)) // len(prefix)
+        flows = events.count(b'"id"')
+        if flows:
+            # The id stands before the process id, whose new text the search must fit.
+            changed, found = self._flow.subn(rb"\g<0>" + prefix, changed)
+            if found != flows:
+                return None
+        try:
+            if not changed.isascii():
+                changed.decode()
+            whole = _QUICK.decode(b"[" + changed + b"]")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        if len(whole) != processes:
+            return None
+        self.seen.threads.update(map(_THREAD, whole))
+        self.seen.events[self._label] += len(whole)
+        self.taken += len(whole)
+        return changed
+
+    def _slowly(self, layout: Layout, events: bytes) -> bytes:
+        try:
+            events.decode()  # in what is not looked at, msgspec takes any bytes
+            decoded = _SLOW.decode(b"[" + events + b"]")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            decoded = self._one_by_one(layout, events)
+        return self.listed(decoded)
+
+    def _one_by_one(self, layout: Layout, events: bytes) -> list[RawEvent]:
+        """Each event that can be read or mended; the others are counted as lost."""
+        chunks = events.split(layout.between)
+        opening = layout.between[layout.open_at :]
+        texts = [
+            (opening if at else b"") + chunk + (b"}" if at < len(chunks) - 1 else b"")
+            for at, chunk in enumerate(chunks)
+        ]
+        found: list[RawEvent] = []
+        lost: list[str] = []
+        at = repaired = 0
+        while at < len(texts):
+            event, was_mended, used = _event(texts, at, layout)
+            if event is not None:
+                found.append(event)
+                repaired += was_mended
+            elif at == len(texts) - 1 and texts[at].count(b"{") > texts[at].count(b"}"):
+                raise Unsafe("an event was cut where another one seemed to begin")
+            else:
+                lost.append(_kind(texts[at]))
+            at += used
+        self.taken += len(lost)
+        self.seen.lost.update(lost)
+        self.seen.mended += repaired
+        return found
+
+    def _rewrite(self, event: RawEvent, gpus: frozenset[bytes]) -> None:
+        raw = bytes(event.get("pid", b"0"))
+        label, pid, _ = self.ids.of(raw)
+        self.seen.events[label] += 1
+        event["pid"] = msgspec.Raw(b"%d" % pid)
+        tid = bytes(event.get("tid", b""))
+        if tid.isdigit():
+            self.seen.threads.add((pid, int(tid)))
+        if "id" in event:
+            event["id"] = msgspec.Raw(flow_id(self._numbers.prefix(label), bytes(event["id"])))
+        if self._shift and "ts" in event:
+            time = shifted(bytes(event["ts"]), self._shift)
+            if time is None:
+                self.seen.timeless += 1
+            else:
+                event["ts"] = msgspec.Raw(time)
+        if bytes(event.get("ph", b"")) == b'"M"':
+            self._metadata(event, label, pid, gpu=raw in gpus)
+
+    def _metadata(self, event: RawEvent, label: str, pid: int, *, gpu: bool) -> None:
+        """Names begin with their rank, and processes are sorted by it."""
+        try:
+            what = json.loads(bytes(event["name"]))
+            args: dict[str, Any] = json.loads(bytes(event["args"]))
+        except (KeyError, ValueError):
+            return
+        if what == "process_name":
+            self.seen.named.add(pid)
+            args["name"] = f"{label} GPU" if gpu else f"{label} {args.get('name', '')}"
+        elif what == "process_sort_index":
+            args["sort_index"] = sort_index(self._numbers.number(label), 0 if gpu else 1)
+        elif what == "thread_name":
+            name = str(args.get("name", ""))
+            if _STREAM.match(name):
+                args["name"] = f"{label} {name.strip()}"
+            if (tid := bytes(event.get("tid", b""))).isdigit():
+                self.seen.named_threads.add((pid, int(tid)))
+        else:
+            return
+        event["args"] = msgspec.Raw(msgspec.json.encode(args))
+
+
+def sort_index(rank_number: int, place: int) -> int:
+    """Where a rank's process stands: behind the summary, by rank, the GPU first."""
+    return 1000 + rank_number * 10 + place
+
+
+def _gpu_processes(events: list[RawEvent]) -> frozenset[bytes]:
+    """Pids (JSON text) that the profiler labelled as a GPU."""
+    found = set()
+    for event in events:
+        labels = bytes(event.get("name", b"")) == b'"process_labels"'
+        if labels and _GPU_LABEL.search(bytes(event.get("args", b""))):
+            found.add(bytes(event.get("pid", b"")))
+    return frozenset(found)
+
+
+def _event(texts: list[bytes], at: int, layout: Layout) -> tuple[RawEvent | None, bool, int]:
+    """The event at `at`, whether it was mended, and how many texts it took."""
+    text = texts[at]
+    found = _whole(text)
+    if found is not None:
+        return found, False, 1
+    for candidate in (mended(text), mended(_with_escaped_name(text))):
+        found = _whole(candidate)
+        if found is not None:
+            return found, True, 1
+    if at + 1 < len(texts):  # a list of objects inside the event looks like two events
+        comma = layout.between[1 : layout.open_at]
+        found = _whole(text + comma + texts[at + 1])
+        if found is not None:
+            return found, False, 2
+    return None, False, 1
+
+
+def _with_escaped_name(text: bytes) -> bytes:
+    def escaped(match: re.Match[bytes]) -> bytes:
+        return match[1] + _UNESCAPED.sub(lambda found: b"\\" + found[0], match[2]) + match[3]
+
+    return _NAME.sub(escaped, text, count=1)
+
+
+def _whole(text: bytes) -> RawEvent | None:
+    try:
+        text.decode()
+        found: list[RawEvent] = _SLOW.decode(b"[" + text + b"]")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return found[0] if len(found) == 1 else None
+
+
+def _kind(text: bytes) -> str:
+    category = _CATEGORY.search(text)
+    return f"{category[1].decode('utf-8', 'replace')} events" if category else "other events"
