@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,6 +22,7 @@ from pytest_sglprof.trace.merge_ids import ProcessIds, RankNumbers, flow_id, shi
 from pytest_sglprof.trace.repair import mended
 
 _PID = re.compile(rb'(?<!\\)"pid"\s*:\s*')
+_ID = re.compile(rb'(?<!\\)"id"\s*:\s*')
 _CATEGORY = re.compile(rb'"cat"\s*:\s*"([^"\\]{0,60})"')
 # A name that was copied into the file as it was, quotes and backslashes included.
 _NAME = re.compile(rb'("name"\s*:\s*")(.*?)("\s*,\s*"(?:pid|ts|cat|ph)"\s*:)', re.DOTALL)
@@ -32,11 +33,16 @@ _STREAM = re.compile(r"stream \d+")
 RawEvent = dict[str, msgspec.Raw]
 
 
-class _Quick(msgspec.Struct, gc=False):
-    """What an event must have for the quick way."""
+SAMPLE = 16  # of so many windows one is asked for threads that nobody named
 
+
+class _Quick(msgspec.Struct, gc=False):
+    """What an event must have for the quick way. ph: anything but metadata."""
+
+    ph: Literal["X", "s", "t", "f", "i", "I", "B", "E", "b", "e", "n", "C"]
     pid: int
     tid: int
+    id: int | None = None
 
 
 _QUICK = msgspec.json.Decoder(list[_Quick])
@@ -70,11 +76,12 @@ class EventRewriter:
     def __init__(self, numbers: RankNumbers, label: str, shift_ns: int = 0) -> None:
         self.seen = Seen()
         self.taken = 0
+        self.windows = 0
         self.ids = ProcessIds(numbers, label)
         self._numbers = numbers
         self._label = label
         self._shift = shift_ns
-        self._pid = b""
+        self._pid = self._id = b""
         self._quick = shift_ns == 0
 
     @property
@@ -89,7 +96,7 @@ class EventRewriter:
         """
         if layout.merged:
             self._quick = False
-        found = self._quickly(events) if self._quick and b'"M"' not in events else None
+        found = self._quickly(events) if self._quick else None
         return self._slowly(layout, events) if found is None else found
 
     def listed(self, events: list[RawEvent]) -> bytes:
@@ -102,29 +109,28 @@ class EventRewriter:
 
     def _quickly(self, events: bytes) -> bytes | None:
         if not self._pid:
-            learned = _PID.search(events)
-            if learned is None:
+            pid, flow = _PID.search(events), _ID.search(events)
+            if pid is None:
                 return None
-            self._pid = learned[0]
-            self._flow = re.compile(rb'"id"\s*:\s*(?=\d{1,15}\s*,\s*' + re.escape(self._pid) + b")")
+            self._pid = pid[0]
+            self._id = flow[0] if flow is not None else b'"id"' + self._pid[len(b'"pid"') :]
         prefix = self._numbers.prefix(self._label)
+        size = len(events)
         changed = events.replace(self._pid, self._pid + prefix)
-        processes = (len(changed) - len(events)) // len(prefix)
-        flows = events.count(b'"id"')
-        if flows:
-            # The id stands before the process id, whose new text the search must fit.
-            changed, found = self._flow.subn(rb"\g<0>" + prefix, changed)
-            if found != flows:
-                return None
+        processes = (len(changed) - size) // len(prefix)
+        changed = changed.replace(self._id, self._id + prefix)
+        flows = (len(changed) - size) // len(prefix) - processes
         try:
             if not changed.isascii():
                 changed.decode()
             whole = _QUICK.decode(b"[" + changed + b"]")
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        if len(whole) != processes:
+        if len(whole) != processes or len([1 for event in whole if event.id is not None]) != flows:
             return None
-        self.seen.threads.update(map(_THREAD, whole))
+        if self.windows % SAMPLE == 0:
+            self.seen.threads.update(map(_THREAD, whole))
+        self.windows += 1
         self.seen.events[self._label] += len(whole)
         self.taken += len(whole)
         return changed
