@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.generate import torch_window
 
@@ -78,42 +79,42 @@ def measure_here(way: str, folder: Path, out: Path) -> None:
     )
 
 
-def counts(path: Path, rank_of: Callable[[dict[str, object]], str]) -> Counter[tuple[str, str]]:
-    """(rank, category or phase) → events, by plain json."""
-    with gzip.open(path) as stream:
-        events = json.load(stream)["traceEvents"]
-    return Counter((rank_of(e), str(e.get("cat", e["ph"]))) for e in events if e["ph"] != "M")
+def events_of(path: Path) -> Iterator[dict[str, Any]]:
+    """All events but metadata, by plain json, without holding the file."""
+    decode = json.JSONDecoder().raw_decode
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        text, at = stream.read(1 << 20), 0
+        at = text.index('"traceEvents"')
+        at = text.index("[", at) + 1
+        while True:
+            while at < len(text) and text[at] in " ,\r\n\t":
+                at += 1
+            if text.startswith("]", at):
+                return
+            try:
+                event, at = decode(text, at)
+            except ValueError:
+                more = stream.read(1 << 20)
+                if not more:
+                    raise
+                text, at = text[at:] + more, 0
+                continue
+            if event["ph"] != "M":
+                yield event
 
 
-def check(folder: Path, out: Path) -> None:
-    """Counts one rank after the other in the result's text: it is too large for `json`."""
-    expected: Counter[tuple[str, str]] = Counter()
-    for path in sorted(folder.glob("*.json.gz")):
-        rank = path.name.split("-")[2].split(".")[0]
-        expected += counts(path, lambda _event, rank=rank: rank)  # type: ignore[misc]
-    found: Counter[tuple[str, str]] = Counter()
-    decoder = json.JSONDecoder()
-    with gzip.open(out, "rt") as stream:
-        text = ""
-        stream.readline()
-        for line in stream:
-            text += line
-            if not line.startswith("  }"):
-                if text.strip() in (",", ""):
-                    text = ""
-                elif text.startswith(("[", "]")):
-                    break
-                elif not text.startswith("{\"ph\""):
-                    continue
-            body = text.strip().strip(",")
-            text = ""
-            while body:
-                event, end = decoder.raw_decode(body)
-                body = body[end:].lstrip(", \n")
-                pid = int(event["pid"])
-                if event["ph"] != "M" and pid >= 1000:
-                    found[str(int(str(pid)[:3]) - 100), str(event.get("cat", event["ph"]))] += 1
+def check(folder: Path, out: Path) -> bool:
+    """Compares the number of events of each rank and category."""
+    expected: Counter[tuple[int, str]] = Counter()
+    for rank, path in enumerate(sorted(folder.glob("*.json.gz"))):
+        expected.update((rank, event.get("cat", event["ph"])) for event in events_of(path))
+    found = Counter(
+        (int(str(event["pid"])[:3]) - 100, event.get("cat", event["ph"]))
+        for event in events_of(out)
+        if event["pid"] >= 1000
+    )
     print("every event is there" if found == expected else f"DIFFERENT: {expected - found}")
+    return found == expected
 
 
 def main() -> int:
@@ -152,8 +153,7 @@ def main() -> int:
         )
     for way in list(WAYS)[:2]:
         print(f"{way}: {medians['json + gzip'] / medians[way]:.1f} x less CPU than json + gzip")
-    check(folder, out / "sglprof-perfetto.json.gz")
-    return 0
+    return int(not check(folder, out / "sglprof-perfetto.json.gz"))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.torch_trace import BOM, base_time
 from pytest_sglprof.trace.trace_writer import TraceWriter
 
+PIECE = 64 * 1024  # copies of larger ones come fresh from the kernel, page by page
+
 Progress = Callable[[int, int], None]
 Event = Mapping[str, object]
 
@@ -117,7 +119,7 @@ def _copy(
     """All events of one file; notes of what was unusual."""
     facts = FileFacts()
     try:
-        stream = pieces(path, progress=progress)
+        stream = pieces(path, size=PIECE, progress=progress)
         for window in event_windows(stream, facts, partial=allow_partial):
             writer.add(rewriter.window(window.layout, window.events))
     except Unsafe as unsafe:
