@@ -233,7 +233,8 @@ def _event(texts: list[bytes], at: int, layout: Layout) -> tuple[RawEvent | None
     found = _whole(text)
     if found is not None:
         return found, False, 1
-    for candidate in (mended(text), mended(_with_escaped_name(text))):
+    escaped = _with_escaped_name(text)
+    for candidate in (mended(text), escaped, mended(escaped)):
         found = _whole(candidate)
         if found is not None:
             return found, True, 1
