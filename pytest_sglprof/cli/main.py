@@ -21,6 +21,7 @@ from pytest_sglprof.errors import SglprofError
 COMMANDS = {
     "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
     "perfetto": "merge the traces of all ranks into one file for Perfetto, with summary rows",
+    "heatmap": "rank × category of a window as an SVG picture",
     "imbalance": "how unequal the ranks are, judged against a limit",
 }
 INTERRUPTED = 130

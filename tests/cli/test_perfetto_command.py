@@ -76,10 +76,6 @@ def test_events_summary_rows_and_findings(window: Path, tmp_path: Path, capsys: 
     events = found["traceEvents"]
     for rank in range(2):
         mine = Counter(
-            (e["cat"], e["name"]) for e in events if e["ph"] == "X" and e["pid"] // 1000 == 0
-            and False
-        )  # fmt: skip
-        mine = Counter(
             (e["cat"], e["name"]) for e in events if str(e["pid"])[:3] == f"{100 + rank}"
             and e["ph"] == "X"
         )  # fmt: skip
