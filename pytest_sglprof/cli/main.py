@@ -22,6 +22,7 @@ COMMANDS = {
     "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
     "perfetto": "merge the traces of all ranks into one file for Perfetto, with summary rows",
     "heatmap": "rank × category of a window as an SVG picture",
+    "nsight-hints": "which rows to pin in Nsight Systems to see the ranks' kernels",
     "imbalance": "how unequal the ranks are, judged against a limit",
 }
 INTERRUPTED = 130
@@ -60,7 +61,7 @@ def _run(words: list[str]) -> int:
 
 
 def _module(name: str) -> ModuleType:
-    return import_module(f"pytest_sglprof.cli.{name}")
+    return import_module(f"pytest_sglprof.cli.{name.replace('-', '_')}")
 
 
 def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:

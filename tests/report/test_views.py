@@ -147,7 +147,7 @@ def test_the_step_summary_is_markdown_that_no_name_can_break() -> None:
     assert len(rows) == 7
     assert all(line.replace("\\|", "").count("|") == 7 for line in rows)
     assert rows[4].startswith("| kernel | category |")
-    assert rows[6].startswith(r"| fused\_moe\_kernel | moe | TP1 | 1.40 | 300 |")
+    assert rows[6].startswith(r"| fused\_moe\_kernel | moe | TP1 | 1.40 | 6.00 |")
     assert rows[2].startswith(r"| ❌ fail | tests/test\_a.py::test\_b\[x\|y\] |")
     assert rows[2].endswith("| TP1 | 1.40 | 1.10 |")
     assert "**Stand-in.**" in text
