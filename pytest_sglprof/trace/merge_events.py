@@ -116,11 +116,12 @@ class EventRewriter:
             self._pid = pid[0]
             self._id = flow[0] if flow is not None else self._pid.replace(b"pid", b"id")
         prefix = self._numbers.prefix(self._label)
-        size = len(events)
-        changed = events.replace(self._pid, self._pid + prefix)
-        processes = (len(changed) - size) // len(prefix)
-        changed = changed.replace(self._id, self._id + prefix)
-        flows = (len(changed) - size) // len(prefix) - processes
+        # Splitting and joining searches once; `replace` searches twice, to count first.
+        parts = events.split(self._pid)
+        processes = len(parts) - 1
+        parts = (self._pid + prefix).join(parts).split(self._id)
+        flows = len(parts) - 1
+        changed = (self._id + prefix).join(parts)
         try:
             if not changed.isascii():
                 changed.decode()
