@@ -9,6 +9,7 @@ import numpy as np
 
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, all_findings
 from pytest_sglprof.gate.wording import duration, ratio
+from pytest_sglprof.report.text_table import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +21,7 @@ Event = dict[str, Any]
 SUMMARY_PID = 1  # ranks' own processes begin at 1000
 NOTABLE = 1.05  # slowdown from which a finding gets an instant event
 MAX_FINDINGS = 20
+MAX_NAME = 200
 CATEGORY_OF_KIND = {"memcpy": "gpu_memcpy", "memset": "gpu_memset", "op": "cpu_op"}
 _OUTSIDE = ("communication", "memory")
 
@@ -201,7 +203,7 @@ def _finding_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
 
 
 def _text(found: ImbalanceFinding) -> str:
-    what = found.kernel or found.scope
+    what = shorten(found.kernel or found.scope, MAX_NAME)
     if found.one_sided:
         return f"{found.slowest}: only this rank has {what}"
     lost = duration(found.lost_ns)

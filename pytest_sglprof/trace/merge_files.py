@@ -27,6 +27,8 @@ from pytest_sglprof.trace.trace_writer import TraceWriter
 
 PIECE = 64 * 1024  # copies of larger ones come fresh from the kernel, page by page
 
+NO_RANK = "no rank"  # events of a merged file whose process names none
+
 Progress = Callable[[int, int], None]
 Event = Mapping[str, object]
 
@@ -78,7 +80,7 @@ def merge_files(
     Raises NotATrace, TraceTruncated, TraceError; each names the file.
     """
     sources = [_source(path, allow_partial) for path in files]
-    refuse_twice([(source.path, source.label) for source in sources])
+    refuse_twice([(source.path, source.label) for source in sources if source.label])
     base = next((source.base_ns for source in sources if source.base_ns), 0)
     labels = dict.fromkeys([*ranks, *(source.label for source in sources if source.label)])
     numbers = RankNumbers(tuple(labels))
@@ -93,12 +95,16 @@ def merge_files(
             progress(min(done, total), total)
 
     events: Counter[str] = Counter()
+    owners: list[tuple[Path, str]] = []
     lost = 0
     with TraceWriter(out, base_ns=base) as writer:
         writer.add(msgspec.json.encode(list(extra(base)))[1:-1])
         for source in sources:
-            rewriter = EventRewriter(numbers, source.label, source.base_ns - base)
+            label = source.label or NO_RANK
+            rewriter = EventRewriter(numbers, label, source.base_ns - base)
             notes += _copy(source.path, rewriter, writer, allow_partial, tell)
+            owners += [(source.path, found) for found in rewriter.seen.events]
+            refuse_twice(owners)
             names = _names(rewriter, numbers, streams or {})
             writer.add(msgspec.json.encode(names)[1:-1])
             events.update(rewriter.seen.events)
@@ -143,8 +149,8 @@ def _source(path: Path, allow_partial: bool) -> Source:
     facts = FileFacts()
     try:
         windows = event_windows(pieces(path), facts, partial=allow_partial)
-        first = next(windows)
-        merged = first.layout.merged
+        first = next(windows, None)
+        merged = first is not None and first.layout.merged
         if not facts.base or not (facts.distributed or merged):
             for _ in windows:
                 pass

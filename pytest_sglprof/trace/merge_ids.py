@@ -20,7 +20,7 @@ from pytest_sglprof.trace.times import ns
 FIRST_PREFIX = 100
 MAX_RANKS = 328  # 427 followed by seven digits is the last that fits into 32 bits
 _NAMED = 9_000_000  # Linux gives process ids up to 4,194,304
-_NUMBER = re.compile(r"\d{1,7}$")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,6}")
 _FLOW = re.compile(rb"\d{1,15}$")
 _MERGED_PID = re.compile(r"^\[[^\]]*\] ?")
 
@@ -81,8 +81,8 @@ class ProcessIds:
         text = raw.decode("utf-8", "replace")
         if text.startswith('"'):
             text = _MERGED_PID.sub("", str(msgspec.json.decode(raw, strict=False)))
-        if _NUMBER.match(text):
-            return label, int(f"{prefix}{int(text)}"), ""
+        if _NUMBER.fullmatch(text) and int(text) < _NAMED:
+            return label, int(f"{prefix}{text}"), ""
         place = self._named.setdefault(text, len(self._named))
         return label, prefix * 10_000_000 + _NAMED + place, text
 

@@ -280,3 +280,24 @@ def test_every_event_of_real_traces_is_there(shared_data: Path, tmp_path: Path, 
         assert result.events[labels[candidates[0]]] == len(truth)
     assert sum(result.events.values()) == total
     assert result.lost == 0
+
+
+def test_a_merged_file_beside_one_of_its_ranks_is_refused(tmp_path: Path) -> None:
+    events = [{**e, "pid": f"[TP00] {e['pid']}"} for e in rank_events(0)]
+    text = json.dumps({"baseTimeNanoseconds": BASE, "traceEvents": events})
+    paths = [
+        write(tmp_path, text, "merged-1.trace.json"),
+        write(tmp_path, document(rank_events(0)), "1-TP-0.trace.json"),
+    ]
+    with pytest.raises(TraceError, match="TP0 stands in two files"):
+        merge_files(paths, tmp_path / "out.json.gz")
+    assert not (tmp_path / "out.json.gz").exists()
+
+
+def test_the_stages_of_one_rank_become_one_rank(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path, document(rank_events(0)), f"1-TP-0-{stage}.trace.json")
+        for stage in ("EXTEND", "DECODE")
+    ]
+    result = merge_files(paths, tmp_path / "out.json.gz")
+    assert result.events == {"TP0": 2 * len(rank_events(0))}
