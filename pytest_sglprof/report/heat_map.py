@@ -13,7 +13,7 @@ from typing import Any
 
 Document = Mapping[str, Any]
 
-SPREAD = 0.25  # relative to the mean; what is further off has the darkest or lightest shade
+LIGHTEST, DARKEST = 0.95, 1.25  # over the mean; balanced ranks are light, slow ones dark
 MAX_TEXT = 120
 _DARK, _LIGHT = (0x4A, 0x1D, 0x06), (0xFF, 0xF4, 0xE8)
 # Black ink above this luminance, white below: both then have a contrast of 4.58 or more.
@@ -89,7 +89,7 @@ def _cell(total: int, mean: float) -> Cell:
     if not mean:
         return Cell(None, total)
     ratio = total / mean
-    shade = min(1.0, max(0.0, (ratio - 1 + SPREAD) / (2 * SPREAD)))
+    shade = min(1.0, max(0.0, (ratio - LIGHTEST) / (DARKEST - LIGHTEST)))
     mixed = [round(a + (b - a) * shade) for a, b in zip(_LIGHT, _DARK, strict=True)]
     ink = "#000000" if _luminance(mixed) > _INK_LUMINANCE else "#ffffff"
     return Cell(ratio, total, "#" + "".join(f"{part:02x}" for part in mixed), ink)
