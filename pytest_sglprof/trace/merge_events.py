@@ -12,7 +12,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -42,13 +41,17 @@ class _Quick(msgspec.Struct, gc=False):
 
     ph: Literal["X", "s", "t", "f", "i", "I", "B", "E", "b", "e", "n", "C"]
     pid: int
-    tid: int
     id: int | None = None
 
 
+class _Thread(msgspec.Struct, gc=False):
+    pid: int
+    tid: int | str | float | None = None
+
+
 _QUICK = msgspec.json.Decoder(list[_Quick])
+_THREADS = msgspec.json.Decoder(list[_Thread])
 _SLOW = msgspec.json.Decoder(list[RawEvent])
-_THREAD = attrgetter("pid", "tid")
 
 
 @dataclass
@@ -119,19 +122,24 @@ class EventRewriter:
         # Splitting and joining searches once; `replace` searches twice, to count first.
         parts = events.split(self._pid)
         processes = len(parts) - 1
-        parts = (self._pid + prefix).join(parts).split(self._id)
-        flows = len(parts) - 1
-        changed = (self._id + prefix).join(parts)
+        flows = [at for at, part in enumerate(parts) if part[-1:].isdigit()]
+        for at in flows:  # a flow's id stands right before its process id
+            before, key, number = parts[at].rpartition(self._id)
+            if not key or not number.isdigit():
+                return None
+            parts[at] = before + key + prefix + number
+        changed = (self._pid + prefix).join(parts)
         try:
             if not changed.isascii():
                 changed.decode()
             whole = _QUICK.decode(b"".join((b"[", changed, b"]")))
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        if len(whole) != processes or len([1 for event in whole if event.id is not None]) != flows:
+        with_id = len([1 for event in whole if event.id is not None])
+        if len(whole) != processes or with_id != len(flows):
             return None
         if self.windows % SAMPLE == 0:
-            self.seen.threads.update(map(_THREAD, whole))
+            self.seen.threads.update(_threads(changed))
         self.windows += 1
         self.seen.events[self._label] += len(whole)
         self.taken += len(whole)
@@ -211,6 +219,12 @@ class EventRewriter:
         else:
             return
         event["args"] = msgspec.Raw(msgspec.json.encode(args))
+
+
+def _threads(events: bytes) -> set[tuple[int, int]]:
+    """The (process, thread) pairs with numeric threads."""
+    found = _THREADS.decode(b"".join((b"[", events, b"]")))
+    return {(event.pid, event.tid) for event in found if isinstance(event.tid, int)}
 
 
 def sort_index(rank_number: int, place: int) -> int:
