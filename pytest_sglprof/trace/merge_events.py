@@ -125,7 +125,7 @@ class EventRewriter:
         flows = [at for at, part in enumerate(parts) if part[-1:].isdigit()]
         for at in flows:  # a flow's id stands right before its process id
             before, key, number = parts[at].rpartition(self._id)
-            if not key or not number.isdigit():
+            if not key or not number.isdigit() or len(number) > 15:
                 return None
             parts[at] = before + key + prefix + number
         changed = (self._pid + prefix).join(parts)
