@@ -356,13 +356,14 @@ def _outcome(report: pytest.TestReport) -> str:
 
 def _set_properties(item: pytest.Item, test: TestRun) -> None:
     """Those of this attempt's windows, but for windows that were repeated."""
-    from pytest_sglprof.report.junit import properties_of_test
+    from pytest_sglprof.report.junit import attachments, properties_of_test
 
     documents = test.documents()
     repeated = {document["retry_of"] for document in documents}
     ours = dict(properties_of_test([d for d in documents if d["id"] not in repeated]))
     if test.verdict is not None and ours.get("verdict") != test.verdict:
         ours |= {"verdict": test.verdict, "reason": test.reason}
+    ours |= dict(attachments(test.pictures()))
     earlier = item.stash.get(PROPERTIES, {})
     theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
     item.user_properties[:] = [*theirs, *ours.items()]

@@ -82,7 +82,7 @@ def _from_sums(keys: Sequence[str], args: argparse.Namespace) -> _Answer | None:
     """The answer where totals of one nsys report are enough: its rows are not read then."""
     from pytest_sglprof.trace.window_files import is_nsys, window_files
 
-    files = [file for path in args.paths for file in window_files(Path(path))]
+    files = window_files(args.paths)
     if len(files) != 1 or not is_nsys(files[0]):
         return None
     from pytest_sglprof.trace.nsys_sums import KEYS as SUMMED

@@ -20,6 +20,9 @@ from pytest_sglprof.errors import SglprofError
 # `run(args) -> int`; only the chosen one is imported, so that `--help` stays instant.
 COMMANDS = {
     "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
+    "perfetto": "merge the traces of all ranks into one file for Perfetto, with summary rows",
+    "heatmap": "rank × category of a window as an SVG picture",
+    "nsight-hints": "which rows to pin in Nsight Systems to see the ranks' kernels",
     "imbalance": "how unequal the ranks are, judged against a limit",
 }
 INTERRUPTED = 130
@@ -58,7 +61,7 @@ def _run(words: list[str]) -> int:
 
 
 def _module(name: str) -> ModuleType:
-    return import_module(f"pytest_sglprof.cli.{name}")
+    return import_module(f"pytest_sglprof.cli.{name.replace('-', '_')}")
 
 
 def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Document = Mapping[str, Any]
@@ -47,6 +48,12 @@ def properties_of_test(windows: Sequence[Document]) -> list[tuple[str, str]]:
         suffix = f"[{window['id']}]" if at else ""
         found.extend((f"{name}{suffix}", value) for name, value in properties(window))
     return found
+
+
+def attachments(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """A property for each file that exists, in the form that GitLab and Jenkins look for."""
+    existing = [path for path in paths if path.is_file()]
+    return [(f"attachment[{path.name}]", f"[[ATTACHMENT|{path.resolve()}]]") for path in existing]
 
 
 def _text(value: object) -> str:

@@ -7,19 +7,24 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_sglprof.gate.wording import ratio
+from pytest_sglprof.gate.wording import milliseconds, percent, ratio
 from pytest_sglprof.report.terminal import STANDIN_NOTE, rank_table, window_title
+from pytest_sglprof.report.text_table import shorten
 
 Document = Mapping[str, Any]
 
 _SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&~$])")
 # GitHub cuts a step's summary at 1 MiB, and whole summaries are then not shown at all.
 MAX_BYTES = 900_000
+MAX_TEXT = 200  # of a name in a cell, before it is escaped
+MAX_REASON = 1000
+MAX_KERNELS = 10
 
 
 def step_summary(run: Document) -> str:
-    """The run's windows in one table, then a rank table for each that did not pass.
+    """The run's windows in one table, then details of each that did not pass: the rank
+    table, and the kernels of which balance would save most.
 
     At most 900 kB; rank tables that do not fit are left out, and that is said.
     """
@@ -49,8 +54,33 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
+def kernel_table(window: Document) -> list[str]:
+    """Markdown lines: the kernels with most lost time over all steps; none without any.
+
+    Columns: kernel, category, slowest rank, slowdown, lost ms, share of the compute time.
+    """
+    found = [item for item in window["findings"] if item["kernel"] and item["lost_ns"] > 0]
+    found.sort(key=lambda item: (-item["lost_ns"], item["kernel"]))
+    if not found:
+        return []
+    lines = ["| kernel | category | slowest rank | slowdown | lost ms | share of compute |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: |"]
+    for item in found[:MAX_KERNELS]:
+        cells = [
+            escape(shorten(item["kernel"], MAX_TEXT)),
+            escape(item["scope"]),
+            escape(item["slowest"] or "-"),
+            ratio(item["slowdown"]),
+            milliseconds(item["lost_ns"]),
+            percent(item["share_of_compute"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _row(window: Document) -> str:
-    cells = [_SIGNS[window["verdict"]], escape(window["nodeid"]), escape(window_title(window))]
+    texts = (shorten(text, MAX_TEXT) for text in (window["nodeid"], window_title(window)))
+    cells = [_SIGNS[window["verdict"]], *map(escape, texts)]
     judgement = None
     if window["decisive"] is not None:
         judgement = window["judgements"][window["decisive"]]
@@ -62,11 +92,14 @@ def _row(window: Document) -> str:
 
 
 def _details(window: Document) -> str:
-    head = html.escape(f"{window['nodeid']}: {window['reason']}")
+    texts = (shorten(window["nodeid"], MAX_TEXT), shorten(window["reason"], MAX_REASON))
+    head = html.escape(" ".join(": ".join(texts).split()))
     # A fence longer than any run of backticks inside cannot be closed by the content.
     body = "\n".join(rank_table(window))
     longest = max((len(run) for run in re.findall(r"`+", body)), default=0)
     fence = "`" * max(3, longest + 1)
+    kernels = "".join(f"\n{line}" for line in kernel_table(window))
+    kernels = f"{kernels}\n" if kernels else ""
     return f"\n<details><summary>{_SIGNS[window['verdict']]} {head}</summary>\n\n" + (
-        f"{fence}text\n{body}\n{fence}\n\n</details>\n"
+        f"{fence}text\n{body}\n{fence}\n{kernels}\n</details>\n"
     )

@@ -6,6 +6,7 @@ import contextlib
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import SglprofError
@@ -212,6 +213,19 @@ class TestRun:
         if self._documents is None or len(self._documents) != len(self.windows):
             self._documents = [self._document(window) for window in self.windows]
         return self._documents
+
+    def pictures(self) -> list[Path]:
+        """Writes the heat map of each window that did not pass; the files' paths."""
+        from pytest_sglprof.files import atomic_write, safe_name
+        from pytest_sglprof.report.heat_map import heat_map_svg
+
+        paths = []
+        for document in self.documents():
+            if document["verdict"] != "pass" and document["findings"]:
+                name = safe_name(f"heat-map-{document['id']}")
+                paths.append(self._folder.path / f"{name}.svg")
+                atomic_write(paths[-1], heat_map_svg(document))
+        return paths
 
     def drop_artifacts(self) -> None:
         """Deletes the windows' traces where `--sglprof-keep` says so."""

@@ -22,7 +22,7 @@ def joined(found: Sequence[tuple[Path, RankActivities]]) -> list[RankActivities]
     A by-stage window has two files a rank: the steps of the second stage are numbered after
     those of the first. Raises `TraceError` for a rank that stands in two files.
     """
-    _refuse_twice(found)
+    refuse_twice([(file, part.rank) for file, part in found])
     parts = _one_numbering([part for _, part in found])
     stages = [_stage(file) for file, _ in found]
     offsets = _offsets(parts, stages)
@@ -52,11 +52,12 @@ def _stage(file: Path) -> str:
     return match[1] if match else ""
 
 
-def _refuse_twice(found: Sequence[tuple[Path, RankActivities]]) -> None:
+def refuse_twice(found: Sequence[tuple[Path, str]]) -> None:
+    """Raises TraceError when a rank stands in two files that are not of different stages."""
     seen: dict[str, dict[str, Path]] = {}
-    for file, part in found:
+    for file, rank in found:
         stage = _stage(file)
-        files = seen.setdefault(part.rank, {})
+        files = seen.setdefault(rank, {})
         other = files.get(stage) or files.get("")
         if not stage and files:  # beside files by stage, one of all stages is another window's
             other = next(iter(files.values()))
@@ -67,7 +68,7 @@ def _refuse_twice(found: Sequence[tuple[Path, RankActivities]]) -> None:
                 else f"stands in two files: {other.name} and {file.name}"
             )
             raise TraceError(
-                f"rank {part.rank} {where}",
+                f"rank {rank} {where}",
                 expected="one file a rank, of one window",
                 hint="give the files of one window only, each once",
             )

@@ -55,12 +55,13 @@ def read_report(
 
     Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
     """
-    with _opened(path, nsys) as tables:
+    with opened(path, nsys) as tables:
         return _read(tables, pid_ranks or {}, gpu_ranks or {})
 
 
 @contextlib.contextmanager
-def _opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
+def opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
+    """The tables of a report, an export or a Parquet folder. Raises as `read_report` does."""
     with readable(path, nsys) as export:
         if export.is_dir():
             yield ParquetTables(export)

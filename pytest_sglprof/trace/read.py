@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof.errors import NotATrace
 from pytest_sglprof.ranks import rank_order
 from pytest_sglprof.trace.arrays import Ints, first_of
 from pytest_sglprof.trace.join import joined, one_source
@@ -56,14 +55,7 @@ def read_window(
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    files = [file for path in listed for file in window_files(Path(path))]
-    if not files:
-        raise NotATrace(
-            "there is no trace to read" + (f" in {listed[0]}" if listed else ""),
-            expected="*.trace.json.gz, *.json, *.nsys-rep, *.sqlite or a folder of them",
-            hint="check the path",
-        )
+    files = window_files(paths)
     torch = [file for file in files if not is_nsys(file)]
     found = _read_torch(torch, allow_partial, progress, processes)
     for file in files:

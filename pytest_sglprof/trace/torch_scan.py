@@ -9,46 +9,20 @@ file is read the exact way instead.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import msgspec
 
-from pytest_sglprof.errors import TraceTruncated
 from pytest_sglprof.trace.collect import Collector
+from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, event_windows
 from pytest_sglprof.trace.kineto import KERNEL, LAUNCH, Event, FullEvent
 from pytest_sglprof.trace.mend import object_end, read_event
-from pytest_sglprof.trace.metadata import read_footer, read_header
 
-MAX_HEAD = 4 << 20  # bytes before the first event; more is left to the exact way
-MAX_EVENT = 8 << 20  # bytes of one event, likewise
+__all__ = ["Unsafe", "scan"]
 
-_EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[\s*(?=\{)')
-_BETWEEN = re.compile(rb'\s*,\s*\{\s*"')
-_CATEGORY = re.compile(rb'"cat"\s*:\s*"(\w*)')
-_OLD = (b"Operator", b"Runtime", b"Kernel", b"Memcpy", b"Memset")
-_MERGED = re.compile(rb'"pid"\s*:\s*"\[[A-Z]+\d')
 _COLON = ord(":")
 
-
-class Unsafe(Exception):
-    """The layout is not what was learned; the text says what was seen."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """between: the bytes from an event's `}` to the next one's first `"`. merged: pids
-    name ranks. old: the categories are those of before 2022."""
-
-    between: bytes
-    merged: bool
-    old: bool
-
-    @property
-    def open_at(self) -> int:
-        """Offset of `{` in `between`."""
-        return self.between.rindex(b"{")
+Take = Callable[[bytes, int], None]
 
 
 def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False) -> None:
@@ -57,65 +31,12 @@ def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False
     by_text: convert times from their text (needed for absolute stamps). Raises Unsafe,
     NeedsText, and what the stream raises.
     """
-    head, layout = _learn(stream)
-    start = _EVENTS.search(head)
-    if start is None:
-        raise Unsafe("no list of events found")
-    if not read_header(head[: start.start()], collector.facts):
-        raise Unsafe("what stands before its events is no valid JSON")
-    take = _taker(layout, collector, by_text=by_text)
-    first = head.index(b'"', start.end()) + 1
-    held = layout.between + head[first:]
-    before, cut = b"", 0
-    try:
-        for piece in stream:
-            last = held.rfind(layout.between)
-            if last > 0:
-                _check(layout, held, last)
-                take(held, last)
-                before, cut = held, last
-                held = held[last:] + piece
-            elif len(held) > MAX_EVENT:
-                raise Unsafe("an event, or what follows the events, is very large")
-            else:
-                held += piece
-    except TraceTruncated:
-        if not collector.wanted.partial:
-            raise
-        collector.facts.truncated = True
-    _finish(layout, collector, take, before[:cut], held)
-
-
-def _learn(stream: Iterator[bytes]) -> tuple[bytes, Layout]:
-    """Reads until two events are there; the bytes so far and their layout."""
-    head = b""
-    for piece in stream:
-        head += piece
-        start = _EVENTS.search(head)
-        if start is not None:
-            end = object_end(head, start.end())
-            between = _BETWEEN.match(head, end) if end > 0 else None
-            category = _CATEGORY.search(head, start.end())
-            if between is not None and category is not None:
-                return head, Layout(
-                    between=b"}" + between[0],
-                    merged=_MERGED.search(head, start.end(), end) is not None,
-                    old=category[1] in _OLD,
-                )
-        if len(head) > MAX_HEAD:
-            break
-    raise Unsafe("the beginning of the list of events was not recognised")
-
-
-def _check(layout: Layout, window: bytes, end: int) -> None:
-    """One look a window whether the categories are still those that are searched for."""
-    at = window.find(b'"cat"', 0, end)
-    category = _CATEGORY.match(window, at) if at >= 0 else None
-    if category is not None and not layout.old and category[1] in _OLD:
-        raise Unsafe("the names of the categories change")
-
-
-Take = Callable[[bytes, int], None]
+    take: Take | None = None
+    partial = collector.wanted.partial
+    for window in event_windows(stream, collector.facts, partial=partial):
+        if take is None:
+            take = _taker(window.layout, collector, by_text=by_text)
+        take(window.data, window.end)
 
 
 def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
@@ -185,7 +106,7 @@ def _slowly(layout: Layout, window: bytes, end: int, at: int) -> FullEvent:
         stop = object_end(window, first, end + 1)
         if stop < 0 or stop > at:
             break
-        following = _BETWEEN.match(window, stop)
+        following = BETWEEN.match(window, stop)
         if following is None:
             break
         start = following.end() - len(layout.between)
@@ -195,19 +116,3 @@ def _slowly(layout: Layout, window: bytes, end: int, at: int) -> FullEvent:
         if event is not None:
             return event
     raise Unsafe("an event of interest is not valid JSON")
-
-
-def _finish(layout: Layout, collector: Collector, take: Take, before: bytes, held: bytes) -> None:
-    """Takes the last events and reads what follows the list."""
-    tail = before + held
-    end = read_footer(tail, collector.facts)
-    if end is not None:
-        stop = max(end - len(before), 1)
-        take(held[:stop], stop - 1)
-        return
-    if not collector.wanted.partial:
-        raise Unsafe("the list of events has no recognised end")
-    collector.facts.truncated = True
-    cut = held.rfind(layout.between)
-    if cut > 0:
-        take(held, cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_sglprof.errors import NotATrace
@@ -10,12 +11,29 @@ TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
 NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
 
 
-def window_files(path: Path) -> list[Path]:
-    """What to read of `path`: itself, or the traces, exports and reports of a window's folder.
+def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """What to read of each path: itself, or the traces, exports and reports of a folder.
 
     A folder of Parquet files is one export. Hidden files are none of the window's. Raises
-    `NotATrace` when there is no such path.
+    `NotATrace` when there is no such path, and when there is nothing to read at all.
     """
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    files = [file for path in listed for file in _files(Path(path))]
+    if not files:
+        raise NotATrace(
+            "there is no trace to read" + (f" in {listed[0]}" if listed else ""),
+            expected="*.trace.json.gz, *.json, *.nsys-rep, *.sqlite or a folder of them",
+            hint="check the path",
+        )
+    return files
+
+
+def is_nsys(path: Path) -> bool:
+    """Whether this is a report, an export or a folder of Parquet files, by its name."""
+    return path.is_dir() or path.suffix in NSYS_ENDINGS
+
+
+def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise NotATrace(
             f"{path} does not exist",
@@ -34,11 +52,6 @@ def window_files(path: Path) -> list[Path]:
     stems = {file.stem for file in exports}
     reports = [f for f in inside if f.suffix == ".nsys-rep" and f.stem not in stems]
     return (ranked or traces) + exports + reports
-
-
-def is_nsys(path: Path) -> bool:
-    """Whether this is for the reader of nsys reports."""
-    return path.is_dir() or path.suffix in NSYS_ENDINGS
 
 
 def _stale(export: Path) -> bool:

@@ -3,6 +3,8 @@ sides."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pytest_sglprof.report.results import validate
@@ -164,6 +166,16 @@ def test_junit_says_the_same(ran, name):
     assert dict(properties).get("verdict") == verdict
     names = [key for key, _ in properties]
     assert len(names) == len(set(names))
+
+
+def test_junit_attaches_the_heat_map_of_a_window_that_did_not_pass(ran):
+    values = dict(ran.properties("test_rerun_in_vain"))
+    attached = [text for name, text in values.items() if name.startswith("attachment[")]
+    assert len(attached) == 1
+    path = Path(attached[0].removeprefix("[[ATTACHMENT|").removesuffix("]]"))
+    assert path.parent == ran.run_folder.resolve()
+    assert "<svg" in path.read_text()
+    assert not [key for key in dict(ran.properties("test_steady")) if "attachment" in key]
 
 
 def test_the_document_is_valid_and_whole(ran):

@@ -144,8 +144,10 @@ def test_the_step_summary_is_markdown_that_no_name_can_break() -> None:
     document["log"] = ["````"]
     text = step_summary(run([document, window(BALANCED)], standin=True))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 4
+    assert len(rows) == 7
     assert all(line.replace("\\|", "").count("|") == 7 for line in rows)
+    assert rows[4].startswith("| kernel | category |")
+    assert rows[6].startswith(r"| fused\_moe\_kernel | moe | TP1 | 1.40 | 6.00 |")
     assert rows[2].startswith(r"| ❌ fail | tests/test\_a.py::test\_b\[x\|y\] |")
     assert rows[2].endswith("| TP1 | 1.40 | 1.10 |")
     assert "**Stand-in.**" in text

@@ -1,0 +1,111 @@
+"""The heat map of a window, rank × category, as SVG: for a chat, a comment, a report.
+
+A cell is the rank's kernel time in the category over the mean of its work group, written
+as a number; the shade only repeats it, darker for slower, so that the picture is read
+without seeing colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Document = Mapping[str, Any]
+
+LIGHTEST, DARKEST = 0.95, 1.25  # over the mean; balanced ranks are light, slow ones dark
+MAX_TEXT = 120
+_DARK, _LIGHT = (0x4A, 0x1D, 0x06), (0xFF, 0xF4, 0xE8)
+# Black ink above this luminance, white below: both then have a contrast of 4.58 or more.
+_INK_LUMINANCE = 0.179
+
+
+@dataclass(frozen=True)
+class Cell:
+    """ratio: to the group's mean; None without any time. fill, ink: colours as `#rrggbb`."""
+
+    ratio: float | None
+    total_ns: int
+    fill: str = "#ffffff"
+    ink: str = "#000000"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """columns: scopes, compute first. rows: (rank, it is the slowest of its group, cells)."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]
+
+
+def heat_map(window: Document) -> HeatMap:
+    """The cells of one window of a results document; no rows where nothing was found."""
+    scopes = [found for found in window["findings"] if not found["kernel"]]
+    columns = tuple(dict.fromkeys(found["scope"] for found in scopes))
+    slowest = {f["slowest"] for f in scopes if f["scope"] == "compute" and f["slowest"]}
+    cells: dict[tuple[str, str], Cell] = {}
+    for found in scopes:
+        totals = [figure["total_ns"] for figure in found["ranks"]]
+        mean = sum(totals) / len(totals) if totals else 0.0
+        for figure in found["ranks"]:
+            cells[figure["rank"], found["scope"]] = _cell(figure["total_ns"], mean)
+    ranks = [rank for rank in window["ranks"] if (rank, "compute") in cells]
+    return HeatMap(
+        columns,
+        tuple(
+            (rank, rank in slowest, tuple(cells.get((rank, c), Cell(None, 0)) for c in columns))
+            for rank in ranks
+        ),
+    )
+
+
+def heat_map_svg(window: Document) -> str:
+    """A whole SVG document. All names are escaped; it refers to nothing outside."""
+    import jinja2
+
+    from pytest_sglprof.report.terminal import window_title
+    from pytest_sglprof.report.text_table import shorten
+
+    drawn = heat_map(window)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pytest_sglprof.report"), autoescape=True
+    )
+    return environment.get_template("heat_map.svg").render(
+        map=drawn,
+        title=_printable(shorten(f"{window['nodeid']} {window_title(window)}", MAX_TEXT)),
+        verdict=_printable(shorten(f"{window['verdict']}: {window['reason']}", MAX_TEXT)),
+        label_width=_label_width([rank for rank, _, _ in drawn.rows]),
+    )
+
+
+def worst_window(windows: Sequence[Document]) -> Document | None:
+    """The first failed window, else the first inconclusive one, else the first; None of none."""
+    order = ("fail", "inconclusive", "pass")
+    drawable = [window for window in windows if window["findings"]]
+    return min(drawable, key=lambda window: order.index(window["verdict"]), default=None)
+
+
+def _cell(total: int, mean: float) -> Cell:
+    if not mean:
+        return Cell(None, total)
+    ratio = total / mean
+    shade = min(1.0, max(0.0, (ratio - LIGHTEST) / (DARKEST - LIGHTEST)))
+    mixed = [round(a + (b - a) * shade) for a, b in zip(_LIGHT, _DARK, strict=True)]
+    ink = "#000000" if _luminance(mixed) > _INK_LUMINANCE else "#ffffff"
+    return Cell(ratio, total, "#" + "".join(f"{part:02x}" for part in mixed), ink)
+
+
+def _luminance(colour: Sequence[int]) -> float:
+    """Relative luminance of red, green, blue (0 to 255), 0 to 1, as WCAG 2 defines it."""
+    parts = [part / 255 for part in colour]
+    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _label_width(labels: Sequence[str]) -> int:
+    return 40 + 8 * max((len(label) for label in labels), default=0)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that XML forbids."""
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -1,0 +1,266 @@
+"""Torch traces of many ranks become one file for Perfetto, in flat memory: `merge_files`.
+
+Each file is inflated in pieces, its events are rewritten where ranks would collide (process
+ids, flow ids, names, another clock) and deflated again. Nothing else of an event changes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof.trace.event_windows import Unsafe, event_windows
+from pytest_sglprof.trace.file_rank import rank_of_file
+from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.join import refuse_twice
+from pytest_sglprof.trace.kineto import FileFacts
+from pytest_sglprof.trace.merge_events import EventRewriter, RawEvent, Seen, sort_index
+from pytest_sglprof.trace.merge_ids import RankNumbers, was_text
+from pytest_sglprof.trace.repair import Unrepairable, repaired
+from pytest_sglprof.trace.torch_trace import BOM, base_time
+from pytest_sglprof.trace.trace_writer import TraceWriter
+
+PIECE = 64 * 1024  # copies of larger ones come fresh from the kernel, page by page
+
+NO_RANK = "no rank"  # events of a merged file whose process names none
+
+Progress = Callable[[int, int], None]
+Event = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """events: rank label → events of its files that stand in the result. notes: what could
+    not be carried over or was changed beyond ids, in words. lost: how many events."""
+
+    events: dict[str, int]
+    notes: tuple[str, ...] = ()
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What must be known of a file before its events are written."""
+
+    path: Path
+    label: str
+    base_ns: int
+    notes: list[str] = field(default_factory=list)
+
+
+class _Whole(msgspec.Struct):
+    events: list[RawEvent] | None = msgspec.field(name="traceEvents", default=None)
+    base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
+    distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
+
+
+_WHOLE = msgspec.json.Decoder(_Whole)
+
+
+def merge_files(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    ranks: Sequence[str] = (),
+    streams: Mapping[str, frozenset[int]] | None = None,
+    extra: Callable[[int], Iterable[Event]] = lambda base_ns: (),
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+) -> Merged:
+    """Writes all events of `files` into `out`, whole or not at all; packed if `*.gz`.
+
+    ranks: labels in the order in which they are to stand; by default that of the files.
+    streams: rank → the GPU's streams, to name their rows. extra: events to stand first,
+    given the clock's zero in Unix ns. progress: (stored bytes read, bytes in all).
+    Raises NotATrace, TraceTruncated, TraceError; each names the file.
+    """
+    sources = [_source(path, allow_partial) for path in files]
+    refuse_twice([(source.path, source.label) for source in sources if source.label])
+    base = next((source.base_ns for source in sources if source.base_ns), 0)
+    labels = dict.fromkeys([*ranks, *(source.label for source in sources if source.label)])
+    numbers = RankNumbers(tuple(labels))
+    notes = [note for source in sources for note in source.notes]
+    total = sum(path.stat().st_size for path in files)
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    events: Counter[str] = Counter()
+    owners: list[tuple[Path, str]] = []
+    lost = 0
+    with TraceWriter(out, base_ns=base) as writer:
+        writer.add(msgspec.json.encode(list(extra(base)))[1:-1])
+        for source in sources:
+            label = source.label or NO_RANK
+            rewriter = EventRewriter(numbers, label, source.base_ns - base)
+            notes += _copy(source.path, rewriter, writer, allow_partial, tell)
+            owners += [(source.path, found) for found in rewriter.seen.events]
+            refuse_twice(owners)
+            names = _names(rewriter, numbers, streams or {})
+            writer.add(msgspec.json.encode(names)[1:-1])
+            events.update(rewriter.seen.events)
+            notes += _said(source.path, rewriter.seen)
+            lost += sum(rewriter.seen.lost.values())
+        told = {"ranks": {label: events[label] for label in numbers.labels}, "notes": notes}
+        writer.close({"sglprof": told})
+    return Merged({label: events[label] for label in numbers.labels}, tuple(notes), lost)
+
+
+def _copy(
+    path: Path,
+    rewriter: EventRewriter,
+    writer: TraceWriter,
+    allow_partial: bool,
+    progress: Callable[[int], None],
+) -> list[str]:
+    """All events of one file; notes of what was unusual."""
+    facts = FileFacts()
+    try:
+        stream = pieces(path, size=PIECE, progress=progress)
+        for window in event_windows(stream, facts, partial=allow_partial):
+            writer.add(rewriter.window(window.layout, window.events))
+    except Unsafe as unsafe:
+        whole, skipped, cut = _read_whole(path, allow_partial)
+        if rewriter.taken and skipped:
+            raise TraceError(
+                f"{path} is damaged in a way that leaves unclear which events were merged",
+                expected="a Kineto trace whose events can be told apart",
+                hint="record the window again with with_stack=False",
+            ) from unsafe
+        writer.add(rewriter.listed((whole.events or [])[rewriter.taken :]))
+        notes = [f"{path.name}: read as a whole, since {unsafe}"] if whole.events else []
+        if skipped:
+            rewriter.seen.lost["events"] += skipped
+        return notes + ([_truncated(path)] if cut else [])
+    return [_truncated(path)] if facts.truncated else []
+
+
+def _source(path: Path, allow_partial: bool) -> Source:
+    """Reads the file's beginning; all of it only where that does not tell enough."""
+    facts = FileFacts()
+    try:
+        windows = event_windows(pieces(path), facts, partial=allow_partial)
+        first = next(windows, None)
+        merged = first is not None and first.layout.merged
+        if not facts.base or not (facts.distributed or merged):
+            for _ in windows:
+                pass
+    except Unsafe:
+        whole, _, _ = _read_whole(path, allow_partial)
+        facts.base, facts.distributed = (
+            bytes(raw).decode("utf-8", "replace") for raw in (whole.base, whole.distributed)
+        )
+        merged = False
+    base, notes = base_time(path, facts.base.encode())
+    if merged:
+        return Source(path, "", base, notes)
+    label, contradiction = rank_of_file(path, facts.distributed.encode())
+    return Source(path, label, base, notes + contradiction)
+
+
+def _read_whole(path: Path, allow_partial: bool) -> tuple[_Whole, int, bool]:
+    """The exact way, which needs memory for the file: (trace, lost events, it was cut)."""
+    data = bytearray()
+    cut = False
+    try:
+        for piece in pieces(path):
+            data += piece
+    except TraceTruncated:
+        if not allow_partial:
+            raise
+        cut = True
+    text = bytes(data.removeprefix(BOM))
+    skipped = 0
+    try:
+        text.decode()
+        whole = _WHOLE.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        try:
+            fixed = repaired(text)
+            whole = _WHOLE.decode(fixed.data)
+        except (Unrepairable, msgspec.DecodeError, UnicodeDecodeError) as reason:
+            raise NotATrace(
+                f"{path} cannot be read: {error}; {reason}",
+                expected="a Kineto trace of the torch profiler (JSON)",
+                hint="give the *.trace.json.gz files that the server wrote",
+            ) from error
+        if fixed.cut and not allow_partial:
+            raise TraceTruncated(
+                f"{path} ends in the middle of its JSON",
+                expected="a complete file; the profiler writes it in place and grows it",
+                hint="wait until the profiler is done, or merge what is there with --allow-partial",
+            ) from error
+        skipped, cut = fixed.skipped, cut or fixed.cut
+    if whole.events is None:
+        raise NotATrace(
+            f"{path} is JSON, but not a trace: it has no traceEvents",
+            expected="a Kineto trace of the torch profiler",
+            hint="give the *.trace.json.gz files that the server wrote",
+        )
+    return whole, skipped, cut
+
+
+def _names(
+    rewriter: EventRewriter, numbers: RankNumbers, streams: Mapping[str, frozenset[int]]
+) -> list[Event]:
+    """Names and places of processes and GPU streams that the file itself does not name."""
+    found: list[Event] = []
+    seen = rewriter.seen
+    for (pid, tid), label in _threads(rewriter):
+        if pid not in seen.named:
+            seen.named.add(pid)
+            found += process_names(pid, f"{label} GPU", sort_index(numbers.number(label), 0))
+        if (pid, tid) not in seen.named_threads and tid in streams.get(label, ()):
+            found.append(thread_name(pid, tid, f"{label} stream {tid}"))
+    for label, pid, text in rewriter.ids.all:
+        if text and pid not in seen.named:
+            found += process_names(pid, f"{label} {text}", sort_index(numbers.number(label), 2))
+    return found
+
+
+def _threads(rewriter: EventRewriter) -> list[tuple[tuple[int, int], str]]:
+    """Of numeric processes (those that were texts have more digits), with their rank."""
+    prefixes = rewriter.prefixes
+    return [
+        ((pid, tid), prefixes[str(pid)[:3]])
+        for pid, tid in sorted(rewriter.seen.threads)
+        if not was_text(pid)
+    ]
+
+
+def process_names(pid: int, name: str, place: int) -> list[Event]:
+    """The events that give a process its name and its place."""
+    return [
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}},
+        {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0,
+         "args": {"sort_index": place}},
+    ]  # fmt: skip
+
+
+def thread_name(pid: int, tid: int, name: str) -> Event:
+    """The event that gives a row its name."""
+    return {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _said(path: Path, seen: Seen) -> list[str]:
+    found = []
+    if seen.mended:
+        found.append(f"{path.name}: {seen.mended} events were no valid JSON and were mended")
+    for what, count in seen.lost.items():
+        found.append(f"{path.name}: {count} {what} cannot be carried over: no valid JSON")
+    if seen.timeless:
+        found.append(f"{path.name}: {seen.timeless} times are no numbers and were kept")
+    return found
+
+
+def _truncated(path: Path) -> str:
+    return f"{path.name}: truncated; only what stands before its end was merged"
