@@ -34,7 +34,7 @@ def torch_rank(path: Path, rank: int, megabytes: int, *, ranks: int = 8) -> None
     rng = random.Random(rank)
     truth: dict[str, list[int]] = {}
     size = 0
-    with gzip.open(path, "wb", compresslevel=1) as out:
+    with gzip.open(path, "wb") as out:  # at the level that torch.profiler packs with
         out.write(_head(rank, ranks).encode())
         step = 0
         while size < megabytes * 10**6:
