@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from pathlib import Path
@@ -45,9 +46,9 @@ def test_every_batch_line_of_a_real_log_is_parsed(shared_data: Path, name: str) 
 
 
 def test_what_is_prefilled_runs_in_the_next_decode_line(shared_data: Path) -> None:
-    samples = [s for s in read_log(shared_data / "logs/tp1/server.log")]
+    samples = list(read_log(shared_data / "logs/tp1/server.log"))
     loads = [s for s in samples if isinstance(s, LoadSample)]
-    pairs = [(a, b) for a, b in zip(loads, loads[1:], strict=False) if b.throughput is not None]
+    pairs = [(a, b) for a, b in itertools.pairwise(loads) if b.throughput is not None]
     after_prefill = [(a.running, b.running) for a, b in pairs if a.throughput is None]
     assert after_prefill
     # Requests may end before the decode line, none can appear.
@@ -81,7 +82,7 @@ def test_hybrid_models_have_two_pools() -> None:
 
 def test_disaggregated_servers_wait_in_more_queues() -> None:
     more = "pre-allocated usage: 0.10, #prealloc-req: 2, #transfer-req: 3, #retracted-req: 1"
-    line = f"[2026-11-24 03:13:51 DP0] Decode batch, #running-req: 4, #token: 9, token usage: 0.1, "
+    line = "[2026-11-24 03:13:51 DP0] Decode batch, #running-req: 4, #token: 9, token usage: 0.1, "
     assert one(f"{line}{more}, cuda graph: True, #queue-req: 1").waiting == 7
 
 
