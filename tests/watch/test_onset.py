@@ -49,7 +49,7 @@ def schedule(seed: int) -> Schedule:
     after = [before] * ranks
     if rng.random() < 0.4:  # the others go hungry
         after = [rng.randint(0, before // 4)] * ranks
-    after[hot] = min(250, before * rng.randint(4, 6))
+    after[hot] = min(250, max(before * rng.randint(4, 6), 10 * ranks))  # the mean stays above 8
     at = rng.uniform(12.0, 20.0)
     spike = rng.uniform(3.0, 7.0)
     return Schedule(
