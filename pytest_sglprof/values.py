@@ -91,6 +91,7 @@ class WindowSpec:
     front of the window before measuring. timeout: limit for opening, filling and
     closing together. output_dir: a folder on the *server's* machine.
     whole_body: profile all of the test's body instead of a steady part of it.
+    trigger: opens the window instead of steady load (`analysis.triggers`, or a callable).
     Names and defaults of the rest are those of SGLang's `/start_profile`.
     """
 
@@ -113,6 +114,7 @@ class WindowSpec:
     output_dir: str | None = None
     timeout: float = 300.0
     whole_body: bool = False
+    trigger: Any = None
     thresholds: tuple[Threshold, ...] = ()
 
 

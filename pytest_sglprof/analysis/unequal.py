@@ -14,6 +14,13 @@ Kind = Literal[
     "queue_growth", "throughput_drop", "custom",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = ("starved", "running", "tokens", "queue")  # the telling first
+CANNOT_KNOW = (
+    "imbalance of load cannot be known here: this server has one DP rank, whose TP ranks run the "
+    "same requests in the same batches, and only TP0 logs them. Compare the ranks' kernels "
+    "(sglprof imbalance), or switch on what tells more: with DP attention --enable-metrics and "
+    "SGLANG_ENABLE_METRICS_DP_ATTENTION=1, with experts --expert-distribution-recorder-mode stat "
+    "and --expert-balancedness-report-mode server_log"
+)
 RELEASE = 0.6  # of the way from 1 to `factor`: below it an imbalance is over
 
 
