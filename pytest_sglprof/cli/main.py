@@ -21,6 +21,7 @@ from pytest_sglprof.errors import SglprofError
 COMMANDS = {
     "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
     "imbalance": "how unequal the ranks are, judged against a limit",
+    "watch": "load of the ranks, live or from a log, and when it became unequal",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141

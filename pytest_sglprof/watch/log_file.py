@@ -43,10 +43,14 @@ class LogFollower:
         yield from self._read()
         if self._was_replaced():
             yield from self._read()  # written between the two looks
-            yield self._take(b"\n")
+            yield self.rest()
             self.close()
             if self._open():
                 yield from self._read()
+
+    def rest(self) -> list[Sample]:
+        """The samples of a last line that has no end: of a log that is finished."""
+        return self._take(b"\n")
 
     def close(self) -> None:
         """Closes the file; the next `poll` would begin anew."""
@@ -102,4 +106,4 @@ class LogFollower:
 def read_log(path: Path) -> list[Sample]:
     """All samples of a finished log, also of a last line without an end."""
     with LogFollower(path) as log:
-        return [*log.poll(), *log._take(b"\n")]
+        return [*log.poll(), *log.rest()]

@@ -114,7 +114,7 @@ class LoadWatch:
         """Begins to watch, or goes on after `stop`."""
         if self._thread is None:
             self._stopping = False
-            self._thread = threading.Thread(target=self._run, name="sglprof-load", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="sglprof-watch", daemon=True)
             self._thread.start()
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ def test_broken_callable(bench_serving):
 
 def test_nothing_is_left(sglang_server):
     names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith("sglprof")], names
+    assert not [name for name in names if name.startswith("sglprof-")], names
 """
 
 
