@@ -52,14 +52,17 @@ def join_load(onset: Onset, table: KernelTable) -> LoadJoin:
     top = max(range(len(pairs)), key=lambda at: weights[at])
     others = [ns for at, ns in enumerate(times) if at != top]
     rest = sum(others) / len(others)
-    ratio = f"{times[top] / rest:.2f}x as long {unit} as" if rest > 0 else f"{unit}, and not"
+    if rest > 0:
+        how = f"{times[top] / rest:.2f}x as long {unit} as the others"
+    else:
+        how = f"{times[top] / 1e6:.0f} ms {unit}, the others nothing"
     confirms = times[top] > rest
     word = "confirms" if confirms else "does not confirm"
     sure = "of two ranks only the direction counts" if len(pairs) == 2 else f"{len(pairs)} ranks"
     return LoadJoin(
         value,
-        f"the trace {word} it: {onset.ranks[top].rank} had most to do and computed {ratio} the "
-        f"others (r = {value:.2f}, {sure})",
+        f"the trace {word} it: {onset.ranks[top].rank} had most to do and computed {how} "
+        f"(r = {value:.2f}, {sure})",
     )
 
 

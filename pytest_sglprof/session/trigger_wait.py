@@ -106,7 +106,6 @@ def can_compare(server: Server) -> bool:
 
 def records_experts(info: Mapping[str, Any]) -> bool:
     """True for a server that tells how evenly its experts are used."""
-    return bool(
-        info.get("expert_distribution_recorder_mode")
-        and (info.get("enable_metrics") or info.get("expert_balancedness_report_mode"))
-    )
+    if not info.get("expert_distribution_recorder_mode"):
+        return False
+    return str(info.get("expert_balancedness_report_mode") or "off") != "off"
