@@ -11,7 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof.analysis.rank_board import LOG_STAMP, RankBoard, RankLoad, group_of
-from pytest_sglprof.analysis.unequal import KINDS, Kind, Onset, OnsetRule, excess, sentence
+from pytest_sglprof.analysis.unequal import (
+    KINDS,
+    NEARLY,
+    Kind,
+    Onset,
+    OnsetRule,
+    excess,
+    idle_ranks,
+    sentence,
+)
 from pytest_sglprof.values import LoadSample
 
 Floats = npt.NDArray[np.float64]
@@ -183,7 +192,7 @@ class _Part:
         found = excess(self.loads, rule)
         running = [load.running for load in self.loads]
         far = max(running) - min(running) >= rule.min_gap
-        if self.mean_running >= rule.min_running and far and min(running) <= 0.1 * max(running):
+        if self.mean_running >= rule.min_running and far and idle_ranks(self.loads, NEARLY):
             found["starved"] = self.factor
         return found
 

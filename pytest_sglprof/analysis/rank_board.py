@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pytest_sglprof.ranks import Rank
@@ -139,11 +139,6 @@ def group_of(rank: str) -> str:
     """What ranks must share to be compared: the pipeline stage (`PP1`), "" without stages."""
     parsed = Rank.parse(rank)
     return "" if parsed is None else replace(parsed, dp=None).label
-
-
-def means(totals: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Time averages of integrals over `seconds`."""
-    return {rank: total / seconds for rank, total in totals.items()}
 
 
 def _order(rank: str) -> tuple[int, ...]:

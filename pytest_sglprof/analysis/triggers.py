@@ -223,9 +223,7 @@ class _History:
     def add(self, point: _Point) -> None:
         self.points.append(point)
         recent = [p for p in self.points if p.time > point.time - self.best_over]
-        if recent[0].time - self.points[0].time <= 0 and point.time - recent[0].time < (
-            self.best_over - 1.0
-        ):
+        if point.time - self.points[0].time < self.best_over:
             return  # not so much has been seen yet
         mean = _Point(
             point.time,

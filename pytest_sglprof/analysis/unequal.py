@@ -21,6 +21,7 @@ CANNOT_KNOW = (
     "SGLANG_ENABLE_METRICS_DP_ATTENTION=1, with experts --expert-distribution-recorder-mode stat "
     "and --expert-balancedness-report-mode server_log"
 )
+NEARLY = 0.1  # of the mean: what a rank that is starved on average may have run
 RELEASE = 0.6  # of the way from 1 to `factor`: below it an imbalance is over
 
 
@@ -97,7 +98,7 @@ def excess(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
     if len(loads) < 2 or sum(running) / len(running) < rule.min_running:
         return {}
     found: dict[Kind, float] = {}
-    if min(running) == 0 and max(running) >= rule.min_gap:
+    if idle_ranks(loads, 0.0) and max(running) >= rule.min_gap:
         found["starved"] = imbalance(running)
     if (factor := _over(running, rule.min_gap, rule.factor)) is not None:
         found["running"] = factor
@@ -112,6 +113,22 @@ def excess(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
     return found
 
 
+def idle_ranks(loads: Sequence[RankLoad], share: float) -> list[str]:
+    """Ranks that run and queue at most `share` of the mean number of running requests.
+
+    One that holds tokens is not idle: it may be filling them in, a long prompt in chunks,
+    while the server counts as running only what decodes.
+    """
+    limit = share * sum(load.running for load in loads) / len(loads)
+    held = [load.tokens or 0.0 for load in loads]
+    few = 0.05 * sum(held) / len(held)
+    return [
+        load.rank
+        for load in loads
+        if load.running <= limit and load.waiting <= limit and (load.tokens or 0.0) <= few
+    ]
+
+
 def _over(values: Sequence[float], gap: float, limit: float) -> float | None:
     factor = imbalance(values)
     far = max(values) - math.fsum(values) / len(values) >= gap
@@ -121,9 +138,8 @@ def _over(values: Sequence[float], gap: float, limit: float) -> float | None:
 def average_factor(kind: Kind, averages: Sequence[RankLoad], rule: OnsetRule) -> float | None:
     """λ of one kind in loads that were averaged over time; None where the rule is not met."""
     if kind == "starved":
-        running = [load.running for load in averages]
-        idle = min(running) <= 0.1 * sum(running) / len(running)
-        return imbalance(running) if idle else None
+        idle = idle_ranks(averages, NEARLY)
+        return imbalance([load.running for load in averages]) if idle else None
     return excess(averages, rule).get(kind)
 
 
@@ -134,7 +150,7 @@ def sentence(onset: Onset) -> str:
         what = "tokens of the experts' GPUs" if onset.kind == "experts" else "tokens of DP ranks"
         return f"{what}: the fullest has {onset.factor:.2f}x the mean, as the server measures it"
     if onset.kind == "starved":
-        idle = [load.rank for load in loads if load.running <= 0.1 * max(r.running for r in loads)]
+        idle = idle_ranks(loads, NEARLY)
         rest = [load.running for load in loads if load.rank not in idle]
         work = f"{math.fsum(rest) / len(rest):.1f} requests" if rest else "requests"
         are = "is" if len(idle) == 1 else "are"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from datetime import datetime
 
 import pytest
@@ -27,6 +29,7 @@ limit = 1.5
 """
 TESTS = """
 import threading
+from pytest_sglprof.errors import SettingsError
 from pytest_sglprof import ImbalanceOnset, QueueGrowth, balanced_load, one_rank_load
 
 SHAPE = dict(input_len=8, output_len=300)
@@ -78,6 +81,10 @@ def broken(loads):
 @pytest.mark.profile_window(trigger=broken)
 def test_broken_callable(bench_serving):
     bench_serving(warm_up=False, **EQUAL)
+
+def test_a_window_by_hand_has_no_trigger(profile_window):
+    with pytest.raises(SettingsError, match="opened by you"):
+        profile_window("mine", trigger=ImbalanceOnset())
 
 def test_nothing_is_left(sglang_server):
     names = [thread.name for thread in threading.enumerate()]
@@ -158,3 +165,27 @@ def test_an_error_in_the_watching_thread_is_raised_in_the_test(run: Outcome) -> 
     assert run.word("test_broken_callable") == "FAILED"
     assert "ZeroDivisionError: the user's own mistake" in run.section("test_broken_callable")
     assert run.word("test_nothing_is_left") == "PASSED"
+    assert run.word("test_a_window_by_hand_has_no_trigger") == "PASSED"
+
+
+WAITING = """
+import time
+from pytest_sglprof import ImbalanceOnset
+
+@pytest.mark.profile_window(trigger=ImbalanceOnset(within=100))
+def test_waits(sglang_server, load_watch):
+    print("WAITING", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_ctrl_c_while_it_waits_leaves_nothing(make_project: MakeProject) -> None:
+    project = make_project(WAITING, CONFIG)
+    process = project.start("-s")
+    output = project.folder / "output.txt"
+    deadline = time.monotonic() + 60
+    while "WAITING" not in output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert project.outcome(process).status == 2
+    assert project.left_over(within=20.0) == []

@@ -138,6 +138,16 @@ def test_a_starved_rank_is_named() -> None:
     assert (onset.factor, onset.lost_share) == (2.0, 0.5)
 
 
+def test_a_rank_that_fills_in_a_long_prompt_is_not_starved() -> None:
+    detector = OnsetDetector(OnsetRule())
+    for number in range(20):
+        busy = load(number / 2, "DP0", 20)
+        filling = load(number / 2, "DP1", 0, tokens=1900, token_usage=0.19)
+        detector.add([busy, filling], number / 2)
+    assert [onset.kind for onset in detector.onsets] == ["running"]
+    assert "starved" not in detector.onsets[0].sentence
+
+
 def test_tokens_differ_where_requests_do_not() -> None:
     detector = OnsetDetector(OnsetRule())
     for number in range(20):
