@@ -6,9 +6,10 @@ Starts the stand-in, or with `--real` the SGLang of SGLPROF_REAL_PYTHON (ci/real
 with two replicas. A process of its own keeps `--clients` requests in flight for the whole
 time; slices of `--seconds` are watched (`/v1/loads` twice a second, and the log) or not, by
 turns. Everything shares this machine's cores, so the watcher's own work is part of the ratio.
-On a machine where others work too the ratio is no finer than its quartiles, so what is judged
-is the server's processor time for two answers a second, as a share of one core. Exit status
-1 when that is above the limit.
+On a machine where others work too the ratio is no finer than its quartiles; the ratio of
+requests per second of the *server's processor time* depends on them less. What is judged is
+the server's processor time for two answers a second, as a share of one core: exit status 1
+when that is above the limit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pytest_sglprof.watch.watcher import server_watch
 
 ROOT = Path(__file__).resolve().parents[1]
 IDLE_S = 4.0  # of the server alone, whose own cost is taken off
-Slices = list[tuple[bool, float, float]]
+Slices = list[tuple[bool, float, float, float]]
 
 
 def main() -> int:
@@ -73,9 +74,10 @@ def measure(server: Server, options: argparse.Namespace) -> int:
         for watched in (number % 2 == 0, number % 2 == 1):
             if watched:
                 watch.start()
-            begin = time.perf_counter()
+            before, begin = tree_seconds(server.pid), time.perf_counter()
             time.sleep(options.seconds)
-            slices.append((watched, begin, time.perf_counter()))
+            spent, end = tree_seconds(server.pid) - before, time.perf_counter()
+            slices.append((watched, begin, end, spent))
             watch.stop()
     output, _ = client.communicate()
     assert client.returncode == 0
@@ -88,24 +90,26 @@ def measure(server: Server, options: argparse.Namespace) -> int:
 
 
 def report(slices: Slices, done: list[float], server: Server) -> None:
-    """Rates of both kinds, and the ratio over adjacent pairs."""
-    rates = [sum(b <= at < e for at in done) / (e - b) for _, b, e in slices]
-    pairs = []
-    for first in range(0, len(slices), 2):
-        one, two = rates[first], rates[first + 1]
-        pairs.append(one / two if slices[first][0] else two / one)
-    watched = [r for r, (is_watched, *_) in zip(rates, slices, strict=True) if is_watched]
-    alone = [r for r, (is_watched, *_) in zip(rates, slices, strict=True) if not is_watched]
-    low, middle, high = statistics.quantiles(pairs, n=4)
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5
-    print(
-        f"{server.kind} {server.sizes.version}: {statistics.fmean(alone):.1f} requests/s without, "
-        f"{statistics.fmean(watched):.1f} with"
-    )
-    print(
-        f"ratio {middle:.4f} (median of {len(pairs)} pairs, quartiles {low:.4f} to {high:.4f}); "
-        f"mean {statistics.fmean(pairs):.4f} +- {error:.4f} (standard error)"
-    )
+    """Ratios over adjacent pairs: of rates, and of requests per second of processor time."""
+    counts = [sum(b <= at < e for at in done) for _, b, e, _ in slices]
+    rates = [n / (e - b) for n, (_, b, e, _) in zip(counts, slices, strict=True)]
+    yields = [n / max(spent, 0.01) for n, (*_, spent) in zip(counts, slices, strict=True)]
+    for watched, word in ((False, "without"), (True, "with")):
+        mine = [rate for rate, one in zip(rates, slices, strict=True) if one[0] is watched]
+        print(
+            f"{server.kind} {server.sizes.version} {word}: {statistics.fmean(mine):.1f} requests/s"
+        )
+    for name, figures in (("requests/s", rates), ("requests/s of its processor time", yields)):
+        pairs = [
+            figures[at] / figures[at + 1] if slices[at][0] else figures[at + 1] / figures[at]
+            for at in range(0, len(slices), 2)
+            if figures[at] and figures[at + 1]
+        ]
+        low, middle, high = statistics.quantiles(pairs, n=4)
+        print(
+            f"{name}: ratio {middle:.4f} (median of {len(pairs)} pairs, quartiles {low:.4f} to "
+            f"{high:.4f})"
+        )
 
 
 def answer_share(server: Server, count: int = 300) -> float:
