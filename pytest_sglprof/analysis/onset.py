@@ -82,20 +82,25 @@ class GroupDetector:
         self._calm: float | None = None
         self._busy_since: float | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """True while there are at least min_running requests a rank."""
+        return self._busy_since is not None
+
     def step(self, now: float) -> Onset | None:
         """Looks at the board at `now`; a newly declared onset, or None."""
         before, loads = self._loads, self.board.loads(now)
         seconds = 0.0 if self._at is None else max(0.0, now - self._at)
         self._at, self._loads = now, loads
-        if len(loads) < 2:
-            return None
         running = [load.running for load in loads]
-        if sum(running) / len(running) >= self.rule.min_running:
+        if running and sum(running) / len(running) >= self.rule.min_running:
             self._busy_since = now if self._busy_since is None else self._busy_since
             self.judged_s += seconds
             self.worst = max(self.worst, imbalance(running))
         else:
             self._busy_since = None
+        if len(loads) < 2:
+            return None
         if self.open is not None:
             self._keep_or_end(loads, now)
             return None
@@ -217,15 +222,18 @@ class OnsetDetector:
 
     def add(self, samples: Iterable[LoadSample | BalanceSample], now: float) -> list[Onset]:
         """Takes new samples and the time (Unix s); returns what is declared by them."""
-        declared = []
+        balances = []
         for sample in samples:
             if isinstance(sample, BalanceSample):
                 if sample.source == self.source or self.source == "loads":
-                    balance = self._balance.setdefault(sample.kind, _Balance(self.rule))
-                    declared += balance.add(sample)
+                    balances.append(sample)
             elif sample.source == self.source:
                 self._group(group_of(sample.rank)).board.add(sample)
-        declared += [onset for group in self.groups if (onset := group.step(now)) is not None]
+        declared = [onset for group in self.groups if (onset := group.step(now)) is not None]
+        busy = any(group.is_busy for group in self.groups)
+        for balance in balances:
+            track = self._balance.setdefault(balance.kind, _Balance(self.rule))
+            declared += track.add(balance, busy=busy)
         return declared
 
     def _group(self, name: str) -> GroupDetector:
@@ -244,12 +252,13 @@ class _Balance:
         self._rule = rule
         self._since: list[BalanceSample] = []
 
-    def add(self, sample: BalanceSample) -> list[Onset]:
+    def add(self, sample: BalanceSample, *, busy: bool) -> list[Onset]:
+        """busy: with at least min_running requests a rank; the tokens of few are never even."""
         if self.declared and self.declared[-1].ended is None:
             if sample.factor < self._rule.release:
                 self.declared[-1] = replace(self.declared[-1], ended=sample.time)
             return []
-        if sample.factor < self._rule.factor:
+        if sample.factor < self._rule.factor or not busy:
             self._since.clear()
             return []
         self._since.append(sample)

@@ -109,23 +109,25 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> in
     if not balances and not any(sample.rank for sample in loads):
         raise Inconclusive(CANNOT_KNOW)
     found = finished_load(loads, rule, milliseconds=milliseconds)
-    measured = OnsetDetector(rule, source="log")
-    for sample in balances:
+    measured = OnsetDetector(rule, source="log")  # for what the server measures itself
+    for sample in samples if balances else ():
         measured.add([sample], sample.time)
-    onsets = sorted((*found.onsets, *measured.onsets), key=lambda onset: onset.time)
+    balanced = [onset for onset in measured.onsets if onset.kind in ("experts", "dp_tokens")]
+    onsets = sorted((*found.onsets, *balanced), key=lambda onset: onset.time)
     for onset in onsets:
         lines.onset(onset)
         out.write(f"{onset_line(onset)}\n")
     out.write("".join(f"{line}\n" for line in _rank_lines(loads)))
     if onsets:
         return FOUND
-    if not balances and found.judged_s < rule.hold:
+    judged = max(found.judged_s, measured.judged_s)
+    if judged < rule.hold:
         raise Inconclusive(
-            f"the load had {rule.min_running:g} requests a rank for {found.judged_s:.0f} s only",
+            f"the load had {rule.min_running:g} requests a rank for {judged:.0f} s only",
             expected=f"at least {rule.hold:g} s: few requests cannot be spread evenly",
             hint="lower --min-running, and --min-gap with it",
         )
-    out.write(f"no onset: balanced for {found.judged_s:.0f} s, λ at most {found.worst:.2f}\n")
+    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.worst:.2f}\n")
     return NONE
 
 
