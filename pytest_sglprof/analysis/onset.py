@@ -5,9 +5,11 @@ Pure: it is fed samples and told the time, and knows neither a server nor a cloc
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from pytest_sglprof.analysis.rank_board import LOG_STAMP, RankBoard, RankLoad, group_of
 from pytest_sglprof.analysis.unequal import (
@@ -17,51 +19,23 @@ from pytest_sglprof.analysis.unequal import (
     OnsetRule,
     average_factor,
     excess,
+    gap,
     imbalance,
     sentence,
 )
 from pytest_sglprof.values import BalanceSample, LoadSample
 
 DIP = 0.25  # of `hold`: for so long figures may fall below and come back
+REMEMBERED = 4.0  # times `hold` that is looked back
 
 
 @dataclass
-class _Track:
-    """One kind of imbalance that may become an onset: since when, and what was seen since."""
+class _Look:
+    """The loads at one moment, which held until the next look, and what they showed."""
 
-    since: float
-    at: float
-    dip: float | None = None
-    sums: dict[str, list[float]] = field(default_factory=dict)
-
-    def integrate(self, loads: Sequence[RankLoad], now: float) -> None:
-        seconds = max(0.0, now - self.at)
-        for load in loads:
-            total = self.sums.setdefault(load.rank, [0.0, 0.0, 0.0, 0.0])
-            figures = (load.running, load.waiting, load.tokens or 0.0, load.usage or 0.0)
-            for at, figure in enumerate(figures):
-                total[at] += figure * seconds
-        self.at = now
-
-    def averages(self, loads: Sequence[RankLoad]) -> list[RankLoad]:
-        """Time averages since it began; the loads themselves where no time has passed."""
-        seconds = self.at - self.since
-        if seconds <= 0:
-            return list(loads)
-        found = []
-        for load in loads:
-            running, waiting, tokens, usage = (s / seconds for s in self.sums[load.rank])
-            known = load.tokens is not None
-            found.append(
-                replace(
-                    load,
-                    running=running,
-                    waiting=waiting,
-                    tokens=tokens if known else None,
-                    usage=usage if load.usage is not None else None,
-                )
-            )
-        return found
+    time: float
+    loads: tuple[RankLoad, ...]
+    shown: dict[Kind, float]
 
 
 class GroupDetector:
@@ -72,96 +46,133 @@ class GroupDetector:
         self.board = board
         self.judged_s = 0.0  # with at least min_running requests a rank
         self.worst = 1.0
+        self.is_busy = False  # as much now
         self.open: Onset | None = None
         self.closed: list[Onset] = []
         self._source = source
         self._group = group
-        self._tracks: dict[Kind, _Track] = {}
-        self._at: float | None = None
-        self._loads: tuple[RankLoad, ...] = ()
+        self._looks: deque[_Look] = deque()
         self._calm: float | None = None
-        self._busy_since: float | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """True while there are at least min_running requests a rank."""
-        return self._busy_since is not None
 
     def step(self, now: float) -> Onset | None:
         """Looks at the board at `now`; a newly declared onset, or None."""
-        before, loads = self._loads, self.board.loads(now)
-        seconds = 0.0 if self._at is None else max(0.0, now - self._at)
-        self._at, self._loads = now, loads
-        running = [load.running for load in loads]
-        if running and sum(running) / len(running) >= self.rule.min_running:
-            self._busy_since = now if self._busy_since is None else self._busy_since
-            self.judged_s += seconds
-            self.worst = max(self.worst, imbalance(running))
-        else:
-            self._busy_since = None
+        loads = self.board.loads(now)
+        self._count(loads, now)
         if len(loads) < 2:
             return None
+        self._remember(loads, now)
         if self.open is not None:
             self._keep_or_end(loads, now)
             return None
-        shown = excess(loads, self.rule)
+        return self._declare(now)
+
+    def _count(self, loads: Sequence[RankLoad], now: float) -> None:
+        running = [load.running for load in loads]
+        self.is_busy = bool(running) and sum(running) / len(running) >= self.rule.min_running
+        if self.is_busy:
+            self.judged_s += max(0.0, now - self._looks[-1].time) if self._looks else 0.0
+            self.worst = max(self.worst, imbalance(running))
+
+    def _remember(self, loads: tuple[RankLoad, ...], now: float) -> None:
+        """Silence is noticed late: what was thought of the rank meanwhile is corrected."""
+        for silent in (load for load in loads if load.silent_since is not None):
+            for look in self._looks:
+                if look.time >= (silent.silent_since or 0.0):
+                    old = next((load for load in look.loads if load.rank == silent.rank), silent)
+                    if old.silent_since is None:
+                        look.loads = tuple(
+                            silent if load.rank == silent.rank else load for load in look.loads
+                        )
+                        look.shown = excess(look.loads, self.rule)
+        self._looks.append(_Look(now, loads, excess(loads, self.rule)))
+        oldest = now - REMEMBERED * self.rule.hold - self.board.patience
+        while self._looks[0].time < oldest:
+            self._looks.popleft()
+
+    def _declare(self, now: float) -> Onset | None:
+        newest = self._looks[-1]
         for kind in KINDS:
-            self._follow(kind, kind in shown, before, loads, now)
-        return self._declare(loads, now)
-
-    def _follow(
-        self,
-        kind: Kind,
-        shows: bool,
-        before: Sequence[RankLoad],
-        loads: Sequence[RankLoad],
-        now: float,
-    ) -> None:
-        track = self._tracks.get(kind)
-        if track is None:
-            if shows:
-                began = self._starved_since(loads, now) if kind == "starved" else now
-                track = self._tracks[kind] = _Track(began, began)
-                track.integrate(loads, now)
-            return
-        track.integrate(before, now)
-        if shows:
-            track.dip = None
-        elif track.dip is None:
-            track.dip = now
-        elif now - track.dip > DIP * self.rule.hold:
-            del self._tracks[kind]
-
-    def _starved_since(self, loads: Sequence[RankLoad], now: float) -> float:
-        """Silence is noticed late: it began when the rank fell silent while there was work."""
-        silent = [load.silent_since for load in loads if load.silent_since is not None]
-        if not silent or self._busy_since is None:
-            return now
-        return min(now, max(*silent, self._busy_since))
-
-    def _declare(self, loads: tuple[RankLoad, ...], now: float) -> Onset | None:
-        for kind in KINDS:
-            track = self._tracks.get(kind)
-            if track is None or track.dip is not None or now - track.since < self.rule.hold:
+            if kind not in newest.shown:
                 continue
-            averages = track.averages(loads)
+            began = self._since(kind)
+            if now - began < self.rule.hold:
+                continue
+            began = self._changed(kind, began)
+            if now - began < self.rule.hold:
+                continue
+            averages = self._averages(began)
             if (factor := average_factor(kind, averages, self.rule)) is None:
                 continue
             found = Onset(
-                time=track.since,
+                time=began,
                 declared=now,
                 kind=kind,
                 factor=factor,
                 resolution_s=self.board.resolution,
                 source=self._source,
-                ranks=tuple(averages),
+                ranks=averages,
                 group=self._group,
             )
             self.open = replace(found, sentence=sentence(found))
-            self._tracks.clear()
             self._calm = None
             return self.open
         return None
+
+    def _since(self, kind: Kind) -> float:
+        """Since when it has been shown, but for dips."""
+        began = self._looks[-1].time
+        for look in reversed(self._looks):
+            if kind in look.shown:
+                began = look.time
+            elif began - look.time > DIP * self.rule.hold:
+                break
+        return began
+
+    def _changed(self, kind: Kind, began: float) -> float:
+        """Where the gap between ranks grew for good, not before `began`.
+
+        Before a real change figures may swing above the limit now and then: the cut that
+        explains most squared deviation of the gap is when it began.
+        """
+        looks = [look for look in self._looks if look.time >= began - self.rule.hold]
+        gaps = [gap(kind, look.loads) for look in looks]
+        total, best, found = math.fsum(gaps), 0.0, began
+        before = 0.0
+        for at in range(1, len(looks)):
+            before += gaps[at - 1]
+            after = total - before
+            rise = after / (len(looks) - at) - before / at
+            gain = rise * rise * at * (len(looks) - at)
+            if rise > 0 and gain > best:
+                best, found = gain, looks[at].time
+        return max(began, found)
+
+    def _averages(self, began: float) -> tuple[RankLoad, ...]:
+        """Time averages from `began` to the newest look."""
+        looks = [look for look in self._looks if look.time >= began]
+        newest = looks[-1]
+        seconds = newest.time - looks[0].time
+        found = []
+        for at, load in enumerate(newest.loads):
+            figures = []
+            for name in ("running", "waiting", "tokens", "usage"):
+                held = (
+                    (getattr(one.loads[at], name) or 0.0) * (two.time - one.time)
+                    for one, two in itertools.pairwise(looks)
+                    if at < len(one.loads)
+                )
+                figures.append(math.fsum(held) / seconds if seconds > 0 else getattr(load, name))
+            running, waiting, tokens, usage = figures
+            found.append(
+                replace(
+                    load,
+                    running=running,
+                    waiting=waiting,
+                    tokens=None if load.tokens is None else tokens,
+                    usage=None if load.usage is None else usage,
+                )
+            )
+        return tuple(found)
 
     def _keep_or_end(self, loads: Sequence[RankLoad], now: float) -> None:
         assert self.open is not None
@@ -172,6 +183,7 @@ class GroupDetector:
         if now - self._calm >= self.rule.hold:
             self.closed.append(replace(self.open, ended=self._calm))
             self.open = None
+            self._looks.clear()
 
 
 class OnsetDetector:

@@ -135,6 +135,18 @@ def _over(values: Sequence[float], gap: float, limit: float) -> float | None:
     return factor if far and factor >= limit else None
 
 
+def gap(kind: Kind, loads: Sequence[RankLoad]) -> float:
+    """How far the fullest rank is above the mean, in the figure that `kind` is about.
+
+    Of a starved rank the share of ranks that are idle: others may take its work or not.
+    """
+    if kind == "starved":
+        return len(idle_ranks(loads, 0.0)) / len(loads)
+    name = {"running": "running", "tokens": "tokens", "queue": "waiting"}[kind]
+    values = [float(getattr(load, name) or 0.0) for load in loads]
+    return max(values) - math.fsum(values) / len(values)
+
+
 def average_factor(kind: Kind, averages: Sequence[RankLoad], rule: OnsetRule) -> float | None:
     """λ of one kind in loads that were averaged over time; None where the rule is not met."""
     if kind == "starved":

@@ -151,9 +151,10 @@ def test_the_log_tells_it_within_one_interval(run: Outcome, facts: dict[str, Any
     offline = finished_load(samples, rule, milliseconds=True).onsets[0]
     print("from the log, after the change:", online.time - facts["change"], online)
     print("by change points:", offline.time - facts["change"], "s; drained", facts["drained"])
-    for onset in (online, offline):
-        assert facts["change"] - onset.resolution_s <= onset.time
-        assert onset.time <= drained + onset.resolution_s + 0.05
+    # A line is of the time of its step, which may have begun before the change.
+    assert facts["change"] - 3 * online.resolution_s <= online.time
+    assert online.time <= drained + online.resolution_s + 0.05
+    assert abs(offline.time - facts["change"]) <= 3.0
     assert online.resolution_s < 1.0
     ends = [onset for onset in detector.onsets if onset.time > facts["change"] + 30]
     assert ends == [], "the balanced minute has no onset"

@@ -182,6 +182,19 @@ def test_between_the_two_limits_an_onset_goes_on_and_none_begins() -> None:
     assert detector.onsets[0].ended == 25.0
 
 
+def test_swings_before_a_change_do_not_date_it_back() -> None:
+    detector = OnsetDetector(OnsetRule(min_running=4, min_gap=3), source="log", milliseconds=True)
+    for number in range(100):
+        moment = 100.0 + number / 10
+        swing = 2 if number % 3 else 8  # two times of three the limit is passed
+        pair = (8, swing) if number < 50 else (16, 0)
+        samples = [LoadSample(moment, f"DP{r}", pair[r], 0, pair[r] * 9, 0.01) for r in (0, 1)]
+        detector.add(samples, moment)
+    (onset,) = detector.onsets
+    assert onset.time == pytest.approx(105.0, abs=0.2)
+    assert onset.declared == pytest.approx(107.0, abs=0.2)
+
+
 def test_a_dp_tag_proves_that_there_is_another_rank() -> None:
     detector = OnsetDetector(OnsetRule(), source="log")
     for second in range(10):
