@@ -9,39 +9,62 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_sglprof.analysis.triggers import ImbalanceOnset, QueueGrowth, ThroughputDrop
+    from pytest_sglprof.bench_serving.shapes import (
+        balanced_load,
+        one_rank_load,
+        routing_key_load,
+        uneven_load,
+    )
     from pytest_sglprof.errors import Inconclusive, SglprofError
     from pytest_sglprof.trace.read import read_window
     from pytest_sglprof.trace.table import KernelTable
-    from pytest_sglprof.values import LoadResult, ServerSpec, Threshold, WindowSpec
+    from pytest_sglprof.values import LoadResult, LoadSample, ServerSpec, Threshold, WindowSpec
     from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ImbalanceOnset": "analysis.triggers",
     "Inconclusive": "errors",
     "KernelTable": "trace.table",
     "LoadResult": "values",
+    "LoadSample": "values",
+    "QueueGrowth": "analysis.triggers",
     "ServerSpec": "values",
     "SglprofError": "errors",
     "Threshold": "values",
+    "ThroughputDrop": "analysis.triggers",
     "VerdictFailed": "verdict_failed",
     "VerdictInconclusive": "verdict_failed",
     "WindowSpec": "values",
+    "balanced_load": "bench_serving.shapes",
+    "one_rank_load": "bench_serving.shapes",
     "read_window": "trace.read",
+    "routing_key_load": "bench_serving.shapes",
+    "uneven_load": "bench_serving.shapes",
 }
 
 __all__ = [
+    "ImbalanceOnset",
     "Inconclusive",
     "KernelTable",
     "LoadResult",
+    "LoadSample",
+    "QueueGrowth",
     "ServerSpec",
     "SglprofError",
     "Threshold",
+    "ThroughputDrop",
     "VerdictFailed",
     "VerdictInconclusive",
     "WindowSpec",
     "__version__",
+    "balanced_load",
+    "one_rank_load",
     "read_window",
+    "routing_key_load",
+    "uneven_load",
 ]
 
 

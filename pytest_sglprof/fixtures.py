@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.plugin_session import PluginSession
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.window_run import WindowRun
+    from pytest_sglprof.watch.watcher import LoadWatch
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,20 @@ def profile_window(
     Options: docs/windows.md. Every window is judged at the end of its test.
     """
     return _session(request).window_factory(request.node)
+
+
+@pytest.fixture
+def load_watch(request: pytest.FixtureRequest, sglang_server: Server) -> Iterator[LoadWatch]:
+    """Watches the load of the server's ranks while the test runs.
+
+    `load_watch.frame` holds the samples as a pandas DataFrame, during the test and after
+    it; `load_watch.samples` the same as `LoadSample`s.
+    """
+    watch = _session(request).test_run(request.node).load_watch()
+    try:
+        yield watch
+    finally:
+        watch.stop()
 
 
 def _session(request: pytest.FixtureRequest) -> PluginSession:

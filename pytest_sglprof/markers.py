@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 SERVER_MARK = "sglang_server"
 WINDOW_MARK = "profile_window"
-FIXTURES = ("sglang_server", "bench_serving", "profile_window")
+FIXTURES = ("sglang_server", "bench_serving", "profile_window", "load_watch")
 DEFAULT_STEPS = 50  # after which a marked torch window closes; nsys windows take 5 s
+TRIGGER_SECONDS = 2.0  # after which a triggered torch window closes
 MARKER_HELP = (
     f'{SERVER_MARK}(name="default", nsys=None): the server of this test: a [servers.NAME] of '
     "sglprof.toml; nsys=True starts it under nsys profile --start-later",
     f"{WINDOW_MARK}(**options): opens a profile window while the test's load is steady and judges "
-    "it; options such as backend, num_steps, duration, delay, whole_body, slowdown=1.10 "
+    "it; options such as backend, num_steps, duration, delay, whole_body, trigger, slowdown=1.10 "
     "(docs/windows.md)",
 )
 
@@ -89,7 +90,11 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
         keywords["name"] = mark.args[0]
     spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
     ends_itself = spec.num_steps or spec.duration or spec.whole_body or spec.backend == "nsys"
-    return spec if ends_itself else replace(spec, num_steps=DEFAULT_STEPS)
+    if ends_itself:
+        return spec
+    if spec.trigger is not None:  # a starved rank runs no steps, and would never end the window
+        return replace(spec, duration=TRIGGER_SECONDS)
+    return replace(spec, num_steps=DEFAULT_STEPS)
 
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:

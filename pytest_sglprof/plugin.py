@@ -18,6 +18,7 @@ from pytest_sglprof.options import OPTIONS, PLUGIN_NAME, is_on, shows_config
 sglang_server = fixtures.sglang_server
 bench_serving = fixtures.bench_serving
 profile_window = fixtures.profile_window
+load_watch = fixtures.load_watch
 
 OFF = "needs --sglprof: it starts a server and opens profile windows"
 

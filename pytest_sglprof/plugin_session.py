@@ -263,6 +263,11 @@ class PluginSession:
         test = self.test_run(item)
 
         def profile_window(name: str = "window", **options: Any) -> WindowRun:
+            if options.get("trigger") is not None:
+                raise SettingsError(
+                    f"profile_window({name!r}, trigger=…): a window by hand is opened by you",
+                    expected="@pytest.mark.profile_window(trigger=…) on the test",
+                )
             keywords = {"name": name, **options}
             spec = window_spec(self.settings, keywords, origin=f"profile_window({name!r})")
             return test.new_window(spec)

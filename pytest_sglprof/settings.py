@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_sglprof.analysis.triggers import as_trigger
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.thresholds import (
     check_kernel,
@@ -205,6 +206,8 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
         defaults["activities"] = tuple(defaults["activities"])
     spec = WindowSpec(**{**defaults, **options})
     _check_window(spec, origin)
+    if spec.trigger is not None:
+        spec = replace(spec, trigger=as_trigger(spec.trigger))
     own = thresholds_from_keywords(limits, origin)
     return replace(spec, thresholds=merge_thresholds(settings.thresholds, own))
 
@@ -255,6 +258,11 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             not (spec.profile_by_stage and not spec.num_steps),
             "profile_by_stage=True without num_steps",
             "num_steps as well: without it the server dies at its next batch",
+        ),
+        (
+            spec.trigger is None or not (spec.whole_body or spec.delay or spec.start_step),
+            "trigger with whole_body, delay or start_step",
+            "the trigger alone: it says when the window opens",
         ),
         (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a text"),
         *_type_rules(spec),

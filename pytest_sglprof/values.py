@@ -93,6 +93,7 @@ class WindowSpec:
     whole_body: profile all of the test's body instead of a steady part of it.
     repeat: opened so many times, and judged over all of them (None: as `--sglprof-repeat`
     says, where it can be repeated).
+    trigger: opens the window instead of steady load (`analysis.triggers`, or a callable).
     Names and defaults of the rest are those of SGLang's `/start_profile`.
     """
 
@@ -116,6 +117,7 @@ class WindowSpec:
     timeout: float = 300.0
     whole_body: bool = False
     repeat: int | None = None
+    trigger: Any = None
     thresholds: tuple[Threshold, ...] = ()
 
 
@@ -162,6 +164,45 @@ class GpuClocks:
     throttled: bool
     reason: str = ""
     throttled_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoadSample:
+    """What one DP rank had to do at one moment, as the server told it.
+
+    time: Unix time, s. rank: label (`DP1`, `DP0 PP1`); "" where the server logs no DP tag,
+    since there is one DP rank. running, waiting: requests. tokens: KV tokens held, None
+    where the source leaves it out (prefill lines). token_usage: share of the KV cache, 0 to
+    1. throughput: generated tokens / s, None of a prefill line. iteration: the rank's own
+    forward pass, None where it is not told. source: "log" or "loads".
+    """
+
+    time: float
+    rank: str
+    running: int
+    waiting: int
+    tokens: int | None = None
+    token_usage: float | None = None
+    throughput: float | None = None
+    iteration: int | None = None
+    source: str = "log"
+
+
+@dataclass(frozen=True)
+class BalanceSample:
+    """A balance that the server measures itself. factor: λ = max / mean, 1.0 is perfect.
+
+    time: Unix time, s. kind: "experts" (tokens of the GPUs that hold experts; the server
+    tells mean / max, its "balancedness") or "dp_tokens" (tokens of the DP ranks in a step
+    under DP attention). iteration: forward pass, where told. source: "log" or "metrics".
+    """
+
+    time: float
+    rank: str
+    kind: Literal["experts", "dp_tokens"]
+    factor: float
+    iteration: int | None = None
+    source: str = "log"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ COMMANDS = {
     "heatmap": "rank × category of a window as an SVG picture",
     "nsight-hints": "which rows to pin in Nsight Systems to see the ranks' kernels",
     "imbalance": "how unequal the ranks are, judged against a limit",
+    "watch": "load of the ranks, live or from a log, and when it became unequal",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141

@@ -26,6 +26,8 @@ def rank_table(window: Document) -> list[str]:
     if window["state"] != "complete" and window["state_reason"] not in window["reason"]:
         lines.append(f"window {window['state']}: {window['state_reason']}")
     lines.extend(f"  | {line}" for line in window["log"])
+    if window["onset"] is not None:
+        lines.append(f"onset at {window['onset']['time']}: {window['onset']['sentence']}")
     decisive = deciding_finding(window)
     scope = decided_scope(window)
     head = ["rank", "compute ms", "communication ms"]

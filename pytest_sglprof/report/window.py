@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
+from pytest_sglprof.analysis.triggers import describe_trigger
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.repeats import RepeatedVerdict
 from pytest_sglprof.redact import redact
@@ -36,6 +37,8 @@ def window_document(
     root: Path | None = None,
     retry_of: str | None = None,
     repeat: Repeat | None = None,
+    onset: dict[str, Any] | None = None,
+    load_samples: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The document of one window, JSON-plain and redacted; see results.schema.json.
 
@@ -43,9 +46,9 @@ def window_document(
     root: folder that artifact paths are relative to (None: file names only).
     retry_of: id of the inconclusive window that this one repeats. repeat: the windows that
     it was opened with; `verdict` and `reason` are then those over all of them, and the
-    judgements its own.
+    judgements its own. onset, load_samples: see `report.load`.
     """
-    spec = plain(capture.spec)
+    spec = plain(replace(capture.spec, trigger=describe_trigger(capture.spec.trigger)))
     spec.pop("thresholds")  # every one of them stands in a judgement
     document = {
         "id": capture.window_id,
@@ -79,6 +82,8 @@ def window_document(
         "reason": verdict.reason if repeat is None else repeat.verdict.reason,
         "judgements": [judgement_document(judgement) for judgement in verdict.judgements],
         "decisive": _decisive(verdict),
+        "onset": onset,
+        "load_samples": list(load_samples),
         **_measured(table, verdict.groups),
     }
     return redact(plain(document))  # type: ignore[no-any-return]

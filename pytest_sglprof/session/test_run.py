@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.run import RunFolder
     from pytest_sglprof.settings import Settings
+    from pytest_sglprof.watch.watcher import LoadWatch
 
 RANKING: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")  # worst first
 
@@ -67,6 +68,7 @@ class TestRun:
         self._watched: WindowRun | None = None
         self._documents: list[dict[str, Any]] | None = None
         self._started = time.monotonic()
+        self._load_watch: LoadWatch | None = None
 
     def prepare(self, server: Server | None) -> None:
         """After the fixtures: the server must live; a window of the whole body opens now."""
@@ -101,6 +103,7 @@ class TestRun:
         window = WindowRun(self.server, spec, self._settings, folder, self._load, self._progress)
         window.repeat_index = index
         window.retry_of = self._inconclusive.get((spec.name, index))
+        window.watch = self._load_watch
         self._round.append(window)
         return window
 
@@ -119,6 +122,22 @@ class TestRun:
             )
         return self._bench
 
+    def load_watch(self) -> LoadWatch:
+        """Watches the load of the server's ranks from now to the end of the test."""
+        if self._load_watch is None:
+            from pytest_sglprof.watch.watcher import server_watch
+
+            server = self.server
+            assert server is not None, "load is that of the server fixture"
+            self._load_watch = server_watch(
+                server.url,
+                api_key=server.client.api_key,
+                log=server.log.path if server.log is not None else None,
+                metrics=bool(server.info.get("enable_metrics")),
+            )
+            self._load_watch.start()
+        return self._load_watch
+
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Around the body and its windows: nobody else measures on the same hardware."""
@@ -134,24 +153,36 @@ class TestRun:
             return
         if self._watched is None:
             self._watched = self.new_window(self._marked)
+        if self._marked.trigger is not None:
+            self._watched.watch = self.load_watch()
         self._watch = WindowWatch(
-            self._watched, self.server, self._load, drives_load=self._drives_load
+            self._watched,
+            self.server,
+            self._load,
+            drives_load=self._drives_load,
+            watch=self._load_watch,
         )
         self._watch.start()
 
     def end(self) -> None:
         """After the body: closes and judges every window; raises what went wrong in them."""
-        self._end_watch()
-        for window in self._round:
-            if window is self._watched or window.was_opened:
-                window.close()
-                self.windows.append(window)
-        self._conclude(self._round)
+        try:
+            self._end_watch()
+            for window in self._round:
+                if window is self._watched or window.was_opened:
+                    window.close()
+                    self.windows.append(window)
+            self._conclude(self._round)
+        finally:
+            self._end_load_watch()
 
     def abandon(self, *, discard: bool) -> None:
         """After a body that failed (or was skipped: `discard`): nothing stays open."""
-        with contextlib.suppress(SglprofError):  # the body's own error matters more
+        # The body's own error matters more.
+        with contextlib.suppress(SglprofError):
             self._end_watch()
+        with contextlib.suppress(Exception):
+            self._end_load_watch()
         for window in self._round:
             if discard or not window.was_opened:
                 window.discard()
@@ -167,6 +198,8 @@ class TestRun:
         self._round, self._watched = [], None
         self.verdict, self.reason = None, ""
         self._open_whole_body()
+        if self._load_watch is not None:
+            self._load_watch.start()
         self.begin()
 
     def inconclusive(self, reason: str) -> None:
@@ -247,6 +280,11 @@ class TestRun:
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.finish()
+
+    def _end_load_watch(self) -> None:
+        """Raises what ended the watching thread; its samples stay readable."""
+        if self._load_watch is not None:
+            self._load_watch.stop()
 
     def _open_whole_body(self) -> None:
         if self._marked is not None and self._marked.whole_body:

@@ -9,23 +9,36 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.capture.window import ProfileWindow
 from pytest_sglprof.errors import Inconclusive, WindowError
+from pytest_sglprof.gate.judge import Verdict
 from pytest_sglprof.server.gpu_clocks import ClockWatch, watch_clocks
 from pytest_sglprof.session.measure import Measured, judge_table, measure
-from pytest_sglprof.values import METRICS, GpuClocks, Metric, Threshold, WindowCapture, WindowSpec
+from pytest_sglprof.values import (
+    METRICS,
+    GpuClocks,
+    Metric,
+    Threshold,
+    VerdictWord,
+    WindowCapture,
+    WindowSpec,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_sglprof.gate.judge import Verdict
+    from pytest_sglprof.analysis.unequal import Onset
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.load_state import LoadState
     from pytest_sglprof.settings import Settings
     from pytest_sglprof.trace.table import KernelTable
+    from pytest_sglprof.watch.watcher import LoadWatch
+
+STRIP_BEFORE = 120.0  # s of load before the window that its document keeps
+STRIP_AFTER = 15.0
 
 
 class WindowRun:
@@ -65,6 +78,9 @@ class WindowRun:
         self._capture: WindowCapture | None = None
         self._measured: Measured | None = None
         self._checks: list[Threshold] = []
+        self.onset: Onset | None = None  # what opened it, where its spec has a trigger
+        self.watch: LoadWatch | None = None  # which has the load around it
+        self._spared: tuple[VerdictWord, str] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -123,8 +139,16 @@ class WindowRun:
                 self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
             steady_load(self._server, target, timeout=self.spec.timeout, stop=ended)
 
+    def spare(self, word: VerdictWord, reason: str) -> None:
+        """Its trigger did not fire: it stays closed, and this is its verdict."""
+        self._spared = (word, reason)
+
     def _unopened(self) -> WindowCapture:
         moment = time.time()
+        if self._spared is not None:
+            word, reason = self._spared
+            state: Literal["complete", "failed"] = "complete" if word == "pass" else "failed"
+            return WindowCapture(self.id, self.spec, state, moment, moment, reason=reason)
         return WindowCapture(
             window_id=self.id,
             spec=self.spec,
@@ -181,6 +205,8 @@ class WindowRun:
         """Table and verdict; the files are read at the first use."""
         capture = self.capture
         with self._lock:
+            if self._measured is None and self._spared is not None:
+                self._measured = Measured(None, Verdict(*self._spared), capture.reason)
             if self._measured is None:
                 try:
                     self._measured = measure(capture, self._settings, self._checks)
@@ -257,4 +283,22 @@ class WindowRun:
         """The window as plain data for results.json."""
         from pytest_sglprof.report.results import window_document
 
-        return window_document(self.capture, self.measured.table, self.verdict, **about)
+        table = self.measured.table
+        return window_document(
+            self.capture, table, self.verdict, **about, **self._load_document(table)
+        )
+
+    def _load_document(self, table: KernelTable | None) -> dict[str, Any]:
+        """What opened it and the load around it, joined with its kernels."""
+        from pytest_sglprof.analysis.load_join import join_load
+        from pytest_sglprof.report.load import load_strip, onset_document
+
+        if self.watch is None:
+            return {}
+        capture, onset = self.capture, self.onset
+        source = getattr(self.spec.trigger, "source", "loads")
+        begin = min(capture.opened, onset.time if onset else capture.opened) - STRIP_BEFORE
+        samples = self.watch.samples
+        strip = load_strip(samples, source, begin, capture.closed + STRIP_AFTER)
+        join = join_load(onset, table) if onset is not None and table is not None else None
+        return {"onset": onset_document(onset, join), "load_samples": strip}

@@ -1,4 +1,5 @@
-"""Opens a marked window while its test's body runs, at the moment when the load is steady."""
+"""Opens a marked window while its test's body runs, at the moment when the load is steady,
+or when its trigger fires."""
 
 from __future__ import annotations
 
@@ -11,18 +12,26 @@ if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.load_state import LoadState
     from pytest_sglprof.session.window_run import WindowRun
+    from pytest_sglprof.watch.watcher import LoadWatch
 
 
 class WindowWatch:
     """A thread beside the body. An error in it is raised by `finish` in the test."""
 
     def __init__(
-        self, window: WindowRun, server: Server, load: LoadState, *, drives_load: bool
+        self,
+        window: WindowRun,
+        server: Server,
+        load: LoadState,
+        *,
+        drives_load: bool,
+        watch: LoadWatch | None = None,
     ) -> None:
         self._window = window
         self._server = server
         self._load = load
         self._drives_load = drives_load
+        self._watch = watch
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sglprof-window", daemon=True)
@@ -53,6 +62,17 @@ class WindowWatch:
 
     def _is_time(self) -> bool:
         spec = self._window.spec
+        if spec.trigger is not None and self._watch is not None:
+            from pytest_sglprof.session.trigger_wait import TriggerWait
+
+            wait = TriggerWait(
+                self._window,
+                self._server,
+                self._load,
+                self._watch,
+                drives_load=self._drives_load,
+            )
+            return wait.wait(self._stop)
         if spec.delay > 0:
             return True  # opening waits for it
         while not self._stop.is_set():

@@ -1,0 +1,169 @@
+"""`sglprof watch URL|LOG`: load of the ranks, live or from a finished log, and its onsets."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pytest_sglprof.errors import Inconclusive, SettingsError
+
+if TYPE_CHECKING:
+    from pytest_sglprof.analysis.unequal import OnsetRule
+    from pytest_sglprof.cli.watch_jsonl import JsonLines
+    from pytest_sglprof.values import LoadSample
+    from pytest_sglprof.watch.log_lines import Sample
+
+FOUND, NONE = 1, 0
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser(
+        "watch",
+        help="load of the ranks, live or from a log, and when it became unequal",
+        description="Watches a running server (URL), or reads a log: a finished one whole, "
+        "with --follow one that grows. Keys come from SGLPROF_API_KEY and "
+        "SGLPROF_ADMIN_API_KEY.",
+        epilog="exit status: 0 no onset, 1 an onset, 2 usage or unreadable input, 3 it cannot "
+        "be known (one DP rank, or too little load), 130 interrupted",
+    )
+    add = parser.add_argument
+    add("target", metavar="URL|LOG", help="http://HOST:PORT, or the server's log")
+    add("--factor", type=_positive, default=1.5, metavar="X", help="max / mean (default: 1.5)")
+    add("--hold", type=_positive, default=2.0, metavar="S", help="it has to last (default: 2)")
+    add(
+        "--min-running",
+        type=_positive,
+        default=8.0,
+        metavar="N",
+        help="mean requests a rank below which nothing is declared (default: 8)",
+    )
+    add(
+        "--min-gap",
+        type=_positive,
+        default=4.0,
+        metavar="N",
+        help="requests of the fullest rank above the mean (default: 4)",
+    )
+    add("--follow", action="store_true", help="the log still grows: watch it")
+    add("--for", dest="seconds", type=_positive, metavar="S", help="end a live watch after S s")
+    add("--jsonl", metavar="FILE", help="a JSON object a sample and an onset; - is the output")
+    window = parser.add_argument_group("a profile window at the first onset (URL only)")
+    window.add_argument("--open-window", choices=("torch", "nsys"), metavar="torch|nsys")
+    window.add_argument("--steps", type=int, metavar="N", help="close it after N steps")
+    window.add_argument(
+        "--seconds", dest="window_s", type=_positive, default=2.0, help="or after S s (default: 2)"
+    )
+    window.add_argument("--output", default="sglprof-window", metavar="DIR", help="its files")
+    window.add_argument("--server-dir", default="", metavar="SERVER:LOCAL")
+    window.add_argument("--nsys-session", default="", metavar="NAME")
+    window.add_argument("--nsys", default="", metavar="NSYS", help="the nsys command")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Watches or reads; the exit status says whether there was an onset."""
+    from pytest_sglprof.analysis.unequal import OnsetRule
+    from pytest_sglprof.cli.watch_jsonl import JsonLines
+
+    rule = OnsetRule(args.factor, args.hold, args.min_running, args.min_gap)
+    if rule.factor <= 1.0:
+        raise SettingsError(f"--factor {args.factor:g}", expected="more than 1: max / mean")
+    is_url = "://" in args.target and not Path(args.target).exists()
+    if args.open_window and not is_url:
+        raise SettingsError(
+            f"--open-window with the log {args.target}",
+            expected="the URL of a running server",
+            hint="a log names no server: give its URL instead",
+        )
+    with JsonLines(args.jsonl) as lines:
+        # Rows for people must not stand among lines for programs.
+        out = sys.stderr if args.jsonl == "-" else sys.stdout
+        if is_url or args.follow:
+            from pytest_sglprof.cli.watch_live import watch_live
+
+            return watch_live(args, rule, lines, out, is_url=is_url)
+        return _finished(Path(args.target), rule, lines, out)
+
+
+def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> int:
+    """Every onset of a finished log with its period, and what each rank had on average."""
+    from pytest_sglprof.analysis.change_points import finished_load
+    from pytest_sglprof.analysis.onset import OnsetDetector
+    from pytest_sglprof.analysis.unequal import CANNOT_KNOW
+    from pytest_sglprof.cli.watch_table import onset_line
+    from pytest_sglprof.values import BalanceSample, LoadSample
+
+    samples, milliseconds = _read(path)
+    lines.samples(samples)
+    loads = [sample for sample in samples if isinstance(sample, LoadSample)]
+    balances = [sample for sample in samples if isinstance(sample, BalanceSample)]
+    if not loads and not balances:
+        raise Inconclusive(
+            f"{path} holds no Prefill or Decode line",
+            expected="the log of an SGLang server that had requests",
+            hint="SGLang writes them to its standard error",
+        )
+    if not balances and not any(sample.rank for sample in loads):
+        raise Inconclusive(CANNOT_KNOW)
+    found = finished_load(loads, rule, milliseconds=milliseconds)
+    measured = OnsetDetector(rule, source="log")  # for what the server measures itself
+    for sample in samples if balances else ():
+        measured.add([sample], sample.time)
+    balanced = [onset for onset in measured.onsets if onset.kind in ("experts", "dp_tokens")]
+    onsets = sorted((*found.onsets, *balanced), key=lambda onset: onset.time)
+    for onset in onsets:
+        lines.onset(onset)
+        out.write(f"{onset_line(onset)}\n")
+    out.write("".join(f"{line}\n" for line in _rank_lines(loads)))
+    if onsets:
+        return FOUND
+    judged = max(found.judged_s, measured.judged_s)
+    if judged < rule.hold:
+        raise Inconclusive(
+            f"the load had {rule.min_running:g} requests a rank for {judged:.0f} s only",
+            expected=f"at least {rule.hold:g} s: few requests cannot be spread evenly",
+            hint="lower --min-running, and --min-gap with it",
+        )
+    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.worst:.2f}\n")
+    return NONE
+
+
+def _read(path: Path) -> tuple[list[Sample], bool]:
+    from pytest_sglprof.watch.log_file import LogFollower
+
+    if not path.is_file():
+        raise SettingsError(
+            f"{path} is no log", expected="a file, or http://HOST:PORT", hint="check the path"
+        )
+    with LogFollower(path) as log:
+        samples = [*log.poll(), *log.rest()]
+        return samples, log.lines.has_milliseconds
+
+
+def _rank_lines(loads: Sequence[LoadSample]) -> list[str]:
+    from pytest_sglprof.cli.watch_table import ONE_RANK
+    from pytest_sglprof.report.text_table import text_table
+
+    ranks: dict[str, list[LoadSample]] = {}
+    for sample in loads:
+        ranks.setdefault(sample.rank, []).append(sample)
+    rows = []
+    for rank, mine in sorted(ranks.items()):
+        count = len(mine)
+        running = sum(sample.running for sample in mine) / count
+        waiting = sum(sample.waiting for sample in mine) / count
+        tokens = [sample.tokens for sample in mine if sample.tokens is not None]
+        mean = f"{sum(tokens) / len(tokens):.0f}" if tokens else "-"
+        rows.append([rank or ONE_RANK, str(count), f"{running:.1f}", f"{waiting:.1f}", mean])
+    head = ["rank", "lines", "running a line", "waiting a line", "tokens a line"]
+    return text_table(head, rows, left=[0])
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number above 0")
+    return number

@@ -1,0 +1,168 @@
+"""`sglprof watch` on what still runs: a table that follows it, onsets as they come."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pytest_sglprof.analysis.onset import OnsetDetector
+from pytest_sglprof.analysis.unequal import CANNOT_KNOW, Onset, OnsetRule
+from pytest_sglprof.cli.watch_table import LoadHistory, load_table, onset_line
+from pytest_sglprof.errors import Inconclusive
+from pytest_sglprof.server.client import SglangClient
+from pytest_sglprof.server.sizes import ServerSizes
+from pytest_sglprof.watch.log_file import LogFollower
+from pytest_sglprof.watch.watcher import LoadWatch, LogSource, server_watch
+
+if TYPE_CHECKING:
+    from pytest_sglprof.cli.watch_jsonl import JsonLines
+    from pytest_sglprof.watch.log_lines import Sample
+
+REDRAW = 0.5  # s
+FOUND, NONE, UNKNOWN = 1, 0, 3
+
+
+def watch_live(
+    args: argparse.Namespace, rule: OnsetRule, lines: JsonLines, out: IO[str], *, is_url: bool
+) -> int:
+    """Watches until `--for` is over, the window is closed, or Ctrl-C; the exit status."""
+    if is_url:
+        watch, detector = _server(args.target, rule)
+    else:
+        path = Path(args.target)
+        detector = OnsetDetector(rule, source="log", milliseconds=_has_milliseconds(path))
+        watch = LoadWatch([LogSource(path, from_end=False)])
+    screen = _Screen(out, detector, lines)
+    watch.listen(screen.take)
+    with watch:
+        return _follow(args, watch, screen, detector)
+
+
+def _follow(
+    args: argparse.Namespace, watch: LoadWatch, screen: _Screen, detector: OnsetDetector
+) -> int:
+    began = time.monotonic()
+    while args.seconds is None or time.monotonic() - began < args.seconds:
+        watch.check()
+        if screen.cannot_know:
+            raise Inconclusive(CANNOT_KNOW)
+        if screen.onset.wait(REDRAW) and args.open_window:
+            from pytest_sglprof.cli.watch_window import record_window
+
+            screen.clear()
+            return record_window(args, screen.first(), screen.say)
+        screen.onset.clear()
+        screen.draw()
+    screen.clear()
+    if detector.onsets:
+        return FOUND
+    if detector.judged_s < detector.rule.hold:
+        screen.say(
+            f"nothing can be said: the load had {detector.rule.min_running:g} requests a rank "
+            f"for {detector.judged_s:.0f} s only (--min-running)"
+        )
+        return UNKNOWN
+    screen.say(f"no onset: balanced for {detector.judged_s:.0f} s, λ at most {detector.worst:.2f}")
+    return NONE
+
+
+def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
+    from pytest_sglprof.server.server import checked_url
+    from pytest_sglprof.session.server_life import API_KEY_ENV
+    from pytest_sglprof.session.trigger_wait import records_experts
+
+    key = os.environ.get(API_KEY_ENV, "")
+    url = checked_url(url)
+    client = SglangClient(url, api_key=key)
+    try:
+        info = client.server_info()
+    finally:
+        client.close()
+    count = ServerSizes.from_info(info).dp_ranks
+    if count < 2 and not records_experts(info):
+        raise Inconclusive(CANNOT_KNOW)
+    watch = server_watch(url, api_key=key, metrics=bool(info.get("enable_metrics")))
+    return watch, OnsetDetector(rule, ranks=[f"DP{number}" for number in range(count)])
+
+
+def _has_milliseconds(path: Path) -> bool:
+    with LogFollower(path) as log:
+        for _ in log.blocks():
+            return log.lines.has_milliseconds
+    return False
+
+
+class _Screen:
+    """Fed by the watching thread, drawn by the main one."""
+
+    def __init__(self, out: IO[str], detector: OnsetDetector, lines: JsonLines) -> None:
+        self.onset = threading.Event()
+        self.cannot_know = False
+        self._out = out
+        self._detector = detector
+        self._lines = lines
+        self._history = LoadHistory()
+        self._lock = threading.Lock()
+        self._new: list[Onset] = []
+        self._all: list[Onset] = []
+        self._ended: set[float] = set()
+        self._drawn = 0
+        self._is_terminal = out.isatty()
+
+    def take(self, samples: Sequence[Sample], now: float) -> None:
+        """New samples, in the watching thread."""
+        with self._lock:
+            self._lines.samples(samples)
+            self._history.add(samples, self._detector.source)
+            found = self._detector.add(samples, now)
+            untagged = [s for s in samples if s.source == "log" and not s.rank]
+            tagged = any(len(g.board.loads(now)) > 1 for g in self._detector.groups)
+            has_balance = any(hasattr(sample, "factor") for sample in samples)
+            self.cannot_know = bool(untagged) and not tagged and not has_balance
+            for onset in found:
+                self._lines.onset(onset)
+            for onset in self._detector.onsets:
+                if onset.ended is not None and onset.time not in self._ended:
+                    self._ended.add(onset.time)
+                    self._lines.end(onset)
+            self._new += found
+            self._all += found
+        if found:
+            self.onset.set()
+
+    def first(self) -> Onset:
+        """The first onset that was declared."""
+        with self._lock:
+            return self._all[0]
+
+    def draw(self) -> None:
+        """New onsets; on a terminal the table below them, over the one before."""
+        with self._lock:
+            new, self._new = self._new, []
+            tables: list[str] = []
+            if self._is_terminal:
+                for group in self._detector.groups:
+                    tables += load_table(group.board.loads(time.time()), self._history)
+        self.clear()
+        for onset in new:
+            self.say(onset_line(onset))
+        if tables:
+            self._out.write("".join(f"{line}\n" for line in tables))
+            self._drawn = len(tables)
+        self._out.flush()
+
+    def clear(self) -> None:
+        """Takes the table away."""
+        if self._drawn:
+            self._out.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._out.write(f"{text}\n")
+        self._out.flush()
