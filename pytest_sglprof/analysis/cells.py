@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.groups import WorkGroup, work_groups
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 
@@ -40,6 +41,7 @@ class GroupCells:
     has_steps: False when the table knows no steps; then there is one pseudo-step that
     holds everything. assigned_share: share of the group's compute time that belongs to
     some step, 0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
+    busy: busy time of all activities, shape (steps, ranks), ns.
     """
 
     group: WorkGroup
@@ -53,6 +55,7 @@ class GroupCells:
     bounds: Ints
     assigned_share: float
     active: frozenset[str]
+    busy: Ints
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -101,6 +104,14 @@ class GroupCells:
         """Kernel time of compute over all compared steps and ranks, ns."""
         return int(self.ns[self._is_compute & self._stage_rows(stage)[self.step]].sum())
 
+    def busy_ns(self, stage: str = "") -> int:
+        """Busy time of everything over all compared steps and ranks, ns."""
+        return int(self.busy[self._stage_rows(stage)].sum())
+
+    def sync_factor(self, kernels: Mask, stage: str = "") -> float | None:
+        """λ over sync segments; None where no collectives are matched."""
+        return None
+
     @cached_property
     def _is_compute(self) -> Mask:
         chosen: Mask = self.select("compute")[self.kernel]
@@ -134,11 +145,12 @@ def measure(table: KernelTable) -> tuple[GroupCells, ...]:
     """
     sums = _sums(table.frame)
     spans = step_spans(table)
+    busy = _busy(table)
     # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
     # that lost their step; they cannot say how much of the work the steps cover.
     is_covering = table.source != "nvtx"
     return tuple(
-        _group_cells(group, sums, spans, is_covering) for group in work_groups(table.ranks)
+        _group_cells(group, sums, spans, busy, is_covering) for group in work_groups(table.ranks)
     )
 
 
@@ -153,8 +165,41 @@ def _sums(frame: pd.DataFrame) -> pd.DataFrame:
     return typed
 
 
+def _busy(table: KernelTable) -> pd.DataFrame:
+    """`rank, step, ns`: busy time of everything.
+
+    Self times are no intervals of a timeline: those are summed.
+    """
+    frame = table.frame
+    rank = frame["rank"].astype("category")
+    step = frame["step"].to_numpy(np.int64)
+    ns = frame["dur_ns"].to_numpy(np.int64)
+    if table.source == "gpu" and len(frame):
+        owner = rank.cat.codes.to_numpy(np.int64) * (int(step.max()) + 2) + step + 1
+        ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
+    parts = pd.DataFrame({"rank": rank, "step": step, "ns": ns})
+    sums = parts.groupby(["rank", "step"], observed=True, sort=False)["ns"].sum()
+    typed: pd.DataFrame = sums.reset_index().astype({"rank": object})
+    return typed
+
+
+def _busy_matrix(busy: pd.DataFrame, ranks: Sequence[str], numbers: Sequence[int] | None) -> Ints:
+    """Shape (steps, ranks), ns; without numbers one row that holds everything."""
+    mine = busy[busy["rank"].isin(list(ranks))]
+    at = _positions(numbers, mine["step"]) if numbers is not None else np.zeros(len(mine), int)
+    full = np.zeros((1 if numbers is None else len(numbers), len(ranks)), np.int64)
+    known = at >= 0
+    columns = _positions(ranks, mine["rank"])
+    np.add.at(full, (at[known], columns[known]), mine["ns"].to_numpy(np.int64)[known])
+    return full
+
+
 def _group_cells(
-    group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame, is_covering: bool
+    group: WorkGroup,
+    sums: pd.DataFrame,
+    spans: pd.DataFrame,
+    busy: pd.DataFrame,
+    is_covering: bool,
 ) -> GroupCells:
     mine = sums[sums["rank"].isin(group.ranks)]
     has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
@@ -184,6 +229,7 @@ def _group_cells(
         bounds=np.searchsorted(codes[order], np.arange(len(kernels) + 1)).astype(np.int64),
         assigned_share=assigned / every if has_steps and is_covering and every else 1.0,
         active=active,
+        busy=_busy_matrix(busy, group.ranks, steps.numbers if has_steps else None),
     )
 
 
