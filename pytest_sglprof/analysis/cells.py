@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,15 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.groups import WorkGroup, work_groups
+from pytest_sglprof.analysis.segments import (
+    NOT_COMPUTE,
+    Segments,
+    segment_sums,
+    segments,
+    sync_factor,
+)
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
+from pytest_sglprof.analysis.waits import waits
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -26,9 +34,18 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-# What the server computes, as opposed to what it says to its peers and to the host: a
-# collective's duration is mostly waiting, a copy's depends on the bus and the host.
-NOT_COMPUTE = ("communication", "memory")
+
+@dataclass(frozen=True)
+class SyncCells:
+    """Compute in sync segments and compared steps: kernel, rank, step and segment of each
+    activity, as indices, and its share of the busy time, ns. segments: how many there are."""
+
+    kernel: Ints
+    rank: Ints
+    step: Ints
+    segment: Ints
+    ns: Ints
+    segments: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class GroupCells:
     assigned_share: float
     active: frozenset[str]
     busy: Ints
+    sync: SyncCells | None = None
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -110,7 +128,12 @@ class GroupCells:
 
     def sync_factor(self, kernels: Mask, stage: str = "") -> float | None:
         """λ over sync segments; None where no collectives are matched."""
-        return None
+        if self.sync is None:
+            return None
+        mine = kernels[self.sync.kernel] & self._stage_rows(stage)[self.sync.step]
+        shape = (self.sync.segments, len(self.group.ranks))
+        found = (self.sync.segment[mine], self.sync.rank[mine], self.sync.ns[mine])
+        return sync_factor(segment_sums(*found, shape))
 
     @cached_property
     def _is_compute(self) -> Mask:
@@ -146,11 +169,39 @@ def measure(table: KernelTable) -> tuple[GroupCells, ...]:
     sums = _sums(table.frame)
     spans = step_spans(table)
     busy = _busy(table)
+    synced = [segments(table, found) for found in waits(table) if len(found.step) > 1]
     # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
     # that lost their step; they cannot say how much of the work the steps cover.
     is_covering = table.source != "nvtx"
-    return tuple(
-        _group_cells(group, sums, spans, busy, is_covering) for group in work_groups(table.ranks)
+    found = []
+    for group in work_groups(table.ranks):
+        cells = _group_cells(group, sums, spans, busy, is_covering)
+        mine = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
+        found.append(replace(cells, sync=_sync(table.frame, cells, mine[0])) if mine else cells)
+    return tuple(found)
+
+
+def _sync(frame: pd.DataFrame, cells: GroupCells, part: Segments) -> SyncCells:
+    """Of a sync group's segments what belongs to the ranks and steps of `cells`."""
+    rows = frame.iloc[part.rows]
+    pairs = pd.MultiIndex.from_tuples(cells.kernels, names=("category", "name"))
+    named = pd.MultiIndex.from_arrays(
+        [rows["category"].astype(object), rows["name"].astype(object)]
+    )
+    kernel = pairs.get_indexer(named) if len(pairs) else np.full(len(rows), -1)
+    members = _positions(cells.group.ranks, pd.Series(part.waits.group.ranks))
+    rank = members[part.rank]
+    step = np.zeros(len(rows), np.int64)
+    if cells.has_steps:
+        step = _positions(cells.steps.numbers, rows["step"])
+    kept = (kernel >= 0) & (rank >= 0) & (step >= 0)
+    return SyncCells(
+        kernel=kernel[kept].astype(np.int64),
+        rank=rank[kept],
+        step=step[kept],
+        segment=part.segment[kept],
+        ns=part.busy[kept],
+        segments=len(part.span),
     )
 
 

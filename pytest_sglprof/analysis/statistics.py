@@ -62,6 +62,16 @@ def certainty(matrix: npt.NDArray[np.generic]) -> Certainty:
     )
 
 
+def excess_certainty(matrix: Floats) -> tuple[Interval, float]:
+    """95 % of the largest total minus the median of the others, and its p.
+
+    matrix: shape (steps, ranks); at least two of each.
+    """
+    times = _in_order(np.asarray(matrix, np.float64))
+    totals = block_weights(len(times)) @ times
+    return interval(totals[:, 0] - np.median(totals[:, 1:], axis=1)), _p_of_maximum(times)
+
+
 def interval(values: Floats) -> Interval:
     """The central 95 % of bootstrap `values`, shape (resamples,)."""
     tail = 100 * (1 - CONFIDENCE) / 2

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
+from pytest_sglprof.analysis.straggler import stragglers
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.redact import redact
 from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.report.stragglers import straggler_document
 from pytest_sglprof.values import WindowCapture
 
 if TYPE_CHECKING:
@@ -140,6 +142,7 @@ def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[s
             "ranks": [],
             "steps": {"per_rank": {}, "groups": []},
             "findings": [],
+            "stragglers": [],
             "table": [],
         }
     cells = groups or measure(table)
@@ -157,6 +160,7 @@ def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[s
             "groups": [_step_counts(group) for group in cells],
         },
         "findings": findings,
+        "stragglers": [straggler_document(found) for found in stragglers(table)],
         "table": _rows(table),
     }
 
