@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
+from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
 from pytest_sglprof.values import VerdictWord
@@ -48,7 +48,8 @@ class GpuClocks:
 class RankLateness:
     """One rank of a sync group, over its matched collectives. Times in ns.
 
-    compute_ns: busy time of compute between them; idle_ns: the rest of the time between
+    compute_ns: busy time of compute between them (without any: kernel time of the window's
+    compute); idle_ns: the rest of the time between
     them. wait_ns: its waiting for others. late_ns: Σ of how much later than the earliest it
     arrived. slowest_share: share of the steps in which it alone is the latest.
     explained_share: share of all waiting that happened while it was the last to arrive, 0
@@ -244,6 +245,10 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
     every = frame.groupby("rank", observed=True)["dur_ns"].sum()
     compute = parts.compute.sum(axis=0)
     idle = np.maximum(0, parts.span.sum(axis=0) - compute)
+    if not len(parts.span):  # then the figures that remain are those of the whole window
+        inside = frame[~frame["category"].isin(NOT_COMPUTE)]
+        whole = inside.groupby("rank", observed=True)["dur_ns"].sum()
+        compute = np.array([whole.get(rank, 0) for rank in found.group.ranks], np.int64)
     waiting = found.wait[1:]
     last = waiting.argmin(axis=1) if waiting.size else np.zeros(0, int)
     caused = np.bincount(last, weights=waiting.sum(axis=1), minlength=len(found.group.ranks))

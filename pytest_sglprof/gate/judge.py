@@ -142,13 +142,20 @@ def _judge_threshold(
         groups, scope=threshold.scope, kernel=threshold.kernel, stage=threshold.stage
     )
     return tuple(
-        _judge_finding(finding, threshold, min_steps, min_share, doubt) for finding in findings
+        judge_finding(finding, threshold, min_steps=min_steps, min_share=min_share, doubt=doubt)
+        for finding in findings
     )
 
 
-def _judge_finding(
-    finding: ImbalanceFinding, threshold: Threshold, min_steps: int, min_share: float, doubt: str
+def judge_finding(
+    finding: ImbalanceFinding,
+    threshold: Threshold,
+    *,
+    min_steps: int = DEFAULT_MIN_STEPS,
+    min_share: float = DEFAULT_MIN_SHARE,
+    doubt: str = "",
 ) -> Judgement:
+    """One threshold on what was measured for it; `doubt`: why none of it may be trusted."""
     value = metric_value(finding, threshold.metric)
     verdict: VerdictWord = "inconclusive"
     reason = doubt or _too_little(finding, threshold, min_steps)

@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pytest_sglprof.analysis.cells import GroupCells
+from pytest_sglprof.analysis.groups import WorkGroup
+from pytest_sglprof.analysis.steps import ComparedSteps
 from pytest_sglprof.trace.table import KernelTable
 
 Floats = npt.NDArray[np.float64]
@@ -140,3 +143,33 @@ def _table(plan: Plan, starts: Floats, durs: Floats, begin: Floats, end: Floats)
         frame = frame[~gone]
         spans = spans[~((spans["rank"] == plan.labels[lost]) & (spans["step"] == number))]
     return KernelTable(frame.reset_index(drop=True), plan.labels, spans.reset_index(drop=True))
+
+
+def matrix(
+    ranks: int, seed: int, *, steps: int = 100, jitter: float = 0.03, slow: float = 1.0
+) -> npt.NDArray[np.int64]:
+    """Compute of each step and rank, ns; the last rank is slow. Shape (steps, ranks)."""
+    times = 1e6 * (1 + np.random.default_rng(seed).normal(0, jitter, (steps, ranks)))
+    times[:, -1] *= slow
+    return np.rint(times).astype(np.int64)
+
+
+def cells(times: npt.NDArray[np.int64]) -> GroupCells:
+    """The cells of one kernel whose times are known, as `measure` makes them of a table."""
+    steps, ranks = times.shape
+    step, rank = (axis.ravel() for axis in np.indices(times.shape))
+    labels = tuple(f"TP{number}" for number in range(ranks))
+    return GroupCells(
+        group=WorkGroup("", labels),
+        steps=ComparedSteps(tuple(range(steps)), ("decode",) * steps, 0, 0),
+        has_steps=True,
+        ns=times.ravel(),
+        rank=rank.astype(np.int64),
+        step=step.astype(np.int64),
+        kernel=np.zeros(times.size, np.int64),
+        kernels=(("gemm", "gemm_kernel"),),
+        bounds=np.array([0, times.size], np.int64),
+        assigned_share=1.0,
+        active=frozenset(labels),
+        busy=times,
+    )
