@@ -16,6 +16,7 @@ import pandas as pd
 
 from pytest_sglprof.analysis.clocks import fit_clocks
 from pytest_sglprof.analysis.groups import SyncGroup, sync_groups
+from pytest_sglprof.trace.collectives import collective_kind, is_symmetric
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -66,10 +67,10 @@ def waits(table: KernelTable) -> tuple[Waits, ...]:
     rows = frame.loc[frame["category"] == "communication"]
     columns = ["rank", "name", "full_name", "step", "start_ns", "dur_ns"]
     rows = rows[columns].astype({"rank": object, "name": object, "full_name": object})
-    from pytest_sglprof.trace.collectives import collective_kind
-
-    kinds = {name: collective_kind(str(name)) for name in rows["full_name"].unique()}
-    rows["kind"] = rows["full_name"].map(kinds).astype(object)
+    names = [str(name) for name in rows["full_name"].unique()]
+    rows["kind"] = rows["full_name"].map({name: collective_kind(name) for name in names})
+    rows["symmetric"] = rows["full_name"].map({name: is_symmetric(name) for name in names})
+    rows = rows.astype({"kind": object, "symmetric": bool})
     if table.source == "cpu_op" and (frame["kind"] == "collective").any():
         # The server's own operators wrap the annotations: one meeting would count twice.
         rows = rows[(frame.loc[rows.index, "kind"] == "collective").to_numpy(bool)]
@@ -80,7 +81,7 @@ def waits(table: KernelTable) -> tuple[Waits, ...]:
 def _group_waits(group: SyncGroup, rows: pd.DataFrame, has_steps: bool) -> Waits:
     mine = rows[rows["rank"].isin(group.ranks)]
     kinds = {str(kind): int(number) for kind, number in mine["kind"].value_counts().items()}
-    symmetric = mine[mine["kind"] == "collective"]
+    symmetric = mine[mine["symmetric"]]
     if has_steps:
         symmetric = symmetric[symmetric["step"] >= 0]
     reason = _why_none(group, kinds, len(mine), len(symmetric))
@@ -118,7 +119,7 @@ def _why_none(group: SyncGroup, kinds: dict[str, int], every: int, symmetric: in
     if set(kinds) == {"p2p"}:
         return "only p2p communication: a receiver always waits, so waiting blames nobody"
     if "collective" in kinds:
-        return "no collective lies in a known step"
+        return "no collective in which all wait for the last lies in a known step"
     return f"only {' and '.join(sorted(kinds))} communication: its waiting blames nobody"
 
 

@@ -33,3 +33,19 @@ def collective_kind(name: str) -> CollectiveKind:
         if pattern.search(name):
             return kind
     return "collective"
+
+
+# The root of these waits for nobody, and nobody need wait for the rest.
+_ROOTED = re.compile(
+    r"broadcast|(?<!all)(?<!all_)gather|(?<!reduce)(?<!reduce_)scatter"
+    r"|(?<!all)(?<!all_)reduce(?!_?scatter|_?[12]stage|_prototype)(?=_Sum|_Max|_Min|_Prod|$)",
+    re.IGNORECASE,
+)
+_SYMMETRIC = re.compile(r"all_?(reduce|gather)|reduce_?scatter|cross_device_reduce|barrier", re.I)
+
+
+def is_symmetric(name: str) -> bool:
+    """True for a collective in which every rank waits for the last one to arrive."""
+    if collective_kind(name) != "collective":
+        return False
+    return _SYMMETRIC.search(name) is not None or _ROOTED.search(name) is None

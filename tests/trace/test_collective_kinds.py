@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_sglprof.trace.collectives import collective_kind
+from pytest_sglprof.trace.collectives import collective_kind, is_symmetric
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,22 @@ from pytest_sglprof.trace.collectives import collective_kind
 )  # fmt: skip
 def test_the_name_tells_the_kind(name: str, kind: str) -> None:
     assert collective_kind(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "symmetric"),
+    [
+        ("gloo:all_reduce", True),
+        ("gloo:all_gather", True),
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", True),
+        ("void sglang::cross_device_reduce_2stage<float, 2>", True),
+        ("void quickreduce::allreduce_prototype_twoshot<...>", True),
+        ("gloo:broadcast", False),
+        ("gloo:gather", False),
+        ("ncclDevKernel_Broadcast_RING_LL", False),
+        ("ncclDevKernel_Reduce_Sum_f32_RING_LL", False),
+        ("ncclDevKernel_SendRecv", False),
+    ],
+)
+def test_only_where_all_wait_for_the_last_can_a_wait_be_told(name: str, symmetric: bool) -> None:
+    assert is_symmetric(name) is symmetric
