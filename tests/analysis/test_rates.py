@@ -24,8 +24,7 @@ def slowest(found: Judgement) -> str | None:
     return found.finding.slowest if found.finding else None
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 64])
-@pytest.mark.parametrize("jitter", [0.03, 0.15])
+@pytest.mark.parametrize(("ranks", "jitter"), [(2, 0.03), (8, 0.03), (64, 0.03), (8, 0.15)])
 def test_a_balanced_system_fails_in_at_most_2_percent_of_windows(ranks: int, jitter: float) -> None:
     words = [judged(ranks, seed, jitter=jitter).verdict for seed in range(SEEDS)]
     assert words.count("fail") <= 0.02 * SEEDS
@@ -38,7 +37,7 @@ def test_a_rank_5_percent_slower_is_found_and_no_other_is_named(ranks: int) -> N
     assert {slowest(one) for one in found if one.verdict == "fail"} == {f"TP{ranks - 1}"}
 
 
-@pytest.mark.parametrize(("ranks", "seeds"), [(2, 40), (8, 40), (64, 8)])
+@pytest.mark.parametrize(("ranks", "seeds"), [(2, 10), (8, 10), (64, 2)])
 def test_whole_windows_give_the_same_answers(ranks: int, seeds: int) -> None:
     slow = {(ranks - 1, ""): 1.05}
     for seed in range(seeds):
