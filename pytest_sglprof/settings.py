@@ -150,12 +150,19 @@ def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpe
 def repeats(spec: WindowSpec, settings: Settings) -> int:
     """How often a window is opened: as it says itself, else as the settings say.
 
-    Raises `SettingsError` for one that says so itself but ends by hand; the settings' number
-    is for windows that end by themselves.
+    Raises `SettingsError` for one that says so itself but ends by hand or waits for a
+    trigger, whose moment comes once; the settings' number is for the others.
     """
     ends_itself = bool(spec.num_steps or spec.duration or spec.backend == "nsys")
     if spec.repeat is None:
-        return max(1, settings.repeat) if ends_itself and not spec.whole_body else 1
+        again = ends_itself and not spec.whole_body and spec.trigger is None
+        return max(1, settings.repeat) if again else 1
+    if spec.repeat > 1 and spec.trigger is not None:
+        raise SettingsError(
+            f"profile window {spec.name!r}: repeat={spec.repeat} with a trigger",
+            expected="a window that can be opened again at any time of the load",
+            hint="leave out one of the two",
+        )
     if spec.repeat > 1 and not ends_itself:
         raise SettingsError(
             f"profile window {spec.name!r}: repeat={spec.repeat} without num_steps or duration",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.groups import WorkGroup, work_groups
+from pytest_sglprof.analysis.segments import (
+    NOT_COMPUTE,
+    Segments,
+    segment_sums,
+    segments,
+    sync_factor,
+)
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
+from pytest_sglprof.analysis.waits import waits
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -25,9 +34,18 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-# What the server computes, as opposed to what it says to its peers and to the host: a
-# collective's duration is mostly waiting, a copy's depends on the bus and the host.
-NOT_COMPUTE = ("communication", "memory")
+
+@dataclass(frozen=True)
+class SyncCells:
+    """Compute in sync segments and compared steps: kernel, rank, step and segment of each
+    activity, as indices, and its share of the busy time, ns. segments: how many there are."""
+
+    kernel: Ints
+    rank: Ints
+    step: Ints
+    segment: Ints
+    ns: Ints
+    segments: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ class GroupCells:
     has_steps: False when the table knows no steps; then there is one pseudo-step that
     holds everything. assigned_share: share of the group's compute time that belongs to
     some step, 0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
+    busy: busy time of all activities, shape (steps, ranks), ns.
     """
 
     group: WorkGroup
@@ -53,6 +72,8 @@ class GroupCells:
     bounds: Ints
     assigned_share: float
     active: frozenset[str]
+    busy: Ints
+    sync: SyncCells | None = None
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -101,6 +122,19 @@ class GroupCells:
         """Kernel time of compute over all compared steps and ranks, ns."""
         return int(self.ns[self._is_compute & self._stage_rows(stage)[self.step]].sum())
 
+    def busy_ns(self, stage: str = "") -> int:
+        """Busy time of everything over all compared steps and ranks, ns."""
+        return int(self.busy[self._stage_rows(stage)].sum())
+
+    def sync_factor(self, kernels: Mask, stage: str = "") -> float | None:
+        """λ over sync segments; None where no collectives are matched."""
+        if self.sync is None:
+            return None
+        mine = kernels[self.sync.kernel] & self._stage_rows(stage)[self.sync.step]
+        shape = (self.sync.segments, len(self.group.ranks))
+        found = (self.sync.segment[mine], self.sync.rank[mine], self.sync.ns[mine])
+        return sync_factor(segment_sums(*found, shape))
+
     @cached_property
     def _is_compute(self) -> Mask:
         chosen: Mask = self.select("compute")[self.kernel]
@@ -134,11 +168,40 @@ def measure(table: KernelTable) -> tuple[GroupCells, ...]:
     """
     sums = _sums(table.frame)
     spans = step_spans(table)
+    busy = _busy(table)
+    synced = [segments(table, found) for found in waits(table) if len(found.step) > 1]
     # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
     # that lost their step; they cannot say how much of the work the steps cover.
     is_covering = table.source != "nvtx"
-    return tuple(
-        _group_cells(group, sums, spans, is_covering) for group in work_groups(table.ranks)
+    found = []
+    for group in work_groups(table.ranks):
+        cells = _group_cells(group, sums, spans, busy, is_covering)
+        mine = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
+        found.append(replace(cells, sync=_sync(table.frame, cells, mine[0])) if mine else cells)
+    return tuple(found)
+
+
+def _sync(frame: pd.DataFrame, cells: GroupCells, part: Segments) -> SyncCells:
+    """Of a sync group's segments what belongs to the ranks and steps of `cells`."""
+    rows = frame.iloc[part.rows]
+    pairs = pd.MultiIndex.from_tuples(cells.kernels, names=("category", "name"))
+    named = pd.MultiIndex.from_arrays(
+        [rows["category"].astype(object), rows["name"].astype(object)]
+    )
+    kernel = pairs.get_indexer(named) if len(pairs) else np.full(len(rows), -1)
+    members = _positions(cells.group.ranks, pd.Series(part.waits.group.ranks))
+    rank = members[part.rank]
+    step = np.zeros(len(rows), np.int64)
+    if cells.has_steps:
+        step = _positions(cells.steps.numbers, rows["step"])
+    kept = (kernel >= 0) & (rank >= 0) & (step >= 0)
+    return SyncCells(
+        kernel=kernel[kept].astype(np.int64),
+        rank=rank[kept],
+        step=step[kept],
+        segment=part.segment[kept],
+        ns=part.busy[kept],
+        segments=len(part.span),
     )
 
 
@@ -153,8 +216,41 @@ def _sums(frame: pd.DataFrame) -> pd.DataFrame:
     return typed
 
 
+def _busy(table: KernelTable) -> pd.DataFrame:
+    """`rank, step, ns`: busy time of everything.
+
+    Self times are no intervals of a timeline: those are summed.
+    """
+    frame = table.frame
+    rank = frame["rank"].astype("category")
+    step = frame["step"].to_numpy(np.int64)
+    ns = frame["dur_ns"].to_numpy(np.int64)
+    if table.source == "gpu" and len(frame):
+        owner = rank.cat.codes.to_numpy(np.int64) * (int(step.max()) + 2) + step + 1
+        ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
+    parts = pd.DataFrame({"rank": rank, "step": step, "ns": ns})
+    sums = parts.groupby(["rank", "step"], observed=True, sort=False)["ns"].sum()
+    typed: pd.DataFrame = sums.reset_index().astype({"rank": object})
+    return typed
+
+
+def _busy_matrix(busy: pd.DataFrame, ranks: Sequence[str], numbers: Sequence[int] | None) -> Ints:
+    """Shape (steps, ranks), ns; without numbers one row that holds everything."""
+    mine = busy[busy["rank"].isin(list(ranks))]
+    at = _positions(numbers, mine["step"]) if numbers is not None else np.zeros(len(mine), int)
+    full = np.zeros((1 if numbers is None else len(numbers), len(ranks)), np.int64)
+    known = at >= 0
+    columns = _positions(ranks, mine["rank"])
+    np.add.at(full, (at[known], columns[known]), mine["ns"].to_numpy(np.int64)[known])
+    return full
+
+
 def _group_cells(
-    group: WorkGroup, sums: pd.DataFrame, spans: pd.DataFrame, is_covering: bool
+    group: WorkGroup,
+    sums: pd.DataFrame,
+    spans: pd.DataFrame,
+    busy: pd.DataFrame,
+    is_covering: bool,
 ) -> GroupCells:
     mine = sums[sums["rank"].isin(group.ranks)]
     has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
@@ -184,6 +280,7 @@ def _group_cells(
         bounds=np.searchsorted(codes[order], np.arange(len(kernels) + 1)).astype(np.int64),
         assigned_share=assigned / every if has_steps and is_covering and every else 1.0,
         active=active,
+        busy=_busy_matrix(busy, group.ranks, steps.numbers if has_steps else None),
     )
 
 

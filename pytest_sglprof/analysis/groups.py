@@ -1,4 +1,6 @@
-"""Work groups: the ranks that get identical input, so that slower means slower.
+"""Which ranks are compared: those with identical input, and those that meet in a collective.
+
+Work groups have identical input, so that slower means slower; sync groups wait for each other.
 
 Plain data-parallel replicas and data-parallel attention give each `dp` its own requests,
 pipeline stages hold other layers, context-parallel ranks other tokens: across those,
@@ -7,7 +9,7 @@ load is compared by other means, never kernel time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_sglprof.ranks import Rank
@@ -42,3 +44,48 @@ def work_groups(ranks: Sequence[str]) -> tuple[WorkGroup, ...]:
     if len(members) == 1:
         return tuple(WorkGroup("", tuple(found)) for found in members.values())
     return tuple(WorkGroup(names[key], tuple(found)) for key, found in members.items())
+
+
+@dataclass(frozen=True)
+class SyncGroup:
+    """Ranks that meet in collectives (one replica, one pipeline stage), in table order.
+
+    label: what its ranks share (`DP0 PP1`); "" when the table holds one group only.
+    """
+
+    label: str
+    ranks: tuple[str, ...]
+
+
+def sync_groups(ranks: Sequence[str]) -> tuple[SyncGroup, ...]:
+    """Splits rank labels by `pp`, and by `dp` where each of those has its own TP ranks.
+
+    Under data-parallel attention every rank has another `tp` *and* `dp`, and all of them
+    meet; plain replicas count their `tp` from 0 again and never do. Labels that are no
+    rank's name form one group.
+    """
+    parsed = {label: Rank.parse(label) for label in ranks}
+    tensor: dict[int, list[int]] = {}
+    for rank in parsed.values():
+        if rank is not None:
+            tensor.setdefault(rank.pp or 0, []).append(rank.tp or 0)
+    replicas = {pp for pp, found in tensor.items() if len(set(found)) < len(found)}
+    members: dict[Rank | None, list[str]] = {}
+    for label, rank in parsed.items():
+        key = None
+        if rank is not None:
+            key = Rank(dp=(rank.dp or 0) if (rank.pp or 0) in replicas else None, pp=rank.pp or 0)
+        members.setdefault(key, []).append(label)
+    if len(members) == 1:
+        return tuple(SyncGroup("", tuple(found)) for found in members.values())
+    names = {key: _sync_label(key, members) for key in members}
+    return tuple(SyncGroup(names[key], tuple(found)) for key, found in members.items())
+
+
+def _sync_label(key: Rank | None, others: Mapping[Rank | None, object]) -> str:
+    """`DP0`, `PP1` or `DP0 PP1`: only what tells it from the other groups."""
+    if key is None:
+        return "unnamed"
+    staged = len({other.pp for other in others if other is not None}) > 1
+    found = Rank(dp=key.dp, pp=key.pp if staged or key.dp is None else None)
+    return found.label

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pytest_sglprof.analysis.cells import GroupCells, Ints, Mask, measure
+from pytest_sglprof.analysis.statistics import Certainty, Interval, certainty
 from pytest_sglprof.analysis.steps import steps_per_rank
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ class ImbalanceFinding:
     others_ns: median total of the others, ns. group: label of the work group, "" if only
     one. steps: compared steps with activity of the scope (0: the table knows no steps,
     totals are compared). compared_steps: all that are compared. dropped_steps: seen on
-    some rank, not on all, or cut by the window's edge.
+    some rank, not on all, or cut by the window's edge. interval, factor_interval,
+    lost_interval: 95 % of slowdown, factor and lost_share; p_value: of totals as unequal by
+    chance (None without steps). factor_sync: λ over sync segments, None where no collectives
+    are matched. cv: standard deviation / mean of the ranks' totals. lost_ns_per_step:
+    lost_ns / steps. share_of_step: Σ total / Σ busy time of the ranks in these steps.
     """
 
     scope: str
@@ -84,6 +89,14 @@ class ImbalanceFinding:
     dropped_steps: int = 0
     has_steps: bool = True
     reason: str = ""
+    interval: Interval | None = None
+    factor_interval: Interval | None = None
+    lost_interval: Interval | None = None
+    p_value: float | None = None
+    factor_sync: float | None = None
+    cv: float | None = None
+    lost_ns_per_step: float | None = None
+    share_of_step: float | None = None
 
     @property
     def one_sided(self) -> bool:
@@ -170,6 +183,9 @@ def _finding(
     top, others = _slowest_and_others(totals)
     slowest = None if top is None or reason else cells.group.ranks[top]
     compute = cells.compute_ns(stage)
+    steps = len(live) if cells.has_steps else 0
+    certain = Certainty() if reason or not steps else certainty(live)
+    busy = cells.busy_ns(stage)
     by_kernel: tuple[tuple[str, float], ...] = ()
     by_category: tuple[tuple[str, float], ...] = ()
     if slowest is not None and top is not None:
@@ -189,11 +205,19 @@ def _finding(
         category_contributors=by_category,
         others_ns=None if reason else others,
         group=cells.group.label,
-        steps=len(live) if cells.has_steps else 0,
+        steps=steps,
         compared_steps=len(matrix) if cells.has_steps else 0,
         dropped_steps=cells.steps.dropped,
         has_steps=cells.has_steps,
         reason=reason,
+        interval=certain.slowdown,
+        factor_interval=certain.factor,
+        lost_interval=certain.lost_share,
+        p_value=certain.p_value,
+        factor_sync=None if reason else cells.sync_factor(chosen, stage),
+        cv=None if reason else float(totals.std() / totals.mean()),
+        lost_ns_per_step=float(lost / steps) if steps and not reason else None,
+        share_of_step=float(totals.sum() / busy) if busy and not reason else None,
     )
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "nsight-hints": "which rows to pin in Nsight Systems to see the ranks' kernels",
     "imbalance": "how unequal the ranks are, judged against a limit",
     "watch": "load of the ranks, live or from a log, and when it became unequal",
+    "straggler": "which rank the others wait for, and why",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141

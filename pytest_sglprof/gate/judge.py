@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, imbalance_of_groups
+from pytest_sglprof.analysis.statistics import MAX_P
 from pytest_sglprof.gate.reasons import (
     group_prefix,
     measured_reason,
+    metric_interval,
     metric_value,
     one_sided_reason,
     short_reason,
     subject,
+    uncertain_reason,
 )
 from pytest_sglprof.gate.wording import count
 from pytest_sglprof.ranks import Rank
@@ -139,13 +142,20 @@ def _judge_threshold(
         groups, scope=threshold.scope, kernel=threshold.kernel, stage=threshold.stage
     )
     return tuple(
-        _judge_finding(finding, threshold, min_steps, min_share, doubt) for finding in findings
+        judge_finding(finding, threshold, min_steps=min_steps, min_share=min_share, doubt=doubt)
+        for finding in findings
     )
 
 
-def _judge_finding(
-    finding: ImbalanceFinding, threshold: Threshold, min_steps: int, min_share: float, doubt: str
+def judge_finding(
+    finding: ImbalanceFinding,
+    threshold: Threshold,
+    *,
+    min_steps: int = DEFAULT_MIN_STEPS,
+    min_share: float = DEFAULT_MIN_SHARE,
+    doubt: str = "",
 ) -> Judgement:
+    """One threshold on what was measured for it; `doubt`: why none of it may be trusted."""
     value = metric_value(finding, threshold.metric)
     verdict: VerdictWord = "inconclusive"
     reason = doubt or _too_little(finding, threshold, min_steps)
@@ -191,7 +201,24 @@ def _compare(
     if failed and threshold.kernel and finding.share_of_compute < min_share:
         share = f"{100 * finding.share_of_compute:.2g} % of compute"
         return "pass", f"{reason}; at {share} it is too small to fail (below {100 * min_share:g} %)"
+    if failed and finding.has_steps and not _is_certain(finding, threshold):
+        return "inconclusive", f"{reason}; {uncertain_reason(finding, threshold)}"
     return ("fail" if failed else "pass"), reason
+
+
+def _is_certain(finding: ImbalanceFinding, threshold: Threshold) -> bool:
+    """Whether a figure above its limit is there by more than chance.
+
+    The interval must lie above the limit, and ranks must differ by more than permuted
+    labels do. For lost time only the interval counts: it is lost to whichever rank is
+    slowest in a step, so that permuting labels within the step does not change it.
+    """
+    found = metric_interval(finding, threshold.metric)
+    if found is None or not found[0] > threshold.limit * (1 - 1e-9):
+        return False
+    if threshold.metric == "lost_share":
+        return True
+    return finding.p_value is not None and finding.p_value <= MAX_P
 
 
 def _verdict(

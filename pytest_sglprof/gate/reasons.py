@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding
+from pytest_sglprof.analysis.statistics import Interval
 from pytest_sglprof.gate.wording import against_limit, count, duration, percent
 from pytest_sglprof.values import Metric, Threshold
 
@@ -12,6 +13,25 @@ def metric_value(finding: ImbalanceFinding, metric: Metric) -> float | None:
     if metric == "slowdown":
         return finding.slowdown
     return finding.factor if metric == "imbalance_factor" else finding.lost_share
+
+
+def metric_interval(finding: ImbalanceFinding, metric: Metric) -> Interval | None:
+    """The 95 % interval of the figure that a metric means; None when it has none."""
+    if metric == "slowdown":
+        return finding.interval
+    return finding.factor_interval if metric == "imbalance_factor" else finding.lost_interval
+
+
+def uncertain_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
+    """Why a figure above its limit is not enough to fail."""
+    found = metric_interval(finding, threshold.metric)
+    if found is None or finding.p_value is None:
+        return f"{count(finding.steps, 'step')} cannot tell whether that is chance"
+    low, high = found
+    return (
+        f"that may be chance: 95 % of resampled steps give {low:.3f} to {high:.3f}, and ranks "
+        f"that do not differ look so unequal with p = {finding.p_value:.2g}; record more steps"
+    )
 
 
 def subject(threshold: Threshold) -> str:

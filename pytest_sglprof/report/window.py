@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
+from pytest_sglprof.analysis.straggler import stragglers
 from pytest_sglprof.analysis.triggers import describe_trigger
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.repeats import RepeatedVerdict
 from pytest_sglprof.redact import redact
 from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.report.stragglers import straggler_document
 from pytest_sglprof.values import WindowCapture
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def window_document(
         "decisive": _decisive(verdict),
         "onset": onset,
         "load_samples": list(load_samples),
-        **_measured(table, verdict.groups),
+        **_measured(table, verdict.groups, capture),
     }
     return redact(plain(document))  # type: ignore[no-any-return]
 
@@ -159,6 +161,14 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
         "slowest": finding.slowest,
         "others_ns": finding.others_ns,
         "share_of_compute": finding.share_of_compute,
+        "interval": finding.interval,
+        "factor_interval": finding.factor_interval,
+        "lost_share_interval": finding.lost_interval,
+        "p_value": finding.p_value,
+        "factor_sync": finding.factor_sync,
+        "cv": finding.cv,
+        "lost_ns_per_step": finding.lost_ns_per_step,
+        "share_of_step": finding.share_of_step,
         "steps": finding.steps if finding.has_steps else None,
         "compared_steps": finding.compared_steps if finding.has_steps else None,
         "dropped_steps": finding.dropped_steps,
@@ -176,7 +186,9 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
     }
 
 
-def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[str, Any]:
+def _measured(
+    table: KernelTable | None, groups: Sequence[GroupCells], capture: WindowCapture
+) -> dict[str, Any]:
     """What comes from the kernel table; empty where there is none."""
     if table is None:
         return {
@@ -185,6 +197,7 @@ def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[s
             "ranks": [],
             "steps": {"per_rank": {}, "groups": []},
             "findings": [],
+            "stragglers": [],
             "table": [],
         }
     cells = groups or measure(table)
@@ -202,8 +215,19 @@ def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[s
             "groups": [_step_counts(group) for group in cells],
         },
         "findings": findings,
+        "stragglers": [
+            straggler_document(found)
+            for found in stragglers(table, clocks=capture.gpus, doubt=_doubt(capture))
+        ],
         "table": _rows(table),
     }
+
+
+def _doubt(capture: WindowCapture) -> str:
+    """Why the window is not whole; "" when it is."""
+    if capture.missing_ranks:
+        return f"ranks are missing: {', '.join(capture.missing_ranks)}"
+    return capture.reason if capture.state != "complete" else ""
 
 
 def _step_counts(cells: GroupCells) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""Who waited for whom: the collectives of a sync group, matched across its ranks.
+
+In a collective the rank that arrives last spends the least time. So wait(r) = latest start
+- start(r), and the shortest duration among the ranks is the transfer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pytest_sglprof.analysis.clocks import fit_clocks
+from pytest_sglprof.analysis.groups import SyncGroup, sync_groups
+from pytest_sglprof.trace.collectives import collective_kind, is_symmetric
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import KernelTable
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Method = Literal["arrival", "duration", ""]
+
+
+@dataclass(frozen=True)
+class Waits:
+    """The matched collectives of one sync group, in order of time.
+
+    step: of each instance, shape (instances,); -1 without steps. start, end: as recorded,
+    on each rank's own clock, shape (instances, ranks), int64 ns. wait: ns, same shape; 0
+    below the uncertainty. transfer, skew: shortest duration and latest - earliest start,
+    shape (instances,), ns. method: "arrival", or "duration" where the clocks could not be
+    brought together (then skew is the largest wait), "" when nothing is matched. offsets:
+    median of each rank's clock offset, ns. uncertainty_ns: of an arrival. unmatched:
+    collectives that are not on every rank. kinds: activities of each kind. reason: why
+    there are no waits; "" when there are.
+    """
+
+    group: SyncGroup
+    step: Ints
+    start: Ints
+    end: Ints
+    wait: Floats
+    transfer: Floats
+    skew: Floats
+    method: Method
+    offsets: tuple[float, ...] | None
+    uncertainty_ns: float | None
+    unmatched: int
+    kinds: dict[str, int]
+    reason: str = ""
+
+    @property
+    def lateness(self) -> Floats:
+        """How much later than the earliest each rank arrived, shape (instances, ranks), ns."""
+        lateness: Floats = self.wait.max(axis=1, keepdims=True, initial=0.0) - self.wait
+        return lateness
+
+
+def waits(table: KernelTable) -> tuple[Waits, ...]:
+    """The waits of each sync group of a table, in its order."""
+    frame = table.frame
+    rows = frame.loc[frame["category"] == "communication"]
+    columns = ["rank", "name", "full_name", "step", "start_ns", "dur_ns"]
+    rows = rows[columns].astype({"rank": object, "name": object, "full_name": object})
+    names = [str(name) for name in rows["full_name"].unique()]
+    rows["kind"] = rows["full_name"].map({name: collective_kind(name) for name in names})
+    rows["symmetric"] = rows["full_name"].map({name: is_symmetric(name) for name in names})
+    rows = rows.astype({"kind": object, "symmetric": bool})
+    if table.source == "cpu_op" and (frame["kind"] == "collective").any():
+        # The server's own operators wrap the annotations: one meeting would count twice.
+        rows = rows[(frame.loc[rows.index, "kind"] == "collective").to_numpy(bool)]
+    has_steps = bool((frame["step"] >= 0).any())
+    return tuple(_group_waits(group, rows, has_steps) for group in sync_groups(table.ranks))
+
+
+def _group_waits(group: SyncGroup, rows: pd.DataFrame, has_steps: bool) -> Waits:
+    mine = rows[rows["rank"].isin(group.ranks)]
+    kinds = {str(kind): int(number) for kind, number in mine["kind"].value_counts().items()}
+    symmetric = mine[mine["symmetric"]]
+    if has_steps:
+        symmetric = symmetric[symmetric["step"] >= 0]
+    reason = _why_none(group, kinds, len(mine), len(symmetric))
+    if reason:
+        return _nothing(group, kinds, 0, reason)
+    step, start, dur, unmatched = _matched(symmetric, group.ranks)
+    if not len(step):
+        reason = "no collective is on every rank as often in the same step"
+        return _nothing(group, kinds, unmatched, reason)
+    end = start + dur
+    wait, skew, method, offsets, uncertainty = _waits_of(start, dur, end)
+    return Waits(
+        group=group,
+        step=step,
+        start=start,
+        end=end,
+        wait=wait,
+        transfer=dur.min(axis=1).astype(np.float64),
+        skew=skew,
+        method=method,
+        offsets=offsets,
+        uncertainty_ns=uncertainty,
+        unmatched=unmatched,
+        kinds=kinds,
+    )
+
+
+def _why_none(group: SyncGroup, kinds: dict[str, int], every: int, symmetric: int) -> str:
+    if len(group.ranks) == 1:
+        return f"{group.ranks[0]} is the only rank, so it waits for nobody"
+    if not every:
+        return "no communication was recorded"
+    if symmetric:
+        return ""
+    if set(kinds) == {"p2p"}:
+        return "only p2p communication: a receiver always waits, so waiting blames nobody"
+    if "collective" in kinds:
+        return "no collective in which all wait for the last lies in a known step"
+    return f"only {' and '.join(sorted(kinds))} communication: its waiting blames nobody"
+
+
+def _matched(rows: pd.DataFrame, ranks: Sequence[str]) -> tuple[Ints, Ints, Ints, int]:
+    """step, start and dur of each instance in order of time, and how many were left out.
+
+    The nth of a name in a step on one rank is the nth of it on the others, where all have
+    as many.
+    """
+    ordered = rows.sort_values(["rank", "start_ns"], kind="stable")
+    order = ordered.groupby(["rank", "step", "name"], sort=False).cumcount()
+    keyed = ordered.assign(order=order)
+    counts = keyed.groupby(["step", "name", "rank"], sort=False).size().unstack("rank")
+    counts = counts.reindex(columns=list(ranks)).fillna(0)
+    same = counts.index[counts.nunique(axis=1) == 1]
+    kept = keyed[pd.MultiIndex.from_frame(keyed[["step", "name"]]).isin(same)]
+    wide = kept.pivot(
+        index=["step", "name", "order"], columns="rank", values=["start_ns", "dur_ns"]
+    )
+    if wide.empty:
+        none = np.zeros((0, len(ranks)), np.int64)
+        return np.zeros(0, np.int64), none, none, len(keyed)
+    start = wide["start_ns"][list(ranks)].to_numpy(np.int64)
+    dur = wide["dur_ns"][list(ranks)].to_numpy(np.int64)
+    step = wide.index.get_level_values("step").to_numpy(np.int64)
+    # By the ends on one clock: a rank's own order is that of all.
+    at = np.argsort(start[:, 0] + dur[:, 0], kind="stable")
+    return step[at], start[at], dur[at], len(keyed) - len(kept)
+
+
+def _waits_of(
+    start: Ints, dur: Ints, end: Ints
+) -> tuple[Floats, Floats, Method, tuple[float, ...] | None, float | None]:
+    by_duration = (dur - dur.min(axis=1, keepdims=True)).astype(np.float64)
+    origin = int(end.min())  # float64 holds a window's ns, not an epoch's
+    fit = fit_clocks((end - origin).astype(np.float64))
+    if fit is None:
+        return by_duration, by_duration.max(axis=1), "duration", None, None
+    offsets = tuple(float(value) for value in np.median(fit.offsets, axis=0))
+    # Ends that differ by more than the waits themselves bring no clocks together.
+    if fit.uncertainty_ns > max(float(np.median(by_duration.max(axis=1))), 1.0):
+        return by_duration, by_duration.max(axis=1), "duration", offsets, fit.uncertainty_ns
+    arrived = (start - origin) - fit.offsets
+    wait = arrived.max(axis=1, keepdims=True) - arrived
+    skew = wait.max(axis=1)
+    wait[wait < fit.uncertainty_ns] = 0.0
+    return wait, skew, "arrival", offsets, fit.uncertainty_ns
+
+
+def _nothing(group: SyncGroup, kinds: dict[str, int], unmatched: int, reason: str) -> Waits:
+    none = np.zeros((0, len(group.ranks)), np.int64)
+    line = np.zeros(0, np.float64)
+    return Waits(
+        group=group,
+        step=np.zeros(0, np.int64),
+        start=none,
+        end=none,
+        wait=none.astype(np.float64),
+        transfer=line,
+        skew=line,
+        method="",
+        offsets=None,
+        uncertainty_ns=None,
+        unmatched=unmatched,
+        kinds=kinds,
+        reason=reason,
+    )

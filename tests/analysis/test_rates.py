@@ -1,0 +1,51 @@
+"""How often a verdict is wrong, on windows whose truth is planted."""
+
+from __future__ import annotations
+
+import pytest
+from planted import Plan, cells, matrix, window
+
+from pytest_sglprof.analysis.imbalance import imbalance_of_groups
+from pytest_sglprof.analysis.straggler import stragglers
+from pytest_sglprof.gate.judge import Judgement, judge, judge_finding
+from pytest_sglprof.values import Threshold
+
+LIMIT = Threshold(limit=1.02)
+SEEDS = 1000
+
+
+def judged(ranks: int, seed: int, slow: float = 1.0, jitter: float = 0.03) -> Judgement:
+    times = matrix(ranks, seed, slow=slow, jitter=jitter)
+    (finding,) = imbalance_of_groups([cells(times)])
+    return judge_finding(finding, LIMIT)
+
+
+def slowest(found: Judgement) -> str | None:
+    return found.finding.slowest if found.finding else None
+
+
+@pytest.mark.parametrize(("ranks", "jitter"), [(2, 0.03), (8, 0.03), (64, 0.03), (8, 0.15)])
+def test_a_balanced_system_fails_in_at_most_2_percent_of_windows(ranks: int, jitter: float) -> None:
+    words = [judged(ranks, seed, jitter=jitter).verdict for seed in range(SEEDS)]
+    assert words.count("fail") <= 0.02 * SEEDS
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_a_rank_5_percent_slower_is_found_and_no_other_is_named(ranks: int) -> None:
+    found = [judged(ranks, seed, slow=1.05) for seed in range(SEEDS)]
+    assert sum(one.verdict == "fail" for one in found) >= 0.99 * SEEDS
+    assert {slowest(one) for one in found if one.verdict == "fail"} == {f"TP{ranks - 1}"}
+
+
+@pytest.mark.parametrize(("ranks", "seeds"), [(2, 10), (8, 10), (64, 2)])
+def test_whole_windows_give_the_same_answers(ranks: int, seeds: int) -> None:
+    slow = {(ranks - 1, ""): 1.05}
+    for seed in range(seeds):
+        balanced = window(Plan(ranks=ranks, seed=seed, layers=1))
+        planted = window(Plan(ranks=ranks, seed=seed, layers=1, slow=slow))
+        assert judge(balanced, [LIMIT]).word != "fail"
+        assert [found.straggler for found in stragglers(balanced)] == [None]
+        worst = judge(planted, [LIMIT]).worst
+        assert worst is not None
+        assert (worst.verdict, slowest(worst)) == ("fail", f"TP{ranks - 1}")
+        assert [found.straggler for found in stragglers(planted)] == [f"TP{ranks - 1}"]
