@@ -11,7 +11,10 @@ from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.redact import redact
+from pytest_sglprof.report.lanes import lanes
 from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.report.series import step_times
+from pytest_sglprof.report.spread import kernel_spread
 from pytest_sglprof.values import WindowCapture
 
 if TYPE_CHECKING:
@@ -66,6 +69,8 @@ def window_document(
             {"path": _relative(item.path, root), "kind": item.kind, "rank": item.rank}
             for item in capture.artifacts
         ],
+        "pid_ranks": capture.pid_ranks,
+        "gpu_ranks": capture.gpu_ranks,
         "verdict": verdict.word,
         "reason": verdict.reason,
         "judgements": [judgement_document(judgement) for judgement in verdict.judgements],
@@ -133,6 +138,9 @@ def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[s
             "steps": {"per_rank": {}, "groups": []},
             "findings": [],
             "table": [],
+            "step_times": [],
+            "kernels": [],
+            "lanes": None,
         }
     cells = groups or measure(table)
     findings = [
@@ -150,6 +158,9 @@ def _measured(table: KernelTable | None, groups: Sequence[GroupCells]) -> dict[s
         },
         "findings": findings,
         "table": _rows(table),
+        "step_times": step_times(table, cells),
+        "kernels": kernel_spread(table, cells),
+        "lanes": lanes(table, cells),
     }
 
 
