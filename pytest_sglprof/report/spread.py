@@ -89,7 +89,7 @@ class _Calls:
     def __init__(self, frame: pd.DataFrame, cells: GroupCells) -> None:
         mine = frame["rank"].isin(cells.group.ranks).to_numpy()
         if cells.has_steps:
-            mine &= frame["step"].isin(cells.steps.numbers).to_numpy()
+            mine = mine & frame["step"].isin(cells.steps.numbers).to_numpy()
         rank_codes = pd.Index(list(cells.group.ranks)).get_indexer(
             pd.Index(frame["rank"].cat.categories.astype(object))
         )
