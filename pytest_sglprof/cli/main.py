@@ -21,6 +21,7 @@ from pytest_sglprof.errors import SglprofError
 COMMANDS = {
     "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
     "imbalance": "how unequal the ranks are, judged against a limit",
+    "report": "one HTML page of one or more results.json",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141

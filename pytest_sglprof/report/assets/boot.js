@@ -1,0 +1,60 @@
+/* Parts are drawn when they come near the screen, so that a large page opens at once. */
+"use strict";
+(() => {
+  const drawn = new WeakSet();
+
+  function draw(place) {
+    if (drawn.has(place)) return;
+    drawn.add(place);
+    sglprof.parts[place.dataset.part](place, place.closest(".window"));
+  }
+
+  const near = new IntersectionObserver(
+    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
+    { rootMargin: "300px" },
+  );
+  document.querySelectorAll("[data-part]").forEach((place) => near.observe(place));
+  document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-shows]");
+    if (!button) return;
+    for (const other of button.parentElement.children) {
+      other.setAttribute("aria-pressed", String(other === button));
+      document.getElementById(other.dataset.shows).hidden = other !== button;
+    }
+  });
+
+  function openTarget() {
+    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target || !target.matches("details")) return;
+    target.open = true;
+    target.scrollIntoView();
+  }
+  addEventListener("hashchange", openTarget);
+  openTarget();
+
+  document.getElementById("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = sglprof.isDark() ? "light" : "dark";
+    sglprof.redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sglprof.redraw);
+  let folded = [];
+  let theme;
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details.window:not([open])")];
+    folded.forEach((window) => { window.open = true; });
+    theme = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    document.querySelectorAll("[data-part]").forEach(draw);
+    sglprof.redraw();
+  });
+  addEventListener("afterprint", () => {
+    folded.forEach((window) => { window.open = false; });
+    if (theme) document.documentElement.dataset.theme = theme;
+    else delete document.documentElement.dataset.theme;
+    sglprof.redraw();
+  });
+  sglprof.draw = draw;
+  document.documentElement.dataset.ready = "true";
+})();

@@ -1,0 +1,212 @@
+"""What the page's tables show of one window, computed once, so that the template only places it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from pytest_sglprof.gate.wording import against_limit, count, percent
+
+Document = Mapping[str, Any]
+
+# A cell's shade says how far above the group's mean it is, on the same scale in every page.
+SHADES = (1.01, 1.02, 1.05, 1.10, 1.20, 1.35, 1.60)
+NOT_COMPUTE = ("communication", "memory")
+MAX_NAME = 120
+
+
+def shade(ratio: float | None) -> int:
+    """0 (at or below the mean) to 7 (1.6 times the mean or more)."""
+    return 0 if ratio is None else sum(ratio >= limit for limit in SHADES)
+
+
+def heat_maps(window: Document) -> list[dict[str, Any]]:
+    """For each work group its rank x category table of time relative to the group's mean.
+
+    columns: `scope, factor, lost_ns, lost_share, slowest`; rows: `rank, straggler,
+    slowest_share, total_ns, wait_ns, cells`, a cell being `ns, ratio, shade, top`. whole: True
+    where no step could be compared, so that totals are those of the whole window.
+    """
+    return [_heat_map(window, finding) for finding in _scopes(window, "compute")]
+
+
+def _scopes(window: Document, scope: str, group: str | None = None) -> list[Document]:
+    return [
+        finding
+        for finding in window["findings"]
+        if finding["scope"] == scope
+        and not finding["kernel"]
+        and (group is None or finding["group"] == group)
+    ]
+
+
+def _heat_map(window: Document, compute: Document) -> dict[str, Any]:
+    group = compute["group"]
+    findings = [
+        finding
+        for finding in window["findings"]
+        if finding["group"] == group and not finding["kernel"]
+    ]
+    whole = compute["compared_steps"] == 0
+    ranks = [figure["rank"] for figure in compute["ranks"]]
+    waits = _waits(window, group, ranks)
+    late = straggler(window, group) or compute["slowest"]
+    shares = {figure["rank"]: figure["slowest_share"] for figure in compute["ranks"]}
+    columns = []
+    cells: dict[str, list[dict[str, Any]]] = {rank: [] for rank in ranks}
+    for finding in findings:
+        totals = _totals(window, finding, whole)
+        mean = sum(totals.values()) / len(totals) if totals else 0
+        if not mean and finding["scope"] != "compute":
+            continue
+        columns.append(_column(finding))
+        top = max(totals.values(), default=0)
+        compared = finding["scope"] not in NOT_COMPUTE
+        for rank in ranks:
+            ratio = totals[rank] / mean if mean and len(ranks) > 1 else None
+            alone = totals[rank] == top and list(totals.values()).count(top) == 1
+            cells[rank].append(
+                {
+                    "ns": totals[rank],
+                    "ratio": ratio,
+                    "shade": shade(ratio) if compared else 0,
+                    "top": alone and compared and ratio is not None and ratio >= SHADES[0],
+                }
+            )
+    return {
+        "group": group,
+        "reason": compute["reason"],
+        "whole": whole,
+        "columns": columns,
+        "has_waits": bool(waits),
+        "rows": [
+            {
+                "rank": rank,
+                "straggler": rank == late and not compute["reason"],
+                "slowest_share": shares[rank],
+                "cells": cells[rank],
+                "waits": waits.get(rank),
+            }
+            for rank in ranks
+        ],
+    }
+
+
+def _column(finding: Document) -> dict[str, Any]:
+    return {
+        "scope": finding["scope"],
+        "compute": finding["scope"] not in NOT_COMPUTE,
+        "factor": finding["factor"],
+        "factor_sync": finding.get("factor_sync"),
+        "lost_ns": finding["lost_ns"],
+        "lost_share": finding["lost_share"],
+        "slowdown": finding["slowdown"],
+    }
+
+
+def _totals(window: Document, finding: Document, whole: bool) -> dict[str, int]:
+    totals = {figure["rank"]: figure["total_ns"] for figure in finding["ranks"]}
+    if not whole:
+        return totals
+    totals = dict.fromkeys(totals, 0)
+    for row in window["table"]:
+        scope = finding["scope"]
+        mine = (
+            row["category"] not in NOT_COMPUTE if scope == "compute" else row["category"] == scope
+        )
+        if mine and row["rank"] in totals:
+            totals[row["rank"]] += row["total_ns"]
+    return totals
+
+
+def _waits(window: Document, group: str, ranks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By rank: time waited in matched collectives, its share of communication, its ratio."""
+    series = next((s for s in window.get("step_times") or () if s["group"] == group), None)
+    if series is None or series["wait_ns"] is None:
+        return {}
+    known = [
+        row
+        for row, state in zip(series["wait_ns"], series["state"], strict=True)
+        if state == "compared"
+    ]
+    sums = {rank: sum(row[at] for row in known) for at, rank in enumerate(series["ranks"])}
+    mean = sum(sums.values()) / len(sums)
+    found = next(iter(_scopes(window, "communication", group)), None)
+    spent = {f["rank"]: f["total_ns"] for f in found["ranks"]} if found else {}
+    least = min(sums, key=lambda rank: sums[rank])
+    return {
+        rank: {
+            "wait_ns": sums[rank],
+            "communication_ns": spent.get(rank, 0),
+            "ratio": sums[rank] / mean if mean else None,
+            "share": sums[rank] / spent[rank] if spent.get(rank) else None,
+            # The rank that is late waits least, so the darkest cell is the one with least.
+            "shade": shade(mean / max(sums[rank], 1)) if mean else 0,
+            "least": rank == least and mean > 0 and sums[rank] < 0.9 * mean,
+            "every": series["every"],
+        }
+        for rank in ranks
+    }
+
+
+def straggler(window: Document, group: str) -> str | None:
+    """The straggler that arrival times name for this group; None where nobody is."""
+    for found in window.get("stragglers") or ():
+        if found.get("group") == group and found.get("straggler"):
+            return str(found["straggler"])
+    return None
+
+
+def kernel_rows(group: Document) -> list[dict[str, Any]]:
+    """The rows of the kernel table of one work group, as they are shown."""
+    lost = sum(row["lost_ns"] for row in group["rows"] if row["category"] not in NOT_COMPUTE)
+    return [_kernel_row(row, group["ranks"], lost) for row in group["rows"]]
+
+
+def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any]:
+    """Of communication nobody is called slowest: who takes long there waits for the others."""
+    outside = row["category"] in NOT_COMPUTE
+    totals = row["total_ns"]
+    top = max(range(len(totals)), key=totals.__getitem__)
+    others = [ns for at, ns in enumerate(totals) if at != top]
+    typical = median(others) if others else 0
+    name = row["name"]
+    return {
+        "name": name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…",
+        "full": name,
+        "category": row["category"],
+        "lost_ns": row["lost_ns"],
+        "outside": outside,
+        "lost_share": None if outside or not lost else row["lost_ns"] / lost,
+        "slowest": None if outside or totals.count(totals[top]) > 1 else ranks[top],
+        "slowdown": None if outside or not typical else totals[top] / typical,
+        "shade": 0 if outside or not typical else shade(totals[top] / typical),
+        "mean_ns": sum(totals) / len(totals),
+        "calls": round(sum(row["count"]) / len(ranks)),
+    }
+
+
+def numbers(judgement: Document) -> list[str]:
+    """The figures that decided, as short phrases."""
+    finding = judgement["finding"]
+    if finding is None:
+        return []
+    parts = []
+    if judgement["value"] is not None:
+        value, limit = against_limit(judgement["value"], judgement["limit"])
+        parts.append(f"{judgement['metric'].replace('_', ' ')} {value}{limit}")
+    interval = finding.get("interval")
+    if isinstance(interval, list | tuple) and len(interval) == 2 and None not in interval:
+        parts.append(f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}")
+    if finding.get("p_value") is not None:
+        parts.append(f"p {finding['p_value']:.2g}")
+    if finding["factor"] is not None:
+        parts.append(f"λ {finding['factor']:.2f}")
+    if finding.get("factor_sync") is not None:
+        parts.append(f"λ sync {finding['factor_sync']:.2f}")
+    if finding["lost_share"] is not None:
+        parts.append(f"lost {percent(finding['lost_share'])}")
+    if finding["steps"] is not None:
+        parts.append(count(finding["steps"], "step"))
+    return parts
