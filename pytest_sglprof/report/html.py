@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -16,7 +14,7 @@ from urllib.parse import quote
 
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
-from pytest_sglprof.report import page_figures
+from pytest_sglprof.report import page_data, page_figures
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
 
 if TYPE_CHECKING:
@@ -70,14 +68,6 @@ def write_page(documents: Sequence[Document], folders: Sequence[Path], path: Pat
     atomic_write(path, page(documents, bases=bases))
 
 
-def embedded(value: Any) -> str:
-    """JSON that may stand in a script element: no `<`, `>`, `&` and no line separators."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
-
-
 def _window(window: Document, run: Document, base: str, *, number: int) -> dict[str, Any]:
     decisive = window["decisive"]
     judgement = window["judgements"][decisive] if decisive is not None else None
@@ -99,46 +89,10 @@ def _window(window: Document, run: Document, base: str, *, number: int) -> dict[
             for artifact in window["artifacts"]
         ],
         "load": load,
-        "data": embedded(_data(window)),
+        "data": page_data.embedded(page_data.drawn(window)),
         "has_steps": bool(window.get("step_times")),
         "has_lanes": any(p["lanes"] for p in (window.get("lanes") or {}).get("steps", ())),
     }
-
-
-def _data(window: Document) -> dict[str, Any]:
-    """What the scripts draw; names and totals of kernels stand in the page's tables."""
-    return {
-        "id": window["id"],
-        "series": window.get("step_times") or [],
-        "kernels": [
-            {
-                "ranks": group["ranks"],
-                "numbers": group["numbers"],
-                "rows": [
-                    {
-                        key: row[key]
-                        for key in ("name", "quantiles", "by_step", "by_call")
-                        if key in row
-                    }
-                    for row in group["rows"]
-                ],
-            }
-            for group in window.get("kernels") or ()
-        ],
-        "lanes": window.get("lanes"),
-        "onset": _onset(window),
-    }
-
-
-def _onset(window: Document) -> dict[str, Any] | None:
-    """Unix time of the onset in ms, and its sentence."""
-    onset = window.get("onset")
-    if not onset or onset.get("time") is None:
-        return None
-    moment = onset["time"]
-    if isinstance(moment, str):
-        moment = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
-    return {"ms": moment * 1000, "sentence": onset.get("sentence") or ""}
 
 
 def _history(windows: Sequence[Document]) -> list[dict[str, Any]]:

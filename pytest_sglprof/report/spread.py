@@ -20,6 +20,9 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_CELLS = 200_000
 MAX_DETAILED = 20
 MAX_CALLS = 512  # k-th calls in a step
+_KEYS = ("rank", "category", "name")
+_DUR_BITS = 40  # 18 minutes in ns; longer calls count as that
+_DUR_MASK = (1 << _DUR_BITS) - 1
 
 
 def kernel_spread(table: KernelTable, groups: Sequence[GroupCells]) -> list[dict[str, Any]]:
@@ -87,31 +90,30 @@ class _Calls:
     """Single calls of a work group in its compared steps, sorted by kernel and rank."""
 
     def __init__(self, frame: pd.DataFrame, cells: GroupCells) -> None:
-        mine = frame["rank"].isin(cells.group.ranks).to_numpy()
-        if cells.has_steps:
-            mine = mine & frame["step"].isin(cells.steps.numbers).to_numpy()
-        rank_codes = pd.Index(list(cells.group.ranks)).get_indexer(
-            pd.Index(frame["rank"].cat.categories.astype(object))
-        )
-        pairs = pd.MultiIndex.from_arrays([frame["category"].cat.codes, frame["name"].cat.codes])
-        codes, uniques = pairs[mine].factorize()
-        names = frame["name"].cat.categories
-        categories = frame["category"].cat.categories
-        known = {pair: k for k, pair in enumerate(cells.kernels)}
-        to_kernel = np.array(
-            [known.get((str(categories[c]), str(names[n])), -1) for c, n in uniques], np.int64
-        )
-        kernel = to_kernel[codes] if len(codes) else np.zeros(0, np.int64)
-        rank = rank_codes[frame["rank"].cat.codes.to_numpy()[mine]].astype(np.int64)
+        codes = {key: frame[key].cat.codes.to_numpy().astype(np.int64) for key in _KEYS}
+        words = {key: [str(word) for word in frame[key].cat.categories] for key in _KEYS}
         self._ranks = len(cells.group.ranks)
-        self._key = kernel * self._ranks + rank
+        rank = pd.Index(list(cells.group.ranks)).get_indexer(pd.Index(words["rank"], dtype=object))
+        # (category, name) as one number, and which kernel of the cells it is.
+        width = max(1, len(words["name"]))
+        places = {key: {word: at for at, word in enumerate(words[key])} for key in _KEYS}
+        kernel = np.full(len(words["category"]) * width, -1, np.int64)
+        for k, (category, name) in enumerate(cells.kernels):
+            kernel[places["category"][category] * width + places["name"][name]] = k
+        key = kernel[codes["category"] * width + codes["name"]] * self._ranks
+        key += rank[codes["rank"]]
+        mine = (rank >= 0)[codes["rank"]]
+        if cells.has_steps:
+            mine &= np.isin(frame["step"].to_numpy(np.int64), np.array(cells.steps.numbers))
+        self._key = key[mine]
         self._dur = frame["dur_ns"].to_numpy(np.int64)[mine]
         self._start = frame["start_ns"].to_numpy(np.int64)[mine]
         self._step = frame["step"].to_numpy(np.int64)[mine]
-        order = np.lexsort((self._dur, self._key))
-        self._sorted_dur = self._dur[order]
-        edges = np.arange(len(cells.kernels) * self._ranks + 1)
-        self._bounds = np.searchsorted(self._key[order], edges)
+        # One sort of one number is several times faster than a sort by two keys.
+        ordered = np.sort((self._key << _DUR_BITS) | np.minimum(self._dur, _DUR_MASK))
+        self._sorted_dur = ordered & _DUR_MASK
+        edges = np.arange(len(cells.kernels) * self._ranks + 1) << _DUR_BITS
+        self._bounds = np.searchsorted(ordered, edges)
 
     def quantiles(self, kernel: int) -> tuple[list[int], list[list[int] | None]]:
         """Number of calls and the quantiles of their durations, by rank."""

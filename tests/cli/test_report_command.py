@@ -11,6 +11,7 @@ import pytest
 
 from pytest_sglprof import read_window
 from pytest_sglprof.cli.main import main
+from pytest_sglprof.report.page_data import unpacked
 from pytest_sglprof.report.results import write_results
 from pytest_sglprof.trace.table import KernelTable
 from tests.report.windows import run, window
@@ -21,7 +22,7 @@ def data(page: Path, number: int = 1) -> dict[str, Any]:
     text = page.read_text()
     found = re.search(rf'id="window-{number}-data">(.*?)</script>', text, re.S)
     assert found is not None
-    drawn: dict[str, Any] = json.loads(found[1])
+    drawn: dict[str, Any] = unpacked(found[1])
     return drawn
 
 

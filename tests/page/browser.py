@@ -44,7 +44,8 @@ class Browser:
         """Opens every window and draws every part, as scrolling through the page would."""
         self.js(
             "document.querySelectorAll('details').forEach((d) => { d.open = true; });"
-            "document.querySelectorAll('[data-part]').forEach(sglprof.draw);"
+            "return Promise.all([...document.querySelectorAll('[data-part]')].map(sglprof.draw))"
+            ".then(() => sglprof.allLoaded);"
         )
 
     def console(self) -> list[str]:

@@ -159,6 +159,7 @@ def test_it_prints_with_everything_open_and_in_light_colours(
     browser.open(standin_run.path, dark=True)
     pages = browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
     assert len(pages["data"]) > 20_000
+    assert browser.js("return sglprof.allLoaded") is True
     browser.js("window.dispatchEvent(new Event('beforeprint'))")
     assert browser.js("return document.querySelectorAll('.window:not([open])').length") == 0
     assert browser.js("return document.querySelectorAll('[data-part]:empty').length") == 0

@@ -3,17 +3,27 @@
 (() => {
   const drawn = new WeakSet();
 
-  function draw(place) {
+  function drawNow(place, data) {
     if (drawn.has(place)) return;
     drawn.add(place);
-    sglprof.parts[place.dataset.part](place, place.closest(".window"));
+    sglprof.parts[place.dataset.part](place, place.closest(".window"), data);
+  }
+
+  async function draw(place) {
+    drawNow(place, await sglprof.load(place.closest(".window")));
+  }
+
+  /* Scripts stand before the data, so that the page answers while the rest is still read. */
+  function whenRead(act) {
+    if (document.readyState === "loading") addEventListener("DOMContentLoaded", act);
+    else act();
   }
 
   const near = new IntersectionObserver(
     (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
     { rootMargin: "300px" },
   );
-  document.querySelectorAll("[data-part]").forEach((place) => near.observe(place));
+  whenRead(() => document.querySelectorAll("[data-part]").forEach((place) => near.observe(place)));
   document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
 
   document.addEventListener("click", (event) => {
@@ -46,7 +56,11 @@
     folded.forEach((window) => { window.open = true; });
     theme = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
-    document.querySelectorAll("[data-part]").forEach(draw);
+    // Printing does not wait: what is unpacked by now is drawn, and all is soon after opening.
+    for (const place of document.querySelectorAll("[data-part]")) {
+      const data = sglprof.data(place.closest(".window"));
+      if (data) drawNow(place, data);
+    }
     sglprof.redraw();
   });
   addEventListener("afterprint", () => {
@@ -56,5 +70,9 @@
     sglprof.redraw();
   });
   sglprof.draw = draw;
+  sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {
+    for (const window of document.querySelectorAll(".window")) await sglprof.load(window);
+    done(true);
+  }, { timeout: 2000 })));
   document.documentElement.dataset.ready = "true";
 })();

@@ -60,14 +60,38 @@ const sglprof = (() => {
     return level;
   }
 
-  function data(window) {
-    window.sglprofData ??= JSON.parse(document.getElementById(`${window.id}-data`).textContent);
-    return window.sglprofData;
+  /* What is drawn of a window, unpacked once; null until `load` has ended. */
+  const unpacked = new Map();
+  const loading = new Map();
+
+  function load(window) {
+    if (!loading.has(window)) loading.set(window, unpack(window).then((value) => unpacked.set(window, value).get(window)));
+    return loading.get(window);
   }
+
+  async function unpack(window) {
+    const text = document.getElementById(`${window.id}-data`).textContent;
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const value = await new Response(stream).json();
+    for (const picture of value.lanes?.steps ?? []) {
+      for (const lane of picture.lanes) {
+        let end = 0;
+        lane.start_ns = lane.gap_ns.map((gap, at) => {
+          const start = end + gap;
+          end = start + lane.dur_ns[at];
+          return start;
+        });
+      }
+    }
+    return value;
+  }
+
+  const data = (window) => unpacked.get(window) ?? null;
 
   function quiet(text) {
     return element("p", { class: "quiet", text });
   }
 
-  return { parts, charts, element, three, duration, colour, isDark, redraw, shade, data, quiet };
+  return { parts, charts, element, three, duration, colour, isDark, redraw, shade, load, data, quiet };
 })();

@@ -278,8 +278,7 @@
     box.sglprofChart = u;
   }
 
-  sglprof.parts.lanes = (place, window) => {
-    const data = sglprof.data(window);
+  sglprof.parts.lanes = (place, window, data) => {
     const { names, categories, steps, left_out: leftOut } = data.lanes;
     const shown = steps.filter((picture) => picture.lanes.length);
     const body = element("div");

@@ -1,8 +1,7 @@
 /* When: step x rank, above it the slowest rank and the mean, below it the batch. */
 "use strict";
-sglprof.parts.when = (place, window) => {
+sglprof.parts.when = (place, window, data) => {
   const { element, duration, strip } = sglprof;
-  const data = sglprof.data(window);
   for (const series of data.series) {
     const columns = series.compute_ns;
     const present = columns.map((column) => column.filter((value) => value >= 0));

@@ -60,7 +60,7 @@ sglprof.parts.which = (section, window) => {
     }
   }
 
-  section.addEventListener("click", (event) => {
+  section.addEventListener("click", async (event) => {
     const button = event.target.closest("button.opens");
     if (!button) return;
     const line = button.closest("tr");
@@ -70,9 +70,10 @@ sglprof.parts.which = (section, window) => {
       line.nextElementSibling.remove();
       return;
     }
-    const group = sglprof.data(window).kernels[Number(line.closest("table").dataset.group)];
     const cell = element("td", { colspan: 8, class: "detail" });
     line.after(element("tr", { class: "opened" }, cell));
+    const data = await sglprof.load(window);
+    const group = data.kernels[Number(line.closest("table").dataset.group)];
     detail(cell, group, group.rows[Number(button.dataset.row)]);
   });
 
