@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
 Document = Mapping[str, Any]
 
-SCRIPTS = ("uPlot.iife.min.js", "core.js", "strip.js", "when.js", "which.js", "lanes.js", "boot.js")
+SCRIPTS = (
+    "uPlot.iife.min.js",
+    "core.js",
+    "strip.js",
+    "when.js",
+    "load.js",
+    "which.js",
+    "lanes.js",
+    "boot.js",
+)
 STYLES = ("uPlot.min.css", "page.css")
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 _SEVERITY = ("fail", "inconclusive", "pass")

@@ -56,6 +56,7 @@ def drawn(window: Document) -> dict[str, Any]:
         ],
         "lanes": _lanes(window.get("lanes")),
         "onset": _onset(window),
+        "load": window.get("load_samples") or [],
     }
 
 

@@ -14,6 +14,7 @@ Document = Mapping[str, Any]
 SHADES = (1.01, 1.02, 1.05, 1.10, 1.20, 1.35, 1.60)
 NOT_COMPUTE = ("communication", "memory")
 MAX_NAME = 120
+MIN_SHADED = 0.01  # of the lost time of all kernels
 
 
 def shade(ratio: float | None) -> int:
@@ -24,9 +25,10 @@ def shade(ratio: float | None) -> int:
 def heat_maps(window: Document) -> list[dict[str, Any]]:
     """For each work group its rank x category table of time relative to the group's mean.
 
-    columns: `scope, factor, lost_ns, lost_share, slowest`; rows: `rank, straggler,
-    slowest_share, total_ns, wait_ns, cells`, a cell being `ns, ratio, shade, top`. whole: True
-    where no step could be compared, so that totals are those of the whole window.
+    columns: `scope, compute, factor, factor_sync, lost_ns, lost_share`; rows: `rank, mark,
+    slowest_share, waits, cells`, a cell being `ns, ratio, shade, top`. mark: "straggler" where
+    arrivals at collectives name this rank, "slowest" where a verdict does, else "": a rank
+    that is slowest by chance is not pointed at. span: which time the table is about.
     """
     return [_heat_map(window, finding) for finding in _scopes(window, "compute")]
 
@@ -51,7 +53,9 @@ def _heat_map(window: Document, compute: Document) -> dict[str, Any]:
     whole = compute["compared_steps"] == 0
     ranks = [figure["rank"] for figure in compute["ranks"]]
     waits = _waits(window, group, ranks)
-    late = straggler(window, group) or compute["slowest"]
+    late = straggler(window, group)
+    mark = "straggler" if late else "slowest"
+    late = late or _judged_slow(window, group)
     shares = {figure["rank"]: figure["slowest_share"] for figure in compute["ranks"]}
     columns = []
     cells: dict[str, list[dict[str, Any]]] = {rank: [] for rank in ranks}
@@ -77,13 +81,13 @@ def _heat_map(window: Document, compute: Document) -> dict[str, Any]:
     return {
         "group": group,
         "reason": compute["reason"],
-        "whole": whole,
+        "span": _span(compute),
         "columns": columns,
         "has_waits": bool(waits),
         "rows": [
             {
                 "rank": rank,
-                "straggler": rank == late and not compute["reason"],
+                "mark": mark if rank == late else "",
                 "slowest_share": shares[rank],
                 "cells": cells[rank],
                 "waits": waits.get(rank),
@@ -122,15 +126,9 @@ def _totals(window: Document, finding: Document, whole: bool) -> dict[str, int]:
 
 def _waits(window: Document, group: str, ranks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """By rank: time waited in matched collectives, its share of communication, its ratio."""
-    series = next((s for s in window.get("step_times") or () if s["group"] == group), None)
-    if series is None or series["wait_ns"] is None:
+    sums = _arrival_waits(window, ranks) or _series_waits(window, group)
+    if not sums:
         return {}
-    known = [
-        row
-        for row, state in zip(series["wait_ns"], series["state"], strict=True)
-        if state == "compared"
-    ]
-    sums = {rank: sum(row[at] for row in known) for at, rank in enumerate(series["ranks"])}
     mean = sum(sums.values()) / len(sums)
     found = next(iter(_scopes(window, "communication", group)), None)
     spent = {f["rank"]: f["total_ns"] for f in found["ranks"]} if found else {}
@@ -144,18 +142,59 @@ def _waits(window: Document, group: str, ranks: Sequence[str]) -> dict[str, dict
             # The rank that is late waits least, so the darkest cell is the one with least.
             "shade": shade(mean / max(sums[rank], 1)) if mean else 0,
             "least": rank == least and mean > 0 and sums[rank] < 0.9 * mean,
-            "every": series["every"],
         }
         for rank in ranks
     }
 
 
+def _arrival_waits(window: Document, ranks: Sequence[str]) -> dict[str, int]:
+    """Waits as the straggler's own analysis tells them, its clocks being brought together."""
+    found = {
+        figure["rank"]: figure["wait_ns"]
+        for group in window.get("stragglers") or ()
+        for figure in group.get("ranks") or ()
+        if figure.get("wait_ns") is not None
+    }
+    return {rank: found[rank] for rank in ranks} if set(ranks) <= set(found) else {}
+
+
+def _series_waits(window: Document, group: str) -> dict[str, int]:
+    series = next((s for s in window.get("step_times") or () if s["group"] == group), None)
+    if series is None or series["wait_ns"] is None:
+        return {}
+    known = [
+        row
+        for row, state in zip(series["wait_ns"], series["state"], strict=True)
+        if state == "compared"
+    ]
+    return {rank: sum(row[at] for row in known) for at, rank in enumerate(series["ranks"])}
+
+
 def straggler(window: Document, group: str) -> str | None:
-    """The straggler that arrival times name for this group; None where nobody is."""
-    for found in window.get("stragglers") or ():
-        if found.get("group") == group and found.get("straggler"):
-            return str(found["straggler"])
+    """The straggler among the ranks of a work group, by arrivals; None where nobody is."""
+    members = next((g["ranks"] for g in window["steps"]["groups"] if g["group"] == group), ())
+    named = (found.get("straggler") for found in window.get("stragglers") or ())
+    return next((str(rank) for rank in named if rank in members), None)
+
+
+def _judged_slow(window: Document, group: str) -> str | None:
+    """The slowest rank of a judgement that failed; the judgement that decided comes first."""
+    judgements = list(window["judgements"])
+    if window["decisive"] is not None:
+        judgements.insert(0, judgements[window["decisive"]])
+    for judgement in judgements:
+        finding = judgement["finding"]
+        if judgement["verdict"] == "fail" and finding and finding["group"] == group:
+            return finding["slowest"]  # type: ignore[no-any-return]
     return None
+
+
+def _span(compute: Document) -> str:
+    if compute["compared_steps"] is None:
+        return "in the whole window, whose source tells no steps"
+    if not compute["compared_steps"]:
+        return "in the whole window, since no step could be compared"
+    return f"in {count(compute['compared_steps'], 'compared step')}"
 
 
 def kernel_rows(group: Document) -> list[dict[str, Any]]:
@@ -171,6 +210,8 @@ def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any
     top = max(range(len(totals)), key=totals.__getitem__)
     others = [ns for at, ns in enumerate(totals) if at != top]
     typical = median(others) if others else 0
+    # Kernels that cost nothing are not shaded, however unequal they are.
+    telling = not outside and lost > 0 and row["lost_ns"] >= MIN_SHADED * lost
     name = row["name"]
     return {
         "name": name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…",
@@ -181,7 +222,7 @@ def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any
         "lost_share": None if outside or not lost else row["lost_ns"] / lost,
         "slowest": None if outside or totals.count(totals[top]) > 1 else ranks[top],
         "slowdown": None if outside or not typical else totals[top] / typical,
-        "shade": 0 if outside or not typical else shade(totals[top] / typical),
+        "shade": shade(totals[top] / typical) if typical and telling else 0,
         "mean_ns": sum(totals) / len(totals),
         "calls": round(sum(row["count"]) / len(ranks)),
     }

@@ -179,3 +179,42 @@ def test_runs_side_by_side(browser: Browser, gpu_page: RunPage) -> None:
         finding = next(f for f in document["findings"] if f["scope"] == "compute")
         assert row[4] == f"{finding['slowdown']:.3f}"
     assert "tells no steps" in browser.js("return document.body.innerText")
+
+
+def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(
+    browser: Browser, tmp_path: Path
+) -> None:
+    document = run([window(build(scale=slow("TP1", "moe", 1.4)))])
+    found = document["windows"][0]
+    series = found["step_times"][0]
+    series["start_ns"] = [1_700_000_000_000_000_000 + step * 2_000_000 for step in range(50)]
+    series["state"][3] = "unmatched"
+    series["compute_ns"][3][0] = -1
+    found["onset"] = {"time": "2023-11-14T22:13:20.020Z", "sentence": "TP1 got the long ones."}
+    times = [1_700_000_000 + at * 0.01 for at in range(10)]
+    found["load_samples"] = [
+        {"rank": rank, "source": "log", "time": times, "running": [4, *[running] * 9],
+         "waiting": [0] * 10, "tokens": [100] * 10}
+        for rank, running in (("TP0", 4), ("TP1", 12))
+    ]  # fmt: skip
+    found["gpus"] = [{"rank": "TP1", "median_sm_mhz": 1410.0, "throttled": True}]
+    found["stragglers"] = [
+        {"group": "", "straggler": "TP1", "verdict": "fail", "cause": "host_late",
+         "reason": "TP1 arrives last", "ranks": [
+             {"rank": "TP0", "wait_ns": 9_000_000, "kernels": []},
+             {"rank": "TP1", "wait_ns": 0, "kernels": [{"name": "idle", "ns": 2e6}]}]}
+    ]  # fmt: skip
+    found["judgements"][0]["finding"]["interval"] = [1.35, 1.44]
+    found["judgements"][found["decisive"]]["finding"]["interval"] = [1.35, 1.44]
+    write_page([document], [tmp_path], tmp_path / "report.html")
+    browser.open(tmp_path / "report.html")
+    browser.draw_all()
+    text = browser.js("return document.body.innerText")
+    for part in ("TP1 arrives last", "host late", "idle (+2.00 ms)", "◀ straggler", "1410.0",
+                 "95 % interval 1.35 to 1.44", "TP1 got the long ones.", "step 10: onset",
+                 "50 steps, 1 excluded (hatched)", "Load of the ranks"):  # fmt: skip
+        assert part in text
+    waited = browser.js("return document.querySelector('[id$=waits] tbody').textContent")
+    assert "9.00" in waited
+    assert browser.console() == []
+    assert browser.axe() == []

@@ -26,6 +26,13 @@
   whenRead(() => document.querySelectorAll("[data-part]").forEach((place) => near.observe(place)));
   document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
 
+  // Of many ranks, the one that is marked is in sight.
+  for (const mark of document.querySelectorAll(".tall .mark")) {
+    const row = mark.closest("tr");
+    const box = row.closest(".tall");
+    box.scrollTop = row.offsetTop - box.clientHeight / 2;
+  }
+
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button[data-shows]");
     if (!button) return;
@@ -49,6 +56,11 @@
     sglprof.redraw();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sglprof.redraw);
+  let resizing;
+  addEventListener("resize", () => {
+    clearTimeout(resizing);
+    resizing = setTimeout(sglprof.resize, 150);
+  });
   let folded = [];
   let theme;
   addEventListener("beforeprint", () => {

@@ -51,6 +51,19 @@ const sglprof = (() => {
     for (const chart of charts) chart.redraw(false, true);
   }
 
+  /* Width for a chart in `place`, px. */
+  function room(place) {
+    const { paddingLeft, paddingRight } = getComputedStyle(place);
+    return Math.max(320, Math.floor(place.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight)));
+  }
+
+  function resize() {
+    for (const chart of charts) {
+      const place = chart.root.closest(".chart").parentElement;
+      if (place.clientWidth) chart.setSize({ width: room(place), height: chart.height });
+    }
+  }
+
   // Shades are those of the tables: how far above the mean, on one scale everywhere.
   const SHADES = [1.01, 1.02, 1.05, 1.1, 1.2, 1.35, 1.6];
 
@@ -93,5 +106,5 @@ const sglprof = (() => {
     return element("p", { class: "quiet", text });
   }
 
-  return { parts, charts, element, three, duration, colour, isDark, redraw, shade, load, data, quiet };
+  return { parts, charts, element, three, duration, colour, isDark, redraw, room, resize, shade, load, data, quiet };
 })();

@@ -48,7 +48,7 @@
     const joined = collectives(picture);
     const end = Math.max(1, ...lanes.map((lane) => lane.start_ns.reduce((most, start, at) => Math.max(most, start + lane.dur_ns[at]), 0)));
     const longest = lanes.map((lane) => lane.dur_ns.reduce((a, b) => Math.max(a, b), 0));
-    const laneHeight = lanes.length > 32 ? 12 : lanes.length > 12 ? 18 : 26;
+    const laneHeight = lanes.length > 32 ? 12 : lanes.length > 12 ? 18 : lanes.length > 4 ? 26 : 34;
     const severalStreams = new Set(lanes.map((lane) => lane.rank)).size < lanes.length;
     const labels = lanes.map((lane) => (severalStreams ? `${lane.rank} s${lane.stream}` : lane.rank));
     const readout = element("p", { class: "readout", "aria-live": "polite", text: "Point at a kernel, or click it to follow it across ranks." });
@@ -161,14 +161,14 @@
 
     const u = new uPlot(
       {
-        width: Math.max(320, place.clientWidth),
+        width: sglprof.room(place),
         height: lanes.length * laneHeight + 44,
         legend: { show: false },
         padding: [4, 12, 0, 0],
         cursor: { drag: { x: true, y: false }, points: { show: false }, y: false },
         scales: { x: { time: false, range: (_, min, max) => [min, max] }, y: { range: [0, 1] } },
         axes: [
-          sglprof.axis({ size: 40, label: "ms since the first kernel of the step", labelSize: 16, labelFont: "12px system-ui, sans-serif", values: (chart_, splits) => splits.map((value) => {
+          sglprof.axis({ size: 40, label: "ms since the first kernel shown", labelSize: 16, labelFont: "12px system-ui, sans-serif", values: (chart_, splits) => splits.map((value) => {
             const span = chart_.scales.x.max - chart_.scales.x.min;
             return (value / 1e6).toFixed(span < 2e4 ? 4 : span < 2e5 ? 3 : span < 2e6 ? 2 : 1);
           }) }),
@@ -213,7 +213,8 @@
       const mine = state.calls.map((calls) => calls[state.call]).filter(Boolean);
       const durations = mine.map(({ lane, event }) => lane.dur_ns[event]).sort((a, b) => a - b);
       const median = durations[durations.length >> 1];
-      const head = ["Rank", "Start", "Duration", "of the median", "Waits"].map((text, at) => element("th", { scope: "col", class: at ? "n" : null, text }));
+      const waiting = mine.some(({ lane, event }) => lane.match[event] >= 0);
+      const head = ["Rank", "Start", "Duration", "of the median", ...(waiting ? ["Waits"] : [])].map((text, at) => element("th", { scope: "col", class: at ? "n" : null, text }));
       const rows = mine.map(({ lane, event }) => {
         const wait = lane.match[event] < 0 ? null : Math.min(lane.dur_ns[event], joined.get(lane.match[event]).latest - lane.start_ns[event]);
         const ratio = lane.dur_ns[event] / median;
@@ -222,7 +223,7 @@
           element("td", { class: "n", text: duration(lane.start_ns[event]) }),
           element("td", { class: "n", text: duration(lane.dur_ns[event]) }),
           element("td", { class: `n s${lane.match[event] < 0 ? sglprof.shade(ratio) : 0}`, text: ratio.toFixed(2) }),
-          element("td", { class: "n", text: wait === null ? "–" : duration(wait) }));
+          waiting ? element("td", { class: "n", text: wait === null ? "–" : duration(wait) }) : null);
       });
       table.append(element("table", { class: "small followed" },
         element("caption", { text: `${names[name].slice(0, 200)}: call ${state.call + 1} of ${most} in this step` }),

@@ -54,8 +54,8 @@ sglprof.strip = (place, { rows, values, label, tell, marks = [], excluded = () =
   const readout = element("p", { class: "readout", "aria-live": "polite", text: title });
   const box = element("div", { class: "chart", tabindex: 0, role: "img", "aria-label": `${title}. Left and right move, plus and minus zoom, 0 shows all.` });
   place.append(readout, box);
-  const width = Math.max(320, place.clientWidth);
-  const rowHeight = Math.min(18, Math.max(5, Math.floor(420 / rows.length)));
+  const width = sglprof.room(place);
+  const rowHeight = Math.min(26, Math.max(6, Math.floor(160 / rows.length)));
   const key = `strip-${(sglprof.strips = (sglprof.strips ?? 0) + 1)}`;
   const sync = uPlot.sync(key);
   const mine = [];

@@ -9,7 +9,7 @@ sglprof.parts.when = (place, window, data) => {
     const longest = present.map((column) => (column.length ? Math.max(...column) : null));
     const excluded = series.state.filter((state) => state !== "compared").length;
     const every = series.every > 1 ? `, each column the most unequal of ${series.every} steps` : "";
-    const head = `${series.group ? `${series.group}: ` : ""}compute of each rank relative to the step's mean; ${series.numbers.length} steps${every}${excluded ? `, ${excluded} excluded (hatched)` : ""}`;
+    const head = `${series.group ? `${series.group}: c` : "C"}ompute of each rank relative to the step's mean; ${series.numbers.length} steps${every}${excluded ? `, ${excluded} excluded (hatched)` : ""}`;
     const marks = [];
     if (data.onset) {
       const column = series.start_ns.findIndex((start) => start >= data.onset.ms * 1e6);

@@ -67,6 +67,7 @@ sglprof.parts.which = (section, window) => {
     const open = button.getAttribute("aria-expanded") === "true";
     button.setAttribute("aria-expanded", String(!open));
     if (open) {
+      line.nextElementSibling.querySelectorAll(".chart").forEach((chart) => sglprof.charts.delete(chart.sglprofChart));
       line.nextElementSibling.remove();
       return;
     }
