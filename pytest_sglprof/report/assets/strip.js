@@ -142,7 +142,7 @@ sglprof.strip = (place, { rows, values, label, tell, marks = [], excluded = () =
   for (const line of lines) {
     const options = shared(line.height, {
       scales: { x: { time: false, range: (u, min, max) => [min === 0 ? -0.5 : min, max === count - 1 ? count - 0.5 : max] } },
-      axes: [sglprof.axis({ show: false }), sglprof.axis({ size: sglprof.AXIS, label: line.label, labelSize: 18, labelFont: "12px system-ui, sans-serif", space: 24, values: line.values })],
+      axes: [sglprof.axis({ show: false }), sglprof.axis({ size: sglprof.AXIS - 18, label: line.label, labelSize: 18, labelFont: "12px system-ui, sans-serif", space: 24, values: line.values })],
       series: [{}, ...line.series.map((one) => ({ stroke: () => colour(one.colour), width: 1.5, dash: one.dash, points: { show: false }, spanGaps: false, paths: one.stepped ? uPlot.paths.stepped({ align: 0 }) : undefined }))],
       hooks: {},
     });
