@@ -34,6 +34,7 @@ SCRIPTS = (
 )
 STYLES = ("uPlot.min.css", "page.css")
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+FIRST_KERNELS = 40  # rows that are laid out at once; the others are asked for
 _SEVERITY = ("fail", "inconclusive", "pass")
 
 
@@ -154,5 +155,5 @@ def _environment() -> Environment:
         "percent": percent,
         "ratio": ratio,
     }
-    environment.globals |= {"signs": SIGNS, "count": count}
+    environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
     return environment

@@ -218,3 +218,23 @@ def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(
     assert "9.00" in waited
     assert browser.console() == []
     assert browser.axe() == []
+
+
+def test_of_many_kernels_the_rest_is_asked_for(browser: Browser, tmp_path: Path) -> None:
+    kernels = [(f"kernel_{at:02}", "gemm", 100_000) for at in range(45)]
+    document = run([window(build(kernels=kernels, steps=30))])
+    write_page([document], [tmp_path], tmp_path / "report.html")
+    visible = (
+        "return [...document.querySelectorAll('.kernels tbody tr')]"
+        ".filter((r) => r.checkVisibility()).length"
+    )
+    browser.open(tmp_path / "report.html")
+    assert browser.js(visible) == 40
+    browser.js("document.querySelector('button.all').click()")
+    assert browser.js(visible) == 45
+    browser.open(tmp_path / "report.html")
+    browser.driver.find_element("css selector", "input[type=search]").send_keys("kernel_44")
+    assert browser.js(visible) == 1
+    browser.js("document.querySelector('.kernels tr:not([hidden]) button.opens').click()")
+    browser.js("return sglprof.allLoaded")
+    assert browser.js("return document.querySelector('.detail .full').textContent") == "kernel_44"

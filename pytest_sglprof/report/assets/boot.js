@@ -20,18 +20,19 @@
   }
 
   const near = new IntersectionObserver(
-    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
+    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => requestIdleCallback(() => draw(entry.target), { timeout: 300 })),
     { rootMargin: "300px" },
   );
+  /* Of many ranks, the one that is marked is in sight. */
+  function showMarked(box) {
+    const mark = box.querySelector(".mark");
+    if (mark && box.scrollHeight > box.clientHeight) box.scrollTop = mark.closest("tr").offsetTop - box.clientHeight / 2;
+  }
+  // After the first picture, since asking for sizes lays out the page.
+  whenRead(() => requestIdleCallback(() => document.querySelectorAll(".heatmap .tall").forEach(showMarked)));
+
   whenRead(() => document.querySelectorAll("[data-part]").forEach((place) => near.observe(place)));
   document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
-
-  // Of many ranks, the one that is marked is in sight.
-  for (const mark of document.querySelectorAll(".tall .mark")) {
-    const row = mark.closest("tr");
-    const box = row.closest(".tall");
-    box.scrollTop = row.offsetTop - box.clientHeight / 2;
-  }
 
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button[data-shows]");

@@ -60,7 +60,13 @@ sglprof.parts.which = (section, window) => {
     }
   }
 
+  function showAll(table) {
+    for (const body of table.tBodies) body.hidden = false;
+    section.querySelector(`button.all[data-table="${table.id}"]`)?.remove();
+  }
+
   section.addEventListener("click", async (event) => {
+    if (event.target.matches("button.all")) showAll(document.getElementById(event.target.dataset.table));
     const button = event.target.closest("button.opens");
     if (!button) return;
     const line = button.closest("tr");
@@ -81,7 +87,9 @@ sglprof.parts.which = (section, window) => {
   for (const input of section.querySelectorAll("input[data-filters]")) {
     input.addEventListener("input", () => {
       const wanted = input.value.toLowerCase();
-      for (const line of document.getElementById(input.dataset.filters).tBodies[0].rows) {
+      const table = document.getElementById(input.dataset.filters);
+      showAll(table);
+      for (const line of [...table.tBodies].flatMap((body) => [...body.rows])) {
         if (line.className === "opened") line.hidden = line.previousElementSibling.hidden;
         else line.hidden = !line.textContent.toLowerCase().includes(wanted);
       }
