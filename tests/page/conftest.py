@@ -97,3 +97,17 @@ def gpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
     write_page(documents, [folder, folder], folder / "report.html")
     both = {**documents[0], "windows": [w for d in documents for w in d["windows"]]}
     return RunPage(folder / "report.html", both)
+
+
+@pytest.fixture(scope="session")
+def cpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPage:
+    """Windows of a real CPU server: tensor parallel, two replicas of it, one of them idle."""
+    folder = tmp_path_factory.mktemp("cpu")
+    torch = shared_data / "torch"
+    tables = {
+        "tp2": read_window(sorted((torch / "sglang-cpu-tp2").glob("1*.json.gz"))),
+        "tp2dp2": read_window(torch / "sglang-cpu-tp2dp2"),
+    }
+    document = run([window(table, window_id=name) for name, table in tables.items()])
+    write_page([document], [folder], folder / "report.html")
+    return RunPage(folder / "report.html", document)

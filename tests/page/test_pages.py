@@ -63,11 +63,12 @@ def hostile_page(folder: Path) -> RunPage:
     return RunPage(folder / "report.html", document)
 
 
-@pytest.fixture(params=["stand-in", "two GPUs", "hostile"])
+@pytest.fixture(params=["stand-in", "two GPUs", "real CPU", "hostile"])
 def any_page(request: pytest.FixtureRequest, tmp_path: Path) -> RunPage:
     if request.param == "hostile":
         return hostile_page(tmp_path)
-    name = {"stand-in": "standin_run", "two GPUs": "gpu_page"}[request.param]
+    pages = {"stand-in": "standin_run", "two GPUs": "gpu_page", "real CPU": "cpu_page"}
+    name = pages[request.param]
     found: RunPage = request.getfixturevalue(name)
     return found
 
