@@ -95,7 +95,14 @@ def _redraw(
             expected=f"one of its steps, {span}",
             hint="the page shows the number of each step under Lanes and When",
         )
-    window["lanes"] = plain(lanes(table, measure(table), steps=list(dict.fromkeys(steps))))
+    drawn = lanes(table, measure(table), steps=list(dict.fromkeys(steps)))
+    # Categories as the run told them: its sglprof.toml may have patterns of its own.
+    told = {row["name"]: row["category"] for row in window["table"]}
+    drawn["categories"] = [
+        told.get(name, category)
+        for name, category in zip(drawn["names"], drawn["categories"], strict=True)
+    ]
+    window["lanes"] = plain(drawn)
 
 
 def _window(

@@ -78,6 +78,9 @@ def test_any_step_is_drawn_from_the_traces(real: tuple[Path, KernelTable]) -> No
     assert main(["report", str(folder), "--step", str(step)]) == 0
     (picture,) = data(folder / "report.html")["lanes"]["steps"]
     assert (picture["step"], picture["why"]) == (step, ["chosen"])
+    assert set(data(folder / "report.html")["lanes"]["categories"]) <= set(
+        table.frame["category"].cat.categories
+    )
     events = sum(len(lane["name"]) for lane in picture["lanes"])
     assert events == int((table.frame["step"] == step).sum()) > 0
 
