@@ -34,7 +34,7 @@ SCRIPTS = (
 )
 STYLES = ("uPlot.min.css", "page.css")
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
-FIRST_KERNELS = 40  # rows that are laid out at once; the others are asked for
+FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
 _SEVERITY = ("fail", "inconclusive", "pass")
 
 
@@ -81,6 +81,10 @@ def write_page(documents: Sequence[Document], folders: Sequence[Path], path: Pat
 def _window(window: Document, run: Document, base: str, *, number: int) -> dict[str, Any]:
     decisive = window["decisive"]
     judgement = window["judgements"][decisive] if decisive is not None else None
+    kernels = [
+        {**group, "shown": page_figures.kernel_rows(group)} for group in window.get("kernels") or ()
+    ]
+    more = [group["shown"][FIRST_KERNELS:] for group in kernels]
     load = next((item for item in run["loads"] if item["id"] == window["load"]), None)
     return {
         "doc": window,
@@ -90,16 +94,13 @@ def _window(window: Document, run: Document, base: str, *, number: int) -> dict[
         "numbers": page_figures.numbers(judgement) if judgement else [],
         "decided": judgement,
         "maps": page_figures.heat_maps(window),
-        "kernels": [
-            {**group, "shown": page_figures.kernel_rows(group)}
-            for group in window.get("kernels") or ()
-        ],
+        "kernels": kernels,
         "artifacts": [
             {**artifact, "href": quote(f"{base}/{artifact['path']}" if base else artifact["path"])}
             for artifact in window["artifacts"]
         ],
         "load": load,
-        "data": page_data.embedded(page_data.drawn(window)),
+        "data": page_data.embedded({**page_data.drawn(window), "more": more}),
         "has_steps": bool(window.get("step_times")),
         "has_lanes": any(p["lanes"] for p in (window.get("lanes") or {}).get("steps", ())),
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from pytest_sglprof.gate.wording import against_limit, count, percent
+from pytest_sglprof.gate.wording import against_limit, count, milliseconds, percent, ratio
 
 Document = Mapping[str, Any]
 
@@ -198,7 +198,11 @@ def _span(compute: Document) -> str:
 
 
 def kernel_rows(group: Document) -> list[dict[str, Any]]:
-    """The rows of the kernel table of one work group, as they are shown."""
+    """The rows of the kernel table of one work group, as they are shown.
+
+    cells: category, lost time, its share of what compute loses, slowest rank, slowdown, mean
+    of the ranks, calls a rank; each its `text` and the classes `of` its cell.
+    """
     lost = sum(row["lost_ns"] for row in group["rows"] if row["category"] not in NOT_COMPUTE)
     return [_kernel_row(row, group["ranks"], lost) for row in group["rows"]]
 
@@ -213,18 +217,22 @@ def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any
     # Kernels that cost nothing are not shaded, however unequal they are.
     telling = not outside and lost > 0 and row["lost_ns"] >= MIN_SHADED * lost
     name = row["name"]
+    slowest = None if outside or totals.count(totals[top]) > 1 else ranks[top]
+    slowdown = None if outside or not typical else totals[top] / typical
+    level = shade(slowdown) if telling else 0
     return {
         "name": name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…",
         "full": name,
-        "category": row["category"],
-        "lost_ns": row["lost_ns"],
         "outside": outside,
-        "lost_share": None if outside or not lost else row["lost_ns"] / lost,
-        "slowest": None if outside or totals.count(totals[top]) > 1 else ranks[top],
-        "slowdown": None if outside or not typical else totals[top] / typical,
-        "shade": shade(totals[top] / typical) if typical and telling else 0,
-        "mean_ns": sum(totals) / len(totals),
-        "calls": round(sum(row["count"]) / len(ranks)),
+        "cells": [
+            {"text": row["category"], "of": ""},
+            {"text": milliseconds(row["lost_ns"]), "of": "n"},
+            {"text": percent(row["lost_ns"] / lost if lost and not outside else None), "of": "n"},
+            {"text": slowest or "–", "of": ""},
+            {"text": ratio(slowdown), "of": f"n s{level}"},
+            {"text": milliseconds(sum(totals) / len(totals)), "of": "n"},
+            {"text": f"{round(sum(row['count']) / len(ranks)):,}", "of": "n"},
+        ],
     }
 
 

@@ -59,8 +59,17 @@ def test_nobody_is_slowest_in_communication() -> None:
     scale = slow("TP0", "communication", 3.0)
     rows = kernel_rows(window(build(scale=scale))["kernels"][0])
     assert rows[0]["name"] == "all_reduce"
-    assert (rows[0]["slowest"], rows[0]["slowdown"], rows[0]["shade"]) == (None, None, 0)
-    assert [row["lost_share"] for row in rows if not row["outside"]] == [None] * 3
+    texts = [cell["text"] for cell in rows[0]["cells"]]
+    assert texts == ["communication", "7.50", "-", "–", "-", "15.0", "50"]
+    assert {row["cells"][2]["text"] for row in rows} == {"-"}
+
+
+def test_a_row_of_the_kernel_table() -> None:
+    first = kernel_rows(window(SLOW)["kernels"][0])[0]
+    assert [cell["text"] for cell in first["cells"]] == [
+        "moe", "6.00", "100 %", "TP1", "1.40", "36.0", "50"
+    ]  # fmt: skip
+    assert first["cells"][4]["of"] == "n s6"
 
 
 def test_the_numbers_that_decided() -> None:

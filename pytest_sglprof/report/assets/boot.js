@@ -13,14 +13,14 @@
     drawNow(place, await sglprof.load(place.closest(".window")));
   }
 
-  /* Scripts stand before the data, so that the page answers while the rest is still read. */
-  function whenRead(act) {
-    if (document.readyState === "loading") addEventListener("DOMContentLoaded", act);
-    else act();
+  /* Scripts stand before the data, and charts come after the first picture of the tables: the
+     page answers while the rest is still read. */
+  function afterFirstPicture(act) {
+    addEventListener("load", () => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(act))));
   }
 
   const near = new IntersectionObserver(
-    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => requestIdleCallback(() => draw(entry.target), { timeout: 300 })),
+    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
     { rootMargin: "300px" },
   );
   /* Of many ranks, the one that is marked is in sight. */
@@ -28,10 +28,10 @@
     const mark = box.querySelector(".mark");
     if (mark && box.scrollHeight > box.clientHeight) box.scrollTop = mark.closest("tr").offsetTop - box.clientHeight / 2;
   }
-  // After the first picture, since asking for sizes lays out the page.
-  whenRead(() => requestIdleCallback(() => document.querySelectorAll(".heatmap .tall").forEach(showMarked)));
-
-  whenRead(() => document.querySelectorAll("[data-part]").forEach((place) => near.observe(place)));
+  afterFirstPicture(() => {
+    document.querySelectorAll(".heatmap .tall").forEach(showMarked);
+    document.querySelectorAll("[data-part]").forEach((place) => near.observe(place));
+  });
   document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
 
   document.addEventListener("click", (event) => {

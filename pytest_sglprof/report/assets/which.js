@@ -60,9 +60,20 @@ sglprof.parts.which = (section, window) => {
     }
   }
 
-  function showAll(table) {
-    for (const body of table.tBodies) body.hidden = false;
-    section.querySelector(`button.all[data-table="${table.id}"]`)?.remove();
+  /* The rows that do not stand in the page. */
+  async function showAll(table) {
+    const rest = section.querySelector(`button.all[data-table="${table.id}"]`);
+    if (!rest || rest.disabled) return;
+    rest.disabled = true;
+    const data = await sglprof.load(window);
+    const body = table.tBodies[0];
+    data.more[Number(table.dataset.group)].forEach((kernel) => {
+      const button = element("button", { type: "button", class: "opens", "aria-expanded": "false", "data-row": body.querySelectorAll("tr:not(.opened)").length, title: kernel.full.slice(0, 2000), text: kernel.name });
+      body.append(element("tr", { class: kernel.outside ? "outside" : null },
+        element("td", { class: "name" }, button),
+        ...kernel.cells.map((cell) => element("td", { class: cell.of || null, text: cell.text }))));
+    });
+    rest.parentElement.remove();
   }
 
   section.addEventListener("click", async (event) => {
@@ -85,11 +96,11 @@ sglprof.parts.which = (section, window) => {
   });
 
   for (const input of section.querySelectorAll("input[data-filters]")) {
-    input.addEventListener("input", () => {
-      const wanted = input.value.toLowerCase();
+    input.addEventListener("input", async () => {
       const table = document.getElementById(input.dataset.filters);
-      showAll(table);
-      for (const line of [...table.tBodies].flatMap((body) => [...body.rows])) {
+      await showAll(table);
+      const wanted = input.value.toLowerCase();
+      for (const line of table.tBodies[0].rows) {
         if (line.className === "opened") line.hidden = line.previousElementSibling.hidden;
         else line.hidden = !line.textContent.toLowerCase().includes(wanted);
       }
