@@ -134,6 +134,11 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 
+def _column(text: str) -> str:
+    """`text` as wide as five digits, so that figures beside each other line up."""
+    return text.rjust(5, "\u2007")
+
+
 @cache
 def _asset(name: str) -> str:
     source = resources.files("pytest_sglprof.report").joinpath("assets", name)
@@ -155,6 +160,7 @@ def _environment() -> Environment:
         "duration": duration,
         "percent": percent,
         "ratio": ratio,
+        "column": _column,
     }
     environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
     return environment
