@@ -197,3 +197,12 @@ def _calls_in_compared_steps(window: dict[str, Any], page: RunPage) -> dict[str,
             if event.get("cat") == "kernel" and "fused_moe_kernel" in event["name"]:
                 found[artifact["rank"]].append(round(event["dur"] * 1000))
     return found
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [(7_345_000, "7.35 ms"), (1_005_000, "1.01 ms"), (400_400, "400 µs"), (0, "0 ns"),
+     (999.4, "999 ns"), (12_340_000_000, "12.3 s"), (41_250_000, "41.3 ms")],
+)  # fmt: skip
+def test_durations_are_written_as_everywhere_else(page: Browser, ns: float, text: str) -> None:
+    assert page.js("return sglprof.duration(arguments[0])", ns) == text

@@ -19,7 +19,8 @@ const sglprof = (() => {
   function three(value) {
     const size = Math.abs(value);
     if (!size) return "0";
-    return value.toFixed(size >= 99.95 ? 0 : size >= 9.995 ? 1 : size >= 0.9995 ? 2 : 3);
+    // Times are cut after four digits: one that ends in 5 must round up, as what it stands for.
+    return (value * (1 + 1e-12)).toFixed(size >= 99.95 ? 0 : size >= 9.995 ? 1 : size >= 0.9995 ? 2 : 3);
   }
 
   function duration(ns) {
