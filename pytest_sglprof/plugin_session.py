@@ -124,6 +124,8 @@ class PluginSession:
             terminalreporter.write_line(line)
         if self._results is not None:
             terminalreporter.write_line(f"results: {self._results}")
+        if self._book.page is not None:
+            terminalreporter.write_line(f"report:  {self._book.page}")
         summary = os.environ.get("GITHUB_STEP_SUMMARY")
         if summary:
             with open(summary, "a", encoding="utf-8") as stream:  # noqa: PTH123 – appended to

@@ -24,6 +24,8 @@ def redact(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _redact_item(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        if all(type(item) is int for item in value):  # the long lists of a window
+            return list(value)
         return [redact(item) for item in value]
     return value
 

@@ -90,6 +90,7 @@ class StragglerFinding:
 
 def stragglers(
     table: KernelTable,
+    waited: Sequence[Waits] | None = None,
     *,
     limit: float = DEFAULT_LATENESS,
     min_steps: int = DEFAULT_MIN_STEPS,
@@ -98,12 +99,14 @@ def stragglers(
 ) -> tuple[StragglerFinding, ...]:
     """One finding for each sync group of the table, in its order.
 
+    waited: `waits(table)`, where they are known already.
     limit: lateness below it, as a share of the work, is nobody's fault. min_steps: steps
     (without any, collectives) that a verdict needs. clocks: of the ranks' GPUs, if known.
     doubt: why the window is not whole; then every verdict is inconclusive.
     """
     doubt = doubt or ("a trace of this window is truncated" if table.partial else "")
-    findings = (_finding(table, found, limit, min_steps, clocks) for found in waits(table))
+    waited = waits(table) if waited is None else waited
+    findings = (_finding(table, found, limit, min_steps, clocks) for found in waited)
     return tuple(_doubted(finding, doubt) if doubt else finding for finding in findings)
 
 

@@ -78,6 +78,19 @@ def waits(table: KernelTable) -> tuple[Waits, ...]:
     return tuple(_group_waits(group, rows, has_steps) for group in sync_groups(table.ranks))
 
 
+def by_step(found: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints | None:
+    """Waiting of these ranks in each step, shape (steps, ranks), ns; None without collectives."""
+    if not len(found.step):
+        return None
+    columns = [found.group.ranks.index(rank) for rank in ranks]
+    known = np.isin(found.step, numbers)
+    at = np.searchsorted(np.asarray(numbers, np.int64), found.step[known])
+    sums = np.zeros((len(numbers), len(ranks)), np.float64)
+    np.add.at(sums, at, found.wait[known][:, columns])
+    rounded: Ints = np.rint(sums).astype(np.int64)
+    return rounded
+
+
 def _group_waits(group: SyncGroup, rows: pd.DataFrame, has_steps: bool) -> Waits:
     mine = rows[rows["rank"].isin(group.ranks)]
     kinds = {str(kind): int(number) for kind, number in mine["kind"].value_counts().items()}

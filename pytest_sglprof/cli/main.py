@@ -26,6 +26,7 @@ COMMANDS = {
     "imbalance": "how unequal the ranks are, judged against a limit",
     "watch": "load of the ranks, live or from a log, and when it became unequal",
     "straggler": "which rank the others wait for, and why",
+    "report": "one HTML page of one or more results.json",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -210,8 +210,27 @@ def validate(document: Any) -> None:
 def write_results(document: Mapping[str, Any], path: Path) -> None:
     """Validates `document` and writes it whole or not at all. Raises SettingsError."""
     validate(document)
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, text + "\n")
+    atomic_write(path, "".join(_indented(document, "\n")) + "\n")
+
+
+def _indented(value: Any, line: str) -> Iterator[str]:
+    """JSON for people and for `diff`: one item a line, but lists of numbers on one."""
+    if isinstance(value, Mapping) and value:
+        mark = "{"
+        for key, item in value.items():
+            yield f"{mark}{line} {json.dumps(key, ensure_ascii=False)}: "
+            yield from _indented(item, f"{line} ")
+            mark = ","
+        yield f"{line}}}"
+    elif isinstance(value, list) and any(isinstance(item, str | list | dict) for item in value):
+        mark = "["
+        for item in value:
+            yield f"{mark}{line} "
+            yield from _indented(item, f"{line} ")
+            mark = ","
+        yield f"{line}]"
+    else:
+        yield json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def load_results(path: Path) -> dict[str, Any]:

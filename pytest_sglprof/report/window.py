@@ -12,10 +12,14 @@ from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof.analysis.straggler import stragglers
 from pytest_sglprof.analysis.triggers import describe_trigger
+from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.repeats import RepeatedVerdict
 from pytest_sglprof.redact import redact
+from pytest_sglprof.report.lanes import lanes
 from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.report.series import step_times
+from pytest_sglprof.report.spread import kernel_spread
 from pytest_sglprof.report.stragglers import straggler_document
 from pytest_sglprof.values import WindowCapture
 
@@ -82,6 +86,8 @@ def window_document(
         "gpus": [plain(clocks) for clocks in capture.gpus],
         "verdict": verdict.word if repeat is None else repeat.verdict.word,
         "reason": verdict.reason if repeat is None else repeat.verdict.reason,
+        "pid_ranks": capture.pid_ranks,
+        "gpu_ranks": capture.gpu_ranks,
         "judgements": [judgement_document(judgement) for judgement in verdict.judgements],
         "decisive": _decisive(verdict),
         "onset": onset,
@@ -199,8 +205,11 @@ def _measured(
             "findings": [],
             "stragglers": [],
             "table": [],
+            "step_times": [],
+            "kernels": [],
+            "lanes": None,
         }
-    cells = groups or measure(table)
+    cells, waited = groups or measure(table), waits(table)
     findings = [
         finding_document(finding)
         for group in cells
@@ -217,9 +226,12 @@ def _measured(
         "findings": findings,
         "stragglers": [
             straggler_document(found)
-            for found in stragglers(table, clocks=capture.gpus, doubt=_doubt(capture))
+            for found in stragglers(table, waited, clocks=capture.gpus, doubt=_doubt(capture))
         ],
         "table": _rows(table),
+        "step_times": step_times(table, cells, waited),
+        "kernels": kernel_spread(table, cells),
+        "lanes": lanes(table, cells),
     }
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 from pytest_sglprof.files import safe_name
 
 RUN_PREFIX = "run-"
+PAGE = "report.html"
 
 
 def new_run_id() -> str:
@@ -61,6 +62,7 @@ class RunBook:
     """All records of a run, kept by the process that reports (the controller under xdist).
 
     results: the document of the run, once it is finished; every view is made of it.
+    page: where its HTML page is; None without a window.
     """
 
     def __init__(self, output: Path, run_id: str, facts: Mapping[str, Any]) -> None:
@@ -70,6 +72,7 @@ class RunBook:
         self._facts = dict(facts)
         self._started = time.time()
         self.results: dict[str, Any] = {}
+        self.page: Path | None = None
         self._journal: IO[str] | None = None
         self._lock: int | None = None  # of the folder itself, so that no file is left
 
@@ -115,6 +118,7 @@ class RunBook:
 
                 self.results = self._document(exit_status)
                 write_results(self.results, results)
+                self._write_page()
                 _point_latest(self.folder)
         finally:
             self._journal.close()
@@ -125,6 +129,13 @@ class RunBook:
             return results
         _remove_if_bare(self.folder)
         return None
+
+    def _write_page(self) -> None:
+        from pytest_sglprof.report.html import write_page
+
+        if self.results["windows"]:
+            write_page([self.results], [self.folder], self.folder / PAGE)
+            self.page = self.folder / PAGE
 
     def _release(self) -> None:
         if self._lock is not None:

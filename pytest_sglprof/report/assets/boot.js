@@ -1,0 +1,91 @@
+/* Parts are drawn when they come near the screen, so that a large page opens at once. */
+"use strict";
+(() => {
+  const drawn = new WeakSet();
+
+  function drawNow(place, data) {
+    if (drawn.has(place)) return;
+    drawn.add(place);
+    sglprof.parts[place.dataset.part](place, place.closest(".window"), data);
+  }
+
+  async function draw(place) {
+    drawNow(place, await sglprof.load(place.closest(".window")));
+  }
+
+  /* Scripts stand before the data, and charts come after the first picture of the tables: the
+     page answers while the rest is still read. */
+  function afterFirstPicture(act) {
+    addEventListener("load", () => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(act))));
+  }
+
+  const near = new IntersectionObserver(
+    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
+    { rootMargin: "300px" },
+  );
+  /* Of many ranks, the one that is marked is in sight. */
+  function showMarked(box) {
+    const mark = box.querySelector(".mark");
+    if (mark && box.scrollHeight > box.clientHeight) box.scrollTop = mark.closest("tr").offsetTop - box.clientHeight / 2;
+  }
+  afterFirstPicture(() => {
+    document.querySelectorAll(".heatmap .tall").forEach(showMarked);
+    document.querySelectorAll("[data-part]").forEach((place) => near.observe(place));
+  });
+  document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-shows]");
+    if (!button) return;
+    for (const other of button.parentElement.children) {
+      other.setAttribute("aria-pressed", String(other === button));
+      document.getElementById(other.dataset.shows).hidden = other !== button;
+    }
+  });
+
+  function openTarget() {
+    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target || !target.matches("details")) return;
+    target.open = true;
+    target.scrollIntoView();
+  }
+  addEventListener("hashchange", openTarget);
+  openTarget();
+
+  document.getElementById("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = sglprof.isDark() ? "light" : "dark";
+    sglprof.redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sglprof.redraw);
+  let resizing;
+  addEventListener("resize", () => {
+    clearTimeout(resizing);
+    resizing = setTimeout(sglprof.resize, 150);
+  });
+  let folded = [];
+  let theme;
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details.window:not([open])")];
+    folded.forEach((window) => { window.open = true; });
+    theme = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    // Printing does not wait: what is unpacked by now is drawn, and all is soon after opening.
+    for (const place of document.querySelectorAll("[data-part]")) {
+      const data = sglprof.data(place.closest(".window"));
+      if (data) drawNow(place, data);
+    }
+    sglprof.redraw();
+  });
+  addEventListener("afterprint", () => {
+    folded.forEach((window) => { window.open = false; });
+    if (theme) document.documentElement.dataset.theme = theme;
+    else delete document.documentElement.dataset.theme;
+    sglprof.redraw();
+  });
+  sglprof.draw = draw;
+  sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {
+    for (const window of document.querySelectorAll(".window")) await sglprof.load(window);
+    done(true);
+  }, { timeout: 2000 })));
+  document.documentElement.dataset.ready = "true";
+})();

@@ -1,0 +1,166 @@
+"""The page of one or more runs: one HTML file without any request, made of results documents."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from pytest_sglprof.files import atomic_write
+from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
+from pytest_sglprof.report import page_data, page_figures
+from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+Document = Mapping[str, Any]
+
+SCRIPTS = (
+    "uPlot.iife.min.js",
+    "core.js",
+    "strip.js",
+    "when.js",
+    "load.js",
+    "which.js",
+    "lanes.js",
+    "boot.js",
+)
+STYLES = ("uPlot.min.css", "page.css")
+SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
+_SEVERITY = ("fail", "inconclusive", "pass")
+
+
+def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
+    """The page as text. documents: results of runs, as `load_results` returns them.
+
+    bases: for each document the folder of its artifacts, relative to the page ("" for the
+    same folder). The window that is worst is opened, the others are folded.
+    """
+    places = list(bases) or [""] * len(documents)
+    runs: list[dict[str, Any]] = []
+    windows: list[dict[str, Any]] = []
+    for document, base in zip(documents, places, strict=True):
+        runs.append({"run": document})
+        for window in document["windows"]:
+            windows.append(_window(window, document, base, number=len(windows)))
+    opened = min(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"]), default=None)
+    scripts = [_asset(name) for name in SCRIPTS]
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            runs=runs,
+            windows=windows,
+            opened=opened["anchor"] if opened else "",
+            verdict=_worst(documents),
+            standin=any(document["summary"]["standin"] for document in documents),
+            standin_note=STANDIN_NOTE,
+            styles="\n".join(_asset(name) for name in STYLES),
+            scripts=scripts,
+            policy=_policy(scripts),
+            history=_history(windows) if len(documents) > 1 else [],
+        )
+    )
+
+
+def write_page(documents: Sequence[Document], folders: Sequence[Path], path: Path) -> None:
+    """Writes the page whole or not at all. folders: where each document's artifacts lie."""
+    bases = [os.path.relpath(folder, path.parent) for folder in folders]
+    bases = ["" if base == "." else Path(base).as_posix() for base in bases]
+    atomic_write(path, page(documents, bases=bases))
+
+
+def _window(window: Document, run: Document, base: str, *, number: int) -> dict[str, Any]:
+    decisive = window["decisive"]
+    judgement = window["judgements"][decisive] if decisive is not None else None
+    kernels = [
+        {**group, "shown": page_figures.kernel_rows(group)} for group in window.get("kernels") or ()
+    ]
+    more = [group["shown"][FIRST_KERNELS:] for group in kernels]
+    load = next((item for item in run["loads"] if item["id"] == window["load"]), None)
+    return {
+        "doc": window,
+        "run": run,
+        "anchor": f"window-{number + 1}",
+        "title": window_title(window),
+        "numbers": page_figures.numbers(judgement) if judgement else [],
+        "decided": judgement,
+        "maps": page_figures.heat_maps(window),
+        "kernels": kernels,
+        "artifacts": [
+            {**artifact, "href": quote(f"{base}/{artifact['path']}" if base else artifact["path"])}
+            for artifact in window["artifacts"]
+        ],
+        "load": load,
+        "data": page_data.embedded({**page_data.drawn(window), "more": more}),
+        "has_steps": bool(window.get("step_times")),
+        "has_lanes": any(p["lanes"] for p in (window.get("lanes") or {}).get("steps", ())),
+    }
+
+
+def _history(windows: Sequence[Document]) -> list[dict[str, Any]]:
+    """Windows of one name and test that stand in more than one of the runs, oldest first."""
+    found: dict[tuple[str, str], list[Document]] = {}
+    for window in windows:
+        found.setdefault((window["doc"]["nodeid"], window["doc"]["name"]), []).append(window)
+    return [
+        {"nodeid": key[0], "name": key[1], "windows": sorted(same, key=_opened)}
+        for key, same in found.items()
+        if len({window["run"]["run"]["id"] for window in same}) > 1
+    ]
+
+
+def _opened(window: Document) -> str:
+    return str(window["doc"]["opened"])
+
+
+def _worst(documents: Sequence[Document]) -> str | None:
+    words = {document["summary"]["verdict"] for document in documents}
+    return next((word for word in _SEVERITY if word in words), None)
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Only our own scripts run, and nothing is fetched, whatever a name in the page holds."""
+    hashes = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
+
+
+def _column(text: str) -> str:
+    """`text` as wide as five digits, so that figures beside each other line up."""
+    return text.rjust(5, "\u2007")
+
+
+@cache
+def _asset(name: str) -> str:
+    source = resources.files("pytest_sglprof.report").joinpath("assets", name)
+    return source.read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("pytest_sglprof.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "ms": milliseconds,
+        "duration": duration,
+        "percent": percent,
+        "ratio": ratio,
+        "column": _column,
+    }
+    environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
+    return environment

@@ -1,0 +1,113 @@
+"""A browser, and the pages that it opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_sglprof import read_window
+from pytest_sglprof.report.html import write_page
+from tests.plugin.project import Project
+from tests.report.windows import run, window
+
+from .browser import Browser, chromium
+
+SLOW_RANK = "TP5"
+CONFIG = """
+[server]
+kind = "standin"
+args = ["--tp", "2"]
+standin_args = ["--step-ms", "4"]
+
+[servers.slow]
+kind = "standin"
+args = ["--tp", "8"]
+standin_args = ["--step-ms", "8", "--slow", "rank=5,category=moe,factor=1.4"]
+
+[[threshold]]
+limit = 1.10
+
+[[threshold]]
+scope = "moe"
+limit = 1.10
+"""
+TESTS = """
+@pytest.mark.profile_window(num_steps=40)
+def test_clean(load):
+    load(600)
+
+@pytest.mark.profile_window(num_steps=10)
+def test_too_short(load):
+    load(600)
+
+@pytest.mark.sglang_server("slow")
+@pytest.mark.profile_window(num_steps=40)
+def test_slow(load):
+    load(500)
+"""
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """The page of a run and the results that it was made of."""
+
+    path: Path
+    results: dict[str, Any]
+
+    def anchor(self, test: str) -> str:
+        """The id of the window of a test."""
+        numbers = [w["nodeid"].endswith(f"::{test}") for w in self.results["windows"]]
+        return f"window-{numbers.index(True) + 1}"
+
+    def window(self, test: str) -> dict[str, Any]:
+        return next(w for w in self.results["windows"] if w["nodeid"].endswith(f"::{test}"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def standin_run(tmp_path_factory: pytest.TempPathFactory) -> RunPage:
+    """A run on the stand-in: one clean window, one that is too short, one with a slow rank."""
+    project = Project(tmp_path_factory.mktemp("page"), TESTS, CONFIG)
+    outcome = project.run("--sglprof-keep=all")
+    assert f"report:  {outcome.run_folder / 'report.html'}" in outcome.text
+    return RunPage(outcome.run_folder / "report.html", outcome.results)
+
+
+@pytest.fixture(scope="session")
+def gpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPage:
+    """Two nsys reports of two GPUs, before and after a change; they tell no steps."""
+    folder = tmp_path_factory.mktemp("gpu")
+    documents = []
+    for at, word in enumerate(("before", "after")):
+        table = read_window(shared_data / "nsys" / f"mfu_2gpu_{word}.sqlite")
+        document = run([window(table, window_id=f"w-{word}")])
+        document["run"]["id"] = word
+        document["windows"][0]["opened"] = f"2026-11-2{at}T00:00:00.000Z"
+        documents.append(json.loads(json.dumps(document)))
+    write_page(documents, [folder, folder], folder / "report.html")
+    both = {**documents[0], "windows": [w for d in documents for w in d["windows"]]}
+    return RunPage(folder / "report.html", both)
+
+
+@pytest.fixture(scope="session")
+def cpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPage:
+    """Windows of a real CPU server: tensor parallel, two replicas of it, one of them idle."""
+    folder = tmp_path_factory.mktemp("cpu")
+    torch = shared_data / "torch"
+    tables = {
+        "tp2": read_window(sorted((torch / "sglang-cpu-tp2").glob("1*.json.gz"))),
+        "tp2dp2": read_window(torch / "sglang-cpu-tp2dp2"),
+    }
+    document = run([window(table, window_id=name) for name, table in tables.items()])
+    write_page([document], [folder], folder / "report.html")
+    return RunPage(folder / "report.html", document)
