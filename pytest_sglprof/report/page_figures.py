@@ -236,6 +236,14 @@ def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any
     }
 
 
+# Each metric's own interval: another one beside it would be a wrong number.
+_INTERVALS = {
+    "slowdown": "interval",
+    "imbalance_factor": "factor_interval",
+    "lost_share": "lost_share_interval",
+}
+
+
 def numbers(judgement: Document) -> list[str]:
     """The figures that decided, as short phrases."""
     finding = judgement["finding"]
@@ -245,8 +253,8 @@ def numbers(judgement: Document) -> list[str]:
     if judgement["value"] is not None:
         value, limit = against_limit(judgement["value"], judgement["limit"])
         parts.append(f"{judgement['metric'].replace('_', ' ')} {value}{limit}")
-    interval = finding.get("interval")
-    if isinstance(interval, list | tuple) and len(interval) == 2 and None not in interval:
+    interval = finding.get(_INTERVALS.get(judgement["metric"], ""))
+    if interval:
         parts.append(f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}")
     if finding.get("p_value") is not None:
         parts.append(f"p {finding['p_value']:.2g}")

@@ -39,6 +39,11 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a results document")
 
 
+def unix_ns(text: str) -> int:
+    """The Unix time in ns of what `utc` wrote."""
+    return round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000) * 10**6
+
+
 def utc(moment: float | str | None) -> str | None:
     """Unix time in seconds as `2026-11-24T06:08:42.123Z`; text and None stay as they are."""
     if moment is None or isinstance(moment, str):

@@ -17,7 +17,7 @@ from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.repeats import RepeatedVerdict
 from pytest_sglprof.redact import redact
 from pytest_sglprof.report.lanes import lanes
-from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.report.plain import plain, unix_ns, utc
 from pytest_sglprof.report.series import step_times
 from pytest_sglprof.report.spread import kernel_spread
 from pytest_sglprof.report.stragglers import straggler_document
@@ -92,7 +92,7 @@ def window_document(
         "decisive": _decisive(verdict),
         "onset": onset,
         "load_samples": list(load_samples),
-        **_measured(table, verdict.groups, capture),
+        **_measured(table, verdict.groups, capture, onset),
     }
     return redact(plain(document))  # type: ignore[no-any-return]
 
@@ -193,7 +193,10 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
 
 
 def _measured(
-    table: KernelTable | None, groups: Sequence[GroupCells], capture: WindowCapture
+    table: KernelTable | None,
+    groups: Sequence[GroupCells],
+    capture: WindowCapture,
+    onset: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What comes from the kernel table; empty where there is none."""
     if table is None:
@@ -231,7 +234,7 @@ def _measured(
         "table": _rows(table),
         "step_times": step_times(table, cells, waited),
         "kernels": kernel_spread(table, cells),
-        "lanes": lanes(table, cells),
+        "lanes": lanes(table, cells, onset_ns=unix_ns(onset["time"]) if onset else None),
     }
 
 

@@ -75,7 +75,11 @@ def test_a_row_of_the_kernel_table() -> None:
 def test_the_numbers_that_decided() -> None:
     document = window(SLOW)
     found = numbers(document["judgements"][document["decisive"]])
-    assert found == ["slowdown 1.40 (limit 1.10)", "λ 1.17", "lost 14 %", "50 steps"]
+    first, interval, p_value, *rest = found
+    assert first == "slowdown 1.40 (limit 1.10)"
+    assert interval == "95 % interval 1.40 to 1.40"  # planted without jitter
+    assert p_value.startswith("p 0.0")
+    assert rest == ["λ 1.17", "λ sync 1.17", "lost 14 %", "50 steps"]
     assert numbers(window(None, state="failed", reason="x")["judgements"][0]) == []
 
 
