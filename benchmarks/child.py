@@ -76,7 +76,8 @@ def _watched() -> Iterator[dict[int, float]]:
         while not done.wait(0.1):
             for task in Path("/proc/self/task").iterdir():
                 for pid in map(int, _text(task / "children").split()):
-                    peaks[pid] = max(_peak_mb(pid), peaks.get(pid, 0.0))
+                    # The latest: before it begins its program, it shares this one's memory.
+                    peaks[pid] = _peak_mb(pid) or peaks.get(pid, 0.0)
 
     thread = threading.Thread(target=watch)
     thread.start()
