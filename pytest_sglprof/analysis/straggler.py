@@ -159,13 +159,39 @@ def _finding(
     if len(late) < min_steps:
         reason = f"{len(late)} {rows} with matched collectives, {min_steps} are needed"
         return replace(base, reason=reason)
-    return _judged(base, table, parts, top, excess, clocks)
+    doubt = _doubt_of_durations(base, found, top, work / len(late))
+    return _judged(base, table, parts, doubt, top, excess, clocks)
+
+
+def _doubt_of_durations(base: StragglerFinding, found: Waits, top: int, work: float) -> str:
+    """Why waits by duration do not tell who is late; "" when they do, or are by arrival.
+
+    A rank that is held up inside a collective ends late there, which looks like waiting.
+    work: of a step, ns.
+    """
+    if base.method != "duration":
+        return ""
+    low, high = base.interval or (0.0, 0.0)
+    if (base.lateness or 0.0) <= base.limit:
+        return "" if max(-low, high) <= base.limit else "nobody is cleared"
+    if base.ranks[top].explained_share < CAUSE_SHARE:
+        return "who arrives last is not known"
+    if found.offsets is None or found.uncertainty_ns is None:
+        return ""
+    if low * work <= found.uncertainty_ns:
+        return "a step's lateness is not surely above their uncertainty"
+    begun = found.start - found.start.min() - np.array(found.offsets)
+    first = (begun - begun.min(axis=1, keepdims=True)).sum(axis=0)
+    if int(first.argmax()) != top:
+        return f"by its start {base.ranks[int(first.argmax())].rank} is the latest"
+    return ""
 
 
 def _judged(
     base: StragglerFinding,
     table: KernelTable,
     parts: Segments,
+    doubt: str,
     top: int,
     excess: float,
     clocks: Sequence[GpuClocks],
@@ -174,7 +200,10 @@ def _judged(
     who, lateness = base.ranks[top].rank, base.lateness or 0.0
     low, high = base.interval or (0.0, 0.0)
     figures = f"{who} arrives {_percent(lateness)} of the work later than the others' median"
+    uncertain = f"{figures}, but the clocks are too uncertain to tell: {doubt}"
     if lateness <= base.limit:
+        if doubt:
+            return replace(base, reason=uncertain)
         reason = f"nobody is late: {figures}, the limit is {_percent(base.limit)}"
         return replace(base, verdict="pass", reason=reason)
     if low <= base.limit or base.p_value is None or base.p_value > MAX_P:
@@ -183,10 +212,8 @@ def _judged(
             f"{_percent(high)}, p = {base.p_value or 1.0:.2g}"
         )
         return replace(base, reason=reason)
-    # By durations, ends that differ from rank to rank look like waiting.
-    if base.method == "duration" and base.ranks[top].explained_share < CAUSE_SHARE:
-        reason = f"{figures}, but the clocks are too uncertain to tell who arrives last"
-        return replace(base, reason=reason)
+    if doubt:
+        return replace(base, reason=uncertain)
     cause, why = _cause(table, parts, top, excess, clocks)
     share = _percent(base.ranks[top].explained_share)
     reason = f"{figures} and explains {share} of all waiting: {why}"

@@ -29,6 +29,7 @@ _CSV_KEYS = (
     "cause",
 )
 MAX_SHOWN_KERNELS = 3
+SMALL_DIFFERENCE = 0.15
 # The worst group speaks for the window: somebody late, then what is not known.
 _WORST = ("fail", "inconclusive", "pass")
 
@@ -143,10 +144,11 @@ def _table_text(document: dict[str, Any]) -> str:
 def _totals_line(group: dict[str, Any]) -> str:
     if group["straggler"] is None or group["totals_difference"] is None:
         return ""
-    return (
-        f"sums of all kernels differ by {100 * group['totals_difference']:.1f} % only: who is "
-        "early waits inside the collective\n"
-    )
+    most = max(group["ranks"], key=lambda rank: rank["total_ns"])["rank"]
+    small = group["totals_difference"] < SMALL_DIFFERENCE
+    text = f"sums of all kernels differ by {100 * group['totals_difference']:.1f} %"
+    text += " only" if small else f" and are largest on {most}"
+    return f"{text}: who is early waits inside the collective\n"
 
 
 def _count(text: str) -> int:

@@ -119,6 +119,22 @@ def test_a_truncated_trace_and_an_uncertain_lateness_blame_nobody() -> None:
     assert wild.straggler is None
 
 
+@pytest.mark.parametrize(("held", "everywhere"), [(400_000, 1.0), (400_000, 1.2), (3_000_000, 1.0)])
+def test_a_rank_held_up_inside_collectives_makes_no_straggler_of_the_other(
+    held: int, everywhere: float
+) -> None:
+    """TP1 ends some collectives late, which makes TP0 look late: nobody is to blame."""
+    table = window(Plan(slow={(1, ""): everywhere}))
+    frame = table.frame.copy()
+    meets = frame["full_name"].astype(str).str.contains("AllReduce") & (frame["rank"] == "TP1")
+    at = frame.index[meets][::3]
+    frame.loc[at, "dur_ns"] += held
+    found = only(replace(table, frame=frame))
+    assert found.method == "duration"
+    assert (found.straggler, found.verdict, found.latest) == (None, "inconclusive", "TP0")
+    assert "clocks are too uncertain" in found.reason
+
+
 def test_a_moving_hot_rank_is_seen_in_segments_and_not_in_totals() -> None:
     found = imbalance(window(Plan(ranks=3, hot=2.0, jitter=0.01)))
     assert found.factor is not None

@@ -83,6 +83,31 @@ def test_waits_of_a_real_server_are_those_of_its_files(shared_data: Path, capsys
     assert found["straggler"] is None
 
 
+@pytest.mark.parametrize("name", ["sglang-cpu-tp2-nostack", "sglang-cpu-mixtral-tp2ep2"])
+def test_waits_by_duration_are_those_of_the_files(
+    shared_data: Path, capsys: Capsys, name: str
+) -> None:
+    files = sorted((shared_data / "torch" / name).glob("*.json.gz"))
+    status, found = straggler(capsys, *map(str, files), "--min-steps", "5")
+    durations = [[end - start for start, end in _all_reduces(path)] for path in files]
+    pairs = list(zip(*durations, strict=True))
+    assert (len(pairs), found["unmatched"]) == (found["collectives"], 0)
+    assert found["waits_by"] == "duration"
+    assert found["transfer_ns"] == median(min(pair) for pair in pairs)
+    for at in (0, 1):
+        waited = sum(pair[at] - min(pair) for pair in pairs[1:])
+        assert found["ranks"][at]["wait_ns"] == waited
+    assert (status, found["straggler"]) == (3, None)
+    assert found["reason"]
+
+
+def test_a_report_without_communication_blames_nobody(shared_data: Path, capsys: Capsys) -> None:
+    path = shared_data / "nsys" / "sglang_cpu_tp2_win_b.sqlite"
+    status, found = straggler(capsys, str(path))
+    assert (status, found["straggler"], found["collectives"]) == (3, None, 0)
+    assert found["reason"] == "no communication was recorded"
+
+
 def test_every_form_on_the_stand_in_names_the_slow_rank(tmp_path: Path, capsys: Capsys) -> None:
     folder = _window(tmp_path, "--slow", "rank=1,category=moe,factor=1.4")
     status, found = straggler(capsys, str(folder))
