@@ -47,16 +47,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Window:
-    """Whole events: `data` begins with `layout.between`; `end`: offset of the last `}`."""
+    """Whole events: `data` from `begin`, where `layout.between` stands, to `end`, a last `}`."""
 
     layout: Layout
     data: bytes
     end: int
+    begin: int = 0
 
     @property
     def events(self) -> bytes:
         """The events alone, as they stand in the file, from `{` to `}`."""
-        return self.data[self.layout.open_at : self.end + 1]
+        return self.data[self.begin + self.layout.open_at : self.end + 1]
 
 
 def event_windows(
@@ -73,26 +74,32 @@ def event_windows(
         raise Unsafe("no list of events found")
     if not read_header(head[: start.start()], facts):
         raise Unsafe("what stands before its events is no valid JSON")
-    first = head.index(b'"', start.end()) + 1
-    held = layout.between + head[first:]
+    held = layout.between + head[head.index(b'"', start.end()) + 1 :]
     before, cut = b"", 0
+    piece = b""  # the last one is left to `_rest`: the list may end in it
     try:
-        for piece in stream:
-            last = held.rfind(layout.between)
+        for following in stream:
+            # Only the event that reaches over the edge of a piece is copied.
+            first = piece.find(layout.between)
+            seam = held + (piece if first < 0 else piece[: first + 1])
+            last = seam.rfind(layout.between) if first < 0 else len(seam) - 1
             if last > 0:
-                _check(layout, held, last)
-                yield Window(layout, held, last)
-                before, cut = held, last
-                held = held[last:] + piece
+                yield _checked(Window(layout, seam, last))
+                before, cut = seam, last
+            held = seam[last:]
+            if first >= 0:
+                last = piece.rfind(layout.between)
+                if last > first:
+                    yield _checked(Window(layout, piece, last, first))
+                before, cut, held = piece, last, piece[last:]
             elif len(held) > MAX_EVENT:
                 raise Unsafe("an event, or what follows the events, is very large")
-            else:
-                held += piece
+            piece = following
     except TraceTruncated:
         if not partial:
             raise
         facts.truncated = True
-    yield from _rest(layout, facts, before[:cut], held, partial=partial)
+    yield from _rest(layout, facts, before[:cut], held + piece, partial=partial)
 
 
 def _learn(stream: Iterator[bytes]) -> tuple[bytes, Layout]:
@@ -116,12 +123,13 @@ def _learn(stream: Iterator[bytes]) -> tuple[bytes, Layout]:
     raise Unsafe("the beginning of the list of events was not recognised")
 
 
-def _check(layout: Layout, window: bytes, end: int) -> None:
+def _checked(window: Window) -> Window:
     """One look a window whether the categories are still those that are searched for."""
-    at = window.find(b'"cat"', 0, end)
-    category = _CATEGORY.match(window, at) if at >= 0 else None
-    if category is not None and not layout.old and category[1] in OLD_CATEGORIES:
+    at = window.data.find(b'"cat"', window.begin, window.end)
+    category = _CATEGORY.match(window.data, at) if at >= 0 else None
+    if category is not None and not window.layout.old and category[1] in OLD_CATEGORIES:
         raise Unsafe("the names of the categories change")
+    return window
 
 
 def _rest(

@@ -123,8 +123,8 @@ def _numbered(spans: Sequence[Span]) -> tuple[Step, ...]:
     found.sort(key=lambda step: step.start_ns)
     keys = [step_key(step) for step in found]
     if found and min(keys) >= 0 and len(set(keys)) == len(keys):
-        return tuple(replace(step, step=key) for step, key in zip(found, keys, strict=True))
-    return tuple(replace(step, step=number) for number, step in enumerate(found))
+        return tuple(step.changed(step=key) for step, key in zip(found, keys, strict=True))
+    return tuple(step.changed(step=number) for number, step in enumerate(found))
 
 
 def is_step(name: str) -> bool:

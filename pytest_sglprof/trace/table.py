@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,7 +65,11 @@ class Step:
 
     def shifted(self, offset_ns: int) -> Step:
         """The same step on a clock that is `offset_ns` ahead."""
-        return replace(self, start_ns=self.start_ns + offset_ns, end_ns=self.end_ns + offset_ns)
+        return self.changed(start_ns=self.start_ns + offset_ns, end_ns=self.end_ns + offset_ns)
+
+    def changed(self, **values: int) -> Step:
+        """As `dataclasses.replace`, several times as fast: a window has thousands of steps."""
+        return Step(**{**vars(self), **values})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from pytest_sglprof.trace.collect import Collector
-from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, event_windows
+from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, Window, event_windows
 from pytest_sglprof.trace.kineto import KERNEL, LAUNCH, Event, FullEvent
 from pytest_sglprof.trace.mend import object_end, read_event
 
@@ -22,7 +22,7 @@ __all__ = ["Unsafe", "scan"]
 
 _COLON = ord(":")
 
-Take = Callable[[bytes, int], None]
+Take = Callable[[Window], None]
 
 
 def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False) -> None:
@@ -36,11 +36,11 @@ def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False
     for window in event_windows(stream, collector.facts, partial=partial):
         if take is None:
             take = _taker(window.layout, collector, by_text=by_text)
-        take(window.data, window.end)
+        take(window)
 
 
 def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
-    """A function that takes every event of interest before offset `end` of a window."""
+    """A function that takes every event of interest of a window."""
     kinds = collector.wanted.kinds
     quick: list[bytes] = []
     full = [b'user_annotation"'] if kinds != {LAUNCH} else []
@@ -52,36 +52,31 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
     decode_quick = msgspec.json.Decoder(Event).decode
     decode_full = msgspec.json.Decoder(FullEvent).decode
 
-    def take(window: bytes, end: int) -> None:
+    def take(window: Window) -> None:
         for needle in quick:
             events: list[Event] = []
-            for failed in _hits(layout, window, end, needle, decode_quick, events.append):
-                collector.add_full(_slowly(layout, window, end, failed))
+            for failed in _hits(window, needle, decode_quick, events.append):
+                collector.add_full(_slowly(layout, window.data, window.end, failed))
             if events:
                 collector.add_quick(events)
         for needle in full:
-            for failed in _hits(layout, window, end, needle, decode_full, collector.add_full):
-                collector.add_full(_slowly(layout, window, end, failed))
+            for failed in _hits(window, needle, decode_full, collector.add_full):
+                collector.add_full(_slowly(layout, window.data, window.end, failed))
 
     return take
 
 
 def _hits(
-    layout: Layout,
-    window: bytes,
-    end: int,
-    needle: bytes,
-    decode: Callable[[bytes], object],
-    add: Callable[..., None],
+    window: Window, needle: bytes, decode: Callable[[bytes], object], add: Callable[..., None]
 ) -> Iterator[int]:
     """Decodes the events around each `needle`; yields the offsets of those that fail."""
-    between, open_at = layout.between, layout.open_at
-    find, rfind = window.find, window.rfind
+    between, open_at = window.layout.between, window.layout.open_at
+    data, end, low = window.data, window.end, window.begin
+    find, rfind = data.find, data.rfind
     size = len(needle)
-    at = find(needle, 0, end)
-    low = 0
+    at = find(needle, low, end)
     while at >= 0:
-        if window[at + size] == _COLON:  # AMD's launches name their kernel: `"kernel": ...`
+        if data[at + size] == _COLON:  # AMD's launches name their kernel: `"kernel": ...`
             at = find(needle, at + size, end)
             continue
         start = rfind(between, low, at)
@@ -89,7 +84,7 @@ def _hits(
         if stop < 0:
             stop = end
         try:
-            event = decode(window[start + open_at : stop + 1])
+            event = decode(data[start + open_at : stop + 1])
         except (msgspec.DecodeError, UnicodeDecodeError):
             yield at
         else:
