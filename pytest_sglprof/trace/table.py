@@ -35,6 +35,7 @@ STEP_COLUMNS = (
 _STEP_TEXTS = ("stage", "substage", "excluded")
 _STEP_SHARES = ("graph_share", "accept_length")
 NO_STEP = -1
+_GROUPED = 131_072  # rows at once
 UNKNOWN_STAGE = "unknown"
 
 
@@ -123,8 +124,7 @@ class KernelTable:
         Columns: the keys, `count`, `total_ns` (int64). Ordered by rank where that is a
         key, then by total, largest first, then by the other keys.
         """
-        grouped = self.frame.groupby(list(keys), observed=True, sort=False)["dur_ns"]
-        sums = grouped.agg(count="size", total_ns="sum").reset_index()
+        sums = _sums(self.frame, list(keys))
         first = [key for key in keys if key == "rank"]
         rest = [key for key in keys if key != "rank"]
         texts = {key: sums[key].astype(str) for key in rest if key in TEXT_COLUMNS}
@@ -156,6 +156,19 @@ class KernelTable:
         )
         frame["rank"] = frame["rank"].cat.set_categories(list(labels), ordered=True)
         return cls(frame, labels, step_frame(list(steps), labels), source)
+
+
+def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The keys, `count` and `total_ns`: part by part, for grouping needs 50 bytes a row."""
+    parts = []
+    for at in range(0, max(len(frame), 1), _GROUPED):
+        grouped = frame.iloc[at : at + _GROUPED].groupby(keys, observed=True, sort=False)
+        parts.append(grouped["dur_ns"].agg(count="size", total_ns="sum").reset_index())
+    if len(parts) == 1:
+        return parts[0]
+    together = pd.concat(parts, ignore_index=True).groupby(keys, observed=True, sort=False)
+    sums: pd.DataFrame = together[["count", "total_ns"]].sum().reset_index()
+    return sums
 
 
 def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:

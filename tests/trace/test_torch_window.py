@@ -123,6 +123,24 @@ def test_steps_by_projection_and_by_launch(
         same(table, read_window(write(tmp_path, document(events))))
 
 
+@pytest.mark.parametrize("keys", [("rank", "name"), ("step",), ("stage", "step", "name")])
+def test_sums_are_the_same_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("pytest_sglprof.trace.table._GROUPED", 7)
+    table = read_window(write(tmp_path, document(window(projected=True))))
+    truth: dict[tuple[object, ...], tuple[int, int]] = {}
+    for row in table.frame.astype(object).to_dict("records"):
+        key = tuple(row[name] for name in keys)
+        count, total = truth.get(key, (0, 0))
+        truth[key] = (count + 1, total + row["dur_ns"])
+    sums = table.by(*keys)
+    found = sums.astype(object).to_numpy().tolist()
+    assert {tuple(row[:-2]): (row[-2], row[-1]) for row in found} == truth
+    assert sums["total_ns"].dtype == "int64"
+    assert sums["count"].dtype == "int64"
+
+
 def test_merged_files_are_split(tmp_path: Path, scanned: Callable[..., KernelTable]) -> None:
     events = []
     for rank in range(2):
