@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,15 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "sglprof-watch"]
 
 
-def wait_until(watch: LoadWatch, count: int) -> None:
-    deadline = time.monotonic() + 10
-    while len(watch.samples) < count:
+def until(there: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not there():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def wait_until(watch: LoadWatch, count: int) -> None:
+    until(lambda: len(watch.samples) >= count)
 
 
 def test_samples_are_there_during_and_after() -> None:
@@ -71,9 +76,7 @@ def test_an_error_of_a_source_is_raised_once_where_it_is_stopped() -> None:
     source = Counting(limit=3)
     watch = LoadWatch([source, Counting()])
     watch.start()
-    deadline = time.monotonic() + 10
-    while not source.closed and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: not threads())
     with pytest.raises(ZeroDivisionError, match="the source's own mistake"):
         watch.check()
     with pytest.raises(ZeroDivisionError):
@@ -90,7 +93,7 @@ def test_an_error_of_a_listener_ends_it_too() -> None:
     watch = LoadWatch([source])
     watch.listen(broken)
     with pytest.raises(KeyError), watch:
-        time.sleep(0.1)
+        until(lambda: source.closed)
     assert source.closed == 1
     assert threads() == []
 
@@ -106,7 +109,8 @@ def test_a_running_server_is_read_from_both_sources(tmp_path: Path) -> None:
     with standin(tmp_path, "--dp", "2", "--step-ms", "2") as running:
         with server_watch(running.url, log=running.log_file) as watch:
             running.generate(400, routed_dp_rank=1)
-            time.sleep(1.2)
+            until(lambda: {sample.source for sample in watch.samples} == {"loads", "log"})
+            until(lambda: {s.rank for s in watch.samples if s.source == "loads"} > {"DP0"})
         frame = watch.frame
     assert set(frame["source"]) == {"loads", "log"}
     log = frame[frame["source"] == "log"]
@@ -118,8 +122,11 @@ def test_a_log_is_read_from_now_on(tmp_path: Path) -> None:
     path = tmp_path / "server.log"
     old = "[2026-11-24 03:13:51 DP0] Decode batch, #running-req: 1, #queue-req: 0\n"
     path.write_text(old)
-    with LoadWatch([LogSource(path)]) as watch:
-        time.sleep(0.3)
+    looked = threading.Event()
+    watch = LoadWatch([LogSource(path)])
+    watch.listen(lambda samples, now: looked.set())
+    with watch:
+        assert looked.wait(20)
         with path.open("a") as stream:
             stream.write(old.replace(": 1", ": 7"))
         wait_until(watch, 1)
