@@ -6,8 +6,9 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
+
+from pytest_sglprof.report.plain import unix_ns
 
 Document = Mapping[str, Any]
 
@@ -106,7 +107,4 @@ def _onset(window: Document) -> dict[str, Any] | None:
     onset = window.get("onset")
     if not onset or onset.get("time") is None:
         return None
-    moment = onset["time"]
-    if isinstance(moment, str):
-        moment = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
-    return {"ms": moment * 1000, "sentence": onset.get("sentence") or ""}
+    return {"ms": unix_ns(onset["time"]) / 1e6, "sentence": onset.get("sentence") or ""}

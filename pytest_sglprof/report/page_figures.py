@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.gate.wording import against_limit, count, milliseconds, percent, ratio
 
 Document = Mapping[str, Any]
 
 # A cell's shade says how far above the group's mean it is, on the same scale in every page.
 SHADES = (1.01, 1.02, 1.05, 1.10, 1.20, 1.35, 1.60)
-NOT_COMPUTE = ("communication", "memory")
 MAX_NAME = 120
 MIN_SHADED = 0.01  # of the lost time of all kernels
 
