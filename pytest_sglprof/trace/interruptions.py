@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -51,7 +50,7 @@ def with_interruptions(
             step = ordered[place]
             hit.setdefault((step.step, step.start_ns), what)
     marked = tuple(
-        replace(step, excluded=step.excluded or hit.get((step.step, step.start_ns), ""))
+        step.changed(excluded=step.excluded or hit.get((step.step, step.start_ns), ""))
         for step in steps
     )
     in_steps = Counter(hit.values())

@@ -106,7 +106,7 @@ def _renumbered(part: RankActivities, new: Sequence[int]) -> RankActivities:
     order = np.argsort(numbers)
     at = np.searchsorted(numbers[order], part.step).clip(max=len(numbers) - 1)
     moved = np.asarray(list(new), dtype=np.int64)[order[at]]
-    steps = [replace(step, step=number) for step, number in zip(part.steps, new, strict=True)]
+    steps = [step.changed(step=number) for step, number in zip(part.steps, new, strict=True)]
     return replace(part, steps=steps, step=np.where(part.step == NO_STEP, NO_STEP, moved))
 
 
@@ -124,7 +124,9 @@ def _offsets(parts: Sequence[RankActivities], stages: Sequence[str]) -> dict[str
 
 
 def _moved(part: RankActivities, offset: int) -> RankActivities:
-    steps = [replace(step, step=step.step + offset) for step in part.steps]
+    if not offset:
+        return part
+    steps = [step.changed(step=step.step + offset) for step in part.steps]
     return replace(
         part, steps=steps, step=np.where(part.step == NO_STEP, NO_STEP, part.step + offset)
     )

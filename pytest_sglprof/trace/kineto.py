@@ -32,24 +32,25 @@ KIND_OF_CATEGORY = {
 CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
 
 
-class Args(msgspec.Struct, gc=False):
+class Args(msgspec.Struct, gc=False, frozen=True):
     """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
 
+    device: int = 0
     stream: int = -1
     correlation: int = -1
     graph_node: int = msgspec.field(name="graph node id", default=0)
-    device: int = 0
 
 
-class Event(msgspec.Struct, gc=False):
+class Event(msgspec.Struct, gc=False, kw_only=True):
     """An event whose times fit a float (see the module's text). `dur` -inf: absent."""
 
+    # In the order of the file, which msgspec decodes fastest.
+    ph: str = ""
+    cat: str = ""
     name: str
     ts: float
-    args: Args = msgspec.field(default_factory=Args)
     dur: float = float("-inf")
-    cat: str = ""
-    ph: str = ""
+    args: Args = Args()
 
 
 class FullEvent(msgspec.Struct, gc=False):

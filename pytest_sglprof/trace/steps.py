@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -191,6 +191,6 @@ def with_graph_share(
     shares = np.full(len(steps), -1.0)
     shares[order] = np.where(every > 0, nodes / np.maximum(every, 1), -1.0)
     return tuple(
-        replace(entry, graph_share=share)
+        entry.changed(graph_share=share)
         for entry, share in zip(steps, shares.tolist(), strict=True)
     )

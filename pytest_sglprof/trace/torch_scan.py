@@ -9,7 +9,8 @@ file is read the exact way instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -17,12 +18,17 @@ from pytest_sglprof.trace.collect import Collector
 from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, Window, event_windows
 from pytest_sglprof.trace.kineto import KERNEL, LAUNCH, Event, FullEvent
 from pytest_sglprof.trace.mend import object_end, read_event
+from pytest_sglprof.trace.needles import finder
 
 __all__ = ["Unsafe", "scan"]
 
 _COLON = ord(":")
+# Bytes from one hit to the next up to which what lies between, a flow as a rule, is decoded
+# with them: that costs less than looking for where each event begins and ends.
+_NEAR = 1000
 
 Take = Callable[[Window], None]
+E = TypeVar("E", Event, FullEvent)
 
 
 def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False) -> None:
@@ -49,48 +55,106 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
     if LAUNCH in kinds:
         full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
-    decode_quick = msgspec.json.Decoder(Event).decode
-    decode_full = msgspec.json.Decoder(FullEvent).decode
+    searches: list[_Search[Event] | _Search[FullEvent]] = []
+
+    def add_each(events: Sequence[FullEvent]) -> None:
+        for event in events:
+            collector.add_full(event)
+
+    searches += [_Search(word, Event, collector.add_quick) for word in quick]
+    searches += [_Search(word, FullEvent, add_each) for word in full]
 
     def take(window: Window) -> None:
-        for needle in quick:
-            events: list[Event] = []
-            for failed in _hits(window, needle, decode_quick, events.append):
-                collector.add_full(_slowly(layout, window.data, window.end, failed))
-            if events:
-                collector.add_quick(events)
-        for needle in full:
-            for failed in _hits(window, needle, decode_full, collector.add_full):
-                collector.add_full(_slowly(layout, window.data, window.end, failed))
+        for search in searches:
+            search.take(window, collector.add_full)
 
     return take
 
 
-def _hits(
-    window: Window, needle: bytes, decode: Callable[[bytes], object], add: Callable[..., None]
-) -> Iterator[int]:
-    """Decodes the events around each `needle`; yields the offsets of those that fail."""
-    between, open_at = window.layout.between, window.layout.open_at
-    data, end, low = window.data, window.end, window.begin
-    find, rfind = data.find, data.rfind
-    size = len(needle)
-    at = find(needle, low, end)
-    while at >= 0:
-        if data[at + size] == _COLON:  # AMD's launches name their kernel: `"kernel": ...`
-            at = find(needle, at + size, end)
-            continue
-        start = rfind(between, low, at)
-        stop = find(between, at, end)
-        if stop < 0:
-            stop = end
+class _Search(Generic[E]):
+    """The events whose category holds one word, decoded as one type."""
+
+    def __init__(self, word: bytes, kind: type[E], add: Callable[[Sequence[E]], None]) -> None:
+        self._find = finder(word)
+        self._add: Callable[[Sequence[E]], None] = add
+        self._size = len(word)
+        self._mine = _Categories(word.decode())
+        self._one: msgspec.json.Decoder[E] = msgspec.json.Decoder(kind)
+        self._run: msgspec.json.Decoder[list[E]] = msgspec.json.Decoder(
+            list[kind]  # type: ignore[valid-type]
+        )
+
+    def take(self, window: Window, add_one: Callable[[FullEvent], None]) -> None:
+        """Adds the window's events; `add_one`: those that had to be mended."""
+        hits = self._find(window.data, window.begin, window.end)
+        if not hits:
+            return
+        mine = self._mine
+        found: list[E] = []
+        for near in _near(hits):
+            events = self._at_once(window, near)
+            if events is None:
+                events = []
+                for failed in self._one_by_one(window, near, events):
+                    event = _slowly(window.layout, window.data, window.end, failed)
+                    if mine[event.cat]:
+                        add_one(event)
+            found += [event for event in events if mine[event.cat]]
+        if found:
+            self._add(found)
+
+    def _at_once(self, window: Window, hits: Sequence[int]) -> list[E] | None:
+        """All events from that of the first hit to that of the last, decoded in one call.
+
+        None where one of them, of whatever category, is not as expected.
+        """
+        between, data = window.layout.between, window.data
+        start = data.rfind(between, window.begin, hits[0]) + window.layout.open_at
+        stop = data.find(between, hits[-1], window.end)
         try:
-            event = decode(data[start + open_at : stop + 1])
+            return self._run.decode(b"[%b]" % data[start : (stop if stop >= 0 else window.end) + 1])
         except (msgspec.DecodeError, UnicodeDecodeError):
-            yield at
-        else:
-            add(event)
-        low = stop
-        at = find(needle, stop, end)
+            return None
+
+    def _one_by_one(self, window: Window, hits: Sequence[int], events: list[E]) -> Iterator[int]:
+        """Decodes the event around each hit; yields the offsets of those that fail."""
+        between, open_at = window.layout.between, window.layout.open_at
+        data, end, low = window.data, window.end, window.begin
+        for at in hits:
+            # AMD's launches name their kernel: `"kernel": ...`.
+            if at < low or data[at + self._size] == _COLON:
+                continue
+            start = data.rfind(between, low, at)
+            stop = data.find(between, at, end)
+            if stop < 0:
+                stop = end
+            try:
+                events.append(self._one.decode(data[start + open_at : stop + 1]))
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                yield at
+            low = stop
+
+
+class _Categories(dict[str, bool]):
+    """category -> whether it, in its quotes, holds the word."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word = word
+
+    def __missing__(self, category: str) -> bool:
+        self[category] = self._word in f'"{category}"'
+        return self[category]
+
+
+def _near(hits: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The hits in runs that lie close together."""
+    first = 0
+    for number in range(1, len(hits)):
+        if hits[number] - hits[number - 1] > _NEAR:
+            yield hits[first:number]
+            first = number
+    yield hits[first:]
 
 
 def _slowly(layout: Layout, window: bytes, end: int, at: int) -> FullEvent:

@@ -28,9 +28,13 @@ from tests.trace.scanned import (
 )
 
 
-@pytest.fixture(autouse=True)
-def every_file_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["find", "vectorscan"])
+def every_file_is_large(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setattr("pytest_sglprof.trace.torch_window.SCAN_BYTES", 0)
+    if request.param == "vectorscan":
+        pytest.importorskip("hyperscan", reason="the extra `fast` is not installed")
+    small = 0 if request.param == "vectorscan" else 2**62
+    monkeypatch.setattr("pytest_sglprof.trace.needles.SMALL", small)
 
 
 @pytest.mark.parametrize("name", [NAME, NAME + ".gz"])
@@ -164,3 +168,21 @@ def test_a_category_in_the_arguments_is_no_event(tmp_path: Path) -> None:
     found = events(4)
     found[2]["args"]["inner"] = {"cat": "kernel"}
     assert rows_of(write(tmp_path, document(found))) == truth(found)
+
+
+def test_a_name_that_is_a_category_counts_once(tmp_path: Path) -> None:
+    found = events()
+    copies = [event for event in found if event.get("cat") == "gpu_memcpy"]
+    assert copies
+    for event in copies:
+        event["name"] = "kernel"
+    assert rows_of(write(tmp_path, json.dumps(document(found)))) == truth(found)
+
+
+@pytest.mark.parametrize("odd", ['{"ph": "f", "ts": nan}', '{"ph": "i"}', '{"ph": 1, "ts": "2"}'])
+def test_what_stands_between_two_kernels_does_no_harm(tmp_path: Path, odd: str) -> None:
+    parts = [json.dumps(event) for event in events()]
+    text = json.dumps(document([])).replace("[]", "[" + f", {odd}, ".join(parts) + "]", 1)
+    path = write(tmp_path, text)
+    assert rows_of(path) == truth(events())
+    assert read_window(path).notes == ()
