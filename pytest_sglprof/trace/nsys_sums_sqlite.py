@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 from pytest_sglprof.trace.nsys_counted import Counted, Key
 from pytest_sglprof.trace.nsys_database import Database
 from pytest_sglprof.trace.nsys_schema import (
@@ -132,15 +134,18 @@ def _in_order(database: Database, *, all_timed: bool) -> bool:
     where += [] if all_timed else ['"end" >= "start"']
     run = database.connection.execute
     run("DROP TABLE IF EXISTS temp.streams")
-    run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start", "end", disorder INTEGER)')
-    run(
-        f'INSERT INTO streams SELECT {" + ".join(parts) or "0"}, "start", "end", 0 '
-        f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where) or "TRUE"} ORDER BY rowid '
-        'ON CONFLICT (key) DO UPDATE SET "start" = excluded."start", "end" = excluded."end", '
-        'disorder = disorder OR excluded."start" < "start" OR excluded."end" < "end"'
-    )
-    (disorder,) = run("SELECT MAX(disorder) FROM temp.streams").fetchone()
-    return not disorder
+    run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start" NOT NULL, "end")')
+    in_order = 'excluded."start" >= "start" AND excluded."end" >= "end"'
+    try:  # a row out of order would store a null, which ends the statement
+        run(
+            f'INSERT INTO streams SELECT {" + ".join(parts) or "0"}, "start", "end" '
+            f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where) or "TRUE"} ORDER BY rowid '
+            f'ON CONFLICT (key) DO UPDATE SET "start" = IIF({in_order}, excluded."start", NULL), '
+            '"end" = excluded."end"'
+        )
+    except sqlite3.IntegrityError:
+        return False
+    return True
 
 
 def _whole_graphs(database: Database) -> tuple[set[tuple[int, int]], list[str]]:
