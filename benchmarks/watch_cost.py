@@ -39,6 +39,7 @@ from pytest_sglprof.watch.watcher import server_watch
 ROOT = Path(__file__).resolve().parents[1]
 IDLE_S = 4.0  # of the server alone, whose own cost is taken off
 RESAMPLES = 2000
+SETTLE_S = 0.3  # a watch has started; that happens once a test, not once a slice
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure(server: Server, options: argparse.Namespace) -> int:
     """One long load, in slices that are watched or not; every other pair begins watched."""
     assert server.log is not None
     watch = server_watch(server.url, log=server.log.path)
-    total = 2 * options.pairs * (options.seconds + 0.1) + 3.0
+    total = 2 * options.pairs * (options.seconds + SETTLE_S + 0.1) + 3.0
     words = [sys.executable, "-m", "benchmarks.watch_cost", "--client", server.url]
     words += ["--clients", str(options.clients), "--seconds", str(total)]
     client = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -97,6 +98,7 @@ def measure(server: Server, options: argparse.Namespace) -> int:
         for watched in (number % 2 == 0, number % 2 == 1):
             if watched:
                 watch.start()
+            time.sleep(SETTLE_S)
             spent, own, begin = tree_seconds(server.pid), time.process_time(), time.perf_counter()
             time.sleep(options.seconds)
             end, own = time.perf_counter(), time.process_time() - own
