@@ -1,8 +1,9 @@
 """What merging all ranks into one trace costs: `python -m benchmarks.merge [--megabytes 200]`.
 
-Three ways over the same generated files, each in a process of its own, by turns: ours with
-the summary rows (`sglprof perfetto`), ours without, and the usual one: load every file with
-`json`, change the process ids, write `json.dumps` of all into gzip. Prints CPU and wall
+The ways go over the same generated files, each in a process of its own, by turns: ours with
+the summary rows (`sglprof perfetto`), ours without, the usual one (load every file with
+`json`, change the process ids, write `json.dumps` of all into gzip), and SGLang's own
+ProfileMerger where SGLPROF_REAL_PYTHON names its interpreter. Prints CPU and wall
 seconds, peak memory, size, and the ratios of CPU time within the run. Afterwards every
 event is counted, per rank and category, inputs against results.
 """
@@ -53,10 +54,19 @@ def json_and_gzip(folder: Path, out: Path) -> None:
         stream.write(json.dumps({"traceEvents": merged}).encode("utf-8"))
 
 
+def profile_merger(folder: Path, out: Path) -> None:
+    """SGLang's own, which needs one profile id in the names of its inputs."""
+    from sglang.srt.utils.profile_merger import ProfileMerger  # type: ignore[import-not-found]
+
+    merged = ProfileMerger(str(folder), "1").merge_chrome_traces()
+    Path(merged).replace(out)
+
+
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "sglprof perfetto": with_summary,
     "its events alone": events_only,
     "json + gzip": json_and_gzip,
+    "ProfileMerger": profile_merger,
 }
 
 
@@ -134,10 +144,12 @@ def main() -> int:
         measure_here(args.only, folder, out / f"{args.only.replace(' ', '-')}.json.gz")
         return 0
     torch_window(folder, ranks=args.ranks, megabytes=args.megabytes)
-    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    pythons = dict.fromkeys(WAYS, sys.executable)
+    pythons["ProfileMerger"] = os.environ.get("SGLPROF_REAL_PYTHON", "")
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS if pythons[way]}
     for _ in range(args.repeat):
-        for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.merge", "--only", way]
+        for way in results:
+            command = [pythons[way], "-m", "benchmarks.merge", "--only", way]
             command += ["--folder", str(args.folder), "--megabytes", str(args.megabytes)]
             command += ["--ranks", str(args.ranks)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -21,10 +21,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeat", default="3", help="runs of each way; medians are printed")
-    parser.add_argument("--hta", metavar="PYTHON", help="one that has HolisticTraceAnalysis")
+    parser.add_argument("--other", metavar="WAY=PYTHON", action="append", default=[])
     args = parser.parse_args()
-    hta = ["--hta", args.hta] if args.hta else []
-    for module, more in (("torch_tables", hta), ("nsys_tables", [])):
+    others = [f"--other={pair}" for pair in args.other]
+    for module, more in (("torch_tables", others), ("nsys_tables", [])):
         command = [sys.executable, "-m", f"benchmarks.{module}", "--repeat", args.repeat, *more]
         status = subprocess.run(command, cwd=ROOT).returncode
         if status:

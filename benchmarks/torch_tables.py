@@ -1,12 +1,12 @@
 """How fast kernel tables are made of torch traces, beside other tools, in one run:
 
-    python -m benchmarks.torch_tables [--megabytes 200] [--ranks 8] [--hta PYTHON]
+    python -m benchmarks.torch_tables [--megabytes 200] [--ranks 8] [--other WAY=PYTHON]...
 
 Runs each way in a process of its own, in turn, and prints the median of its figures: CPU
 seconds (imports and children included), wall seconds, peak memory of the process and of its
 largest child, CPU time as a multiple of ours, and whether every sum equals the generator's
-truth. `--hta` is an interpreter that has HolisticTraceAnalysis (which needs pandas before
-3); without it, it runs where it can be imported.
+truth. HolisticTraceAnalysis (which needs pandas before 3) and TraceLens run where they can be
+imported; `--other HolisticTraceAnalysis=/venv/bin/python` names an interpreter that has one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from benchmarks.child import Figures, measured, report
 from benchmarks.generate import torch_window, truth_of
-from benchmarks.torch_ways import WAYS, Sums
+from benchmarks.torch_ways import OTHERS, WAYS, Sums
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, HTA = "pytest-sglprof", "HolisticTraceAnalysis"
+OURS = "pytest-sglprof"
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, action="append", help="only this one; repeatable")
-    parser.add_argument("--hta", metavar="PYTHON", default="", help="one that can import hta")
+    parser.add_argument("--other", metavar="WAY=PYTHON", action="append", default=[])
     parser.add_argument("--here", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
@@ -48,8 +48,10 @@ def main() -> None:
     folder = args.folder / f"torch-{args.ranks}x{args.megabytes}"
     torch_window(folder, ranks=args.ranks, megabytes=args.megabytes)
     pythons = dict.fromkeys(args.way or WAYS, sys.executable)
-    if HTA in pythons:
-        pythons[HTA] = args.hta or (sys.executable if importlib.util.find_spec("hta") else "")
+    given = dict(pair.split("=", 1) for pair in args.other)
+    for way in pythons.keys() & OTHERS.keys():
+        here = sys.executable if importlib.util.find_spec(OTHERS[way]) else ""
+        pythons[way] = given.get(way, here)
     runs: dict[str, list[Figures]] = {way: [] for way, python in pythons.items() if python}
     for _ in range(args.repeat):
         for way, figures in runs.items():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,21 @@ def holistic(folder: Path) -> Sums:
     return {(f"TP{rank}", str(name)): (0, round(us * 1000)) for rank, name, us in columns}
 
 
+def tracelens(folder: Path) -> Sums:
+    """AMD's TraceLens: the kernels of one rank after the other; it leaves copies and fills out."""
+    from TraceLens import TreePerfAnalyzer  # type: ignore[import-not-found]
+
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    with redirect_stdout(sys.stderr):
+        for path in sorted(folder.glob("*.gz")):
+            analyzer = TreePerfAnalyzer.from_file(str(path))
+            kernels = analyzer.get_df_kernels(launcher_detail=False, cpu_op_detail=False)
+            found = kernels.groupby("Kernel name")["Kernel duration (µs)"].agg(["size", "sum"])
+            for name, n, us in found.itertuples():
+                sums[rank_of(path), str(name)] = (int(n), round(us * 1000))
+    return sums
+
+
 def floor(folder: Path) -> Sums:
     """What no reader can undercut: inflating, and one search for each needle. No sums."""
     from pytest_sglprof.trace.inflate import pieces
@@ -84,4 +101,8 @@ WAYS: dict[str, Callable[[Path], Sums]] = {
     "pytest-sglprof": ours,
     "gzip + json + pandas": json_and_pandas,
     "HolisticTraceAnalysis": holistic,
+    "TraceLens": tracelens,
 }
+
+# Those that are not ours to install, and the module by which they are recognised.
+OTHERS = {"HolisticTraceAnalysis": "hta", "TraceLens": "TraceLens"}
