@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_sglprof.analysis.imbalance import steps_per_rank
@@ -67,7 +67,13 @@ def join_load(onset: Onset, table: KernelTable) -> LoadJoin:
 
 
 def compute_by_dp(table: KernelTable) -> tuple[dict[int, float], bool]:
-    """DP rank -> compute, ns, and whether it is per step (else of the whole window)."""
+    """DP rank -> compute, ns, and whether it is per step (else of the whole window).
+
+    Of NVTX ranges only those of steps count: the others are the scheduler's own loop, which
+    waits where there is nothing to do.
+    """
+    if table.source == "nvtx":
+        table = replace(table, frame=table.frame[table.frame["step"] >= 0])
     totals: dict[str, float] = dict.fromkeys(table.ranks, 0.0)
     rows = table.by("rank", "category")
     for rank, category, ns in zip(rows["rank"], rows["category"], rows["total_ns"], strict=True):
@@ -79,7 +85,8 @@ def compute_by_dp(table: KernelTable) -> tuple[dict[int, float], bool]:
         totals = {rank: ns / steps[rank] for rank, ns in totals.items()}
     by_dp: dict[int, list[float]] = {}
     for rank, ns in totals.items():
-        by_dp.setdefault(_dp(rank), []).append(ns)
+        if Rank.parse(rank) is not None:  # else a process whose rank is not known
+            by_dp.setdefault(_dp(rank), []).append(ns)
     return {dp: sum(found) / len(found) for dp, found in by_dp.items()}, per_step
 
 
