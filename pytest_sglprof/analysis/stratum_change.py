@@ -12,6 +12,7 @@ from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.strata import UNKNOWN, GroupStrata, Stratum, Work
 
 MIN_MATCHED = 0.5  # of the steps of each run; below it the runs did other work
+FEW_STEPS = 30  # what a verdict on a window needs by default
 MIN_ASSIGNED = 0.5  # of compute in known steps, as for every figure of a window
 
 
@@ -170,7 +171,7 @@ def _by_step(stage: str, before: GroupStrata, now: GroupStrata) -> StageChange:
         compute=compute,
         categories=_largest_first(categories),
         kernels=_largest_first(kernels),
-        cautions=_unknown_work(common),
+        cautions=(*_few_steps(olds, news), *_unknown_work(common)),
     )
 
 
@@ -182,6 +183,13 @@ def _matched(group: GroupStrata, mine: Mapping[Work, Stratum], common: Sequence[
     """Steps of strata that were left out count as unmatched."""
     every = sum((group.steps or {}).get(stage, 0) for stage in {one.stage for one in mine})
     return sum(mine[work].steps for work in common) / every if every else 0.0
+
+
+def _few_steps(olds: Sequence[Stratum], news: Sequence[Stratum]) -> tuple[str, ...]:
+    before, now = (sum(one.steps for one in side) for side in (olds, news))
+    if min(before, now) >= FEW_STEPS:
+        return ()
+    return (f"Few steps are compared: {before} before, {now} now",)
 
 
 def _unknown_work(works: Sequence[Work]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
 from pytest_sglprof.report import page_data, page_figures
+from pytest_sglprof.report.baseline import against_baseline
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
 
 if TYPE_CHECKING:
@@ -38,11 +39,17 @@ FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when 
 _SEVERITY = ("fail", "inconclusive", "pass")
 
 
-def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
+def page(
+    documents: Sequence[Document],
+    *,
+    bases: Sequence[str] = (),
+    baseline: Document | None = None,
+) -> str:
     """The page as text. documents: results of runs, as `load_results` returns them.
 
     bases: for each document the folder of its artifacts, relative to the page ("" for the
-    same folder). The window that is worst is opened, the others are folded.
+    same folder). The window that is worst is opened, the others are folded. baseline: results
+    of a run that the windows of all others are compared with.
     """
     places = list(bases) or [""] * len(documents)
     runs: list[dict[str, Any]] = []
@@ -67,15 +74,22 @@ def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
             scripts=scripts,
             policy=_policy(scripts),
             history=_history(windows) if len(documents) > 1 else [],
+            against=_against(baseline, documents, windows) if baseline is not None else None,
         )
     )
 
 
-def write_page(documents: Sequence[Document], folders: Sequence[Path], path: Path) -> None:
+def write_page(
+    documents: Sequence[Document],
+    folders: Sequence[Path],
+    path: Path,
+    *,
+    baseline: Document | None = None,
+) -> None:
     """Writes the page whole or not at all. folders: where each document's artifacts lie."""
     bases = [os.path.relpath(folder, path.parent) for folder in folders]
     bases = ["" if base == "." else Path(base).as_posix() for base in bases]
-    atomic_write(path, page(documents, bases=bases))
+    atomic_write(path, page(documents, bases=bases, baseline=baseline))
 
 
 def _window(window: Document, run: Document, base: str, *, number: int) -> dict[str, Any]:
@@ -104,6 +118,16 @@ def _window(window: Document, run: Document, base: str, *, number: int) -> dict[
         "has_steps": bool(window.get("step_times")),
         "has_lanes": any(p["lanes"] for p in (window.get("lanes") or {}).get("steps", ())),
     }
+
+
+def _against(
+    baseline: Document, documents: Sequence[Document], windows: Sequence[Document]
+) -> dict[str, Any]:
+    found = against_baseline(baseline, documents)
+    anchors = {id(window["doc"]): window["anchor"] for window in windows}
+    for pair in found["pairs"]:
+        pair["anchor"] = anchors[id(pair["window"])]
+    return found
 
 
 def _history(windows: Sequence[Document]) -> list[dict[str, Any]]:

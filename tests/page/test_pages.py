@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,26 @@ def hostile_page(folder: Path) -> RunPage:
     document = run([window(build(kernels=kernels, scale=slow("TP1", "moe", 1.4)))])
     document["windows"][0]["reason"] = HOSTILE[1]
     document["windows"][0]["notes"] = list(HOSTILE)
-    write_page([document], [folder], folder / "report.html")
+    earlier = copy.deepcopy(document)
+    earlier["run"]["id"] = HOSTILE[0]
+    write_page([document], [folder], folder / "report.html", baseline=earlier)
     return RunPage(folder / "report.html", document)
 
 
-@pytest.fixture(params=["stand-in", "two GPUs", "real CPU", "hostile"])
+PAGES = {
+    "stand-in": "standin_run",
+    "two GPUs": "gpu_page",
+    "real CPU": "cpu_page",
+    "stand-in and baseline": "standin_pair",
+    "two GPUs and baseline": "gpu_pair",
+}
+
+
+@pytest.fixture(params=[*PAGES, "hostile"])
 def any_page(request: pytest.FixtureRequest, tmp_path: Path) -> RunPage:
     if request.param == "hostile":
         return hostile_page(tmp_path)
-    pages = {"stand-in": "standin_run", "two GPUs": "gpu_page", "real CPU": "cpu_page"}
-    name = pages[request.param]
-    found: RunPage = request.getfixturevalue(name)
+    found: RunPage = request.getfixturevalue(PAGES[request.param])
     return found
 
 
