@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from pytest_sglprof.report.html import write_page
     from pytest_sglprof.report.results import load_results
 
-    files = [_results_file(Path(path)) for path in args.paths]
+    files = [results_file(Path(path)) for path in args.paths]
     documents = [load_results(file) for file in files]
     folders = [file.resolve().parent for file in files]
     if args.step:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def _baseline(path: Path) -> Document:
     from pytest_sglprof.report.results import load_results
 
-    document = load_results(_results_file(path))
+    document = load_results(results_file(path))
     if not document["windows"]:
         raise SglprofError(
             f"--baseline: {path} has no profile window",
@@ -88,7 +88,8 @@ def _baseline(path: Path) -> Document:
     return document
 
 
-def _results_file(path: Path) -> Path:
+def results_file(path: Path) -> Path:
+    """The results of a run, given as that file or as the run's folder."""
     return path / RESULTS if path.is_dir() else path
 
 
