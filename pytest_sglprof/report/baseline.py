@@ -91,7 +91,7 @@ def _run_warnings(baseline: Document, runs: Sequence[Document]) -> list[str]:
 
 
 def _pair(old: Document, new: Document, baseline: Document, run: Document) -> dict[str, Any]:
-    reason = _not_comparable(old, new)
+    reason = not_comparable(old, new)
     stages = () if reason else compare_strata(strata_of(old), strata_of(new))
     loads = [_load(old, baseline), _load(new, run)]
     return {
@@ -110,7 +110,7 @@ def _load(window: Document, run: Document) -> Document | None:
     return next((load for load in run["loads"] if load["id"] == window["load"]), None)
 
 
-def _not_comparable(old: Document, new: Document) -> str:
+def not_comparable(old: Document, new: Document) -> str:
     """Why two windows tell nothing about each other; "" where they may."""
     if old["standin"] != new["standin"]:
         which = "the baseline" if old["standin"] else "this run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -16,6 +17,7 @@ from pytest_sglprof.files import atomic_write
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
 from pytest_sglprof.report import page_data, page_figures
 from pytest_sglprof.report.baseline import against_baseline
+from pytest_sglprof.report.history import history
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ SCRIPTS = (
     "load.js",
     "which.js",
     "lanes.js",
+    "history.js",
     "boot.js",
 )
 STYLES = ("uPlot.min.css", "page.css")
@@ -59,6 +62,7 @@ def page(
         for window in document["windows"]:
             windows.append(_window(window, document, base, number=len(windows)))
     opened = min(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"]), default=None)
+    over_runs = history(documents, windows) if len(documents) > 1 else []
     scripts = [_asset(name) for name in SCRIPTS]
     return (
         _environment()
@@ -73,7 +77,8 @@ def page(
             styles="\n".join(_asset(name) for name in STYLES),
             scripts=scripts,
             policy=_policy(scripts),
-            history=_history(windows) if len(documents) > 1 else [],
+            history=over_runs,
+            history_data=page_data.embedded([one["drawn"] for one in over_runs]),
             against=_against(baseline, documents, windows) if baseline is not None else None,
         )
     )
@@ -130,22 +135,6 @@ def _against(
     return found
 
 
-def _history(windows: Sequence[Document]) -> list[dict[str, Any]]:
-    """Windows of one name and test that stand in more than one of the runs, oldest first."""
-    found: dict[tuple[str, str], list[Document]] = {}
-    for window in windows:
-        found.setdefault((window["doc"]["nodeid"], window["doc"]["name"]), []).append(window)
-    return [
-        {"nodeid": key[0], "name": key[1], "windows": sorted(same, key=_opened)}
-        for key, same in found.items()
-        if len({window["run"]["run"]["id"] for window in same}) > 1
-    ]
-
-
-def _opened(window: Document) -> str:
-    return str(window["doc"]["opened"])
-
-
 def _worst(documents: Sequence[Document]) -> str | None:
     words = {document["summary"]["verdict"] for document in documents}
     return next((word for word in _SEVERITY if word in words), None)
@@ -156,6 +145,12 @@ def _policy(scripts: Sequence[str]) -> str:
     hashes = (hashlib.sha256(script.encode()).digest() for script in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
+
+
+def _moment(text: str | None) -> str:
+    """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
+    return f"{found[1]} {found[2]} UTC" if found else text or ""
 
 
 def _column(text: str) -> str:
@@ -185,6 +180,7 @@ def _environment() -> Environment:
         "percent": percent,
         "ratio": ratio,
         "column": _column,
+        "moment": _moment,
     }
     environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
     return environment

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from pytest_sglprof.cli.main import main
 
 from .browser import Browser
 from .conftest import PLANTED, PairPage
@@ -199,3 +203,35 @@ def test_reports_without_steps_are_compared_call_by_call(
     text = browser.js("return document.querySelector('#baseline').innerText")
     assert "the time of a call is compared, whatever batch it was for" in text
     assert overview(browser)[0][1] == "Whole window"
+
+
+def test_history_draws_a_point_for_each_run(browser: Browser, standin_pair: PairPage) -> None:
+    page = standin_pair.path.with_name("history.html")
+    command = ["report", *map(str, standin_pair.folders), "-o", str(page)]
+    assert main(command) == 0
+    browser.open(page)
+    browser.draw_all()
+    titles = browser.js(
+        "return [...document.querySelector('#history [data-part]').querySelectorAll('.figure')]"
+        ".map((f) => [f.querySelector('p').textContent, f.querySelectorAll('canvas').length])"
+    )
+    assert [title.split(";")[0] for title, _ in titles] == [
+        "Compute of equal work / first run",
+        "Slowdown of compute, slowest rank",
+        "TTFT, mean, ms",
+        "TPOT, mean, ms",
+        "Output tokens/s",
+    ]
+    assert {canvases for _, canvases in titles} == {1}
+    box = browser.driver.find_element(By.CSS_SELECTOR, "#history .chart")
+    browser.js("arguments[0].scrollIntoView({block: 'center'})", box)
+    box.send_keys(Keys.ARROW_RIGHT)
+    told = browser.js("return document.querySelector('#history .readout').textContent")
+    assert told.startswith(f"2: {standin_pair.results['run']['id']} · ")
+    shown = browser.js(
+        "return [...document.querySelectorAll('#history table.runs')][0].tBodies[0].rows[1]"
+        ".cells[9].textContent"
+    )
+    assert f"first run (decode) {float(shown):.3f}" in told
+    assert float(shown) > 1.08
+    assert browser.console() == []

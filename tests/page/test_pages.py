@@ -185,10 +185,10 @@ def test_runs_side_by_side(browser: Browser, gpu_page: RunPage) -> None:
         "return [...document.querySelectorAll('#history tbody tr')].map("
         "(r) => [...r.cells].map((c) => c.textContent.trim()))"
     )
-    assert [row[0] for row in rows] == ["before", "after"]
+    assert [row[:2] for row in rows] == [["1", "before"], ["2", "after"]]
     for row, document in zip(rows, gpu_page.results["windows"], strict=True):
         finding = next(f for f in document["findings"] if f["scope"] == "compute")
-        assert row[4] == f"{finding['slowdown']:.3f}"
+        assert row[5] == f"{finding['slowdown']:.3f}"
     assert "tells no steps" in browser.js("return document.body.innerText")
 
 

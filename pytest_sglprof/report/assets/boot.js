@@ -2,15 +2,16 @@
 "use strict";
 (() => {
   const drawn = new WeakSet();
+  const holder = (place) => place.closest(".window, #history"); // whose data it draws
 
   function drawNow(place, data) {
     if (drawn.has(place)) return;
     drawn.add(place);
-    sglprof.parts[place.dataset.part](place, place.closest(".window"), data);
+    sglprof.parts[place.dataset.part](place, holder(place), data);
   }
 
   async function draw(place) {
-    drawNow(place, await sglprof.load(place.closest(".window")));
+    drawNow(place, await sglprof.load(holder(place)));
   }
 
   /* Scripts stand before the data, and charts come after the first picture of the tables: the
@@ -71,7 +72,7 @@
     document.documentElement.dataset.theme = "light";
     // Printing does not wait: what is unpacked by now is drawn, and all is soon after opening.
     for (const place of document.querySelectorAll("[data-part]")) {
-      const data = sglprof.data(place.closest(".window"));
+      const data = sglprof.data(holder(place));
       if (data) drawNow(place, data);
     }
     sglprof.redraw();
@@ -84,7 +85,7 @@
   });
   sglprof.draw = draw;
   sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {
-    for (const window of document.querySelectorAll(".window")) await sglprof.load(window);
+    for (const window of document.querySelectorAll(".window, #history")) await sglprof.load(window);
     done(true);
   }, { timeout: 2000 })));
   document.documentElement.dataset.ready = "true";

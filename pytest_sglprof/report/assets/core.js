@@ -61,6 +61,7 @@ const sglprof = (() => {
   function resize() {
     for (const chart of charts) {
       const place = chart.root.closest(".chart").parentElement;
+      if (chart.root.closest(".small-multiples")) continue;
       if (place.clientWidth) chart.setSize({ width: room(place), height: chart.height });
     }
   }
