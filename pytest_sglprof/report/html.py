@@ -38,6 +38,7 @@ SCRIPTS = (
 )
 STYLES = ("uPlot.min.css", "page.css")
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+NONE = "–"  # where there is no figure
 FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
 _SEVERITY = ("fail", "inconclusive", "pass")
 
@@ -70,6 +71,7 @@ def page(
         .render(
             runs=runs,
             windows=windows,
+            by_severity=sorted(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"])),
             opened=opened["anchor"] if opened else "",
             verdict=_worst(documents),
             standin=any(document["summary"]["standin"] for document in documents),
@@ -147,6 +149,14 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 
+def _percent(share: float | None) -> str:
+    return NONE if share is None else percent(share)
+
+
+def _ratio(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else ratio(value, digits)
+
+
 def _moment(text: str | None) -> str:
     """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
     found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
@@ -177,8 +187,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "ms": milliseconds,
         "duration": duration,
-        "percent": percent,
-        "ratio": ratio,
+        "percent": _percent,
+        "ratio": _ratio,
         "column": _column,
         "moment": _moment,
     }

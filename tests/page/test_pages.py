@@ -101,6 +101,20 @@ def test_it_is_silent_readable_and_asks_for_nothing(
     assert browser.axe() == []
 
 
+def test_a_phone_shows_it_without_scrolling_aside(browser: Browser, any_page: RunPage) -> None:
+    with browser.screen(390, 844):
+        browser.open(any_page.path)
+        browser.draw_all()
+        browser.js("document.querySelector('button.opens')?.click()")
+        wide = browser.js(
+            "return [...document.body.querySelectorAll('*')].filter((e) => e.checkVisibility()"
+            " && !e.closest('.scroll, .log') && e.getBoundingClientRect().right > 391)"
+            ".map((e) => e.outerHTML.slice(0, 100))"
+        )
+        assert wide == []
+        assert browser.js("return document.documentElement.scrollWidth") == 390
+
+
 def test_hostile_names_are_text(browser: Browser, tmp_path: Path) -> None:
     page = hostile_page(tmp_path)
     source = page.path.read_text()
@@ -175,7 +189,10 @@ def test_it_prints_with_everything_open_and_in_light_colours(
     assert browser.js("return document.querySelectorAll('.window:not([open])').length") == 0
     assert browser.js("return document.querySelectorAll('[data-part]:empty').length") == 0
     assert browser.js("return document.documentElement.dataset.theme") == "light"
+    widths = "return [...document.querySelectorAll('.uplot')].map((u) => u.clientWidth)"
+    assert max(browser.js(widths)) <= 980  # a sheet across
     browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert max(browser.js(widths)) > 980
     assert browser.js("return document.querySelectorAll('.window[open]').length") == 1
 
 

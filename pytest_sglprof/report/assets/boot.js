@@ -61,13 +61,14 @@
   let resizing;
   addEventListener("resize", () => {
     clearTimeout(resizing);
-    resizing = setTimeout(sglprof.resize, 150);
+    resizing = setTimeout(() => sglprof.resize(), 150);
   });
+  const PRINTED = 980; // px that a sheet of A4 or Letter across has
   let folded = [];
   let theme;
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details.window:not([open])")];
-    folded.forEach((window) => { window.open = true; });
+    folded = [...document.querySelectorAll("details:not([open])")];
+    folded.forEach((one) => { one.open = true; });
     theme = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
     // Printing does not wait: what is unpacked by now is drawn, and all is soon after opening.
@@ -76,12 +77,14 @@
       if (data) drawNow(place, data);
     }
     sglprof.redraw();
+    sglprof.resize(PRINTED);
   });
   addEventListener("afterprint", () => {
-    folded.forEach((window) => { window.open = false; });
+    folded.forEach((one) => { one.open = false; });
     if (theme) document.documentElement.dataset.theme = theme;
     else delete document.documentElement.dataset.theme;
     sglprof.redraw();
+    sglprof.resize();
   });
   sglprof.draw = draw;
   sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {

@@ -10,7 +10,8 @@ sglprof.parts.history = (place, _window, data) => {
   const readout = element("p", { class: "readout", "aria-live": "polite", text: "Point at a run, or move with the arrow keys. ● pass, ✗ fail, ? inconclusive" });
   const box = element("div", { class: "chart small-multiples", tabindex: 0, role: "img", "aria-label": `Figures of ${runs.length} runs; the table below has them all. Left and right move.` });
   place.append(readout, box);
-  const width = Math.min(420, Math.max(280, Math.floor((sglprof.room(place) - 12) / 3) - 12));
+  const room = sglprof.room(place);
+  const width = Math.floor(room / (room >= 900 ? 3 : room >= 620 ? 2 : 1)) - 12;
   const key = `history-${place.dataset.index}`;
   const mine = [];
   let at = 0;
@@ -64,6 +65,7 @@ sglprof.parts.history = (place, _window, data) => {
       hooks: { draw: [(u) => paint(u, chart)], setCursor: [(u) => { if (u.cursor.idx != null) tell(u.cursor.idx); }] },
     };
     const u = new uPlot(options, [x, ...chart.series.map((one) => one.values)], cell);
+    u.whole = width;
     mine.push(u);
     charts.add(u);
   }
