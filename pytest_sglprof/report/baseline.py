@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from pytest_sglprof.report.strata import strata_of
 Document = Mapping[str, Any]
 
 SHOWN_KERNELS = 20  # of a stage, those that change compute most
+# What is recorded besides kernels slows a server down, each in its own way.
+RECORDED = ("with_stack", "record_shapes", "activities", "detailed_annotations")
 MIN_CHANGE = 0.0005  # of a figure; smaller ones have no bar
 
 
@@ -137,6 +140,10 @@ def _warnings(old: Document, new: Document) -> Iterator[str]:
     if old["verdict"] != "pass":
         word = "failed" if old["verdict"] == "fail" else "was inconclusive"
         yield f"The baseline's window {word}: {old['reason']}"
+    for name in RECORDED:
+        before, now = (json.dumps(window["spec"].get(name)) for window in (old, new))
+        if before != now:
+            yield f"Recorded with {name} {before} before and {now} now: that costs time of its own"
     for which, window in (("The baseline's window", old), ("This window", new)):
         if window["state"] != "complete":
             yield f"{which} is {window['state']}: {window['state_reason']}"

@@ -148,6 +148,13 @@ def test_a_baseline_that_did_not_pass_is_warned_of() -> None:
     assert "Few steps are compared: 5 before, 50 now" in pair["stages"][0]["cautions"]
 
 
+def test_windows_that_record_other_things_are_warned_of() -> None:
+    with_stacks = copy.deepcopy(BEFORE)
+    with_stacks["windows"][0]["spec"]["with_stack"] = True
+    pair = only_pair(with_stacks, document(window(build())))
+    assert any("with_stack true before and false now" in text for text in pair["warnings"])
+
+
 def test_runs_that_are_no_baseline_of_this_one_are_warned_of() -> None:
     found = against_baseline(BEFORE, [changed()])
     assert found["warnings"] == ["before is the baseline itself."]
