@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pytest_sglprof.analysis.cells import GroupCells, Ints, Mask
+from pytest_sglprof.analysis.cells import GroupCells
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -22,7 +22,11 @@ MIN_KERNELS = 20
 # Strata x kernels of a window: 64 replicas of 32 strata keep 29 kernels each.
 MAX_CELLS = 60_000
 UNKNOWN = -1
+_ROWS = 1_000_000  # of the table at once
 _DECODE = "decode"
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, order=True)
@@ -88,47 +92,72 @@ def _group(table: KernelTable, cells: GroupCells, room: int) -> GroupStrata:
     sizes = Counter(works)
     found = sorted(sizes, key=lambda work: (-sizes[work], work))
     shown = found[:MAX_STRATA]
-    place = {work: at for at, work in enumerate(found)}
-    of_step = np.array([place[work] for work in works], dtype=np.int64)
+    sums, calls = _sums(table, cells, [found.index(work) for work in works], len(found))
+    ranks = len(cells.group.ranks)
     steps = np.array([sizes[work] for work in found], dtype=np.int64)
-    sums = np.zeros((len(found), len(cells.kernels)), np.int64)
-    if len(of_step):
-        np.add.at(sums, (of_step[cells.step], cells.kernel), cells.ns)
-    means = sums / np.maximum(1, steps[:, None] * len(cells.group.ranks))
-    order = np.argsort(-sums.sum(axis=0), kind="stable")[:room]
-    scopes = {name: cells.select(name) for name in cells.categories}
-    compute = cells.select("compute")
+    means = sums / np.maximum(1, steps[:, None] * ranks)
+    totals = sums.sum(axis=0)
+    order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
+    names = dict.fromkeys(category for category, _ in cells.kernels)
+    scopes = {name: cells.select(name) for name in names}
     return GroupStrata(
         group=cells.group.label,
         ranks=cells.group.ranks,
         steps=Counter(cells.steps.stages) if cells.has_steps else None,
         assigned_share=cells.assigned_share,
-        kernels=tuple(cells.kernels[k] for k in order),
+        kernels=tuple(cells.kernels[k] for k in order[:room]),
         strata=tuple(
-            _stratum(work, int(steps[at]), means[at], order, scopes, compute)
+            Stratum(
+                work=work,
+                steps=int(steps[at]),
+                compute_ns=float(means[at][cells.select("compute")].sum()),
+                categories={name: float(means[at][mask].sum()) for name, mask in scopes.items()},
+                kernels=tuple(float(ns) for ns in means[at][order[:room]]),
+            )
             for at, work in enumerate(shown)
         ),
         left_out_strata=len(found) - len(shown),
-        left_out_kernels=len(cells.kernels) - len(order),
-        calls=() if cells.has_steps else _calls(table, cells, order),
+        left_out_kernels=max(0, len(order) - room),
+        calls=() if cells.has_steps else tuple(float(calls[0, k]) / ranks for k in order[:room]),
     )
 
 
-def _stratum(
-    work: Work,
-    steps: int,
-    means: npt.NDArray[np.float64],
-    order: npt.NDArray[np.int64],
-    scopes: Mapping[str, Mask],
-    compute: Mask,
-) -> Stratum:
-    return Stratum(
-        work=work,
-        steps=steps,
-        compute_ns=float(means[compute].sum()),
-        categories={name: float(means[mask].sum()) for name, mask in scopes.items()},
-        kernels=tuple(float(ns) for ns in means[order]),
-    )
+def _sums(
+    table: KernelTable, cells: GroupCells, of_step: Sequence[int], count: int
+) -> tuple[Floats, Floats]:
+    """Kernel time, ns, and calls of all ranks by stratum and kernel, shape (count, kernels).
+
+    of_step: the stratum of each compared step. Whole numbers below 2**53, so exact.
+    """
+    frame, width = table.frame, len(cells.kernels)
+    words = {key: [str(w) for w in frame[key].cat.categories] for key in ("category", "name")}
+    place = {kernel: at for at, kernel in enumerate(cells.kernels)}
+    kernel = np.array(
+        [[place.get((category, name), UNKNOWN) for name in words["name"]]
+         for category in words["category"]]
+    ).reshape(len(words["category"]), len(words["name"]))  # fmt: skip
+    member = frame["rank"].cat.categories.isin(list(cells.group.ranks))
+    numbers = np.array(cells.steps.numbers, np.int64)
+    stratum = np.array(of_step, np.int64)
+    sums = np.zeros((2, count * width))
+    for at in range(0, len(frame), _ROWS):
+        part = frame.iloc[at : at + _ROWS]
+        step = part["step"].to_numpy(np.int64)
+        own = _of_steps(numbers, stratum, step) if cells.has_steps else np.zeros(len(part), int)
+        which = kernel[part["category"].cat.codes, part["name"].cat.codes]
+        mine = (own >= 0) & (which >= 0) & member[part["rank"].cat.codes]
+        keys = own[mine] * width + which[mine]
+        sums[0] += np.bincount(keys, part["dur_ns"].to_numpy()[mine], count * width)
+        sums[1] += np.bincount(keys, minlength=count * width)
+    return sums[0].reshape(count, width), sums[1].reshape(count, width)
+
+
+def _of_steps(numbers: Ints, stratum: Ints, step: Ints) -> Ints:
+    """The stratum of each step; -1 of those that are not among the ascending numbers."""
+    if not len(numbers):
+        return np.full(len(step), UNKNOWN, np.int64)
+    at = np.minimum(np.searchsorted(numbers, step), len(numbers) - 1)
+    return np.where(numbers[at] == step, stratum[at], UNKNOWN)
 
 
 def _works(table: KernelTable, cells: GroupCells) -> list[Work]:
@@ -172,13 +201,3 @@ def _works(table: KernelTable, cells: GroupCells) -> list[Work]:
 def _bucket(tokens: int) -> int:
     """floor(log2(tokens)), of 0 and 1 the same; -1 where they are unknown."""
     return UNKNOWN if tokens < 0 else max(1, tokens).bit_length() - 1
-
-
-def _calls(
-    table: KernelTable, cells: GroupCells, order: npt.NDArray[np.int64]
-) -> tuple[float, ...]:
-    counts = table.by("rank", "category", "name")
-    mine = counts[counts["rank"].isin(list(cells.group.ranks))]
-    by_kernel = mine.groupby(["category", "name"], observed=True)["count"].sum().to_dict()
-    ranks = len(cells.group.ranks)
-    return tuple(int(by_kernel.get(cells.kernels[k], 0)) / ranks for k in order)

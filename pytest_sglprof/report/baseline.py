@@ -156,8 +156,9 @@ def _stage(stage: StageChange) -> dict[str, Any]:
     rest = [c for c in stage.kernels if c not in shown]
     slower = (c for c in listed if not _outside(c) and (c.share or 0.0) > 0)
     most = max(slower, key=lambda c: c.share or 0.0, default=None)
+    whole = "Whole window" if stage.unit == "call" else "All ranks"
     return {
-        "title": " ".join(part for part in (stage.group, stage.stage) if part) or "Whole window",
+        "title": " ".join(part for part in (stage.group, stage.stage) if part) or whole,
         "unit": stage.unit,
         "reason": stage.reason,
         "matched": [percent(stage.matched_before), percent(stage.matched_now)],

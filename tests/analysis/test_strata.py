@@ -90,6 +90,16 @@ def test_prefills_of_other_lengths_are_other_work() -> None:
     assert [(one.work.token_bucket, one.steps) for one in group.strata] == [(9, 2), (12, 1)]
 
 
+def test_numbers_of_steps_may_be_large_and_have_gaps() -> None:
+    """Draft models count their steps beyond every other number."""
+    numbers = (5, 7, 2**40 + 5)
+    steps = [("TP0", Step(n, "decode", 0, 1, batch_size=n % 2 + 1)) for n in numbers]
+    durations = (*zip(numbers, (100, 300, 500), strict=True), (6, 9_000), (-1, 9_000))
+    rows = [("TP0", "k", "gemm", "decode", n, 7, n * 1000, ns) for n, ns in durations]
+    (group,) = found(KernelTable.from_rows(rows, steps=steps))
+    assert [(one.steps, one.kernels) for one in group.strata] == [(3, (300.0,))]
+
+
 def test_a_planted_kernel_is_found_whatever_the_mix_of_batches() -> None:
     """Sums say the run got faster, and every step of equal work got slower in one kernel."""
     before, old = window([4, 8] * 10 + [32] * 20)
