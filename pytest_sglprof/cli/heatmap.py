@@ -1,4 +1,4 @@
-"""`sglprof heatmap results.json -o heat.svg`: rank × category as a picture."""
+"""`sglprof heatmap results.json -o heat.png`: rank × category as a picture."""
 
 from __future__ import annotations
 
@@ -14,30 +14,39 @@ def add_parser(subparsers: Any) -> None:
     """Registers the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "heatmap",
-        help="rank × category of a window as an SVG picture",
+        help="rank × category of a window as a picture, PNG or SVG",
         description="Kernel time of each rank and category over the mean of its work group, "
         "as numbers and shades. Of several windows the worst is drawn.",
     )
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="a results.json")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="a name that ends in .svg"
+        "results", type=Path, metavar="RESULTS", help="a results.json, or the folder of a run"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a name that ends in .svg or .png (PNG needs the extra png)",
     )
     parser.add_argument("--window", default="", metavar="ID", help="draw this window")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the picture; 0."""
+    from pytest_sglprof.cli.report import results_file
     from pytest_sglprof.files import atomic_write
     from pytest_sglprof.report.heat_map import heat_map_svg, worst_window
+    from pytest_sglprof.report.heat_map_png import heat_map_png
     from pytest_sglprof.report.results import load_results
 
-    if args.output.suffix != ".svg":
+    kind = args.output.suffix.lower()
+    if kind not in (".svg", ".png"):
         raise SettingsError(
-            f"-o {args.output}: pictures are written as SVG only",
-            expected="a name that ends in .svg",
-            hint="a browser, Inkscape or rsvg-convert turns an SVG into a PNG",
+            f"-o {args.output}: pictures are written as SVG or PNG",
+            expected="a name that ends in .svg or .png",
         )
-    document = load_results(args.results)
+    document = load_results(results_file(args.results))
     windows = document["windows"]
     if args.window:
         windows = [window for window in windows if window["id"] == args.window]
@@ -50,6 +59,6 @@ def run(args: argparse.Namespace) -> int:
             expected=f"a window with findings; its windows: {known}",
             hint="look at the reasons in results.json",
         )
-    atomic_write(args.output, heat_map_svg(window))
+    atomic_write(args.output, heat_map_png(window) if kind == ".png" else heat_map_svg(window))
     sys.stdout.write(f"{args.output}\n")
     return 0

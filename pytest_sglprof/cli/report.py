@@ -38,6 +38,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where the page is written (default: report.html beside the first results.json)",
     )
     parser.add_argument(
+        "--baseline",
+        metavar="PATH",
+        help="the results.json (or the folder) of an earlier run: what got slower since, kernel by "
+        "kernel, in steps of equal work",
+    )
+    parser.add_argument(
         "--step",
         type=int,
         action="append",
@@ -57,18 +63,33 @@ def run(args: argparse.Namespace) -> int:
     from pytest_sglprof.report.html import write_page
     from pytest_sglprof.report.results import load_results
 
-    files = [_results_file(Path(path)) for path in args.paths]
+    files = [results_file(Path(path)) for path in args.paths]
     documents = [load_results(file) for file in files]
     folders = [file.resolve().parent for file in files]
     if args.step:
         _redraw(documents, folders, args.window, args.step, args.nsys)
+    baseline = _baseline(Path(args.baseline)) if args.baseline else None
     output = Path(args.output) if args.output else files[0].parent / PAGE
-    write_page(documents, folders, output.resolve())
+    write_page(documents, folders, output.resolve(), baseline=baseline)
     sys.stdout.write(f"{output}\n")
     return 0
 
 
-def _results_file(path: Path) -> Path:
+def _baseline(path: Path) -> Document:
+    from pytest_sglprof.report.results import load_results
+
+    document = load_results(results_file(path))
+    if not document["windows"]:
+        raise SglprofError(
+            f"--baseline: {path} has no profile window",
+            expected="the results of a run that recorded windows",
+            hint="the runs that have some stand under .sglprof",
+        )
+    return document
+
+
+def results_file(path: Path) -> Path:
+    """The results of a run, given as that file or as the run's folder."""
     return path / RESULTS if path.is_dir() else path
 
 

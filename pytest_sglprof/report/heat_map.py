@@ -1,4 +1,4 @@
-"""The heat map of a window, rank × category, as SVG: for a chat, a comment, a report.
+"""The heat map of a window, rank × category, and as SVG: for a chat, a comment, a report.
 
 A cell is the rank's kernel time in the category over the mean of its work group, written
 as a number; the shade only repeats it, darker for slower, so that the picture is read
@@ -13,8 +13,11 @@ from typing import Any
 
 Document = Mapping[str, Any]
 
-LIGHTEST, DARKEST = 0.95, 1.25  # over the mean; balanced ranks are light, slow ones dark
+LIGHTEST, DARKEST = 1.0, 1.25  # over the mean: what is not slow has no shade
 MAX_TEXT = 120
+CELL_WIDTH, CELL_HEIGHT, MIN_WIDTH = 112, 34, 480  # of the pictures
+LEGEND = "kernel time over the mean of the work group; darker is slower; ▶ slowest in compute"
+NOBODY = "No rank could be compared."
 _DARK, _LIGHT = (0x4A, 0x1D, 0x06), (0xFF, 0xF4, 0xE8)
 # Black ink above this luminance, white below: both then have a contrast of 4.58 or more.
 _INK_LUMINANCE = 0.179
@@ -63,19 +66,38 @@ def heat_map_svg(window: Document) -> str:
     """A whole SVG document. All names are escaped; it refers to nothing outside."""
     import jinja2
 
-    from pytest_sglprof.report.terminal import window_title
-    from pytest_sglprof.report.text_table import shorten
-
     drawn = heat_map(window)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pytest_sglprof.report"), autoescape=True
     )
+    title, verdict = captions(window)
     return environment.get_template("heat_map.svg").render(
         map=drawn,
-        title=_printable(shorten(f"{window['nodeid']} {window_title(window)}", MAX_TEXT)),
-        verdict=_printable(shorten(f"{window['verdict']}: {window['reason']}", MAX_TEXT)),
-        label_width=_label_width([rank for rank, _, _ in drawn.rows]),
+        title=title,
+        verdict=verdict,
+        label_width=label_width([rank for rank, _, _ in drawn.rows]),
+        cell_text=cell_text,
+        cell_w=CELL_WIDTH,
+        cell_h=CELL_HEIGHT,
+        min_width=MIN_WIDTH,
+        legend=LEGEND,
+        nobody=NOBODY,
     )
+
+
+def captions(window: Document, limit: int = MAX_TEXT) -> tuple[str, str]:
+    """What the window is, and its verdict and reason; short, without control characters."""
+    from pytest_sglprof.report.terminal import window_title
+    from pytest_sglprof.report.text_table import shorten
+
+    title = shorten(f"{window['nodeid']} {window_title(window)}", limit)
+    verdict = shorten(f"{window['verdict']}: {window['reason']}", limit)
+    return _printable(title), _printable(verdict)
+
+
+def cell_text(cell: Cell) -> str:
+    """`1.33×`; `–` without any time."""
+    return "–" if cell.ratio is None else f"{cell.ratio:.2f}×"
 
 
 def worst_window(windows: Sequence[Document]) -> Document | None:
@@ -102,7 +124,8 @@ def _luminance(colour: Sequence[int]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _label_width(labels: Sequence[str]) -> int:
+def label_width(labels: Sequence[str]) -> int:
+    """Room for the longest rank label, in units of the pictures."""
     return 40 + 8 * max((len(label) for label in labels), default=0)
 
 

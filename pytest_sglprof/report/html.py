@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -15,6 +16,8 @@ from urllib.parse import quote
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
 from pytest_sglprof.report import page_data, page_figures
+from pytest_sglprof.report.baseline import against_baseline
+from pytest_sglprof.report.history import history
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
 
 if TYPE_CHECKING:
@@ -30,19 +33,27 @@ SCRIPTS = (
     "load.js",
     "which.js",
     "lanes.js",
+    "history.js",
     "boot.js",
 )
 STYLES = ("uPlot.min.css", "page.css")
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+NONE = "–"  # where there is no figure
 FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
 _SEVERITY = ("fail", "inconclusive", "pass")
 
 
-def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
+def page(
+    documents: Sequence[Document],
+    *,
+    bases: Sequence[str] = (),
+    baseline: Document | None = None,
+) -> str:
     """The page as text. documents: results of runs, as `load_results` returns them.
 
     bases: for each document the folder of its artifacts, relative to the page ("" for the
-    same folder). The window that is worst is opened, the others are folded.
+    same folder). The window that is worst is opened, the others are folded. baseline: results
+    of a run that the windows of all others are compared with.
     """
     places = list(bases) or [""] * len(documents)
     runs: list[dict[str, Any]] = []
@@ -52,6 +63,7 @@ def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
         for window in document["windows"]:
             windows.append(_window(window, document, base, number=len(windows)))
     opened = min(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"]), default=None)
+    over_runs = history(documents, windows) if len(documents) > 1 else []
     scripts = [_asset(name) for name in SCRIPTS]
     return (
         _environment()
@@ -59,6 +71,7 @@ def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
         .render(
             runs=runs,
             windows=windows,
+            by_severity=sorted(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"])),
             opened=opened["anchor"] if opened else "",
             verdict=_worst(documents),
             standin=any(document["summary"]["standin"] for document in documents),
@@ -66,16 +79,24 @@ def page(documents: Sequence[Document], *, bases: Sequence[str] = ()) -> str:
             styles="\n".join(_asset(name) for name in STYLES),
             scripts=scripts,
             policy=_policy(scripts),
-            history=_history(windows) if len(documents) > 1 else [],
+            history=over_runs,
+            history_data=page_data.embedded([one["drawn"] for one in over_runs]),
+            against=_against(baseline, documents, windows) if baseline is not None else None,
         )
     )
 
 
-def write_page(documents: Sequence[Document], folders: Sequence[Path], path: Path) -> None:
+def write_page(
+    documents: Sequence[Document],
+    folders: Sequence[Path],
+    path: Path,
+    *,
+    baseline: Document | None = None,
+) -> None:
     """Writes the page whole or not at all. folders: where each document's artifacts lie."""
     bases = [os.path.relpath(folder, path.parent) for folder in folders]
     bases = ["" if base == "." else Path(base).as_posix() for base in bases]
-    atomic_write(path, page(documents, bases=bases))
+    atomic_write(path, page(documents, bases=bases, baseline=baseline))
 
 
 def _window(window: Document, run: Document, base: str, *, number: int) -> dict[str, Any]:
@@ -106,20 +127,14 @@ def _window(window: Document, run: Document, base: str, *, number: int) -> dict[
     }
 
 
-def _history(windows: Sequence[Document]) -> list[dict[str, Any]]:
-    """Windows of one name and test that stand in more than one of the runs, oldest first."""
-    found: dict[tuple[str, str], list[Document]] = {}
-    for window in windows:
-        found.setdefault((window["doc"]["nodeid"], window["doc"]["name"]), []).append(window)
-    return [
-        {"nodeid": key[0], "name": key[1], "windows": sorted(same, key=_opened)}
-        for key, same in found.items()
-        if len({window["run"]["run"]["id"] for window in same}) > 1
-    ]
-
-
-def _opened(window: Document) -> str:
-    return str(window["doc"]["opened"])
+def _against(
+    baseline: Document, documents: Sequence[Document], windows: Sequence[Document]
+) -> dict[str, Any]:
+    found = against_baseline(baseline, documents)
+    anchors = {id(window["doc"]): window["anchor"] for window in windows}
+    for pair in found["pairs"]:
+        pair["anchor"] = anchors[id(pair["window"])]
+    return found
 
 
 def _worst(documents: Sequence[Document]) -> str | None:
@@ -132,6 +147,20 @@ def _policy(scripts: Sequence[str]) -> str:
     hashes = (hashlib.sha256(script.encode()).digest() for script in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else percent(share)
+
+
+def _ratio(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else ratio(value, digits)
+
+
+def _moment(text: str | None) -> str:
+    """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
+    return f"{found[1]} {found[2]} UTC" if found else text or ""
 
 
 def _column(text: str) -> str:
@@ -158,9 +187,10 @@ def _environment() -> Environment:
     environment.filters |= {
         "ms": milliseconds,
         "duration": duration,
-        "percent": percent,
-        "ratio": ratio,
+        "percent": _percent,
+        "ratio": _ratio,
         "column": _column,
+        "moment": _moment,
     }
     environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
     return environment

@@ -153,7 +153,8 @@ def _arrival_waits(window: Document, ranks: Sequence[str]) -> dict[str, int]:
         figure["rank"]: figure["wait_ns"]
         for group in window.get("stragglers") or ()
         for figure in group.get("ranks") or ()
-        if figure.get("wait_ns") is not None
+        # Without a matched collective nothing was measured: its zeros are no waits.
+        if figure.get("wait_ns") is not None and group.get("collectives") != 0
     }
     return {rank: found[rank] for rank in ranks} if set(ranks) <= set(found) else {}
 
@@ -227,9 +228,9 @@ def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any
         "cells": [
             {"text": row["category"], "of": ""},
             {"text": milliseconds(row["lost_ns"]), "of": "n"},
-            {"text": percent(row["lost_ns"] / lost if lost and not outside else None), "of": "n"},
+            {"text": percent(row["lost_ns"] / lost) if lost and not outside else "–", "of": "n"},
             {"text": slowest or "–", "of": ""},
-            {"text": ratio(slowdown), "of": f"n s{level}"},
+            {"text": "–" if slowdown is None else ratio(slowdown), "of": f"n s{level}"},
             {"text": milliseconds(sum(totals) / len(totals)), "of": "n"},
             {"text": f"{round(sum(row['count']) / len(ranks)):,}", "of": "n"},
         ],

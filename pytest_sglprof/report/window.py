@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof.analysis.straggler import stragglers
+from pytest_sglprof.analysis.strata import strata
 from pytest_sglprof.analysis.triggers import describe_trigger
 from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.gate.judge import Judgement, Verdict
@@ -21,6 +22,7 @@ from pytest_sglprof.report.plain import plain, unix_ns, utc
 from pytest_sglprof.report.series import step_times
 from pytest_sglprof.report.spread import kernel_spread
 from pytest_sglprof.report.stragglers import straggler_document
+from pytest_sglprof.report.strata import strata_document
 from pytest_sglprof.values import WindowCapture
 
 if TYPE_CHECKING:
@@ -211,6 +213,7 @@ def _measured(
             "step_times": [],
             "kernels": [],
             "lanes": None,
+            "strata": [],
         }
     cells, waited = groups or measure(table), waits(table)
     findings = [
@@ -234,6 +237,7 @@ def _measured(
         "table": _rows(table),
         "step_times": step_times(table, cells, waited),
         "kernels": kernel_spread(table, cells),
+        "strata": strata_document(strata(table, cells)),
         "lanes": lanes(table, cells, onset_ns=unix_ns(onset["time"]) if onset else None),
     }
 

@@ -37,6 +37,16 @@ class Browser:
         assert self.js("return document.documentElement.dataset.ready") == "true"
         return self
 
+    @contextmanager
+    def screen(self, width: int, height: int) -> Iterator[None]:
+        """Meanwhile a screen of this size, px."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
     def js(self, script: str, *args: Any) -> Any:
         return self.driver.execute_script(script, *args)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pytest_sglprof import read_window
+from pytest_sglprof.cli.main import main
 from pytest_sglprof.report.html import write_page
 from tests.plugin.project import Project
 from tests.report.windows import run, window
@@ -49,6 +50,38 @@ def test_too_short(load):
 @pytest.mark.profile_window(num_steps=40)
 def test_slow(load):
     load(500)
+"""
+
+
+# Two runs of the same tests; in the later one MoE kernels take longer, on all ranks alike. Long
+# prompts keep the length of the KV cache within one bucket, whenever the windows open.
+PAIR_CONFIG = """
+[server]
+kind = "standin"
+args = ["--tp", "2"]
+standin_args = ["--step-ms", "4"{more}]
+
+[[threshold]]
+limit = 1.10
+"""
+PLANTED = 1.3
+SLOWER = ", ".join(f'"--slow", "rank={rank},category=moe,factor={PLANTED}"' for rank in (0, 1))
+PAIR_TESTS = """
+def drive(bench_serving, requests):
+    bench_serving(num_prompts=requests, max_concurrency=requests, random_input_len=1100,
+                  random_output_len=600, random_range_ratio=1.0, warm_up=False)
+
+@pytest.mark.profile_window(num_steps=40)
+def test_decode(bench_serving):
+    drive(bench_serving, 4)
+
+@pytest.mark.profile_window("other work", num_steps=40)
+def test_mix(bench_serving):
+    drive(bench_serving, {requests})
+
+@pytest.mark.profile_window("{name}", num_steps=10)
+def test_short(bench_serving):
+    drive(bench_serving, 2)
 """
 
 
@@ -111,3 +144,43 @@ def cpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
     document = run([window(table, window_id=name) for name, table in tables.items()])
     write_page([document], [folder], folder / "report.html")
     return RunPage(folder / "report.html", document)
+
+
+@dataclass(frozen=True)
+class PairPage(RunPage):
+    """The page of a run against a baseline. folders: of the runs, before and now."""
+
+    before: dict[str, Any]
+    folders: tuple[Path, Path]
+
+
+@pytest.fixture(scope="session")
+def standin_pair(tmp_path_factory: pytest.TempPathFactory) -> PairPage:
+    """Two runs on the stand-in, the later one with slower MoE kernels."""
+    runs = []
+    for more, requests, name in (("", 8, "renamed before"), (f", {SLOWER}", 3, "renamed now")):
+        project = Project(
+            tmp_path_factory.mktemp("pair"),
+            PAIR_TESTS.replace("{requests}", str(requests)).replace("{name}", name),
+            PAIR_CONFIG.replace("{more}", more),
+        )
+        runs.append(project.run("--sglprof-keep=all", "--sglprof-allow-inconclusive"))
+    before, now = (run.run_folder for run in runs)
+    page = now / "against.html"
+    command = ["report", str(now), "--baseline", str(before), "-o", str(page)]
+    assert main(command) == 0
+    return PairPage(page, runs[1].results, runs[0].results, (before, now))
+
+
+@pytest.fixture(scope="session")
+def gpu_pair(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PairPage:
+    """One nsys report of two GPUs against another one; they tell no steps."""
+    folder = tmp_path_factory.mktemp("gpu-pair")
+    documents = []
+    for word in ("before", "after"):
+        document = run([window(read_window(shared_data / "nsys" / f"mfu_2gpu_{word}.sqlite"))])
+        document["run"]["id"] = word
+        documents.append(json.loads(json.dumps(document)))
+    page = folder / "report.html"
+    write_page([documents[1]], [folder], page, baseline=documents[0])
+    return PairPage(page, documents[1], documents[0], (folder, folder))

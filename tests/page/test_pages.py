@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,26 @@ def hostile_page(folder: Path) -> RunPage:
     document = run([window(build(kernels=kernels, scale=slow("TP1", "moe", 1.4)))])
     document["windows"][0]["reason"] = HOSTILE[1]
     document["windows"][0]["notes"] = list(HOSTILE)
-    write_page([document], [folder], folder / "report.html")
+    earlier = copy.deepcopy(document)
+    earlier["run"]["id"] = HOSTILE[0]
+    write_page([document], [folder], folder / "report.html", baseline=earlier)
     return RunPage(folder / "report.html", document)
 
 
-@pytest.fixture(params=["stand-in", "two GPUs", "real CPU", "hostile"])
+PAGES = {
+    "stand-in": "standin_run",
+    "two GPUs": "gpu_page",
+    "real CPU": "cpu_page",
+    "stand-in and baseline": "standin_pair",
+    "two GPUs and baseline": "gpu_pair",
+}
+
+
+@pytest.fixture(params=[*PAGES, "hostile"])
 def any_page(request: pytest.FixtureRequest, tmp_path: Path) -> RunPage:
     if request.param == "hostile":
         return hostile_page(tmp_path)
-    pages = {"stand-in": "standin_run", "two GPUs": "gpu_page", "real CPU": "cpu_page"}
-    name = pages[request.param]
-    found: RunPage = request.getfixturevalue(name)
+    found: RunPage = request.getfixturevalue(PAGES[request.param])
     return found
 
 
@@ -89,6 +99,20 @@ def test_it_is_silent_readable_and_asks_for_nothing(
     assert browser.console() == []
     assert browser.requests() == []
     assert browser.axe() == []
+
+
+def test_a_phone_shows_it_without_scrolling_aside(browser: Browser, any_page: RunPage) -> None:
+    with browser.screen(390, 844):
+        browser.open(any_page.path)
+        browser.draw_all()
+        browser.js("document.querySelector('button.opens')?.click()")
+        wide = browser.js(
+            "return [...document.body.querySelectorAll('*')].filter((e) => e.checkVisibility()"
+            " && !e.closest('.scroll, .log') && e.getBoundingClientRect().right > 391)"
+            ".map((e) => e.outerHTML.slice(0, 100))"
+        )
+        assert wide == []
+        assert browser.js("return document.documentElement.scrollWidth") == 390
 
 
 def test_hostile_names_are_text(browser: Browser, tmp_path: Path) -> None:
@@ -165,7 +189,10 @@ def test_it_prints_with_everything_open_and_in_light_colours(
     assert browser.js("return document.querySelectorAll('.window:not([open])').length") == 0
     assert browser.js("return document.querySelectorAll('[data-part]:empty').length") == 0
     assert browser.js("return document.documentElement.dataset.theme") == "light"
+    widths = "return [...document.querySelectorAll('.uplot')].map((u) => u.clientWidth)"
+    assert max(browser.js(widths)) <= 980  # a sheet across
     browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert max(browser.js(widths)) > 980
     assert browser.js("return document.querySelectorAll('.window[open]').length") == 1
 
 
@@ -175,10 +202,10 @@ def test_runs_side_by_side(browser: Browser, gpu_page: RunPage) -> None:
         "return [...document.querySelectorAll('#history tbody tr')].map("
         "(r) => [...r.cells].map((c) => c.textContent.trim()))"
     )
-    assert [row[0] for row in rows] == ["before", "after"]
+    assert [row[:2] for row in rows] == [["1", "before"], ["2", "after"]]
     for row, document in zip(rows, gpu_page.results["windows"], strict=True):
         finding = next(f for f in document["findings"] if f["scope"] == "compute")
-        assert row[4] == f"{finding['slowdown']:.3f}"
+        assert row[5] == f"{finding['slowdown']:.3f}"
     assert "tells no steps" in browser.js("return document.body.innerText")
 
 

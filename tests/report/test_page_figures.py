@@ -60,8 +60,8 @@ def test_nobody_is_slowest_in_communication() -> None:
     rows = kernel_rows(window(build(scale=scale))["kernels"][0])
     assert rows[0]["name"] == "all_reduce"
     texts = [cell["text"] for cell in rows[0]["cells"]]
-    assert texts == ["communication", "7.50", "-", "–", "-", "15.0", "50"]
-    assert {row["cells"][2]["text"] for row in rows} == {"-"}
+    assert texts == ["communication", "7.50", "–", "–", "–", "15.0", "50"]
+    assert {row["cells"][2]["text"] for row in rows} == {"–"}
 
 
 def test_a_row_of_the_kernel_table() -> None:

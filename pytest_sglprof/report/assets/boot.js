@@ -2,15 +2,16 @@
 "use strict";
 (() => {
   const drawn = new WeakSet();
+  const holder = (place) => place.closest(".window, #history"); // whose data it draws
 
   function drawNow(place, data) {
     if (drawn.has(place)) return;
     drawn.add(place);
-    sglprof.parts[place.dataset.part](place, place.closest(".window"), data);
+    sglprof.parts[place.dataset.part](place, holder(place), data);
   }
 
   async function draw(place) {
-    drawNow(place, await sglprof.load(place.closest(".window")));
+    drawNow(place, await sglprof.load(holder(place)));
   }
 
   /* Scripts stand before the data, and charts come after the first picture of the tables: the
@@ -60,31 +61,34 @@
   let resizing;
   addEventListener("resize", () => {
     clearTimeout(resizing);
-    resizing = setTimeout(sglprof.resize, 150);
+    resizing = setTimeout(() => sglprof.resize(), 150);
   });
+  const PRINTED = 980; // px that a sheet of A4 or Letter across has
   let folded = [];
   let theme;
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details.window:not([open])")];
-    folded.forEach((window) => { window.open = true; });
+    folded = [...document.querySelectorAll("details:not([open])")];
+    folded.forEach((one) => { one.open = true; });
     theme = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
     // Printing does not wait: what is unpacked by now is drawn, and all is soon after opening.
     for (const place of document.querySelectorAll("[data-part]")) {
-      const data = sglprof.data(place.closest(".window"));
+      const data = sglprof.data(holder(place));
       if (data) drawNow(place, data);
     }
     sglprof.redraw();
+    sglprof.resize(PRINTED);
   });
   addEventListener("afterprint", () => {
-    folded.forEach((window) => { window.open = false; });
+    folded.forEach((one) => { one.open = false; });
     if (theme) document.documentElement.dataset.theme = theme;
     else delete document.documentElement.dataset.theme;
     sglprof.redraw();
+    sglprof.resize();
   });
   sglprof.draw = draw;
   sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {
-    for (const window of document.querySelectorAll(".window")) await sglprof.load(window);
+    for (const window of document.querySelectorAll(".window, #history")) await sglprof.load(window);
     done(true);
   }, { timeout: 2000 })));
   document.documentElement.dataset.ready = "true";

@@ -58,10 +58,12 @@ const sglprof = (() => {
     return Math.max(320, Math.floor(place.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight)));
   }
 
-  function resize() {
+  /* Charts as wide as their places, at most `widest` px. */
+  function resize(widest = Infinity) {
     for (const chart of charts) {
       const place = chart.root.closest(".chart").parentElement;
-      if (place.clientWidth) chart.setSize({ width: room(place), height: chart.height });
+      const few = chart.root.closest(".small-multiples"); // keep their width, side by side
+      if (place.clientWidth) chart.setSize({ width: few ? Math.min(chart.whole, widest / 3 - 12) : Math.min(widest, room(place)), height: chart.height });
     }
   }
 

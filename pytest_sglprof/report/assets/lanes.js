@@ -298,7 +298,7 @@
     });
     place.append(
       element("div", { class: "bar" }, buttons),
-      sglprof.quiet(`Same kernel, same colour. Hatched: a rank waits in a collective; the red line joins the arrivals of all ranks.${leftOut ? ` ${leftOut} more steps did not fit.` : ""} Drag or +/− to zoom. Any other step: sglprof report results.json --step N --window ${data.id}`),
+      sglprof.quiet(`Same kernel, same colour. Hatched: a rank waits in a collective; the red line joins the arrivals of all ranks.${leftOut ? ` ${leftOut} more steps did not fit.` : ""} Drag or +/− to zoom.${shown.some((picture) => picture.step !== null) ? ` Any other step: sglprof report results.json --step N --window ${data.id}` : ""}`),
       body,
     );
     // The canvas needs its place in the document to know its width.

@@ -19,7 +19,12 @@ sglprof.parts.when = (place, window, data) => {
       }
     }
     const known = (values) => values.map((value) => (value < 0 ? null : value));
-    const milliseconds = (u, splits) => splits.map((value) => sglprof.three(value / 1e6));
+    // As many digits as it takes to tell one tick from the next.
+    const milliseconds = (u, splits) => {
+      const gap = Math.abs((splits[1] ?? 0) - (splits[0] ?? 0)) / 1e6;
+      const digits = gap > 0 ? Math.min(6, Math.max(0, Math.ceil(-Math.log10(gap) - 1e-9))) : 3;
+      return splits.map((value) => (value / 1e6).toFixed(digits + (gap * 10 ** digits % 1 > 1e-6 ? 1 : 0)));
+    };
     const lines = [{ height: 110, label: "ms a step", values: milliseconds, series: [{ values: longest, colour: "fail" }, { values: mean, colour: "muted", dash: [4, 3] }] }];
     const batch = known(series.batch_size);
     if (batch.some((value) => value !== null)) lines.push({ height: 64, label: "batch", values: (u, splits) => splits.map((v) => (Number.isInteger(v) ? v : "")), series: [{ values: batch, colour: "accent", stepped: true }] });

@@ -1,0 +1,279 @@
+"""What the page shows of runs against a baseline: one run against one run, never a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pytest_sglprof.analysis.segments import NOT_COMPUTE
+from pytest_sglprof.analysis.strata import UNKNOWN, Work
+from pytest_sglprof.analysis.stratum_change import (
+    Change,
+    StageChange,
+    StratumChange,
+    compare_strata,
+)
+from pytest_sglprof.gate.wording import duration, percent, ratio
+from pytest_sglprof.report.environment import environment, load_figures, load_options
+from pytest_sglprof.report.page_figures import MAX_NAME
+from pytest_sglprof.report.strata import strata_of
+
+Document = Mapping[str, Any]
+
+SHOWN_KERNELS = 20  # of a stage, those that change compute most
+# What is recorded besides kernels slows a server down, each in its own way.
+RECORDED = ("with_stack", "record_shapes", "activities", "detailed_annotations")
+MIN_CHANGE = 0.0005  # of a figure; smaller ones have no bar
+
+
+def against_baseline(baseline: Document, runs: Sequence[Document]) -> dict[str, Any]:
+    """The part "Against the baseline" of a page of `runs`, ready to be placed.
+
+    environment: versions, GPUs and commands of all runs beside each other. pairs: for each run
+    its windows with the baseline's of the same test and name: `reason` why they are not
+    compared, `warnings`, `stages`, `load`. unpaired: windows that stand in one run only.
+    """
+    old = paired_by(baseline)
+    pairs, unpaired = [], []
+    for run in runs:
+        new = paired_by(run)
+        for key, window in new.items():
+            if key in old:
+                pairs.append(_pair(old[key], window, baseline, run))
+            else:
+                unpaired.append((window, f"only in {run['run']['id']}"))
+        unpaired += [(w, "only in the baseline") for key, w in old.items() if key not in new]
+    return {
+        "run": baseline["run"],
+        "warnings": _run_warnings(baseline, runs),
+        "environment": environment([baseline, *runs]),
+        "pairs": pairs,
+        "unpaired": [
+            {"nodeid": window["nodeid"], "name": window["name"], "where": where}
+            for window, where in unpaired
+        ],
+    }
+
+
+def paired_by(run: Document) -> dict[tuple[str, str, int], Document]:
+    """The windows of a run that are compared with those of other runs.
+
+    By test, name, and how many windows of that name the test had before. Of attempts the last
+    one, of windows that were opened again the last one, of repeats the typical one.
+    """
+    last = {test["nodeid"]: max(a["number"] for a in test["attempts"]) for test in run["tests"]}
+    windows = run["windows"]
+    replaced = {window["retry_of"] for window in windows}
+    found: dict[tuple[str, str, int], Document] = {}
+    for window in windows:
+        repeats = window["repeats"]
+        if (
+            window["attempt"] != last.get(window["nodeid"], window["attempt"])
+            or window["id"] in replaced
+            or (repeats is not None and repeats["typical"] != window["id"])
+        ):
+            continue
+        test, name = window["nodeid"], window["name"]
+        earlier = sum(key[:2] == (test, name) for key in found)
+        found[test, name, earlier] = window
+    return found
+
+
+def _run_warnings(baseline: Document, runs: Sequence[Document]) -> list[str]:
+    found = []
+    if baseline["summary"]["standin"]:
+        found.append("The baseline has stand-in windows: they say nothing about SGLang.")
+    for run in runs:
+        name = run["run"]["id"]
+        if name == baseline["run"]["id"]:
+            found.append(f"{name} is the baseline itself.")
+        elif (run["run"]["started"] or "") < (baseline["run"]["started"] or ""):
+            found.append(f"{name} is older than the baseline.")
+    return found
+
+
+def _pair(old: Document, new: Document, baseline: Document, run: Document) -> dict[str, Any]:
+    reason = not_comparable(old, new)
+    stages = () if reason else compare_strata(strata_of(old), strata_of(new))
+    loads = [_load(old, baseline), _load(new, run)]
+    return {
+        "window": new,
+        "run": run["run"]["id"],
+        "nodeid": new["nodeid"],
+        "name": new["name"],
+        "reason": reason,
+        "warnings": [*_warnings(old, new), *load_options(*loads)],
+        "stages": [_stage(stage) for stage in stages],
+        "load": load_figures(*loads),
+    }
+
+
+def _load(window: Document, run: Document) -> Document | None:
+    return next((load for load in run["loads"] if load["id"] == window["load"]), None)
+
+
+def not_comparable(old: Document, new: Document) -> str:
+    """Why two windows tell nothing about each other; "" where they may."""
+    if old["standin"] != new["standin"]:
+        which = "the baseline" if old["standin"] else "this run"
+        return f"{which} ran on the stand-in, whose times say nothing about SGLang"
+    if old["backend"] != new["backend"]:
+        return f"recorded by {old['backend']} before and by {new['backend']} now"
+    for which, window in (("the baseline's window", old), ("this window", new)):
+        if window["source"] is None:
+            return f"{which} has no kernels: {window['state_reason'] or window['reason']}"
+        if window["partial"]:
+            return f"{which} was read from a truncated trace"
+        hot = [gpu["rank"] for gpu in window["gpus"] if gpu["throttled"]]
+        if hot:
+            return f"{which} ran on throttled GPUs: {', '.join(hot)}"
+        if not window.get("strata"):
+            return f"{which} is of a version of pytest-sglprof that did not sort steps by work"
+    if old["source"] != new["source"]:
+        return f"times of {old['source']} before and of {new['source']} now"
+    return ""
+
+
+def _warnings(old: Document, new: Document) -> Iterator[str]:
+    """What makes the baseline's window a doubtful one to compare with."""
+    if old["verdict"] != "pass":
+        word = "failed" if old["verdict"] == "fail" else "was inconclusive"
+        yield f"The baseline's window {word}: {old['reason']}"
+    for name in RECORDED:
+        before, now = (json.dumps(window["spec"].get(name)) for window in (old, new))
+        if before != now:
+            yield f"Recorded with {name} {before} before and {now} now: that costs time of its own"
+    for which, window in (("The baseline's window", old), ("This window", new)):
+        if window["state"] != "complete":
+            yield f"{which} is {window['state']}: {window['state_reason']}"
+
+
+def _stage(stage: StageChange) -> dict[str, Any]:
+    listed = [c for c in stage.kernels if abs(c.share or 0.0) >= MIN_CHANGE][:SHOWN_KERNELS]
+    only = [c for c in stage.kernels if _is_one_sided(c) and c not in listed][:SHOWN_KERNELS]
+    shown = [*listed, *only]
+    rest = [c for c in stage.kernels if c not in shown]
+    slower = (c for c in listed if not _outside(c) and (c.share or 0.0) > 0)
+    most = max(slower, key=lambda c: c.share or 0.0, default=None)
+    whole = "Whole window" if stage.unit == "call" else "All ranks"
+    return {
+        "title": " ".join(part for part in (stage.group, stage.stage) if part) or whole,
+        "unit": stage.unit,
+        "reason": stage.reason,
+        "matched": [percent(stage.matched_before), percent(stage.matched_now)],
+        "cautions": list(stage.cautions),
+        "compute": None if stage.compute is None else _row(stage.compute, 0.0),
+        "most": None if most is None else _row(most, 0.0),
+        "strata": _strata(stage.strata),
+        "categories": _rows(stage.categories),
+        "kernels": _rows(shown),
+        "others": _others(rest),
+    }
+
+
+def _others(rest: Sequence[Change]) -> str:
+    if not rest:
+        return ""
+    most = max(abs(change.share or 0.0) for change in rest)
+    limit = "less than 0.05 %" if most < MIN_CHANGE else f"at most {percent_of(most)}"
+    subject = "1 more kernel differs" if len(rest) == 1 else f"{len(rest)} more kernels differ"
+    return f"{subject} by {limit} of compute"
+
+
+def _is_one_sided(change: Change) -> bool:
+    """Whether one run surely does not have it."""
+    return 0.0 in (change.before_ns, change.now_ns)
+
+
+def _outside(change: Change) -> bool:
+    return change.category in NOT_COMPUTE
+
+
+def _rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
+    widest = max((abs(change.share or 0.0) for change in changes), default=0.0)
+    return [_row(change, widest) for change in changes]
+
+
+def _row(change: Change, widest: float) -> dict[str, Any]:
+    """bar: -1 to 1, of the longest bar of the table; slower is to the right."""
+    share = change.share or 0.0
+    word = ""
+    if _is_one_sided(change):
+        word = "new" if change.before_ns == 0.0 else "gone"
+    elif change.before_ns is None or change.now_ns is None:
+        word = "not listed " + ("before" if change.before_ns is None else "now")
+    return {
+        "name": change.name if len(change.name) <= MAX_NAME else f"{change.name[: MAX_NAME - 1]}…",
+        "full": change.name,
+        "category": change.category,
+        "outside": _outside(change),
+        "before": _time(change.before_ns),
+        "now": _time(change.now_ns),
+        "ratio": word or ratio(change.ratio, 3),
+        "difference": signed(change.difference_ns),
+        "share": percent_of(change.share, sign=True),
+        "bar": share / widest if widest and abs(share) >= MIN_CHANGE else 0.0,
+        "direction": "" if abs(share) < MIN_CHANGE else "slower" if share > 0 else "faster",
+    }
+
+
+def _strata(strata: Sequence[StratumChange]) -> list[dict[str, Any]]:
+    ratios = {
+        at: one.now_ns / one.before_ns
+        for at, one in enumerate(strata)
+        if one.now_ns is not None and one.before_ns
+    }
+    widest = max((abs(value - 1) for value in ratios.values()), default=0.0)
+    return [
+        {
+            "work": work_words(one.work),
+            "before_steps": one.before_steps,
+            "now_steps": one.now_steps,
+            "before": _time(one.before_ns),
+            "now": _time(one.now_ns),
+            "ratio": ratio(ratios[at], 3) if at in ratios else "no match",
+            "bar": (ratios[at] - 1) / widest
+            if at in ratios and abs(ratios[at] - 1) >= MIN_CHANGE
+            else 0.0,
+        }
+        for at, one in enumerate(strata)
+    ]
+
+
+def work_words(work: Work) -> str:
+    """`decode, batch 8, KV cache 1,024 to 2,047 tokens a request`."""
+    stage = work.stage or "unknown"
+    if work.substage and work.substage.lower() not in (stage, "extend"):
+        stage += f" ({work.substage.lower().replace('_', ' ')})"
+    parts = [stage, f"batch {work.batch}" if work.batch != UNKNOWN else "batch unknown"]
+    if work.token_bucket != UNKNOWN:
+        parts.append(f"{_span(work.token_bucket)} new tokens")
+    if work.kv_bucket != UNKNOWN:
+        parts.append(f"KV cache {_span(work.kv_bucket)} tokens a request")
+    return ", ".join(parts)
+
+
+def _span(bucket: int) -> str:
+    return f"{2**bucket:,} to {2 ** (bucket + 1) - 1:,}" if bucket else "0 to 1"
+
+
+def _time(ns: float | None) -> str:
+    return "–" if ns is None else duration(ns) if ns else "0"
+
+
+def signed(ns: float | None) -> str:
+    """`+1.20 µs`, `−340 ns`."""
+    if ns is None:
+        return "–"
+    return duration(0) if not ns else f"{'+' if ns > 0 else '−'}{duration(abs(ns))}"
+
+
+def percent_of(share: float | None, *, sign: bool = False) -> str:
+    """A share with one decimal, `+1.2 %`: changes are smaller than whole percents."""
+    if share is None:
+        return "–"
+    text = f"{100 * abs(share):.1f} %"
+    if not sign or text == "0.0 %":
+        return text
+    return f"{'+' if share > 0 else '−'}{text}"
