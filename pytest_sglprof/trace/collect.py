@@ -14,6 +14,7 @@ from typing import Any, cast
 import msgspec
 
 from pytest_sglprof.trace.kineto import (
+    ANNOUNCEMENT,
     CPU_SPAN,
     FLOAT_LIMIT,
     GPU_SPAN,
@@ -22,7 +23,10 @@ from pytest_sglprof.trace.kineto import (
     LAUNCH,
     MEMCPY,
     MEMSET,
+    PROCESS_GROUP,
+    SEQUENCE,
     Annotation,
+    Announced,
     Batch,
     Event,
     FileFacts,
@@ -48,12 +52,26 @@ class _Codes(dict[str, int]):
         return code
 
 
+class _Names(_Codes):
+    """communicates: whether one of the kernels may have a process group."""
+
+    communicates = False
+
+    def __missing__(self, word: str) -> int:
+        self.communicates = self.communicates or "nccl" in word.lower()
+        return super().__missing__(word)
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed."""
+    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
+
+    sequences: the numbers of collectives, which looking for costs as much as the kernels do.
+    """
 
     kinds: frozenset[int] = GPU_KINDS
     partial: bool = False
+    sequences: bool = False
 
 
 class _Numbers(msgspec.Struct, gc=False):
@@ -64,6 +82,8 @@ class _Numbers(msgspec.Struct, gc=False):
     graph_node: Any = msgspec.field(name="graph node id", default=0)
     device: Any = 0
     external: Any = msgspec.field(name="External id", default=-1)
+    group: Any = msgspec.field(name=PROCESS_GROUP, default="")
+    sequence: Any = msgspec.field(name=SEQUENCE, default=-1)
 
 
 _NUMBERS = msgspec.json.Decoder(_Numbers)
@@ -83,6 +103,10 @@ def _new_batch(*, exact: bool) -> Batch:
         graph=array("b"),
         device=array("h"),
         owner=array("h"),
+        call_row=array("i"),
+        call_group=array("i"),
+        call_sequence=array("q"),
+        call_external=array("q"),
     )
 
 
@@ -96,8 +120,9 @@ class Collector:
         self._kinds = {
             name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in wanted.kinds
         }
-        self._names = _Codes()
+        self._names = _Names()
         self._owners = _Codes()
+        self._groups = _Codes()
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
@@ -136,6 +161,7 @@ class Collector:
         args = [e.args for e in events]
         names, kinds = self._names, self._kinds
         batch = self._quick
+        row = len(batch)
         batch.start.fromlist(cast("Any", starts))
         batch.dur.fromlist(cast("Any", [e.dur for e in events]))
         batch.name.fromlist([names[e.name] for e in events])
@@ -145,6 +171,16 @@ class Collector:
         batch.graph.fromlist([a.graph_node != 0 for a in args])
         batch.device.fromlist([a.device for a in args])
         batch.owner.fromlist([self._owners[""]] * len(events))
+        if names.communicates:
+            for at, a in enumerate(args, row):
+                if a.group:
+                    self._add_call(batch, at, a.group, a.sequence, a.external)
+
+    def _add_call(self, batch: Batch, row: int, group: str, sequence: int, external: int) -> None:
+        batch.call_row.append(row)
+        batch.call_group.append(self._groups[group])
+        batch.call_sequence.append(sequence)
+        batch.call_external.append(external)
 
     def _count_unfit(self, category: str, ph: str, dur: float | None) -> None:
         if category not in self._kinds or ph != "X" or (dur is not None and dur >= 0):
@@ -186,6 +222,9 @@ class Collector:
         self, event: FullEvent, kind: int, start: int, dur: int, numbers: _Numbers
     ) -> None:
         batch = self._exact
+        if isinstance(numbers.group, str) and numbers.group:
+            sequence, external = _integer(numbers.sequence, -1), _integer(numbers.external, -1)
+            self._add_call(batch, len(batch), numbers.group, sequence, external)
         batch.start.append(start)
         batch.dur.append(dur)
         batch.name.append(self._names[event.name])
@@ -199,6 +238,12 @@ class Collector:
             self._emit(batch)
             self._exact = _new_batch(exact=True)
 
+    def add_announced(self, event: Announced) -> None:
+        """Adds the number of a collective in its process group."""
+        if event.name == ANNOUNCEMENT and event.args.external >= 0 <= event.args.sequence:
+            key = self._owner(event.pid), event.args.external
+            self.facts.sequences[key] = event.args.sequence
+
     def _owner(self, pid: object) -> int:
         """The code of a merged file's pid (``[TP00-DP01] 83``), else of ""."""
         return self._owners[pid if isinstance(pid, str) and pid.startswith("[") else ""]
@@ -210,6 +255,7 @@ class Collector:
                 self._emit(batch)
         self.facts.names = list(self._names)
         self.facts.owners = list(self._owners) or [""]
+        self.facts.groups = list(self._groups)
         return self.facts
 
 

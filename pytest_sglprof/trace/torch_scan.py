@@ -15,7 +15,14 @@ import msgspec
 
 from pytest_sglprof.trace.collect import Collector
 from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, Window, event_windows
-from pytest_sglprof.trace.kineto import KERNEL, LAUNCH, Event, FullEvent
+from pytest_sglprof.trace.kineto import (
+    ANNOUNCEMENT,
+    KERNEL,
+    LAUNCH,
+    Announced,
+    Event,
+    FullEvent,
+)
 from pytest_sglprof.trace.mend import object_end, read_event
 
 __all__ = ["Unsafe", "scan"]
@@ -43,7 +50,7 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
     """A function that takes every event of interest of a window."""
     kinds = collector.wanted.kinds
     quick: list[bytes] = []
-    full = [b'user_annotation"'] if kinds != {LAUNCH} else []
+    full = [b'user_annotation"'] if KERNEL in kinds else []
     activities = full if by_text or layout.merged else quick
     if KERNEL in kinds:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
@@ -51,6 +58,8 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
     decode_quick = msgspec.json.Decoder(Event).decode
     decode_full = msgspec.json.Decoder(FullEvent).decode
+    announced = [f'"{ANNOUNCEMENT}"'.encode()] if collector.wanted.sequences else []
+    decode_announced = msgspec.json.Decoder(Announced).decode
 
     def take(window: Window) -> None:
         for needle in quick:
@@ -62,6 +71,9 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         for needle in full:
             for failed in _hits(window, needle, decode_full, collector.add_full):
                 collector.add_full(_slowly(layout, window.data, window.end, failed))
+        for needle in announced:
+            for _ in _hits(window, needle, decode_announced, collector.add_announced):
+                pass  # a number that cannot be read is not known
 
     return take
 
