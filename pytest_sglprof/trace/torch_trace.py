@@ -19,7 +19,7 @@ from pytest_sglprof.trace.arrays import Flags, Ints
 from pytest_sglprof.trace.collective_calls import CollectiveCalls, numbered
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.impossible import contains_later, excluded
-from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.inflate import inflated
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
 from pytest_sglprof.trace.kineto import (
     ANNOUNCEMENT,
@@ -42,7 +42,6 @@ SPANS = frozenset({"user_annotation", "gpu_user_annotation"})
 OPERATORS = frozenset({"cpu_op", "operator"})
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
-BOM = b"\xef\xbb\xbf"
 
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -120,18 +119,8 @@ def read_trace(path: Path, *, allow_partial: bool = False) -> list[RankActivitie
 
 
 def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
-    data = bytearray()
-    partial = False
     notes: list[str] = []
-    try:
-        for piece in pieces(path):
-            data += piece
-    except TraceTruncated:
-        if not allow_partial:
-            raise
-        partial = True
-    if data.startswith(BOM):
-        del data[: len(BOM)]
+    data, partial = inflated(path, partial=allow_partial)
     try:
         if not data.isascii():
             data.decode()  # in keys that are not asked for, msgspec takes any bytes
