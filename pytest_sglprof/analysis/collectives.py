@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from pytest_sglprof.trace.collectives import collective_kind, is_symmetric
@@ -16,6 +17,7 @@ from pytest_sglprof.trace.collectives import collective_kind, is_symmetric
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
 
+Ints = npt.NDArray[np.int64]
 COLUMNS = ("rank", "name", "step", "start_ns", "dur_ns", "match")
 
 
@@ -60,20 +62,40 @@ def match(calls: pd.DataFrame, ranks: Sequence[str]) -> pd.DataFrame:
     if len(ranks) < 2 or calls.empty:
         return calls.iloc[:0].assign(match=np.zeros(0, np.int64))
     calls = calls.sort_values("start_ns", kind="stable")
-    place = [calls["step"], calls["name"]]
-    grouped = calls["process_group"].ne("").groupby(place).transform("all")
-    numbered = calls["sequence"].ge(0).groupby(place).transform("all") & grouped
-    group = calls["process_group"].where(grouped, "")
-    number = calls["sequence"].where(numbered, -1)
-    key = pd.MultiIndex.from_arrays([*place, group, number]).factorize()[0]
-    owner = pd.Index(ranks).get_indexer(pd.Index(calls["rank"]))
+    key = _keys(calls)
+    owner = pd.Index(ranks).get_indexer(pd.Index(calls["rank"])).astype(np.int64)
     counts = np.zeros((key.max() + 1, len(ranks)), np.int64)
     np.add.at(counts, (key, owner), 1)
     whole = (counts == counts[:, :1]).all(axis=1)[key]
     calls, key, owner = calls[whole], key[whole], owner[whole]
-    order = calls.groupby([key, owner]).cumcount().to_numpy(np.int64)
-    found = pd.MultiIndex.from_arrays([key, order]).factorize()[0]
-    return calls.assign(match=found.astype(np.int64))
+    order = calls.groupby(_pairs(key, owner)).cumcount().to_numpy(np.int64)
+    return calls.assign(match=_pairs(key, order))
+
+
+def _keys(calls: pd.DataFrame) -> Ints:
+    """What tells calls apart, but for their order: step and name, group and number if known."""
+    steps, names = (pd.factorize(calls[column])[0] for column in ("step", "name"))
+    place = _pairs(steps, names)
+    groups = calls["process_group"].to_numpy(object)
+    known = _everywhere(groups != "", place)
+    if not known.any():
+        return place
+    number = calls["sequence"].to_numpy(np.int64)
+    numbered = known & _everywhere(number >= 0, place)
+    own = _pairs(place, pd.factorize(np.where(known, groups, ""))[0])
+    return _pairs(own, pd.factorize(np.where(numbered, number, -1))[0])
+
+
+def _everywhere(flag: npt.NDArray[np.bool_], place: Ints) -> npt.NDArray[np.bool_]:
+    """Whether `flag` holds for all rows of a row's place."""
+    found: npt.NDArray[np.bool_] = (np.bincount(place, weights=~flag) == 0)[place]
+    return found
+
+
+def _pairs(first: Ints, second: Ints) -> Ints:
+    """Codes (0, 1, ... by appearance) of pairs of codes."""
+    codes: Ints = pd.factorize(first * (int(second.max(initial=0)) + 1) + second)[0]
+    return codes.astype(np.int64)
 
 
 def matched_collectives(table: KernelTable, ranks: Sequence[str]) -> pd.DataFrame:

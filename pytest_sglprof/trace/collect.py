@@ -66,7 +66,7 @@ class _Names(_Codes):
 class Wanted:
     """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
 
-    sequences: the numbers of collectives, which looking for costs as much as the kernels do.
+    sequences: numbers of collectives; a look at a file for these takes a fifth of one for kernels.
     """
 
     kinds: frozenset[int] = GPU_KINDS
