@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,13 +68,13 @@ def match(calls: pd.DataFrame, ranks: Sequence[str]) -> pd.DataFrame:
     np.add.at(counts, (key, owner), 1)
     whole = (counts == counts[:, :1]).all(axis=1)[key]
     calls, key, owner = calls[whole], key[whole], owner[whole]
-    order = calls.groupby(_pairs(key, owner)).cumcount().to_numpy(np.int64)
+    order = np.asarray(calls.groupby(_pairs(key, owner)).cumcount(), np.int64)
     return calls.assign(match=_pairs(key, order))
 
 
 def _keys(calls: pd.DataFrame) -> Ints:
     """What tells calls apart, but for their order: step and name, group and number if known."""
-    steps, names = (pd.factorize(calls[column])[0] for column in ("step", "name"))
+    steps, names = (_codes(calls[column]) for column in ("step", "name"))
     place = _pairs(steps, names)
     groups = calls["process_group"].to_numpy(object)
     known = _everywhere(groups != "", place)
@@ -82,8 +82,8 @@ def _keys(calls: pd.DataFrame) -> Ints:
         return place
     number = calls["sequence"].to_numpy(np.int64)
     numbered = known & _everywhere(number >= 0, place)
-    own = _pairs(place, pd.factorize(np.where(known, groups, ""))[0])
-    return _pairs(own, pd.factorize(np.where(numbered, number, -1))[0])
+    own = _pairs(place, _codes(np.where(known, groups, "")))
+    return _pairs(own, _codes(np.where(numbered, number, -1)))
 
 
 def _everywhere(flag: npt.NDArray[np.bool_], place: Ints) -> npt.NDArray[np.bool_]:
@@ -94,8 +94,13 @@ def _everywhere(flag: npt.NDArray[np.bool_], place: Ints) -> npt.NDArray[np.bool
 
 def _pairs(first: Ints, second: Ints) -> Ints:
     """Codes (0, 1, ... by appearance) of pairs of codes."""
-    codes: Ints = pd.factorize(first * (int(second.max(initial=0)) + 1) + second)[0]
-    return codes.astype(np.int64)
+    return _codes(first * (int(second.max(initial=0)) + 1) + second)
+
+
+def _codes(values: Any) -> Ints:
+    """Codes (0, 1, ... by appearance) of values."""
+    codes: Ints = pd.factorize(values)[0].astype(np.int64)
+    return codes
 
 
 def matched_collectives(table: KernelTable, ranks: Sequence[str]) -> pd.DataFrame:
