@@ -9,7 +9,8 @@ SglprofError                 exit status 2 of the command line
 │   ├── ServerUnreachable    nothing answers at its address
 │   │   └── ServerSilent     it is there, but did not answer in time
 │   ├── ServerRefused        it answered with an HTTP error
-│   └── LeaseError           a port, a GPU or the window of a server is taken
+│   ├── LeaseError           a port, a GPU or the window of a server is taken
+│   └── ClockLockError       the clocks of its GPUs cannot be locked, or given back
 ├── LoadError                the load driver failed, or requests failed
 ├── NsysError                the nsys command or one of its sessions
 │   ├── NsysMissing          no nsys was found
@@ -107,6 +108,10 @@ class ServerRefused(ServerError):
 
 class LeaseError(ServerError):
     """A port, a GPU or the profile window of a server is taken by someone else."""
+
+
+class ClockLockError(ServerError):
+    """The clocks of a server's GPUs cannot be locked, or given back."""
 
 
 class LoadError(SglprofError):

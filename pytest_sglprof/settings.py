@@ -26,7 +26,10 @@ from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
 
 @dataclass(frozen=True)
 class Settings:
-    """What this run does. Sizes in bytes; `origins` tells where each name was set."""
+    """What this run does. Sizes in bytes, lock_clocks in MHz (0: not locked).
+
+    `origins` tells where each name was set.
+    """
 
     output: Path
     keep: Literal["failed", "all", "none"] = "failed"
@@ -47,6 +50,7 @@ class Settings:
     thresholds: tuple[Threshold, ...] = default_thresholds()
     categories: tuple[tuple[str, str], ...] = ()
     step_delimiter: str = ""
+    lock_clocks: int = 0
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,6 +122,8 @@ def build_settings(
     servers = {**servers_from(document, base), **(extra_servers or {})}
     if merged.get("python"):
         servers = {name: replace(s, python=merged["python"]) for name, s in servers.items()}
+    if mhz := merged.get("lock_clocks"):
+        servers = {name: replace(s, lock_clocks=mhz) for name, s in servers.items()}
     return Settings(
         **merged,
         servers=servers,
@@ -134,6 +140,7 @@ _FROM_CONFIG = (
     ("keep", "output", "keep"),
     ("keep_runs", "output", "runs"),
     ("step_delimiter", "trace", "step_delimiter"),
+    ("lock_clocks", "gpu", "lock_clocks"),
     ("min_steps", "gate", "min_steps"),
     ("min_share", "gate", "min_share"),
     ("allow_inconclusive", "gate", "allow_inconclusive"),

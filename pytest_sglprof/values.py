@@ -26,7 +26,8 @@ class ServerSpec:
     api_key_env / admin_api_key_env: names of the environment variables of *this*
     process that hold the server's keys ("" for none).
     nsys: start it under ``nsys profile --start-later``. nsys_args: more options for that.
-    gpus: device indices to lease ("all" visible ones, or a tuple).
+    gpus: device indices to lease ("all" visible ones, or a tuple). lock_clocks: MHz at which
+    their clocks are held while it lives; 0 leaves them alone.
     """
 
     name: str = "default"
@@ -42,6 +43,7 @@ class ServerSpec:
     nsys: bool = False
     nsys_args: tuple[str, ...] = ()
     gpus: Literal["all"] | tuple[int, ...] = "all"
+    lock_clocks: int = 0
     port: int | None = None
     ready_timeout: float = 1800.0
     stop_timeout: float = 60.0

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from pytest_sglprof.analysis.clocks import fit_clocks
+from pytest_sglprof.analysis.collectives import communication, match
 from pytest_sglprof.analysis.groups import SyncGroup, sync_groups
-from pytest_sglprof.trace.collectives import collective_kind, is_symmetric
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -63,19 +63,8 @@ class Waits:
 
 def waits(table: KernelTable) -> tuple[Waits, ...]:
     """The waits of each sync group of a table, in its order."""
-    frame = table.frame
-    rows = frame.loc[frame["category"] == "communication"]
-    columns = ["rank", "name", "full_name", "step", "start_ns", "dur_ns"]
-    rows = rows[columns].astype({"rank": object, "name": object, "full_name": object})
-    names = [str(name) for name in rows["full_name"].unique()]
-    rows["kind"] = rows["full_name"].map({name: collective_kind(name) for name in names})
-    rows["symmetric"] = rows["full_name"].map({name: is_symmetric(name) for name in names})
-    rows = rows.astype({"kind": object, "symmetric": bool})
-    if table.source == "cpu_op" and (frame["kind"] == "collective").any():
-        # The server's own operators wrap the annotations: one meeting would count twice.
-        rows = rows[(frame.loc[rows.index, "kind"] == "collective").to_numpy(bool)]
-    has_steps = bool((frame["step"] >= 0).any())
-    return tuple(_group_waits(group, rows, has_steps) for group in sync_groups(table.ranks))
+    rows = communication(table)
+    return tuple(_group_waits(group, rows) for group in sync_groups(table.ranks))
 
 
 def by_step(found: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints | None:
@@ -91,16 +80,15 @@ def by_step(found: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints 
     return rounded
 
 
-def _group_waits(group: SyncGroup, rows: pd.DataFrame, has_steps: bool) -> Waits:
+def _group_waits(group: SyncGroup, rows: pd.DataFrame) -> Waits:
     mine = rows[rows["rank"].isin(group.ranks)]
     kinds = {str(kind): int(number) for kind, number in mine["kind"].value_counts().items()}
-    symmetric = mine[mine["symmetric"]]
-    if has_steps:
-        symmetric = symmetric[symmetric["step"] >= 0]
-    reason = _why_none(group, kinds, len(mine), len(symmetric))
+    meeting = int(mine["waits"].sum())
+    reason = _why_none(group, kinds, len(mine), meeting)
     if reason:
         return _nothing(group, kinds, 0, reason)
-    step, start, dur, unmatched = _matched(symmetric, group.ranks)
+    step, start, dur = _matched(mine, group.ranks)
+    unmatched = meeting - start.size
     if not len(step):
         reason = "no collective is on every rank as often in the same step"
         return _nothing(group, kinds, unmatched, reason)
@@ -136,31 +124,18 @@ def _why_none(group: SyncGroup, kinds: dict[str, int], every: int, symmetric: in
     return f"only {' and '.join(sorted(kinds))} communication: its waiting blames nobody"
 
 
-def _matched(rows: pd.DataFrame, ranks: Sequence[str]) -> tuple[Ints, Ints, Ints, int]:
-    """step, start and dur of each instance in order of time, and how many were left out.
-
-    The nth of a name in a step on one rank is the nth of it on the others, where all have
-    as many.
-    """
-    ordered = rows.sort_values(["rank", "start_ns"], kind="stable")
-    order = ordered.groupby(["rank", "step", "name"], sort=False).cumcount()
-    keyed = ordered.assign(order=order)
-    counts = keyed.groupby(["step", "name", "rank"], sort=False).size().unstack("rank")
-    counts = counts.reindex(columns=list(ranks)).fillna(0)
-    same = counts.index[counts.nunique(axis=1) == 1]
-    kept = keyed[pd.MultiIndex.from_frame(keyed[["step", "name"]]).isin(same)]
-    wide = kept.pivot(
-        index=["step", "name", "order"], columns="rank", values=["start_ns", "dur_ns"]
-    )
-    if wide.empty:
-        none = np.zeros((0, len(ranks)), np.int64)
-        return np.zeros(0, np.int64), none, none, len(keyed)
-    start = wide["start_ns"][list(ranks)].to_numpy(np.int64)
-    dur = wide["dur_ns"][list(ranks)].to_numpy(np.int64)
-    step = wide.index.get_level_values("step").to_numpy(np.int64)
+def _matched(rows: pd.DataFrame, ranks: Sequence[str]) -> tuple[Ints, Ints, Ints]:
+    """step, start and dur of each instance in order of time."""
+    matched = match(rows, ranks)
+    owner = pd.Index(ranks).get_indexer(pd.Index(matched["rank"]))
+    matched = matched.iloc[np.lexsort((owner, matched["match"]))]
+    shape = (-1, len(ranks))
+    step = matched["step"].to_numpy(np.int64).reshape(shape)[:, 0]
+    start = matched["start_ns"].to_numpy(np.int64).reshape(shape)
+    dur = matched["dur_ns"].to_numpy(np.int64).reshape(shape)
     # By the ends on one clock: a rank's own order is that of all.
     at = np.argsort(start[:, 0] + dur[:, 0], kind="stable")
-    return step[at], start[at], dur[at], len(keyed) - len(kept)
+    return step[at], start[at], dur[at]
 
 
 def _waits_of(

@@ -104,6 +104,7 @@ def _from_rows(keys: Sequence[str], args: argparse.Namespace) -> _Answer:
         allow_partial=args.allow_partial,
         step_delimiter=args.step_delimiter,
         patterns=_own_categories(args.config),
+        sequences=False,
     )
     records = kernel_records(table, keys, uncategorised=args.uncategorised)
     return records, _notes(table.notes, bool(len(table.frame)), args)

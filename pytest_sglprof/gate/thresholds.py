@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.patterns import compiled
 from pytest_sglprof.values import METRICS, Metric, Threshold
 
 DEFAULT_SLOWDOWN = 1.10
@@ -86,14 +87,12 @@ def check_limit(metric: Metric, limit: object, origin: str, where: str) -> float
 
 def check_kernel(expression: str, origin: str, where: str) -> str:
     """`expression` if it compiles; SettingsError otherwise."""
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise SettingsError(
-            f"{origin}: {where}: {expression!r} is no regular expression: {error}",
-            expected="a Python regular expression over normalised kernel names",
-            hint="`sglprof kernels PATH` lists the names",
-        ) from error
+    compiled(
+        expression,
+        f"{origin}: {where}: {expression!r}",
+        expected="a Python regular expression over normalised kernel names",
+        hint="`sglprof kernels PATH` lists the names",
+    )
     return expression
 
 

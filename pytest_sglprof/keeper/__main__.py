@@ -93,6 +93,7 @@ class Keeper:
                 "command": life.words,
                 "session": life.session.name if life.session else "",
                 "tmpdir": str(life.tmpdir),
+                "clocks": dict(life.clocks.held) if life.clocks is not None else {},
             }
         )
         return True

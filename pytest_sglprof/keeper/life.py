@@ -20,6 +20,7 @@ from pytest_sglprof.keeper.gpus import VISIBLE, choose_gpus, visible_gpus
 from pytest_sglprof.keeper.handover import LogPump, hand_over
 from pytest_sglprof.redact import redact_command
 from pytest_sglprof.server import command, lease
+from pytest_sglprof.server.clock_lock import ClockLock, nvml_driver
 from pytest_sglprof.server.plan import Plan
 
 log = logging.getLogger("sglprof.keeper")
@@ -36,7 +37,10 @@ Say = Callable[[str], None]
 
 
 class ServerLife:
-    """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`."""
+    """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`.
+
+    clocks: the lock on its GPUs' clocks, None without.
+    """
 
     def __init__(self, plan: Plan, *, cancelled: Callable[[], bool], progress: Say) -> None:
         self.plan = plan
@@ -51,6 +55,7 @@ class ServerLife:
         self.pump: LogPump | None = None
         self.tmpdir = self.folder / "tmp"
         self.seen: set[int] = set()
+        self.clocks: ClockLock | None = None
         self._leases: list[lease.Lease] = []
         self._link: Path | None = None
         self._injection = ""
@@ -145,6 +150,11 @@ class ServerLife:
                     cancelled=self._cancelled,
                 )
             )
+        if spec.lock_clocks:
+            order = {**os.environ, **dict(spec.env)}.get("CUDA_DEVICE_ORDER")
+            by_bus = order == "PCI_BUS_ID"
+            self.clocks = ClockLock(nvml_driver(), chosen, spec.lock_clocks, by_bus=by_bus)
+            log.info("locked at %d MHz: %s", spec.lock_clocks, ", ".join(self.clocks.held))
         if spec.gpus == "all" or VISIBLE in dict(spec.env):
             return None
         return None if command.option(spec.args, "--base-gpu-id") else chosen

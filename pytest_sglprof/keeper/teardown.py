@@ -36,18 +36,22 @@ def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: fl
     window: the backend of a window that is still open, opened at Unix time `opened`.
     limit: s for closing it.
     """
-    life.remember()
-    if window is not None and life.is_alive():
-        _close_window(life, window, opened, limit)
-    if life.is_alive():
-        log.info("SIGTERM to the server's tree")
+    left: list[str] = []
+    try:
         life.remember()
-        process.terminate_tree([life.pid], min(GRACE, life.plan.spec.stop_timeout))
-    _end_launcher(life)
-    _end_session(life)
-    left = _end_rest(life)
-    left += _check_session(life)
-    left += _check_gpus(life)
+        if window is not None and life.is_alive():
+            _close_window(life, window, opened, limit)
+        if life.is_alive():
+            log.info("SIGTERM to the server's tree")
+            life.remember()
+            process.terminate_tree([life.pid], min(GRACE, life.plan.spec.stop_timeout))
+        _end_launcher(life)
+        _end_session(life)
+        left += _end_rest(life)
+        left += _check_session(life)
+        left += _check_gpus(life)
+    finally:  # whatever went wrong: nothing else gives the clocks back
+        left += _unlock_clocks(life)
     life.free()
     for text in left:
         log.error("left behind: %s", text)
@@ -144,6 +148,14 @@ def _check_gpus(life: ServerLife) -> list[str]:
             return [f"process {pid} on a GPU" for pid in held]
         time.sleep(0.25)
     return []
+
+
+def _unlock_clocks(life: ServerLife) -> list[str]:
+    """While the leases are held: nobody else's server may run on these GPUs yet."""
+    if life.clocks is None:
+        return []
+    log.info("clocks are given back: %s", ", ".join(life.clocks.held))
+    return life.clocks.release()
 
 
 def _reap(life: ServerLife) -> None:

@@ -79,11 +79,12 @@ def server_document(
     ready_s: float | None = None,
     log: str = "",
     left_behind: Sequence[str] = (),
+    locked_clocks: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """One server life. command is redacted here once more; nsys: its version, "" without.
 
     sizes: a dataclass or mapping. log: path relative to the results. ready_s: seconds
-    from the start until it was ready.
+    from the start until it was ready. locked_clocks: UUID of a GPU -> MHz.
     """
     return {
         "key": key,
@@ -100,6 +101,7 @@ def server_document(
         "ready_s": ready_s,
         "log": log,
         "left_behind": list(left_behind),
+        "locked_clocks": [{"uuid": u, "mhz": mhz} for u, mhz in (locked_clocks or {}).items()],
     }
 
 

@@ -10,7 +10,8 @@ One JSON object a line. To the keeper (its stdin):
 From the keeper (its stdout):
 
     {"event": "progress", "text": ...}
-    {"event": "started", "pid", "created", "host", "port", "command", "session"}
+    {"event": "started", "pid", "created", "host", "port", "command", "session",
+     "tmpdir", "clocks"}                 clocks: UUID of a GPU -> MHz that it is locked at
     {"event": "failed", "error", "what", "expected", "hint", "log"}
     {"event": "exited", "status": 1}         the server ended by itself (null: unknown)
     {"event": "stopped", "left": [...]}      last; what the teardown could not remove

@@ -19,6 +19,7 @@ from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server import command, lease
 from pytest_sglprof.server.client import SglangClient, is_local_url
+from pytest_sglprof.server.clock_lock import give_back
 from pytest_sglprof.server.keeper_link import KeeperLink
 from pytest_sglprof.server.log import ServerLog
 from pytest_sglprof.server.plan import Plan
@@ -39,7 +40,8 @@ class Server:
     spec: what it was started from (of an attached one only the name). kind: "sglang" or
     "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
     info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
-    the same folder here), of an attached one. notes: what the user should know.
+    the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
+    clock is held at. notes: what the user should know.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Server:
         pid: int = 0,
         created: float = 0.0,
         tmpdir: Path | None = None,
+        locked_clocks: Mapping[str, int] | None = None,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -81,6 +84,7 @@ class Server:
         self.notes = notes
         self.pid = pid
         self.attached = keeper is None
+        self.locked_clocks = dict(locked_clocks or {})
         self._keeper = keeper
         self._created = created
         self._tmpdir = tmpdir or folder / "tmp"
@@ -152,7 +156,8 @@ class Server:
             self._tmpdir.unlink()
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         lease.sweep()
-        return tuple(f"process {pid}" for pid in left)
+        clocks = give_back(self.locked_clocks)
+        return (*(f"process {pid}" for pid in left), *clocks)
 
 
 def launch(
@@ -213,6 +218,7 @@ def launch(
         pid=int(started["pid"]),
         created=float(started["created"]),
         tmpdir=Path(started["tmpdir"]),
+        locked_clocks=started["clocks"],
     )
 
 

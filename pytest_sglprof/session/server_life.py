@@ -115,4 +115,5 @@ def describe_server(server: Server, root: Path) -> dict[str, Any]:
         standin=server.kind == "standin",
         model=server.spec.model_path or str(server.info.get("model_path", "")),
         log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
+        locked_clocks=server.locked_clocks,
     )

@@ -15,6 +15,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from pytest_sglprof.trace.kineto import (
+    ANNOUNCEMENT,
     CPU_SPAN,
     FLOAT_LIMIT,
     GPU_SPAN,
@@ -23,7 +24,10 @@ from pytest_sglprof.trace.kineto import (
     LAUNCH,
     MEMCPY,
     MEMSET,
+    PROCESS_GROUP,
+    SEQUENCE,
     Annotation,
+    Announced,
     Args,
     Batch,
     Event,
@@ -50,12 +54,26 @@ class _Codes(dict[str, int]):
         return code
 
 
+class _Names(_Codes):
+    """communicates: whether one of the kernels may have a process group."""
+
+    communicates = False
+
+    def __missing__(self, word: str) -> int:
+        self.communicates = self.communicates or "nccl" in word.lower()
+        return super().__missing__(word)
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed."""
+    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
+
+    sequences: numbers of collectives; a look at a file for these takes a fifth of one for kernels.
+    """
 
     kinds: frozenset[int] = GPU_KINDS
     partial: bool = False
+    sequences: bool = False
 
 
 class _Numbers(msgspec.Struct, gc=False):
@@ -66,6 +84,8 @@ class _Numbers(msgspec.Struct, gc=False):
     graph_node: Any = msgspec.field(name="graph node id", default=0)
     device: Any = 0
     external: Any = msgspec.field(name="External id", default=-1)
+    group: Any = msgspec.field(name=PROCESS_GROUP, default="")
+    sequence: Any = msgspec.field(name=SEQUENCE, default=-1)
 
 
 _NUMBERS = msgspec.json.Decoder(_Numbers)
@@ -81,6 +101,18 @@ class _Columns(NamedTuple):
     ts: tuple[Any, ...] = ()  # float
     dur: tuple[Any, ...] = ()  # float
     args: tuple[Args, ...] = ()
+
+
+class _ArgColumns(NamedTuple):
+    """The fields of their arguments, in the order of `Args`."""
+
+    external: tuple[int, ...]
+    device: tuple[int, ...]
+    stream: tuple[int, ...]
+    correlation: tuple[int, ...]
+    graph_node: tuple[int, ...]
+    group: tuple[str, ...]
+    sequence: tuple[int, ...]
 
 
 def _columns(events: Sequence[Event]) -> _Columns:
@@ -100,6 +132,10 @@ def _new_batch(*, exact: bool) -> Batch:
         graph=array("b"),
         device=array("h"),
         owner=array("h"),
+        call_row=array("i"),
+        call_group=array("i"),
+        call_sequence=array("q"),
+        call_external=array("q"),
     )
 
 
@@ -113,8 +149,9 @@ class Collector:
         self._kinds = {
             name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in wanted.kinds
         }
-        self._names = _Codes()
+        self._names = _Names()
         self._owners = _Codes()
+        self._groups = _Codes()
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
@@ -152,17 +189,29 @@ class Collector:
     def _extend_quick(self, columns: _Columns) -> None:
         # Whole columns by fromlist: half the time of extend, and this is the hottest path.
         names, kinds = self._names, self._kinds
-        device, stream, correlation, graph_node = zip(*map(astuple, columns.args), strict=True)
+        args = _ArgColumns(*zip(*map(astuple, columns.args), strict=True))
         batch = self._quick
+        row = len(batch)
         batch.start.fromlist(list(columns.ts))
         batch.dur.fromlist(list(columns.dur))
         batch.name.fromlist([names[name] for name in columns.name])
         batch.kind.fromlist([kinds[category] for category in columns.cat])
-        batch.stream.fromlist(list(stream))
-        batch.correlation.fromlist(list(correlation))
-        batch.graph.fromlist([node != 0 for node in graph_node])
-        batch.device.fromlist(list(device))
+        batch.stream.fromlist(list(args.stream))
+        batch.correlation.fromlist(list(args.correlation))
+        batch.graph.fromlist([node != 0 for node in args.graph_node])
+        batch.device.fromlist(list(args.device))
         batch.owner.fromlist([self._owners[""]] * len(columns.ts))
+        if names.communicates:
+            calls = zip(args.group, args.sequence, args.external, strict=True)
+            for at, (group, sequence, external) in enumerate(calls, row):
+                if group:
+                    self._add_call(batch, at, group, sequence, external)
+
+    def _add_call(self, batch: Batch, row: int, group: str, sequence: int, external: int) -> None:
+        batch.call_row.append(row)
+        batch.call_group.append(self._groups[group])
+        batch.call_sequence.append(sequence)
+        batch.call_external.append(external)
 
     def _count_unfit(self, category: str, ph: str, dur: float | None) -> None:
         if category not in self._kinds or ph != "X" or (dur is not None and dur >= 0):
@@ -204,6 +253,9 @@ class Collector:
         self, event: FullEvent, kind: int, start: int, dur: int, numbers: _Numbers
     ) -> None:
         batch = self._exact
+        if isinstance(numbers.group, str) and numbers.group:
+            sequence, external = _integer(numbers.sequence, -1), _integer(numbers.external, -1)
+            self._add_call(batch, len(batch), numbers.group, sequence, external)
         batch.start.append(start)
         batch.dur.append(dur)
         batch.name.append(self._names[event.name])
@@ -217,6 +269,12 @@ class Collector:
             self._emit(batch)
             self._exact = _new_batch(exact=True)
 
+    def add_announced(self, event: Announced) -> None:
+        """Adds the number of a collective in its process group."""
+        if event.name == ANNOUNCEMENT and event.args.external >= 0 <= event.args.sequence:
+            key = self._owner(event.pid), event.args.external
+            self.facts.sequences[key] = event.args.sequence
+
     def _owner(self, pid: object) -> int:
         """The code of a merged file's pid (``[TP00-DP01] 83``), else of ""."""
         return self._owners[pid if isinstance(pid, str) and pid.startswith("[") else ""]
@@ -228,6 +286,7 @@ class Collector:
                 self._emit(batch)
         self.facts.names = list(self._names)
         self.facts.owners = list(self._owners) or [""]
+        self.facts.groups = list(self._groups)
         return self.facts
 
 

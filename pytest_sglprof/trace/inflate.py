@@ -19,6 +19,7 @@ PIECE = 256 * 1024  # larger pieces fall out of the processor's cache, smaller o
 _READ = 128 * 1024
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_BOM = b"\xef\xbb\xbf"
 _SQLITE = b"SQLite format 3\x00"
 
 Progress = Callable[[int], None]
@@ -84,6 +85,25 @@ def _zstd_inflater(path: Path) -> _Inflater:
         ) from None
     inflater: _Inflater = zstd.ZstdDecompressor()
     return inflater
+
+
+def inflated(path: Path, *, partial: bool = False) -> tuple[bytearray, bool]:
+    """All plain bytes of `path`, without a byte order mark, and whether its end is missing.
+
+    partial: take what stands before the end of a truncated file. Raises what `pieces` does.
+    """
+    data = bytearray()
+    cut = False
+    try:
+        for piece in pieces(path):
+            data += piece
+    except TraceTruncated:
+        if not partial:
+            raise
+        cut = True
+    if data.startswith(_BOM):
+        del data[: len(_BOM)]
+    return data, cut
 
 
 def pieces(path: Path, *, size: int = PIECE, progress: Progress | None = None) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.patterns import compiled as compiled_pattern
 from pytest_sglprof.trace.kernel_names import normalise
 
 __all__ = ["CATEGORIES", "PATTERNS", "category", "normalise", "words"]
@@ -161,11 +161,4 @@ def _of_key(key: str) -> str:
 
 @lru_cache(maxsize=256)
 def _user_pattern(category: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SettingsError(
-            f"the pattern {pattern!r} of category {category} is no regular expression: {error}",
-            expected="a Python regular expression that is searched in full kernel names",
-            hint="escape what is meant literally, for example \\( and \\[",
-        ) from error
+    return compiled_pattern(pattern, f"the pattern {pattern!r} of category {category}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
 
@@ -30,15 +31,26 @@ KIND_OF_CATEGORY = {
     "Runtime": LAUNCH,
 }
 CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
+# torch.distributed describes a collective in an operator of this name; Kineto copies its
+# process group, not its sequence number, to the kernel that it launched.
+ANNOUNCEMENT = "record_param_comms"
+PROCESS_GROUP, SEQUENCE = "Process Group Name", "Seq"
 
 
 class Args(msgspec.Struct, gc=False, frozen=True):
-    """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
+    """The arguments of a GPU event that the table needs; absent ones are -1, 0 or "".
 
+    group, sequence, external: of kernels that torch.distributed launched; `sequence` is
+    mostly told by the `Announced` operator of the same `external` only.
+    """
+
+    external: int = msgspec.field(name="External id", default=-1)
     device: int = 0
     stream: int = -1
     correlation: int = -1
     graph_node: int = msgspec.field(name="graph node id", default=0)
+    group: str = msgspec.field(name=PROCESS_GROUP, default="")
+    sequence: int = msgspec.field(name=SEQUENCE, default=-1)
 
 
 class Event(msgspec.Struct, gc=False, kw_only=True):
@@ -66,6 +78,22 @@ class FullEvent(msgspec.Struct, gc=False):
     tid: int | str | float | None = None
 
 
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class _AnnouncedArgs(msgspec.Struct, gc=False):
+    external: _Int64 = msgspec.field(name="External id", default=-1)
+    sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
+
+
+class Announced(msgspec.Struct, gc=False):
+    """The operator that describes a collective to the profiler."""
+
+    name: str
+    args: _AnnouncedArgs
+    pid: int | str | float | None = None
+
+
 class Annotation(msgspec.Struct, frozen=True, gc=False):
     """A span that names a step; ns. `gpu`: on the GPU's timeline, `thread` is its stream.
 
@@ -86,7 +114,9 @@ class Batch:
     """Columns of many activities; what a worker sends and the reader joins.
 
     start and dur are µs as float64 when `exact` is false, else ns as int64. name and
-    owner are codes of the file's own tables; kind is one of KINDS.
+    owner are codes of the file's own tables; kind is one of KINDS. call_row: rows of which
+    the process group is known; parallel to it are call_group (a code of the file's own
+    table), call_sequence and call_external, -1 where they are not known.
     """
 
     exact: bool
@@ -99,6 +129,10 @@ class Batch:
     graph: array[int]
     device: array[int]
     owner: array[int]
+    call_row: array[int]
+    call_group: array[int]
+    call_sequence: array[int]
+    call_external: array[int]
 
     def __len__(self) -> int:
         return len(self.start)
@@ -108,7 +142,9 @@ class Batch:
 class FileFacts:
     """What a trace file says beside its activities.
 
-    owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". base: JSON
+    groups: names of process groups. sequences: (code of the owner, external id) -> number
+    of that collective in its process group. owners: pids of a merged file
+    (`[TP00-DP01] 83`, as JSON text), else "". base: JSON
     text of `baseTimeNanoseconds`, distributed: of `distributedInfo`; "" for none. skipped:
     what was left out -> count. unsafe: why the file must be read exactly, "" when it was
     read.
@@ -116,6 +152,8 @@ class FileFacts:
 
     names: list[str] = field(default_factory=list)
     owners: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    sequences: dict[tuple[int, int], int] = field(default_factory=dict)
     annotations: list[Annotation] = field(default_factory=list)
     base: str = ""
     distributed: str = ""

@@ -16,13 +16,13 @@ import msgspec
 from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
 from pytest_sglprof.trace.event_windows import Unsafe, event_windows
 from pytest_sglprof.trace.file_rank import rank_of_file
-from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.inflate import inflated, pieces
 from pytest_sglprof.trace.join import refuse_twice
 from pytest_sglprof.trace.kineto import FileFacts
 from pytest_sglprof.trace.merge_events import EventRewriter, RawEvent, Seen, sort_index
 from pytest_sglprof.trace.merge_ids import RankNumbers, was_text
 from pytest_sglprof.trace.repair import Unrepairable, repaired
-from pytest_sglprof.trace.torch_trace import BOM, base_time
+from pytest_sglprof.trace.torch_trace import base_time
 from pytest_sglprof.trace.trace_writer import TraceWriter
 
 PIECE = 64 * 1024  # copies of larger ones come fresh from the kernel, page by page
@@ -169,16 +169,8 @@ def _source(path: Path, allow_partial: bool) -> Source:
 
 def _read_whole(path: Path, allow_partial: bool) -> tuple[_Whole, int, bool]:
     """The exact way, which needs memory for the file: (trace, lost events, it was cut)."""
-    data = bytearray()
-    cut = False
-    try:
-        for piece in pieces(path):
-            data += piece
-    except TraceTruncated:
-        if not allow_partial:
-            raise
-        cut = True
-    text = bytes(data.removeprefix(BOM))
+    data, cut = inflated(path, partial=allow_partial)
+    text = bytes(data)
     skipped = 0
     try:
         text.decode()

@@ -12,6 +12,7 @@ import pandas as pd
 
 from pytest_sglprof.ranks import rank_order
 from pytest_sglprof.trace.arrays import Ints, first_of
+from pytest_sglprof.trace.collective_calls import collective_frame
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
 from pytest_sglprof.trace.repetition import with_repetition
@@ -43,6 +44,7 @@ def read_window(
     nsys: str | None = None,
     progress: Progress | None = None,
     processes: int | None = None,
+    sequences: bool = True,
 ) -> KernelTable:
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
@@ -51,13 +53,14 @@ def read_window(
     settle_s: seconds dropped from the front. patterns: (category, regex) tried before the
     built-in ones. step_delimiter: regex of the kernel that begins a step, for sources that
     tell no steps. nsys: command that exports `.nsys-rep`. progress: (bytes read, bytes in
-    all). processes: at most so many readers at once.
+    all). processes: at most so many readers at once. sequences: look for the numbers of
+    collectives, which takes a second look at large torch traces with NCCL kernels.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
     files = window_files(paths)
     torch = [file for file in files if not is_nsys(file)]
-    found = _read_torch(torch, allow_partial, progress, processes)
+    found = _read_torch(torch, allow_partial, progress, processes, sequences)
     for file in files:
         if is_nsys(file):
             from pytest_sglprof.trace.nsys_report import read_report
@@ -89,10 +92,15 @@ def build_table(
     notes += by_repetition
     partial = any(part.partial for part in merged)
     del merged
+    collectives = collective_frame([(len(part.start), part.calls) for part in parts])
     frame = _frame(parts, ranks, patterns)
     if settle_s > 0 and len(frame):
         frame, steps, note = _settle(frame, steps, settle_s)
         notes.append(note)
+        left = pd.Series(np.arange(len(frame)), index=frame.index)
+        collectives = collectives.set_axis(left.reindex(collectives.index), axis=0)
+        collectives = collectives[collectives.index.notna()]
+        frame = frame.reset_index(drop=True)
     return KernelTable(
         frame=frame,
         ranks=ranks,
@@ -101,6 +109,7 @@ def build_table(
         partial=partial,
         notes=tuple(notes),
         files=files,
+        collectives=collectives,
     )
 
 
@@ -109,6 +118,7 @@ def _read_torch(
     allow_partial: bool,
     progress: Progress | None,
     processes: int | None,
+    sequences: bool,
 ) -> list[tuple[Path, RankActivities]]:
     total = sum(file.stat().st_size for file in files)
     done = 0
@@ -120,7 +130,13 @@ def _read_torch(
             progress(done, total)
 
     workers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
-    return read_traces(files, allow_partial=allow_partial, progress=tell, processes=workers)
+    return read_traces(
+        files,
+        allow_partial=allow_partial,
+        progress=tell,
+        processes=workers,
+        sequences=sequences,
+    )
 
 
 def _frame(
@@ -199,4 +215,4 @@ def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any,
         pairs = zip(frame["rank"], frame["step"], strict=True)
         drop |= pd.Series([pair in early for pair in pairs], index=frame.index, dtype=bool)
     note = f"settle: dropped the first {seconds:g} s, {int(drop.sum())} activities"
-    return frame.loc[~drop].reset_index(drop=True), kept, note
+    return frame.loc[~drop], kept, note

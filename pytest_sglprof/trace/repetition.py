@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.patterns import compiled
 from pytest_sglprof.trace.arrays import Ints, holding
 from pytest_sglprof.trace.kernels import normalise, words
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, RankActivities, Step
@@ -44,7 +44,7 @@ def with_repetition(
     that is searched in full kernel names; the kernel that it finds begins a step. Raises
     `SettingsError` for one that is no regular expression.
     """
-    pattern = _compiled(delimiter)
+    pattern = compiled(delimiter, f"the step delimiter {delimiter!r}") if delimiter else None
     active = [part for part in parts if len(part.start)]
     if not active or any(part.steps for part in parts) or active[0].source != "gpu":
         return list(parts), []
@@ -71,17 +71,6 @@ def with_repetition(
     told = iter(steps)
     whole = [_assigned(part, next(told)) if len(part.start) else part for part in parts]
     return whole, [f"steps are {len(steps[0])} repetitions: told by {how}, not by the trace itself"]
-
-
-def _compiled(delimiter: str) -> re.Pattern[str] | None:
-    try:
-        return re.compile(delimiter) if delimiter else None
-    except re.error as error:
-        raise SettingsError(
-            f"the step delimiter {delimiter!r} is no regular expression: {error}",
-            expected="a Python regular expression that is searched in full kernel names",
-            hint="escape what is meant literally, for example \\( and \\[",
-        ) from error
 
 
 def _main_stream(part: RankActivities, number: dict[str, int]) -> _Stream:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pytest_sglprof.ranks import rank_order
+from pytest_sglprof.trace.collective_calls import CollectiveCalls, collective_frame
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,7 +79,8 @@ class RankActivities:
     """What one reader found of one rank: parallel columns over its activities.
 
     name_codes, kind_codes: indices into names (full, as recorded) and kinds. start, dur:
-    int64 ns. step: the number of a `Step` or -1. stream: -1 where there is none.
+    int64 ns. step: the number of a `Step` or -1. stream: -1 where there is none. calls: the
+    collectives whose process group is known.
     """
 
     rank: str
@@ -94,6 +96,7 @@ class RankActivities:
     source: str = "gpu"
     notes: Sequence[str] = ()
     partial: bool = False
+    calls: CollectiveCalls | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ class KernelTable:
     ranks: labels in rank order, also of ranks without any activity. steps: one row a rank
     and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
     time of NVTX ranges). partial: a truncated file was allowed. notes: what was skipped,
-    and which way of reading was taken. files: what was read.
+    and which way of reading was taken. files: what was read. collectives: `process_group`
+    (categorical text) and `sequence` (int64, -1 unknown) of the activities of which the trace
+    tells them; its index holds labels of `frame`'s.
     """
 
     frame: pd.DataFrame
@@ -117,6 +122,7 @@ class KernelTable:
     partial: bool = False
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = field(default=())
+    collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
 
     def by(self, *keys: str) -> pd.DataFrame:
         """Count and total time for each combination of `keys`.

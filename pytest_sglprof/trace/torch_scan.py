@@ -10,13 +10,21 @@ file is read the exact way instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import msgspec
 
 from pytest_sglprof.trace.collect import Collector
 from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, Window, event_windows
-from pytest_sglprof.trace.kineto import KERNEL, LAUNCH, Event, FullEvent
+from pytest_sglprof.trace.kineto import (
+    ANNOUNCEMENT,
+    KERNEL,
+    LAUNCH,
+    Announced,
+    Event,
+    FullEvent,
+)
 from pytest_sglprof.trace.mend import object_end, read_event
 from pytest_sglprof.trace.needles import finder
 
@@ -29,6 +37,7 @@ _NEAR = 1000
 
 Take = Callable[[Window], None]
 E = TypeVar("E", Event, FullEvent)
+D = TypeVar("D")
 
 
 def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False) -> None:
@@ -49,13 +58,13 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
     """A function that takes every event of interest of a window."""
     kinds = collector.wanted.kinds
     quick: list[bytes] = []
-    full = [b'user_annotation"'] if kinds != {LAUNCH} else []
+    full = [b'user_annotation"'] if KERNEL in kinds else []
     activities = full if by_text or layout.merged else quick
     if KERNEL in kinds:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
     if LAUNCH in kinds:
         full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
-    searches: list[_Search[Event] | _Search[FullEvent]] = []
+    searches: list[_Search[Event] | _Search[FullEvent] | _Announcements] = []
 
     def add_each(events: Sequence[FullEvent]) -> None:
         for event in events:
@@ -63,6 +72,7 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
 
     searches += [_Search(word, Event, collector.add_quick) for word in quick]
     searches += [_Search(word, FullEvent, add_each) for word in full]
+    searches += [_Announcements(collector)] if collector.wanted.sequences else []
 
     def take(window: Window) -> None:
         for search in searches:
@@ -95,10 +105,13 @@ class _Search(Generic[E]):
             events = self._at_once(window, near)
             if events is None:
                 events = []
-                for failed in self._one_by_one(window, near, events):
-                    event = _slowly(window.layout, window.data, window.end, failed)
-                    if mine[event.cat]:
-                        add_one(event)
+                for at, event in _each(window, self._size, near, self._one.decode):
+                    if event is not None:
+                        events.append(event)
+                        continue
+                    mended = _slowly(window.layout, window.data, window.end, at)
+                    if mine[mended.cat]:
+                        add_one(mended)
             found += [event for event in events if mine[event.cat]]
         if found:
             self._add(found)
@@ -116,23 +129,43 @@ class _Search(Generic[E]):
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
 
-    def _one_by_one(self, window: Window, hits: Sequence[int], events: list[E]) -> Iterator[int]:
-        """Decodes the event around each hit; yields the offsets of those that fail."""
-        between, open_at = window.layout.between, window.layout.open_at
-        data, end, low = window.data, window.end, window.begin
-        for at in hits:
-            # AMD's launches name their kernel: `"kernel": ...`.
-            if at < low or data[at + self._size] == _COLON:
-                continue
-            start = data.rfind(between, low, at)
-            stop = data.find(between, at, end)
-            if stop < 0:
-                stop = end
-            try:
-                events.append(self._one.decode(data[start + open_at : stop + 1]))
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                yield at
-            low = stop
+
+class _Announcements:
+    """The numbers of collectives, which stand in operators of one name."""
+
+    def __init__(self, collector: Collector) -> None:
+        word = f'"{ANNOUNCEMENT}"'.encode()
+        self._find, self._size = finder(word), len(word)
+        self._decode = msgspec.json.Decoder(Announced).decode
+        self._add = collector.add_announced
+
+    def take(self, window: Window, _: object) -> None:
+        """Adds those of the window; a number that cannot be read is not known."""
+        hits = self._find(window.data, window.begin, window.end)
+        for _at, event in _each(window, self._size, hits, self._decode):
+            if event is not None:
+                self._add(event)
+
+
+def _each(
+    window: Window, size: int, hits: Sequence[int], decode: Callable[[bytes], D]
+) -> Iterator[tuple[int, D | None]]:
+    """The event around each hit of a word of `size` bytes; None where it cannot be decoded."""
+    between, open_at = window.layout.between, window.layout.open_at
+    data, end, low = window.data, window.end, window.begin
+    for at in hits:
+        # AMD's launches name their kernel: `"kernel": ...`.
+        if at < low or data[at + size] == _COLON:
+            continue
+        start = data.rfind(between, low, at)
+        stop = data.find(between, at, end)
+        if stop < 0:
+            stop = end
+        event: D | None = None
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            event = decode(data[start + open_at : stop + 1])
+        yield at, event
+        low = stop
 
 
 class _Categories(dict[str, bool]):

@@ -16,11 +16,20 @@ import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
 from pytest_sglprof.trace.arrays import Flags, Ints
+from pytest_sglprof.trace.collective_calls import CollectiveCalls, numbered
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.impossible import contains_later, excluded
-from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.inflate import inflated
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
-from pytest_sglprof.trace.kineto import KERNEL, KIND_OF_CATEGORY, KINDS, LAUNCH
+from pytest_sglprof.trace.kineto import (
+    ANNOUNCEMENT,
+    KERNEL,
+    KIND_OF_CATEGORY,
+    KINDS,
+    LAUNCH,
+    PROCESS_GROUP,
+    SEQUENCE,
+)
 from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans, with_graph_share
@@ -33,7 +42,6 @@ SPANS = frozenset({"user_annotation", "gpu_user_annotation"})
 OPERATORS = frozenset({"cpu_op", "operator"})
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
-BOM = b"\xef\xbb\xbf"
 
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -43,6 +51,12 @@ class _Args(msgspec.Struct, gc=False):
     stream: _Int64 | str | None = None
     correlation: _Int64 | None = None
     graph_node: _Int64 | None = msgspec.field(name="graph node id", default=None)
+
+
+class _CallArgs(msgspec.Struct, gc=False):
+    group: str = msgspec.field(name=PROCESS_GROUP, default="")
+    sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
+    external: _Int64 = msgspec.field(name="External id", default=-1)
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -64,6 +78,7 @@ class _Trace(msgspec.Struct):
 
 _DECODER = msgspec.json.Decoder(_Trace)
 _ARGS = msgspec.json.Decoder(_Args)
+_CALL_ARGS = msgspec.json.Decoder(_CallArgs)
 
 
 @dataclass
@@ -71,7 +86,9 @@ class _Collected:
     """What was found of one owner (one process of a merged file, or the whole file)."""
 
     names: dict[str, int] = field(default_factory=dict)
-    gpu: list[tuple[int, int, int, int, int, int, bool, int]] = field(default_factory=list)
+    gpu: list[tuple[int, int, int, int, int, int, bool, int, int]] = field(default_factory=list)
+    calls: list[_CallArgs] = field(default_factory=list)
+    sequences: dict[int, int] = field(default_factory=dict)
     devices: dict[bytes, int] = field(default_factory=dict)
     operators: list[tuple[int, int, int, str]] = field(default_factory=list)
     communication: list[tuple[int, int, int]] = field(default_factory=list)
@@ -102,18 +119,8 @@ def read_trace(path: Path, *, allow_partial: bool = False) -> list[RankActivitie
 
 
 def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
-    data = bytearray()
-    partial = False
     notes: list[str] = []
-    try:
-        for piece in pieces(path):
-            data += piece
-    except TraceTruncated:
-        if not allow_partial:
-            raise
-        partial = True
-    if data.startswith(BOM):
-        del data[: len(BOM)]
+    data, partial = inflated(path, partial=allow_partial)
     try:
         if not data.isascii():
             data.decode()  # in keys that are not asked for, msgspec takes any bytes
@@ -209,7 +216,8 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
         kind = GPU_KINDS[category]
         graph = bool(args.graph_node)
         device = into.devices.setdefault(bytes(event.pid), len(into.devices))
-        row = (into.code(name), kind, start, dur, stream, correlation, graph, device)
+        call = _call_number(into, event, name)
+        row = (into.code(name), kind, start, dur, stream, correlation, graph, device, call)
         into.gpu.append(row)
     elif category in SPANS:
         thread = bytes(event.tid).decode("ascii", "replace")
@@ -225,6 +233,10 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
         if what := interruption(name):
             into.interruptions.append((start, what))
     elif not name.startswith(SUBMITTED):
+        if name == ANNOUNCEMENT:
+            told = _call_arguments(event)
+            if told.external >= 0 <= told.sequence:
+                into.sequences[told.external] = told.sequence
         thread = bytes(event.tid).decode("ascii", "replace")
         into.operators.append((into.code(name), start, dur, thread))
 
@@ -234,6 +246,24 @@ def _arguments(event: _Event) -> _Args:
         return _ARGS.decode(event.args) if event.args else _Args()
     except msgspec.DecodeError:
         return _Args()
+
+
+def _call_number(into: _Collected, event: _Event, name: str) -> int:
+    """Index of a kernel in `calls`; -1 for one whose process group is not told."""
+    if "nccl" not in name.lower():
+        return -1
+    found = _call_arguments(event)
+    if not found.group:
+        return -1
+    into.calls.append(found)
+    return len(into.calls) - 1
+
+
+def _call_arguments(event: _Event) -> _CallArgs:
+    try:
+        return _CALL_ARGS.decode(event.args) if event.args else _CallArgs()
+    except msgspec.DecodeError:
+        return _CallArgs()
 
 
 def base_time(path: Path, raw: bytes) -> tuple[int, list[str]]:
@@ -253,8 +283,9 @@ def _activities(
     own = [*notes, *(f"{label}: skipped {n} {what}" for what, n in found.skipped.items())]
     steps = StepMap(step_spans(found.spans))
     entries = steps.steps
+    calls = None
     if found.gpu:
-        columns, entries, more = _gpu_columns(label, found, steps)
+        columns, entries, more, calls = _gpu_columns(label, found, steps)
         own += more
         kinds: tuple[str, ...] = KINDS[:LAUNCH]
     else:
@@ -276,6 +307,7 @@ def _activities(
         source="gpu" if found.gpu else "cpu_op",
         notes=own,
         partial=partial,
+        calls=calls,
     )
 
 
@@ -284,8 +316,8 @@ Columns = tuple[Ints, Ints, Ints, Ints, Ints, Ints]
 
 def _gpu_columns(
     label: str, found: _Collected, steps: StepMap
-) -> tuple[Columns, tuple[Step, ...], list[str]]:
-    table = np.array(found.gpu, dtype=np.int64).reshape(-1, 8)
+) -> tuple[Columns, tuple[Step, ...], list[str], CollectiveCalls | None]:
+    table = np.array(found.gpu, dtype=np.int64).reshape(-1, 9)
     table = table[np.lexsort((-table[:, 3], table[:, 2], table[:, 4], table[:, 7]))]
     where = np.where(table[:, 4] < 0, -1, (table[:, 7] << 32) + table[:, 4])
     impossible = impossible_rows(table[:, 2], table[:, 3], where, table[:, 6] > 0)
@@ -297,7 +329,23 @@ def _gpu_columns(
     step = steps.of_gpu(table[:, 2], launched)
     entries = with_graph_share(steps.steps, step, table[:, 1] == KERNEL, table[:, 6] > 0)
     code, kind, start, dur, stream = (np.ascontiguousarray(table[:, n]) for n in range(5))
-    return (code, kind, start, dur, stream, step), entries, notes
+    calls = _calls(found, table[:, 8])
+    return (code, kind, start, dur, stream, step), entries, notes, calls
+
+
+def _calls(found: _Collected, number: Ints) -> CollectiveCalls | None:
+    """number: of each row in `found.calls`, -1 for none."""
+    row = np.flatnonzero(number >= 0)
+    if not len(row):
+        return None
+    mine = [found.calls[at] for at in number[row].tolist()]
+    return CollectiveCalls(
+        row=row.astype(np.int64),
+        group=[call.group for call in mine],
+        sequence=numbered(
+            [call.sequence for call in mine], [call.external for call in mine], found.sequences
+        ),
+    )
 
 
 def _cpu_columns(found: _Collected, steps: StepMap) -> Columns:

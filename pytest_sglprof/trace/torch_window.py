@@ -8,7 +8,7 @@ layout cannot be scanned safely, is decoded too. Both give the same table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.collect import LAUNCHES, Wanted
+from pytest_sglprof.trace.collective_calls import calls_of
 from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.gpu_steps import Projections, projected
@@ -48,26 +49,26 @@ def read_traces(
     allow_partial: bool = False,
     progress: Progress | None = None,
     processes: int = 1,
+    sequences: bool = True,
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
     progress: stored bytes read since its last call. processes: at most so many readers at
-    once; 1 reads in this process. Raises `NotATrace`, `TraceTruncated` or `TraceError`, all
-    naming the file.
+    once; 1 reads in this process. sequences: look for the numbers of collectives too.
+    Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     read = _reader(processes)
     wanted = Wanted(partial=allow_partial)
     contents = {c.path: c for c in read([(path, wanted) for path in large], progress)}
-    asked = replace(wanted, kinds=LAUNCHES)
-    unclear = [path for path, content in contents.items() if _needs_launches(content)]
-    launches = {c.path: c for c in read([(path, asked) for path in unclear], None)}
+    again = [(path, _second_look(content, wanted, sequences)) for path, content in contents.items()]
+    seconds = {c.path: c for c in read([(path, look) for path, look in again if look], None)}
     found: list[tuple[Path, RankActivities]] = []
     for path in files:
         content = contents.pop(path, None)
         if content is not None and not content.facts.unsafe and len(content.columns):
-            parts = _assembled(content, launches.get(path))
+            parts = _assembled(content, seconds.get(path))
         else:
             parts = _decoded(path, content, allow_partial)
             if content is None and progress is not None:
@@ -113,6 +114,14 @@ def _span(a: Annotation) -> Span:
     return Span(a.name, a.start, a.start + a.dur, gpu=a.gpu, thread=a.thread)
 
 
+def _second_look(content: FileContent, wanted: Wanted, sequences: bool) -> Wanted | None:
+    """What a file must be read for once more; None for nothing."""
+    kinds: frozenset[int] = LAUNCHES if _needs_launches(content) else frozenset()
+    calls = content.columns.calls
+    sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
+    return replace(wanted, kinds=kinds, sequences=sequences) if kinds or sequences else None
+
+
 def _needs_launches(content: FileContent) -> bool:
     """Whether steps are known on the CPU, and the profiler did not project them."""
     cpu = [a for a in content.facts.annotations if not a.gpu]
@@ -129,7 +138,7 @@ def _of(facts: FileFacts, owner: int) -> list[Annotation]:
     return [a for a in facts.annotations if a.owner == owner]
 
 
-def _assembled(content: FileContent, launched: FileContent | None) -> list[RankActivities]:
+def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
     facts, path = content.facts, content.path
     base, notes = base_time(path, facts.base.encode())
     if facts.truncated:
@@ -148,21 +157,37 @@ def _assembled(content: FileContent, launched: FileContent | None) -> list[RankA
             mine = mine.take(np.isin(mine.owner, owners))
         steps = _steps_of([a for owner in owners for a in _of(facts, owner)])
         told = [*notes, *(f"{label}: skipped {n} {what}" for what, n in facts.skipped.items())]
-        known = _launches(launched, label)
-        calls = _interruptions(launched, known)
-        found.append(_activities(label, facts, mine, steps, known, calls, base, told))
+        known = _launches(second, label)
+        calls = _interruptions(second, known)
+        numbers = _sequences(second, label)
+        found.append(_activities(label, facts, mine, steps, known, calls, base, told, numbers))
     content.columns = content.columns.take(np.zeros(0, np.int64))
     return found
 
 
 def _launches(launched: FileContent | None, label: str) -> Columns | None:
-    if launched is None:
+    if launched is None or not len(launched.columns):
         return None
     columns = launched.columns
-    same = [n for n, pid in enumerate(launched.facts.owners) if rank_of_pid(pid.encode()) == label]
+    same = _owners(launched, label)
     if same:
         columns = columns.take(np.isin(columns.owner, same))
     return columns
+
+
+def _owners(content: FileContent, label: str) -> list[int]:
+    """Codes of a merged file's processes that are this rank; none in a rank's own file."""
+    pids = content.facts.owners
+    return [n for n, pid in enumerate(pids) if rank_of_pid(pid.encode()) == label]
+
+
+def _sequences(second: FileContent | None, label: str) -> dict[int, int]:
+    """External id -> number of a collective."""
+    if second is None:
+        return {}
+    same = _owners(second, label)
+    told = second.facts.sequences.items()
+    return {external: n for (owner, external), n in told if owner in same or not same}
 
 
 def _interruptions(launched: FileContent | None, launches: Columns | None) -> list[Call]:
@@ -185,6 +210,7 @@ def _activities(
     calls: Sequence[Call],
     base: int,
     notes: list[str],
+    sequences: Mapping[int, int],
 ) -> RankActivities:
     mine, excluded = _possible(label, mine)
     step = _steps(mine, steps, launches)
@@ -205,6 +231,7 @@ def _activities(
         source="gpu",
         notes=[*notes, *excluded, *told],
         partial=facts.truncated,
+        calls=calls_of(mine, facts.groups, sequences),
     )
 
 

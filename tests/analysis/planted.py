@@ -28,6 +28,7 @@ KERNELS = (
 )
 COLLECTIVE = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
 P2P = "ncclDevKernel_SendRecv"
+FULL_MHZ, LOW_MHZ = 1980, 1500  # compute takes longer in proportion
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Plan:
     from `slow_from` on. tokens: rank -> factor of its tokens and of its compute. late: rank ->
     idle before each layer. offset, drift: of a rank's clock, ns and relative. hot: factor of
     moe on one rank, another in each layer. overlap: ns by which a kernel starts before its
-    predecessor ends. missing: (rank, step) without any activity.
+    predecessor ends. missing: (rank, step) without any activity. throttled: rank -> NVML's
+    reasons for which its GPU runs at a lower clock in the second half (`recorded_clocks`).
     """
 
     ranks: int = 2
@@ -57,6 +59,7 @@ class Plan:
     transfer: int = 20_000
     p2p_only: bool = False
     missing: tuple[tuple[int, int], ...] = ()
+    throttled: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -93,6 +96,8 @@ def _durations(plan: Plan) -> Floats:
     for (rank, category), factor in plan.slow.items():
         chosen = [not category or category == of for _, of, _ in KERNELS]
         found[plan.slow_from :, :, rank, chosen] *= factor
+    for rank in plan.throttled:
+        found[plan.steps // 2 :, :, rank] *= FULL_MHZ / LOW_MHZ
     for rank, factor in plan.tokens.items():
         found[:, :, rank] *= factor
     for layer in range(plan.layers):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import COLLECTIVE, Plan, window
+from recorded_clocks import recorded_clocks
 
 from pytest_sglprof.analysis.groups import sync_groups
 from pytest_sglprof.analysis.imbalance import imbalance
@@ -88,6 +89,38 @@ def test_throttling_is_the_cause_only_where_the_gpu_says_so() -> None:
     assert only(table, clocks=[hot]).cause == "throttled"
     assert only(table, clocks=[replace(hot, throttled=False, reason="")]).cause == "kernel"
     assert only(table, clocks=[replace(hot, rank="TP0")]).cause == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "cause", "word"),
+    [
+        (0x20, "throttled", "thermal"),
+        (0x40 | 0x8 | 0x4, "throttled", "thermal"),
+        (0x80 | 0x8, "throttled", "power brake"),
+        (0x4, "kernel", ""),  # at its power limit, as every loaded GPU
+        (0x4 | 0x8, "kernel", ""),
+        (0x0, "kernel", ""),
+    ],
+)
+def test_a_planted_throttled_gpu_is_the_cause_by_its_own_recorded_clocks(
+    reasons: int, cause: str, word: str
+) -> None:
+    plan = replace(FOUR, throttled={2: reasons})
+    clocks = recorded_clocks(plan)
+    found = only(window(plan), clocks=clocks)
+    assert (found.straggler, found.verdict, found.cause) == ("TP2", "fail", cause)
+    assert [(one.rank, one.throttled) for one in clocks] == [
+        (label, label == "TP2" and bool(word)) for label in plan.labels
+    ]
+    assert (f"its GPU was throttled ({word})" in found.reason) == bool(word)
+
+
+def test_a_throttled_gpu_that_nobody_waits_for_is_no_cause() -> None:
+    """TP1's clock says thermal, but TP3 is slow: by a kernel of its own."""
+    hot = recorded_clocks(replace(FOUR, throttled={1: 0x20}))
+    found = only(window(replace(FOUR, slow={(3, "gemm"): 1.3})), clocks=hot)
+    assert (found.straggler, found.cause) == ("TP3", "kernel")
+    assert only(window(FOUR), clocks=hot).straggler is None
 
 
 def test_a_window_that_is_not_whole_blames_nobody() -> None:

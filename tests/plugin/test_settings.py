@@ -285,3 +285,25 @@ def test_the_table_of_pyproject_is_read_the_same_way(tmp_path):
     path = tmp_path / "pyproject.toml"
     path.write_text('[project]\nname = "x"\n[tool.sglprof.gate]\nmin_steps = 5\n')
     assert load_config(path) == {"gate": {"min_steps": 5}}
+
+
+def test_clocks_are_locked_for_every_server_only_when_asked_for(tmp_path):
+    assert settings().lock_clocks == 0
+    assert settings({"server": {}}).servers["default"].lock_clocks == 0
+    path = tmp_path / "sglprof.toml"
+    path.write_text("[gpu]\nlock_clocks = 1410\n[servers.other]\nmodel_path = 'm'\n")
+    found = settings(load_config(path), config=path, servers={"hook": ServerSpec(name="hook")})
+    assert {name: spec.lock_clocks for name, spec in found.servers.items()} == {
+        "default": 1410,
+        "other": 1410,
+        "hook": 1410,
+    }
+    assert "lock_clocks = 1410  (sglprof.toml)" in found.describe()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1410.5", "'base'", "true", "[1410, 1500]"])
+def test_a_clock_that_is_no_frequency(tmp_path, value):
+    path = tmp_path / "sglprof.toml"
+    path.write_text(f"[gpu]\nlock_clocks = {value}\n")
+    with pytest.raises(SettingsError, match=r"gpu\.lock_clocks"):
+        load_config(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import ClassVar
 
 import pytest
 from real_env import real_nsys
@@ -103,6 +104,7 @@ class StubLife:
         self.session = session
         self.seen = {1234567}
         self.launcher = None
+        self.clocks = None
         self.freed = False
 
     def remember(self) -> None: ...
@@ -135,6 +137,26 @@ def test_a_context_that_stays_on_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(teardown, "GPU_WAIT", 0.3)
     monkeypatch.setattr(teardown, "processes_on_gpus", lambda pids: sorted(pids))
     assert teardown.tear_down(StubLife(), None, 0.0, 1.0) == ["process 1234567 on a GPU"]
+
+
+def test_clocks_are_given_back_even_where_the_teardown_fails(monkeypatch):
+    class Lock:
+        held: ClassVar[dict[str, int]] = {"GPU-a": 1410}
+        released = 0
+
+        def release(self) -> list[str]:
+            self.released += 1
+            return []
+
+    def fails(life: StubLife) -> list[str]:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(teardown, "_end_rest", fails)
+    life = StubLife()
+    life.clocks = Lock()
+    with pytest.raises(OSError, match="no more processes"):
+        teardown.tear_down(life, None, 0.0, 1.0)
+    assert life.clocks.released == 1
 
 
 @pytest.mark.real_nsys

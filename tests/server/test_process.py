@@ -55,6 +55,9 @@ def python():
             start_new_session=True,
         )
         started.append(found)
+        # Popen returns during exec, a moment before the kernel knows the new command line.
+        while not psutil.Process(found.pid).cmdline():
+            time.sleep(0.01)
         if "'up'" in code or '"up"' in code:
             assert found.stdout.readline() == b"up\n"
         return found
