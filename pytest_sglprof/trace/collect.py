@@ -187,7 +187,7 @@ class Collector:
         return [e for e in found if e.cat in kinds and e.dur >= 0.0 and e.ph == "X"]
 
     def _extend_quick(self, columns: _Columns) -> None:
-        # Whole columns by fromlist: half the time of extend, and this is the hottest path.
+        # Whole columns by fromlist or frombytes: this is the hottest path.
         names, kinds = self._names, self._kinds
         args = _ArgColumns(*zip(*map(astuple, columns.args), strict=True))
         batch = self._quick
@@ -195,13 +195,13 @@ class Collector:
         batch.start.fromlist(list(columns.ts))
         batch.dur.fromlist(list(columns.dur))
         batch.name.fromlist([names[name] for name in columns.name])
-        batch.kind.fromlist([kinds[category] for category in columns.cat])
+        batch.kind.frombytes(bytes([kinds[category] for category in columns.cat]))
         batch.stream.fromlist(list(args.stream))
         batch.correlation.fromlist(list(args.correlation))
-        batch.graph.fromlist([node != 0 for node in args.graph_node])
+        batch.graph.frombytes(bytes([node != 0 for node in args.graph_node]))
         batch.device.fromlist(list(args.device))
-        batch.owner.fromlist([self._owners[""]] * len(columns.ts))
-        if names.communicates:
+        batch.owner.extend(array("h", [self._owners[""]]) * len(columns.ts))
+        if names.communicates and any(args.group):
             calls = zip(args.group, args.sequence, args.external, strict=True)
             for at, (group, sequence, external) in enumerate(calls, row):
                 if group:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Generic, TypeVar
 
 import msgspec
@@ -182,11 +183,11 @@ class _Categories(dict[str, bool]):
 
 def _near(hits: Sequence[int]) -> Iterator[Sequence[int]]:
     """The hits in runs that lie close together."""
+    following = islice(hits, 1, None)
     first = 0
-    for number in range(1, len(hits)):
-        if hits[number] - hits[number - 1] > _NEAR:
-            yield hits[first:number]
-            first = number
+    for number in [n for n, (a, b) in enumerate(zip(hits, following), 1) if b - a > _NEAR]:  # noqa: B905
+        yield hits[first:number]
+        first = number
     yield hits[first:]
 
 
