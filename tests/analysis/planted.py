@@ -146,10 +146,23 @@ def _table(plan: Plan, starts: Floats, durs: Floats, begin: Floats, end: Floats)
 
 
 def matrix(
-    ranks: int, seed: int, *, steps: int = 100, jitter: float = 0.03, slow: float = 1.0
+    ranks: int,
+    seed: int,
+    *,
+    steps: int = 100,
+    jitter: float = 0.03,
+    slow: float = 1.0,
+    inherited: float = 0.0,
 ) -> npt.NDArray[np.int64]:
-    """Compute of each step and rank, ns; the last rank is slow. Shape (steps, ranks)."""
-    times = 1e6 * (1 + np.random.default_rng(seed).normal(0, jitter, (steps, ranks)))
+    """Compute of each step and rank, ns; the last rank is slow. Shape (steps, ranks).
+
+    inherited: φ of noise in which each step resembles the one before (AR(1)); its standard
+    deviation is `jitter` all the same.
+    """
+    noise = np.random.default_rng(seed).normal(0, jitter, (steps, ranks))
+    for step in range(1, steps):
+        noise[step] = inherited * noise[step - 1] + (1 - inherited**2) ** 0.5 * noise[step]
+    times = 1e6 * (1 + noise)
     times[:, -1] *= slow
     return np.rint(times).astype(np.int64)
 
