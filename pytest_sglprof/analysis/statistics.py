@@ -63,7 +63,7 @@ def certainty(matrix: npt.NDArray[np.generic]) -> Certainty:
         slowdown=_interval_of_ratio(totals[:, 0], np.median(totals[:, 1:], axis=1)),
         factor=_interval_of_ratio(totals.max(axis=1), totals.mean(axis=1)),
         lost_share=_interval_of_ratio(lost[:, 0] - lost[:, 1], lost[:, 0]),
-        p_value=_p_of_maximum(times),
+        p_value=_p_of_range(times),
     )
 
 
@@ -74,7 +74,7 @@ def excess_certainty(matrix: Floats) -> tuple[Interval, float]:
     """
     times = _in_order(np.asarray(matrix, np.float64))
     totals = block_weights(len(times)) @ times
-    return interval(totals[:, 0] - np.median(totals[:, 1:], axis=1)), _p_of_maximum(times)
+    return interval(totals[:, 0] - np.median(totals[:, 1:], axis=1)), _p_of_range(times)
 
 
 def interval(values: Floats) -> Interval:
@@ -125,8 +125,8 @@ def _interval_of_ratio(over: Floats, under: Floats) -> Interval | None:
     return interval(over / under)
 
 
-def _p_of_maximum(times: Floats) -> float:
-    """Share of deals in which some rank's total is as large as the largest here.
+def _p_of_range(times: Floats) -> float:
+    """Share of deals in which the ranks' totals lie as far apart as here.
 
     What a step inherits from the one before is taken out first; what is left of a block of
     steps moves around the ring of ranks by one number of places. These shifts are a group, so
@@ -139,9 +139,10 @@ def _p_of_maximum(times: Floats) -> float:
     totals = np.zeros((len(shift), times.shape[1]))
     for places in range(times.shape[1]):
         totals += (shift == places).astype(np.float64) @ np.roll(blocks, places, axis=1)
-    seen = float(fresh.sum(axis=0).max())
-    as_large = int((totals.max(axis=1) >= seen - 1e-12 * float(times.sum(axis=0).max())).sum())
-    return as_large / len(shift) if is_all else (1 + as_large) / (1 + len(shift))
+    seen = float(np.ptp(fresh.sum(axis=0)))
+    rounding = 1e-12 * float(times.sum(axis=0).max())
+    as_far = int((np.ptp(totals, axis=1) >= seen - rounding).sum())
+    return as_far / len(shift) if is_all else (1 + as_far) / (1 + len(shift))
 
 
 def _innovations(times: Floats) -> Floats:

@@ -183,6 +183,7 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
             {
                 "rank": figure.rank,
                 "total_ns": figure.total_ns,
+                "busy_ns": figure.busy_ns,
                 "slowest_share": figure.slowest_share,
             }
             for figure in finding.ranks

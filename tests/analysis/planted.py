@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pytest_sglprof.analysis.busy_times import Activities, busy_times
 from pytest_sglprof.analysis.cells import GroupCells
 from pytest_sglprof.analysis.groups import WorkGroup
 from pytest_sglprof.analysis.steps import ComparedSteps
@@ -172,17 +173,15 @@ def cells(times: npt.NDArray[np.int64]) -> GroupCells:
     steps, ranks = times.shape
     step, rank = (axis.ravel() for axis in np.indices(times.shape))
     labels = tuple(f"TP{number}" for number in range(ranks))
+    owner = (rank * steps + step).astype(np.int64)
+    none = np.zeros(times.size, np.int64)
+    activities = Activities(none, owner, none, times.ravel())
     return GroupCells(
         group=WorkGroup("", labels),
         steps=ComparedSteps(tuple(range(steps)), ("decode",) * steps, 0, 0),
         has_steps=True,
-        ns=times.ravel(),
-        rank=rank.astype(np.int64),
-        step=step.astype(np.int64),
-        kernel=np.zeros(times.size, np.int64),
         kernels=(("gemm", "gemm_kernel"),),
-        bounds=np.array([0, times.size], np.int64),
+        times=busy_times(activities, 1, steps * ranks, is_timeline=True),
         assigned_share=1.0,
         active=frozenset(labels),
-        busy=times,
     )
