@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from pytest_sglprof.analysis.groups import WorkGroup, work_groups
 from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 from pytest_sglprof.analysis.waits import waits
+from pytest_sglprof.analysis.work import StepInputs, step_inputs
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -48,6 +49,7 @@ class GroupCells:
     name) pairs. has_steps: False when the table knows no steps; then there is one pseudo-step
     that holds everything. assigned_share: share of the group's compute time that belongs to
     some step, 0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
+    inputs: what each rank had to do in each step; None without steps.
     """
 
     group: WorkGroup
@@ -57,6 +59,7 @@ class GroupCells:
     times: BusyTimes
     assigned_share: float
     active: frozenset[str]
+    inputs: StepInputs | None = None
     sync: SyncCells | None = None
 
     @property
@@ -87,11 +90,11 @@ class GroupCells:
 
     def matrix(self, kernels: Mask, stage: str = "") -> Ints:
         """Busy time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
-        return self._by_step(self.times.busy(kernels))[self._stage_rows(stage)]
+        return self._by_step(self.times.busy(kernels))[self.stage_rows(stage)]
 
     def kernel_matrix(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
-        return self._by_step(self.times.kernel_time(kernels))[self._stage_rows(stage)]
+        return self._by_step(self.times.kernel_time(kernels))[self.stage_rows(stage)]
 
     def kernel_totals(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time over all compared steps, shape (all kernels, ranks), int64 ns.
@@ -101,24 +104,24 @@ class GroupCells:
         cells, mine = self.times, self.times.cells_of(kernels)
         totals = np.zeros((len(self.kernels), len(self.group.ranks)), np.int64)
         rank, step = np.divmod(cells.owner[mine], self._rows)
-        ns = np.where(self._stage_rows(stage)[step], cells.ns[mine], 0)
+        ns = np.where(self.stage_rows(stage)[step], cells.ns[mine], 0)
         np.add.at(totals, (cells.kernel[mine], rank), ns)
         return totals
 
     def compute_ns(self, stage: str = "") -> int:
         """Busy time of compute over all compared steps and ranks, ns."""
-        return int(self._compute[self._stage_rows(stage)].sum())
+        return int(self._compute[self.stage_rows(stage)].sum())
 
     def busy_ns(self, stage: str = "") -> int:
         """Busy time of everything over all compared steps and ranks, ns."""
-        return int(self._everything[self._stage_rows(stage)].sum())
+        return int(self._everything[self.stage_rows(stage)].sum())
 
     def sync_factor(self, kernels: Mask, stage: str = "") -> float | None:
         """λ over sync segments; None where no collectives are matched."""
         if self.sync is None:
             return None
         pieces = self.sync.times.busy(kernels).reshape(len(self.group.ranks), -1).T
-        mine = self._stage_rows(stage)[self.sync.step]
+        mine = self.stage_rows(stage)[self.sync.step]
         sums = np.zeros((self.sync.segments, len(self.group.ranks)), np.int64)
         np.add.at(sums, self.sync.segment[mine], pieces[mine])
         return sync_factor(sums)
@@ -138,7 +141,7 @@ class GroupCells:
     def _rows(self) -> int:
         return len(self.steps.numbers) if self.has_steps else 1
 
-    def _stage_rows(self, stage: str) -> Mask:
+    def stage_rows(self, stage: str) -> Mask:
         """Which rows of the step axis a stage means, shape (steps,)."""
         if not stage:
             return np.ones(self._rows, bool)
@@ -159,7 +162,11 @@ def measure(table: KernelTable) -> tuple[GroupCells, ...]:
     found = []
     for group in work_groups(table.ranks):
         mine = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
-        found.append(_group_cells(group, rows, spans, mine[0] if mine else None))
+        cells = _group_cells(group, rows, spans, mine[0] if mine else None)
+        if cells.has_steps:
+            inputs = step_inputs(table.steps, cells.steps.numbers, group.ranks)
+            cells = replace(cells, inputs=inputs)
+        found.append(cells)
     return tuple(found)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from pytest_sglprof.analysis.busy import Ints, Mask
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.statistics import Certainty, Interval, certainty
 from pytest_sglprof.analysis.steps import steps_per_rank
+from pytest_sglprof.analysis.work import UNKNOWN_WORK, StepInputs, Work, compare_work
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -32,6 +33,7 @@ __all__ = [
 
 # Below half, the steps no longer speak for the window.
 MIN_ASSIGNED_SHARE = 0.5
+MIN_MATCHED_SHARE = 0.5
 MAX_CONTRIBUTORS = 20
 
 
@@ -73,6 +75,10 @@ class ImbalanceFinding:
     chance (None without steps). factor_sync: λ over sync segments, None where no collectives
     are matched. cv: standard deviation / mean of the ranks' totals. lost_ns_per_step:
     lost_ns / steps. share_of_step: Σ total / Σ busy time of the ranks in these steps.
+    work: the input of the slowest rank beside that of its peers. other_input_steps: compared
+    steps in which ranks had other input or ran another graph. output_tokens: of the compared
+    decode steps; ns_per_token, lost_ns_per_token: Σ max and Σ (max − mean) of those steps /
+    output_tokens, ns. None where they are not known.
     """
 
     scope: str
@@ -102,6 +108,11 @@ class ImbalanceFinding:
     cv: float | None = None
     lost_ns_per_step: float | None = None
     share_of_step: float | None = None
+    work: Work = UNKNOWN_WORK
+    other_input_steps: int = 0
+    output_tokens: float | None = None
+    ns_per_token: float | None = None
+    lost_ns_per_token: float | None = None
 
     @property
     def one_sided(self) -> bool:
@@ -195,12 +206,13 @@ def _finding(
     by_category: tuple[tuple[str, float], ...] = ()
     if slowest is not None and top is not None:
         by_kernel, by_category = _contributors(cells, chosen, stage, top)
-    return ImbalanceFinding(
+    slowdown = float(totals.max() / others) if others and not reason else None
+    found = ImbalanceFinding(
         scope=scope,
         kernel=kernel,
         stage=stage,
         ranks=_rank_figures(cells, chosen, stage, totals, live),
-        slowdown=float(totals.max() / others) if others and not reason else None,
+        slowdown=slowdown,
         factor=None if reason else float(totals.max() / totals.mean()),
         lost_ns=0 if reason else round(lost),
         lost_share=None if reason else float(lost / peak),
@@ -224,6 +236,40 @@ def _finding(
         lost_ns_per_step=float(lost / steps) if steps and not reason else None,
         share_of_step=float(totals.sum() / busy) if busy and not reason else None,
     )
+    if cells.inputs is None or reason:
+        return found
+    return _with_inputs(
+        found, cells, cells.inputs, chosen, matrix, None if slowest is None else top
+    )
+
+
+def _with_inputs(
+    found: ImbalanceFinding,
+    cells: GroupCells,
+    inputs: StepInputs,
+    chosen: Mask,
+    matrix: Ints,
+    top: int | None,
+) -> ImbalanceFinding:
+    """The finding with what depends on the input of the steps. top: the slowest rank."""
+    rows = cells.stage_rows(found.stage)
+    work = UNKNOWN_WORK
+    if top is not None:
+        categories = {cells.kernels[at][0] for at in np.flatnonzero(chosen)}
+        attention = categories == {"attention"}
+        work = compare_work(inputs, rows, top, found.slowdown, attention=attention)
+    decodes = matrix[(np.array(cells.steps.stages, object) == "decode")[rows]]
+    tokens = float(inputs.output_tokens[rows].sum())  # NaN where one step does not tell
+    found = replace(found, work=work, other_input_steps=int(inputs.other[rows].sum()))
+    if not tokens > 0:
+        return found
+    peak = float(decodes.max(axis=1).sum())
+    return replace(
+        found,
+        output_tokens=tokens,
+        ns_per_token=peak / tokens,
+        lost_ns_per_token=(peak - float(decodes.mean(axis=1).sum())) / tokens,
+    )
 
 
 def _why_no_figures(
@@ -244,6 +290,12 @@ def _why_no_figures(
     if rows == 0:
         kind = f"{stage} step" if stage else "step"
         return f"no {kind} is whole on all of {', '.join(ranks)}"
+    matched, seen = cells.steps.matched(stage)
+    if cells.has_steps and matched < MIN_MATCHED_SHARE * seen:
+        return (
+            f"only {matched} of {seen} {f'{stage} ' if stage else ''}steps are on all of "
+            f"{', '.join(ranks)} in one stage; below half they do not speak for the window"
+        )
     if cells.assigned_share < MIN_ASSIGNED_SHARE:
         return (
             f"only {100 * cells.assigned_share:.0f} % of the compute time belongs to a known step"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
+from pytest_sglprof.analysis.work import compare_work, step_inputs
 from pytest_sglprof.values import GpuClocks, VerdictWord
 
 if TYPE_CHECKING:
@@ -230,9 +231,12 @@ def _cause(
     computes, idles = _over_others(compute, top), _over_others(idle, top)
     if computes >= CAUSE_SHARE * excess:
         slower = compute[top] / max(float(np.median(np.delete(compute, top))), 1.0)
-        more = _more_work(table, parts.waits, top)
-        if more is not None and more - 1 >= CAUSE_SHARE * (slower - 1):
-            return "more_work", f"it has {more:.2f}x the tokens and computes {slower:.2f}x as long"
+        numbers = np.unique(parts.waits.step)
+        inputs = step_inputs(table.steps, numbers.tolist(), group.ranks)
+        work = compare_work(inputs, np.ones(len(numbers), bool), top, float(slower))
+        if work.word == "more_work":
+            figures = f"it has {work.ratio:.2f}x the {work.by} and computes {slower:.2f}x as long"
+            return "more_work", figures
         for clock in clocks:
             if clock.rank == group.ranks[top] and clock.throttled:
                 return "throttled", f"its GPU was throttled ({clock.reason})"
@@ -242,23 +246,6 @@ def _cause(
     if idles >= CAUSE_SHARE * excess:
         return "host_late", f"it is idle {_percent(idles / excess)} of that time: its host is late"
     return "unexplained", "neither its compute nor its idle time accounts for it"
-
-
-def _more_work(table: KernelTable, found: Waits, top: int) -> float | None:
-    """Tokens (else requests) of the straggler / median of the others; None if not known."""
-    spans = table.steps
-    spans = spans[spans["step"].isin(found.step)]
-    for name in ("tokens", "batch_size"):
-        if name not in spans or not len(spans):
-            continue
-        if (spans[name] < 0).any():
-            continue
-        sums = spans.groupby("rank", observed=True)[name].sum()
-        values = [float(sums.get(rank, 0)) for rank in found.group.ranks]
-        others = float(np.median(np.delete(values, top)))
-        if others > 0:
-            return values[top] / others
-    return None
 
 
 def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLateness, ...]:

@@ -145,6 +145,13 @@ _EMPTY: dict[str, Any] = {
     "cv": None,
     "lost_ns_per_step": None,
     "share_of_step": None,
+    "work": None,
+    "work_ratio": None,
+    "work_by": None,
+    "other_input_steps": 0,
+    "output_tokens": None,
+    "ns_per_token": None,
+    "lost_ns_per_token": None,
     "ranks": [],
     "steps": None,
     "contributors": [],
@@ -163,6 +170,9 @@ _CSV_KEYS = (
     "lost_ns",
     "lost_share",
     "slowest",
+    "work",
+    "work_ratio",
+    "lost_ns_per_token",
     "verdict",
 )
 

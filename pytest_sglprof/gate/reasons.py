@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding
 from pytest_sglprof.analysis.statistics import Interval
-from pytest_sglprof.gate.wording import against_limit, count, duration, percent
+from pytest_sglprof.gate.wording import against_limit, count, duration, percent, work_words
 from pytest_sglprof.values import Metric, Threshold
 
 
@@ -63,7 +63,9 @@ def measured_reason(finding: ImbalanceFinding, threshold: Threshold, *, failed: 
     if not failed:
         return text
     longer = "" if threshold.metric == "slowdown" else _longer(finding)
-    return f"{text}{longer}{_share_of_steps(finding)}{cause(finding)}"
+    work = work_words(finding.work.word, finding.work.ratio, finding.work.by)
+    said = f", {work}" if work else ""
+    return f"{text}{longer}{_share_of_steps(finding)}{said}{cause(finding)}"
 
 
 def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:

@@ -90,8 +90,9 @@ def build_table(
     partial = any(part.partial for part in merged)
     del merged
     frame = _frame(parts, ranks, patterns)
+    settled = 0
     if settle_s > 0 and len(frame):
-        frame, steps, note = _settle(frame, steps, settle_s)
+        frame, steps, settled, note = _settle(frame, steps, settle_s)
         notes.append(note)
     return KernelTable(
         frame=frame,
@@ -101,6 +102,7 @@ def build_table(
         partial=partial,
         notes=tuple(notes),
         files=files,
+        settled=settled,
     )
 
 
@@ -189,7 +191,10 @@ def _stages(part: RankActivities, stages: _Numbers) -> Ints:
     return codes
 
 
-def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any, list[Any], str]:
+def _settle(
+    frame: pd.DataFrame, steps: list[Any], seconds: float
+) -> tuple[Any, list[Any], int, str]:
+    """What is left, how many steps some rank lost, and a note."""
     starts = [step.start_ns for _, step in steps] or [int(frame["start_ns"].min())]
     edge = min(starts) + round(seconds * 1e9)
     kept = [(rank, step) for rank, step in steps if step.start_ns >= edge]
@@ -198,5 +203,6 @@ def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any,
     if early:
         pairs = zip(frame["rank"], frame["step"], strict=True)
         drop |= pd.Series([pair in early for pair in pairs], index=frame.index, dtype=bool)
-    note = f"settle: dropped the first {seconds:g} s, {int(drop.sum())} activities"
-    return frame.loc[~drop].reset_index(drop=True), kept, note
+    settled = len({number for _, number in early})
+    note = f"settle: dropped the first {seconds:g} s, {settled} steps, {int(drop.sum())} activities"
+    return frame.loc[~drop].reset_index(drop=True), kept, settled, note

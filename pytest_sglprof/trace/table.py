@@ -107,7 +107,8 @@ class KernelTable:
     ranks: labels in rank order, also of ranks without any activity. steps: one row a rank
     and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
     time of NVTX ranges). partial: a truncated file was allowed. notes: what was skipped,
-    and which way of reading was taken. files: what was read.
+    and which way of reading was taken. files: what was read. settled: steps that were
+    dropped because they began in the window's settle time.
     """
 
     frame: pd.DataFrame
@@ -117,6 +118,7 @@ class KernelTable:
     partial: bool = False
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = field(default=())
+    settled: int = 0
 
     def by(self, *keys: str) -> pd.DataFrame:
         """Count and total time for each combination of `keys`.
