@@ -39,7 +39,8 @@ class Plan:
     from `slow_from` on. tokens: rank -> factor of its tokens and of its compute. late: rank ->
     idle before each layer. offset, drift: of a rank's clock, ns and relative. hot: factor of
     moe on one rank, another in each layer. overlap: ns by which a kernel starts before its
-    predecessor ends. missing: (rank, step) without any activity.
+    predecessor ends. early: rank -> ns by which its kernels are launched before that and wait
+    for it, which counts in their durations. missing: (rank, step) without any activity.
     """
 
     ranks: int = 2
@@ -55,6 +56,7 @@ class Plan:
     drift: Mapping[int, float] = field(default_factory=dict)
     hot: float = 1.0
     overlap: int = 0
+    early: Mapping[int, int] = field(default_factory=dict)
     transfer: int = 20_000
     p2p_only: bool = False
     missing: tuple[tuple[int, int], ...] = ()
@@ -77,6 +79,9 @@ def window(plan: Plan) -> KernelTable:
     ahead = np.cumsum(compute, axis=3) - compute - plan.overlap * np.arange(len(KERNELS))
     start = begin[:, :, None, None] + idle[:, None] + ahead
     arrival = begin[:, :, None] + ready
+    for rank, ns in plan.early.items():
+        start[:, :, rank, 1:] -= ns
+        compute[:, :, rank, 1:] += ns
     # Ranks leave a collective within a few hundred ns of each other.
     leaving = np.random.default_rng(plan.seed + 1).normal(0, 200, arrival.shape)
     waiting = (begin + length)[:, :, None] + leaving - arrival
