@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pytest_sglprof.analysis.cells import measure
 from pytest_sglprof.analysis.imbalance import group_findings, imbalance
 from pytest_sglprof.analysis.straggler import stragglers
 from pytest_sglprof.gate.judge import judge
+from pytest_sglprof.trace.read import read_window
 from pytest_sglprof.trace.table import KernelTable
 from pytest_sglprof.values import Threshold
 
@@ -164,3 +166,23 @@ def test_far_apart_clocks_and_long_windows_stay_exact() -> None:
     rows += [(rank, step, 1, step * day + 5, 10) for rank in RANKS for step in range(STEPS)]
     (cells,) = measure(table(rows))
     assert (cells.matrix(cells.select("gemm")) == np.full((STEPS, 3), 15)).all()
+
+
+@pytest.mark.parametrize("name", ["sglang_Qwen3-8B_decode", "sglang_Qwen3-8B_prefilldecode"])
+def test_a_real_gpu_trace_has_the_unions_of_a_sweep(shared_data: Path, name: str) -> None:
+    table = read_window([shared_data / "torch" / "sglang-mi300x" / f"{name}.json.gz"])
+    (cells,) = measure(table)
+    frame = table.frame.sort_values("start_ns")
+    for scope in ("all", "compute", "gemm", "attention"):
+        mine = frame
+        if scope == "compute":
+            mine = frame[~frame["category"].isin(["communication", "memory"])]
+        elif scope != "all":
+            mine = frame[frame["category"] == scope]
+        busy, reached = dict.fromkeys(cells.steps.numbers, 0), dict.fromkeys(cells.steps.numbers, 0)
+        for step, start, dur in zip(mine["step"], mine["start_ns"], mine["dur_ns"], strict=True):
+            if step in busy:
+                busy[step] += max(0, start + dur - max(start, reached[step]))
+                reached[step] = max(reached[step], start + dur)
+        assert busy
+        assert cells.matrix(cells.select(scope))[:, 0].tolist() == list(busy.values())
