@@ -1,7 +1,7 @@
 """The kernel table summed once into small cells, from which every figure is made.
 
-A cell is the kernel time of one kernel on one rank in one step. A window of 50 steps,
-8 ranks and 60 kernels has 24,000 of them, however many activities it holds.
+A cell is the time of one kernel on one rank in one step. A window of 50 steps, 8 ranks and
+60 kernels has 24,000 of them, however many activities it holds.
 """
 
 from __future__ import annotations
@@ -10,69 +10,56 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from pytest_sglprof.analysis.busy import busy_parts
+from pytest_sglprof.analysis.busy import Ints, Mask
+from pytest_sglprof.analysis.busy_times import Activities, BusyTimes, busy_times
 from pytest_sglprof.analysis.groups import WorkGroup, work_groups
-from pytest_sglprof.analysis.segments import (
-    NOT_COMPUTE,
-    Segments,
-    segment_sums,
-    segments,
-    sync_factor,
-)
+from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 from pytest_sglprof.analysis.waits import waits
+from pytest_sglprof.analysis.work import StepInputs, step_inputs
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
 
 @dataclass(frozen=True)
 class SyncCells:
-    """Compute in sync segments and compared steps: kernel, rank, step and segment of each
-    activity, as indices, and its share of the busy time, ns. segments: how many there are."""
+    """Times in sync segments, of which each is cut where a step ends.
 
-    kernel: Ints
-    rank: Ints
+    times: owners are the pieces of all ranks, rank by rank. step, segment: of each piece, as
+    indices. segments: how many there are.
+    """
+
+    times: BusyTimes
     step: Ints
     segment: Ints
-    ns: Ints
     segments: int
 
 
 @dataclass(frozen=True)
 class GroupCells:
-    """Kernel time of one work group in its compared steps (or over everything).
+    """The times of one work group in its compared steps (or over everything).
 
-    ns: kernel time of each cell, int64 nanoseconds. rank, step, kernel: indices of each
-    cell into `group.ranks`, `steps.numbers` and `kernels`. kernels: (category, normalised
-    name) pairs. Cells are sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`.
-    has_steps: False when the table knows no steps; then there is one pseudo-step that
-    holds everything. assigned_share: share of the group's compute time that belongs to
+    times: owners are the steps of all ranks, rank by rank. kernels: (category, normalised
+    name) pairs. has_steps: False when the table knows no steps; then there is one pseudo-step
+    that holds everything. assigned_share: share of the group's compute time that belongs to
     some step, 0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
-    busy: busy time of all activities, shape (steps, ranks), ns.
+    inputs: what each rank had to do in each step; None without steps.
     """
 
     group: WorkGroup
     steps: ComparedSteps
     has_steps: bool
-    ns: Ints
-    rank: Ints
-    step: Ints
-    kernel: Ints
     kernels: tuple[tuple[str, str], ...]
-    bounds: Ints
+    times: BusyTimes
     assigned_share: float
     active: frozenset[str]
-    busy: Ints
+    inputs: StepInputs | None = None
     sync: SyncCells | None = None
 
     @property
@@ -102,56 +89,59 @@ class GroupCells:
         return np.array(chosen, dtype=bool)
 
     def matrix(self, kernels: Mask, stage: str = "") -> Ints:
+        """Busy time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
+        return self._by_step(self.times.busy(kernels))[self.stage_rows(stage)]
+
+    def kernel_matrix(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
-        full = np.zeros((self._rows, len(self.group.ranks)), np.int64)
-        mine = self._cells_of(kernels)
-        np.add.at(full, (self.step[mine], self.rank[mine]), self.ns[mine])
-        return full[self._stage_rows(stage)]
+        return self._by_step(self.times.kernel_time(kernels))[self.stage_rows(stage)]
 
     def kernel_totals(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time over all compared steps, shape (all kernels, ranks), int64 ns.
 
         Rows of kernels that were not chosen are zero.
         """
+        cells, mine = self.times, self.times.cells_of(kernels)
         totals = np.zeros((len(self.kernels), len(self.group.ranks)), np.int64)
-        mine = kernels[self.kernel] & self._stage_rows(stage)[self.step]
-        np.add.at(totals, (self.kernel[mine], self.rank[mine]), self.ns[mine])
+        rank, step = np.divmod(cells.owner[mine], self._rows)
+        ns = np.where(self.stage_rows(stage)[step], cells.ns[mine], 0)
+        np.add.at(totals, (cells.kernel[mine], rank), ns)
         return totals
 
     def compute_ns(self, stage: str = "") -> int:
-        """Kernel time of compute over all compared steps and ranks, ns."""
-        return int(self.ns[self._is_compute & self._stage_rows(stage)[self.step]].sum())
+        """Busy time of compute over all compared steps and ranks, ns."""
+        return int(self._compute[self.stage_rows(stage)].sum())
 
     def busy_ns(self, stage: str = "") -> int:
         """Busy time of everything over all compared steps and ranks, ns."""
-        return int(self.busy[self._stage_rows(stage)].sum())
+        return int(self._everything[self.stage_rows(stage)].sum())
 
     def sync_factor(self, kernels: Mask, stage: str = "") -> float | None:
         """λ over sync segments; None where no collectives are matched."""
         if self.sync is None:
             return None
-        mine = kernels[self.sync.kernel] & self._stage_rows(stage)[self.sync.step]
-        shape = (self.sync.segments, len(self.group.ranks))
-        found = (self.sync.segment[mine], self.sync.rank[mine], self.sync.ns[mine])
-        return sync_factor(segment_sums(*found, shape))
+        pieces = self.sync.times.busy(kernels).reshape(len(self.group.ranks), -1).T
+        mine = self.stage_rows(stage)[self.sync.step]
+        sums = np.zeros((self.sync.segments, len(self.group.ranks)), np.int64)
+        np.add.at(sums, self.sync.segment[mine], pieces[mine])
+        return sync_factor(sums)
 
     @cached_property
-    def _is_compute(self) -> Mask:
-        chosen: Mask = self.select("compute")[self.kernel]
-        return chosen
+    def _compute(self) -> Ints:
+        return self.matrix(self.select("compute"))
 
-    def _cells_of(self, kernels: Mask) -> slice | Mask:
-        """Which cells belong to the chosen kernels; a view where it is one kernel only."""
-        chosen = np.flatnonzero(kernels)
-        if len(chosen) == 1:
-            return slice(int(self.bounds[chosen[0]]), int(self.bounds[chosen[0] + 1]))
-        return kernels[self.kernel]
+    @cached_property
+    def _everything(self) -> Ints:
+        return self.matrix(self.select("all"))
+
+    def _by_step(self, values: Ints) -> Ints:
+        return values.reshape(len(self.group.ranks), self._rows).T
 
     @property
     def _rows(self) -> int:
         return len(self.steps.numbers) if self.has_steps else 1
 
-    def _stage_rows(self, stage: str) -> Mask:
+    def stage_rows(self, stage: str) -> Mask:
         """Which rows of the step axis a stage means, shape (steps,)."""
         if not stage:
             return np.ones(self._rows, bool)
@@ -166,125 +156,160 @@ def measure(table: KernelTable) -> tuple[GroupCells, ...]:
     Only steps that all ranks of a group have count, and of those only whole ones. A table
     without any step is summed as a whole.
     """
-    sums = _sums(table.frame)
+    rows = _rows_of(table)
     spans = step_spans(table)
-    busy = _busy(table)
     synced = [segments(table, found) for found in waits(table) if len(found.step) > 1]
-    # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
-    # that lost their step; they cannot say how much of the work the steps cover.
-    is_covering = table.source != "nvtx"
     found = []
     for group in work_groups(table.ranks):
-        cells = _group_cells(group, sums, spans, busy, is_covering)
         mine = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
-        found.append(replace(cells, sync=_sync(table.frame, cells, mine[0])) if mine else cells)
+        cells = _group_cells(group, rows, spans, mine[0] if mine else None)
+        if cells.has_steps:
+            inputs = step_inputs(table.steps, cells.steps.numbers, group.ranks)
+            cells = replace(cells, inputs=inputs)
+        found.append(cells)
     return tuple(found)
 
 
-def _sync(frame: pd.DataFrame, cells: GroupCells, part: Segments) -> SyncCells:
-    """Of a sync group's segments what belongs to the ranks and steps of `cells`."""
-    rows = frame.iloc[part.rows]
-    pairs = pd.MultiIndex.from_tuples(cells.kernels, names=("category", "name"))
-    named = pd.MultiIndex.from_arrays(
-        [rows["category"].astype(object), rows["name"].astype(object)]
-    )
-    kernel = pairs.get_indexer(named) if len(pairs) else np.full(len(rows), -1)
-    members = _positions(cells.group.ranks, pd.Series(part.waits.group.ranks))
-    rank = members[part.rank]
-    step = np.zeros(len(rows), np.int64)
-    if cells.has_steps:
-        step = _positions(cells.steps.numbers, rows["step"])
-    kept = (kernel >= 0) & (rank >= 0) & (step >= 0)
-    return SyncCells(
-        kernel=kernel[kept].astype(np.int64),
-        rank=rank[kept],
-        step=step[kept],
-        segment=part.segment[kept],
-        ns=part.busy[kept],
-        segments=len(part.span),
-    )
+@dataclass(frozen=True)
+class _Rows:
+    """The table's activities as numbers. rank, kernel: indices into ranks and kernels."""
+
+    ranks: tuple[str, ...]
+    kernels: tuple[tuple[str, str], ...]
+    rank: Ints
+    kernel: Ints
+    step: Ints
+    start: Ints
+    dur: Ints
+    source: str
+
+    @cached_property
+    def counts(self) -> pd.DataFrame:
+        """`rank, step, count`: number of activities."""
+        pairs = pd.DataFrame({"rank": self.rank, "step": self.step})
+        sums = pairs.groupby(["rank", "step"], sort=False).size().rename("count").reset_index()
+        names = [self.ranks[at] for at in sums["rank"]]
+        typed: pd.DataFrame = sums.assign(rank=pd.Series(names, dtype=object, index=sums.index))
+        return typed
+
+    @cached_property
+    def is_compute(self) -> Mask:
+        """Shape (activities,)."""
+        outside = [category in NOT_COMPUTE for category, _ in self.kernels]
+        chosen: Mask = ~np.array(outside, bool)[self.kernel]
+        return chosen
 
 
-def _sums(frame: pd.DataFrame) -> pd.DataFrame:
-    """`rank, step, category, name, ns, count`: the one pass over all activities."""
-    keys = ["rank", "step", "category", "name"]
-    grouped = frame.groupby(keys, observed=True, sort=False)["dur_ns"]
-    sums = grouped.agg(ns="sum", count="size").reset_index()
-    text = {"rank": object, "category": object, "name": object}
-    numbers = {"step": np.int64, "ns": np.int64, "count": np.int64}
-    typed: pd.DataFrame = sums.astype({**text, **numbers})
-    return typed
-
-
-def _busy(table: KernelTable) -> pd.DataFrame:
-    """`rank, step, ns`: busy time of everything.
-
-    Self times are no intervals of a timeline: those are summed.
-    """
+def _rows_of(table: KernelTable) -> _Rows:
     frame = table.frame
-    rank = frame["rank"].astype("category")
-    step = frame["step"].to_numpy(np.int64)
-    ns = frame["dur_ns"].to_numpy(np.int64)
-    if table.source == "gpu" and len(frame):
-        owner = rank.cat.codes.to_numpy(np.int64) * (int(step.max()) + 2) + step + 1
-        ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
-    parts = pd.DataFrame({"rank": rank, "step": step, "ns": ns})
-    sums = parts.groupby(["rank", "step"], observed=True, sort=False)["ns"].sum()
-    typed: pd.DataFrame = sums.reset_index().astype({"rank": object})
-    return typed
+    rank, category, name = (
+        frame[key].astype("category").cat for key in ("rank", "category", "name")
+    )
+    names, categories = list(name.categories), list(category.categories)
+    pair = _codes(category) * len(names) + _codes(name)
+    known = np.flatnonzero(np.bincount(pair, minlength=1))
+    return _Rows(
+        ranks=tuple(str(label) for label in rank.categories),
+        kernels=tuple(
+            (str(categories[at // len(names)]), str(names[at % len(names)]))
+            for at in known
+            if names
+        ),
+        rank=_codes(rank),
+        kernel=np.searchsorted(known, pair).astype(np.int64),
+        step=frame["step"].to_numpy(np.int64),
+        start=frame["start_ns"].to_numpy(np.int64),
+        dur=frame["dur_ns"].to_numpy(np.int64),
+        source=table.source,
+    )
 
 
-def _busy_matrix(busy: pd.DataFrame, ranks: Sequence[str], numbers: Sequence[int] | None) -> Ints:
-    """Shape (steps, ranks), ns; without numbers one row that holds everything."""
-    mine = busy[busy["rank"].isin(list(ranks))]
-    at = _positions(numbers, mine["step"]) if numbers is not None else np.zeros(len(mine), int)
-    full = np.zeros((1 if numbers is None else len(numbers), len(ranks)), np.int64)
-    known = at >= 0
-    columns = _positions(ranks, mine["rank"])
-    np.add.at(full, (at[known], columns[known]), mine["ns"].to_numpy(np.int64)[known])
-    return full
+def _codes(column: Any) -> Ints:
+    codes: Ints = column.codes.to_numpy().astype(np.int64)
+    return codes
 
 
 def _group_cells(
-    group: WorkGroup,
-    sums: pd.DataFrame,
-    spans: pd.DataFrame,
-    busy: pd.DataFrame,
-    is_covering: bool,
+    group: WorkGroup, rows: _Rows, spans: pd.DataFrame, part: Segments | None
 ) -> GroupCells:
-    mine = sums[sums["rank"].isin(group.ranks)]
+    member = _positions(group.ranks, rows.ranks)[rows.rank]
+    mine = member >= 0
     has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
-    steps = compared_steps(spans, mine, group.ranks)
+    counts = rows.counts[rows.counts["rank"].isin(group.ranks)]
+    steps = compared_steps(spans, counts, group.ranks)
     # Of compute only: between steps an idle server waits for requests in a collective.
-    compute = mine[~mine["category"].isin(NOT_COMPUTE)]
-    every = int(compute["ns"].sum())
-    assigned = int(compute.loc[compute["step"] >= 0, "ns"].sum())
-    active = frozenset(str(rank) for rank in mine["rank"].unique())
+    compute = mine & rows.is_compute
+    every = int(rows.dur[compute].sum())
+    assigned = int(rows.dur[compute & (rows.step >= 0)].sum())
+    # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
+    # that lost their step; they cannot say how much of the work the steps cover.
+    is_telling = has_steps and rows.source != "nvtx" and every > 0
+    step = np.zeros(len(mine), np.int64)
     if has_steps:
-        mine = mine[mine["step"].isin(steps.numbers)]
-        step = _positions(steps.numbers, mine["step"])
-    else:
-        step = np.zeros(len(mine), np.int64)
-    pairs = pd.MultiIndex.from_frame(mine[["category", "name"]])
-    codes, kernels = pairs.factorize()
-    order = np.argsort(codes, kind="stable")
+        step = _places(steps.numbers, rows.step)
+        mine &= step >= 0
+    at = np.flatnonzero(mine)
+    present = np.flatnonzero(np.bincount(rows.kernel[at], minlength=1) > 0)
+    kernel = np.full(len(rows.kernels) + 1, -1, np.int64)
+    kernel[present] = np.arange(len(present))
+    length = len(steps.numbers) if has_steps else 1
+    found = Activities(
+        kernel[rows.kernel[at]], member[at] * length + step[at], rows.start[at], rows.dur[at]
+    )
+    place = np.where(mine, step, -1)
     return GroupCells(
         group=group,
         steps=steps,
         has_steps=has_steps,
-        ns=mine["ns"].to_numpy(np.int64)[order],
-        rank=_positions(group.ranks, mine["rank"])[order],
-        step=step[order],
-        kernel=codes[order].astype(np.int64),
-        kernels=tuple((str(category), str(name)) for category, name in kernels),
-        bounds=np.searchsorted(codes[order], np.arange(len(kernels) + 1)).astype(np.int64),
-        assigned_share=assigned / every if has_steps and is_covering and every else 1.0,
-        active=active,
-        busy=_busy_matrix(busy, group.ranks, steps.numbers if has_steps else None),
+        kernels=tuple(rows.kernels[k] for k in present if rows.kernels),
+        times=busy_times(
+            found,
+            len(present),
+            length * len(group.ranks),
+            is_timeline=rows.source == "gpu",
+        ),
+        assigned_share=assigned / every if is_telling else 1.0,
+        active=frozenset(str(rank) for rank in counts["rank"].unique()),
+        sync=None if part is None else _sync(rows, kernel, member, place, length, part),
     )
 
 
-def _positions(known: Sequence[object], values: pd.Series) -> Ints:
-    """Index into `known` of each value, shape of `values`."""
-    found: Ints = pd.Index(list(known)).get_indexer(pd.Index(values)).astype(np.int64)
+def _sync(
+    rows: _Rows, kernel: Ints, member: Ints, step: Ints, length: int, part: Segments
+) -> SyncCells:
+    """Of a sync group's segments what belongs to a work group's ranks and steps.
+
+    kernel: of each of the table's kernels, member, step: of each activity, the index in the
+    work group; -1 for none. length: how many steps there are.
+    """
+    found, rank = kernel[rows.kernel[part.rows]], member[part.rows]
+    kept = (found >= 0) & (rank >= 0) & (step[part.rows] >= 0)
+    at = part.rows[kept]
+    pieces, piece = np.unique(part.segment[kept] * length + step[at], return_inverse=True)
+    owner = rank[kept] * len(pieces) + piece
+    ranks = int(member.max(initial=-1)) + 1
+    return SyncCells(
+        times=busy_times(
+            Activities(found[kept], owner, rows.start[at], rows.dur[at]),
+            int(kernel.max(initial=-1)) + 1,
+            ranks * len(pieces),
+            is_timeline=rows.source == "gpu",
+        ),
+        step=pieces % length,
+        segment=pieces // length,
+        segments=len(part.span),
+    )
+
+
+def _places(known: Sequence[int], values: Ints) -> Ints:
+    """Index into ascending `known` of each value, -1 for none; shape of `values`."""
+    numbers = np.array(known, np.int64)
+    at = np.searchsorted(numbers, values)
+    found = np.append(numbers, -1)[at] == values
+    return np.where(found & (at < len(numbers)), at, -1)
+
+
+def _positions(known: Sequence[object], values: Sequence[object]) -> Ints:
+    """Index into `known` of each value, -1 for none; shape of `values`."""
+    found: Ints = pd.Index(list(known)).get_indexer(pd.Index(list(values))).astype(np.int64)
     return found

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pytest_sglprof.analysis.cells import GroupCells, Ints, Mask, measure
+from pytest_sglprof.analysis.busy import Ints, Mask
+from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.statistics import Certainty, Interval, certainty
 from pytest_sglprof.analysis.steps import steps_per_rank
+from pytest_sglprof.analysis.work import UNKNOWN_WORK, StepInputs, Work, compare_work
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -31,19 +33,23 @@ __all__ = [
 
 # Below half, the steps no longer speak for the window.
 MIN_ASSIGNED_SHARE = 0.5
+MIN_MATCHED_SHARE = 0.5
 MAX_CONTRIBUTORS = 20
 
 
 @dataclass(frozen=True)
 class RankFigure:
-    """One rank's kernel time in the compared steps.
+    """One rank's time in the compared steps.
 
-    total_ns: sum of durations, ns. slowest_share: share of the steps with any activity
-    of the scope in which this rank alone took longest, 0 to 1; None without steps.
+    total_ns: kernel time, sum of durations, ns. busy_ns: busy time, Σ over the steps of the
+    length of the union, ns; of self times their sum. slowest_share: share of the steps with
+    any activity of the scope in which this rank alone was busy longest, 0 to 1; None without
+    steps.
     """
 
     rank: str
     total_ns: int
+    busy_ns: int
     slowest_share: float | None
 
 
@@ -52,13 +58,14 @@ class ImbalanceFinding:
     """How unequal the ranks of one work group are in one scope.
 
     scope: "compute", "communication", "all" or a category; kernel: a regular expression
-    or an exact name instead ("" for none); stage: "" for all steps together.
+    or an exact name instead ("" for none); stage: "" for all steps together. All but
+    `ranks[].total_ns` and the contributors is made of busy time.
     ranks: in the order of the table. slowdown: slowest rank / median of the others.
     factor: λ, max / mean of the ranks' totals. lost_ns: Σ (max − mean) over the steps, ns.
     lost_share: lost_ns / Σ max. Figures are None where `reason` says why.
     slowest: label of the rank with the largest total; None when two share it.
-    share_of_compute: kernel time of the scope / kernel time of compute, same group.
-    contributors: kernel name -> ns by which the slowest exceeds the median of the
+    share_of_compute: Σ total of the scope / the same of compute, same group.
+    contributors: kernel name -> ns of kernel time by which the slowest exceeds the median of the
     others, largest first; category_contributors: the same by category.
     others_ns: median total of the others, ns. group: label of the work group, "" if only
     one. steps: compared steps with activity of the scope (0: the table knows no steps,
@@ -68,6 +75,10 @@ class ImbalanceFinding:
     chance (None without steps). factor_sync: λ over sync segments, None where no collectives
     are matched. cv: standard deviation / mean of the ranks' totals. lost_ns_per_step:
     lost_ns / steps. share_of_step: Σ total / Σ busy time of the ranks in these steps.
+    work: the input of the slowest rank beside that of its peers. other_input_steps: compared
+    steps in which ranks had other input or ran another graph. output_tokens: of the compared
+    decode steps; ns_per_token, lost_ns_per_token: Σ max and Σ (max − mean) of those steps /
+    output_tokens, ns. None where they are not known.
     """
 
     scope: str
@@ -97,6 +108,11 @@ class ImbalanceFinding:
     cv: float | None = None
     lost_ns_per_step: float | None = None
     share_of_step: float | None = None
+    work: Work = UNKNOWN_WORK
+    other_input_steps: int = 0
+    output_tokens: float | None = None
+    ns_per_token: float | None = None
+    lost_ns_per_token: float | None = None
 
     @property
     def one_sided(self) -> bool:
@@ -190,12 +206,13 @@ def _finding(
     by_category: tuple[tuple[str, float], ...] = ()
     if slowest is not None and top is not None:
         by_kernel, by_category = _contributors(cells, chosen, stage, top)
-    return ImbalanceFinding(
+    slowdown = float(totals.max() / others) if others and not reason else None
+    found = ImbalanceFinding(
         scope=scope,
         kernel=kernel,
         stage=stage,
-        ranks=_rank_figures(cells, totals, live),
-        slowdown=float(totals.max() / others) if others and not reason else None,
+        ranks=_rank_figures(cells, chosen, stage, totals, live),
+        slowdown=slowdown,
         factor=None if reason else float(totals.max() / totals.mean()),
         lost_ns=0 if reason else round(lost),
         lost_share=None if reason else float(lost / peak),
@@ -219,6 +236,40 @@ def _finding(
         lost_ns_per_step=float(lost / steps) if steps and not reason else None,
         share_of_step=float(totals.sum() / busy) if busy and not reason else None,
     )
+    if cells.inputs is None or reason:
+        return found
+    return _with_inputs(
+        found, cells, cells.inputs, chosen, matrix, None if slowest is None else top
+    )
+
+
+def _with_inputs(
+    found: ImbalanceFinding,
+    cells: GroupCells,
+    inputs: StepInputs,
+    chosen: Mask,
+    matrix: Ints,
+    top: int | None,
+) -> ImbalanceFinding:
+    """The finding with what depends on the input of the steps. top: the slowest rank."""
+    rows = cells.stage_rows(found.stage)
+    work = UNKNOWN_WORK
+    if top is not None:
+        categories = {cells.kernels[at][0] for at in np.flatnonzero(chosen)}
+        attention = categories == {"attention"}
+        work = compare_work(inputs, rows, top, found.slowdown, attention=attention)
+    decodes = matrix[(np.array(cells.steps.stages, object) == "decode")[rows]]
+    tokens = float(inputs.output_tokens[rows].sum())  # NaN where one step does not tell
+    found = replace(found, work=work, other_input_steps=int(inputs.other[rows].sum()))
+    if not tokens > 0:
+        return found
+    peak = float(decodes.max(axis=1).sum())
+    return replace(
+        found,
+        output_tokens=tokens,
+        ns_per_token=peak / tokens,
+        lost_ns_per_token=(peak - float(decodes.mean(axis=1).sum())) / tokens,
+    )
 
 
 def _why_no_figures(
@@ -239,6 +290,12 @@ def _why_no_figures(
     if rows == 0:
         kind = f"{stage} step" if stage else "step"
         return f"no {kind} is whole on all of {', '.join(ranks)}"
+    matched, seen = cells.steps.matched(stage)
+    if cells.has_steps and matched < MIN_MATCHED_SHARE * seen:
+        return (
+            f"only {matched} of {seen} {f'{stage} ' if stage else ''}steps are on all of "
+            f"{', '.join(ranks)} in one stage; below half they do not speak for the window"
+        )
     if cells.assigned_share < MIN_ASSIGNED_SHARE:
         return (
             f"only {100 * cells.assigned_share:.0f} % of the compute time belongs to a known step"
@@ -257,15 +314,19 @@ def _slowest_and_others(totals: Ints) -> tuple[int | None, float | None]:
     return (top if (totals == totals[top]).sum() == 1 else None), others
 
 
-def _rank_figures(cells: GroupCells, totals: Ints, live: Ints) -> tuple[RankFigure, ...]:
+def _rank_figures(
+    cells: GroupCells, chosen: Mask, stage: str, totals: Ints, live: Ints
+) -> tuple[RankFigure, ...]:
     shares: list[float | None] = [None] * len(totals)
     if cells.has_steps and len(live):
         at_peak = live == live.max(axis=1, keepdims=True)
         alone = at_peak & (at_peak.sum(axis=1, keepdims=True) == 1)
         shares = [float(share) for share in alone.mean(axis=0)]
+    kernel_ns = cells.kernel_matrix(chosen, stage).sum(axis=0)
+    columns = zip(cells.group.ranks, kernel_ns, totals, shares, strict=True)
     return tuple(
-        RankFigure(rank, int(total), share)
-        for rank, total, share in zip(cells.group.ranks, totals, shares, strict=True)
+        RankFigure(rank, int(kernel_ns), int(busy), share)
+        for rank, kernel_ns, busy, share in columns
     )
 
 
@@ -273,16 +334,17 @@ def _contributors(
     cells: GroupCells, chosen: Mask, stage: str, top: int
 ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
     """By kernel and by category: how much longer the slowest took than the others' median."""
-    totals = cells.kernel_totals(chosen, stage)
-    names = [name for _, name in cells.kernels]
-    categories = [category for category, _ in cells.kernels]
-    return _excess(names, totals, top), _excess(categories, totals, top)
+    totals = cells.kernel_totals(chosen, stage)[chosen]
+    names = [cells.kernels[at] for at in np.flatnonzero(chosen)]
+    by_kernel = _excess([name for _, name in names], totals, top)
+    return by_kernel, _excess([category for category, _ in names], totals, top)
 
 
 def _excess(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
-    sums: dict[str, Ints] = {}
-    for key, row in zip(keys, totals, strict=True):
-        sums[key] = sums[key] + row if key in sums else row
-    over = {key: float(row[top] - np.median(np.delete(row, top))) for key, row in sums.items()}
-    ordered = sorted(over.items(), key=lambda item: (-item[1], item[0]))
-    return tuple(item for item in ordered[:MAX_CONTRIBUTORS] if item[1] > 0)
+    """totals: shape (keys, ranks); those of equal keys are added up."""
+    places = {key: at for at, key in enumerate(dict.fromkeys(keys))}
+    sums = np.zeros((len(places), totals.shape[1]), np.int64)
+    np.add.at(sums, [places[key] for key in keys], totals)
+    over = sums[:, top] - np.median(np.delete(sums, top, axis=1), axis=1)
+    ordered = sorted(zip(places, over, strict=True), key=lambda item: (-item[1], item[0]))
+    return tuple((key, float(ns)) for key, ns in ordered[:MAX_CONTRIBUTORS] if ns > 0)

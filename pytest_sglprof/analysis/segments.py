@@ -47,14 +47,9 @@ class Segments:
 
     def sums(self, values: Ints) -> Ints:
         """`values` of the rows summed by segment and rank, shape (segments, ranks)."""
-        return segment_sums(self.segment, self.rank, values, self.span.shape)
-
-
-def segment_sums(segment: Ints, rank: Ints, values: Ints, shape: tuple[int, ...]) -> Ints:
-    """`values` summed into a matrix of `shape` (segments, ranks)."""
-    full = np.zeros(shape, np.int64)
-    np.add.at(full, (segment, rank), values)
-    return full
+        full = np.zeros(self.span.shape, np.int64)
+        np.add.at(full, (self.segment, self.rank), values)
+        return full
 
 
 def segments(table: KernelTable, waits: Waits) -> Segments:

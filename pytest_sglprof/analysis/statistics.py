@@ -4,7 +4,8 @@ Steps follow each other, so they are drawn in blocks: step s of a block is follo
 step s + 1, around the end (circular block bootstrap, Politis & Romano 1992). The maximum
 over ranks of a balanced window is above 1 by chance alone, the more so the more ranks
 there are; an interval does not know that. So p asks the other question: how often are
-totals as unequal when each step's times are dealt to other ranks?
+totals as unequal when times are dealt to other ranks? What one step hands to the next would
+make p too small: it is taken out (prewhitening), and what is left is dealt in blocks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ Interval = tuple[float, float]
 
 RESAMPLES = 1000
 SHIFTS = 399  # the smallest p is 1 / 400
+MAX_DEALS = 1024  # so many are counted, not drawn
+MIN_BLOCKS = 8  # of two ranks: 1 / 2**7 is the smallest p
+MIN_CORRELATED = 8  # steps; of less a correlation is noise
+MAX_CORRELATION = 0.9
 CONFIDENCE = 0.95
 MAX_P = 0.01
 MIN_STEPS = 2
@@ -58,7 +63,7 @@ def certainty(matrix: npt.NDArray[np.generic]) -> Certainty:
         slowdown=_interval_of_ratio(totals[:, 0], np.median(totals[:, 1:], axis=1)),
         factor=_interval_of_ratio(totals.max(axis=1), totals.mean(axis=1)),
         lost_share=_interval_of_ratio(lost[:, 0] - lost[:, 1], lost[:, 0]),
-        p_value=_p_of_maximum(times),
+        p_value=_p_of_range(times),
     )
 
 
@@ -69,7 +74,7 @@ def excess_certainty(matrix: Floats) -> tuple[Interval, float]:
     """
     times = _in_order(np.asarray(matrix, np.float64))
     totals = block_weights(len(times)) @ times
-    return interval(totals[:, 0] - np.median(totals[:, 1:], axis=1)), _p_of_maximum(times)
+    return interval(totals[:, 0] - np.median(totals[:, 1:], axis=1)), _p_of_range(times)
 
 
 def interval(values: Floats) -> Interval:
@@ -80,8 +85,11 @@ def interval(values: Floats) -> Interval:
 
 
 def block_length(steps: int) -> int:
-    """Steps of a block: the cube root of their number, rounded up."""
-    return max(1, int(np.ceil(round(steps ** (1 / 3), 9))))
+    """Steps of a block: the cube root of their number, rounded up, but at least 8 blocks.
+
+    With less, two ranks could be dealt in so few ways that no p would be below 0.01.
+    """
+    return max(1, min(int(np.ceil(round(steps ** (1 / 3), 9))), (steps - 1) // (MIN_BLOCKS - 1)))
 
 
 @lru_cache(maxsize=16)
@@ -117,25 +125,67 @@ def _interval_of_ratio(over: Floats, under: Floats) -> Interval | None:
     return interval(over / under)
 
 
-def _p_of_maximum(times: Floats) -> float:
-    """Share of random deals in which some rank's total is as large as the largest here.
+def _p_of_range(times: Floats) -> float:
+    """Share of deals in which the ranks' totals lie as far apart as here.
 
-    Each step's times move around the ring of ranks by a random number of places: these
-    shifts are a group, so the test is exact where ranks are exchangeable within a step,
-    and one matrix product for each number of places does all deals.
+    What a step inherits from the one before is taken out first; what is left of a block of
+    steps moves around the ring of ranks by one number of places. These shifts are a group, so
+    the test is exact where ranks are exchangeable and blocks independent, and one matrix
+    product for each number of places does all deals.
     """
-    shift = _shifts(*times.shape)
-    totals = np.zeros((SHIFTS, times.shape[1]))
+    fresh = _innovations(times)
+    blocks = np.add.reduceat(fresh, np.arange(0, len(fresh), block_length(len(fresh))), axis=0)
+    shift, is_all = _shifts(*blocks.shape)
+    totals = np.zeros((len(shift), times.shape[1]))
     for places in range(times.shape[1]):
-        totals += (shift == places).astype(np.float64) @ np.roll(times, places, axis=1)
-    seen = times.sum(axis=0).max()
-    return float((1 + (totals.max(axis=1) >= seen * (1 - 1e-12)).sum()) / (1 + SHIFTS))
+        totals += (shift == places).astype(np.float64) @ np.roll(blocks, places, axis=1)
+    seen = float(np.ptp(fresh.sum(axis=0)))
+    rounding = 1e-12 * float(times.sum(axis=0).max())
+    as_far = int((np.ptp(totals, axis=1) >= seen - rounding).sum())
+    return as_far / len(shift) if is_all else (1 + as_far) / (1 + len(shift))
+
+
+def _innovations(times: Floats) -> Floats:
+    """Each step's times without the share φ that it inherits from the step before.
+
+    φ is one for all ranks, so ranks that are exchangeable stay so.
+    """
+    inherited = autocorrelation(times)
+    fresh = times.copy()
+    fresh[1:] -= inherited * times[:-1]
+    fresh[0] *= np.sqrt(1 - inherited**2)  # as noisy as the others, and with as much to say
+    return fresh
+
+
+def autocorrelation(times: Floats) -> float:
+    """φ, how far a rank's deviation from the others carries over to the next step, 0 to 0.9.
+
+    times: shape (steps, ranks). Lag-1 autocorrelation of the deviations from the step's and
+    the rank's mean, pooled over ranks, its bias corrected to first order (Marriott and Pope
+    1954). Below 0 it is taken as 0: then p is too large, never too small.
+    """
+    steps = len(times)
+    rest = times - times.mean(axis=1, keepdims=True)
+    rest = rest - rest.mean(axis=0)
+    square = float((rest**2).sum())
+    # Less than rounding leaves: ranks that differ by the same in every step, or not at all.
+    if steps < MIN_CORRELATED or square <= 1e-18 * float((times**2).sum()):
+        return 0.0
+    found = float((rest[1:] * rest[:-1]).sum()) / square
+    return float(np.clip((steps * found + 1) / (steps - 3), 0.0, MAX_CORRELATION))
 
 
 @lru_cache(maxsize=16)
-def _shifts(steps: int, ranks: int) -> npt.NDArray[np.int64]:
-    """Places by which each deal moves each step, shape (SHIFTS, steps)."""
-    rng = np.random.default_rng(SEED + 1)
-    shift: npt.NDArray[np.int64] = rng.integers(0, ranks, (SHIFTS, steps))
+def _shifts(blocks: int, ranks: int) -> tuple[npt.NDArray[np.int64], bool]:
+    """Places by which each deal moves each block, shape (deals, blocks); whether these are all.
+
+    To move every block by one more place renames ranks only, so the first one may stay.
+    """
+    shift: npt.NDArray[np.int64]
+    is_all = ranks ** (blocks - 1) <= MAX_DEALS
+    if is_all:
+        shift = np.indices((1,) + (ranks,) * (blocks - 1)).reshape(blocks, -1).T
+    else:
+        shift = np.random.default_rng(SEED + 1).integers(0, ranks, (SHIFTS, blocks))
     shift.flags.writeable = False
-    return shift
+    return shift, is_all

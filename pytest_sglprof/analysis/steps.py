@@ -30,6 +30,7 @@ class ComparedSteps:
     cut: steps at the window's edges of which a rank has only a part.
     excluded: common steps that some rank marks as unlike its peers (JIT compilation, graph
     capture, a rebalance of experts).
+    counts: (stage, steps that some rank has in it, those of them that are matched).
     """
 
     numbers: tuple[int, ...]
@@ -37,11 +38,27 @@ class ComparedSteps:
     unmatched: int
     cut: int
     excluded: int = 0
+    counts: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def dropped(self) -> int:
         """How many steps were seen on some rank but are not compared."""
         return self.unmatched + self.cut + self.excluded
+
+    @property
+    def seen(self) -> int:
+        """How many steps some rank of the group has."""
+        return len(self.numbers) + self.dropped
+
+    def matched(self, stage: str = "") -> tuple[int, int]:
+        """How many steps all ranks have in the same stage, out of how many some rank has.
+
+        Excluded and cut ones are matched. stage: "" for all of them.
+        """
+        if not stage:
+            return self.seen - self.unmatched, self.seen
+        mine = [(found, seen) for word, seen, found in self.counts if word == stage]
+        return mine[0] if mine else (0, 0)
 
 
 def steps_per_rank(table: KernelTable) -> dict[str, int]:
@@ -94,7 +111,14 @@ def compared_steps(
         unmatched=len(by_step) - len(matched),
         cut=int((~keep).sum()),
         excluded=len(matched) - len(common),
+        counts=_counts(mine, matched),
     )
+
+
+def _counts(mine: pd.DataFrame, matched: pd.DataFrame) -> tuple[tuple[str, int, int], ...]:
+    seen = mine.groupby("stage", sort=False)["step"].nunique()
+    found = matched["first"].value_counts()
+    return tuple((str(stage), int(n), int(found.get(stage, 0))) for stage, n in seen.items())
 
 
 def _count_matrix(

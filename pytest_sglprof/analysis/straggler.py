@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
+from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
+from pytest_sglprof.analysis.work import compare_work, step_inputs
 from pytest_sglprof.values import GpuClocks, VerdictWord
 
 if TYPE_CHECKING:
@@ -34,13 +37,12 @@ MAX_KERNELS = 10
 class RankLateness:
     """One rank of a sync group, over its matched collectives. Times in ns.
 
-    compute_ns: busy time of compute between them (without any: kernel time of the window's
-    compute); idle_ns: the rest of the time between
-    them. wait_ns: its waiting for others. late_ns: Σ of how much later than the earliest it
-    arrived. slowest_share: share of the steps in which it alone is the latest.
-    explained_share: share of all waiting that happened while it was the last to arrive, 0
-    to 1. total_ns: sum of all its activities of the window, waiting included. kernels: by
-    which it exceeds the median of the others, largest first.
+    compute_ns: busy time of compute between them (without any: of the whole window);
+    idle_ns: the rest of the time between them. wait_ns: its waiting for others. late_ns: Σ of
+    how much later than the earliest it arrived. slowest_share: share of the steps in which it
+    alone is the latest. explained_share: share of all waiting that happened while it was the
+    last to arrive, 0 to 1. total_ns: sum of all its activities of the window, waiting
+    included. kernels: by which it exceeds the median of the others, largest first.
     """
 
     rank: str
@@ -230,9 +232,12 @@ def _cause(
     computes, idles = _over_others(compute, top), _over_others(idle, top)
     if computes >= CAUSE_SHARE * excess:
         slower = compute[top] / max(float(np.median(np.delete(compute, top))), 1.0)
-        more = _more_work(table, parts.waits, top)
-        if more is not None and more - 1 >= CAUSE_SHARE * (slower - 1):
-            return "more_work", f"it has {more:.2f}x the tokens and computes {slower:.2f}x as long"
+        numbers = np.unique(parts.waits.step)
+        inputs = step_inputs(table.steps, numbers.tolist(), group.ranks)
+        work = compare_work(inputs, np.ones(len(numbers), bool), top, float(slower))
+        if work.word == "more_work":
+            figures = f"it has {work.ratio:.2f}x the {work.by} and computes {slower:.2f}x as long"
+            return "more_work", figures
         for clock in clocks:
             if clock.rank == group.ranks[top] and clock.throttled:
                 return "throttled", f"its GPU was throttled ({clock.reason})"
@@ -244,23 +249,6 @@ def _cause(
     return "unexplained", "neither its compute nor its idle time accounts for it"
 
 
-def _more_work(table: KernelTable, found: Waits, top: int) -> float | None:
-    """Tokens (else requests) of the straggler / median of the others; None if not known."""
-    spans = table.steps
-    spans = spans[spans["step"].isin(found.step)]
-    for name in ("tokens", "batch_size"):
-        if name not in spans or not len(spans):
-            continue
-        if (spans[name] < 0).any():
-            continue
-        sums = spans.groupby("rank", observed=True)[name].sum()
-        values = [float(sums.get(rank, 0)) for rank in found.group.ranks]
-        others = float(np.median(np.delete(values, top)))
-        if others > 0:
-            return values[top] / others
-    return None
-
-
 def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLateness, ...]:
     found = parts.waits
     frame = table.frame
@@ -268,9 +256,7 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
     compute = parts.compute.sum(axis=0)
     idle = np.maximum(0, parts.span.sum(axis=0) - compute)
     if not len(parts.span):  # then the figures that remain are those of the whole window
-        inside = frame[~frame["category"].isin(NOT_COMPUTE)]
-        whole = inside.groupby("rank", observed=True)["dur_ns"].sum()
-        compute = np.array([whole.get(rank, 0) for rank in found.group.ranks], np.int64)
+        compute = _window_compute(table, found.group.ranks)
     waiting = found.wait[1:]
     last = waiting.argmin(axis=1) if waiting.size else np.zeros(0, int)
     caused = np.bincount(last, weights=waiting.sum(axis=1), minlength=len(found.group.ranks))
@@ -294,6 +280,16 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
         )
         for at, rank in enumerate(found.group.ranks)
     )
+
+
+def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Busy time of compute over the whole window, shape (ranks,), ns."""
+    frame = table.frame[~table.frame["category"].isin(NOT_COMPUTE)]
+    owner = pd.Index(ranks).get_indexer(pd.Index(frame["rank"].astype(object))).astype(np.int64)
+    ns = frame["dur_ns"].to_numpy(np.int64)
+    if table.source == "gpu":
+        ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
+    return np.array([ns[owner == at].sum() for at in range(len(ranks))], np.int64)
 
 
 def _kernels(table: KernelTable, parts: Segments) -> list[tuple[tuple[str, float], ...]]:

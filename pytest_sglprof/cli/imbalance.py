@@ -145,6 +145,13 @@ _EMPTY: dict[str, Any] = {
     "cv": None,
     "lost_ns_per_step": None,
     "share_of_step": None,
+    "work": None,
+    "work_ratio": None,
+    "work_by": None,
+    "other_input_steps": 0,
+    "output_tokens": None,
+    "ns_per_token": None,
+    "lost_ns_per_token": None,
     "ranks": [],
     "steps": None,
     "contributors": [],
@@ -153,6 +160,7 @@ _CSV_KEYS = (
     "group",
     "rank",
     "total_ns",
+    "busy_ns",
     "slowest_share",
     "scope",
     "kernel",
@@ -162,6 +170,9 @@ _CSV_KEYS = (
     "lost_ns",
     "lost_share",
     "slowest",
+    "work",
+    "work_ratio",
+    "lost_ns_per_token",
     "verdict",
 )
 
@@ -196,15 +207,22 @@ def _table_text(document: dict[str, Any]) -> str:
     what = f"/{document['kernel']}/" if document["kernel"] else document["scope"]
     columns = (
         Column("rank", left=True),
-        Column("total_ns", f"{what} ms", milliseconds),
+        Column("total_ns", "summed ms", milliseconds),
+        Column("busy_ns", f"{what} ms", milliseconds),
         Column("slowest_share", "slowest in", percent),
     )
     text = f"{document['verdict']}: {document['reason']}\n"
     for group in document["groups"]:
         title = f"{group['group']}: " if group["group"] else ""
-        text += f"\n{title}{imbalance_line(group)}\n\n{render(group['ranks'], columns, 'table')}"
+        shown = columns if _overlaps(group) else (columns[0], *columns[2:])
+        text += f"\n{title}{imbalance_line(group)}\n\n{render(group['ranks'], shown, 'table')}"
         text += "".join(f"{line}\n" for line in contributor_lines(group))
     return text + "".join(f"note: {note}\n" for note in document["notes"])
+
+
+def _overlaps(group: dict[str, Any]) -> bool:
+    """Whether kernels ran at the same time, so that their sums say another thing."""
+    return any(figure["total_ns"] != figure["busy_ns"] for figure in group["ranks"])
 
 
 def _count(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding
 from pytest_sglprof.analysis.statistics import Interval
-from pytest_sglprof.gate.wording import against_limit, count, duration, percent
+from pytest_sglprof.gate.wording import against_limit, count, duration, percent, work_words
 from pytest_sglprof.values import Metric, Threshold
 
 
@@ -48,7 +48,7 @@ def group_prefix(finding: ImbalanceFinding) -> str:
 def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
     """For a rank that alone has activity of the scope: no ratio exists."""
     slowest = finding.figure(finding.slowest)
-    total = duration(slowest.total_ns if slowest else 0)
+    total = duration(slowest.busy_ns if slowest else 0)
     return f"only {finding.slowest} has any {subject(threshold)}: {total}{_over(finding)}"
 
 
@@ -63,7 +63,9 @@ def measured_reason(finding: ImbalanceFinding, threshold: Threshold, *, failed: 
     if not failed:
         return text
     longer = "" if threshold.metric == "slowdown" else _longer(finding)
-    return f"{text}{longer}{_share_of_steps(finding)}{cause(finding)}"
+    work = work_words(finding.work.word, finding.work.ratio, finding.work.by)
+    said = f", {work}" if work else ""
+    return f"{text}{longer}{_share_of_steps(finding)}{said}{cause(finding)}"
 
 
 def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
@@ -85,7 +87,7 @@ def cause(finding: ImbalanceFinding) -> str:
     slowest = finding.figure(finding.slowest)
     if slowest is None or finding.others_ns is None or not finding.contributors:
         return ""
-    excess = slowest.total_ns - finding.others_ns
+    excess = slowest.busy_ns - finding.others_ns
     kernel, ns = finding.contributors[0]
     alone = f"{kernel} alone makes {duration(ns)} of it"
     if ns > excess:
@@ -98,11 +100,11 @@ def cause(finding: ImbalanceFinding) -> str:
 
 def _slowdown_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
     shown, limit = against_limit(finding.slowdown or 0.0, threshold.limit)
-    what, most = subject(threshold), max(figure.total_ns for figure in finding.ranks)
+    what, most = subject(threshold), max(figure.busy_ns for figure in finding.ranks)
     if finding.slowest is None and most == finding.others_ns:
         return f"{group_prefix(finding)}no rank is slower in {what}{_over(finding)}{limit}"
     # Ranks share the largest total only where one of three or more is *faster*.
-    tied = [figure.rank for figure in finding.ranks if figure.total_ns == most]
+    tied = [figure.rank for figure in finding.ranks if figure.busy_ns == most]
     who = f"{finding.slowest} is" if finding.slowest else f"{', '.join(tied)} are equally"
     return (
         f"{who} {shown}x slower than {'its' if finding.slowest else 'their'} peers in "
@@ -113,7 +115,7 @@ def _slowdown_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
 
 def _factor_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
     shown, limit = against_limit(finding.factor or 0.0, threshold.limit)
-    totals = [figure.total_ns for figure in finding.ranks]
+    totals = [figure.busy_ns for figure in finding.ranks]
     who = finding.slowest or "the slowest rank"
     return (
         f"{group_prefix(finding)}the imbalance factor of {subject(threshold)} is {shown}"
@@ -135,7 +137,7 @@ def _longer(finding: ImbalanceFinding) -> str:
     slowest = finding.figure(finding.slowest)
     if slowest is None or finding.others_ns is None:
         return ""
-    return f"; {slowest.rank} takes {duration(slowest.total_ns - finding.others_ns)} longer"
+    return f"; {slowest.rank} takes {duration(slowest.busy_ns - finding.others_ns)} longer"
 
 
 def _share_of_steps(finding: ImbalanceFinding) -> str:

@@ -50,6 +50,20 @@ def count(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
+def work_words(word: str, ratio: float | None, by: str) -> str:
+    """`at the same work`, `with 1.50x the tokens: more work`; "" where it is not known.
+
+    Of a rank that has more to do, but not by as much as it is slower, both are told.
+    """
+    if not word or ratio is None:
+        return ""
+    if word == "more_work":
+        return f"with {ratio:.2f}x the {by}: more work"
+    if f"{ratio:.2f}" == "1.00":
+        return "at the same work"
+    return f"which its {ratio:.2f}x the {by} do not explain"
+
+
 def _three(value: float) -> str:
     if value == 0:
         return "0"

@@ -1,6 +1,6 @@
 """The heat map of a window, rank × category, and as SVG: for a chat, a comment, a report.
 
-A cell is the rank's kernel time in the category over the mean of its work group, written
+A cell is the rank's busy time in the category over the mean of its work group, written
 as a number; the shade only repeats it, darker for slower, so that the picture is read
 without seeing colours.
 """
@@ -25,7 +25,10 @@ _INK_LUMINANCE = 0.179
 
 @dataclass(frozen=True)
 class Cell:
-    """ratio: to the group's mean; None without any time. fill, ink: colours as `#rrggbb`."""
+    """ratio: to the group's mean; None without any time. total_ns: busy time.
+
+    fill, ink: colours as `#rrggbb`.
+    """
 
     ratio: float | None
     total_ns: int
@@ -48,10 +51,10 @@ def heat_map(window: Document) -> HeatMap:
     slowest = {f["slowest"] for f in scopes if f["scope"] == "compute" and f["slowest"]}
     cells: dict[tuple[str, str], Cell] = {}
     for found in scopes:
-        totals = [figure["total_ns"] for figure in found["ranks"]]
+        totals = [figure["busy_ns"] for figure in found["ranks"]]
         mean = sum(totals) / len(totals) if totals else 0.0
         for figure in found["ranks"]:
-            cells[figure["rank"], found["scope"]] = _cell(figure["total_ns"], mean)
+            cells[figure["rank"], found["scope"]] = _cell(figure["busy_ns"], mean)
     ranks = [rank for rank in window["ranks"] if (rank, "compute") in cells]
     return HeatMap(
         columns,

@@ -110,7 +110,7 @@ def _column(finding: Document) -> dict[str, Any]:
 
 
 def _totals(window: Document, finding: Document, whole: bool) -> dict[str, int]:
-    totals = {figure["rank"]: figure["total_ns"] for figure in finding["ranks"]}
+    totals = {figure["rank"]: figure["busy_ns"] for figure in finding["ranks"]}
     if not whole:
         return totals
     totals = dict.fromkeys(totals, 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.cells import GroupCells
 from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.steps import step_spans
@@ -82,11 +83,17 @@ def _series(
 
 
 def _compute_sums(table: KernelTable) -> pd.DataFrame:
-    """`rank, step, ns` of compute."""
+    """`rank, step, ns`: busy time of compute; self times are no intervals, but summed."""
     frame = table.frame
     mine = frame[(frame["step"] >= 0) & ~frame["category"].isin(list(NOT_COMPUTE))]
-    sums = mine.groupby(["rank", "step"], observed=True, sort=False)["dur_ns"].sum()
-    typed: pd.DataFrame = sums.rename("ns").reset_index().astype({"rank": object})
+    ns = mine["dur_ns"].to_numpy(np.int64)
+    if table.source == "gpu":
+        rank = mine["rank"].astype("category").cat.codes.to_numpy().astype(np.int64)
+        step = mine["step"].to_numpy(np.int64)
+        owner = rank * (step.max(initial=0) + 1) + step
+        ns = busy_parts(owner, mine["start_ns"].to_numpy(np.int64), ns)
+    sums = mine.assign(ns=ns).groupby(["rank", "step"], observed=True, sort=False)["ns"].sum()
+    typed: pd.DataFrame = sums.reset_index().astype({"rank": object})
     return typed
 
 

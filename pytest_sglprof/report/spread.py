@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof.analysis.cells import GroupCells, Ints
+from pytest_sglprof.analysis.busy import Ints
+from pytest_sglprof.analysis.cells import GroupCells
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -57,7 +58,7 @@ def _group(table: KernelTable, cells: GroupCells) -> dict[str, Any]:
         }
         room -= len(cells.steps.numbers) * len(ranks)
         if cells.has_steps and room >= 0 and at < MAX_DETAILED:
-            row["by_step"] = cells.matrix(_only(k, len(lost))).tolist()
+            row["by_step"] = cells.kernel_matrix(_only(k, len(lost))).tolist()
             row["by_call"] = calls.by_call(k)
             room -= sum(len(line) for line in row["by_call"])
         rows.append(row)

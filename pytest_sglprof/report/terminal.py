@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
+from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio, work_words
 from pytest_sglprof.report.text_table import shorten, text_table
 
 Document = Mapping[str, Any]
@@ -18,7 +18,7 @@ MAX_NAME = 60
 def rank_table(window: Document) -> list[str]:
     """Lines for one window: its verdict, a row a rank, the kernel that contributes most.
 
-    Columns: rank, compute ms, communication ms, the scope that decided (where it is
+    Columns: rank, compute ms, communication ms (busy time), the scope that decided (where it is
     another), share of steps in which the rank is slowest. Of more than 16 ranks of a work
     group, the slowest and the fastest are shown.
     """
@@ -38,7 +38,7 @@ def rank_table(window: Document) -> list[str]:
     if rows:
         lines.extend(("", *text_table(head, rows)))
     if any(finding["compared_steps"] == 0 for finding in _of_scope(window, "compute")):
-        lines.append("no step could be compared: times are those of the whole window")
+        lines.append("no step could be compared: times are kernel times of the whole window")
     lines.extend(contributor_lines(decisive))
     return lines
 
@@ -129,17 +129,17 @@ def _group_rows(window: Document, group: str, decisive: Document | None) -> list
     shares = chosen or compute
     rows = []
     for rank in _shown(compute):
-        row = [rank, milliseconds(compute[rank]["total_ns"])]
-        row.append(milliseconds(communication[rank]["total_ns"]) if communication else "-")
+        row = [rank, milliseconds(compute[rank]["busy_ns"])]
+        row.append(milliseconds(communication[rank]["busy_ns"]) if communication else "-")
         if decided_scope(window):
-            row.append(milliseconds(chosen[rank]["total_ns"]) if chosen else "-")
+            row.append(milliseconds(chosen[rank]["busy_ns"]) if chosen else "-")
         row.append(percent(shares[rank]["slowest_share"]))
         rows.append(row)
     return rows
 
 
 def _figures(window: Document, scope: str, group: str) -> dict[str, Document]:
-    """Figures by rank; over the whole window where no step could be compared."""
+    """Figures by rank; kernel time of the whole window where no step could be compared."""
     found = next((item for item in _of_scope(window, scope) if item["group"] == group), None)
     if found is None:
         return {}
@@ -152,7 +152,7 @@ def _figures(window: Document, scope: str, group: str) -> dict[str, Document]:
         if is_mine and row["rank"] in totals:
             totals[row["rank"]] += row["total_ns"]
     return {
-        rank: {"rank": rank, "total_ns": total, "slowest_share": None}
+        rank: {"rank": rank, "busy_ns": total, "slowest_share": None}
         for rank, total in totals.items()
     }
 
@@ -162,7 +162,7 @@ def _shown(figures: Mapping[str, Document]) -> list[str]:
     ranks = list(figures)
     if len(ranks) <= MAX_RANKS:
         return ranks
-    by_time = sorted(ranks, key=lambda rank: figures[rank]["total_ns"])
+    by_time = sorted(ranks, key=lambda rank: figures[rank]["busy_ns"])
     half = MAX_RANKS // 2
     kept = {*by_time[:half], *by_time[-half:]}
     return [rank for rank in ranks if rank in kept]
@@ -195,10 +195,14 @@ def _attempt_lines(tests: Sequence[Document]) -> list[str]:
 
 
 def imbalance_line(finding: Document) -> str:
-    """`slowdown 1.39, imbalance factor 1.16, lost 6.00 ms (8.2 %)`."""
+    """`slowdown 1.39, imbalance factor 1.16, lost 6.00 ms (8.2 %), 15.0 µs an output token`."""
     lost = finding["lost_share"]
     share = "" if lost is None else f" ({100 * lost:.1f} %)"
+    work = work_words(finding["work"] or "", finding["work_ratio"], finding["work_by"] or "")
+    per_token = finding["lost_ns_per_token"]
     return (
         f"slowdown {ratio(finding['slowdown'])}, imbalance factor {ratio(finding['factor'])}, "
         f"lost {duration(finding['lost_ns'])}{share}"
+        + ("" if per_token is None else f", {duration(per_token)} an output token")
+        + (f"; {finding['slowest']} {work}" if work else "")
     )

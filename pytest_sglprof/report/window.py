@@ -177,6 +177,13 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
         "cv": finding.cv,
         "lost_ns_per_step": finding.lost_ns_per_step,
         "share_of_step": finding.share_of_step,
+        "work": finding.work.word or None,
+        "work_ratio": finding.work.ratio,
+        "work_by": finding.work.by or None,
+        "other_input_steps": finding.other_input_steps,
+        "output_tokens": finding.output_tokens,
+        "ns_per_token": finding.ns_per_token,
+        "lost_ns_per_token": finding.lost_ns_per_token,
         "steps": finding.steps if finding.has_steps else None,
         "compared_steps": finding.compared_steps if finding.has_steps else None,
         "dropped_steps": finding.dropped_steps,
@@ -185,6 +192,7 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
             {
                 "rank": figure.rank,
                 "total_ns": figure.total_ns,
+                "busy_ns": figure.busy_ns,
                 "slowest_share": figure.slowest_share,
             }
             for figure in finding.ranks
@@ -206,7 +214,7 @@ def _measured(
             "source": None,
             "partial": False,
             "ranks": [],
-            "steps": {"per_rank": {}, "groups": []},
+            "steps": {"per_rank": {}, "settled": 0, "groups": []},
             "findings": [],
             "stragglers": [],
             "table": [],
@@ -227,6 +235,7 @@ def _measured(
         "ranks": list(table.ranks),
         "steps": {
             "per_rank": steps_per_rank(table),
+            "settled": table.settled,
             "groups": [_step_counts(group) for group in cells],
         },
         "findings": findings,
@@ -259,9 +268,11 @@ def _step_counts(cells: GroupCells) -> dict[str, Any]:
         "ranks": list(cells.group.ranks),
         "compared": len(cells.steps.numbers) if cells.has_steps else None,
         "by_stage": stages,
+        "seen": cells.steps.seen,
         "unmatched": cells.steps.unmatched,
         "cut": cells.steps.cut,
         "excluded": cells.steps.excluded,
+        "other_input": 0 if cells.inputs is None else int(cells.inputs.other.sum()),
         "assigned_share": cells.assigned_share,
     }
 

@@ -94,8 +94,9 @@ def build_table(
     del merged
     collectives = collective_frame([(len(part.start), part.calls) for part in parts])
     frame = _frame(parts, ranks, patterns)
+    settled = 0
     if settle_s > 0 and len(frame):
-        frame, steps, note = _settle(frame, steps, settle_s)
+        frame, steps, settled, note = _settle(frame, steps, settle_s)
         notes.append(note)
         left = pd.Series(np.arange(len(frame)), index=frame.index)
         collectives = collectives.set_axis(left.reindex(collectives.index), axis=0)
@@ -110,6 +111,7 @@ def build_table(
         notes=tuple(notes),
         files=files,
         collectives=collectives,
+        settled=settled,
     )
 
 
@@ -205,7 +207,10 @@ def _stages(part: RankActivities, stages: _Numbers) -> Ints:
     return codes
 
 
-def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any, list[Any], str]:
+def _settle(
+    frame: pd.DataFrame, steps: list[Any], seconds: float
+) -> tuple[Any, list[Any], int, str]:
+    """What is left, how many steps some rank lost, and a note."""
     starts = [step.start_ns for _, step in steps] or [int(frame["start_ns"].min())]
     edge = min(starts) + round(seconds * 1e9)
     kept = [(rank, step) for rank, step in steps if step.start_ns >= edge]
@@ -214,5 +219,6 @@ def _settle(frame: pd.DataFrame, steps: list[Any], seconds: float) -> tuple[Any,
     if early:
         pairs = zip(frame["rank"], frame["step"], strict=True)
         drop |= pd.Series([pair in early for pair in pairs], index=frame.index, dtype=bool)
-    note = f"settle: dropped the first {seconds:g} s, {int(drop.sum())} activities"
-    return frame.loc[~drop], kept, note
+    settled = len({number for _, number in early})
+    note = f"settle: dropped the first {seconds:g} s, {settled} steps, {int(drop.sum())} activities"
+    return frame.loc[~drop], kept, settled, note

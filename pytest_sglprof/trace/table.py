@@ -112,7 +112,8 @@ class KernelTable:
     time of NVTX ranges). partial: a truncated file was allowed. notes: what was skipped,
     and which way of reading was taken. files: what was read. collectives: `process_group`
     (categorical text) and `sequence` (int64, -1 unknown) of the activities of which the trace
-    tells them; its index holds labels of `frame`'s.
+    tells them; its index holds labels of `frame`'s. settled: steps that were
+    dropped because they began in the window's settle time.
     """
 
     frame: pd.DataFrame
@@ -123,6 +124,7 @@ class KernelTable:
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = field(default=())
     collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
+    settled: int = 0
 
     def by(self, *keys: str) -> pd.DataFrame:
         """Count and total time for each combination of `keys`.

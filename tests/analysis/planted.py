@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pytest_sglprof.analysis.busy_times import Activities, busy_times
 from pytest_sglprof.analysis.cells import GroupCells
 from pytest_sglprof.analysis.groups import WorkGroup
 from pytest_sglprof.analysis.steps import ComparedSteps
@@ -39,8 +40,10 @@ class Plan:
     from `slow_from` on. tokens: rank -> factor of its tokens and of its compute. late: rank ->
     idle before each layer. offset, drift: of a rank's clock, ns and relative. hot: factor of
     moe on one rank, another in each layer. overlap: ns by which a kernel starts before its
-    predecessor ends. missing: (rank, step) without any activity. throttled: rank -> NVML's
-    reasons for which its GPU runs at a lower clock in the second half (`recorded_clocks`).
+    predecessor ends. early: rank -> ns by which its kernels are launched before that and wait
+    for it, which counts in their durations. missing: (rank, step) without any
+    activity. throttled: rank -> NVML's reasons for which its GPU runs at a lower clock in the
+    second half (`recorded_clocks`).
     """
 
     ranks: int = 2
@@ -56,6 +59,7 @@ class Plan:
     drift: Mapping[int, float] = field(default_factory=dict)
     hot: float = 1.0
     overlap: int = 0
+    early: Mapping[int, int] = field(default_factory=dict)
     transfer: int = 20_000
     p2p_only: bool = False
     missing: tuple[tuple[int, int], ...] = ()
@@ -79,6 +83,9 @@ def window(plan: Plan) -> KernelTable:
     ahead = np.cumsum(compute, axis=3) - compute - plan.overlap * np.arange(len(KERNELS))
     start = begin[:, :, None, None] + idle[:, None] + ahead
     arrival = begin[:, :, None] + ready
+    for rank, ns in plan.early.items():
+        start[:, :, rank, 1:] -= ns
+        compute[:, :, rank, 1:] += ns
     # Ranks leave a collective within a few hundred ns of each other.
     leaving = np.random.default_rng(plan.seed + 1).normal(0, 200, arrival.shape)
     waiting = (begin + length)[:, :, None] + leaving - arrival
@@ -151,10 +158,23 @@ def _table(plan: Plan, starts: Floats, durs: Floats, begin: Floats, end: Floats)
 
 
 def matrix(
-    ranks: int, seed: int, *, steps: int = 100, jitter: float = 0.03, slow: float = 1.0
+    ranks: int,
+    seed: int,
+    *,
+    steps: int = 100,
+    jitter: float = 0.03,
+    slow: float = 1.0,
+    inherited: float = 0.0,
 ) -> npt.NDArray[np.int64]:
-    """Compute of each step and rank, ns; the last rank is slow. Shape (steps, ranks)."""
-    times = 1e6 * (1 + np.random.default_rng(seed).normal(0, jitter, (steps, ranks)))
+    """Compute of each step and rank, ns; the last rank is slow. Shape (steps, ranks).
+
+    inherited: φ of noise in which each step resembles the one before (AR(1)); its standard
+    deviation is `jitter` all the same.
+    """
+    noise = np.random.default_rng(seed).normal(0, jitter, (steps, ranks))
+    for step in range(1, steps):
+        noise[step] = inherited * noise[step - 1] + (1 - inherited**2) ** 0.5 * noise[step]
+    times = 1e6 * (1 + noise)
     times[:, -1] *= slow
     return np.rint(times).astype(np.int64)
 
@@ -164,17 +184,15 @@ def cells(times: npt.NDArray[np.int64]) -> GroupCells:
     steps, ranks = times.shape
     step, rank = (axis.ravel() for axis in np.indices(times.shape))
     labels = tuple(f"TP{number}" for number in range(ranks))
+    owner = (rank * steps + step).astype(np.int64)
+    none = np.zeros(times.size, np.int64)
+    activities = Activities(none, owner, none, times.ravel())
     return GroupCells(
         group=WorkGroup("", labels),
         steps=ComparedSteps(tuple(range(steps)), ("decode",) * steps, 0, 0),
         has_steps=True,
-        ns=times.ravel(),
-        rank=rank.astype(np.int64),
-        step=step.astype(np.int64),
-        kernel=np.zeros(times.size, np.int64),
         kernels=(("gemm", "gemm_kernel"),),
-        bounds=np.array([0, times.size], np.int64),
+        times=busy_times(activities, 1, steps * ranks, is_timeline=True),
         assigned_share=1.0,
         active=frozenset(labels),
-        busy=times,
     )

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from planted import matrix
 
 from pytest_sglprof.analysis.busy import busy_parts
-from pytest_sglprof.analysis.statistics import block_length, block_weights, certainty
+from pytest_sglprof.analysis.statistics import (
+    autocorrelation,
+    block_length,
+    block_weights,
+    certainty,
+)
 
 
 def test_every_resample_has_as_many_steps_in_blocks_that_follow_each_other() -> None:
@@ -54,13 +59,36 @@ def test_p_is_uniform_when_no_rank_differs() -> None:
 def test_constant_times_are_certain_and_nothing_is_not() -> None:
     found = certainty(np.tile([100, 120], (40, 1)))
     assert found.slowdown == pytest.approx((1.2, 1.2))
-    assert found.p_value == pytest.approx(1 / 400)
+    assert found.p_value == 1 / 2**9  # ten blocks, of which the first stays where it is
     assert certainty(np.ones((1, 4))).p_value is None
     assert certainty(np.ones((40, 1))).slowdown is None
     assert certainty(np.zeros((40, 2))).slowdown is None
     equal = certainty(np.ones((40, 2)))
     assert (equal.slowdown, equal.p_value) == ((1.0, 1.0), 1.0)
     assert certainty(np.tile([0, 5], (40, 1))).slowdown is None
+
+
+def test_thirty_steps_of_two_ranks_can_be_significant() -> None:
+    """Eight blocks of two ranks: the smallest p that there is must be below the limit."""
+    times = matrix(2, 0, steps=30, slow=1.5)
+    assert certainty(times).p_value == 1 / 2**7
+    assert [-(-steps // block_length(steps)) >= 8 for steps in range(8, 2000)] == [True] * 1992
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.6, 0.8])
+def test_the_share_that_a_step_inherits_is_found(phi: float) -> None:
+    found = [
+        autocorrelation(matrix(4, seed, slow=1.3, inherited=phi).astype(float))
+        for seed in range(100)
+    ]
+    assert np.mean(found) == pytest.approx(phi, abs=0.04)
+
+
+def test_steps_that_alternate_inherit_nothing() -> None:
+    times = np.tile([[1.0, 2.0], [2.0, 1.0]], (20, 1))
+    assert autocorrelation(times) == 0.0
+    assert autocorrelation(np.tile([100.0, 120.0], (40, 1))) == 0.0
+    assert autocorrelation(np.ones((4, 2))) == 0.0
 
 
 def test_a_few_steps_cannot_be_significant() -> None:

@@ -99,6 +99,40 @@ def test_the_table_shows_ranks_and_what_makes_the_difference(sglprof: Sglprof) -
     assert "most of it: fused_moe_kernel, 12.0 ms longer on TP1 than on its peers" in out
 
 
+def test_work_and_cost_of_a_token_are_told(sglprof: Sglprof) -> None:
+    _, out = sglprof(SLOW)
+    # 8 requests a step, of which 120 µs are lost.
+    assert "lost 6.00 ms (9.0 %), 15.0 µs an output token; TP1 at the same work" in out
+    more = build(scale=lambda rank, category, step: 1.5 if rank == "TP1" else 1.0)
+    more.steps.loc[more.steps["rank"] == "TP1", ["tokens", "batch_size"]] = 12
+    status, out = sglprof(more, "--limit", "1.1")
+    assert status == 1
+    assert "with 1.50x the tokens: more work; most of all in moe" in out
+    _, out = sglprof(more, "--limit", "1.1", "--format", "json")
+    found = json.loads(out)
+    assert (found["work"], found["work_ratio"], found["work_by"]) == ("more_work", 1.5, "tokens")
+    assert found["other_input_steps"] == 50
+    assert found["output_tokens"] == 50 * 12
+    assert found["lost_ns_per_token"] == pytest.approx(275_000 / 12)
+
+
+def test_sums_are_shown_beside_where_kernels_overlap(sglprof: Sglprof) -> None:
+    assert "summed ms" not in sglprof(SLOW)[1]
+    early = build(scale=slow("TP1", "moe", 1.4))
+    gemm = (early.frame["rank"] == "TP1") & (early.frame["category"] == "gemm")
+    early.frame.loc[gemm, "start_ns"] -= 100_000
+    early.frame.loc[gemm, "dur_ns"] += 100_000
+    _, out = sglprof(early)
+    assert "rank  summed ms  compute ms  slowest in" in out
+    assert "TP1        72.0        67.0       100 %" in out
+    _, out = sglprof(early, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [(row["total_ns"], row["busy_ns"]) for row in rows] == [
+        ("55000000", "55000000"),
+        ("72000000", "67000000"),
+    ]
+
+
 def test_csv_has_a_row_a_rank(sglprof: Sglprof) -> None:
     _, out = sglprof(SLOW, "--limit", "1.1", "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))

@@ -34,12 +34,19 @@ def test_two_gpus_that_only_send_and_receive_blame_nobody(
     assert "only p2p" in found["reason"]
     with sqlite3.connect(path) as report:
         rows = report.execute(
-            "SELECT k.deviceId, sum(k.end - k.start) FROM CUPTI_ACTIVITY_KIND_KERNEL k "
-            "JOIN StringIds s ON s.id = k.demangledName WHERE s.value NOT LIKE '%nccl%' "
-            "GROUP BY k.deviceId ORDER BY k.deviceId"
+            "WITH ordered AS (SELECT deviceId, start, end, max(end) OVER (PARTITION BY deviceId "
+            "ORDER BY start, end ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS reached "
+            "FROM CUPTI_ACTIVITY_KIND_KERNEL JOIN StringIds ON id = demangledName "
+            "WHERE value NOT LIKE '%nccl%') "
+            "SELECT deviceId, sum(max(0, end - max(start, coalesce(reached, start)))), "
+            "sum(end - start) FROM ordered GROUP BY deviceId ORDER BY deviceId"
         ).fetchall()
     report.close()
-    assert [rank["compute_ns"] for rank in found["ranks"]] == [total for _, total in rows]
+    assert [rank["compute_ns"] for rank in found["ranks"]] == [busy for _, busy, _ in rows]
+    main(["imbalance", str(path), "--format", "json"])
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    # Few kernels overlap here; without steps both are of the whole window.
+    assert [(rank["busy_ns"], rank["total_ns"]) for rank in ranks] == [row[1:] for row in rows]
 
 
 def test_one_rank_has_nobody_to_wait_for(shared_data: Path, capsys: Capsys) -> None:

@@ -25,7 +25,8 @@ def test_a_failure_names_rank_scope_figures_limit_and_kernel() -> None:
     assert verdict.word == "fail"
     assert verdict.reason == (
         "TP1 is 1.39x slower than its peers in moe (limit 1.10): 41.7 ms against 30.0 ms a rank "
-        "over 50 steps, slowest in 100 % of the steps; fused_moe_kernel alone makes 11.7 ms of it"
+        "over 50 steps, slowest in 100 % of the steps, at the same work; fused_moe_kernel alone "
+        "makes 11.7 ms of it"
     )
     assert verdict.judgements[0].value == pytest.approx(1.39)
 

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_sglprof.gate.wording import against_limit, count, duration, milliseconds, percent, ratio
+from pytest_sglprof.gate.wording import (
+    against_limit,
+    count,
+    duration,
+    milliseconds,
+    percent,
+    ratio,
+    work_words,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +55,17 @@ def test_value_and_limit_never_look_equal_when_they_differ(
     value: float, limit: float, texts: tuple[str, str]
 ) -> None:
     assert against_limit(value, limit) == texts
+
+
+@pytest.mark.parametrize(
+    ("word", "times", "text"),
+    [
+        ("", None, ""),
+        ("same_work", 1.0, "at the same work"),
+        ("same_work", 1.004, "at the same work"),
+        ("same_work", 1.1, "which its 1.10x the tokens do not explain"),
+        ("more_work", 1.5, "with 1.50x the tokens: more work"),
+    ],
+)
+def test_more_work_is_told_from_slowness(word: str, times: float | None, text: str) -> None:
+    assert work_words(word, times, "tokens") == text

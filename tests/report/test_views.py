@@ -39,7 +39,7 @@ def test_a_window_without_common_steps_shows_the_whole_window() -> None:
     lines = rank_table(window(table))
     assert "TP0         22.0              3.00           -" in lines
     assert "TP1         28.0              3.00           -" in lines
-    assert lines[-1] == "no step could be compared: times are those of the whole window"
+    assert lines[-1] == "no step could be compared: times are kernel times of the whole window"
 
 
 def test_kernels_and_stages_get_a_column_of_their_own() -> None:

@@ -174,7 +174,8 @@ def test_settle_drops_the_first_steps_and_all_of_their_work(tmp_path: Path) -> N
     table = read_window(path, settle_s=20e-6)
     assert [int(step) for step in table.steps["step"]] == [2, 3, 4]
     assert step_of(table) == {f"k{n}": (n, "decode") for n in (2, 3, 4)}
-    assert table.notes == ("settle: dropped the first 2e-05 s, 2 activities",)
+    assert table.notes == ("settle: dropped the first 2e-05 s, 2 steps, 2 activities",)
+    assert (table.settled, read_window(path).settled) == (2, 0)
     assert len(read_window(path, settle_s=1).frame) == 0
 
 
