@@ -18,10 +18,9 @@ from pytest_sglprof.trace.nsys_schema import (
 )
 
 # A sum's key is one integer, so that looking it up is one comparison a level: process id,
-# device and id of the name, in 24, 8 and 31 bits. Rows that do not fit have a key of their own.
+# device and id of the name, in 24, 8 and 31 bits. Rows that do not fit are not added.
 _DEVICE_BITS, _NAME_BITS = 8, 31
 _DEVICE_MASK, _NAME_MASK = (1 << _DEVICE_BITS) - 1, (1 << _NAME_BITS) - 1
-_OTHERS = -1
 _NAME_COLUMNS = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",), "memset": ()}
 
 
@@ -37,9 +36,11 @@ def count_database(database: Database) -> Counted | None:
     for kind in KINDS:
         if not database.columns(table_of(kind)):
             continue
-        if not _add_up(database, kind):
+        added = _add_up(database, kind)
+        if added is None:
             return None
-        found, others = _sums(database, kind)
+        found = _sums(database, kind)
+        others = _rows(database, kind, added) - added
         whole = all(isinstance(total, int) for _, total in found.values())
         if not whole or (others and others != _untimed(database, kind)):
             return None
@@ -54,47 +55,54 @@ def count_database(database: Database) -> Counted | None:
     return Counted(sums, frozenset(owners), _recorded(database), tuple(notes))
 
 
-def _add_up(database: Database, kind: str) -> bool:
-    """Makes the table `temp.sums`; False where columns are missing that it needs."""
+def _add_up(database: Database, kind: str) -> int | None:
+    """Makes the table `temp.sums`; how many rows are in it, None where columns are missing."""
     table = table_of(kind)
     columns = database.columns(table)
     if not {"start", "end"} <= columns:
-        return False
+        return None
     fits = ['"end" >= "start"']
     parts = []
     if "globalPid" in columns:
         fits.append('"globalPid" IS NOT NULL')
         shift = _DEVICE_BITS + _NAME_BITS - PID_SHIFT
         parts.append(f'("globalPid" & {PID_MASK << PID_SHIFT}) << {shift}')
-    high = []
     if "deviceId" in columns:
         parts.append(f'"deviceId" << {_NAME_BITS}')
-        high.append('"deviceId"')
+        fits.append(f'"deviceId" BETWEEN 0 AND {_DEVICE_MASK}')
     named = [column for column in _NAME_COLUMNS[kind] if column in columns]
     if _NAME_COLUMNS[kind] and not named:
-        return False
+        return None
     if named:
         parts.append(f'"{named[0]}"')
-        high.append(f'"{named[0]}" >> {_NAME_BITS - _DEVICE_BITS}')
-    if high:  # both at once: every row pays for this
-        fits.append(f"(({') | ('.join(high)})) BETWEEN 0 AND {_DEVICE_MASK}")
+        fits.append(f'"{named[0]}" BETWEEN 0 AND {_NAME_MASK}')
     key = f"({') | ('.join(parts) or '0'})"
     run = database.connection.execute
     run("DROP TABLE IF EXISTS temp.sums")
-    run("CREATE TEMP TABLE sums (key INTEGER PRIMARY KEY, count INTEGER, total INTEGER)")
-    run(
-        f"INSERT INTO sums SELECT IIF({' AND '.join(fits)}, {key}, {_OTHERS}), 1, "
-        f'"end" - "start" FROM "{table}" NOT INDEXED WHERE TRUE '
+    run("CREATE TEMP TABLE sums (key INTEGER PRIMARY KEY, count, total)")
+    added = run(
+        f'INSERT INTO sums SELECT {key}, 1, "end" - "start" FROM "{table}" NOT INDEXED '
+        f"WHERE {' AND '.join(fits)} "
         "ON CONFLICT (key) DO UPDATE SET count = count + 1, total = total + excluded.total"
     )
-    return True
+    return added.rowcount
 
 
-def _sums(database: Database, kind: str) -> tuple[dict[Key, tuple[int, int]], int]:
-    """The sums under their names, and how many rows have not been added."""
+def _rows(database: Database, kind: str, at_least: int) -> int:
+    """Rows of a table. Counting them reads it all: where so many ids are in use, they are all."""
+    table = table_of(kind)
+    first, last = (
+        database.connection.execute(f'SELECT {end}(rowid) FROM "{table}"').fetchone()[0]
+        for end in ("MIN", "MAX")
+    )
+    if first is not None and last - first + 1 == at_least:
+        return at_least
+    return int(database.connection.execute(f'SELECT COUNT(*) FROM "{table}"').fetchone()[0])
+
+
+def _sums(database: Database, kind: str) -> dict[Key, tuple[int, int]]:
+    """The sums under their names."""
     rows = database.connection.execute("SELECT key, count, total FROM temp.sums").fetchall()
-    others = sum(count for key, count, _ in rows if key == _OTHERS)
-    rows = [row for row in rows if row[0] != _OTHERS]
     known_device = "deviceId" in database.columns(table_of(kind))
     texts = database.strings({key & _NAME_MASK for key, _, _ in rows}) if kind == "kernel" else {}
     merged: dict[Key, tuple[int, int]] = {}  # two ids may stand for one text
@@ -104,7 +112,7 @@ def _sums(database: Database, kind: str) -> tuple[dict[Key, tuple[int, int]], in
         whole = (pid, device, kind, activity_name(kind, key & _NAME_MASK, texts))
         before = merged.get(whole, (0, 0))
         merged[whole] = (before[0] + count, before[1] + total)
-    return merged, others
+    return merged
 
 
 def _untimed(database: Database, kind: str) -> int:
