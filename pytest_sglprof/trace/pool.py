@@ -75,7 +75,7 @@ def read_in_processes(
         with selectors.DefaultSelector() as frames:
             for number in islice(todo, processes):
                 readers.append(_Reader())
-                readers[-1].give(number, *jobs[number])
+                readers[-1].give(number, *jobs[number], tell=progress is not None)
                 frames.register(readers[-1].output, selectors.EVENT_READ, readers[-1])
             while len(found) < len(jobs):
                 for key, _ in frames.select():
@@ -86,7 +86,8 @@ def read_in_processes(
                         if following is None:
                             frames.unregister(key.fileobj)
                         else:
-                            key.data.give(following, *jobs[following])
+                            job = jobs[following]
+                            key.data.give(following, *job, tell=progress is not None)
     finally:
         for reader in readers:
             reader.process.kill()
@@ -106,11 +107,11 @@ class _Reader:
         self.number = -1
         self._content = FileContent(Path())
 
-    def give(self, number: int, path: Path, wanted: Wanted) -> None:
-        """Hands over the next file."""
+    def give(self, number: int, path: Path, wanted: Wanted, *, tell: bool) -> None:
+        """Hands over the next file; tell: it shall report how far it is."""
         self.number, self._content = number, FileContent(path)
         with suppress(BrokenPipeError):  # `take` tells that the process is gone
-            worker.send(self._input, worker.JOB, (str(path), wanted))
+            worker.send(self._input, worker.JOB, (str(path), wanted, tell))
 
     def take(self, progress: Progress | None) -> FileContent | None:
         """Takes one frame; the content once the file was read to its end."""

@@ -65,14 +65,14 @@ def main() -> None:
         os._exit(1)
 
 
-def _read(results: IO[bytes], path: str, wanted: Wanted) -> None:
+def _read(results: IO[bytes], path: str, wanted: Wanted, tell: bool) -> None:
     try:
         facts = scan_file(
             Path(path),
             wanted,
             lambda batch: send(results, BATCH, batch),
             restart=lambda: send(results, RESTART),
-            progress=lambda count: send(results, PROGRESS, count),
+            progress=(lambda count: send(results, PROGRESS, count)) if tell else None,
         )
     except SglprofError as error:
         said = {"expected": error.expected, "hint": error.hint, "log": error.log}
