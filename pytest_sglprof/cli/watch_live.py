@@ -51,12 +51,14 @@ def _follow(
         watch.check()
         if screen.cannot_know:
             raise Inconclusive(CANNOT_KNOW)
-        if screen.onset.wait(REDRAW) and args.open_window:
+        screen.onset.wait(REDRAW)
+        screen.onset.clear()  # before the look: an onset after it ends the next wait
+        first = screen.first()
+        if first is not None and args.open_window:
             from pytest_sglprof.cli.watch_window import record_window
 
             screen.clear()
-            return record_window(args, screen.first(), screen.say)
-        screen.onset.clear()
+            return record_window(args, first, screen.say)
         screen.draw()
     screen.clear()
     if detector.onsets:
@@ -135,10 +137,10 @@ class _Screen:
         if found:
             self.onset.set()
 
-    def first(self) -> Onset:
-        """The first onset that was declared."""
+    def first(self) -> Onset | None:
+        """The first onset that was declared, if any was."""
         with self._lock:
-            return self._all[0]
+            return self._all[0] if self._all else None
 
     def draw(self) -> None:
         """New onsets; on a terminal the table below them, over the one before."""

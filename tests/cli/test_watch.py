@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from standin.running import Running, standin
@@ -196,6 +197,26 @@ def test_a_running_server_whose_window_shows_the_busy_rank(
     assert "DP0 is starved while the others run " in shown
     assert "window: complete" in shown
     assert "the trace confirms it: DP1 had most to do" in shown
+
+
+def test_an_onset_that_comes_just_after_a_look_opens_a_window(
+    two_replicas: Running,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class TooLate(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            super().wait(10)
+            return False  # the time was over just before
+
+    late = SimpleNamespace(Event=TooLate, Lock=threading.Lock)
+    monkeypatch.setattr("pytest_sglprof.cli.watch_live.threading", late)
+    words = ["--hold", "1", "--for", "12", "--open-window", "torch", "--seconds", "1"]
+    words += ["--output", str(tmp_path / "window"), "--server-dir", f"{tmp_path}:{tmp_path}"]
+    with load(two_replicas, (1,)):
+        assert main(["watch", two_replicas.url, *words]) == 1
+    assert "window: complete" in capsys.readouterr().out
 
 
 def test_a_balanced_server_has_no_onset(
