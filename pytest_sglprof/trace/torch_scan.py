@@ -27,7 +27,7 @@ from pytest_sglprof.trace.kineto import (
     FullEvent,
 )
 from pytest_sglprof.trace.mend import object_end, read_event
-from pytest_sglprof.trace.needles import finder
+from pytest_sglprof.trace.needles import offsets
 
 __all__ = ["Unsafe", "scan"]
 
@@ -86,9 +86,8 @@ class _Search(Generic[E]):
     """The events whose category holds one word, decoded as one type."""
 
     def __init__(self, word: bytes, kind: type[E], add: Callable[[Sequence[E]], None]) -> None:
-        self._find = finder(word)
+        self._word = word
         self._add: Callable[[Sequence[E]], None] = add
-        self._size = len(word)
         self._mine = _Categories(word.decode())
         self._one: msgspec.json.Decoder[E] = msgspec.json.Decoder(kind)
         self._run: msgspec.json.Decoder[list[E]] = msgspec.json.Decoder(
@@ -97,7 +96,7 @@ class _Search(Generic[E]):
 
     def take(self, window: Window, add_one: Callable[[FullEvent], None]) -> None:
         """Adds the window's events; `add_one`: those that had to be mended."""
-        hits = self._find(window.data, window.begin, window.end)
+        hits = offsets(self._word, window.data, window.begin, window.end)
         if not hits:
             return
         mine = self._mine
@@ -106,7 +105,7 @@ class _Search(Generic[E]):
             events = self._at_once(window, near)
             if events is None:
                 events = []
-                for at, event in _each(window, self._size, near, self._one.decode):
+                for at, event in _each(window, len(self._word), near, self._one.decode):
                     if event is not None:
                         events.append(event)
                         continue
@@ -135,15 +134,14 @@ class _Announcements:
     """The numbers of collectives, which stand in operators of one name."""
 
     def __init__(self, collector: Collector) -> None:
-        word = f'"{ANNOUNCEMENT}"'.encode()
-        self._find, self._size = finder(word), len(word)
+        self._word = f'"{ANNOUNCEMENT}"'.encode()
         self._decode = msgspec.json.Decoder(Announced).decode
         self._add = collector.add_announced
 
     def take(self, window: Window, _: object) -> None:
         """Adds those of the window; a number that cannot be read is not known."""
-        hits = self._find(window.data, window.begin, window.end)
-        for _at, event in _each(window, self._size, hits, self._decode):
+        hits = offsets(self._word, window.data, window.begin, window.end)
+        for _at, event in _each(window, len(self._word), hits, self._decode):
             if event is not None:
                 self._add(event)
 

@@ -28,13 +28,9 @@ from tests.trace.scanned import (
 )
 
 
-@pytest.fixture(autouse=True, params=["find", "vectorscan"])
-def every_file_is_large(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+@pytest.fixture(autouse=True)
+def every_file_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_sglprof.trace.torch_window.SCAN_BYTES", 0)
-    if request.param == "vectorscan":
-        pytest.importorskip("hyperscan", reason="the extra `fast` is not installed")
-    small = 0 if request.param == "vectorscan" else 2**62
-    monkeypatch.setattr("pytest_sglprof.trace.needles.SMALL", small)
 
 
 @pytest.mark.parametrize("name", [NAME, NAME + ".gz"])
