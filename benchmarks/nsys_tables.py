@@ -74,8 +74,11 @@ def pandas_read_sql(folder: Path) -> Sums:
 
 def nsys_stats(folder: Path) -> Sums:
     words = [os.environ[NSYS], "stats", "--report", "cuda_gpu_kern_sum", "--format", "csv"]
-    command = [*words, "--quiet", str(folder / "report.sqlite")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [*words, "--quiet", str(folder.resolve() / "report.sqlite")]
+    # Debian's package finds its own modules only in the folder where they lie.
+    modules = Path(os.environ[NSYS]).resolve().parent / "python" / "lib"
+    cwd = modules if modules.is_dir() else None
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd)
     table = done.stdout[done.stdout.index("Time (%)") :]
     return {
         ("", row["Name"], "kernel"): (int(row["Instances"]), int(row["Total Time (ns)"]))
