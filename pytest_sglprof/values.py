@@ -10,6 +10,7 @@ from typing import Any, Literal
 Backend = Literal["torch", "nsys"]
 ServerKind = Literal["sglang", "standin", "auto"]
 VerdictWord = Literal["pass", "fail", "inconclusive"]
+WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
 Metric = Literal["slowdown", "imbalance_factor", "lost_share"]
 METRICS: tuple[Metric, ...] = ("slowdown", "imbalance_factor", "lost_share")
 

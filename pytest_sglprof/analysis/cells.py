@@ -22,6 +22,7 @@ from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sy
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.analysis.work import StepInputs, step_inputs
+from pytest_sglprof.trace.arrays import first_of
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -246,7 +247,7 @@ def _group_cells(
     is_telling = has_steps and rows.source != "nvtx" and every > 0
     step = np.zeros(len(mine), np.int64)
     if has_steps:
-        step = _places(steps.numbers, rows.step)
+        step = first_of(np.array(steps.numbers, np.int64), rows.step)
         mine &= step >= 0
     at = np.flatnonzero(mine)
     present = np.flatnonzero(np.bincount(rows.kernel[at], minlength=1) > 0)
@@ -299,14 +300,6 @@ def _sync(
         segment=pieces // length,
         segments=len(part.span),
     )
-
-
-def _places(known: Sequence[int], values: Ints) -> Ints:
-    """Index into ascending `known` of each value, -1 for none; shape of `values`."""
-    numbers = np.array(known, np.int64)
-    at = np.searchsorted(numbers, values)
-    found = np.append(numbers, -1)[at] == values
-    return np.where(found & (at < len(numbers)), at, -1)
 
 
 def _positions(known: Sequence[object], values: Sequence[object]) -> Ints:

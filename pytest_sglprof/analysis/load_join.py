@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from pytest_sglprof.analysis.imbalance import steps_per_rank
 from pytest_sglprof.analysis.rank_board import RankLoad
+from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.unequal import Onset
 from pytest_sglprof.ranks import Rank
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
-
-OUTSIDE_COMPUTE = ("communication", "memory")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def compute_by_dp(table: KernelTable) -> tuple[dict[int, float], bool]:
     totals: dict[str, float] = dict.fromkeys(table.ranks, 0.0)
     rows = table.by("rank", "category")
     for rank, category, ns in zip(rows["rank"], rows["category"], rows["total_ns"], strict=True):
-        if str(category) not in OUTSIDE_COMPUTE:
+        if str(category) not in NOT_COMPUTE:
             totals[str(rank)] += float(ns)
     steps = steps_per_rank(table)
     per_step = bool(totals) and all(steps.get(rank, 0) > 0 for rank in totals)

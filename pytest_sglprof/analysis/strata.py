@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof.analysis.cells import GroupCells
+from pytest_sglprof.trace.arrays import Ints, first_of
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -26,11 +27,10 @@ _ROWS = 1_000_000  # of the table at once
 _DECODE = "decode"
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, order=True)
-class Work:
+class StepWork:
     """What a step does. Steps of equal work are compared. -1 where the source does not tell.
 
     batch: requests, padded as for the graph that ran, where that is told. kv_bucket:
@@ -53,7 +53,7 @@ class Stratum:
     kernels, also of those that are not listed.
     """
 
-    work: Work
+    work: StepWork
     steps: int
     compute_ns: float
     categories: Mapping[str, float]
@@ -138,12 +138,13 @@ def _sums(
     ).reshape(len(words["category"]), len(words["name"]))  # fmt: skip
     member = frame["rank"].cat.categories.isin(list(cells.group.ranks))
     numbers = np.array(cells.steps.numbers, np.int64)
-    stratum = np.array(of_step, np.int64)
+    stratum = np.array([*of_step, UNKNOWN], np.int64)  # the last one for other steps
     sums = np.zeros((2, count * width))
     for at in range(0, len(frame), _ROWS):
         part = frame.iloc[at : at + _ROWS]
-        step = part["step"].to_numpy(np.int64)
-        own = _of_steps(numbers, stratum, step) if cells.has_steps else np.zeros(len(part), int)
+        own = np.zeros(len(part), np.int64)
+        if cells.has_steps:
+            own = stratum[first_of(numbers, part["step"].to_numpy(np.int64))]
         which = kernel[part["category"].cat.codes, part["name"].cat.codes]
         mine = (own >= 0) & (which >= 0) & member[part["rank"].cat.codes]
         keys = own[mine] * width + which[mine]
@@ -152,18 +153,10 @@ def _sums(
     return sums[0].reshape(count, width), sums[1].reshape(count, width)
 
 
-def _of_steps(numbers: Ints, stratum: Ints, step: Ints) -> Ints:
-    """The stratum of each step; -1 of those that are not among the ascending numbers."""
-    if not len(numbers):
-        return np.full(len(step), UNKNOWN, np.int64)
-    at = np.minimum(np.searchsorted(numbers, step), len(numbers) - 1)
-    return np.where(numbers[at] == step, stratum[at], UNKNOWN)
-
-
-def _works(table: KernelTable, cells: GroupCells) -> list[Work]:
+def _works(table: KernelTable, cells: GroupCells) -> list[StepWork]:
     """The work of each compared step; of a table without steps one for the whole window."""
     if not cells.has_steps:
-        return [Work("")]
+        return [StepWork("")]
     mine = table.steps[table.steps["rank"].isin(list(cells.group.ranks))]
     numbers = cells.steps.numbers
 
@@ -187,7 +180,7 @@ def _works(table: KernelTable, cells: GroupCells) -> list[Work]:
         shape = padded if padded >= 0 else batch
         requests = batch if batch > 0 else shape
         found.append(
-            Work(
+            StepWork(
                 stage=stage,
                 substage=str(substages.get(number, "")),
                 batch=shape,

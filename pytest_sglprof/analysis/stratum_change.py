@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pytest_sglprof.analysis.imbalance import MIN_ASSIGNED_SHARE, MIN_MATCHED_SHARE
 from pytest_sglprof.analysis.segments import NOT_COMPUTE
-from pytest_sglprof.analysis.strata import UNKNOWN, GroupStrata, Stratum, Work
+from pytest_sglprof.analysis.strata import UNKNOWN, GroupStrata, StepWork, Stratum
 
-MIN_MATCHED = 0.5  # of the steps of each run; below it the runs did other work
 FEW_STEPS = 30  # what a verdict on a window needs by default
-MIN_ASSIGNED = 0.5  # of compute in known steps, as for every figure of a window
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Change:
 class StratumChange:
     """Compute of one stratum, ns a step; None and 0 steps where a run has no such work."""
 
-    work: Work
+    work: StepWork
     before_steps: int
     now_steps: int
     before_ns: float | None
@@ -91,7 +90,7 @@ def compare_strata(
     old = {group.group: group for group in before}
     new = {group.group: group for group in now}
     found: list[StageChange] = []
-    for label in [*new, *(label for label in old if label not in new)]:
+    for label in {**new, **old}:
         found += _group(label, old.get(label), new.get(label))
     return tuple(sorted(found, key=lambda stage: -sum(one.now_steps for one in stage.strata)))
 
@@ -117,7 +116,7 @@ def _other_ground(before: GroupStrata, now: GroupStrata) -> str:
         without = "the baseline" if before.steps is None else "this run"
         return f"the source of {without} tells no steps, that of the other does"
     for which, side in (("the baseline", before), ("this run", now)):
-        if side.assigned_share < MIN_ASSIGNED:
+        if side.assigned_share < MIN_ASSIGNED_SHARE:
             return f"of {which} less than half of compute lies in known steps"
         if not side.strata:
             return f"{which} has no step that could be compared"
@@ -136,12 +135,12 @@ def _by_step(stage: str, before: GroupStrata, now: GroupStrata) -> StageChange:
             old[work].compute_ns if work in old else None,
             new[work].compute_ns if work in new else None,
         )
-        for work in [*new, *(work for work in old if work not in new)]
+        for work in {**new, **old}
     ]
     reason = ""
     if not old or not new:
         reason = f"only {'this run' if not old else 'the baseline'} has such steps"
-    elif min(matched_before, matched_now) < MIN_MATCHED:
+    elif min(matched_before, matched_now) < MIN_MATCHED_SHARE:
         reason = (
             f"other work: {matched_before:.0%} of the baseline's and {matched_now:.0%} of this "
             "run's steps have a match, half of each is needed"
@@ -175,11 +174,13 @@ def _by_step(stage: str, before: GroupStrata, now: GroupStrata) -> StageChange:
     )
 
 
-def _strata_of(group: GroupStrata, stage: str) -> dict[Work, Stratum]:
+def _strata_of(group: GroupStrata, stage: str) -> dict[StepWork, Stratum]:
     return {one.work: one for one in group.strata if one.work.stage == stage}
 
 
-def _matched(group: GroupStrata, mine: Mapping[Work, Stratum], common: Sequence[Work]) -> float:
+def _matched(
+    group: GroupStrata, mine: Mapping[StepWork, Stratum], common: Sequence[StepWork]
+) -> float:
     """Steps of strata that were left out count as unmatched."""
     every = sum((group.steps or {}).get(stage, 0) for stage in {one.stage for one in mine})
     return sum(mine[work].steps for work in common) / every if every else 0.0
@@ -192,7 +193,7 @@ def _few_steps(olds: Sequence[Stratum], news: Sequence[Stratum]) -> tuple[str, .
     return (f"Few steps are compared: {before} before, {now} now",)
 
 
-def _unknown_work(works: Sequence[Work]) -> tuple[str, ...]:
+def _unknown_work(works: Sequence[StepWork]) -> tuple[str, ...]:
     found = []
     if any(work.batch == UNKNOWN for work in works):
         found.append("The source does not tell the batch size of every step")
@@ -218,8 +219,7 @@ def _kernels(
     base: float,
 ) -> list[Change]:
     changes = []
-    for name in [*new, *(name for name in old if name not in new)]:
-        category = new[name][0] if name in new else old[name][0]
+    for name, (category, _) in {**old, **new}.items():
         was = old[name][1] if name in old else _absent(before)
         became = new[name][1] if name in new else _absent(now)
         if was or became:
@@ -256,7 +256,7 @@ def _by_call(before: GroupStrata, now: GroupStrata) -> StageChange:
         for calls, one in ((old, before), (new, now))
     ]
     head = (now.group, "", "call", matched[0], matched[1])
-    if min(matched) < MIN_MATCHED:
+    if min(matched) < MIN_MATCHED_SHARE:
         return StageChange(
             *head,
             f"other work: {matched[0]:.0%} of the baseline's and {matched[1]:.0%} of this run's "
@@ -278,14 +278,14 @@ def _by_call(before: GroupStrata, now: GroupStrata) -> StageChange:
     kernels = [
         _change(
             name,
-            (new.get(name) or old[name])[0],
+            category,
             old[name][1] if name in old else _absent(before),
             new[name][1] if name in new else _absent(now),
             # A kernel that only one run calls is no slower or faster one.
             base if name in weights else 0.0,
             weights.get(name, 0.0),
         )
-        for name in [*new, *(name for name in old if name not in new)]
+        for name, (category, _, _) in {**old, **new}.items()
     ]
     return StageChange(
         *head,
@@ -309,12 +309,7 @@ def _call_means(group: GroupStrata) -> dict[str, tuple[str, float, float]]:
 
 
 def _largest_first(changes: Iterable[Change]) -> tuple[Change, ...]:
-    def size(change: Change) -> float:
-        if change.share is not None:
-            return abs(change.share)
-        return 0.0
-
-    return tuple(sorted(changes, key=lambda change: (-size(change), change.name)))
+    return tuple(sorted(changes, key=lambda change: (-abs(change.share or 0.0), change.name)))
 
 
 def _is_compute(category: str) -> bool:

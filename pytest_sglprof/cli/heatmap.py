@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "heatmap",
         help="rank × category of a window as a picture, PNG or SVG",
-        description="Kernel time of each rank and category over the mean of its work group, "
+        description="Busy time of each rank and category over the mean of its work group, "
         "as numbers and shades. Of several windows the worst is drawn.",
     )
     parser.add_argument(

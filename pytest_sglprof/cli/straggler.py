@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.cli.formats import Column, add_format_option, render, to_csv, to_json
 from pytest_sglprof.cli.imbalance import EXIT_STATUS
+from pytest_sglprof.values import WORST_FIRST
 
 if TYPE_CHECKING:
     from pytest_sglprof.analysis.straggler import StragglerFinding
@@ -30,8 +31,6 @@ _CSV_KEYS = (
 )
 MAX_SHOWN_KERNELS = 3
 SMALL_DIFFERENCE = 0.15
-# The worst group speaks for the window: somebody late, then what is not known.
-_WORST = ("fail", "inconclusive", "pass")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,7 +96,7 @@ def straggler_command_document(
     groups = [straggler_document(finding) for finding in found]
     top: dict[str, Any] = min(
         groups,
-        key=lambda group: (_WORST.index(group["verdict"]), -(group["lateness"] or 0.0)),
+        key=lambda group: (WORST_FIRST.index(group["verdict"]), -(group["lateness"] or 0.0)),
         default=_EMPTY,
     )
     return {**top, "source": table.source, "notes": list(table.notes), "groups": groups}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.reasons import subject
 from pytest_sglprof.gate.wording import against_limit, count, ratio
-from pytest_sglprof.values import Threshold, VerdictWord
+from pytest_sglprof.values import WORST_FIRST, Threshold, VerdictWord
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
     """
     spreads = tuple(_spread(key, verdicts, planned) for key in _keys(verdicts))
     words = [spread.verdict for spread in spreads] or [_plain_word(verdicts, planned)]
-    word: VerdictWord = next(w for w in ("fail", "inconclusive", "pass") if w in words)
+    word: VerdictWord = next(w for w in WORST_FIRST if w in words)
     deciding = [spread for spread in spreads if spread.verdict == word]
     if not deciding:
         plain = next((v.reason for v in verdicts if v.word == word), verdicts[0].reason)

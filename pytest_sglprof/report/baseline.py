@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pytest_sglprof.analysis.segments import NOT_COMPUTE
-from pytest_sglprof.analysis.strata import UNKNOWN, Work
+from pytest_sglprof.analysis.strata import UNKNOWN, StepWork
 from pytest_sglprof.analysis.stratum_change import (
     Change,
     StageChange,
@@ -241,7 +241,7 @@ def _strata(strata: Sequence[StratumChange]) -> list[dict[str, Any]]:
     ]
 
 
-def work_words(work: Work) -> str:
+def work_words(work: StepWork) -> str:
     """`decode, batch 8, KV cache 1,024 to 2,047 tokens a request`."""
     stage = work.stage or "unknown"
     if work.substage and work.substage.lower() not in (stage, "extend"):

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_sglprof.values import WORST_FIRST
+
 Document = Mapping[str, Any]
 
 LIGHTEST, DARKEST = 1.0, 1.25  # over the mean: what is not slow has no shade
 MAX_TEXT = 120
 CELL_WIDTH, CELL_HEIGHT, MIN_WIDTH = 112, 34, 480  # of the pictures
-LEGEND = "kernel time over the mean of the work group; darker is slower; ▶ slowest in compute"
+LEGEND = "busy time over the mean of the work group; darker is slower; ▶ slowest in compute"
 NOBODY = "No rank could be compared."
 _DARK, _LIGHT = (0x4A, 0x1D, 0x06), (0xFF, 0xF4, 0xE8)
 # Black ink above this luminance, white below: both then have a contrast of 4.58 or more.
@@ -25,13 +27,13 @@ _INK_LUMINANCE = 0.179
 
 @dataclass(frozen=True)
 class Cell:
-    """ratio: to the group's mean; None without any time. total_ns: busy time.
+    """ratio: to the group's mean; None without any time. busy_ns: busy time, ns.
 
     fill, ink: colours as `#rrggbb`.
     """
 
     ratio: float | None
-    total_ns: int
+    busy_ns: int
     fill: str = "#ffffff"
     ink: str = "#000000"
 
@@ -105,19 +107,18 @@ def cell_text(cell: Cell) -> str:
 
 def worst_window(windows: Sequence[Document]) -> Document | None:
     """The first failed window, else the first inconclusive one, else the first; None of none."""
-    order = ("fail", "inconclusive", "pass")
     drawable = [window for window in windows if window["findings"]]
-    return min(drawable, key=lambda window: order.index(window["verdict"]), default=None)
+    return min(drawable, key=lambda window: WORST_FIRST.index(window["verdict"]), default=None)
 
 
-def _cell(total: int, mean: float) -> Cell:
+def _cell(busy: int, mean: float) -> Cell:
     if not mean:
-        return Cell(None, total)
-    ratio = total / mean
+        return Cell(None, busy)
+    ratio = busy / mean
     shade = min(1.0, max(0.0, (ratio - LIGHTEST) / (DARKEST - LIGHTEST)))
     mixed = [round(a + (b - a) * shade) for a, b in zip(_LIGHT, _DARK, strict=True)]
     ink = "#000000" if _luminance(mixed) > _INK_LUMINANCE else "#ffffff"
-    return Cell(ratio, total, "#" + "".join(f"{part:02x}" for part in mixed), ink)
+    return Cell(ratio, busy, "#" + "".join(f"{part:02x}" for part in mixed), ink)
 
 
 def _luminance(colour: Sequence[int]) -> float:

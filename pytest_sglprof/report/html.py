@@ -19,6 +19,7 @@ from pytest_sglprof.report import page_data, page_figures
 from pytest_sglprof.report.baseline import against_baseline
 from pytest_sglprof.report.history import history
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
+from pytest_sglprof.values import WORST_FIRST
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -40,7 +41,6 @@ STYLES = ("uPlot.min.css", "page.css")
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 NONE = "–"  # where there is no figure
 FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
-_SEVERITY = ("fail", "inconclusive", "pass")
 
 
 def page(
@@ -62,7 +62,7 @@ def page(
         runs.append({"run": document})
         for window in document["windows"]:
             windows.append(_window(window, document, base, number=len(windows)))
-    opened = min(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"]), default=None)
+    opened = min(windows, key=lambda w: WORST_FIRST.index(w["doc"]["verdict"]), default=None)
     over_runs = history(documents, windows) if len(documents) > 1 else []
     scripts = [_asset(name) for name in SCRIPTS]
     return (
@@ -71,7 +71,7 @@ def page(
         .render(
             runs=runs,
             windows=windows,
-            by_severity=sorted(windows, key=lambda w: _SEVERITY.index(w["doc"]["verdict"])),
+            by_severity=sorted(windows, key=lambda w: WORST_FIRST.index(w["doc"]["verdict"])),
             opened=opened["anchor"] if opened else "",
             verdict=_worst(documents),
             standin=any(document["summary"]["standin"] for document in documents),
@@ -139,7 +139,7 @@ def _against(
 
 def _worst(documents: Sequence[Document]) -> str | None:
     words = {document["summary"]["verdict"] for document in documents}
-    return next((word for word in _SEVERITY if word in words), None)
+    return next((word for word in WORST_FIRST if word in words), None)
 
 
 def _policy(scripts: Sequence[str]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Document = Mapping[str, Any]
+from pytest_sglprof.values import WORST_FIRST
 
-_SEVERITY = {"fail": 0, "inconclusive": 1, "pass": 2}
+Document = Mapping[str, Any]
 
 
 def properties(window: Document) -> list[tuple[str, str]]:
@@ -42,7 +42,7 @@ def properties_of_test(windows: Sequence[Document]) -> list[tuple[str, str]]:
 
     So that `verdict` is the test's, whatever the number of windows.
     """
-    ordered = sorted(windows, key=lambda window: _SEVERITY[window["verdict"]])
+    ordered = sorted(windows, key=lambda window: WORST_FIRST.index(window["verdict"]))
     found: list[tuple[str, str]] = []
     for at, window in enumerate(ordered):
         suffix = f"[{window['id']}]" if at else ""

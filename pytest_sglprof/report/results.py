@@ -14,7 +14,7 @@ from pytest_sglprof.files import atomic_write
 from pytest_sglprof.redact import redact, redact_command
 from pytest_sglprof.report.plain import plain, utc
 from pytest_sglprof.report.window import finding_document, judgement_document, window_document
-from pytest_sglprof.values import LoadResult
+from pytest_sglprof.values import WORST_FIRST, LoadResult
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-_WORDS = ("fail", "inconclusive", "pass")  # the worst first
 
 
 def attempt_document(
@@ -148,13 +147,13 @@ def run_document(
     """
     header = {**run, "started": utc(run.get("started")), "ended": utc(run.get("ended"))}
     grouped = _tests(tests)
-    counts = {word: sum(window["verdict"] == word for window in windows) for word in _WORDS}
+    counts = {word: sum(window["verdict"] == word for window in windows) for word in WORST_FIRST}
     judged = [test["verdict"] for test in grouped if test["verdict"] is not None]
     document = {
         "schema_version": SCHEMA_VERSION,
         "run": header,
         "summary": {
-            "verdict": next((word for word in _WORDS if word in judged), None),
+            "verdict": next((word for word in WORST_FIRST if word in judged), None),
             "tests": len(grouped),
             "windows": counts,
             "standin": any(item.get("standin", False) for item in (*windows, *servers, *loads)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_sglprof.analysis.strata import GroupStrata, Stratum, Work
+from pytest_sglprof.analysis.strata import GroupStrata, StepWork, Stratum
 
 DIGITS = 3  # decimals of a mean, ns
 
@@ -58,7 +58,7 @@ def _group(found: Mapping[str, Any]) -> GroupStrata:
 def _stratum(one: Mapping[str, Any]) -> Stratum:
     names = ("stage", "substage", "batch", "kv_bucket", "token_bucket")
     return Stratum(
-        work=Work(**{name: one[name] for name in names}),
+        work=StepWork(**{name: one[name] for name in names}),
         steps=one["steps"],
         compute_ns=one["compute_ns"],
         categories=one["categories"],

@@ -15,7 +15,7 @@ from pytest_sglprof.session.server_life import check_alive, describe_server, und
 from pytest_sglprof.session.window_run import WindowRun
 from pytest_sglprof.session.window_watch import WindowWatch
 from pytest_sglprof.settings import repeats
-from pytest_sglprof.values import VerdictWord, WindowSpec
+from pytest_sglprof.values import WORST_FIRST, VerdictWord, WindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from pytest_sglprof.session.run import RunFolder
     from pytest_sglprof.settings import Settings
     from pytest_sglprof.watch.watcher import LoadWatch
-
-RANKING: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")  # worst first
 
 
 class TestRun:
@@ -299,7 +297,7 @@ class TestRun:
                 judged.append((window.verdict.word, window.spec.name, window.verdict.reason))
             elif window.repeat_index == 1:
                 judged.append((repeated.word, window.spec.name, repeated.reason))
-        for word in RANKING:
+        for word in WORST_FIRST:
             reasons = [f"{name}: {reason}" for found, name, reason in judged if found == word]
             if reasons:
                 self.verdict, self.reason = word, "\n".join(reasons)

@@ -71,31 +71,42 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         for event in events:
             collector.add_full(event)
 
-    searches += [_Search(word, Event, collector.add_quick) for word in quick]
-    searches += [_Search(word, FullEvent, add_each) for word in full]
+    mended = collector.add_full
+    searches += [_Search(word, Event, collector.add_quick, mended) for word in quick]
+    searches += [_Search(word, FullEvent, add_each, mended) for word in full]
     searches += [_Announcements(collector)] if collector.wanted.sequences else []
 
     def take(window: Window) -> None:
         for search in searches:
-            search.take(window, collector.add_full)
+            search.take(window)
 
     return take
 
 
 class _Search(Generic[E]):
-    """The events whose category holds one word, decoded as one type."""
+    """The events whose category holds one word, decoded as one type.
 
-    def __init__(self, word: bytes, kind: type[E], add: Callable[[Sequence[E]], None]) -> None:
+    add: takes those of a window; add_mended: one that was no valid JSON and was mended.
+    """
+
+    def __init__(
+        self,
+        word: bytes,
+        kind: type[E],
+        add: Callable[[Sequence[E]], None],
+        add_mended: Callable[[FullEvent], None],
+    ) -> None:
         self._word = word
         self._add: Callable[[Sequence[E]], None] = add
+        self._add_mended = add_mended
         self._mine = _Categories(word.decode())
         self._one: msgspec.json.Decoder[E] = msgspec.json.Decoder(kind)
         self._run: msgspec.json.Decoder[list[E]] = msgspec.json.Decoder(
             list[kind]  # type: ignore[valid-type]
         )
 
-    def take(self, window: Window, add_one: Callable[[FullEvent], None]) -> None:
-        """Adds the window's events; `add_one`: those that had to be mended."""
+    def take(self, window: Window) -> None:
+        """Adds the window's events."""
         hits = offsets(self._word, window.data, window.begin, window.end)
         if not hits:
             return
@@ -111,7 +122,7 @@ class _Search(Generic[E]):
                         continue
                     mended = _slowly(window.layout, window.data, window.end, at)
                     if mine[mended.cat]:
-                        add_one(mended)
+                        self._add_mended(mended)
             found += [event for event in events if mine[event.cat]]
         if found:
             self._add(found)
@@ -138,7 +149,7 @@ class _Announcements:
         self._decode = msgspec.json.Decoder(Announced).decode
         self._add = collector.add_announced
 
-    def take(self, window: Window, _: object) -> None:
+    def take(self, window: Window) -> None:
         """Adds those of the window; a number that cannot be read is not known."""
         hits = offsets(self._word, window.data, window.begin, window.end)
         for _at, event in _each(window, len(self._word), hits, self._decode):

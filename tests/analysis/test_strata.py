@@ -11,7 +11,7 @@ from kernel_tables import build, slow
 
 from pytest_sglprof.analysis import strata as strata_module
 from pytest_sglprof.analysis.cells import measure
-from pytest_sglprof.analysis.strata import GroupStrata, Work, strata
+from pytest_sglprof.analysis.strata import GroupStrata, StepWork, strata
 from pytest_sglprof.analysis.stratum_change import compare_strata
 from pytest_sglprof.report.strata import strata_document, strata_of
 from pytest_sglprof.trace.table import KernelTable, Step
@@ -64,7 +64,7 @@ def test_steps_of_equal_work_are_one_stratum() -> None:
     assert [(one.work.batch, one.steps) for one in group.strata] == [(4, 3), (8, 2), (16, 1)]
     for one in group.strata:
         steps = {at for at, batch in enumerate(batches) if batch == one.work.batch}
-        assert one.work == Work("decode", "", one.work.batch, 10)  # 1500 tokens a request
+        assert one.work == StepWork("decode", "", one.work.batch, 10)  # 1500 tokens a request
         assert one.compute_ns == pytest.approx(mean(rows, steps), abs=1e-9)
         for (category, name), ns in zip(group.kernels, one.kernels, strict=True):
             assert ns == pytest.approx(mean(rows, steps, name), abs=1e-9)
@@ -74,11 +74,11 @@ def test_steps_of_equal_work_are_one_stratum() -> None:
 def test_the_padded_batch_counts_and_the_longest_cache_bucket() -> None:
     table, _ = window([5, 6, 7], padded_batch=8, substage="DECODE")
     (group,) = found(table)
-    assert [one.work for one in group.strata] == [Work("decode", "DECODE", 8, 10)]
+    assert [one.work for one in group.strata] == [StepWork("decode", "DECODE", 8, 10)]
     table, _ = window([4, 4], kv_tokens=4 * 4096)
     assert found(table)[0].strata[0].work.kv_bucket == 12
     table, _ = window([4, 4], kv_tokens=-1, batch_size=-1)
-    assert found(table)[0].strata[0].work == Work("decode")
+    assert found(table)[0].strata[0].work == StepWork("decode")
 
 
 def test_prefills_of_other_lengths_are_other_work() -> None:

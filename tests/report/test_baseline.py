@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kernel_tables import build, slow
 
-from pytest_sglprof.analysis.strata import Work
+from pytest_sglprof.analysis.strata import StepWork
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.report.baseline import against_baseline, paired_by, percent_of, work_words
 from pytest_sglprof.report.environment import environment, load_figures, load_options, stable
@@ -208,14 +208,17 @@ def test_load_figures_and_options() -> None:
 @pytest.mark.parametrize(
     ("work", "words"),
     [
-        (Work("decode", "DECODE", 8, 9), "decode, batch 8, KV cache 512 to 1,023 tokens a request"),
-        (Work("decode", "TARGET_VERIFY", 8), "decode (target verify), batch 8"),
-        (Work("prefill", "EXTEND", 2, -1, 13), "prefill, batch 2, 8,192 to 16,383 new tokens"),
-        (Work("unknown"), "unknown, batch unknown"),
-        (Work("decode", "", 1, 0), "decode, batch 1, KV cache 0 to 1 tokens a request"),
+        (
+            StepWork("decode", "DECODE", 8, 9),
+            "decode, batch 8, KV cache 512 to 1,023 tokens a request",
+        ),
+        (StepWork("decode", "TARGET_VERIFY", 8), "decode (target verify), batch 8"),
+        (StepWork("prefill", "EXTEND", 2, -1, 13), "prefill, batch 2, 8,192 to 16,383 new tokens"),
+        (StepWork("unknown"), "unknown, batch unknown"),
+        (StepWork("decode", "", 1, 0), "decode, batch 1, KV cache 0 to 1 tokens a request"),
     ],
 )  # fmt: skip
-def test_work_in_words(work: Work, words: str) -> None:
+def test_work_in_words(work: StepWork, words: str) -> None:
     assert work_words(work) == words
 
 
