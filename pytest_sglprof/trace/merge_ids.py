@@ -76,11 +76,14 @@ class ProcessIds:
         return list(self._known.values())
 
     def _new(self, raw: bytes) -> tuple[str, int, str]:
-        label = rank_of_pid(raw) or self._default
+        told = rank_of_pid(raw)
+        label = told or self._default
         prefix = int(self._numbers.prefix(label))
         text = raw.decode("utf-8", "replace")
         if text.startswith('"'):
-            text = _MERGED_PID.sub("", str(msgspec.json.decode(raw, strict=False)))
+            text = str(msgspec.json.decode(raw, strict=False))
+        if told:
+            text = _MERGED_PID.sub("", text)
         if _NUMBER.fullmatch(text) and int(text) < _NAMED:
             return label, int(f"{prefix}{text}"), ""
         place = self._named.setdefault(text, len(self._named))

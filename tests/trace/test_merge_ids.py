@@ -25,6 +25,7 @@ from pytest_sglprof.trace.trace_writer import TraceWriter
 PIDS = st.one_of(
     st.integers(0, 9_999_999).map(lambda pid: b"%d" % pid),
     st.text(max_size=8).map(lambda text: json.dumps(text).encode()),
+    st.sampled_from([b'""', b'"[]"', b'"[x] 1"', b'"[x] y"', b'"y"']),
 )
 
 
