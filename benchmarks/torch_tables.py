@@ -20,9 +20,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.child import Figures, measured, report
-from benchmarks.generate import torch_window, truth_of
-from benchmarks.torch_ways import OTHERS, WAYS, Sums
+from benchmarks.child import Figures, measured
+from benchmarks.generate import torch_window
+from benchmarks.torch_ways import OTHERS, WAYS
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "pytest-sglprof"
@@ -40,11 +40,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, action="append", help="only this one; repeatable")
     parser.add_argument("--other", metavar="WAY=PYTHON", action="append", default=[])
-    parser.add_argument("--here", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.here:
-        report(WAYS[args.here], args.folder, judged)
-        return
     folder = args.folder / f"torch-{args.ranks}x{args.megabytes}"
     torch_window(folder, ranks=args.ranks, megabytes=args.megabytes)
     pythons = dict.fromkeys(args.way or WAYS, sys.executable)
@@ -55,22 +51,12 @@ def main() -> None:
     runs: dict[str, list[Figures]] = {way: [] for way, python in pythons.items() if python}
     for _ in range(args.repeat):
         for way, figures in runs.items():
-            command = [pythons[way], "-m", "benchmarks.torch_tables", "--here", way]
-            figures.append(measured([*command, "--folder", str(folder)], ROOT))
+            command = [pythons[way], "-m", "benchmarks.torch_ways", way, str(folder)]
+            figures.append(measured(command, ROOT))
     megabytes = args.ranks * args.megabytes
     write(f"{args.ranks} ranks of {args.megabytes} MB of JSON, {os.cpu_count()} processors, "
           f"median of {args.repeat}")  # fmt: skip
     write_table(runs, megabytes)
-
-
-def judged(sums: Sums, folder: Path) -> tuple[bool | None, str]:
-    """Whether the sums are the truth, None of none, and how far they are from it."""
-    truth = truth_of(folder)
-    if not sums or sums == truth:
-        return (True if sums else None), ""
-    total, whole = sum(ns for _, ns in sums.values()), sum(ns for _, ns in truth.values())
-    worst = min((sums.get(key, (0, 0))[1] / ns - 1 for key, (_, ns) in truth.items()), default=0)
-    return False, f"total {100 * (total / whole - 1):+.1f} %, worst name {100 * worst:+.0f} %"
 
 
 def write_table(runs: Mapping[str, Sequence[Figures]], megabytes: int) -> None:

@@ -1,4 +1,8 @@
-"""Ways to get from a folder of torch traces to count and time of each rank's kernels."""
+"""Ways to get from a folder of torch traces to count and time of each rank's kernels.
+
+`python -m benchmarks.torch_ways WAY FOLDER` goes one of them and prints what it cost. It
+imports little itself, since imports count.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import report
 
 Sums = dict[tuple[str, str], tuple[int, int]]
 """(rank, full kernel name) -> (count, total ns)."""
@@ -119,3 +125,19 @@ WAYS: dict[str, Callable[[Path], Sums]] = {
 
 # Those that are not ours to install, and the module by which they are recognised.
 OTHERS = {"HolisticTraceAnalysis": "hta", "TraceLens": "TraceLens"}
+
+
+def judged(sums: Sums, folder: Path) -> tuple[bool | None, str]:
+    """Whether the sums are the truth, None of none, and how far they are from it."""
+    from benchmarks.generate import truth_of
+
+    truth = truth_of(folder)
+    if not sums or sums == truth:
+        return (True if sums else None), ""
+    total, whole = sum(ns for _, ns in sums.values()), sum(ns for _, ns in truth.values())
+    worst = min((sums.get(key, (0, 0))[1] / ns - 1 for key, (_, ns) in truth.items()), default=0)
+    return False, f"total {100 * (total / whole - 1):+.1f} %, worst name {100 * worst:+.0f} %"
+
+
+if __name__ == "__main__":
+    report(WAYS[sys.argv[1]], Path(sys.argv[2]), judged)

@@ -7,12 +7,10 @@ stays flat however large the file is. Names become codes of the file's own name 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from msgspec.structs import astuple
 
 from pytest_sglprof.trace.kineto import (
     ANNOUNCEMENT,
@@ -30,6 +28,7 @@ from pytest_sglprof.trace.kineto import (
     Announced,
     Args,
     Batch,
+    CallArgs,
     Event,
     FileFacts,
     FullEvent,
@@ -55,17 +54,19 @@ class _Codes(dict[str, int]):
 
 
 class _Names(_Codes):
-    """communicates: whether one of the kernels may have a process group."""
+    """communicate: the names of kernels that may belong to a process group."""
 
-    communicates = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.communicate: set[str] = set()
 
     def __missing__(self, word: str) -> int:
-        self.communicates = self.communicates or "nccl" in word.lower()
+        if "nccl" in word.lower():
+            self.communicate.add(word)
         return super().__missing__(word)
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
 
     sequences: numbers of collectives; a look at a file for these takes a fifth of one for kernels.
@@ -93,30 +94,30 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class _Columns(NamedTuple):
-    """The fields of many events, in the order of `Event`."""
+    """The fields of many events."""
 
-    ph: tuple[str, ...] = ()
-    cat: tuple[str, ...] = ()
-    name: tuple[str, ...] = ()
-    ts: tuple[Any, ...] = ()  # float
-    dur: tuple[Any, ...] = ()  # float
-    args: tuple[Args, ...] = ()
-
-
-class _ArgColumns(NamedTuple):
-    """The fields of their arguments, in the order of `Args`."""
-
-    external: tuple[int, ...]
-    device: tuple[int, ...]
-    stream: tuple[int, ...]
-    correlation: tuple[int, ...]
-    graph_node: tuple[int, ...]
-    group: tuple[str, ...]
-    sequence: tuple[int, ...]
+    category: list[str]
+    name: list[str]
+    ts: list[Any]  # float
+    dur: list[Any]  # float
+    args: list[Args]
 
 
 def _columns(events: Sequence[Event]) -> _Columns:
-    return _Columns(*zip(*map(astuple, events), strict=True))
+    return _Columns(
+        [event.cat for event in events],
+        [event.name for event in events],
+        [event.ts for event in events],
+        [event.dur for event in events],
+        [event.args for event in events],
+    )
+
+
+def _kinds(column: Sequence[str], distinct: set[str], kinds: Mapping[str, int]) -> bytes:
+    """The kind of each category of a column."""
+    if len(distinct) == 1:
+        return bytes([kinds[column[0]]]) * len(column)
+    return bytes([kinds[category] for category in column])
 
 
 def _new_batch(*, exact: bool) -> Batch:
@@ -146,75 +147,79 @@ class Collector:
         self.wanted = wanted
         self.facts = FileFacts()
         self._emit = emit
-        self._kinds = {
-            name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in wanted.kinds
-        }
+        self.kinds = {name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in wanted.kinds}
         self._names = _Names()
         self._owners = _Codes()
         self._groups = _Codes()
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
-    def add_quick(self, found: Sequence[Event]) -> None:
-        """Adds GPU events with float times. Raises NeedsText when those are too large."""
+    def add_quick(self, found: Sequence[Event], kinds: Mapping[str, int], *, calls: bool) -> None:
+        """Adds GPU events with float times. Raises NeedsText when those are too large.
+
+        kinds: category -> kind of those that are taken. calls: the process group of one of
+        them may be told.
+        """
         columns = _columns(found)
-        if not self._all_fit(columns):
-            columns = _columns(self._fitting(found))
+        categories = set(columns.category)
+        if not kinds.keys() >= categories or min(columns.dur) < 0.0:
+            columns = _columns(self._fitting(found, kinds))
+            categories = set(columns.category)
         if not columns.ts:
             return
         if max(columns.ts) >= FLOAT_LIMIT or min(columns.ts) < 0.0:
             raise NeedsText
         try:
-            self._extend_quick(columns)
+            self._extend_quick(columns, _kinds(columns.category, categories, kinds))
         except OverflowError:  # a number that is no id; by text it counts as absent
             raise NeedsText from None
+        if calls:
+            self._add_calls(columns)
         if len(self._quick) >= BATCH:
             self._emit(self._quick)
             self._quick = _new_batch(exact=False)
 
-    def _all_fit(self, columns: _Columns) -> bool:
-        return (
-            bool(columns.ts)
-            and min(columns.dur) >= 0.0
-            and self._kinds.keys() >= set(columns.cat)
-            and set(columns.ph) == {"X"}
-        )
+    def _fitting(self, found: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
+        mine = [event for event in found if event.cat in kinds]
+        for event in mine:
+            self._count_unfit(event.cat, event.dur)
+        return [event for event in mine if event.dur >= 0.0]
 
-    def _fitting(self, found: Sequence[Event]) -> list[Event]:
-        for event in found:
-            self._count_unfit(event.cat, event.ph, event.dur)
-        kinds = self._kinds
-        return [e for e in found if e.cat in kinds and e.dur >= 0.0 and e.ph == "X"]
-
-    def _extend_quick(self, columns: _Columns) -> None:
+    def _extend_quick(self, columns: _Columns, kind: bytes) -> None:
         # Whole columns by fromlist or frombytes: this is the hottest path.
-        names, kinds = self._names, self._kinds
-        args = _ArgColumns(*zip(*map(astuple, columns.args), strict=True))
+        names, args = self._names, columns.args
+        size = len(args)
         batch = self._quick
-        row = len(batch)
-        batch.start.fromlist(list(columns.ts))
-        batch.dur.fromlist(list(columns.dur))
+        batch.start.fromlist(columns.ts)
+        batch.dur.fromlist(columns.dur)
         batch.name.fromlist([names[name] for name in columns.name])
-        batch.kind.frombytes(bytes([kinds[category] for category in columns.cat]))
-        batch.stream.fromlist(list(args.stream))
-        batch.correlation.fromlist(list(args.correlation))
-        batch.graph.frombytes(bytes([node != 0 for node in args.graph_node]))
-        batch.device.fromlist(list(args.device))
-        batch.owner.extend(array("h", [self._owners[""]]) * len(columns.ts))
-        if names.communicates and any(args.group):
-            calls = zip(args.group, args.sequence, args.external, strict=True)
-            for at, (group, sequence, external) in enumerate(calls, row):
-                if group:
-                    self._add_call(batch, at, group, sequence, external)
+        batch.kind.frombytes(kind)
+        batch.stream.fromlist([own.stream for own in args])
+        batch.correlation.fromlist([own.correlation for own in args])
+        nodes = [own.graph_node for own in args]
+        batch.graph.frombytes(bytes([node != 0 for node in nodes]) if any(nodes) else bytes(size))
+        batch.device.fromlist([own.device for own in args])
+        batch.owner.extend(array("h", [self._owners[""]]) * size)
 
-    def _add_call(self, batch: Batch, row: int, group: str, sequence: int, external: int) -> None:
+    def _add_calls(self, columns: _Columns) -> None:
+        batch = self._quick
+        rows = zip(columns.name, columns.args, strict=True)
+        for row, (name, args) in enumerate(rows, len(batch) - len(columns.args)):
+            if isinstance(args, CallArgs):
+                self._add_call(batch, row, name, args.group, args.sequence, args.external)
+
+    def _add_call(
+        self, batch: Batch, row: int, name: str, group: str, sequence: int, external: int
+    ) -> None:
+        if not group or name not in self._names.communicate:
+            return
         batch.call_row.append(row)
         batch.call_group.append(self._groups[group])
         batch.call_sequence.append(sequence)
         batch.call_external.append(external)
 
-    def _count_unfit(self, category: str, ph: str, dur: float | None) -> None:
-        if category not in self._kinds or ph != "X" or (dur is not None and dur >= 0):
+    def _count_unfit(self, category: str, dur: float | None) -> None:
+        if category not in self.kinds or (dur is not None and dur >= 0):
             return
         absent = dur is None or dur == float("-inf")
         what = "missing or unreadable" if absent else "negative"
@@ -224,14 +229,14 @@ class Collector:
     def add_full(self, event: FullEvent) -> None:
         """Adds one event by its text: activity, launch, span, or nothing of interest."""
         spans = event.cat in (CPU_SPAN, GPU_SPAN) and event.name.startswith("step[")
-        kind = self._kinds.get(event.cat)
+        kind = self.kinds.get(event.cat)
         if event.ph != "X" or not (spans or kind is not None):
             return
         start, dur = ns(event.ts), ns(event.dur)
         if start is None or dur is None or dur < 0:
             if kind != LAUNCH:
                 unfit = None if start is None or dur is None else float(dur)
-                self._count_unfit(event.cat, event.ph, unfit)
+                self._count_unfit(event.cat, unfit)
             return
         numbers = _numbers(event.args)
         if spans:
@@ -253,9 +258,6 @@ class Collector:
         self, event: FullEvent, kind: int, start: int, dur: int, numbers: _Numbers
     ) -> None:
         batch = self._exact
-        if isinstance(numbers.group, str) and numbers.group:
-            sequence, external = _integer(numbers.sequence, -1), _integer(numbers.external, -1)
-            self._add_call(batch, len(batch), numbers.group, sequence, external)
         batch.start.append(start)
         batch.dur.append(dur)
         batch.name.append(self._names[event.name])
@@ -265,6 +267,10 @@ class Collector:
         batch.graph.append(_integer(numbers.graph_node, 0) != 0)
         batch.device.append(_integer(numbers.device, 0) & 0x7FFF)
         batch.owner.append(self._owner(event.pid))
+        if isinstance(numbers.group, str):
+            sequence, external = _integer(numbers.sequence, -1), _integer(numbers.external, -1)
+            row = len(batch) - 1
+            self._add_call(batch, row, event.name, numbers.group, sequence, external)
         if len(batch) >= BATCH:
             self._emit(batch)
             self._exact = _new_batch(exact=True)

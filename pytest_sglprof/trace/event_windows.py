@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from pytest_sglprof.errors import TraceTruncated
 from pytest_sglprof.trace.kineto import FileFacts
@@ -30,8 +31,7 @@ class Unsafe(Exception):
     """The layout is not what was learned; the text says what was seen."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """between: the bytes from an event's `}` to the next one's first `"`. merged: pids
     name ranks. old: the categories are those of before 2022."""
 
@@ -45,8 +45,7 @@ class Layout:
         return self.between.rindex(b"{")
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(msgspec.Struct, frozen=True, gc=False):
     """Whole events: `data` from `begin`, where `layout.between` stands, to `end`, a last `}`."""
 
     layout: Layout

@@ -9,7 +9,6 @@ the integer part and the rounded fraction give exactly the ns of the text. Large
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
@@ -38,31 +37,49 @@ PROCESS_GROUP, SEQUENCE = "Process Group Name", "Seq"
 
 
 class Args(msgspec.Struct, gc=False, frozen=True):
-    """The arguments of a GPU event that the table needs; absent ones are -1, 0 or "".
+    """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
 
-    group, sequence, external: of kernels that torch.distributed launched; `sequence` is
-    mostly told by the `Announced` operator of the same `external` only.
-    """
-
-    external: int = msgspec.field(name="External id", default=-1)
     device: int = 0
     stream: int = -1
     correlation: int = -1
     graph_node: int = msgspec.field(name="graph node id", default=0)
+
+
+class CallArgs(Args, gc=False, frozen=True):
+    """Those of a kernel that torch.distributed launched; absent ones are -1 or "".
+
+    sequence: mostly told by the `Announced` operator of the same `external` only.
+    """
+
+    external: int = msgspec.field(name="External id", default=-1)
     group: str = msgspec.field(name=PROCESS_GROUP, default="")
     sequence: int = msgspec.field(name=SEQUENCE, default=-1)
 
 
-class Event(msgspec.Struct, gc=False, kw_only=True):
-    """An event whose times fit a float (see the module's text). `dur` -inf: absent."""
+class Event(msgspec.Struct, gc=False, kw_only=True, tag_field="ph", tag="X"):
+    """A span whose times fit a float (see the module's text). `dur` -inf: absent."""
 
     # In the order of the file, which msgspec decodes fastest.
-    ph: str = ""
     cat: str = ""
     name: str
     ts: float
     dur: float = float("-inf")
     args: Args = Args()
+
+
+class CallEvent(Event, gc=False, kw_only=True, tag_field="ph", tag="X"):
+    """The same where process groups are told."""
+
+    args: CallArgs = CallArgs()
+
+
+def _no_span(phase: str) -> type[msgspec.Struct]:
+    return msgspec.defstruct(f"NoSpan_{phase}", (), tag_field="ph", tag=phase, gc=False)
+
+
+# What else stands among the spans, flows for the most part; nothing of it is looked at. The
+# phases are those of the "Trace Event Format".
+NO_SPANS = tuple(map(_no_span, "BEibnestfCMPNODSTpFRcvV"))
 
 
 class FullEvent(msgspec.Struct, gc=False):
@@ -109,8 +126,7 @@ class Annotation(msgspec.Struct, frozen=True, gc=False):
     external: int = -1
 
 
-@dataclass
-class Batch:
+class Batch(msgspec.Struct):
     """Columns of many activities; what a worker sends and the reader joins.
 
     start and dur are µs as float64 when `exact` is false, else ns as int64. name and
@@ -138,8 +154,7 @@ class Batch:
         return len(self.start)
 
 
-@dataclass
-class FileFacts:
+class FileFacts(msgspec.Struct):
     """What a trace file says beside its activities.
 
     groups: names of process groups. sequences: (code of the owner, external id) -> number
@@ -150,13 +165,13 @@ class FileFacts:
     read.
     """
 
-    names: list[str] = field(default_factory=list)
-    owners: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    sequences: dict[tuple[int, int], int] = field(default_factory=dict)
-    annotations: list[Annotation] = field(default_factory=list)
+    names: list[str] = msgspec.field(default_factory=list)
+    owners: list[str] = msgspec.field(default_factory=list)
+    groups: list[str] = msgspec.field(default_factory=list)
+    sequences: dict[tuple[int, int], int] = msgspec.field(default_factory=dict)
+    annotations: list[Annotation] = msgspec.field(default_factory=list)
     base: str = ""
     distributed: str = ""
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = msgspec.field(default_factory=dict)
     truncated: bool = False
     unsafe: str = ""

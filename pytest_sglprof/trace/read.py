@@ -128,14 +128,14 @@ def _read_torch(
     def tell(count: int) -> None:
         nonlocal done
         done = min(done + count, total)
-        if progress is not None:
-            progress(done, total)
+        assert progress is not None
+        progress(done, total)
 
     workers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
     return read_traces(
         files,
         allow_partial=allow_partial,
-        progress=tell,
+        progress=None if progress is None else tell,
         processes=workers,
         sequences=sequences,
     )

@@ -8,7 +8,6 @@ is handled, in which every event begins with `"ph"`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import msgspec
 
@@ -27,8 +26,7 @@ class Unrepairable(ValueError):
     """The events cannot be told apart, or one that counts is itself unreadable."""
 
 
-@dataclass(frozen=True)
-class Repaired:
+class Repaired(msgspec.Struct, frozen=True):
     """data: valid JSON with the events that could be read. skipped: how many could not.
 
     cut: the file ends before its JSON does.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -40,8 +41,7 @@ _GROUPED = 131_072  # rows at once
 UNKNOWN_STAGE = "unknown"
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """One forward pass of one rank. Times in ns; -1 where the source does not tell.
 
     substage: SGLang's own word (DECODE, VERIFY, DRAFT, EXTEND, ...), "" where there is none.
@@ -70,8 +70,8 @@ class Step:
         return self.changed(start_ns=self.start_ns + offset_ns, end_ns=self.end_ns + offset_ns)
 
     def changed(self, **values: float | str) -> Step:
-        """As `dataclasses.replace`, several times as fast: a window has thousands of steps."""
-        return Step(**{**vars(self), **values})
+        """The same step with other values."""
+        return msgspec.structs.replace(self, **values)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ file is read the exact way instead.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
-from typing import Generic, TypeVar
+from itertools import pairwise
+from typing import Any, Generic, TypeVar, Union
 
 import msgspec
 
@@ -22,23 +23,26 @@ from pytest_sglprof.trace.kineto import (
     ANNOUNCEMENT,
     KERNEL,
     LAUNCH,
+    NO_SPANS,
+    PROCESS_GROUP,
     Announced,
+    CallEvent,
     Event,
     FullEvent,
 )
 from pytest_sglprof.trace.mend import object_end, read_event
-from pytest_sglprof.trace.needles import offsets
+from pytest_sglprof.trace.needles import QUICKEST, extent, offsets
 
 __all__ = ["Unsafe", "scan"]
 
-_COLON = ord(":")
 # Bytes from one hit to the next up to which what lies between, a flow as a rule, is decoded
 # with them: that costs less than looking for where each event begins and ends.
 _NEAR = 1000
+_KEY = re.compile(rb'"\w+"\s*:')
+_GROUP = f'"{PROCESS_GROUP}"'.encode()
 
 Take = Callable[[Window], None]
-E = TypeVar("E", Event, FullEvent)
-D = TypeVar("D")
+E = TypeVar("E")
 
 
 def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False) -> None:
@@ -65,15 +69,9 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
     if LAUNCH in kinds:
         full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
-    searches: list[_Search[Event] | _Search[FullEvent] | _Announcements] = []
-
-    def add_each(events: Sequence[FullEvent]) -> None:
-        for event in events:
-            collector.add_full(event)
-
-    mended = collector.add_full
-    searches += [_Search(word, Event, collector.add_quick, mended) for word in quick]
-    searches += [_Search(word, FullEvent, add_each, mended) for word in full]
+    searches: list[_Quick | _Full | _Announcements] = []
+    searches += [_Quick(quick, collector)] if quick else []
+    searches += [_Full(full, collector)] if full else []
     searches += [_Announcements(collector)] if collector.wanted.sequences else []
 
     def take(window: Window) -> None:
@@ -83,66 +81,57 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
     return take
 
 
-class _Search(Generic[E]):
-    """The events whose category holds one word, decoded as one type.
+class _Quick:
+    """Searches for activities whose times fit a float: the hottest path."""
 
-    add: takes those of a window; add_mended: one that was no valid JSON and was mended.
-    """
+    def __init__(self, words: Sequence[bytes], collector: Collector) -> None:
+        self._words = words
+        self._collector = collector
+        mine = _Categories(words)
+        self._kinds = {name: kind for name, kind in collector.kinds.items() if mine[name]}
+        self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
+        self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
 
-    def __init__(
-        self,
-        word: bytes,
-        kind: type[E],
-        add: Callable[[Sequence[E]], None],
-        add_mended: Callable[[FullEvent], None],
-    ) -> None:
-        self._word = word
-        self._add: Callable[[Sequence[E]], None] = add
-        self._add_mended = add_mended
-        self._mine = _Categories(word.decode())
-        self._one: msgspec.json.Decoder[E] = msgspec.json.Decoder(kind)
-        self._run: msgspec.json.Decoder[list[E]] = msgspec.json.Decoder(
-            list[kind]  # type: ignore[valid-type]
-        )
+    def take(self, window: Window) -> None:
+        """Adds the window's activities."""
+        found: list[Event] = []
+        calls = False
+        for run in _runs(window, self._words):
+            told = QUICKEST.find(window.data, _GROUP, run.start, run.stop) >= 0
+            decoder, kind = (self._calls, CallEvent) if told else (self._plain, Event)
+            calls = calls or told
+            events = decoder.all(run, self._add_mended)
+            found += [event for event in events if type(event) is kind]
+        if found:
+            self._collector.add_quick(found, self._kinds, calls=calls)
+
+    def _add_mended(self, event: FullEvent) -> None:
+        if event.cat in self._kinds:
+            self._collector.add_full(event)
+
+
+class _Full:
+    """Searches for events that are read by their text."""
+
+    def __init__(self, words: Sequence[bytes], collector: Collector) -> None:
+        self._words = words
+        self._mine = _Categories(words)
+        self._decoder = _Decoder[FullEvent](FullEvent)
+        self._collector = collector
 
     def take(self, window: Window) -> None:
         """Adds the window's events."""
-        hits = offsets(self._word, window.data, window.begin, window.end)
-        if not hits:
-            return
-        mine = self._mine
-        found: list[E] = []
-        for near in _near(hits):
-            events = self._at_once(window, near)
-            if events is None:
-                events = []
-                for at, event in _each(window, len(self._word), near, self._one.decode):
-                    if event is not None:
-                        events.append(event)
-                        continue
-                    mended = _slowly(window.layout, window.data, window.end, at)
-                    if mine[mended.cat]:
-                        self._add_mended(mended)
-            found += [event for event in events if mine[event.cat]]
-        if found:
-            self._add(found)
+        for run in _runs(window, self._words):
+            for event in self._decoder.all(run, self._add):
+                self._add(event)
 
-    def _at_once(self, window: Window, hits: Sequence[int]) -> list[E] | None:
-        """All events from that of the first hit to that of the last, decoded in one call.
-
-        None where one of them, of whatever category, is not as expected.
-        """
-        between, data = window.layout.between, window.data
-        start = data.rfind(between, window.begin, hits[0]) + window.layout.open_at
-        stop = data.find(between, hits[-1], window.end)
-        try:
-            return self._run.decode(b"[%b]" % data[start : (stop if stop >= 0 else window.end) + 1])
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return None
+    def _add(self, event: FullEvent) -> None:
+        if self._mine[event.cat]:
+            self._collector.add_full(event)
 
 
 class _Announcements:
-    """The numbers of collectives, which stand in operators of one name."""
+    """Searches for the numbers of collectives, which stand in operators of one name."""
 
     def __init__(self, collector: Collector) -> None:
         self._word = f'"{ANNOUNCEMENT}"'.encode()
@@ -152,52 +141,105 @@ class _Announcements:
     def take(self, window: Window) -> None:
         """Adds those of the window; a number that cannot be read is not known."""
         hits = offsets(self._word, window.data, window.begin, window.end)
-        for _at, event in _each(window, len(self._word), hits, self._decode):
+        for _at, event in _each(window, hits, self._decode):
             if event is not None:
                 self._add(event)
 
 
+class _Categories(dict[str, bool]):
+    """category -> whether it, in its quotes, holds one of the words."""
+
+    def __init__(self, words: Sequence[bytes]) -> None:
+        super().__init__()
+        self._words = [word.decode() for word in words]
+
+    def __missing__(self, category: str) -> bool:
+        self[category] = any(word in f'"{category}"' for word in self._words)
+        return self[category]
+
+
+class _Run(msgspec.Struct, frozen=True, gc=False):
+    """Neighbouring events, from the `{` at `start` to `stop`; words stand from first to last."""
+
+    window: Window
+    words: Sequence[bytes]
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def hits(self) -> list[int]:
+        """Where the words stand."""
+        data, end = self.window.data, self.window.end
+        found = [at for word in self.words for at in offsets(word, data, self.first, end)]
+        return sorted(at for at in found if at <= self.last)
+
+
+def _runs(window: Window, words: Sequence[bytes]) -> Iterator[_Run]:
+    """The events that hold words; in one run where they lie close together."""
+    data, begin, end = window.data, window.begin, window.end
+    found = extent(words, data, begin, end)
+    if found is None:
+        return
+    first, last, count = found
+    near = [(first, last)]
+    if last - first > _NEAR * (count - 1):
+        near = _near(sorted(at for word in words for at in offsets(word, data, first, end)))
+    between, open_at = window.layout.between, window.layout.open_at
+    for first, last in near:
+        start = data.rfind(between, begin, first) + open_at
+        stop = data.find(between, last, end)
+        yield _Run(window, words, start, (stop if stop >= 0 else end) + 1, first, last)
+
+
+def _near(hits: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last of each group of hits that lie close together."""
+    gaps = [(a, b) for a, b in pairwise(hits) if b - a > _NEAR]
+    return [*zip([hits[0], *(b for _, b in gaps)], [*(a for a, _ in gaps), hits[-1]], strict=True)]
+
+
+class _Decoder(Generic[E]):
+    """Decodes a run in one call; where one of its events is not as expected, each hit's own."""
+
+    def __init__(self, kind: Any) -> None:
+        self._one: Callable[[bytes], E] = msgspec.json.Decoder(kind).decode
+        self._many: Callable[[bytes], list[E]] = msgspec.json.Decoder(list[kind]).decode
+
+    def all(self, run: _Run, mended: Callable[[FullEvent], None]) -> list[E]:
+        """The events of a run; mended: takes those that had to be mended first."""
+        window = run.window
+        text = memoryview(window.data)[run.start : run.stop]
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            return self._many(b"".join((b"[", text, b"]")))
+        events = []
+        for at, event in _each(window, run.hits, self._one):
+            if event is not None:
+                events.append(event)
+            else:
+                mended(_slowly(window.layout, window.data, window.end, at))
+        return events
+
+
 def _each(
-    window: Window, size: int, hits: Sequence[int], decode: Callable[[bytes], D]
-) -> Iterator[tuple[int, D | None]]:
-    """The event around each hit of a word of `size` bytes; None where it cannot be decoded."""
+    window: Window, hits: Sequence[int], decode: Callable[[bytes], E]
+) -> Iterator[tuple[int, E | None]]:
+    """The event around each hit; None where it cannot be decoded."""
     between, open_at = window.layout.between, window.layout.open_at
     data, end, low = window.data, window.end, window.begin
     for at in hits:
         # AMD's launches name their kernel: `"kernel": ...`.
-        if at < low or data[at + size] == _COLON:
+        if at < low or _KEY.match(data, at):
             continue
         start = data.rfind(between, low, at)
         stop = data.find(between, at, end)
         if stop < 0:
             stop = end
-        event: D | None = None
+        event: E | None = None
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             event = decode(data[start + open_at : stop + 1])
         yield at, event
         low = stop
-
-
-class _Categories(dict[str, bool]):
-    """category -> whether it, in its quotes, holds the word."""
-
-    def __init__(self, word: str) -> None:
-        super().__init__()
-        self._word = word
-
-    def __missing__(self, category: str) -> bool:
-        self[category] = self._word in f'"{category}"'
-        return self[category]
-
-
-def _near(hits: Sequence[int]) -> Iterator[Sequence[int]]:
-    """The hits in runs that lie close together."""
-    following = islice(hits, 1, None)
-    first = 0
-    for number in [n for n, (a, b) in enumerate(zip(hits, following), 1) if b - a > _NEAR]:  # noqa: B905
-        yield hits[first:number]
-        first = number
-    yield hits[first:]
 
 
 def _slowly(layout: Layout, window: bytes, end: int, at: int) -> FullEvent:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -119,7 +120,9 @@ def _second_look(content: FileContent, wanted: Wanted, sequences: bool) -> Wante
     kinds: frozenset[int] = LAUNCHES if _needs_launches(content) else frozenset()
     calls = content.columns.calls
     sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
-    return replace(wanted, kinds=kinds, sequences=sequences) if kinds or sequences else None
+    if not kinds and not sequences:
+        return None
+    return msgspec.structs.replace(wanted, kinds=kinds, sequences=sequences)
 
 
 def _needs_launches(content: FileContent) -> bool:

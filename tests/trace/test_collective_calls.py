@@ -145,6 +145,20 @@ def test_a_group_that_is_no_name_is_not_known(tmp_path: Path, read: Read, args: 
     assert len(table.frame) == 2 * STEPS * CALLS
 
 
+@pytest.mark.parametrize("start", [1000.0, 2.0**43 + 1000])  # the second is read by its text
+def test_a_copy_that_a_collective_launched_is_no_call(
+    tmp_path: Path, read: Read, start: float
+) -> None:
+    group = {"External id": 5000, "Process Group Name": "3", "Seq": 4}
+    copies = [
+        kernel("CatArrayBatchedCopy", start + 600 + number * 1000, 3, **group)
+        for number in range(STEPS)
+    ]
+    events = rank_events(start=start)
+    found = told(read(write(tmp_path, document([*events, *copies]))))
+    assert len(found) == STEPS * CALLS
+
+
 @pytest.mark.parametrize("number", ["12", None, -1, 2**70, 1.5])
 def test_a_number_that_is_none_is_not_known(tmp_path: Path, read: Read, number: object) -> None:
     events = rank_events()

@@ -12,31 +12,43 @@ from pytest_sglprof.trace import needles
 
 WORDS = (b'"kernel"', b'"gpu_mem', b'user_annotation"', b"aa")
 FRAGMENTS = st.sampled_from([*WORDS, b'"', b"a", b"kernel", b"gpu_", b"\x00\xff", b"x" * 50])
-WAYS = {"quickest": needles._quickest_find(), "bytes.find": bytes.find}
+WAYS = {"quickest": needles._quickest(), "without the library": needles.Search(
+    bytes.find, bytes.rfind, bytes.count
+)}  # fmt: skip
 
 
 @given(
     fragments=st.lists(FRAGMENTS, max_size=60),
-    word=st.sampled_from(WORDS),
+    words=st.lists(st.sampled_from(WORDS), min_size=1, unique=True),
     bounds=st.tuples(st.integers(0, 400), st.integers(0, 400)),
     way=st.sampled_from(sorted(WAYS)),
 )
 def test_every_place_within_the_bounds(
-    fragments: list[bytes], word: bytes, bounds: tuple[int, int], way: str
+    fragments: list[bytes], words: list[bytes], bounds: tuple[int, int], way: str
 ) -> None:
     data = b"".join(fragments)
     begin, end = (min(at, len(data)) for at in sorted(bounds))
-    truth = [at for at in range(begin, end - len(word) + 1) if data[at : at + len(word)] == word]
+    places = {
+        word: [at for at in range(begin, end - len(word) + 1) if data[at : at + len(word)] == word]
+        for word in words
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(needles, "_find", WAYS[way])
-        assert needles.offsets(word, data, begin, end) == truth
+        patch.setattr(needles, "QUICKEST", WAYS[way])
+        assert {word: needles.offsets(word, data, begin, end) for word in words} == places
+        found = needles.extent(words, data, begin, end)
+    every = sorted(at for own in places.values() for at in own)
+    if not every:
+        assert found is None
+        return
+    without_overlap = sum(data[begin:end].count(word) for word in words)
+    assert found == (every[0], every[-1], without_overlap)
 
 
 def test_large_pieces_are_searched_by_the_library() -> None:
     stringzilla = pytest.importorskip("stringzilla", reason="no wheel for this machine")
-    assert needles._quickest_find() is stringzilla.find
+    assert needles._quickest().find is stringzilla.find
 
 
 def test_without_the_library_bytes_find_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "stringzilla", None)
-    assert needles._quickest_find() == bytes.find
+    assert needles._quickest() == WAYS["without the library"]

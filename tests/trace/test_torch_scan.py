@@ -112,6 +112,37 @@ def test_bad_utf8_in_a_kernel_is_replaced(tmp_path: Path) -> None:
     assert sum("\ufffd" in row[0] for row in rows) == 1
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"ph": "i", "name": "instant"},
+        {"name": "no phase", "cat": "kernel", "ts": 1.5, "dur": 1},
+        {"ph": "", "name": "an empty phase", "cat": "kernel", "ts": 1.5, "dur": 1},
+        {"ph": "?", "name": "an unknown phase", "cat": "kernel", "ts": 1.5, "dur": 1},
+        {"ph": "B", "name": "no span", "cat": "kernel", "ts": "soon", "dur": None, "args": 5},
+        complete("python_function", "f", 1.5, 3, device="cuda:0", stream="none"),
+        complete("cpu_op", "g", "soon", 3),
+        complete("cuda_runtime", "cudaLaunchKernel", 5.5, 3, kernel="kernel"),
+        complete("user_annotation", "kernel", 5.5, 3),
+    ],
+)
+def test_what_lies_between_kernels_changes_nothing(tmp_path: Path, other: dict[str, Any]) -> None:
+    found = [event for event in events() if event.get("cat") in ("kernel", "gpu_memset", "ac2g")]
+    mixed = [each for event in found for each in (event, other, other)]
+    path = write(tmp_path, document(mixed))
+    assert rows_of(path) == truth(found)
+    assert read_window(path).notes == ()
+
+
+@pytest.mark.parametrize("gap", [10, 900, 1_100, 50_000])
+def test_how_far_apart_kernels_lie_changes_nothing(tmp_path: Path, gap: int) -> None:
+    """Near ones are decoded together with what lies between them, far ones each alone."""
+    filler = complete("cpu_op", "x" * gap, 1.5, 3)
+    mixed = [each for event in events(60) for each in (event, filler)]
+    mixed = [*events(7), *mixed, *events(9)]
+    assert rows_of(write(tmp_path, document(mixed))) == truth(mixed)
+
+
 def test_missing_and_negative_durations_are_counted(tmp_path: Path) -> None:
     found = events()
     kernels = [event for event in found if event.get("cat") == "kernel"]

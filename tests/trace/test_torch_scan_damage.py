@@ -187,7 +187,7 @@ def test_batches_hold_every_column(tmp_path: Path) -> None:
     path = write(tmp_path, document(events()))
     facts = scan_file(path, Wanted(), batches.append)
     for batch in batches:
-        own = {key: value for key, value in vars(batch).items() if key != "exact"}
+        own = {key: getattr(batch, key) for key in batch.__struct_fields__ if key != "exact"}
         calls = {len(own.pop(key)) for key in list(own) if key.startswith("call_")}
         assert calls == {0}  # no process group is told here
         assert {len(value) for value in own.values()} == {len(batch)}
