@@ -1,10 +1,10 @@
 """The quick way through a torch trace: find GPU events by their category, read only those.
 
 One pass over inflated pieces. The bytes between two events are learned from the beginning
-of the file; spacing inside an event does not matter. Everything that
-is not an event of interest is never parsed, so invalid JSON elsewhere does no harm. Where
-something looks other than learned and cannot be resolved, `Unsafe` is raised, and the
-file is read the exact way instead.
+of the file; spacing inside an event does not matter. Little is parsed that is not an event
+of interest or lies between two of them, and invalid JSON elsewhere does no harm. Where
+something looks other than learned and cannot be resolved, `Unsafe` is raised, and the file
+is read the exact way instead.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from pytest_sglprof.trace.needles import QUICKEST, extent, offsets
 
 __all__ = ["Unsafe", "scan"]
 
-# Bytes from one hit to the next up to which what lies between, a flow as a rule, is decoded
-# with them: that costs less than looking for where each event begins and ends.
-_NEAR = 1000
+# Bytes from one hit to the next up to which what lies between, a flow or a launch as a rule,
+# is decoded with them: that costs less than looking for where each event begins and ends.
+_NEAR = 2000
 _KEY = re.compile(rb'"\w+"\s*:')
 _GROUP = f'"{PROCESS_GROUP}"'.encode()
 
