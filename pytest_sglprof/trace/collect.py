@@ -22,8 +22,7 @@ from pytest_sglprof.trace.kineto import (
     LAUNCH,
     MEMCPY,
     MEMSET,
-    PROCESS_GROUP,
-    SEQUENCE,
+    OPERATORS,
     Annotation,
     Announced,
     Args,
@@ -32,6 +31,8 @@ from pytest_sglprof.trace.kineto import (
     Event,
     FileFacts,
     FullEvent,
+    ProcessName,
+    arguments,
 )
 from pytest_sglprof.trace.times import ns
 
@@ -75,22 +76,6 @@ class Wanted(msgspec.Struct, frozen=True):
     kinds: frozenset[int] = GPU_KINDS
     partial: bool = False
     sequences: bool = False
-
-
-class _Numbers(msgspec.Struct, gc=False):
-    """The arguments once more, where one of them is no integer."""
-
-    stream: Any = -1
-    correlation: Any = -1
-    graph_node: Any = msgspec.field(name="graph node id", default=0)
-    device: Any = 0
-    external: Any = msgspec.field(name="External id", default=-1)
-    group: Any = msgspec.field(name=PROCESS_GROUP, default="")
-    sequence: Any = msgspec.field(name=SEQUENCE, default=-1)
-
-
-_NUMBERS = msgspec.json.Decoder(_Numbers)
-_INT64 = range(-(2**63), 2**63)
 
 
 class _Columns(NamedTuple):
@@ -169,6 +154,8 @@ class Collector:
             return
         if max(columns.ts) >= FLOAT_LIMIT or min(columns.ts) < 0.0:
             raise NeedsText
+        if max(columns.dur) >= FLOAT_LIMIT:
+            raise NeedsText
         try:
             self._extend_quick(columns, _kinds(columns.category, categories, kinds))
         except OverflowError:  # a number that is no id; by text it counts as absent
@@ -182,7 +169,7 @@ class Collector:
     def _fitting(self, found: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
         mine = [event for event in found if event.cat in kinds]
         for event in mine:
-            self._count_unfit(event.cat, event.dur)
+            self._count_unfit(event.cat, event.dur, None)
         return [event for event in mine if event.dur >= 0.0]
 
     def _extend_quick(self, columns: _Columns, kind: bytes) -> None:
@@ -206,25 +193,23 @@ class Collector:
         rows = zip(columns.name, columns.args, strict=True)
         for row, (name, args) in enumerate(rows, len(batch) - len(columns.args)):
             if isinstance(args, CallArgs):
-                self._add_call(batch, row, name, args.group, args.sequence, args.external)
+                self._add_call(batch, row, name, args)
 
-    def _add_call(
-        self, batch: Batch, row: int, name: str, group: str, sequence: int, external: int
-    ) -> None:
-        if not group or name not in self._names.communicate:
+    def _add_call(self, batch: Batch, row: int, name: str, args: CallArgs) -> None:
+        if not args.group or name not in self._names.communicate:
             return
         batch.call_row.append(row)
-        batch.call_group.append(self._groups[group])
-        batch.call_sequence.append(sequence)
-        batch.call_external.append(external)
+        batch.call_group.append(self._groups[args.group])
+        batch.call_sequence.append(args.sequence)
+        batch.call_external.append(args.external)
 
-    def _count_unfit(self, category: str, dur: float | None) -> None:
+    def _count_unfit(self, category: str, dur: float | None, pid: object) -> None:
         if category not in self.kinds or (dur is not None and dur >= 0):
             return
         absent = dur is None or dur == float("-inf")
         what = "missing or unreadable" if absent else "negative"
-        reason = f"{category.lower()} events with a {what} time"
-        self.facts.skipped[reason] = self.facts.skipped.get(reason, 0) + 1
+        key = self._owner(pid), f"{category.lower()} events with a {what} time"
+        self.facts.skipped[key] = self.facts.skipped.get(key, 0) + 1
 
     def add_full(self, event: FullEvent) -> None:
         """Adds one event by its text: activity, launch, span, or nothing of interest."""
@@ -236,9 +221,9 @@ class Collector:
         if start is None or dur is None or dur < 0:
             if kind != LAUNCH:
                 unfit = None if start is None or dur is None else float(dur)
-                self._count_unfit(event.cat, unfit)
+                self._count_unfit(event.cat, unfit, event.pid)
             return
-        numbers = _numbers(event.args)
+        args = arguments(event.args)
         if spans:
             self.facts.annotations.append(
                 Annotation(
@@ -248,38 +233,43 @@ class Collector:
                     dur=dur,
                     gpu=event.cat == GPU_SPAN,
                     thread=str(event.tid),
-                    external=_integer(numbers.external, -1),
+                    external=args.external,
                 )
             )
         elif kind is not None:
-            self._add_row(event, kind, start, dur, numbers)
+            self._add_row(event, kind, start, dur, args)
 
-    def _add_row(
-        self, event: FullEvent, kind: int, start: int, dur: int, numbers: _Numbers
-    ) -> None:
+    def _add_row(self, event: FullEvent, kind: int, start: int, dur: int, args: CallArgs) -> None:
         batch = self._exact
         batch.start.append(start)
         batch.dur.append(dur)
         batch.name.append(self._names[event.name])
         batch.kind.append(kind)
-        batch.stream.append(_integer(numbers.stream, -1))
-        batch.correlation.append(_integer(numbers.correlation, -1))
-        batch.graph.append(_integer(numbers.graph_node, 0) != 0)
-        batch.device.append(_integer(numbers.device, 0) & 0x7FFF)
+        batch.stream.append(args.stream)
+        batch.correlation.append(args.correlation)
+        batch.graph.append(args.graph_node != 0)
+        batch.device.append(args.device if 0 <= args.device < 2**15 else -1)
         batch.owner.append(self._owner(event.pid))
-        if isinstance(numbers.group, str):
-            sequence, external = _integer(numbers.sequence, -1), _integer(numbers.external, -1)
-            row = len(batch) - 1
-            self._add_call(batch, row, event.name, numbers.group, sequence, external)
+        self._add_call(batch, len(batch) - 1, event.name, args)
         if len(batch) >= BATCH:
             self._emit(batch)
             self._exact = _new_batch(exact=True)
 
     def add_announced(self, event: Announced) -> None:
         """Adds the number of a collective in its process group."""
-        if event.name == ANNOUNCEMENT and event.args.external >= 0 <= event.args.sequence:
+        operator = event.ph == "X" and event.cat.lower() in OPERATORS
+        if (
+            operator
+            and event.name == ANNOUNCEMENT
+            and event.args.external >= 0 <= event.args.sequence
+        ):
             key = self._owner(event.pid), event.args.external
             self.facts.sequences[key] = event.args.sequence
+
+    def add_process(self, event: ProcessName) -> None:
+        """Adds a rank of a merged file, even when it did nothing."""
+        if isinstance(event.pid, str):
+            self._owner(event.pid)
 
     def _owner(self, pid: object) -> int:
         """The code of a merged file's pid (``[TP00-DP01] 83``), else of ""."""
@@ -294,14 +284,3 @@ class Collector:
         self.facts.owners = list(self._owners) or [""]
         self.facts.groups = list(self._groups)
         return self.facts
-
-
-def _numbers(args: msgspec.Raw) -> _Numbers:
-    try:
-        return _NUMBERS.decode(args)
-    except msgspec.DecodeError:
-        return _Numbers()
-
-
-def _integer(value: object, otherwise: int) -> int:
-    return value if isinstance(value, int) and value in _INT64 else otherwise

@@ -6,9 +6,27 @@ A kernel that contains a whole later kernel of its stream was not measured but m
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from pytest_sglprof.trace.arrays import Flags, Ints
+
+
+def timelines(device: npt.NDArray[Any], stream: npt.NDArray[Any]) -> Ints:
+    """A number for each stream of each device; -1 where one of them is not known."""
+    known = (device >= 0) & (device < 2**16) & (stream >= 0) & (stream < 2**32)
+    return np.where(known, (np.where(known, device, 0).astype(np.int64) << 32) + stream, -1)
+
+
+def impossible_rows(start: Ints, dur: Ints, timeline: Ints, graph: Flags) -> Flags:
+    """Rows (sorted by timeline, then start) that contain a whole later row of their timeline.
+
+    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs, and
+    rows of no known timeline (-1).
+    """
+    return contains_later(start + dur, timeline) & (timeline >= 0) & ~graph
 
 
 def contains_later(end: Ints, stream: Ints) -> Flags:

@@ -9,7 +9,8 @@ the integer part and the rounded fraction give exactly the ns of the text. Large
 from __future__ import annotations
 
 from array import array
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import msgspec
 
@@ -29,6 +30,7 @@ KIND_OF_CATEGORY = {
     "hip_runtime": LAUNCH,
     "Runtime": LAUNCH,
 }
+OPERATORS = frozenset({"cpu_op", "operator"})  # in small letters
 CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
 # torch.distributed describes a collective in an operator of this name; Kineto copies its
 # process group, not its sequence number, to the kernel that it launched.
@@ -36,24 +38,64 @@ ANNOUNCEMENT = "record_param_comms"
 PROCESS_GROUP, SEQUENCE = "Process Group Name", "Seq"
 
 
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
 class Args(msgspec.Struct, gc=False, frozen=True):
     """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
 
-    device: int = 0
-    stream: int = -1
-    correlation: int = -1
-    graph_node: int = msgspec.field(name="graph node id", default=0)
+    device: _Int64 = -1
+    stream: _Int64 = -1
+    correlation: _Int64 = -1
+    graph_node: _Int64 = msgspec.field(name="graph node id", default=0)
 
 
 class CallArgs(Args, gc=False, frozen=True):
-    """Those of a kernel that torch.distributed launched; absent ones are -1 or "".
+    """With those that a kernel has which torch.distributed launched; absent ones are -1 or "".
 
     sequence: mostly told by the `Announced` operator of the same `external` only.
     """
 
-    external: int = msgspec.field(name="External id", default=-1)
+    external: _Int64 = msgspec.field(name="External id", default=-1)
     group: str = msgspec.field(name=PROCESS_GROUP, default="")
-    sequence: int = msgspec.field(name=SEQUENCE, default=-1)
+    sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
+
+
+class _OddArgs(msgspec.Struct, gc=False):
+    device: Any = None
+    stream: Any = None
+    correlation: Any = None
+    graph_node: Any = msgspec.field(name="graph node id", default=None)
+    external: Any = msgspec.field(name="External id", default=None)
+    group: Any = msgspec.field(name=PROCESS_GROUP, default=None)
+    sequence: Any = msgspec.field(name=SEQUENCE, default=None)
+
+
+_ARGS = msgspec.json.Decoder(CallArgs)
+_ODD_ARGS = msgspec.json.Decoder(_OddArgs)
+
+
+def arguments(text: bytes | msgspec.Raw) -> CallArgs:
+    """The arguments of an event by their text; each that is not of its type counts as absent."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return _ARGS.decode(text)
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        odd = _ODD_ARGS.decode(text)
+        return CallArgs(
+            device=_integer(odd.device, -1),
+            stream=_integer(odd.stream, -1),
+            correlation=_integer(odd.correlation, -1),
+            graph_node=_integer(odd.graph_node, 0),
+            external=_integer(odd.external, -1),
+            group=odd.group if isinstance(odd.group, str) else "",
+            sequence=_integer(odd.sequence, -1),
+        )
+    return CallArgs()
+
+
+def _integer(value: Any, otherwise: int) -> int:
+    fits = type(value) is int and -(2**63) <= value < 2**63
+    return value if fits else otherwise
 
 
 class Event(msgspec.Struct, gc=False, kw_only=True, tag_field="ph", tag="X"):
@@ -74,16 +116,16 @@ class CallEvent(Event, gc=False, kw_only=True, tag_field="ph", tag="X"):
 
 
 def _no_span(phase: str) -> type[msgspec.Struct]:
-    return msgspec.defstruct(f"NoSpan_{phase}", (), tag_field="ph", tag=phase, gc=False)
+    return msgspec.defstruct("NoSpan", (), tag_field="ph", tag=phase, gc=False)
 
 
 # What else stands among the spans, flows for the most part; nothing of it is looked at. The
-# phases are those of the "Trace Event Format".
-NO_SPANS = tuple(map(_no_span, "BEibnestfCMPNODSTpFRcvV"))
+# phases are all others of the "Trace Event Format".
+NO_SPANS = tuple(map(_no_span, "BEiICbneSTpFstfPNODMVvRc()"))
 
 
 class FullEvent(msgspec.Struct, gc=False):
-    """The same event by its text, with the fields whose type differs from file to file."""
+    """Any event by its text, with the fields whose type differs from file to file."""
 
     name: str
     ts: msgspec.Raw
@@ -95,9 +137,6 @@ class FullEvent(msgspec.Struct, gc=False):
     tid: int | str | float | None = None
 
 
-_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-
-
 class _AnnouncedArgs(msgspec.Struct, gc=False):
     external: _Int64 = msgspec.field(name="External id", default=-1)
     sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
@@ -107,7 +146,15 @@ class Announced(msgspec.Struct, gc=False):
     """The operator that describes a collective to the profiler."""
 
     name: str
+    cat: str
+    ph: str
     args: _AnnouncedArgs
+    pid: int | str | float | None = None
+
+
+class ProcessName(msgspec.Struct, gc=False):
+    """What names a process; every process of a trace has one."""
+
     pid: int | str | float | None = None
 
 
@@ -157,12 +204,11 @@ class Batch(msgspec.Struct):
 class FileFacts(msgspec.Struct):
     """What a trace file says beside its activities.
 
-    groups: names of process groups. sequences: (code of the owner, external id) -> number
-    of that collective in its process group. owners: pids of a merged file
-    (`[TP00-DP01] 83`, as JSON text), else "". base: JSON
-    text of `baseTimeNanoseconds`, distributed: of `distributedInfo`; "" for none. skipped:
-    what was left out -> count. unsafe: why the file must be read exactly, "" when it was
-    read.
+    owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". groups: names
+    of process groups. sequences: (code of the owner, external id) -> number of that
+    collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
+    of `distributedInfo`; "" for none. skipped: (code of the owner, what was left out) ->
+    count. unsafe: why the file must be read exactly, "" when it was read.
     """
 
     names: list[str] = msgspec.field(default_factory=list)
@@ -172,6 +218,6 @@ class FileFacts(msgspec.Struct):
     annotations: list[Annotation] = msgspec.field(default_factory=list)
     base: str = ""
     distributed: str = ""
-    skipped: dict[str, int] = msgspec.field(default_factory=dict)
+    skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
     truncated: bool = False
     unsafe: str = ""

@@ -14,7 +14,8 @@ _Find = Callable[[bytes, bytes, int, int], int]
 class Search(NamedTuple):
     """The ways of a library to look for a word in `data[begin:end]`: (data, word, begin, end).
 
-    find, rfind: the first and the last offset, -1 for none. tally: how often, without overlap.
+    find, rfind: the first and the last offset, -1 for none. tally: its `count`, which is no
+    name for a tuple's field.
     """
 
     find: _Find
@@ -44,10 +45,10 @@ def offsets(word: bytes, data: bytes, begin: int, end: int) -> list[int]:
     return found
 
 
-def extent(
+def survey(
     words: Sequence[bytes], data: bytes, begin: int, end: int
 ) -> tuple[int, int, int] | None:
-    """The first and the last offset of all words, and how often they stand; None for never."""
+    """The first and the last offset of all words, and how often they stand in all."""
     first, last, count = end, -1, 0
     for word in words:
         at = QUICKEST.find(data, word, begin, end)

@@ -87,6 +87,7 @@ def build_table(
     source, parts, left_out = one_source(merged)
     parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
+    parts.sort(key=lambda part: ranks.index(part.rank))
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
     notes += by_repetition

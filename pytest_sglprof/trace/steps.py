@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pytest_sglprof.trace.arrays import Flags, Ints, first_of, holding
+from pytest_sglprof.trace.kineto import Annotation
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
 
 _STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
@@ -27,17 +28,6 @@ STAGES = {
     "IDLE": "idle",
 }
 DRAFTS = 2**40  # beyond every forward id
-
-
-@dataclass(frozen=True)
-class Span:
-    """An annotation; ns. gpu: on the GPU's own timeline. thread: of the CPU, as written."""
-
-    name: str
-    start: int
-    end: int
-    gpu: bool = False
-    thread: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,9 +57,12 @@ class Launches:
 
 
 def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
-    """The time of the first launch with each correlation id, -1 where there was none."""
+    """The time of the first launch with each correlation id, -1 where there was none.
+
+    An id of 0 or less ties nothing.
+    """
     order = np.argsort(ids, kind="stable")
-    at = first_of(ids[order], correlation)
+    at = np.where(correlation > 0, first_of(ids[order], correlation), -1)
     found = np.full(len(correlation), -1, dtype=np.int64)
     found[at >= 0] = times[order][at[at >= 0]]
     return found
@@ -109,7 +102,7 @@ class _Intervals:
         return found
 
 
-def step_spans(spans: Sequence[Span]) -> StepSpans:
+def step_spans(spans: Sequence[Annotation]) -> StepSpans:
     """Numbers the `step[...]` spans: by `step_key` where all have distinct ones, else by order."""
     cpu = _numbered([span for span in spans if not span.gpu])
     gpu = _numbered([span for span in spans if span.gpu])
@@ -118,7 +111,7 @@ def step_spans(spans: Sequence[Span]) -> StepSpans:
     return StepSpans(cpu, gpu)
 
 
-def _numbered(spans: Sequence[Span]) -> tuple[Step, ...]:
+def _numbered(spans: Sequence[Annotation]) -> tuple[Step, ...]:
     found = [step for span in spans if (step := parse_step(span)) is not None]
     found.sort(key=lambda step: step.start_ns)
     keys = [step_key(step) for step in found]
@@ -143,7 +136,7 @@ def step_key(step: Step) -> int:
     return step.forward_id + (DRAFTS if step.substage.startswith("DRAFT") else 0)
 
 
-def parse_step(span: Span) -> Step | None:
+def parse_step(span: Annotation) -> Step | None:
     """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise.
 
     With detailed annotations `c_sk` and `g_sk` are the KV tokens of the batch's prefills and
@@ -161,7 +154,7 @@ def parse_step(span: Span) -> Step | None:
         step=NO_STEP,
         stage=stage,
         start_ns=span.start,
-        end_ns=span.end,
+        end_ns=span.start + span.dur,
         batch_size=bs,
         tokens=values.get("toks", bs if stage == "decode" else -1),
         forward_id=values.get("forward_id", -1),

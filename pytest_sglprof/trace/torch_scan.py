@@ -1,10 +1,10 @@
 """The quick way through a torch trace: find GPU events by their category, read only those.
 
 One pass over inflated pieces. The bytes between two events are learned from the beginning
-of the file; spacing inside an event does not matter. Little is parsed that is not an event
-of interest or lies between two of them, and invalid JSON elsewhere does no harm. Where
-something looks other than learned and cannot be resolved, `Unsafe` is raised, and the file
-is read the exact way instead.
+of the file; spacing inside an event does not matter. Only events of interest are parsed, and
+what lies close between them; invalid JSON elsewhere does no harm. Where something looks
+other than learned and cannot be resolved, `Unsafe` is raised, and the file is read the
+exact way instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any, Generic, TypeVar, Union
 
 import msgspec
@@ -29,16 +28,17 @@ from pytest_sglprof.trace.kineto import (
     CallEvent,
     Event,
     FullEvent,
+    ProcessName,
 )
 from pytest_sglprof.trace.mend import object_end, read_event
-from pytest_sglprof.trace.needles import QUICKEST, extent, offsets
+from pytest_sglprof.trace.needles import QUICKEST, offsets, survey
 
 __all__ = ["Unsafe", "scan"]
 
 # Bytes from one hit to the next up to which what lies between, a flow or a launch as a rule,
 # is decoded with them: that costs less than looking for where each event begins and ends.
 _NEAR = 2000
-_KEY = re.compile(rb'"\w+"\s*:')
+_KEY = re.compile(rb'"?\w+"\s*:')
 _GROUP = f'"{PROCESS_GROUP}"'.encode()
 
 Take = Callable[[Window], None]
@@ -69,10 +69,13 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
     if LAUNCH in kinds:
         full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
-    searches: list[_Quick | _Full | _Announcements] = []
+    searches: list[_Quick | _Full | _Named[Announced] | _Named[ProcessName]] = []
     searches += [_Quick(quick, collector)] if quick else []
     searches += [_Full(full, collector)] if full else []
-    searches += [_Announcements(collector)] if collector.wanted.sequences else []
+    if collector.wanted.sequences:
+        searches.append(_Named(ANNOUNCEMENT, Announced, collector.add_announced))
+    if layout.merged:
+        searches.append(_Named("process_name", ProcessName, collector.add_process))
 
     def take(window: Window) -> None:
         for search in searches:
@@ -87,7 +90,7 @@ class _Quick:
     def __init__(self, words: Sequence[bytes], collector: Collector) -> None:
         self._words = words
         self._collector = collector
-        mine = _Categories(words)
+        mine = _Categories(words)  # others are left to other searches
         self._kinds = {name: kind for name, kind in collector.kinds.items() if mine[name]}
         self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
         self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
@@ -130,16 +133,16 @@ class _Full:
             self._collector.add_full(event)
 
 
-class _Announcements:
-    """Searches for the numbers of collectives, which stand in operators of one name."""
+class _Named(Generic[E]):
+    """Searches for events of one name; one that cannot be read tells nothing."""
 
-    def __init__(self, collector: Collector) -> None:
-        self._word = f'"{ANNOUNCEMENT}"'.encode()
-        self._decode = msgspec.json.Decoder(Announced).decode
-        self._add = collector.add_announced
+    def __init__(self, name: str, kind: type[E], add: Callable[[E], None]) -> None:
+        self._word = f'"{name}"'.encode()
+        self._decode: Callable[[bytes], E] = msgspec.json.Decoder(kind).decode
+        self._add = add
 
     def take(self, window: Window) -> None:
-        """Adds those of the window; a number that cannot be read is not known."""
+        """Adds those of the window."""
         hits = offsets(self._word, window.data, window.begin, window.end)
         for _at, event in _each(window, hits, self._decode):
             if event is not None:
@@ -159,7 +162,10 @@ class _Categories(dict[str, bool]):
 
 
 class _Run(msgspec.Struct, frozen=True, gc=False):
-    """Neighbouring events, from the `{` at `start` to `stop`; words stand from first to last."""
+    """Neighbouring events, from the `{` at `start` to `stop`.
+
+    first, last: where the first and the last of the words stand.
+    """
 
     window: Window
     words: Sequence[bytes]
@@ -168,39 +174,50 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
     first: int
     last: int
 
-    @property
     def hits(self) -> list[int]:
         """Where the words stand."""
-        data, end = self.window.data, self.window.end
-        found = [at for word in self.words for at in offsets(word, data, self.first, end)]
-        return sorted(at for at in found if at <= self.last)
+        data, first, last = self.window.data, self.first, self.last
+        found = [offsets(word, data, first, last + len(word)) for word in self.words]
+        return sorted(at for own in found for at in own if at <= last)
+
+    def parts(self) -> Iterator[_Run]:
+        """Runs of only those events that lie close together; an event is in one of them."""
+        window, hits = self.window, self.hits()
+        first = last = hits[0]
+        for at in hits[1:]:
+            if at - last > _NEAR and at >= (stop := _end(window, last)):
+                yield _run(window, self.words, first, last, stop)
+                first = at
+            last = at
+        yield _run(window, self.words, first, last, self.stop)
 
 
 def _runs(window: Window, words: Sequence[bytes]) -> Iterator[_Run]:
-    """The events that hold words; in one run where they lie close together."""
-    data, begin, end = window.data, window.begin, window.end
-    found = extent(words, data, begin, end)
+    """The events that hold words: in one run, unless most of what it holds is something else."""
+    found = survey(words, window.data, window.begin, window.end)
     if found is None:
         return
     first, last, count = found
-    near = [(first, last)]
-    if last - first > _NEAR * (count - 1):
-        near = _near(sorted(at for word in words for at in offsets(word, data, first, end)))
-    between, open_at = window.layout.between, window.layout.open_at
-    for first, last in near:
-        start = data.rfind(between, begin, first) + open_at
-        stop = data.find(between, last, end)
-        yield _Run(window, words, start, (stop if stop >= 0 else end) + 1, first, last)
+    run = _run(window, words, first, last, _end(window, last))
+    if last - first <= _NEAR * (count - 1):
+        yield run
+    else:
+        yield from run.parts()
 
 
-def _near(hits: Sequence[int]) -> list[tuple[int, int]]:
-    """The first and the last of each group of hits that lie close together."""
-    gaps = [(a, b) for a, b in pairwise(hits) if b - a > _NEAR]
-    return [*zip([hits[0], *(b for _, b in gaps)], [*(a for a, _ in gaps), hits[-1]], strict=True)]
+def _run(window: Window, words: Sequence[bytes], first: int, last: int, stop: int) -> _Run:
+    start = window.data.rfind(window.layout.between, window.begin, first)
+    return _Run(window, words, start + window.layout.open_at, stop, first, last)
+
+
+def _end(window: Window, at: int) -> int:
+    """The end of the event around offset `at`."""
+    stop = window.data.find(window.layout.between, at, window.end)
+    return (stop if stop >= 0 else window.end) + 1
 
 
 class _Decoder(Generic[E]):
-    """Decodes a run in one call; where one of its events is not as expected, each hit's own."""
+    """Decodes a run in one call; where that fails, its parts, and of those each hit's event."""
 
     def __init__(self, kind: Any) -> None:
         self._one: Callable[[bytes], E] = msgspec.json.Decoder(kind).decode
@@ -208,12 +225,18 @@ class _Decoder(Generic[E]):
 
     def all(self, run: _Run, mended: Callable[[FullEvent], None]) -> list[E]:
         """The events of a run; mended: takes those that had to be mended first."""
-        window = run.window
-        text = memoryview(window.data)[run.start : run.stop]
+        text = memoryview(run.window.data)[run.start : run.stop]
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             return self._many(b"".join((b"[", text, b"]")))
+        parts = [*run.parts()]
+        if len(parts) > 1:
+            return [event for part in parts for event in self.all(part, mended)]
+        return self._singly(run, mended)
+
+    def _singly(self, run: _Run, mended: Callable[[FullEvent], None]) -> list[E]:
+        window = run.window
         events = []
-        for at, event in _each(window, run.hits, self._one):
+        for at, event in _each(window, run.hits(), self._one):
             if event is not None:
                 events.append(event)
             else:

@@ -6,19 +6,20 @@ is used only when its end was reached and every checksum was right, unless `allo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
-from pytest_sglprof.trace.arrays import Flags, Ints
+from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.collective_calls import CollectiveCalls, numbered
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
-from pytest_sglprof.trace.impossible import contains_later, excluded
+from pytest_sglprof.trace.gpu_steps import TraceSteps
+from pytest_sglprof.trace.impossible import excluded, impossible_rows, timelines
 from pytest_sglprof.trace.inflate import inflated
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
 from pytest_sglprof.trace.kineto import (
@@ -27,36 +28,22 @@ from pytest_sglprof.trace.kineto import (
     KIND_OF_CATEGORY,
     KINDS,
     LAUNCH,
-    PROCESS_GROUP,
-    SEQUENCE,
+    OPERATORS,
+    Annotation,
+    CallArgs,
+    arguments,
 )
 from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
-from pytest_sglprof.trace.steps import Launches, Span, StepMap, step_spans, with_graph_share
+from pytest_sglprof.trace.steps import Launches, with_graph_share
 from pytest_sglprof.trace.table import RankActivities, Step
 from pytest_sglprof.trace.times import LARGEST_NS, ns
 
 GPU_KINDS = {name.lower(): kind for name, kind in KIND_OF_CATEGORY.items() if kind != LAUNCH}
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "hip_runtime", "runtime", "driver"})
 SPANS = frozenset({"user_annotation", "gpu_user_annotation"})
-OPERATORS = frozenset({"cpu_op", "operator"})
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
-
-
-_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-
-
-class _Args(msgspec.Struct, gc=False):
-    stream: _Int64 | str | None = None
-    correlation: _Int64 | None = None
-    graph_node: _Int64 | None = msgspec.field(name="graph node id", default=None)
-
-
-class _CallArgs(msgspec.Struct, gc=False):
-    group: str = msgspec.field(name=PROCESS_GROUP, default="")
-    sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
-    external: _Int64 = msgspec.field(name="External id", default=-1)
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -77,8 +64,6 @@ class _Trace(msgspec.Struct):
 
 
 _DECODER = msgspec.json.Decoder(_Trace)
-_ARGS = msgspec.json.Decoder(_Args)
-_CALL_ARGS = msgspec.json.Decoder(_CallArgs)
 
 
 @dataclass
@@ -87,12 +72,11 @@ class _Collected:
 
     names: dict[str, int] = field(default_factory=dict)
     gpu: list[tuple[int, int, int, int, int, int, bool, int, int]] = field(default_factory=list)
-    calls: list[_CallArgs] = field(default_factory=list)
+    calls: list[CallArgs] = field(default_factory=list)
     sequences: dict[int, int] = field(default_factory=dict)
-    devices: dict[bytes, int] = field(default_factory=dict)
     operators: list[tuple[int, int, int, str]] = field(default_factory=list)
     communication: list[tuple[int, int, int]] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    annotations: list[Annotation] = field(default_factory=list)
     launches: Launches = field(default_factory=Launches)
     interruptions: list[Call] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
@@ -108,14 +92,20 @@ def read_trace(path: Path, *, allow_partial: bool = False) -> list[RankActivitie
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     trace, notes, partial = _decode(path, allow_partial)
-    owners = _collect(trace)
     base, unclear = base_time(path, bytes(trace.base))
     notes = [*notes, *unclear]
-    if "" in owners or not owners:
+
+    @cache
+    def rank_of_others() -> str:
         label, contradiction = rank_of_file(path, bytes(trace.distributed))
-        notes += contradiction
-        owners[label] = owners.pop("", _Collected())
-    return [_activities(label, found, base, notes, partial) for label, found in owners.items()]
+        notes.extend(contradiction)
+        return label
+
+    owners = _collect(trace, rank_of_others) or {rank_of_others(): _Collected()}
+    gpu = any(found.gpu for found in owners.values())
+    return [
+        _activities(label, found, base, notes, partial, gpu=gpu) for label, found in owners.items()
+    ]
 
 
 def _decode(path: Path, allow_partial: bool) -> tuple[_Trace, list[str], bool]:
@@ -181,7 +171,8 @@ def _refusal(path: Path, data: bytes, why: str) -> TraceError:
     )
 
 
-def _collect(trace: _Trace) -> dict[str, _Collected]:
+def _collect(trace: _Trace, rank_of_others: Callable[[], str]) -> dict[str, _Collected]:
+    """By rank; rank_of_others: that of events whose process names none."""
     owners: dict[str, _Collected] = {}
     by_pid: dict[bytes, str] = {}
     for event in trace.events or ():
@@ -195,7 +186,7 @@ def _collect(trace: _Trace) -> dict[str, _Collected]:
         wanted = category in GPU_KINDS or category in SPANS or category in OPERATORS
         if event.ph != "X" or not (wanted or category in LAUNCHES):
             continue
-        _add(owners.setdefault(owner, _Collected()), event, category)
+        _add(owners.setdefault(owner or rank_of_others(), _Collected()), event, category)
     return owners
 
 
@@ -210,60 +201,43 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
         return
     name = str(event.name)
     if category in GPU_KINDS:
-        args = _arguments(event)
-        stream = args.stream if isinstance(args.stream, int) else -1
-        correlation = args.correlation or -1
+        args = arguments(event.args)
         kind = GPU_KINDS[category]
-        graph = bool(args.graph_node)
-        device = into.devices.setdefault(bytes(event.pid), len(into.devices))
-        call = _call_number(into, event, name)
-        row = (into.code(name), kind, start, dur, stream, correlation, graph, device, call)
-        into.gpu.append(row)
+        graph = args.graph_node != 0
+        call = _call_number(into, args, name)
+        code, device = into.code(name), args.device
+        into.gpu.append(
+            (code, kind, start, dur, args.stream, args.correlation, graph, device, call)
+        )
     elif category in SPANS:
         thread = bytes(event.tid).decode("ascii", "replace")
         gpu = category == "gpu_user_annotation"
         if name.startswith(COMMUNICATION) and not gpu:
             into.communication.append((into.code(name), start, dur))
         else:
-            into.spans.append(Span(name, start, start + dur, gpu=gpu, thread=thread))
+            external = arguments(event.args).external
+            into.annotations.append(
+                Annotation(0, name, start, dur, gpu, thread.strip('"'), external)
+            )
     elif category in LAUNCHES:
-        correlation = _arguments(event).correlation or -1
-        if correlation > 0:
-            into.launches.add(correlation, start)
+        into.launches.add(arguments(event.args).correlation, start)
         if what := interruption(name):
             into.interruptions.append((start, what))
     elif not name.startswith(SUBMITTED):
         if name == ANNOUNCEMENT:
-            told = _call_arguments(event)
+            told = arguments(event.args)
             if told.external >= 0 <= told.sequence:
                 into.sequences[told.external] = told.sequence
         thread = bytes(event.tid).decode("ascii", "replace")
         into.operators.append((into.code(name), start, dur, thread))
 
 
-def _arguments(event: _Event) -> _Args:
-    try:
-        return _ARGS.decode(event.args) if event.args else _Args()
-    except msgspec.DecodeError:
-        return _Args()
-
-
-def _call_number(into: _Collected, event: _Event, name: str) -> int:
+def _call_number(into: _Collected, args: CallArgs, name: str) -> int:
     """Index of a kernel in `calls`; -1 for one whose process group is not told."""
-    if "nccl" not in name.lower():
+    if not args.group or "nccl" not in name.lower():
         return -1
-    found = _call_arguments(event)
-    if not found.group:
-        return -1
-    into.calls.append(found)
+    into.calls.append(args)
     return len(into.calls) - 1
-
-
-def _call_arguments(event: _Event) -> _CallArgs:
-    try:
-        return _CALL_ARGS.decode(event.args) if event.args else _CallArgs()
-    except msgspec.DecodeError:
-        return _CallArgs()
 
 
 def base_time(path: Path, raw: bytes) -> tuple[int, list[str]]:
@@ -278,13 +252,14 @@ def base_time(path: Path, raw: bytes) -> tuple[int, list[str]]:
 
 
 def _activities(
-    label: str, found: _Collected, base: int, notes: Sequence[str], partial: bool
+    label: str, found: _Collected, base: int, notes: Sequence[str], partial: bool, *, gpu: bool
 ) -> RankActivities:
+    """gpu: the file has GPU activities; a rank of it without any did nothing there."""
     own = [*notes, *(f"{label}: skipped {n} {what}" for what, n in found.skipped.items())]
-    steps = StepMap(step_spans(found.spans))
+    steps = TraceSteps(found.annotations)
     entries = steps.steps
     calls = None
-    if found.gpu:
+    if gpu:
         columns, entries, more, calls = _gpu_columns(label, found, steps)
         own += more
         kinds: tuple[str, ...] = KINDS[:LAUNCH]
@@ -304,7 +279,7 @@ def _activities(
         stream=stream,
         step=step,
         steps=[entry.shifted(base) for entry in entries],
-        source="gpu" if found.gpu else "cpu_op",
+        source="gpu" if gpu else "cpu_op",
         notes=own,
         partial=partial,
         calls=calls,
@@ -315,18 +290,19 @@ Columns = tuple[Ints, Ints, Ints, Ints, Ints, Ints]
 
 
 def _gpu_columns(
-    label: str, found: _Collected, steps: StepMap
+    label: str, found: _Collected, steps: TraceSteps
 ) -> tuple[Columns, tuple[Step, ...], list[str], CollectiveCalls | None]:
     table = np.array(found.gpu, dtype=np.int64).reshape(-1, 9)
-    table = table[np.lexsort((-table[:, 3], table[:, 2], table[:, 4], table[:, 7]))]
-    where = np.where(table[:, 4] < 0, -1, (table[:, 7] << 32) + table[:, 4])
+    where = timelines(table[:, 7], table[:, 4])
+    order = np.lexsort((-table[:, 3], table[:, 2], where))
+    table, where = table[order], where[order]
     impossible = impossible_rows(table[:, 2], table[:, 3], where, table[:, 6] > 0)
     notes = []
     if impossible.any():
         notes.append(f"{label}: {excluded(table[impossible, 3])}")
         table = table[~impossible]
     launched = found.launches.times(table[:, 5])
-    step = steps.of_gpu(table[:, 2], launched)
+    step = steps.of_gpu(table[:, 2], table[:, 4], launched)
     entries = with_graph_share(steps.steps, step, table[:, 1] == KERNEL, table[:, 6] > 0)
     code, kind, start, dur, stream = (np.ascontiguousarray(table[:, n]) for n in range(5))
     calls = _calls(found, table[:, 8])
@@ -348,7 +324,7 @@ def _calls(found: _Collected, number: Ints) -> CollectiveCalls | None:
     )
 
 
-def _cpu_columns(found: _Collected, steps: StepMap) -> Columns:
+def _cpu_columns(found: _Collected, steps: TraceSteps) -> Columns:
     own = self_times([(start, dur, thread) for _, start, dur, thread in found.operators])
     rows = [
         (code, 0, start, self_dur)
@@ -358,12 +334,3 @@ def _cpu_columns(found: _Collected, steps: StepMap) -> Columns:
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     code, kind, start, dur = (np.ascontiguousarray(table[:, n]) for n in range(4))
     return code, kind, start, dur, np.full(len(table), -1, dtype=np.int64), steps.of_time(start)
-
-
-def impossible_rows(start: Ints, dur: Ints, stream: Ints, graph: Flags) -> Flags:
-    """Rows (sorted by stream, then start) that contain a whole later row of their stream.
-
-    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs, and
-    rows of no known stream (-1).
-    """
-    return contains_later(start + dur, stream) & (stream >= 0) & ~graph

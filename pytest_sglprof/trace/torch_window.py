@@ -9,7 +9,7 @@ layout cannot be scanned safely, is decoded too. Both give the same table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,21 +21,17 @@ from pytest_sglprof.trace.collect import LAUNCHES, Wanted
 from pytest_sglprof.trace.collective_calls import calls_of
 from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
-from pytest_sglprof.trace.gpu_steps import Projections, projected
-from pytest_sglprof.trace.impossible import excluded
+from pytest_sglprof.trace.gpu_steps import TraceSteps, projected
+from pytest_sglprof.trace.impossible import excluded, impossible_rows, timelines
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
 from pytest_sglprof.trace.kineto import KERNEL, KINDS, LAUNCH, Annotation, FileFacts
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
 from pytest_sglprof.trace.steps import (
-    Span,
-    StepMap,
-    is_step,
     launch_times,
-    step_spans,
     with_graph_share,
 )
-from pytest_sglprof.trace.table import NO_STEP, RankActivities
-from pytest_sglprof.trace.torch_trace import base_time, impossible_rows, read_trace
+from pytest_sglprof.trace.table import RankActivities
+from pytest_sglprof.trace.torch_trace import base_time, read_trace
 
 SCAN_BYTES = 2 * 2**20  # stored bytes of a file
 
@@ -67,23 +63,24 @@ def read_traces(
     seconds = {c.path: c for c in read([(path, look) for path, look in again if look], None)}
     found: list[tuple[Path, RankActivities]] = []
     for path in files:
-        content = contents.pop(path, None)
-        if content is not None and not content.facts.unsafe and len(content.columns):
-            parts = _assembled(content, seconds.get(path))
+        content, second = contents.pop(path, None), seconds.pop(path, None)
+        unsafe = [c.facts.unsafe for c in (content, second) if c is not None and c.facts.unsafe]
+        if content is not None and not unsafe and len(content.columns):
+            parts = _assembled(content, second)
         else:
-            parts = _decoded(path, content, allow_partial)
-            if content is None and progress is not None:
+            del content, second
+            parts = _decoded(path, unsafe, allow_partial)
+            if path not in large and progress is not None:
                 progress(sizes[path])
         found += [(path, part) for part in parts]
     return found
 
 
-def _decoded(path: Path, content: FileContent | None, allow_partial: bool) -> list[RankActivities]:
+def _decoded(path: Path, unsafe: Sequence[str], allow_partial: bool) -> list[RankActivities]:
+    """Reads a file the exact way; unsafe: why it could not be scanned."""
     parts = read_trace(path, allow_partial=allow_partial)
-    if content is None or not content.facts.unsafe:
-        return parts
-    note = f"{path.name}: decoded as a whole, since {content.facts.unsafe}"
-    return [replace(part, notes=[*part.notes, note]) for part in parts]
+    notes = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
+    return [replace(part, notes=[*part.notes, *notes]) for part in parts]
 
 
 def _reader(processes: int) -> Reader:
@@ -94,25 +91,6 @@ def _reader(processes: int) -> Reader:
         return read_in_processes(jobs, workers, progress)
 
     return read
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """Both answers to where a rank's activities belong."""
-
-    map: StepMap
-    projected: Projections
-
-
-def _steps_of(annotations: Sequence[Annotation]) -> _Steps:
-    ordered = sorted((a for a in annotations if is_step(a.name)), key=lambda a: a.start)
-    cpu = [a for a in ordered if not a.gpu]
-    spans = step_spans([_span(a) for a in ordered])
-    return _Steps(StepMap(spans), Projections(spans.cpu, cpu, [a for a in ordered if a.gpu]))
-
-
-def _span(a: Annotation) -> Span:
-    return Span(a.name, a.start, a.start + a.dur, gpu=a.gpu, thread=a.thread)
 
 
 def _second_look(content: FileContent, wanted: Wanted, sequences: bool) -> Wanted | None:
@@ -158,14 +136,23 @@ def _assembled(content: FileContent, second: FileContent | None) -> list[RankAct
         mine = content.columns
         if len(labels) > 1:
             mine = mine.take(np.isin(mine.owner, owners))
-        steps = _steps_of([a for owner in owners for a in _of(facts, owner)])
-        told = [*notes, *(f"{label}: skipped {n} {what}" for what, n in facts.skipped.items())]
+        steps = TraceSteps([a for owner in owners for a in _of(facts, owner)])
+        told = [*notes, *(f"{label}: skipped {n} {what}" for n, what in _skipped(facts, owners))]
         known = _launches(second, label)
         calls = _interruptions(second, known)
         numbers = _sequences(second, label)
         found.append(_activities(label, facts, mine, steps, known, calls, base, told, numbers))
     content.columns = content.columns.take(np.zeros(0, np.int64))
     return found
+
+
+def _skipped(facts: FileFacts, owners: Sequence[int]) -> list[tuple[int, str]]:
+    """How much of what these owners lack."""
+    sums: dict[str, int] = {}
+    for (owner, what), count in facts.skipped.items():
+        if owner in owners:
+            sums[what] = sums.get(what, 0) + count
+    return [(count, what) for what, count in sums.items()]
 
 
 def _launches(launched: FileContent | None, label: str) -> Columns | None:
@@ -208,7 +195,7 @@ def _activities(
     label: str,
     facts: FileFacts,
     mine: Columns,
-    steps: _Steps,
+    steps: TraceSteps,
     launches: Columns | None,
     calls: Sequence[Call],
     base: int,
@@ -216,8 +203,11 @@ def _activities(
     sequences: Mapping[int, int],
 ) -> RankActivities:
     mine, excluded = _possible(label, mine)
-    step = _steps(mine, steps, launches)
-    entries = with_graph_share(steps.map.steps, step, mine.kind == KERNEL, mine.graph > 0)
+    launched: Ints = np.full(len(mine), -1, np.int64)
+    if launches is not None:
+        launched = launch_times(launches.correlation, launches.start, mine.correlation)
+    step = steps.of_gpu(mine.start, mine.stream, launched)
+    entries = with_graph_share(steps.steps, step, mine.kind == KERNEL, mine.graph > 0)
     entries, told = with_interruptions(label, entries, calls)
     np.add(mine.start, base, out=mine.start)  # in place: it is the largest column
     return RankActivities(
@@ -238,24 +228,11 @@ def _activities(
     )
 
 
-def _steps(mine: Columns, steps: _Steps, launches: Columns | None) -> Ints:
-    if launches is None and steps.projected.complete:
-        return steps.projected.find(mine.start, mine.stream)
-    launched: Ints = np.full(len(mine), -1, np.int64)
-    if launches is not None:
-        launched = launch_times(launches.correlation, launches.start, mine.correlation)
-    found = steps.map.of_gpu(mine.start, launched)
-    left = found == NO_STEP
-    found[left] = steps.projected.find(mine.start[left], mine.stream[left])
-    return found
-
-
 def _possible(label: str, mine: Columns) -> tuple[Columns, list[str]]:
     """Sorted by device, stream and start, without durations that cannot be true."""
-    stream = mine.stream.astype(np.int64)
-    where = np.where(stream < 0, -1, (mine.device.astype(np.int64) << 32) + stream)
+    where = timelines(mine.device, mine.stream)
     if not _ascends(where, mine.start):
-        order = np.lexsort((-mine.dur, mine.start, mine.stream, mine.device))
+        order = np.lexsort((-mine.dur, mine.start, where))
         mine, where = mine.take(order), where[order]
     bad = impossible_rows(mine.start, mine.dur, where, mine.graph > 0)
     if not bad.any():

@@ -35,7 +35,7 @@ def test_every_place_within_the_bounds(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(needles, "QUICKEST", WAYS[way])
         assert {word: needles.offsets(word, data, begin, end) for word in words} == places
-        found = needles.extent(words, data, begin, end)
+        found = needles.survey(words, data, begin, end)
     every = sorted(at for own in places.values() for at in own)
     if not every:
         assert found is None

@@ -11,8 +11,9 @@ from kineto import Event, document, event, kernel, write
 import pytest_sglprof.trace.torch_window as torch_window
 from pytest_sglprof.analysis.steps import compared_steps, step_spans
 from pytest_sglprof.trace.interruptions import interruption
+from pytest_sglprof.trace.kineto import Annotation
 from pytest_sglprof.trace.read import read_window
-from pytest_sglprof.trace.steps import Span, parse_step
+from pytest_sglprof.trace.steps import parse_step
 from pytest_sglprof.trace.table import KernelTable
 
 SPAN = "user_annotation"
@@ -64,7 +65,7 @@ def column(table: KernelTable, name: str) -> list[object]:
     ],
 )
 def test_what_the_text_of_a_step_tells(text: str, expected: tuple[str, int, int, int]) -> None:
-    step = parse_step(Span(f"step[{text}]", 0, 1))
+    step = parse_step(Annotation(0, f"step[{text}]", 0, 1, gpu=False))
     assert step is not None
     assert (step.substage, step.batch_size, step.padded_batch, step.kv_tokens) == expected
 

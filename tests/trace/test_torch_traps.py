@@ -279,10 +279,11 @@ def test_dependent_launch_overlaps_stay(tmp_path: Path) -> None:
     "second",
     [
         kernel("inside", 20, 5, stream=8),
-        kernel("inside", 20, 5, pid=1),
+        {**kernel("inside", 20, 5, pid=1), "args": {"stream": 7, "device": 1}},
         {**kernel("inside", 20, 5), "args": {}},
+        {**kernel("inside", 20, 5), "args": {"stream": 7}},
     ],
-    ids=["other stream", "other device", "no stream"],
+    ids=["other stream", "other device", "no stream", "no device"],
 )
 def test_other_streams_and_devices_may_overlap(tmp_path: Path, second: Event) -> None:
     table = read_window(write(tmp_path, document([kernel("long", 0, 50), second])))

@@ -123,6 +123,33 @@ def test_steps_by_projection_and_by_launch(
         same(table, read_window(write(tmp_path, document(events))))
 
 
+def test_launches_that_cannot_be_read_are_not_left_out_in_silence(
+    tmp_path: Path, scanned: Callable[..., KernelTable]
+) -> None:
+    odd = {**event("cuda_runtime", "x", 1003.0, 2, 5, 5), "name": None}
+    path = write(tmp_path, document([odd, *window(projected=False)]))
+    table = scanned(path)
+    assert sorted(table.frame["step"].unique().tolist()) == [-1, *range(10)]
+    assert "decoded as a whole, since" in table.notes[-1]
+
+
+def test_each_rank_of_a_merged_file_has_its_own_notes(
+    tmp_path: Path, scanned: Callable[..., KernelTable]
+) -> None:
+    own = [
+        {**kernel("gemm", 1000.0, 5), "pid": "[TP00] 0"},
+        {**kernel("gemm", 1000.0, -5), "pid": "[TP01] 0"},
+    ]
+    names = [
+        {"ph": "M", "name": "process_name", "ts": 0.0, "pid": f"[TP0{rank}] 0"} for rank in range(3)
+    ]
+    path = write(tmp_path, document([own[0], *names, *own]), "merged-1.trace.json")
+    table = scanned(path)
+    assert table.notes == ("TP1: skipped 1 kernel events with a negative time",)
+    assert table.ranks == ("TP0", "TP1", "TP2")  # one had nothing that is right, one nothing
+    same(table, read_window(path))
+
+
 @pytest.mark.parametrize("keys", [("rank", "name"), ("step",), ("stage", "step", "name")])
 def test_sums_are_the_same_part_by_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kineto import BASE, Event, document, event, kernel, write
 
+from pytest_sglprof.trace.kineto import Annotation
 from pytest_sglprof.trace.read import read_window
 from pytest_sglprof.trace.self_time import self_times
-from pytest_sglprof.trace.steps import Span, parse_step
+from pytest_sglprof.trace.steps import parse_step
 from pytest_sglprof.trace.table import KernelTable, Step
 
 SPAN = "user_annotation"
@@ -43,7 +44,7 @@ def step_of(table: KernelTable, rank: str = "TP0") -> dict[str, tuple[int, str]]
     ],
 )
 def test_the_words_of_a_step(text: str, expected: tuple[str, int, int, int]) -> None:
-    step = parse_step(Span(text, 10, 20))
+    step = parse_step(Annotation(0, text, 10, 10, gpu=False))
     assert step is not None
     assert (step.stage, step.batch_size, step.tokens, step.forward_id) == expected
     assert (step.start_ns, step.end_ns) == (10, 20)
@@ -51,7 +52,7 @@ def test_the_words_of_a_step(text: str, expected: tuple[str, int, int, int]) -> 
 
 @pytest.mark.parametrize("text", ["", "step", "my step[DECODE bs=1]", "step[]", "step[DECODE"])
 def test_other_annotations_are_no_steps(text: str) -> None:
-    assert parse_step(Span(text, 0, 1)) is None
+    assert parse_step(Annotation(0, text, 0, 1, gpu=False)) is None
 
 
 @pytest.mark.parametrize("runtime", ["cuda_runtime", "cuda_driver", "hip_runtime"])
