@@ -45,6 +45,8 @@ class Database:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA temp_store = MEMORY")
+        # Of temporary tables, in which a sum is then found within one page.
+        connection.execute("PRAGMA page_size = 16384")
         self.connection = connection
         found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         self.names = frozenset(str(name) for (name,) in found)
