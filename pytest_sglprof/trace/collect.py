@@ -24,7 +24,6 @@ from pytest_sglprof.trace.kineto import (
     MEMSET,
     OPERATORS,
     Annotation,
-    Announced,
     Args,
     Batch,
     CallArgs,
@@ -33,6 +32,7 @@ from pytest_sglprof.trace.kineto import (
     FullEvent,
     ProcessName,
     arguments,
+    communicates,
 )
 from pytest_sglprof.trace.times import ns
 
@@ -62,7 +62,7 @@ class _Names(_Codes):
         self.communicate: set[str] = set()
 
     def __missing__(self, word: str) -> int:
-        if "nccl" in word.lower():
+        if communicates(word):
             self.communicate.add(word)
         return super().__missing__(word)
 
@@ -152,9 +152,7 @@ class Collector:
             categories = set(columns.category)
         if not columns.ts:
             return
-        if max(columns.ts) >= FLOAT_LIMIT or min(columns.ts) < 0.0:
-            raise NeedsText
-        if max(columns.dur) >= FLOAT_LIMIT:
+        if max(max(columns.ts), max(columns.dur)) >= FLOAT_LIMIT or min(columns.ts) < 0.0:
             raise NeedsText
         try:
             self._extend_quick(columns, _kinds(columns.category, categories, kinds))
@@ -255,16 +253,13 @@ class Collector:
             self._emit(batch)
             self._exact = _new_batch(exact=True)
 
-    def add_announced(self, event: Announced) -> None:
+    def add_announced(self, event: FullEvent) -> None:
         """Adds the number of a collective in its process group."""
-        operator = event.ph == "X" and event.cat.lower() in OPERATORS
-        if (
-            operator
-            and event.name == ANNOUNCEMENT
-            and event.args.external >= 0 <= event.args.sequence
-        ):
-            key = self._owner(event.pid), event.args.external
-            self.facts.sequences[key] = event.args.sequence
+        if event.ph != "X" or event.cat.lower() not in OPERATORS or event.name != ANNOUNCEMENT:
+            return
+        args = arguments(event.args)
+        if args.external >= 0 <= args.sequence:
+            self.facts.sequences[self._owner(event.pid), args.external] = args.sequence
 
     def add_process(self, event: ProcessName) -> None:
         """Adds a rank of a merged file, even when it did nothing."""

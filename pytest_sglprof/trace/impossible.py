@@ -16,8 +16,8 @@ from pytest_sglprof.trace.arrays import Flags, Ints
 
 def timelines(device: npt.NDArray[Any], stream: npt.NDArray[Any]) -> Ints:
     """A number for each stream of each device; -1 where one of them is not known."""
-    known = (device >= 0) & (device < 2**16) & (stream >= 0) & (stream < 2**32)
-    return np.where(known, (np.where(known, device, 0).astype(np.int64) << 32) + stream, -1)
+    known = (device >= 0) & (device < 2**15) & (stream >= 0) & (stream < 2**32)
+    return np.where(known, (device.astype(np.int64) << 32) + stream, -1)
 
 
 def impossible_rows(start: Ints, dur: Ints, timeline: Ints, graph: Flags) -> Flags:

@@ -38,6 +38,14 @@ ANNOUNCEMENT = "record_param_comms"
 PROCESS_GROUP, SEQUENCE = "Process Group Name", "Seq"
 
 
+def communicates(kernel: str) -> bool:
+    """Whether a kernel of this name is a collective where a process group is told of it.
+
+    A copy that torch.distributed launched beside its collective is told one, too.
+    """
+    return "nccl" in kernel.lower()
+
+
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -53,7 +61,7 @@ class Args(msgspec.Struct, gc=False, frozen=True):
 class CallArgs(Args, gc=False, frozen=True):
     """With those that a kernel has which torch.distributed launched; absent ones are -1 or "".
 
-    sequence: mostly told by the `Announced` operator of the same `external` only.
+    sequence: mostly told by the `ANNOUNCEMENT` operator of the same `external` only.
     """
 
     external: _Int64 = msgspec.field(name="External id", default=-1)
@@ -135,21 +143,6 @@ class FullEvent(msgspec.Struct, gc=False):
     ph: str = ""
     pid: int | str | float | None = None
     tid: int | str | float | None = None
-
-
-class _AnnouncedArgs(msgspec.Struct, gc=False):
-    external: _Int64 = msgspec.field(name="External id", default=-1)
-    sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
-
-
-class Announced(msgspec.Struct, gc=False):
-    """The operator that describes a collective to the profiler."""
-
-    name: str
-    cat: str
-    ph: str
-    args: _AnnouncedArgs
-    pid: int | str | float | None = None
 
 
 class ProcessName(msgspec.Struct, gc=False):

@@ -124,22 +124,26 @@ def _read_torch(
     sequences: bool,
 ) -> list[tuple[Path, RankActivities]]:
     total = sum(file.stat().st_size for file in files)
+    workers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
+    return read_traces(
+        files,
+        allow_partial=allow_partial,
+        progress=None if progress is None else _adding_up(progress, total),
+        processes=workers,
+        sequences=sequences,
+    )
+
+
+def _adding_up(progress: Progress, total: int) -> Callable[[int], None]:
+    """Takes bytes read since its last call, and tells `progress` of all."""
     done = 0
 
     def tell(count: int) -> None:
         nonlocal done
         done = min(done + count, total)
-        assert progress is not None
         progress(done, total)
 
-    workers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
-    return read_traces(
-        files,
-        allow_partial=allow_partial,
-        progress=None if progress is None else tell,
-        processes=workers,
-        sequences=sequences,
-    )
+    return tell
 
 
 def _frame(

@@ -24,7 +24,6 @@ from pytest_sglprof.trace.kineto import (
     LAUNCH,
     NO_SPANS,
     PROCESS_GROUP,
-    Announced,
     CallEvent,
     Event,
     FullEvent,
@@ -69,11 +68,11 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
     if LAUNCH in kinds:
         full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
-    searches: list[_Quick | _Full | _Named[Announced] | _Named[ProcessName]] = []
+    searches: list[_Quick | _Full | _Named[FullEvent] | _Named[ProcessName]] = []
     searches += [_Quick(quick, collector)] if quick else []
     searches += [_Full(full, collector)] if full else []
     if collector.wanted.sequences:
-        searches.append(_Named(ANNOUNCEMENT, Announced, collector.add_announced))
+        searches.append(_Named(ANNOUNCEMENT, FullEvent, collector.add_announced))
     if layout.merged:
         searches.append(_Named("process_name", ProcessName, collector.add_process))
 
@@ -240,7 +239,7 @@ class _Decoder(Generic[E]):
             if event is not None:
                 events.append(event)
             else:
-                mended(_slowly(window.layout, window.data, window.end, at))
+                mended(_slowly(window, at))
         return events
 
 
@@ -249,37 +248,35 @@ def _each(
 ) -> Iterator[tuple[int, E | None]]:
     """The event around each hit; None where it cannot be decoded."""
     between, open_at = window.layout.between, window.layout.open_at
-    data, end, low = window.data, window.end, window.begin
+    data, low = window.data, window.begin
     for at in hits:
         # AMD's launches name their kernel: `"kernel": ...`.
         if at < low or _KEY.match(data, at):
             continue
         start = data.rfind(between, low, at)
-        stop = data.find(between, at, end)
-        if stop < 0:
-            stop = end
+        stop = _end(window, at)
         event: E | None = None
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
-            event = decode(data[start + open_at : stop + 1])
+            event = decode(data[start + open_at : stop])
         yield at, event
-        low = stop
+        low = stop - 1  # a `}`, with which what lies between events begins
 
 
-def _slowly(layout: Layout, window: bytes, end: int, at: int) -> FullEvent:
+def _slowly(window: Window, at: int) -> FullEvent:
     """The event around offset `at`, found by matching braces and mended if need be."""
-    start = window.rfind(layout.between, 0, at)
+    layout, data, end = window.layout, window.data, window.end
+    start = data.rfind(layout.between, 0, at)
     while start >= 0:
         first = start + layout.open_at
-        stop = object_end(window, first, end + 1)
+        stop = object_end(data, first, end + 1)
         if stop < 0 or stop > at:
             break
-        following = BETWEEN.match(window, stop)
+        following = BETWEEN.match(data, stop)
         if following is None:
             break
         start = following.end() - len(layout.between)
-    learned = window.find(layout.between, at, end)
-    for stop in (object_end(window, first, end + 1), (learned if learned >= 0 else end) + 1):
-        event = read_event(window[first:stop]) if stop > at else None
+    for stop in (object_end(data, first, end + 1), _end(window, at)):
+        event = read_event(data[first:stop]) if stop > at else None
         if event is not None:
             return event
     raise Unsafe("an event of interest is not valid JSON")

@@ -32,6 +32,7 @@ from pytest_sglprof.trace.kineto import (
     Annotation,
     CallArgs,
     arguments,
+    communicates,
 )
 from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
@@ -234,7 +235,7 @@ def _add(into: _Collected, event: _Event, category: str) -> None:
 
 def _call_number(into: _Collected, args: CallArgs, name: str) -> int:
     """Index of a kernel in `calls`; -1 for one whose process group is not told."""
-    if not args.group or "nccl" not in name.lower():
+    if not args.group or not communicates(name):
         return -1
     into.calls.append(args)
     return len(into.calls) - 1

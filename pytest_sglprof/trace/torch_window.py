@@ -26,10 +26,7 @@ from pytest_sglprof.trace.impossible import excluded, impossible_rows, timelines
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
 from pytest_sglprof.trace.kineto import KERNEL, KINDS, LAUNCH, Annotation, FileFacts
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
-from pytest_sglprof.trace.steps import (
-    launch_times,
-    with_graph_share,
-)
+from pytest_sglprof.trace.steps import launch_times, with_graph_share
 from pytest_sglprof.trace.table import RankActivities
 from pytest_sglprof.trace.torch_trace import base_time, read_trace
 
