@@ -56,6 +56,7 @@ def json_and_gzip(folder: Path, out: Path) -> None:
 
 def profile_merger(folder: Path, out: Path) -> None:
     """SGLang's own, which needs one profile id in the names of its inputs."""
+    # Only in the interpreter that SGLPROF_REAL_PYTHON names.
     from sglang.srt.utils.profile_merger import ProfileMerger  # type: ignore[import-not-found]
 
     merged = ProfileMerger(str(folder), "1").merge_chrome_traces()

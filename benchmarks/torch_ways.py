@@ -59,6 +59,7 @@ def _json_frame(path: Path) -> Any:
 
 def holistic(folder: Path) -> Sums:
     """HolisticTraceAnalysis' kernel breakdown, which gives no counts."""
+    # Where it is installed: here, or for the interpreter that `--other` names.
     from hta.trace_analysis import TraceAnalysis  # type: ignore[import-not-found]
 
     analysis = TraceAnalysis(trace_dir=str(folder))
@@ -71,7 +72,7 @@ def holistic(folder: Path) -> Sums:
 
 def tracelens(folder: Path) -> Sums:
     """AMD's TraceLens: the kernels of one rank after the other; it leaves copies and fills out."""
-    from TraceLens import TreePerfAnalyzer  # type: ignore[import-not-found]
+    from TraceLens import TreePerfAnalyzer  # type: ignore[import-not-found]  # see `holistic`
 
     sums: dict[tuple[str, str], tuple[int, int]] = {}
     with redirect_stdout(sys.stderr):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.values import ServerSpec
 
 
+# A specification has no body: pluggy calls what implements it.
 @pytest.hookspec
 def pytest_sglprof_servers(config: pytest.Config) -> Mapping[str, ServerSpec]:  # type: ignore[empty-body]
     """Return server specifications by name; they add to `[servers.NAME]` and win over it.

@@ -381,6 +381,7 @@ def _attach(report: pytest.TestReport, test: TestRun) -> None:
     from pytest_sglprof.report.terminal import rank_table
 
     test.drop_artifacts()
+    # pytest's own way for plugins: what is set on a report travels with it from a worker.
     report.sglprof = test.record(str(report.outcome))  # type: ignore[attr-defined]
     for document in test.documents():
         if document["verdict"] != "pass" and not test.told:

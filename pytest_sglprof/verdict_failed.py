@@ -19,7 +19,7 @@ class VerdictFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  
         super().__init__(message, pytrace=False)
 
 
-class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,misc]
+class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # likewise
     """A test whose body passed, but whose profile windows hold too little for a verdict."""
 
     def __init__(self, message: str) -> None:

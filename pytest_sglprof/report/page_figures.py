@@ -186,7 +186,8 @@ def _judged_slow(window: Document, group: str) -> str | None:
     for judgement in judgements:
         finding = judgement["finding"]
         if judgement["verdict"] == "fail" and finding and finding["group"] == group:
-            return finding["slowest"]  # type: ignore[no-any-return]
+            slowest: str | None = finding["slowest"]
+            return slowest
     return None
 
 

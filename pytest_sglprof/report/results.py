@@ -118,7 +118,7 @@ def load_document(
     document = plain(result)
     document["command"] = redact_command(result.command)
     document["duration_s"] = document.pop("duration")
-    return redact(  # type: ignore[no-any-return]
+    load: dict[str, Any] = redact(
         {
             "id": load_id,
             "nodeid": nodeid,
@@ -129,6 +129,7 @@ def load_document(
             **document,
         }
     )
+    return load
 
 
 def run_document(
@@ -163,7 +164,8 @@ def run_document(
         "servers": list(servers),
         "loads": list(loads),
     }
-    return redact(plain(document))  # type: ignore[no-any-return]
+    whole: dict[str, Any] = redact(plain(document))
+    return whole
 
 
 def _tests(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -238,7 +240,7 @@ def load_results(path: Path) -> dict[str, Any]:
     """Reads and validates a results document. Raises SglprofError that names the file."""
     expected = "a results.json that pytest-sglprof wrote"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SglprofError(
             f"{path} cannot be read: {error.strerror or error}", expected=expected
@@ -249,4 +251,4 @@ def load_results(path: Path) -> dict[str, Any]:
         validate(document)
     except SettingsError as error:
         raise SglprofError(f"{path}: {error.what}", expected=error.expected) from error
-    return document  # type: ignore[no-any-return]
+    return document

@@ -76,6 +76,7 @@ def _gzip_inflater() -> _Inflater:
 def _zstd_inflater(path: Path) -> _Inflater:
     """The standard library's decompressor, which exists from Python 3.14 on."""
     try:
+        # Nothing that mypy finds in older Pythons, for which it checks.
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise TraceError(

@@ -25,6 +25,7 @@ class Search(NamedTuple):
 
 def _quickest() -> Search:
     try:
+        # Not installed where it has no wheel, and it has no types.
         import stringzilla  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return Search(bytes.find, bytes.rfind, bytes.count)

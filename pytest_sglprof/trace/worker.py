@@ -46,6 +46,7 @@ def _exactly(stream: IO[bytes], size: int) -> bytearray | None:
     data = bytearray(size)
     left = memoryview(data)
     while left:
+        # Every binary stream has it; `IO`, which names both kinds that come here, does not.
         count = stream.readinto(left)  # type: ignore[attr-defined]
         if not count:
             return None
