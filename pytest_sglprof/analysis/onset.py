@@ -108,7 +108,7 @@ class GroupDetector:
                 declared=now,
                 kind=kind,
                 factor=factor,
-                resolution_s=self.board.resolution,
+                resolution_s=max(self.board.resolution, self._unseen_before(began)),
                 source=self._source,
                 ranks=averages,
                 group=self._group,
@@ -146,6 +146,14 @@ class GroupDetector:
             if rise > 0 and gain > best:
                 best, found = gain, looks[at].time
         return max(began, found)
+
+    def _unseen_before(self, began: float) -> float:
+        """Seconds between the look that showed it first and the one before that.
+
+        Of a log, where a rank without work writes nothing, its interval tells.
+        """
+        before = [look.time for look in self._looks if look.time < began]
+        return began - before[-1] if before and not self.board.falls_silent else 0.0
 
     def _averages(self, began: float) -> tuple[RankLoad, ...]:
         """Time averages from `began` to the newest look."""

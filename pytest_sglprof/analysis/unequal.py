@@ -23,6 +23,7 @@ CANNOT_KNOW = (
 )
 NEARLY = 0.1  # of the mean: what a rank that is starved on average may have run
 RELEASE = 0.6  # of the way from 1 to `factor`: below it an imbalance is over
+SUSPECT, SUSPECT_GAP = 1.25, 2.0  # λ, and requests above the mean, that deserve a closer look
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ def excess(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
     if (factor := _over([load.waiting for load in loads], rule.min_gap, rule.factor)) is not None:
         found["queue"] = factor
     return found
+
+
+def seem_unequal(requests: Sequence[float]) -> bool:
+    """Whether the ranks' requests at one moment are far enough apart to look closer."""
+    return bool(requests) and _over(requests, SUSPECT_GAP, SUSPECT) is not None
 
 
 def idle_ranks(loads: Sequence[RankLoad], share: float) -> list[str]:

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pytest_sglprof.analysis.unequal import seem_unequal
 from pytest_sglprof.values import LoadSample
 from pytest_sglprof.watch.http_source import HttpSource
-from pytest_sglprof.watch.log_lines import Sample
 
 INTERVAL = 0.5  # s; a rank refreshes its figures every 15 decode steps
+CLOSER = 0.1  # s; between two looks while the ranks seem unequal
+CLOSER_LOOKS = 50  # of them in a row: after 5 s, what is seen is no chance
 
 
 class LoadsSource(HttpSource):
-    """Samples of all ranks at one moment, the moment of the answer."""
+    """Samples of all ranks at one moment, the moment of the answer.
+
+    Short requests that begin together make waves, and four looks in 2 s can all fall into
+    the moments between two of them. So it looks closer as soon as the ranks seem unequal.
+    """
 
     path = "/v1/loads?include=core"
+    _unequal_looks = 0
 
-    async def poll(self) -> list[Sample]:
+    async def poll(self) -> Sequence[LoadSample]:
         """The newest load of each rank; nothing where the server does not answer."""
         response = await self.ask()
         if response is None:
             return []
         try:
-            found = response.json()["loads"]
-            return loads_samples(found, self._clock())
+            samples = loads_samples(response.json()["loads"], self._clock())
         except (ValueError, KeyError, TypeError) as error:
             self.failed(f"not the load of an SGLang server ({error!r})")
             return []
+        self._unequal_looks = self._unequal_looks + 1 if _seem_unequal(samples) else 0
+        if 1 <= self._unequal_looks <= CLOSER_LOOKS:
+            self.delay = min(CLOSER, self.delay)
+        return samples
 
     def without(self) -> str:
         """Older servers have none."""
         return "follow the server's log instead: sglprof watch LOG --follow"
 
 
-def loads_samples(loads: list[Mapping[str, Any]], now: float) -> list[Sample]:
+def loads_samples(loads: list[Mapping[str, Any]], now: float) -> list[LoadSample]:
     """`loads` of an answer as samples; labels have no DP part where there is one DP rank."""
     single = len(loads) == 1
     return [
@@ -50,3 +60,10 @@ def loads_samples(loads: list[Mapping[str, Any]], now: float) -> list[Sample]:
         )
         for load in loads
     ]
+
+
+def _seem_unequal(samples: Sequence[LoadSample]) -> bool:
+    return any(
+        seem_unequal(values)
+        for values in ([s.running for s in samples], [s.waiting for s in samples])
+    )

@@ -29,7 +29,7 @@ class Source(Protocol):
 
     @property
     def delay(self) -> float: ...  # noqa: D102
-    async def poll(self) -> list[Sample]: ...  # noqa: D102
+    async def poll(self) -> Sequence[Sample]: ...  # noqa: D102
     async def close(self) -> None: ...  # noqa: D102
 
 

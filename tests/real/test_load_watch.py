@@ -48,7 +48,8 @@ def load(url, rank_of):
                 body = {
                     "input_ids": [number + 7] * 16,
                     "routed_dp_rank": rank_of(number),
-                    "sampling_params": {"max_new_tokens": 24, "ignore_eos": True},
+                    # Each client's own length: of one length they would come in waves.
+                    "sampling_params": {"max_new_tokens": 40 + 3 * number, "ignore_eos": True},
                 }
                 http.post(f"{url}/generate", json=body).raise_for_status()
                 requests.append((began, time.time()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +61,10 @@ class SimulatedServer:
         return httpx.MockTransport(answer)
 
     def poll_for(
-        self, seconds: float, take: Callable[[list[Sample], float], Any], every: float = INTERVAL
+        self,
+        seconds: float,
+        take: Callable[[Sequence[Sample], float], Any],
+        every: float = INTERVAL,
     ) -> None:
         """Polls it as the watcher does; `take` gets the samples and the time."""
 
@@ -73,7 +76,7 @@ class SimulatedServer:
                 transport=self.transport(),
             )
             while self.now < START + seconds:
-                self.advance(every)
+                self.advance(source.delay)
                 take(await source.poll(), self.now)
             await source.close()
 

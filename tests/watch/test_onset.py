@@ -3,14 +3,18 @@ batching, on a clock that the test turns."""
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import httpx
 import pytest
 
 from pytest_sglprof.analysis.onset import OnsetDetector
 from pytest_sglprof.analysis.unequal import OnsetRule
 from pytest_sglprof.values import BalanceSample, LoadSample
+from pytest_sglprof.watch.loads import LoadsSource
 from pytest_sglprof.watch.log_lines import LineReader, Sample
 from tests.watch.simulated import START, SimulatedServer
 
@@ -66,7 +70,7 @@ def watch(plan: Schedule) -> tuple[OnsetDetector, OnsetDetector]:
     by_log = OnsetDetector(rule, ranks=ranks, source="log")
     reader = LineReader()
 
-    def take(samples: list[Sample], now: float) -> None:
+    def take(samples: Sequence[Sample], now: float) -> None:
         by_loads.add(samples, now)
         lines, server.log[:] = list(server.log), []
         by_log.add(reader.read(lines), now)
@@ -224,3 +228,45 @@ def test_balances_that_the_server_measures_need_no_second_rank(running: int, fou
     for onset in detector.onsets:
         assert (onset.time, onset.declared, onset.ended, onset.kind) == (2.0, 4.0, 6.0, "experts")
         assert onset.factor == pytest.approx(2.2)
+
+
+def polled(seconds: float, running_at: Callable[[float], tuple[int, int]]) -> OnsetDetector:
+    """What is found by `/v1/loads` of two ranks that run so many requests at each moment."""
+    detector = OnsetDetector(OnsetRule(), ranks=["DP0", "DP1"])
+    now = 0.0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        loads = [
+            {"dp_rank": rank, "num_running_reqs": running, "num_used_tokens": 50 * running}
+            for rank, running in enumerate(running_at(now))
+        ]
+        return httpx.Response(200, json={"loads": loads})
+
+    async def poll() -> None:
+        nonlocal now
+        transport = httpx.MockTransport(answer)
+        source = LoadsSource(
+            "http://127.0.0.1:1", interval=0.5, clock=lambda: now, transport=transport
+        )
+        while now < seconds:
+            detector.add(await source.poll(), now)
+            now += source.delay
+        await source.close()
+
+    asyncio.run(poll())
+    return detector
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.05, 0.1, 0.3, 0.45])
+def test_looks_in_step_with_waves_of_requests_are_no_onset(phase: float) -> None:
+    """Each wave lasts 0.5 s, the interval of the looks, and 0.12 s of it nothing runs."""
+    found = polled(30.0, lambda now: (20, 0 if (now + phase) % 0.5 < 0.12 else 20))
+    assert found.onsets == ()
+    assert found.judged_s > 25
+
+
+def test_an_onset_is_known_as_well_as_the_gap_that_it_lies_in() -> None:
+    (found,) = polled(30.0, lambda now: (40, 0) if now > 10.2 else (20, 20)).onsets
+    assert found.time - found.resolution_s <= 10.2 <= found.time
+    assert found.resolution_s == pytest.approx(0.5)  # the closer looks came after it
+    assert found.declared == pytest.approx(found.time + 2.0, abs=0.11)

@@ -71,6 +71,23 @@ def test_a_server_that_does_not_answer_is_asked_less_often_until_it_does() -> No
     assert delays == [1.0, 2.0, 4.0, 1.0, 0.5]  # a wrong answer is still an answer
 
 
+def test_it_looks_closer_while_the_ranks_seem_unequal() -> None:
+    answers = [(8, 7), *[(8, 2)] * 60, (8, 7), (8, 2), (2, 0), (0, 0)]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        both = [{**LOAD, "dp_rank": r, "num_running_reqs": n} for r, n in enumerate(answers.pop(0))]
+        return httpx.Response(200, json={"loads": both})
+
+    _, delays = polls(loads(answer), len(answers))
+    assert delays == [0.5, *[0.1] * 50, *[0.5] * 10, 0.5, 0.1, 0.5, 0.5]
+
+
+def test_requests_that_wait_deserve_it_too() -> None:
+    both = [{**LOAD, "dp_rank": rank, "num_waiting_reqs": 9 * rank} for rank in (0, 1)]
+    _, delays = polls(loads(lambda request: httpx.Response(200, json={"loads": both})), 1)
+    assert delays == [0.1]
+
+
 @pytest.mark.parametrize(("status", "hint"), [(401, "SGLPROF_API_KEY"), (404, "--follow")])
 def test_what_will_not_get_better_is_an_error(status: int, hint: str) -> None:
     with pytest.raises(ServerRefused, match=hint) as raised:
