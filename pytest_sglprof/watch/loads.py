@@ -11,7 +11,7 @@ from pytest_sglprof.watch.http_source import HttpSource
 
 INTERVAL = 0.5  # s; a rank refreshes its figures every 15 decode steps
 CLOSER = 0.1  # s; between two looks while the ranks seem unequal
-CLOSER_LOOKS = 50  # of them in a row: after 5 s, what is seen is no chance
+CLOSER_LOOKS = 50  # in a row: what has lasted for 5 s is not chance
 
 
 class LoadsSource(HttpSource):
