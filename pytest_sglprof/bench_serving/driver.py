@@ -45,11 +45,20 @@ class DriverProcess:
                 start_new_session=True,
             )
         self._on_end = on_end
+        self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="sglprof-load", daemon=True)
         self._watcher.start()
 
     def _watch(self) -> None:
+        end = None
+        with contextlib.suppress(ChildProcessError):  # someone else has waited for it
+            end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        # A guard, or a driver, that was killed took nobody along. No stranger is met: the
+        # number of the group stays taken until its leader is waited for.
+        if end is not None and (end.si_code != os.CLD_EXITED or end.si_status > 128):
+            self._kill_group()
         self._process.wait()
+        self._ended.set()
         if self._on_end:
             self._on_end()
 
@@ -61,7 +70,7 @@ class DriverProcess:
     @property
     def status(self) -> int | None:
         """Exit status (128 + signal when it was killed), None while it runs."""
-        code = self._process.poll()
+        code = self._process.returncode if self._ended.is_set() else None
         return 128 - code if code is not None and code < 0 else code
 
     @property
@@ -77,10 +86,8 @@ class DriverProcess:
         """
         try:
             while (status := self.status) is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(timeout=_POLL_S)
-                    continue
-                check()
+                if not self._ended.wait(_POLL_S):
+                    check()
             self._watcher.join()
             self._close_pipe()
             return status
@@ -91,13 +98,14 @@ class DriverProcess:
     def stop(self) -> None:
         """Ends the driver and all that it started; harmless when it is over already."""
         self._close_pipe()
-        try:
-            self._process.wait(timeout=guard.GRACE_S + 2)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        if not self._ended.wait(guard.GRACE_S + 2):
+            self._kill_group()
+            self._ended.wait()
         self._watcher.join(timeout=1)
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _close_pipe(self) -> None:
         if self._process.stdin:

@@ -228,6 +228,16 @@ def test_driver_dies_with_a_killed_guard(bench: BenchServing, tmp_path: Path) ->
         pytest.raises(LoadError, match="exit status 137"),
         bench.running(hang=True, warm_up=False) as load,
     ):
-        _, driver = hanging_pids(tmp_path / "loads" / "load-1.log")
+        pids = hanging_pids(tmp_path / "loads" / "load-1.log")
         os.kill(load._driver.pid, signal.SIGKILL)
-    assert_gone([driver])
+    assert_gone(pids)
+
+
+def test_what_a_killed_driver_started_dies_with_it(bench: BenchServing, tmp_path: Path) -> None:
+    with (
+        pytest.raises(LoadError, match="exit status 137"),
+        bench.running(hang=True, warm_up=False),
+    ):
+        child, driver = hanging_pids(tmp_path / "loads" / "load-1.log")
+        os.kill(driver, signal.SIGKILL)
+    assert_gone([child, driver])
