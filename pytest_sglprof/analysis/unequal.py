@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_sglprof.analysis.rank_board import RankLoad
+from pytest_sglprof.values import LoadSample
 
 Kind = Literal[
     "running", "tokens", "queue", "starved", "experts", "dp_tokens",
@@ -114,9 +115,10 @@ def excess(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
     return found
 
 
-def seem_unequal(requests: Sequence[float]) -> bool:
+def seem_unequal(samples: Sequence[LoadSample]) -> bool:
     """Whether the ranks' requests at one moment are far enough apart to look closer."""
-    return bool(requests) and _over(requests, SUSPECT_GAP, SUSPECT) is not None
+    figures = ([s.running for s in samples], [s.waiting for s in samples])
+    return len(samples) > 1 and any(_over(f, SUSPECT_GAP, SUSPECT) is not None for f in figures)
 
 
 def idle_ranks(loads: Sequence[RankLoad], share: float) -> list[str]:

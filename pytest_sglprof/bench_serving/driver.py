@@ -70,7 +70,7 @@ class DriverProcess:
     @property
     def status(self) -> int | None:
         """Exit status (128 + signal when it was killed), None while it runs."""
-        code = self._process.returncode if self._ended.is_set() else None
+        code: int | None = self._process.returncode  # set by the watcher, which alone waits
         return 128 - code if code is not None and code < 0 else code
 
     @property

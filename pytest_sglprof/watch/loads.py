@@ -34,7 +34,7 @@ class LoadsSource(HttpSource):
         except (ValueError, KeyError, TypeError) as error:
             self.failed(f"not the load of an SGLang server ({error!r})")
             return []
-        self._unequal_looks = self._unequal_looks + 1 if _seem_unequal(samples) else 0
+        self._unequal_looks = self._unequal_looks + 1 if seem_unequal(samples) else 0
         if 1 <= self._unequal_looks <= CLOSER_LOOKS:
             self.delay = min(CLOSER, self.delay)
         return samples
@@ -60,10 +60,3 @@ def loads_samples(loads: list[Mapping[str, Any]], now: float) -> list[LoadSample
         )
         for load in loads
     ]
-
-
-def _seem_unequal(samples: Sequence[LoadSample]) -> bool:
-    return any(
-        seem_unequal(values)
-        for values in ([s.running for s in samples], [s.waiting for s in samples])
-    )

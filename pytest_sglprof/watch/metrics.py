@@ -26,10 +26,7 @@ class MetricsSource(HttpSource):
     """
 
     path = "/metrics"
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self._before: dict[str, tuple[float, float]] | None = None
+    _before: dict[str, tuple[float, float]] | None = None
 
     async def poll(self) -> list[Sample]:
         """At most one sample of each kind: the mean over the steps since the last call."""

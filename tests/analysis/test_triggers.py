@@ -72,7 +72,7 @@ def test_a_callable_gets_the_newest_sample_of_each_rank() -> None:
     (onset,) = fed(trigger, [{"waiting": w} for w in (2, 4, 6, 8)])
     assert seen[0] == {"DP0": 1, "DP1": 1}
     assert (onset.time, onset.kind) == (1.0, "custom")
-    assert describe_trigger(trigger).endswith("trigger")  # type: ignore[union-attr]
+    assert str(describe_trigger(trigger)).endswith("trigger")
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_a_callable_gets_the_newest_sample_of_each_rank() -> None:
         lambda: ImbalanceOnset(factor=1.0),
         lambda: ImbalanceOnset(hold=0),
         lambda: ImbalanceOnset(within=-1),
-        lambda: ImbalanceOnset(source="metrics"),  # type: ignore[arg-type]
-        lambda: QueueGrowth(on_no_onset="maybe"),  # type: ignore[arg-type]
+        lambda: ImbalanceOnset(source="metrics"),  # type: ignore[arg-type]  # wrong on purpose
+        lambda: QueueGrowth(on_no_onset="maybe"),  # type: ignore[arg-type]  # likewise
         lambda: QueueGrowth(requests=True),
         lambda: ThroughputDrop(share=1.0),
         lambda: as_trigger("imbalance"),

@@ -19,7 +19,7 @@ from pytest_sglprof.errors import Inconclusive, SglprofError
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A command `kernels` whose `run` a test may replace."""
     module = ModuleType("command")
-    module.add_parser = lambda subparsers: subparsers.add_parser("kernels")  # type: ignore[attr-defined]
+    module.add_parser = lambda subparsers: subparsers.add_parser("kernels")  # type: ignore[attr-defined]  # not a real module
     monkeypatch.setattr(entry, "_module", lambda name: module)
     yield module
 

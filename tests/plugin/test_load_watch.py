@@ -34,7 +34,7 @@ from pytest_sglprof import ImbalanceOnset, QueueGrowth, balanced_load, one_rank_
 
 SHAPE = dict(input_len=8, output_len=300)
 EQUAL = balanced_load(concurrency=32, requests=64, **SHAPE)
-# In one wave: three would meet the looks, twice a second, while the rank is filled anew.
+# In one wave: of three, looks would meet the moments while the rank is filled anew.
 ONE = one_rank_load(1, concurrency=32, requests=32, input_len=8, output_len=900)
 
 def onset(**more):

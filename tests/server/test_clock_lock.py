@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,8 +88,8 @@ def start(calls: Calls, nothing_left: None, tmp_path: Path) -> Iterator[Start]:
     servers = []
 
     def start(**fields: object) -> Server:
-        values = {"gpus": (1, 2), "lock_clocks": 1410, **fields}
-        servers.append(launch(ServerSpec(**values), folder=tmp_path / "server"))  # type: ignore[arg-type]
+        values: dict[str, Any] = {"gpus": (1, 2), "lock_clocks": 1410, **fields}
+        servers.append(launch(ServerSpec(**values), folder=tmp_path / "server"))
         return servers[-1]
 
     yield start

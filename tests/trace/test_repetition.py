@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,9 +117,9 @@ def test_two_repetitions_are_too_few(tmp_path: Path) -> None:
     ],
 )
 def test_ranks_that_differ_have_no_steps_and_a_note(
-    tmp_path: Path, other: dict[str, object], why: str
+    tmp_path: Path, other: dict[str, Any], why: str
 ) -> None:
-    files = [rank_file(tmp_path, 0), rank_file(tmp_path, 1, **other)]  # type: ignore[arg-type]
+    files = [rank_file(tmp_path, 0), rank_file(tmp_path, 1, **other)]
     table = read_window(files, step_delimiter="^embed$")
     assert len(table.steps) == 0
     assert any("no steps by the kernel /^embed$/" in note and why in note for note in table.notes)

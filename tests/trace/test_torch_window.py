@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -29,11 +30,11 @@ GPU_FILES = (
 
 @pytest.fixture
 def scanned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., KernelTable]:
-    def read(path: Path | list[Path], **options: object) -> KernelTable:
+    def read(path: Path | list[Path], **options: Any) -> KernelTable:
         with monkeypatch.context() as patch:
             patch.setattr("pytest_sglprof.trace.torch_window.SCAN_BYTES", 0)
             patch.setattr("pytest_sglprof.trace.read.POOL_BYTES", 0)
-            return read_window(path, **options)  # type: ignore[arg-type]
+            return read_window(path, **options)
 
     return read
 

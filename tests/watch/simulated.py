@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -25,6 +25,33 @@ START = 1_795_490_000.0
 STEP = 0.02
 LOG_INTERVAL = 20
 CAPACITY = 400_000
+
+
+class Polled(Protocol):
+    """A server whose time is turned by hand."""
+
+    now: float
+
+    def advance(self, seconds: float) -> None: ...
+    def transport(self) -> httpx.MockTransport: ...
+
+
+def poll_until(end: float, server: Polled, take: Callable[[Sequence[Sample], float], Any]) -> None:
+    """Asks `/v1/loads` as the watcher does; `take` gets the samples and the time."""
+
+    async def poll() -> None:
+        source = LoadsSource(
+            "http://127.0.0.1:1",
+            interval=INTERVAL,
+            clock=lambda: server.now,
+            transport=server.transport(),
+        )
+        while server.now < end:
+            server.advance(source.delay)
+            take(await source.poll(), server.now)
+        await source.close()
+
+    asyncio.run(poll())
 
 
 class SimulatedServer:
@@ -59,28 +86,6 @@ class SimulatedServer:
             return httpx.Response(200, json={"loads": shown})
 
         return httpx.MockTransport(answer)
-
-    def poll_for(
-        self,
-        seconds: float,
-        take: Callable[[Sequence[Sample], float], Any],
-        every: float = INTERVAL,
-    ) -> None:
-        """Polls it as the watcher does; `take` gets the samples and the time."""
-
-        async def poll() -> None:
-            source = LoadsSource(
-                "http://127.0.0.1:1",
-                interval=every,
-                clock=lambda: self.now,
-                transport=self.transport(),
-            )
-            while self.now < START + seconds:
-                self.advance(source.delay)
-                take(await source.poll(), self.now)
-            await source.close()
-
-        asyncio.run(poll())
 
     def _keep(self, lane: Lane, count: int) -> None:
         """New requests come, or clients leave."""

@@ -18,7 +18,7 @@ def line(number: int) -> str:
 
 
 def running(log: LogFollower) -> list[int]:
-    return [sample.running for sample in log.poll()]  # type: ignore[union-attr]
+    return [sample.running for sample in log.poll()]  # type: ignore[union-attr]  # only batch lines
 
 
 def test_only_whole_lines_are_read_each_once(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_large_log_is_read_in_blocks(tmp_path: Path) -> None:
     path = tmp_path / "server.log"
     count = 3 * BLOCK // len(line(1))
     path.write_text("".join(line(number) for number in range(count)))
-    assert [s.running for s in read_log(path)] == list(range(count))  # type: ignore[union-attr]
+    assert [s.running for s in read_log(path)] == list(range(count))  # type: ignore[union-attr]  # as above
 
 
 def test_a_last_line_without_an_end_counts_in_a_finished_log(tmp_path: Path) -> None:

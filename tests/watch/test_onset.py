@@ -3,10 +3,10 @@ batching, on a clock that the test turns."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import httpx
 import pytest
@@ -14,9 +14,8 @@ import pytest
 from pytest_sglprof.analysis.onset import OnsetDetector
 from pytest_sglprof.analysis.unequal import OnsetRule
 from pytest_sglprof.values import BalanceSample, LoadSample
-from pytest_sglprof.watch.loads import LoadsSource
 from pytest_sglprof.watch.log_lines import LineReader, Sample
-from tests.watch.simulated import START, SimulatedServer
+from tests.watch.simulated import START, SimulatedServer, poll_until
 
 SECONDS = 40.0
 NEVER = 1e9
@@ -75,7 +74,7 @@ def watch(plan: Schedule) -> tuple[OnsetDetector, OnsetDetector]:
         lines, server.log[:] = list(server.log), []
         by_log.add(reader.read(lines), now)
 
-    server.poll_for(SECONDS, take)
+    poll_until(START + SECONDS, server, take)
     return by_loads, by_log
 
 
@@ -105,13 +104,18 @@ def test_balanced_load_has_no_onset(seed: int) -> None:
     assert by_loads.judged_s > SECONDS - 2
 
 
-def load(moment: float, rank: str, running: int, **more: object) -> LoadSample:
-    values = {"waiting": 0, "tokens": running * 100, "token_usage": running / 100, **more}
-    return LoadSample(moment, rank, running, source="loads", **values)  # type: ignore[arg-type]
+def load(moment: float, rank: str, running: int, **more: Any) -> LoadSample:
+    values: dict[str, Any] = {
+        "waiting": 0,
+        "tokens": running * 100,
+        "token_usage": running / 100,
+        **more,
+    }
+    return LoadSample(moment, rank, running, source="loads", **values)
 
 
 def feed(
-    detector: OnsetDetector, seconds: float, *running: int, begin: float = 0.0, **more: object
+    detector: OnsetDetector, seconds: float, *running: int, begin: float = 0.0, **more: Any
 ) -> None:
     for number in range(int(seconds * 2)):
         moment = begin + number / 2
@@ -230,30 +234,31 @@ def test_balances_that_the_server_measures_need_no_second_rank(running: int, fou
         assert onset.factor == pytest.approx(2.2)
 
 
+class TwoRanks:
+    """Two ranks that run so many requests at each moment."""
+
+    def __init__(self, running_at: Callable[[float], tuple[int, int]]) -> None:
+        self.now = 0.0
+        self._running_at = running_at
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def transport(self) -> httpx.MockTransport:
+        def answer(request: httpx.Request) -> httpx.Response:
+            loads = [
+                {"dp_rank": rank, "num_running_reqs": running, "num_used_tokens": 50 * running}
+                for rank, running in enumerate(self._running_at(self.now))
+            ]
+            return httpx.Response(200, json={"loads": loads})
+
+        return httpx.MockTransport(answer)
+
+
 def polled(seconds: float, running_at: Callable[[float], tuple[int, int]]) -> OnsetDetector:
-    """What is found by `/v1/loads` of two ranks that run so many requests at each moment."""
+    """What is found by asking them."""
     detector = OnsetDetector(OnsetRule(), ranks=["DP0", "DP1"])
-    now = 0.0
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        loads = [
-            {"dp_rank": rank, "num_running_reqs": running, "num_used_tokens": 50 * running}
-            for rank, running in enumerate(running_at(now))
-        ]
-        return httpx.Response(200, json={"loads": loads})
-
-    async def poll() -> None:
-        nonlocal now
-        transport = httpx.MockTransport(answer)
-        source = LoadsSource(
-            "http://127.0.0.1:1", interval=0.5, clock=lambda: now, transport=transport
-        )
-        while now < seconds:
-            detector.add(await source.poll(), now)
-            now += source.delay
-        await source.close()
-
-    asyncio.run(poll())
+    poll_until(seconds, TwoRanks(running_at), detector.add)
     return detector
 
 
