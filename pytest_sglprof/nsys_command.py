@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_sglprof.errors import NsysError
-from pytest_sglprof.redact import is_secret_env
+from pytest_sglprof.redact import is_secret_variable
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subpro
 
     tmpdir: its TMPDIR. No credential of ours is in its environment: nsys stores that.
     """
-    environment = {k: v for k, v in os.environ.items() if not is_secret_env(k)}
+    environment = {k: v for k, v in os.environ.items() if not is_secret_variable(k, v)}
     if tmpdir is not None:
         environment["TMPDIR"] = str(tmpdir)
     try:
@@ -54,6 +54,7 @@ def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subpro
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            umask=0o077,  # what nsys writes holds the environments of other processes
         )
     except OSError as error:
         raise NsysError(f"{words[0]} could not be run: {error.strerror or error}") from error

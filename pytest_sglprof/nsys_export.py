@@ -10,17 +10,17 @@ import shutil
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pytest_sglprof.errors import NsysError
 from pytest_sglprof.nsys_command import NsysTool, run
-from pytest_sglprof.redact import HIDDEN, is_secret_env
+from pytest_sglprof.redact import HIDDEN, is_secret_env, redact_text
 
 _HELP_TIMEOUT = 30.0  # s
 _PIECE = 1 << 20  # bytes
 _SIGNATURE = "SGLPROF_EXPORT"  # our table in an export
-_ASSIGNMENT = re.compile(rb"(^|[\x00;\n])([A-Za-z_][A-Za-z0-9_]*)=([^\x00;\n]+)")
-_BARE = re.compile(rb"^([A-Za-z_][A-Za-z0-9_]*)=([^\x00]+)$", re.S)
+_ASSIGNMENT = re.compile(rb"([A-Za-z_][A-Za-z0-9_]*)=.", re.S)
+_AMONG_OTHERS = re.compile(rb"(^|[;\n])([A-Za-z_][A-Za-z0-9_]*)=([^;\n]+)")
 
 
 def export(
@@ -133,19 +133,17 @@ def import_again(tool: NsysTool, stream: Path, timeout: float, said: Sequence[st
 
 
 def hide_credentials(database: Path) -> int:
-    """Hides values of secret variables in every text of an export; returns how many rows."""
+    """Hides secrets in every text of an export; returns how many rows held one."""
     changed = 0
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA secure_delete = ON")  # else the old text stays in the file
         tables = _text_columns(connection)
         connection.text_factory = bytes  # an environment may hold any bytes
         for table, column in tables:
-            # As blobs: for LIKE and GLOB a text ends at its first NUL, an environment's does not.
             rows = connection.execute(
-                f'SELECT rowid, "{column}" FROM "{table}" '
-                f"WHERE instr(CAST(\"{column}\" AS BLOB), X'3D') > 0"
-            ).fetchall()
-            hidden = [(_hide(text), row) for row, text in rows if _hide(text) != text]
+                f'SELECT rowid, "{column}" FROM "{table}" WHERE "{column}" IS NOT NULL'
+            )
+            hidden = [(safe, row) for row, text in rows if (safe := _hide(text)) != text]
             connection.executemany(
                 f'UPDATE "{table}" SET "{column}" = CAST(? AS TEXT) WHERE rowid = ?', hidden
             )
@@ -155,34 +153,36 @@ def hide_credentials(database: Path) -> int:
 
 
 def _text_columns(connection: sqlite3.Connection) -> list[tuple[str, str]]:
-    """Where environments stand: string pools and descriptions, never the events."""
-    found = []
-    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-    for (table,) in tables.fetchall():
-        if table == "StringIds" or table.startswith(("TARGET_INFO", "META_DATA")):
-            columns = connection.execute(f'PRAGMA table_info("{table}")').fetchall()
-            found += [(table, column[1]) for column in columns if column[2].upper() == "TEXT"]
-    return found
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    return [
+        (table, name)
+        for (table,) in tables
+        for _, name, kind, *_ in connection.execute(f'PRAGMA table_info("{table}")').fetchall()
+        if kind.upper() == "TEXT"
+    ]
 
 
 def _hide_in_folder(folder: Path) -> None:
-    """As `hide_credentials`; without pyarrow the files that may hold any are removed."""
+    """As `hide_credentials`; without pyarrow the files in which environments stand are removed."""
     for file in folder.glob("*.parquet"):
-        if file.stem != "StringIds" and not file.stem.startswith(("TARGET_INFO", "META_DATA")):
-            continue
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            file.unlink()
+            if file.stem == "StringIds" or file.stem.startswith(("TARGET_INFO", "META_DATA")):
+                file.unlink()
             continue
         try:
-            table = pyarrow.parquet.read_table(file)
-            for at, field in enumerate(table.schema):
-                if pyarrow.types.is_string(field.type):
-                    texts = [None if t is None else _hidden(t) for t in table[at].to_pylist()]
-                    table = table.set_column(at, field, [pyarrow.array(texts, field.type)])
-            pyarrow.parquet.write_table(table, file)
+            schema = pyarrow.parquet.read_schema(file)
+            names = [field.name for field in schema if pyarrow.types.is_string(field.type)]
+            texts = pyarrow.parquet.read_table(file, columns=names)
+            safe = {name: _hidden_column(texts[name]) for name in names}
+            if any(not column.equals(texts[name]) for name, column in safe.items()):
+                table = pyarrow.parquet.read_table(file)
+                for name, column in safe.items():
+                    at = table.schema.get_field_index(name)
+                    table = table.set_column(at, table.schema.field(at), column)
+                pyarrow.parquet.write_table(table, file)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise NsysError(
                 f"nsys wrote {file.name}, which cannot be read: {error}",
@@ -191,19 +191,32 @@ def _hide_in_folder(folder: Path) -> None:
             ) from error
 
 
+def _hidden_column(column: Any) -> Any:
+    """A chunked array of strings without secrets; most texts stand in it many times."""
+    import pyarrow
+
+    safe = {text: text and _hidden(text) for text in column.unique().to_pylist()}
+    return pyarrow.chunked_array([[safe[text] for text in column.to_pylist()]], column.type)
+
+
 def _hidden(text: str) -> str:
     raw = text.encode("utf-8", errors="surrogateescape")
     return _hide(raw).decode("utf-8", errors="replace")
 
 
 def _hide(text: bytes) -> bytes:
-    """`A=1;MY_TOKEN=x` with the value of MY_TOKEN hidden; also for one bare assignment."""
-    bare = _BARE.match(text)
-    if bare and _is_secret(bare[1]):
-        return bare[1] + b"=" + HIDDEN.encode()
-    return _ASSIGNMENT.sub(
-        lambda m: m[1] + m[2] + b"=" + HIDDEN.encode() if _is_secret(m[2]) else m[0], text
-    )
+    """`A=1;MY_TOKEN=x` with the value of MY_TOKEN hidden, also between NULs; and known values."""
+    if b"\0" in text:  # a whole environment, whose values may hold anything else
+        return b"\0".join(map(_hide, text.split(b"\0")))
+    assignment = _ASSIGNMENT.match(text)
+    if assignment and _is_secret(assignment[1]):
+        return assignment[1] + b"=" + HIDDEN.encode()
+    if b"=" in text:
+        text = _AMONG_OTHERS.sub(
+            lambda m: m[1] + m[2] + b"=" + HIDDEN.encode() if _is_secret(m[2]) else m[0], text
+        )
+    known_hidden = redact_text(text.decode("utf-8", errors="surrogateescape"))
+    return known_hidden.encode("utf-8", errors="surrogateescape")
 
 
 def _is_secret(name: bytes) -> bool:

@@ -17,6 +17,7 @@ from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
+from pytest_sglprof.redact import learn_command, learn_environment, redact_text
 from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 from pytest_sglprof.session.server_life import close_server, open_server
@@ -45,7 +46,10 @@ class PluginSession:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        learn_environment(os.environ)
+        learn_command(map(str, config.invocation_params.args))
         self.settings = _settings(config)
+        _keep_secrets(self.settings)
         self._show_config = shows_config(config)
         self.worker = xdist_support.worker_name(config)
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})
@@ -148,6 +152,7 @@ class PluginSession:
     ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
         """Fails a module with wrong markers as a whole, naming all of them."""
         report = yield
+        _hide_secrets(report)
         if report.passed:
             problems = collection_problems(report.result, self.settings)
             if problems:
@@ -217,6 +222,7 @@ class PluginSession:
         report = yield
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
             _attach(report, test)
+        _hide_secrets(report)
         return report
 
     def _retry(self, item: pytest.Item, test: TestRun) -> None:
@@ -348,7 +354,25 @@ def _settings(config: pytest.Config) -> Settings:
             extra_servers=extra,
         )
     except SettingsError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(redact_text(str(error))) from None
+
+
+def _keep_secrets(settings: Settings) -> None:
+    """Of all servers, since any may be started: nothing shows their secrets from now on."""
+    from pytest_sglprof.process import blank_variables
+    from pytest_sglprof.server.command import learn_secrets, secret_variables
+
+    for spec in settings.servers.values():
+        learn_secrets(spec, os.environ)
+    blank_variables({n for s in settings.servers.values() for n in secret_variables(s, os.environ)})
+
+
+def _hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """In all that a report shows at the terminal and in JUnit files."""
+    report.sections[:] = [(title, redact_text(text)) for title, text in report.sections]
+    text = "" if report.longrepr is None else str(report.longrepr)
+    if (shown := redact_text(text)) != text:
+        report.longrepr = shown
 
 
 def _outcome(report: pytest.TestReport) -> str:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof.ranks import Rank
@@ -35,6 +36,27 @@ def adopt_orphans() -> bool:
         return bool(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
     except (OSError, AttributeError):
         return False
+
+
+def blank_variables(names: Iterable[str]) -> None:
+    """Overwrites variables in this process's environment block, which others may read.
+
+    The block (``/proc/PID/environ``) stays as it was when the process started, and nsys stores
+    that of every process that it may read. `os.environ`, C libraries and children that are
+    started later have the values all the same.
+    """
+    blanked = {name.encode(): value for name in names if (value := os.environ.get(name))}
+    for name, value in blanked.items():
+        os.environ[name.decode()] = value  # C's own pointer leaves the block
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(numbers[47]), int(numbers[48])  # env_start, env_end: proc(5)
+        position = start
+        for entry in ctypes.string_at(start, end - start).split(b"\0") if start else ():
+            name, _, old = entry.partition(b"=")
+            if name in blanked:
+                ctypes.memset(position + len(name) + 1, ord("*"), len(old))
+            position += len(entry) + 1
 
 
 def reap_orphans() -> None:

@@ -1,26 +1,239 @@
-"""Keeps API keys out of everything that is stored or shown."""
+"""Keeps credentials out of everything that is stored or shown.
+
+A secret is known in one of three ways:
+
+- by its name: `is_secret_env` for environment variables, `is_secret_name` for options and keys;
+- by its place: the password of a URL (``scheme://user:PASSWORD@host``), a query parameter or
+  an assignment with a secret name;
+- by its value, wherever that recurs: `learn` takes the values that this process knows, and
+  from then on `redact`, `redact_text` and `redact_bytes` hide them, also URL-quoted or escaped
+  as JSON or Python writes them.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 HIDDEN = "<redacted>"
-_SECRET_NAME = re.compile(
-    r"(api|admin|access|secret|auth)[-_]?(key|token)|token$|password|secret", re.I
+MIN_DECLARED = 4  # characters; a shorter value would be hidden in the middle of other words
+MIN_GUESSED = 8  # the same for a value that only its variable's name makes a secret
+
+# ---- names -----------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
+_SECRET = re.compile(
+    r".*(password|passwd|passphrase|secrets?|credentials?|creds|apikeys?|token|jwt|bearer)"
 )
-_SECRET_ENV = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.I)
-_NOT_SECRET = re.compile(r"tokens|tokenizer|_token_id|token_usage", re.I)
+_SECRET_AT_THE_END = re.compile(r"pat|pw|pwd|auth|cookie|passcode")
+_KINDS_OF_KEY = "api|admin|access|secret|auth|private|signing|encryption|license|account|master"
+_KEY = re.compile(rf"(?:.* )?(?:{_KINDS_OF_KEY}|shared) ?keys?(?: .*)?")
+# Words that turn a name into that of an amount: `token_ids`, `token_budget`.
+_AMOUNT = re.compile(r"ids?|budget|ratio|num|per|throughput")
+# A name that ends like this says where a secret lies or how long it is, and holds none.
+_DESCRIPTION = re.compile(
+    r"path|files?|dir|folder|name|type|count|limit|size|length|len|usage|parallelism|ttl|expiry|"
+    r"url|uri|endpoint|host|port|env|format|provider|algorithm|header|prefix|sock"
+)
 
 
 def is_secret_env(name: str) -> bool:
-    """True for environment variables that usually hold a credential."""
-    return bool(_SECRET_ENV.search(name)) and not _NOT_SECRET.search(name)
+    """True for environment variables that usually hold a credential (`HF_TOKEN`, `DB_PASS`)."""
+    words = _words(name)
+    if _is_secret(words):
+        return True
+    ends_like_one = words[-1:] in (["pass"], ["api"]) and len(words) > 1
+    return ends_like_one or bool({"key", "keys"} & set(words[-2:]))
+
+
+def is_secret_name(name: str) -> bool:
+    """True for options (`--api-key`) and keys of documents that usually hold a credential.
+
+    Stricter than `is_secret_env`: a mere `key` or `pass` is a word like any other there.
+    """
+    return _is_secret(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    """`TOKENIZER_API_KEY_2` and `tokenizerApiKey` as words; [] for a name that describes one."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    return [] if words and _DESCRIPTION.fullmatch(words[-1]) else words
+
+
+def _is_secret(words: list[str]) -> bool:
+    following = [*words[1:], ""]
+    for word, after in zip(words, following, strict=False):
+        if _SECRET.fullmatch(word) and not _AMOUNT.fullmatch(after):
+            return True
+    if _KEY.fullmatch(" ".join(words)):
+        return True
+    if words == ["pat"]:
+        return True
+    # PWD alone is the working directory.
+    return len(words) > 1 and bool(_SECRET_AT_THE_END.fullmatch(words[-1]))
+
+
+# ---- values ----------------------------------------------------------------------------------
+
+
+class _Known:
+    """The values that this process knows, and one pattern that finds them all."""
+
+    def __init__(self, values: frozenset[str] = frozenset()) -> None:
+        self.values = values
+        spellings = sorted({s for v in values for s in _spellings(v)}, key=len, reverse=True)
+        alternatives = "|".join(map(re.escape, spellings)) or r"(?!)"
+        self.longest = max((len(text.encode()) for text in spellings), default=0)
+        self.text = re.compile(alternatives)
+        raw = b"|".join(re.escape(s.encode("utf-8", "surrogateescape")) for s in spellings)
+        self.raw = re.compile(raw or rb"(?!)")
+
+
+_known = _Known()
+
+
+def learn(values: Iterable[str], *, guessed: bool = False) -> None:
+    """From now on these values are hidden wherever this process writes or shows text.
+
+    guessed: only a name says that they are secrets, so that numbers, existing paths and
+    short words are not taken.
+    """
+    global _known
+    lines = {line.strip() for value in values for line in (value, *value.splitlines())}
+    shortest = MIN_GUESSED if guessed else MIN_DECLARED
+    usable = {line for line in lines if len(line) >= shortest}
+    if guessed:
+        usable = {line for line in usable if not _is_ordinary(line)}
+    if not usable <= _known.values:
+        _known = _Known(_known.values | usable)
+
+
+def learn_environment(environment: Mapping[str, str], declared: Iterable[str] = ()) -> None:
+    """Learns the secrets among these variables. declared: names of which somebody said so."""
+    learn(environment[name] for name in declared if environment.get(name))
+    learn((v for k, v in environment.items() if is_secret_env(k)), guessed=True)
+    learn((s for v in environment.values() for s in _secrets_in(v)), guessed=True)
+
+
+def learn_command(command: Iterable[str]) -> None:
+    """Learns the values of secret options, and what its words hold in secret places."""
+    words = list(_with_secret_parts(command))
+    learn(word[start:] for word, start in words if start is not None)
+    learn((s for word, _ in words for s in _secrets_in(word)), guessed=True)
+
+
+def is_secret_variable(name: str, value: str) -> bool:
+    """True for a variable that is named like a credential, or whose value holds a secret."""
+    return is_secret_env(name) or redact_text(value) != value
+
+
+def known_values() -> frozenset[str]:
+    """All values that were learnt."""
+    return _known.values
+
+
+def longest_spelling() -> int:
+    """Bytes of the longest text that is searched for; 0 when nothing was learnt."""
+    return _known.longest
+
+
+def _is_ordinary(value: str) -> bool:
+    """A number, a plain word, or a path: hiding it would hide harmless text elsewhere."""
+    if value.replace(".", "").isdigit() or (
+        value.islower() and value.isalpha() and len(value) < 16
+    ):
+        return True
+    try:
+        return value[0] in "/~." and Path(value).exists()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return False
+
+
+def _spellings(value: str) -> set[str]:
+    """The value as it is, quoted for a URL, and escaped as Python, shells and JSON write it."""
+    escaped = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    escaped |= {repr(value)[1:-1], value.replace("\\", "\\\\").replace("'", "\\'")}
+    escaped |= {value.replace("'", end) for end in ("'\"'\"'", "'\\''")}
+    escaped |= {json.dumps(text)[1:-1] for text in escaped}
+    raw = value.encode("utf-8", "surrogateescape")
+    quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw), quote(raw, safe="!*'();:@&=+$,/?")}
+    quoted |= {re.sub("%..", lambda match: match[0].lower(), text) for text in quoted}
+    return escaped | quoted
+
+
+# ---- places ----------------------------------------------------------------------------------
+
+# Every pattern begins at a character that is rare, or is bounded: logs have lines of megabytes.
+_USERINFO = re.compile(r"(://[^\s/?#:@'\"]{0,256}:)([^\s/?#'\"]{1,1024})@")
+_BARE_USERINFO = re.compile(r"(://)([^\s/?#:@'\"]{16,1024})@")
+_PARAMETER = re.compile(r"([?&])([\w.-]{1,64})=([^&#\s'\"]+)")
+_ASSIGNED = re.compile(
+    r"(?<![\w-])([\w-]{1,64})(['\"]?\s{0,4}[:=]\s{0,4})(['\"])((?:\\.|(?!\3)[^\\]){1,4096})\3"
+)
+_AUTHORIZATION = re.compile(
+    r"(\bauthorization['\"]?\s{0,4}[:=]\s{0,4}['\"]?(?:bearer|basic)\s{1,4})([^\s'\",]+)", re.I
+)
+
+
+def _hide_places(text: str) -> str:
+    if "://" in text:
+        text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
+        text = _BARE_USERINFO.sub(rf"\1{HIDDEN}@", text)
+    if "?" in text:
+        text = _PARAMETER.sub(_hidden_parameter, text)
+    if "'" in text or '"' in text:
+        text = _ASSIGNED.sub(_hidden_assignment, text)
+    return _AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
+
+
+def _hidden_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}{match[2]}={HIDDEN}" if is_secret_name(match[2]) else match[0]
+
+
+def _hidden_assignment(match: re.Match[str]) -> str:
+    if not is_secret_name(match[1]):
+        return match[0]
+    return f"{match[1]}{match[2]}{match[3]}{HIDDEN}{match[3]}"
+
+
+def _secrets_in(text: str) -> set[str]:
+    """What stands in the secret places of a text; URL passwords as written and unquoted."""
+    secrets = {match[3] for match in _PARAMETER.finditer(text) if is_secret_name(match[2])}
+    secrets |= {match[4] for match in _ASSIGNED.finditer(text) if is_secret_name(match[1])}
+    for word in {text, *text.split()}:
+        if "://" not in word:
+            continue
+        try:
+            userinfo, at, _ = urlsplit(word).netloc.rpartition("@")
+        except ValueError:
+            continue
+        user, colon, password = userinfo.partition(":")
+        secret = password if colon else user if len(user) >= 16 else ""
+        secrets |= {secret, unquote(secret)} if at else set()
+    return secrets
+
+
+# ---- what uses them --------------------------------------------------------------------------
+
+
+def redact_text(text: str) -> str:
+    """`text` without the known values, and without what stands in a secret place."""
+    return _hide_places(_known.text.sub(HIDDEN, text))
+
+
+def redact_bytes(data: bytes) -> bytes:
+    """`data` without the known values."""
+    return _known.raw.sub(HIDDEN.encode(), data)
 
 
 def redact(value: Any) -> Any:
-    """A copy of plain data (dict, list, scalars) with the values of secret keys hidden."""
+    """A copy of plain data (dict, list, scalars): secret keys' values and known values hidden."""
+    if isinstance(value, str):
+        return redact_text(value)
     if isinstance(value, Mapping):
         return {key: _redact_item(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -31,35 +244,27 @@ def redact(value: Any) -> Any:
 
 
 def _redact_item(key: str, item: Any) -> Any:
-    if item and isinstance(item, str) and _SECRET_NAME.search(key) and not _NOT_SECRET.search(key):
+    if item and isinstance(item, str) and is_secret_name(key):
         return HIDDEN
     return redact(item)
 
 
-def redact_text(text: str, secrets: Iterable[str]) -> str:
-    """`text` with each known secret (of 4 characters or more) replaced."""
-    for secret in secrets:
-        if len(secret) >= 4:
-            text = text.replace(secret, HIDDEN)
-    return text
-
-
 def redact_command(command: Iterable[str]) -> list[str]:
     """A command line with the values of secret options hidden (`--api-key X`, `--api-key=X`)."""
-    shown: list[str] = []
-    hide_next = False
+    return [
+        redact_text(word) if start is None else f"{word[:start]}{HIDDEN}"
+        for word, start in _with_secret_parts(command)
+    ]
+
+
+def _with_secret_parts(command: Iterable[str]) -> Iterator[tuple[str, int | None]]:
+    """Each word, and where the value of a secret option begins in it; None in other words."""
+    is_value = False
     for word in command:
         name, equals, _ = word.partition("=")
-        secret = (
-            name.startswith("--")
-            and bool(_SECRET_NAME.search(name))
-            and not _NOT_SECRET.search(name)
-        )
-        if hide_next:
-            shown.append(HIDDEN)
-        elif secret and equals:
-            shown.append(f"{name}={HIDDEN}")
+        is_option = not is_value and name.startswith("--") and is_secret_name(name)
+        if is_value:
+            yield word, 0
         else:
-            shown.append(word)
-        hide_next = secret and not equals and not hide_next
-    return shown
+            yield word, len(name) + 1 if is_option and equals else None
+        is_value = is_option and not equals

@@ -21,6 +21,7 @@ from pytest_sglprof.gate.thresholds import (
     thresholds_from_keywords,
 )
 from pytest_sglprof.options import OPTIONS, Option, is_on
+from pytest_sglprof.redact import redact_command
 from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
 
 
@@ -64,10 +65,9 @@ class Settings:
             lines.append(f"{item.name} = {getattr(self, item.name)}  ({origin})")
         lines += [f"threshold: {limit.describe()}  ({limit.origin})" for limit in self.thresholds]
         lines += [f"window.{name} = {value}  (config)" for name, value in self.window.items()]
-        lines += [
-            f"server {name}: kind={spec.kind} nsys={spec.nsys} args={' '.join(spec.args)}"
-            for name, spec in self.servers.items()
-        ]
+        for name, spec in self.servers.items():
+            args = " ".join(redact_command(spec.args))
+            lines.append(f"server {name}: kind={spec.kind} nsys={spec.nsys} args={args}")
         return lines
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sglprof import redact
+
 pytest_plugins = ["pytester"]
 
 
@@ -15,6 +17,12 @@ def pytest_configure() -> None:
     """Ctrl-C works in what tests start, though a shell's background jobs ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def secrets_end_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this test makes a secret is none in the next."""
+    monkeypatch.setattr(redact, "_known", redact._Known())
 
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]

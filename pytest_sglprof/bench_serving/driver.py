@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,18 +11,34 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pytest_sglprof.bench_serving import guard
+from pytest_sglprof.server.command import EXEC_STEP, split_secret_words
 
 _TAIL_BYTES = 4096
 _POLL_S = 0.25
 
 
+@contextlib.contextmanager
+def _in_memory(given: Mapping[str, Any]) -> Iterator[int]:
+    """A file of JSON that has no name and is in no folder: its descriptor."""
+    handle = os.memfd_create("sglprof")
+    try:
+        with open(handle, "w", encoding="utf-8", closefd=False) as stream:
+            json.dump(given, stream)
+        yield handle
+    finally:
+        os.close(handle)
+
+
 class DriverProcess:
     """A running load driver; its output goes to `log`.
 
+    command: `PYTHON -m MODULE ARG …`. private: variables for the driver's Python alone.
+    Neither they nor the values of secret options are seen by who lists processes, as nsys does.
     on_end is called once, from another thread, as soon as the driver has ended.
     """
 
@@ -30,18 +47,25 @@ class DriverProcess:
         command: Sequence[str],
         *,
         env: Mapping[str, str],
+        private: Mapping[str, str] | None = None,
         log: Path,
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
         self._started = time.monotonic()
-        with log.open("wb") as output:
+        python, _, module, *words = command
+        shown, hidden = split_secret_words(words)
+        given = {"private": dict(private or {}), "args": hidden}
+        with log.open("wb") as output, _in_memory(given) as secrets:
+            target = ["module", module, *shown]
+            step = [python, "-u", str(EXEC_STEP), f"/dev/fd/{secrets}", *target]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, *command],
+                [sys.executable, "-I", guard.__file__, *step],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=dict(env),
+                pass_fds=[secrets],
                 start_new_session=True,
             )
         self._on_end = on_end

@@ -30,7 +30,12 @@ def main(command: list[str]) -> int:
     # Handlers, not SIG_IGN: an ignored signal would be ignored by the command as well.
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _only_wake)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        close_fds=False,  # one may hold what the command is to read
+        preexec_fn=_die_with_parent,
+    )
     while child.poll() is None:
         readable, _, _ = select.select([0, wake_reader], [], [])
         received = os.read(wake_reader, 64) if wake_reader in readable else b""

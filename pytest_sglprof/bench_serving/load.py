@@ -26,7 +26,8 @@ from pytest_sglprof.bench_serving.driver import DriverProcess
 from pytest_sglprof.bench_serving.result import parse_result, reason, redact_record, requested_of
 from pytest_sglprof.errors import LoadError, SglprofError
 from pytest_sglprof.files import atomic_write
-from pytest_sglprof.redact import redact_command, redact_text
+from pytest_sglprof.redact import HIDDEN, learn_command, redact_command, redact_text
+from pytest_sglprof.server.command import secret_variables
 from pytest_sglprof.values import LoadResult, ServerSpec
 
 Progress = Callable[[float, str], None]
@@ -41,8 +42,6 @@ class LoadClient(Protocol):
 
     @property
     def api_key(self) -> str: ...  # noqa: D102
-    @property
-    def secrets(self) -> tuple[str, ...]: ...  # noqa: D102
     def flush_cache(self) -> bool:
         """Empties the prefix cache; False while requests are running."""
         ...
@@ -206,10 +205,13 @@ class BenchServing:
         record = self._folder / f".{name}.raw"
         record.unlink(missing_ok=True)
         model = str(server.info.get("model_path") or "")
+        if HIDDEN in model:  # a URL with a password: the driver asks the server itself
+            model = ""
         command = bench_command(server.python, server.kind, server.url, model, options, record)
+        learn_command(command)
         driver = DriverProcess(
             command,
-            env=self._environment(),
+            **self._environment(),
             log=self._folder / f"{name}.log",
             on_end=self._on_end if measured else None,
         )
@@ -222,28 +224,29 @@ class BenchServing:
             self._store_redacted(record, self._folder / f"{name}.jsonl")
             self._redact_log(driver)
 
-    def _environment(self) -> dict[str, str]:
-        """Ours plus the server's, with the server's key where the driver looks for it."""
+    def _environment(self) -> dict[str, dict[str, str]]:
+        """Ours plus the server's, with the server's key where the driver looks for it.
+
+        `env` is what everybody may see, `private` the rest.
+        """
         env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1"}
         # A key for some other service is not for this server to see.
         env.pop("OPENAI_API_KEY", None)
         if key := self._server.client.api_key:
             env["OPENAI_API_KEY"] = key
-        return env
-
-    def _redact(self, text: str) -> str:
-        return redact_text(text, self._server.client.secrets)
+        private = secret_variables(self._server.spec, env)
+        return {"env": {k: v for k, v in env.items() if k not in private}, "private": private}
 
     def _store_redacted(self, raw: Path, target: Path) -> None:
         if not raw.exists():
             return
-        text = self._redact(raw.read_text("utf-8", "replace"))
+        text = redact_text(raw.read_text("utf-8", "replace"))
         raw.unlink()
         atomic_write(target, redact_record(text))
 
     def _redact_log(self, driver: DriverProcess) -> None:
         output = driver.output()
-        if (clean := self._redact(output)) != output:
+        if (clean := redact_text(output)) != output:
             atomic_write(driver.log, clean)
 
     def _finish(
@@ -254,7 +257,7 @@ class BenchServing:
         if status == 0 and record.exists():
             return record.read_text("utf-8", "replace").strip().rpartition("\n")[2]
         self._raise_when_server_died()
-        output = self._redact(driver.output())
+        output = redact_text(driver.output())
         if refused := usage_error(output, options):
             raise refused
         what = f"exit status {status}" if status else "exit status 0, but no result"
@@ -274,7 +277,7 @@ class BenchServing:
                 return
             checked = driver.elapsed
             self._raise_when_server_died()
-            last_line = self._redact(driver.last_line())
+            last_line = redact_text(driver.last_line())
             if checked > timeout:
                 raise LoadError(
                     f"the load driver did not end within {timeout:g} s",

@@ -21,6 +21,8 @@ from pytest_sglprof.errors import SglprofError
 from pytest_sglprof.keeper.gpus import log_gpus
 from pytest_sglprof.keeper.life import ServerLife
 from pytest_sglprof.keeper.teardown import tear_down
+from pytest_sglprof.redact import learn, redact_text
+from pytest_sglprof.server.command import learn_secrets
 from pytest_sglprof.server.plan import Plan, error_message
 from pytest_sglprof.values import Backend
 
@@ -29,6 +31,13 @@ log = logging.getLogger("sglprof.keeper")
 TICK = 0.25  # s between two looks at the server
 ALONE_LIMIT = 20.0  # s for closing a window when nobody waits for it any more
 Message = dict[str, Any]
+
+
+class _Formatter(logging.Formatter):
+    """Hides what is secret, also in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
 
 
 class Keeper:
@@ -53,6 +62,8 @@ class Keeper:
         if first is None or first.get("op") != "launch":
             return 2
         plan = Plan.from_plain(first["plan"])
+        learn((plan.api_key, plan.admin_key))
+        learn_secrets(plan.spec, {**os.environ, **plan.private})
         self._log_to(plan)
         self._parent = plan.parent
         os.environ.pop("PYTHONPATH", None)
@@ -148,7 +159,7 @@ class Keeper:
     def _log_to(self, plan: Plan) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(plan.folder / "keeper.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

@@ -9,11 +9,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_sglprof.redact import redact_text
+from pytest_sglprof.redact import longest_spelling, redact_bytes, redact_text
 
 CHUNK = 65536
 MAX_LINE = 1 << 20  # bytes held back while a line is incomplete
@@ -48,16 +48,17 @@ def hand_over(
 
 
 class LogPump:
-    """Copies a fifo into a log file, line by line, with the secrets hidden.
+    """Copies a fifo into a log file, line by line, with all known secrets hidden.
 
-    SGLang logs all its arguments at start, its keys among them; so a server with keys
-    writes through here, one without writes its log itself.
+    SGLang logs all its arguments at start, its keys among them, and requests when asked to;
+    so a server with secrets writes through here, one without writes its log itself. Where
+    the log cannot be written (a full disk) the pump goes on reading: a server must never
+    wait for its log.
     """
 
-    def __init__(self, fifo: Path, log: Path, secrets: Sequence[str]) -> None:
-        self._fifo = fifo
-        self._log = log
-        self._secrets = sorted(secrets, key=len, reverse=True)
+    def __init__(self, fifo: Path, log: Path) -> None:
+        self.fifo = fifo
+        self._log = log.open("ab", buffering=0)
         os.mkfifo(fifo, 0o600)
         # Opened for both, so that the pump neither blocks now nor ends between writers.
         self._handle = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,22 +70,24 @@ class LogPump:
         """Writes what is left and ends; for after the server's end."""
         self._ending.set()
         self._thread.join(timeout=5.0)
-        self._fifo.unlink(missing_ok=True)
+        self.fifo.unlink(missing_ok=True)
 
     def _run(self) -> None:
         held = b""
-        with self._log.open("ab", buffering=0) as log:
+        with self._log:
             while True:
                 ending = self._ending.is_set()
                 data = self._read()
-                head, newline, tail = (held + data).rpartition(b"\n")
-                held = tail
+                head, newline, held = (held + data).rpartition(b"\n")
                 if newline:
-                    self._write(log, head + newline)
-                if held and (len(held) > MAX_LINE or (ending and not data)):
-                    self._write(log, held)
-                    held = b""
+                    self._write(head + newline)
+                if len(held) > MAX_LINE:  # the rest may be the beginning of a secret
+                    cut = len(held) - longest_spelling()
+                    held = redact_bytes(held)
+                    self._write(held[:cut])
+                    held = held[cut:]
                 if ending and not data:
+                    self._write(held)
                     break
         os.close(self._handle)
 
@@ -96,7 +99,8 @@ class LogPump:
         except BlockingIOError:
             return b""
 
-    def _write(self, log: Any, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         # surrogateescape: a log may hold any bytes, and they are kept
-        text = data.decode("utf-8", errors="surrogateescape")
-        log.write(redact_text(text, self._secrets).encode("utf-8", errors="surrogateescape"))
+        text = redact_text(data.decode("utf-8", errors="surrogateescape"))
+        with contextlib.suppress(OSError):
+            self._log.write(text.encode("utf-8", errors="surrogateescape"))

@@ -18,7 +18,7 @@ from pytest_sglprof import nsys, process
 from pytest_sglprof.errors import LeaseError, ServerDied, ServerNotReady
 from pytest_sglprof.keeper.gpus import VISIBLE, choose_gpus, visible_gpus
 from pytest_sglprof.keeper.handover import LogPump, hand_over
-from pytest_sglprof.redact import redact_command
+from pytest_sglprof.redact import known_values, redact_command, redact_text
 from pytest_sglprof.server import command, lease
 from pytest_sglprof.server.clock_lock import ClockLock, nvml_driver
 from pytest_sglprof.server.plan import Plan
@@ -86,6 +86,8 @@ class ServerLife:
         os.mkfifo(fifo, 0o600)
         line = [*self._nsys_words(), *command.exec_command(plan.entry, fifo, shown)]
         log.info("starting %s", " ".join(redact_command(line)))
+        if known_values():
+            self.pump = LogPump(self.folder / "tmp" / "log.fifo", self.folder / "server.log")
         self._spawn(line, environment)
         self._hand_over(fifo, self._secrets(hidden, private))
         self._wait_for_pid()
@@ -219,7 +221,7 @@ class ServerLife:
 
     def _spawn(self, line: list[str], environment: dict[str, str]) -> None:
         try:
-            with (self.folder / "server.log").open("ab") as output:
+            with self._log_target.open("ab", buffering=0) as output:
                 self.launcher = subprocess.Popen(
                     line,
                     stdin=subprocess.DEVNULL,
@@ -236,18 +238,12 @@ class ServerLife:
 
     def _secrets(self, hidden: list[str], private: dict[str, str]) -> dict[str, Any]:
         """What goes through the fifo; see `server/exec_step.py`."""
-        texts = [word.partition("=")[2] if word.startswith("--") else word for word in hidden]
-        texts = [text for text in texts if text]
-        target = self.folder / "server.log"
-        if texts:
-            target = self.folder / "tmp" / "log.fifo"
-            self.pump = LogPump(target, self.folder / "server.log", [*texts, *private.values()])
         return {
             # Below nsys every process's environment block ends up in the report.
             "environ": {} if self.plan.nsys else private,
             "private": private if self.plan.nsys else {},
             "args": hidden,
-            "log": str(target),
+            "log": str(self._log_target),
             "pid_file": str(self._pid_file),
         }
 
@@ -255,6 +251,11 @@ class ServerLife:
     def _on_gpu(self) -> bool:
         on_cpu = command.option(self.plan.spec.args, "--device") == "cpu"
         return self.plan.entry.kind == "sglang" and not on_cpu
+
+    @property
+    def _log_target(self) -> Path:
+        """Where the server and what starts it write: the pump's fifo, if there is a pump."""
+        return self.pump.fifo if self.pump is not None else self.folder / "server.log"
 
     @property
     def _pid_file(self) -> Path:
@@ -291,7 +292,8 @@ class ServerLife:
 
     def _not_started(self) -> ServerDied | ServerNotReady:
         status = self.launcher.poll() if self.launcher else None
-        lines = (self.folder / "server.log").read_text(errors="replace").splitlines()
+        log_text = (self.folder / "server.log").read_text(errors="replace")
+        lines = redact_text(log_text).splitlines()
         if status is None:
             return ServerNotReady(
                 f"the server's process did not come up within {START_LIMIT:g} s",

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from pytest_sglprof.errors import ServerRefused, ServerSilent, ServerUnreachable
-from pytest_sglprof.redact import redact, redact_text
+from pytest_sglprof.redact import learn, redact, redact_text
 
 LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1", "0.0.0.0", "::"})
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
@@ -37,6 +37,7 @@ class SglangClient:
     def __init__(
         self, url: str, *, api_key: str = "", admin_key: str = "", timeout: float = 30.0
     ) -> None:
+        learn((api_key, admin_key))
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._admin_key = admin_key
@@ -55,11 +56,6 @@ class SglangClient:
     def api_key(self) -> str:
         """The key for plain requests, "" for none: for a load driver, never to be stored."""
         return self._api_key or self._admin_key
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """All keys, for hiding them in whatever is stored."""
-        return tuple(key for key in (self._api_key, self._admin_key) if key)
 
     def is_ready(self) -> bool:
         """True when the server takes requests; never raises for a server that is starting.
@@ -178,7 +174,7 @@ class SglangClient:
                 expected="the key that the server was started with",
                 hint=f"name the environment variable that holds it in {option}",
             )
-        body = redact_text(response.text, (self._api_key, self._admin_key)).strip()
+        body = redact_text(response.text).strip()
         return ServerRefused(
             f"{self.url}{path} answered {status}: {body[:SHOWN_BODY]}",
             status=status,

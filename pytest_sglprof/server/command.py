@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from pytest_sglprof.errors import ServerMissing, SettingsError
-from pytest_sglprof.redact import is_secret_env, redact_command
+from pytest_sglprof.redact import (
+    is_secret_variable,
+    learn_command,
+    learn_environment,
+    redact_command,
+)
 from pytest_sglprof.values import ServerSpec
 
 WATCHDOG = "1800"  # s; an export of a profile that outlasts it would kill the server
@@ -141,16 +146,22 @@ def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
 
 
 def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line, apart: what may be seen, and options whose values may not."""
-    shown = redact_command(words)
-    hidden: set[int] = set()
-    for number, (word, safe) in enumerate(zip(words, shown, strict=True)):
-        if word != safe:
-            hidden |= {number} if word.startswith("--") else {number - 1, number}
-    return (
-        [word for number, word in enumerate(words) if number not in hidden],
-        [word for number, word in enumerate(words) if number in hidden],
-    )
+    """A command line, apart: what may be seen, and options whose values may not.
+
+    An option keeps all of its values: `--lora-paths a https://user:PASSWORD@hub/b` is hidden
+    as a whole.
+    """
+    options: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            options.append([])
+        options[-1].append(word)
+    shown: list[str] = []
+    hidden: list[str] = []
+    for option_words in options:
+        secret = redact_command(option_words) != option_words
+        (hidden if secret else shown).extend(option_words)
+    return shown, hidden
 
 
 def exec_command(entry: Entry, fifo: Path, words: Sequence[str]) -> list[str]:
@@ -172,8 +183,7 @@ def server_environment(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The server's variables, apart: those that may be seen, and the secret ones.
 
-    base: the environment of the caller. A secret is what `spec.secrets` names and what
-    is named like a credential.
+    base: the environment of the caller. A secret is what `secret_variables` says.
     """
     merged = dict(base)
     merged["PYTHONUNBUFFERED"] = "1"
@@ -194,9 +204,22 @@ def server_environment(
 
 
 def secret_variables(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
-    """Those that `spec` calls secret, those that hold its keys, and credentials by name."""
-    named = {*spec.secrets, spec.api_key_env, spec.admin_api_key_env}
-    return {k: v for k, v in environment.items() if k in named or is_secret_env(k)}
+    """Those that `spec` declares, credentials by name, and all that hold a known secret."""
+    declared = _declared(spec)
+    return {k: v for k, v in environment.items() if k in declared or is_secret_variable(k, v)}
+
+
+def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
+    """From now on this process hides the secrets of a server wherever it writes.
+
+    environment: the variables that its declarations refer to. Its keys: see `server_keys`.
+    """
+    learn_environment({**environment, **dict(spec.env)}, _declared(spec))
+    learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
+
+
+def _declared(spec: ServerSpec) -> set[str]:
+    return {name for name in (*spec.secrets, spec.api_key_env, spec.admin_api_key_env) if name}
 
 
 def _standin() -> Entry:

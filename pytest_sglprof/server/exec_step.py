@@ -1,11 +1,12 @@
-"""Becomes the server after taking its secrets from a fifo.
+"""Becomes a server or a load driver after taking its secrets from a file.
 
-    python exec_step.py FIFO module MODULE [ARG ...]     like `python -m MODULE ARG ...`
-    python exec_step.py FIFO serve [ARG ...]             like `sglang serve ARG ...`
+    python exec_step.py FILE module MODULE [ARG ...]     like `python -m MODULE ARG ...`
+    python exec_step.py FILE serve [ARG ...]             like `sglang serve ARG ...`
 
 Whoever starts a command shows its words and its environment to everyone who lists
 processes, and nsys writes both into every report. So API keys and tokens come through
-the fifo, as one JSON object, and the server runs inside this very process:
+the file (a server's is a fifo), as one JSON object, and the command runs inside this very
+process. Each key may be missing:
 
     environ   variables that are set for the server and its children
     private   variables that must not be in the *environment block* of any child: nsys
@@ -44,6 +45,14 @@ def with_private(name):
     data["sglprof_private"] = Carrier()
     return data
 spawn.get_preparation_data = with_private
+import subprocess
+start = subprocess.Popen.__init__
+def without_private(self, *args, **keywords):
+    if keywords.get("env") is not None:  # such as os.environ.copy()
+        seen = keywords["env"].items()
+        keywords["env"] = {name: value for name, value in seen if private.get(name) != value}
+    start(self, *args, **keywords)
+subprocess.Popen.__init__ = without_private
 """
 
 
@@ -59,17 +68,18 @@ def main() -> None:
     os.environ.update(given.get("environ", {}))
     if given.get("private"):
         exec(_IN_CHILD, {"source": _IN_CHILD, "private": given["private"]})
-    _tell_pid(given["pid_file"])
+    if given.get("pid_file"):
+        _tell_pid(given["pid_file"])
     # `python FILE` puts the file's folder first, whose modules would hide others.
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
         del sys.path[0]
     if mode == "module":
-        sys.argv = [words[0], *words[1:], *given["args"]]
+        sys.argv = [words[0], *words[1:], *given.get("args", ())]
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     else:
         serve = importlib.import_module("sglang.cli.main").main
 
-        sys.argv = ["sglang", "serve", *words, *given["args"]]
+        sys.argv = ["sglang", "serve", *words, *given.get("args", ())]
         sys.exit(serve())
 
 

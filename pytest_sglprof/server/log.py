@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_sglprof.redact import HIDDEN, redact_text
+from pytest_sglprof.redact import redact_text
 
 MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
 TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
 
-_KEYS = re.compile(r"((?:api|admin)[-_]?key['\"]?\s*[:=]\s*)(['\"])(?!\2)(?:(?!\2).)*\2", re.I)
 _STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
 _TRACEBACK = "Traceback (most recent call last)"
@@ -40,14 +39,10 @@ _NOISE = re.compile(
 
 
 class ServerLog:
-    """Reads a log by byte offset; the file may not exist yet and may hold any bytes.
+    """Reads a log by byte offset; the file may not exist yet and may hold any bytes."""
 
-    secrets: texts (API keys) that never leave this class.
-    """
-
-    def __init__(self, path: Path, secrets: Iterable[str] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._secrets = tuple(secrets)
 
     def position(self) -> int:
         """Byte offset of the file's end now; 0 when there is no file."""
@@ -106,8 +101,7 @@ class ServerLog:
             return b""
 
     def _decode(self, data: bytes) -> list[str]:
-        text = data.decode("utf-8", errors="replace")
-        text = _KEYS.sub(rf"\1\2{HIDDEN}\2", redact_text(text, self._secrets))
+        text = redact_text(data.decode("utf-8", errors="replace"))
         # splitlines() would also split at form feeds and progress bars' carriage returns.
         lines = text.split("\n")
         if lines and not lines[-1]:

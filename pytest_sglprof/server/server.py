@@ -176,6 +176,9 @@ def launch(
     entry = command.find_entry(spec)
     tool = find_nsys(nsys_path) if spec.nsys else None
     api_key, admin_key = server_keys(spec)
+    command.learn_secrets(spec, os.environ)
+    private = command.secret_variables(spec, os.environ)
+    process.blank_variables(private)
     plan = Plan(
         spec=spec,
         entry=entry,
@@ -186,9 +189,9 @@ def launch(
         admin_key=admin_key,
         parent=os.getpid(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        private=command.secret_variables(spec, os.environ),
+        private=private,
     )
-    log = ServerLog(plan.folder / "server.log", [key for key in (api_key, admin_key) if key])
+    log = ServerLog(plan.folder / "server.log")
     keeper = KeeperLink(plan)
     try:
         started = wait_started(keeper, plan, progress)

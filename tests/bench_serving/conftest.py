@@ -34,10 +34,6 @@ class FakeServer:
     def client(self) -> FakeServer:
         return self
 
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        return (self.api_key,)
-
     def flush_cache(self) -> bool:
         self.flushed += 1
         return self.flushes.pop(0) if self.flushes else True

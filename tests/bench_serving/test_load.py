@@ -15,6 +15,7 @@ import pytest
 from pytest_sglprof.bench_serving import load as load_module
 from pytest_sglprof.bench_serving.load import BenchServing
 from pytest_sglprof.errors import LoadError, ServerDied, SettingsError
+from pytest_sglprof.redact import learn
 from pytest_sglprof.values import ServerSpec
 
 from .conftest import FakeServer
@@ -84,6 +85,7 @@ def test_key_reaches_the_driver_only_and_stays_off_the_disk(
     monkeypatch.setenv("OPENAI_API_KEY", "of-another-service")
     server.spec = ServerSpec(env=(("EXTRA", "1"),))
     server.api_key = "hush-hush"
+    learn([server.api_key])  # as the real client does
     bench = BenchServing(server, folder=tmp_path / "loads")
     result = bench(num_prompts=2, warm_up=False)
     log = (tmp_path / "loads" / "load-1.log").read_text()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,29 @@ class Outcome:
 
 
 def write_project(
-    folder: Path, sglang: RealSglang, body: str, *, model: str, args: tuple[str, ...], ranks: int
+    folder: Path,
+    sglang: RealSglang,
+    body: str,
+    *,
+    model: str,
+    args: tuple[str, ...],
+    ranks: int,
+    env: Mapping[str, str] | None = None,
+    more: str = "",
 ) -> None:
-    """`sglprof.toml` for a CPU server of so many ranks, and one module of tests."""
-    environment = json.dumps(sglang.environment(ranks)).replace('": "', '" = "')
+    """`sglprof.toml` for a CPU server of so many ranks, and one module of tests.
+
+    env: added to the server's environment. more: lines of the table [server].
+    """
+    variables = {**sglang.environment(ranks), **(env or {})}
+    environment = ", ".join(f"{name} = {json.dumps(value)}" for name, value in variables.items())
     (folder / "sglprof.toml").write_text(
         "[server]\n"
         f'model_path = "{sglang.model(model)}"\n'
         f"python = {json.dumps(sglang.python)}\n"
         f"args = {json.dumps([*CPU_ARGUMENTS, *args])}\n"
-        f"env = {environment}\n"
-        "ready_timeout = 400\n"
+        f"env = {{ {environment} }}\n"
+        f"ready_timeout = 400\n{more}"
         "[[threshold]]\n"
         "limit = 100\n",
         encoding="utf-8",
@@ -51,7 +64,7 @@ def write_project(
     (folder / "test_job.py").write_text(body, encoding="utf-8")
 
 
-def run_project(folder: Path, *options: str) -> Outcome:
+def run_project(folder: Path, *options: str, **variables: str) -> Outcome:
     """Runs the project and reads what it left."""
     environment = {
         name: value
@@ -60,6 +73,7 @@ def run_project(folder: Path, *options: str) -> Outcome:
     }
     environment["SGLPROF_LEASE_DIR"] = str(folder / "leases")
     environment["SGLPROF_NSYS"] = os.environ.get("SGLPROF_NSYS", "")
+    environment.update(variables)
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "--sglprof", "--sglprof-keep=all", "-v", *options],
         cwd=folder,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sqlite3
+import subprocess
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
+from tests.drawn_secrets import Secrets
 from tests.real.project import Outcome, left_over, run_project, write_project
 from tests.real_env import real_nsys, real_sglang
 
@@ -24,6 +29,26 @@ def test_two_windows_in_one_life(bench_serving, profile_window):
         for name in ("first", "second"):
             with profile_window(name, backend="nsys", duration=3.0) as window:
                 window.wait()
+
+
+def test_prompts_that_hold_secrets(sglang_server):
+    import os
+
+    import httpx
+
+    headers = {"Authorization": f"Bearer {os.environ['SVC_API']}"}
+    for name in ("SVC_ADM", "MY_SETTING", "HF_TOKEN", "DB_URL"):
+        print("the prompt is", os.environ[name])
+        request = {"text": os.environ[name], "sampling_params": {"max_new_tokens": 2}}
+        answer = httpx.post(
+            f"{sglang_server.url}/generate", json=request, headers=headers, timeout=60
+        )
+        assert answer.status_code == 200
+"""
+KEYS = """
+api_key_env = "SVC_API"
+admin_api_key_env = "SVC_ADM"
+secrets = ["MY_SETTING"]
 """
 BATCHES = """
     SELECT (e.globalTid >> 24) & 0xFFFFFF AS pid, count(*)
@@ -33,11 +58,37 @@ BATCHES = """
 
 
 @pytest.fixture(scope="module")
-def under_nsys(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def drawn() -> Secrets:
+    return Secrets()
+
+
+@pytest.fixture(scope="module")
+def under_nsys(tmp_path_factory: pytest.TempPathFactory, drawn: Secrets) -> Outcome:
     real_nsys()
     folder = tmp_path_factory.mktemp("nsys")
-    write_project(folder, real_sglang(), BODY, model="llama", args=("--tp", "2"), ranks=2)
-    return run_project(folder)
+
+    def url(name: str) -> str:
+        return f"https://me:{quote(drawn.draw(name), safe='')}@host/x"
+
+    names = ("SVC_API", "SVC_ADM", "MY_SETTING", "HF_TOKEN", "DB_PASS", "TOKENIZER_API_KEY")
+    variables = {name: drawn.draw(name) for name in (*names, "GITHUB_PAT")}
+    variables["DB_URL"] = url("DB_URL")
+    overrides = json.dumps({"auth_token": drawn.draw("auth_token")})
+    write_project(
+        folder,
+        real_sglang(),
+        BODY,
+        model="llama",
+        args=(
+            *("--tp", "2", "--log-requests", "--log-requests-level", "3"),
+            *("--weight-version", url("weight-version")),
+            *("--json-model-override-args", overrides),
+        ),
+        ranks=2,
+        env={"WANDB_TOKEN": drawn.draw("WANDB_TOKEN"), "SOME_URL": url("SOME_URL")},
+        more=KEYS,
+    )
+    return run_project(folder, "-rP", **variables)
 
 
 def test_both_windows_are_complete_and_judged(under_nsys: Outcome) -> None:
@@ -63,6 +114,26 @@ def test_the_ranks_in_the_report_are_those_of_the_server(under_nsys: Outcome) ->
         print(f"nsys window {name}: scheduler.run_batch {steps} (by pid: {batches})")
         assert sorted(steps.values()) == sorted(batches.values())
         assert min(steps.values()) >= 30
+
+
+def test_fault_b_none_of_twelve_secrets_is_written(under_nsys: Outcome, drawn: Secrets) -> None:
+    assert len(set(drawn.words.values())) == 12
+    project = under_nsys.folder.parents[1]
+    assert drawn.leaks(project, under_nsys.output) == {}
+    log = next(under_nsys.folder.glob("servers/*/server.log")).read_text()
+    assert log.count("<redacted>") >= 4  # its arguments, and each prompt
+    assert under_nsys.output.count("the prompt is") == 4
+    reports = list(under_nsys.folder.glob("windows/*/*.nsys-rep"))
+    assert len(reports) == 2
+    for report in reports:
+        raw = project / "raw.sqlite"  # as nsys itself exports it, with nothing taken out
+        words = [real_nsys(), "export", "--type=sqlite", "--force-overwrite=true"]
+        environment = {"PATH": os.environ["PATH"]}
+        subprocess.run(
+            [*words, f"--output={raw}", str(report)],
+            check=True, capture_output=True, env=environment,
+        )  # fmt: skip
+        assert drawn.among(raw.read_bytes()) == set()
 
 
 def test_nothing_is_left_of_server_session_and_agent(under_nsys: Outcome) -> None:

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.keeper import gpus
-from pytest_sglprof.keeper.handover import LogPump, hand_over
+from pytest_sglprof.keeper.handover import MAX_LINE, LogPump, hand_over
+from pytest_sglprof.redact import learn
 from pytest_sglprof.server.command import EXEC_STEP
 from pytest_sglprof.server.readiness import ReadyClock
 
@@ -77,10 +79,12 @@ def test_nobody_takes_it(tmp_path):
         hand_over(tmp_path / "none", {}, alive=lambda: True, timeout=1)
 
 
+@pytest.mark.usefixtures("secrets_end_here")
 def test_the_pump_hides_keys_and_keeps_everything_else(tmp_path):
     log = tmp_path / "server.log"
     log.write_bytes(b"before\n")
-    pump = LogPump(tmp_path / "f", log, ["key-one", "key-one-longer"])
+    learn(["key-one", "key-one-longer"])
+    pump = LogPump(tmp_path / "f", log)
     with (tmp_path / "f").open("wb") as first:
         first.write(b"api_key='key-one'\nsplit key-")
         first.flush()
@@ -93,6 +97,25 @@ def test_the_pump_hides_keys_and_keeps_everything_else(tmp_path):
         b"before\napi_key='<redacted>'\nsplit <redacted>\n\xff\x00bytes\nno line end"
     )
     assert not (tmp_path / "f").exists()
+
+
+def test_a_full_disk_does_not_stop_the_server_at_its_log(tmp_path):
+    pump = LogPump(tmp_path / "f", Path("/dev/full"))
+    with (tmp_path / "f").open("wb") as server:
+        for _ in range(64):  # 4 MB, far more than a fifo holds
+            server.write(b"a line of a log\n" * 4096)
+    pump.close()
+
+
+@pytest.mark.usefixtures("secrets_end_here")
+def test_fault_c_a_secret_across_the_cut_of_an_endless_line_is_hidden(tmp_path):
+    learn(["the-secret-value"])
+    pump = LogPump(tmp_path / "f", tmp_path / "log")
+    with (tmp_path / "f").open("wb") as server:
+        server.write(b"x" * (MAX_LINE - 4) + b"the-secret-value" + b"y" * MAX_LINE)
+    pump.close()
+    written = (tmp_path / "log").read_bytes()
+    assert written == b"x" * (MAX_LINE - 4) + b"<redacted>" + b"y" * MAX_LINE
 
 
 def test_the_exec_step_is_plain_python_and_becomes_a_module(tmp_path):
