@@ -20,6 +20,7 @@ from random import SystemRandom
 
 from pytest_sglprof.errors import LeaseError
 from pytest_sglprof.files import safe_name
+from pytest_sglprof.server.address import server_name
 
 ENV_DIR = "SGLPROF_LEASE_DIR"
 POLL = 0.25  # s between two tries to get a lease
@@ -149,7 +150,7 @@ def sweep() -> None:
 @contextlib.contextmanager
 def window_lock(url: str) -> Iterator[None]:
     """Held while a window of the server at `url` is open; `LeaseError` when one is."""
-    lease = acquire(f"window-{url}", timeout=0, what=f"the profile window of {url}")
+    lease = acquire(f"window-{server_name(url)}", timeout=0, what=f"the profile window of {url}")
     try:
         yield
     finally:

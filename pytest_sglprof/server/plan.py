@@ -12,7 +12,8 @@ From the keeper (its stdout):
     {"event": "progress", "text": ...}
     {"event": "started", "pid", "created", "host", "port", "command", "session",
      "tmpdir", "clocks"}                 clocks: UUID of a GPU -> MHz that it is locked at
-    {"event": "failed", "error", "what", "expected", "hint", "log"}
+    {"event": "failed", "error", "what", "expected", "hint", "log", ...}
+                                         "error" is the class, the others are its fields
     {"event": "exited", "status": 1}         the server ended by itself (null: unknown)
     {"event": "stopped", "left": [...]}      last; what the teardown could not remove
 """
@@ -69,28 +70,23 @@ class Plan:
 
 
 def error_message(error: SglprofError) -> dict[str, Any]:
-    """An error as a message of the keeper."""
-    return {
-        "event": "failed",
-        "error": type(error).__name__,
-        "what": error.what,
-        "expected": error.expected,
-        "hint": error.hint,
-        "log": list(error.log),
-    }
+    """An error as a message of the keeper, with every field of its class."""
+    return {**vars(error), "event": "failed", "error": type(error).__name__}
 
 
 def error_from(message: Mapping[str, Any]) -> SglprofError:
-    """The error that a keeper's message tells of."""
-    kind = getattr(errors, str(message.get("error")), ServerError)
+    """The error that a keeper's message tells of; `ServerError` for an unknown class."""
+    kind = getattr(errors, str(message.get("error")), None)
     if not (isinstance(kind, type) and issubclass(kind, SglprofError)):
         kind = ServerError
-    return kind(
-        str(message["what"]),
+    error = ServerError(
+        str(message.get("what") or "the keeper failed and did not say why"),
         expected=str(message.get("expected", "")),
         hint=str(message.get("hint", "")),
         log=[str(line) for line in message.get("log", ())],
     )
+    others = {k: _tuples(v) for k, v in message.items() if k not in ("event", "error")}
+    return kind.restored({**others, **vars(error)})
 
 
 def _tuples(value: Any) -> Any:

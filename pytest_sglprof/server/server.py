@@ -18,7 +18,8 @@ from pytest_sglprof.errors import ServerDied, ServerUnreachable, SettingsError, 
 from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server import command, lease
-from pytest_sglprof.server.client import SglangClient, is_local_url
+from pytest_sglprof.server.address import checked_url, is_local_url, port_of
+from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.clock_lock import give_back
 from pytest_sglprof.server.keeper_link import KeeperLink
 from pytest_sglprof.server.log import ServerLog
@@ -70,7 +71,7 @@ class Server:
         self.url = url
         parts = urlsplit(url)
         self.host = parts.hostname or ""
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.port = port_of(parts)
         self.folder = folder
         self.python = python
         self.client = client
@@ -273,24 +274,6 @@ def attach(
         server_dir=server_dir,
         notes=_attached_notes(url, server_dir),
     )
-
-
-def checked_url(url: str) -> str:
-    """``http://HOST:PORT`` without a path; raises `SettingsError` for anything else."""
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(full)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or True)
-    except ValueError:
-        valid = False
-    if not valid or parts.path.strip("/") or parts.query or parts.username:
-        raise SettingsError(
-            f"--sglprof-server {url!r} is not the address of a server",
-            expected="http://HOST:PORT",
-            hint="give no path; keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY",
-        )
-    # One name for one server: the window's lock goes by the address.
-    return f"{parts.scheme}://{parts.netloc.replace('localhost', '127.0.0.1')}"
 
 
 def server_keys(spec: ServerSpec) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import ServerDied, ServerError
 from pytest_sglprof.server import lease as leases
+from pytest_sglprof.server.address import server_name
 from pytest_sglprof.values import ServerSpec
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Itera
     CPU servers, and an attached server. The stand-in's figures do not depend on the machine.
     """
     if server.attached:
-        name, what = f"test-{server.url}", f"the server {server.url}"
+        name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
     elif server.kind == "sglang" and server.sizes.is_cpu:
         name, what = "test-cpu", "the processor, by a test of another CPU server"
     else:
