@@ -24,6 +24,7 @@ from pytest_sglprof.server.clock_lock import give_back
 from pytest_sglprof.server.keeper_link import KeeperLink
 from pytest_sglprof.server.log import ServerLog
 from pytest_sglprof.server.plan import Plan
+from pytest_sglprof.server.presence import Presence
 from pytest_sglprof.server.readiness import wait_started, wait_until_ready
 from pytest_sglprof.server.sizes import ServerSizes
 from pytest_sglprof.values import Backend, ServerSpec
@@ -86,15 +87,19 @@ class Server:
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
+        self._presence = Presence(url)
         self._keeper = keeper
         self._created = created
         self._tmpdir = tmpdir or folder / "tmp"
         self._left: tuple[str, ...] | None = None
 
     def is_alive(self) -> bool:
-        """True while the server's process runs; of an attached one, while its port answers."""
+        """True while the server's process runs; of an attached one, while something listens.
+
+        To ask costs the server nothing (one elsewhere: a connection every few seconds).
+        """
         if self._keeper is None:
-            return _answers(self.host, self.port)
+            return self._presence.is_there()
         return process.is_alive(self.pid, self._created)
 
     def exit_reason(self) -> ServerDied | None:
@@ -321,11 +326,3 @@ def _attached_notes(url: str, server_dir: tuple[str, str] | None) -> tuple[str, 
             "--sglprof-server-dir SERVER:LOCAL to fetch its traces"
         )
     return tuple(notes)
-
-
-def _answers(host: str, port: int) -> bool:
-    import socket
-
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0):
-        return True
-    return False
