@@ -10,8 +10,9 @@ One JSON object a line. To the keeper (its stdin):
 From the keeper (its stdout):
 
     {"event": "progress", "text": ...}
+    {"event": "clocks", "clocks": {...}}     UUID of a GPU -> MHz that it is locked at
     {"event": "started", "pid", "created", "host", "port", "command", "session",
-     "tmpdir", "clocks"}                 clocks: UUID of a GPU -> MHz that it is locked at
+     "tmpdir", "clocks"}
     {"event": "failed", "error", "what", "expected", "hint", "log", ...}
                                          "error" is the class, the others are its fields
     {"event": "exited", "status": 1}         the server ended by itself (null: unknown)
@@ -20,8 +21,11 @@ From the keeper (its stdout):
 
 from __future__ import annotations
 
+import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ from pytest_sglprof import errors
 from pytest_sglprof.errors import ServerError, SglprofError
 from pytest_sglprof.server.command import Entry
 from pytest_sglprof.values import ServerSpec
+
+LIFE = "SGLPROF_LIFE"  # variable of all that a keeper starts; its value is the plan's `life`
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Plan:
     parent: pid of pytest. pythonpath: pytest's PYTHONPATH; the keeper has a longer one,
     which the server's interpreter must not inherit. private: pytest's secret variables,
     which are not in the keeper's own environment: nsys stores that of every process.
+    life: names this server's life as no other; see `LIFE`.
     """
 
     spec: ServerSpec
@@ -50,6 +57,17 @@ class Plan:
     parent: int = 0
     pythonpath: str = ""
     private: Mapping[str, str] = field(default_factory=dict)
+    life: str = field(default_factory=partial(secrets.token_hex, 6))
+
+    @property
+    def session_name(self) -> str:
+        """The name of its nsys session."""
+        return f"sglprof-{self.parent}-{self.life}"
+
+    @property
+    def short_tmpdir(self) -> Path:
+        """The link that stands for its temporary folder where that has a long path."""
+        return Path(tempfile.gettempdir()) / f"sglprof-{self.life}"
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON values. It holds the keys: for a pipe, never for a file."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,18 +18,14 @@ from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server import command, lease
 from pytest_sglprof.server.address import checked_url, is_local_url, port_of
 from pytest_sglprof.server.client import SglangClient
-from pytest_sglprof.server.clock_lock import give_back
 from pytest_sglprof.server.keeper_link import KeeperLink
+from pytest_sglprof.server.limits import EXIT_LIMIT, teardown_limit
 from pytest_sglprof.server.log import ServerLog
 from pytest_sglprof.server.plan import Plan
 from pytest_sglprof.server.presence import Presence
-from pytest_sglprof.server.readiness import wait_started, wait_until_ready
+from pytest_sglprof.server.readiness import lost_keeper, wait_started, wait_until_ready
 from pytest_sglprof.server.sizes import ServerSizes
 from pytest_sglprof.values import Backend, ServerSpec
-
-TEARDOWN_LIMIT = 90.0  # s beyond the spec's stop_timeout; the keeper's own limits add up to less
-STATUS_WAIT = 15.0  # s for the keeper to tell an exit status after a death
-GONE_WAIT = 10.0
 
 Progress = Callable[[str], None]
 
@@ -64,7 +58,6 @@ class Server:
         keeper: KeeperLink | None = None,
         pid: int = 0,
         created: float = 0.0,
-        tmpdir: Path | None = None,
         locked_clocks: Mapping[str, int] | None = None,
     ) -> None:
         self.spec = spec
@@ -90,7 +83,6 @@ class Server:
         self._presence = Presence(url)
         self._keeper = keeper
         self._created = created
-        self._tmpdir = tmpdir or folder / "tmp"
         self._left: tuple[str, ...] | None = None
 
     def is_alive(self) -> bool:
@@ -111,7 +103,9 @@ class Server:
                 f"nothing listens at {self.url} any more",
                 hint="the server was not ours: look at its own log",
             )
-        told = self._keeper.wait_told("exited", STATUS_WAIT)
+        told = self._keeper.wait_told("exited", EXIT_LIMIT)
+        if told is None and self._keeper.death():
+            return lost_keeper(self._keeper, self.folder, "while the server ran")
         return died(self.log, told.get("status") if told else None)
 
     def scheduler_ranks(self) -> dict[int, Rank]:
@@ -139,31 +133,11 @@ class Server:
         """
         if self._left is None:
             self.client.close()
-            self._left = () if self._keeper is None else self._stop(self._keeper)
+            self._left = ()
+            if self._keeper is not None:
+                self._keeper.close(_teardown(self.spec))
+                self._left = self._keeper.left
         return self._left
-
-    def _stop(self, keeper: KeeperLink) -> tuple[str, ...]:
-        if not keeper.close(self.spec.stop_timeout + TEARDOWN_LIMIT):
-            return (f"keeper process {keeper.pid}, still tearing down",)
-        stopped = keeper.told("stopped")
-        if stopped is not None:
-            return tuple(stopped.get("left", ()))
-        return self._clean_after_keeper()
-
-    def _clean_after_keeper(self) -> tuple[str, ...]:
-        """For a keeper that was killed: its leases are free already, its server lives on."""
-        left = []
-        if self.is_alive():
-            left += process.terminate_tree([self.pid], GONE_WAIT)
-        if self.nsys is not None:
-            with contextlib.suppress(SglprofError):
-                self.nsys.shutdown(discard=True)
-        if self._tmpdir.is_symlink():
-            self._tmpdir.unlink()
-        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
-        lease.sweep()
-        clocks = give_back(self.locked_clocks)
-        return (*(f"process {pid}" for pid in left), *clocks)
 
 
 def launch(
@@ -206,8 +180,11 @@ def launch(
         except BaseException:
             client.close()
             raise
-    except BaseException:
-        keeper.close(spec.stop_timeout + TEARDOWN_LIMIT)
+    except BaseException as error:
+        keeper.close(_teardown(spec))
+        if keeper.left and isinstance(error, SglprofError):
+            left = f"left behind: {', '.join(keeper.left)}"
+            error.hint = f"{error.hint}; {left}" if error.hint else left
         raise
     return Server(
         spec=spec,
@@ -223,7 +200,6 @@ def launch(
         keeper=keeper,
         pid=int(started["pid"]),
         created=float(started["created"]),
-        tmpdir=Path(started["tmpdir"]),
         locked_clocks=started["clocks"],
     )
 
@@ -307,6 +283,10 @@ def died(log: ServerLog | None, status: int | None) -> ServerDied:
         hint=f"its whole log is {log.path}" if log else "",
         log=log.reason() if log else (),
     )
+
+
+def _teardown(spec: ServerSpec) -> float:
+    return teardown_limit(spec.stop_timeout, nsys=spec.nsys)
 
 
 def _own_session(tool: NsysTool | None, started: Mapping[str, Any]) -> NsysSession | None:
