@@ -37,7 +37,8 @@ class Server:
     "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
     info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
     the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
-    clock is held at. notes: what the user should know.
+    clock is held at. notes: what the user should know. keeper_fault: after `stop`, what became
+    of a keeper that did not tear down itself, where nobody has been told yet.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Server:
         self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
         self.command = shown_command
         self.notes = notes
+        self.keeper_fault = ""
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
@@ -135,8 +137,10 @@ class Server:
             self.client.close()
             self._left = ()
             if self._keeper is not None:
+                was_alive = self.is_alive()
                 self._keeper.close(_teardown(self.spec))
                 self._left = self._keeper.left
+                self.keeper_fault = self._keeper.death() if was_alive else ""
         return self._left
 
 
