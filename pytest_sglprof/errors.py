@@ -28,7 +28,10 @@ All of them say three things: what happened, what was expected and what to do ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound="SglprofError")
 
 
 class SglprofError(Exception):
@@ -49,6 +52,16 @@ class SglprofError(Exception):
         self.expected = expected
         self.hint = hint
         self.log = tuple(log)
+
+    @classmethod
+    def restored(cls: type[_Error], fields: Mapping[str, Any]) -> _Error:
+        """An error with these fields, whatever more its class asks for when it is made."""
+        error = cls.__new__(cls, fields["what"])
+        vars(error).update(fields)
+        return error
+
+    def __reduce__(self) -> tuple[Callable[..., SglprofError], tuple[dict[str, Any]]]:
+        return type(self).restored, (vars(self),)
 
     def __str__(self) -> str:
         parts = [self.what]

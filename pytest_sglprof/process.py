@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import psutil
 
 KILL_WAIT = 10.0  # s for the kernel to end a killed process; a GPU context takes seconds
+TERM_WAIT = 1.0  # s at most for the rest of a tree to obey SIGTERM
 SAME_PROCESS = 0.02  # s; psutil derives creation times from clock ticks of 10 ms
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -97,6 +98,45 @@ def variable(pid: int, name: str) -> str:
         return ""
 
 
+def is_stopped(pid: int) -> bool:
+    """True while the process is frozen by a signal (SIGSTOP)."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
+
+
+def marked(name: str, value: str, *, leader: int = 0, since: float = 0.0) -> list[psutil.Process]:
+    """All living processes that were started with ``name=value``, and all below them.
+
+    leader: also those of its process session, if they started after `since` (Unix time, s):
+    a process that changes its title (SGLang's ranks do) overwrites its variables.
+    """
+    import psutil
+
+    members = []
+    for candidate in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            in_session = leader and os.getsid(candidate.pid) == leader
+            is_ours = in_session and candidate.create_time() >= since - SAME_PROCESS
+            if is_ours or candidate.environ().get(name) == value:
+                members.append(candidate)
+    return [member for member in _living(_family(members)) if member.pid != os.getpid()]
+
+
+def topmost(processes: Iterable[psutil.Process]) -> list[int]:
+    """Pids of those whose parent is not among them."""
+    import psutil
+
+    parents = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            parents[process.pid] = process.ppid()
+    return [pid for pid, parent in parents.items() if parent not in parents]
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     """All processes below `pid` that live, parents before children; [] when it is gone."""
     import psutil
@@ -124,7 +164,7 @@ def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
     rest = _living(family)
     if rest:
         _signal(rest, "terminate")
-        wait_gone(rest, min(grace, 1.0))
+        wait_gone(rest, min(grace, TERM_WAIT))
         rest = _living(_family(family))
         _signal(rest, "kill")
         wait_gone(rest, KILL_WAIT)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from pytest_sglprof.capture.backend import WindowServer
 from pytest_sglprof.errors import ServerDied, ServerSilent
+from pytest_sglprof.values import Backend
 
 POLL = 0.1  # s between two looks at a server; it costs a stat and a short read
+# s for a window that is given up; nsys has a report to write before it can be dropped
+ABORT_SECONDS: Mapping[Backend, float] = {"torch": 15.0, "nsys": 30.0}
 CRASH_LINE = "Scheduler hit an exception"
 
 Answer = TypeVar("Answer")

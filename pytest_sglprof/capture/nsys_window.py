@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pytest_sglprof import nsys
 from pytest_sglprof.capture.backend import Outcome, Progress, WindowServer
-from pytest_sglprof.capture.life import POLL, LifeWatch
+from pytest_sglprof.capture.life import ABORT_SECONDS, POLL, LifeWatch
 from pytest_sglprof.errors import (
     NsysError,
     ServerDied,
@@ -31,7 +31,6 @@ DEFAULT_SECONDS = 5.0  # of a window that names neither steps nor a duration
 FRESH = "DelayedCollection"  # state of a session that never had a window
 RANGE = "cudaProfilerApi"
 EXPORT_FLOOR = 60.0  # s that an export gets even when the window's own time is over
-ABORT_SECONDS = 30.0
 LAST_WORDS = 10.0  # s for nsys to write the report of a server that died
 ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
 
@@ -270,7 +269,7 @@ class NsysRecording:
 
     def abort(self) -> None:
         """Ends the window and drops its report."""
-        deadline = time.monotonic() + ABORT_SECONDS
+        deadline = time.monotonic() + ABORT_SECONDS["nsys"]
         with contextlib.suppress(NsysError, ServerError):
             if self._spec.num_steps is not None:
                 self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pytest_sglprof.capture.backend import Outcome, Progress, State, WindowServer
 from pytest_sglprof.capture.folders import OutputFolder, output_folder
-from pytest_sglprof.capture.life import POLL, LifeWatch
+from pytest_sglprof.capture.life import ABORT_SECONDS, POLL, LifeWatch
 from pytest_sglprof.capture.space import check_space, check_watchdog
 from pytest_sglprof.capture.torch_files import MERGED, TraceFiles
 from pytest_sglprof.capture.torch_log import last_step, read_progress, refusal_reason
@@ -42,7 +42,6 @@ from pytest_sglprof.values import Artifact, WindowSpec
 
 QUIET = 2.0  # s without a byte written: whatever is still missing will not come
 QUIET_SHARED = 8.0  # the same over a network file system, or when ranks end one by one
-ABORT_SECONDS = 15.0
 DEATH_SECONDS = 2.0  # a connection that breaks is the first sign of a death; its log follows
 # Servers (by their client) whose last window may not have ended: the next one ends it first.
 _UNSETTLED: weakref.WeakSet[SglangClient] = weakref.WeakSet()
@@ -300,7 +299,7 @@ class TorchRecording:
 
     def abort(self) -> None:
         """Ends the profile and drops its files."""
-        deadline = time.monotonic() + ABORT_SECONDS
+        deadline = time.monotonic() + ABORT_SECONDS["torch"]
         with contextlib.suppress(ServerError):
             self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
             self._disarm(deadline)

@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import Literal
 
 from pytest_sglprof.capture.backend import Outcome, Progress, Recording, WindowServer
-from pytest_sglprof.capture.life import LifeWatch
+from pytest_sglprof.capture.life import POLL, LifeWatch
 from pytest_sglprof.capture.nsys_window import DEFAULT_SECONDS, NsysRecording
 from pytest_sglprof.capture.torch_profiler import TorchRecording
 from pytest_sglprof.errors import ServerDied, SglprofError, WindowError, WindowRefused
 from pytest_sglprof.files import safe_name
 from pytest_sglprof.values import WindowCapture, WindowSpec
 
-POLL = 0.1  # s between two looks at an open window
 CLOSE_SECONDS = 30.0  # to close a window that has used up its time; never more than `timeout`
 ENDING_SECONDS = 3.0  # a window that is closed while its last files are being written
 WindowState = Literal["new", "open", "closed"]

@@ -73,6 +73,7 @@ class Keeper:
             plan,
             cancelled=self._is_ending,
             progress=lambda text: self._say({"event": "progress", "text": text}),
+            locked=lambda clocks: self._say({"event": "clocks", "clocks": dict(clocks)}),
         )
         left: list[str] = []
         try:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,20 @@ from pytest_sglprof.keeper.gpus import VISIBLE, choose_gpus, visible_gpus
 from pytest_sglprof.keeper.handover import LogPump, hand_over
 from pytest_sglprof.redact import known_values, redact_command, redact_text
 from pytest_sglprof.server import command, lease
+from pytest_sglprof.server.aftermath import INJECTION, remove_injection
 from pytest_sglprof.server.clock_lock import ClockLock, nvml_driver
+from pytest_sglprof.server.limits import (
+    HURRIED_WAIT,
+    PORT_WAIT,
+    RANK_GRACE,
+    START_LIMIT,
+    STATUS_WAIT,
+)
 from pytest_sglprof.server.plan import Plan
 
 log = logging.getLogger("sglprof.keeper")
 
 SOCKET_ROOM = 60  # bytes of a folder's path; SGLang puts sockets (107 bytes at most) into it
-START_LIMIT = 120.0  # s for nsys and the interpreter to come up
-STATUS_WAIT = 60.0  # s for nsys to write the report of a dead target and tell its status
-INJECTION = "QUADD_INJECTION_CONFIG"  # a file in /tmp that an nsys that was killed leaves
-RANK_GRACE = 1.0  # s for the ranks of a dead server to end by themselves
-HURRIED_WAIT = 10.0  # s for the same when everything is to end
-PORT_WAIT = 10.0  # s for a port to be free again after its last server
 
 Say = Callable[[str], None]
 
@@ -39,10 +39,18 @@ Say = Callable[[str], None]
 class ServerLife:
     """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`.
 
-    clocks: the lock on its GPUs' clocks, None without.
+    clocks: the lock on its GPUs' clocks, None without. locked: told of them as soon as
+    they are locked.
     """
 
-    def __init__(self, plan: Plan, *, cancelled: Callable[[], bool], progress: Say) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        cancelled: Callable[[], bool],
+        progress: Say,
+        locked: Callable[[Mapping[str, int]], None] = lambda clocks: None,
+    ) -> None:
         self.plan = plan
         self.folder = plan.folder
         self.host = command.option(plan.spec.args, "--host") or command.HOST
@@ -61,6 +69,7 @@ class ServerLife:
         self._injection = ""
         self._cancelled = cancelled
         self._progress = progress
+        self._locked = locked
 
     def start(self) -> None:
         """Leases, then starts; returns when the server's process runs (not: is ready)."""
@@ -127,13 +136,13 @@ class ServerLife:
             self.pump.close()
         if self._link is not None:
             self._link.unlink(missing_ok=True)
-        if Path(self._injection).name.startswith("injection_config_"):
-            Path(self._injection).unlink(missing_ok=True)
+        remove_injection(self._injection)
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         for held in self._leases:
             held.release()
         self._leases.clear()
-        lease.sweep()  # a pytest that was killed left the lock of its window
+        with contextlib.suppress(LeaseError):  # there is no folder, so there are no leases
+            lease.sweep()  # a pytest that was killed left the lock of its window
 
     def _lease_gpus(self) -> list[str] | None:
         """Leases the devices; returns them when the server is to see only these."""
@@ -156,6 +165,7 @@ class ServerLife:
             order = {**os.environ, **dict(spec.env)}.get("CUDA_DEVICE_ORDER")
             by_bus = order == "PCI_BUS_ID"
             self.clocks = ClockLock(nvml_driver(), chosen, spec.lock_clocks, by_bus=by_bus)
+            self._locked(self.clocks.held)
             log.info("locked at %d MHz: %s", spec.lock_clocks, ", ".join(self.clocks.held))
         if spec.gpus == "all" or VISIBLE in dict(spec.env):
             return None
@@ -200,7 +210,7 @@ class ServerLife:
         """A socket's path is short by law of the kernel: a link stands for a long folder."""
         if len(os.fsencode(self.tmpdir)) <= SOCKET_ROOM:
             return
-        link = Path(tempfile.gettempdir()) / f"sglprof-{secrets.token_hex(6)}"
+        link = self.plan.short_tmpdir
         link.symlink_to(self.tmpdir.absolute(), target_is_directory=True)
         self._link = self.tmpdir = link
 
@@ -209,7 +219,7 @@ class ServerLife:
         if not plan.nsys:
             return []
         tool = nsys.NsysTool(plan.nsys, plan.nsys_version)
-        name = f"sglprof-{plan.parent}-{secrets.token_hex(4)}"
+        name = plan.session_name
         self.session = nsys.NsysSession(tool, name, tmpdir=self.tmpdir)
         return nsys.profile_prefix(
             tool,
@@ -294,6 +304,14 @@ class ServerLife:
         status = self.launcher.poll() if self.launcher else None
         log_text = (self.folder / "server.log").read_text(errors="replace")
         lines = redact_text(log_text).splitlines()
+        if self._cancelled():
+            return ServerNotReady(
+                f"the keeper process (pid {os.getpid()}) was told to end while it started the "
+                "server",
+                expected="to be left alone",
+                hint="look for whoever sends SIGTERM to it",
+                log=lines[-12:],
+            )
         if status is None:
             return ServerNotReady(
                 f"the server's process did not come up within {START_LIMIT:g} s",

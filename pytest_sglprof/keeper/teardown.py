@@ -1,8 +1,8 @@
 """Ends a server in the order that loses nothing, and tells what is left.
 
 The open window first, then the server's tree, then nsys; then nobody of us may be left:
-no process, no session, no agent, no context on a GPU. Every step has its limit, and
-together they fit into the minute in which a killed pytest must be cleaned up after.
+no process, no session, no agent, no context on a GPU. Every step has its limit; their sum is
+`limits.teardown_limit`, and as a rule it takes seconds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from pytest_sglprof.errors import NsysError, SglprofError
 from pytest_sglprof.keeper.gpus import processes_on_gpus
 from pytest_sglprof.keeper.life import ServerLife
 from pytest_sglprof.server.command import local_url
+from pytest_sglprof.server.limits import (
+    AGENT_WAIT,
+    FINALISE,
+    GPU_WAIT,
+    GRACE,
+    LAUNCHER_GRACE,
+    SHUTDOWN,
+)
 from pytest_sglprof.values import Backend
 
 log = logging.getLogger("sglprof.keeper")
 
-GRACE = 12.0  # s after SIGTERM; SGLang needs about 5
-FINALISE = 10.0  # s for nsys to end after its target
-SHUTDOWN = 8.0  # s for `nsys shutdown`
 CLOCK_STEP = 0.1  # s; a file's time is that of the last tick, a little in the past
-GPU_WAIT = 10.0  # s for the driver to drop the contexts of killed processes
 
 
 def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: float) -> list[str]:
@@ -103,7 +107,7 @@ def _end_launcher(life: ServerLife) -> None:
         life.launcher.wait(FINALISE)
     except subprocess.TimeoutExpired:
         log.warning("the launched command does not end by itself: SIGTERM")
-        process.terminate_tree([life.launcher.pid], 2.0)
+        process.terminate_tree([life.launcher.pid], LAUNCHER_GRACE)
 
 
 def _end_session(life: ServerLife) -> None:
@@ -122,8 +126,7 @@ def _end_rest(life: ServerLife) -> list[str]:
     """Kills whatever still descends from this process; it adopted all orphans."""
     _reap(life)
     rest = process.descendants(os.getpid())
-    # The agent ends a moment after its session.
-    rest = process.wait_gone(rest, 2.0) if rest else rest
+    rest = process.wait_gone(rest, AGENT_WAIT) if rest else rest
     if rest:
         log.warning("SIGKILL to %s", ", ".join(str(found.pid) for found in rest))
     alive = process.kill_all(rest)

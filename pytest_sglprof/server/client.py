@@ -9,21 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
 from pytest_sglprof.errors import ServerRefused, ServerSilent, ServerUnreachable
 from pytest_sglprof.redact import learn, redact, redact_text
+from pytest_sglprof.server.address import is_local_url
 
-LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1", "0.0.0.0", "::"})
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
 SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
-
-
-def is_local_url(url: str) -> bool:
-    """True when `url` names this very machine."""
-    return (urlsplit(url).hostname or "") in LOCAL_HOSTS
 
 
 class SglangClient:

@@ -19,6 +19,7 @@ from pytest_sglprof.redact import (
     learn_environment,
     redact_command,
 )
+from pytest_sglprof.server.address import url_to
 from pytest_sglprof.values import ServerSpec
 
 WATCHDOG = "1800"  # s; an export of a profile that outlasts it would kill the server
@@ -119,9 +120,7 @@ def option(args: Sequence[str], name: str) -> str | None:
 
 def local_url(host: str, port: int) -> str:
     """The address at which this machine reaches a server that listens on `host`."""
-    if host in ("0.0.0.0", "::", ""):
-        host = HOST
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return url_to("http", host or HOST, port)
 
 
 def user_port(spec: ServerSpec) -> int | None:

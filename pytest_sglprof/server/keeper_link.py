@@ -14,17 +14,31 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_sglprof import process
+from pytest_sglprof.server.aftermath import end_orphans
 from pytest_sglprof.server.command import PACKAGE_ROOT
-from pytest_sglprof.server.plan import Plan
+from pytest_sglprof.server.limits import FROZEN_LIMIT, ORPHAN_GRACE
+from pytest_sglprof.server.plan import LIFE, Plan
+
+LOOK_EVERY = 0.5  # s between two looks at the keeper
+READ_LIMIT = 5.0  # s to read what a keeper that has ended had said
 
 Message = dict[str, Any]
 
 
 class KeeperLink:
-    """Starts a keeper and talks to it. Events are kept until somebody asks for them."""
+    """Starts a keeper, talks to it, and ends what it leaves when it is killed.
+
+    Events are kept until somebody asks for them.
+    """
 
     def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         self._log = plan.folder / "keeper.log"
+        self._closed = threading.Event()
+        self._ending = threading.Event()
+        self._fault = ""
+        self.left: tuple[str, ...] = ()
         self._events: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._told: dict[str, Message] = {}
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -34,10 +48,15 @@ class KeeperLink:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(plan.private),
+                env={**_environment(plan.private), LIFE: plan.life},
                 start_new_session=True,
             )
+        self._began = process.create_time(self.pid) or time.time()
         threading.Thread(target=self._read, name="sglprof keeper", daemon=True).start()
+        self._watch = threading.Thread(
+            target=self._watch_over, name="sglprof keeper watch", daemon=True
+        )
+        self._watch.start()
         self.send({"op": "launch", "plan": plan.to_plain()})
 
     @property
@@ -78,20 +97,66 @@ class KeeperLink:
             time.sleep(0.02)
         return found
 
+    def death(self) -> str:
+        """How the keeper ended; "" while it runs, or when that was asked for."""
+        status = self._process.poll()
+        if status is None and self.told("closed"):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is about to end
+                status = self._process.wait(READ_LIMIT)
+        if status is None or (self._ending.is_set() and self.told("stopped")):
+            return ""
+        who = f"the keeper process (pid {self.pid})"
+        if self._fault:
+            return f"{who} {self._fault}, so it was killed"
+        if self.told("stopped"):
+            return f"{who} was told to end by somebody else (SIGTERM)"
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"{who} {how}"
+
     def close(self, timeout: float) -> bool:
-        """Asks for the teardown, waits for the keeper's end; False when it outlasts `timeout` s."""
+        """Asks for the teardown and waits for it; `left` then holds what it could not remove.
+
+        False for a keeper that was dead, stayed stopped or took more than `timeout` s: it
+        is killed, and what it leaves is ended from here.
+        """
+        self._ending.set()
         self.send({"op": "stop"})
-        try:
-            self._process.wait(timeout)
-            ended = True
-        except subprocess.TimeoutExpired:
-            ended = False
+        self._watch.join(timeout)
+        if self._watch.is_alive() and self.is_running():
+            self._kill(f"did not tear down within {timeout:.0f} s")
+        self._watch.join()
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-        if ended:
-            self.wait_told("closed", 5.0)
-        return ended
+        return self.told("stopped") is not None
+
+    def _watch_over(self) -> None:
+        """Until the keeper is gone, and all that it had with it."""
+        stopped = 0
+        while self.is_running():
+            # Looks are counted, not seconds: pytest itself may have been stopped as well.
+            stopped = stopped + 1 if process.is_stopped(self.pid) else 0
+            if stopped * LOOK_EVERY > FROZEN_LIMIT:
+                self._kill(f"was stopped and did not go on for {FROZEN_LIMIT:g} s")
+            if self._closed.wait(LOOK_EVERY):
+                time.sleep(0.02)  # it is about to end
+        self._closed.wait(READ_LIMIT)
+        stopped_message = self.told("stopped")
+        if stopped_message is not None:
+            self.left = tuple(stopped_message.get("left", ()))
+            return
+        self._ending.wait(ORPHAN_GRACE)
+        self.left = end_orphans(
+            self._plan,
+            server=int((self.told("started") or {}).get("pid", 0)),
+            since=self._began,
+            clocks=(self.told("clocks") or {}).get("clocks", {}),
+        )
+
+    def _kill(self, fault: str) -> None:
+        self._fault = fault
+        self._process.kill()
+        self._process.wait()
 
     def _read(self) -> None:
         stream = self._process.stdout
@@ -101,6 +166,7 @@ class KeeperLink:
                 with contextlib.suppress(ValueError):
                     self._take(json.loads(line))
         self._take({"event": "closed"})
+        self._closed.set()
 
     def _take(self, message: Message) -> None:
         self._told[str(message.get("event"))] = message

@@ -3,16 +3,19 @@
 A lease is an ``flock`` on a file of a per-user folder: the kernel frees it when its
 holder dies, however it dies. A file is removed only while its lock is held, and a lock
 counts only on the file that still bears the name, so no two holders ever meet and no
-files pile up.
+files pile up. The folder is opened once and every file is reached through it: no link is
+followed, and nothing that is not a lock file of ours is written to or removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import socket
-import tempfile
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,37 +23,30 @@ from random import SystemRandom
 
 from pytest_sglprof.errors import LeaseError
 from pytest_sglprof.files import safe_name
+from pytest_sglprof.server.address import server_name
 
 ENV_DIR = "SGLPROF_LEASE_DIR"
+# Not from TMPDIR or XDG_RUNTIME_DIR: a shell, cron and CI of one user have different ones.
+ROOT = Path("/tmp")
 POLL = 0.25  # s between two tries to get a lease
 FIRST_PORT = 20000
 EPHEMERAL = 32768  # ports from here on are handed out by the kernel to outgoing connections
 ZMQ_DELTA = 233  # SGLang's distance from the HTTP port to those of DP attention
 ZMQ_PORTS = 9  # init port, six derived ones, and room for the Rust server's
 PORT_TRIES = 200
+_OURS = re.compile(r"(port-\d+|gpu-(\d+|(GPU|MIG)-.+)|test-cpu|(window|test)-.+-[0-9a-f]{8})\.lock")
+_SIGNATURE = re.compile(r"sglprof (\d+)\n")
+_BARE_PID = re.compile(r"\d*\n?")
+_TEXT_BYTES = 64
 
 
 def lease_dir() -> Path:
-    """The folder of the lock files, made with mode 0700.
+    """The folder of the lock files: ``$SGLPROF_LEASE_DIR``, else ``/tmp/sglprof-UID``.
 
-    ``$SGLPROF_LEASE_DIR``, else below ``$XDG_RUNTIME_DIR``, else below the temporary folder.
+    Made with mode 0700; raises `LeaseError` when it is not a folder of ours alone.
     """
-    chosen = os.environ.get(ENV_DIR)
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if chosen:
-        folder = Path(chosen)
-    elif runtime and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
-        folder = Path(runtime) / "sglprof"
-    else:
-        # The temporary folder of the system, not TMPDIR: all processes must agree on it.
-        folder = Path(tempfile.gettempdir()) / f"sglprof-{os.getuid()}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise LeaseError(
-            f"the lease folder {folder} belongs to somebody else",
-            hint=f"name another one in ${ENV_DIR}",
-        )
-    return folder
+    with _folder() as (path, _):
+        return path
 
 
 class Lease:
@@ -66,26 +62,34 @@ class Lease:
         if self._handle is None:
             return
         with contextlib.suppress(OSError):
-            self.path.unlink()  # while the lock is held: nobody else can hold it now
+            folder = os.open(self.path.parent, _FOLDER_FLAGS)
+            try:  # while the lock is held: nobody else can hold it now
+                if _bears_name(self._handle, self.path.name, folder):
+                    os.unlink(self.path.name, dir_fd=folder)
+            finally:
+                os.close(folder)
         os.close(self._handle)
         self._handle = None
 
 
 def try_acquire(name: str) -> Lease | None:
-    """The lease called `name`, or None when somebody holds it."""
-    path = lease_dir() / f"{safe_name(name)}.lock"
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        if _bears_name(handle, path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-            return Lease(name, path, handle)
-        os.close(handle)  # its holder removed it meanwhile: try the new file
+    """The lease called `name`, or None when somebody holds it.
+
+    Raises `LeaseError` where its file cannot be made, or is not one of ours.
+    """
+    with _folder() as (folder, folder_fd):
+        path = folder / f"{safe_name(name)}.lock"
+        while True:
+            handle = _open(path, folder_fd, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            if _bears_name(handle, path.name, folder_fd):
+                _sign(handle)
+                return Lease(name, path, handle)
+            os.close(handle)  # its holder removed it meanwhile: try the new file
 
 
 def acquire(
@@ -120,36 +124,41 @@ def acquire(
 
 def holder(name: str) -> int | None:
     """The pid that holds the lease, None when nobody does (or nobody says)."""
-    path = lease_dir() / f"{safe_name(name)}.lock"
+    with _folder() as (folder, folder_fd):
+        path = folder / f"{safe_name(name)}.lock"
+        try:
+            handle = _open(path, folder_fd, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
     try:
-        with path.open() as stream:
-            try:
-                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = stream.read().strip()
-                return int(text) if text.isdigit() else None
-    except FileNotFoundError:
-        pass
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = _SIGNATURE.fullmatch(_text(handle))
+        return int(pid[1]) if pid else None
+    finally:
+        os.close(handle)
     return None
 
 
 def sweep() -> None:
-    """Removes lock files whose holders were killed."""
-    for path in lease_dir().glob("*.lock"):
-        with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _bears_name(handle, path):
-                    path.unlink()
-            finally:
-                os.close(handle)
+    """Removes lock files of ours whose holders were killed, and no other file."""
+    with _folder() as (folder, folder_fd):
+        names = os.listdir(folder_fd)  # noqa: PTH208 - pathlib would go by the path once more
+        for name in filter(_OURS.fullmatch, names):
+            with contextlib.suppress(OSError, LeaseError):
+                handle = _open(folder / name, folder_fd, os.O_RDWR)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_signed(handle) and _bears_name(handle, name, folder_fd):
+                        os.unlink(name, dir_fd=folder_fd)
+                finally:
+                    os.close(handle)
 
 
 @contextlib.contextmanager
 def window_lock(url: str) -> Iterator[None]:
     """Held while a window of the server at `url` is open; `LeaseError` when one is."""
-    lease = acquire(f"window-{url}", timeout=0, what=f"the profile window of {url}")
+    lease = acquire(f"window-{server_name(url)}", timeout=0, what=f"the profile window of {url}")
     try:
         yield
     finally:
@@ -228,14 +237,105 @@ def listener_of(port: int) -> int | None:
     return None
 
 
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[tuple[Path, int]]:
+    """The folder of the lock files and an open handle on it."""
+    chosen = os.environ.get(ENV_DIR)
+    path = Path(chosen) if chosen else ROOT / f"sglprof-{os.getuid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(path, _FOLDER_FLAGS)
+    except OSError as error:
+        link = path.is_symlink()
+        raise _unusable(path, "it is a link" if link else error.strerror or str(error)) from error
+    try:
+        _check_folder(path, handle, chosen=bool(chosen))
+        yield path, handle
+    finally:
+        os.close(handle)
+
+
+def _check_folder(path: Path, handle: int, *, chosen: bool) -> None:
+    status = os.fstat(handle)
+    if status.st_uid != os.getuid():
+        raise _unusable(path, "it belongs to somebody else")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if chosen:
+            raise _unusable(path, "others may write to it", f"chmod go-w {path}, or ")
+        os.fchmod(handle, 0o700)
+
+
+def _unusable(path: Path, why: str, remedy: str = "") -> LeaseError:
+    return LeaseError(
+        f"the lease folder {path} cannot be used: {why}",
+        expected="a folder (not a link) of your own, to which nobody else can write",
+        hint=f"{remedy}name another one in ${ENV_DIR}",
+    )
+
+
+def _open(path: Path, folder: int, flags: int) -> int:
+    """The lock file, never through a link; raises `LeaseError` when it is not one of ours."""
+    try:
+        # O_NONBLOCK: a fifo of that name must not be waited for.
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(path.name, flags, 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno == errno.ENOENT and not flags & os.O_CREAT:
+            raise
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
+        raise _no_lock_file(path, why) from error
+    status = os.fstat(handle)
+    why = ""
+    if not stat.S_ISREG(status.st_mode):
+        why = "it is not a regular file"
+    elif status.st_uid != os.getuid():
+        why = "it belongs to somebody else"
+    elif status.st_nlink > 1:
+        why = "it has a second name"
+    elif not (_is_signed(handle) or _BARE_PID.fullmatch(_text(handle))):
+        why = "it holds something else than a process id"
+    if why:
+        os.close(handle)
+        raise _no_lock_file(path, why)
+    return handle
+
+
+def _no_lock_file(path: Path, why: str) -> LeaseError:
+    return LeaseError(
+        f"the lock file {path} cannot be used: {why}",
+        expected="a file that only pytest-sglprof makes and removes",
+        hint=f"look what it is and move it away, or name another folder in ${ENV_DIR}",
+    )
+
+
+def _sign(handle: int) -> None:
+    with contextlib.suppress(OSError):  # on a full disk a lock holds without its holder's name
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"sglprof {os.getpid()}\n".encode(), 0)
+
+
+def _is_signed(handle: int) -> bool:
+    """Also true for a file whose maker was killed before it could sign."""
+    text = _text(handle)
+    made_now = not text and stat.S_IMODE(os.fstat(handle).st_mode) == 0o600
+    return made_now or _SIGNATURE.fullmatch(text) is not None
+
+
+def _text(handle: int) -> str:
+    return os.pread(handle, _TEXT_BYTES, 0).decode("latin-1")
+
+
 def _holder_text(name: str) -> str:
     pid = holder(name)
     return f"process {pid}" if pid else "another process"
 
 
-def _bears_name(handle: int, path: Path) -> bool:
+def _bears_name(handle: int, name: str, folder: int) -> bool:
     try:
-        there = path.stat()
+        there = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return False
     here = os.fstat(handle)

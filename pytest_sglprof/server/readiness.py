@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from pytest_sglprof.errors import ServerDied, ServerError, ServerNotReady
+from pytest_sglprof.errors import ServerDied, ServerNotReady
 from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.keeper_link import KeeperLink, keeper_said
+from pytest_sglprof.server.limits import SILENCE_LIMIT
 from pytest_sglprof.server.log import ServerLog
 from pytest_sglprof.server.plan import Plan, error_from
 from pytest_sglprof.values import ServerSpec
@@ -17,20 +19,19 @@ TELL_EVERY = 1.0  # s between two lines of progress
 POLL = 0.25  # s between two looks at /ready
 CAP = 4.0  # times the limit, at most, while the log moves
 PATIENCE = 0.25  # of the limit: how long a moving log extends it each time
-START_LIMIT = 300.0  # s for the keeper to start the process, once all leases are there
 
 Progress = Callable[[str], None]
 
 
 def wait_started(keeper: KeeperLink, plan: Plan, progress: Progress | None) -> dict[str, Any]:
     """The keeper's "started" event; raises the error that it tells of instead."""
-    # Waiting for leases has its own limit, each of them in the keeper.
-    deadline = time.monotonic() + START_LIMIT + 4 * plan.spec.ready_timeout
+    deadline = time.monotonic() + SILENCE_LIMIT
     while time.monotonic() < deadline:
         event = keeper.next_event(TELL_EVERY)
-        kind = event.get("event") if event else ""
         if event is None:
             continue
+        deadline = time.monotonic() + SILENCE_LIMIT
+        kind = event.get("event")
         if kind == "started":
             return event
         if kind == "failed":
@@ -38,13 +39,12 @@ def wait_started(keeper: KeeperLink, plan: Plan, progress: Progress | None) -> d
         if kind == "progress" and progress is not None:
             progress(str(event.get("text", "")))
         if kind == "closed":
-            raise ServerError(
-                "the keeper of the server ended before it had started the server",
-                hint=f"look at {plan.folder / 'keeper.log'}",
-                log=keeper_said(plan.folder),
-            )
+            raise lost_keeper(keeper, plan.folder, "before it had started the server")
     raise ServerNotReady(
-        "the keeper did not start the server in time", log=keeper_said(plan.folder)
+        f"the keeper process (pid {keeper.pid}) said nothing for {SILENCE_LIMIT:.0f} s",
+        expected="news of the server's start",
+        hint=f"look at {plan.folder / 'keeper.log'}",
+        log=keeper_said(plan.folder),
     )
 
 
@@ -68,7 +68,7 @@ def wait_until_ready(
         if exited := keeper.told("exited"):
             raise starting_death(log, exited.get("status"), clock.elapsed(now))
         if keeper.told("closed"):
-            raise ServerError("the keeper of the server ended", log=keeper_said(log.path.parent))
+            raise lost_keeper(keeper, log.path.parent, "before the server was ready")
         if clock.is_over(now):
             raise ServerNotReady(
                 f"the server was not ready after {clock.elapsed(now):.0f} s",
@@ -105,6 +105,17 @@ class ReadyClock:
     def elapsed(self, now: float) -> float:
         """Time since the start."""
         return now - self._began
+
+
+def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
+    """The error for a server that was ended, since its keeper is gone."""
+    return ServerDied(
+        f"{keeper.death()} {when}; the server was ended with it",
+        expected="a keeper that lives as long as its server",
+        hint=f"look for whoever ended it (the kernel's log tells of a lack of memory) and at "
+        f"{folder / 'keeper.log'}",
+        log=keeper_said(folder),
+    )
 
 
 def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:

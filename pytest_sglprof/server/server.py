@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,18 +16,16 @@ from pytest_sglprof.errors import ServerDied, ServerUnreachable, SettingsError, 
 from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server import command, lease
-from pytest_sglprof.server.client import SglangClient, is_local_url
-from pytest_sglprof.server.clock_lock import give_back
+from pytest_sglprof.server.address import checked_url, is_local_url, port_of
+from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.keeper_link import KeeperLink
+from pytest_sglprof.server.limits import EXIT_LIMIT, teardown_limit
 from pytest_sglprof.server.log import ServerLog
 from pytest_sglprof.server.plan import Plan
-from pytest_sglprof.server.readiness import wait_started, wait_until_ready
+from pytest_sglprof.server.presence import Presence
+from pytest_sglprof.server.readiness import lost_keeper, wait_started, wait_until_ready
 from pytest_sglprof.server.sizes import ServerSizes
 from pytest_sglprof.values import Backend, ServerSpec
-
-TEARDOWN_LIMIT = 90.0  # s beyond the spec's stop_timeout; the keeper's own limits add up to less
-STATUS_WAIT = 15.0  # s for the keeper to tell an exit status after a death
-GONE_WAIT = 10.0
 
 Progress = Callable[[str], None]
 
@@ -41,7 +37,8 @@ class Server:
     "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
     info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
     the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
-    clock is held at. notes: what the user should know.
+    clock is held at. notes: what the user should know. keeper_fault: after `stop`, what became
+    of a keeper that did not tear down itself, where nobody has been told yet.
     """
 
     def __init__(
@@ -62,7 +59,6 @@ class Server:
         keeper: KeeperLink | None = None,
         pid: int = 0,
         created: float = 0.0,
-        tmpdir: Path | None = None,
         locked_clocks: Mapping[str, int] | None = None,
     ) -> None:
         self.spec = spec
@@ -70,7 +66,7 @@ class Server:
         self.url = url
         parts = urlsplit(url)
         self.host = parts.hostname or ""
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.port = port_of(parts)
         self.folder = folder
         self.python = python
         self.client = client
@@ -82,18 +78,22 @@ class Server:
         self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
         self.command = shown_command
         self.notes = notes
+        self.keeper_fault = ""
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
+        self._presence = Presence(url)
         self._keeper = keeper
         self._created = created
-        self._tmpdir = tmpdir or folder / "tmp"
         self._left: tuple[str, ...] | None = None
 
     def is_alive(self) -> bool:
-        """True while the server's process runs; of an attached one, while its port answers."""
+        """True while the server's process runs; of an attached one, while something listens.
+
+        To ask costs the server nothing (one elsewhere: a connection every few seconds).
+        """
         if self._keeper is None:
-            return _answers(self.host, self.port)
+            return self._presence.is_there()
         return process.is_alive(self.pid, self._created)
 
     def exit_reason(self) -> ServerDied | None:
@@ -105,7 +105,9 @@ class Server:
                 f"nothing listens at {self.url} any more",
                 hint="the server was not ours: look at its own log",
             )
-        told = self._keeper.wait_told("exited", STATUS_WAIT)
+        told = self._keeper.wait_told("exited", EXIT_LIMIT)
+        if told is None and self._keeper.death():
+            return lost_keeper(self._keeper, self.folder, "while the server ran")
         return died(self.log, told.get("status") if told else None)
 
     def scheduler_ranks(self) -> dict[int, Rank]:
@@ -133,31 +135,13 @@ class Server:
         """
         if self._left is None:
             self.client.close()
-            self._left = () if self._keeper is None else self._stop(self._keeper)
+            self._left = ()
+            if self._keeper is not None:
+                was_alive = self.is_alive()
+                self._keeper.close(_teardown(self.spec))
+                self._left = self._keeper.left
+                self.keeper_fault = self._keeper.death() if was_alive else ""
         return self._left
-
-    def _stop(self, keeper: KeeperLink) -> tuple[str, ...]:
-        if not keeper.close(self.spec.stop_timeout + TEARDOWN_LIMIT):
-            return (f"keeper process {keeper.pid}, still tearing down",)
-        stopped = keeper.told("stopped")
-        if stopped is not None:
-            return tuple(stopped.get("left", ()))
-        return self._clean_after_keeper()
-
-    def _clean_after_keeper(self) -> tuple[str, ...]:
-        """For a keeper that was killed: its leases are free already, its server lives on."""
-        left = []
-        if self.is_alive():
-            left += process.terminate_tree([self.pid], GONE_WAIT)
-        if self.nsys is not None:
-            with contextlib.suppress(SglprofError):
-                self.nsys.shutdown(discard=True)
-        if self._tmpdir.is_symlink():
-            self._tmpdir.unlink()
-        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
-        lease.sweep()
-        clocks = give_back(self.locked_clocks)
-        return (*(f"process {pid}" for pid in left), *clocks)
 
 
 def launch(
@@ -203,8 +187,11 @@ def launch(
         except BaseException:
             client.close()
             raise
-    except BaseException:
-        keeper.close(spec.stop_timeout + TEARDOWN_LIMIT)
+    except BaseException as error:
+        keeper.close(_teardown(spec))
+        if keeper.left and isinstance(error, SglprofError):
+            left = f"left behind: {', '.join(keeper.left)}"
+            error.hint = f"{error.hint}; {left}" if error.hint else left
         raise
     return Server(
         spec=spec,
@@ -220,7 +207,6 @@ def launch(
         keeper=keeper,
         pid=int(started["pid"]),
         created=float(started["created"]),
-        tmpdir=Path(started["tmpdir"]),
         locked_clocks=started["clocks"],
     )
 
@@ -278,24 +264,6 @@ def attach(
     )
 
 
-def checked_url(url: str) -> str:
-    """``http://HOST:PORT`` without a path; raises `SettingsError` for anything else."""
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(full)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or True)
-    except ValueError:
-        valid = False
-    if not valid or parts.path.strip("/") or parts.query or parts.username:
-        raise SettingsError(
-            f"--sglprof-server {url!r} is not the address of a server",
-            expected="http://HOST:PORT",
-            hint="give no path; keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY",
-        )
-    # One name for one server: the window's lock goes by the address.
-    return f"{parts.scheme}://{parts.netloc.replace('localhost', '127.0.0.1')}"
-
-
 def server_keys(spec: ServerSpec) -> tuple[str, str]:
     """The API key and the admin key of a server, from the environment or its own arguments."""
     keys = []
@@ -324,6 +292,10 @@ def died(log: ServerLog | None, status: int | None) -> ServerDied:
     )
 
 
+def _teardown(spec: ServerSpec) -> float:
+    return teardown_limit(spec.stop_timeout, nsys=spec.nsys)
+
+
 def _own_session(tool: NsysTool | None, started: Mapping[str, Any]) -> NsysSession | None:
     if tool is None:
         return None
@@ -341,11 +313,3 @@ def _attached_notes(url: str, server_dir: tuple[str, str] | None) -> tuple[str, 
             "--sglprof-server-dir SERVER:LOCAL to fetch its traces"
         )
     return tuple(notes)
-
-
-def _answers(host: str, port: int) -> bool:
-    import socket
-
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0):
-        return True
-    return False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import ServerDied, ServerError
 from pytest_sglprof.server import lease as leases
+from pytest_sglprof.server.address import server_name
 from pytest_sglprof.values import ServerSpec
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ def open_server(
 def close_server(server: Server) -> None:
     """Stops a server that is ours; raises `ServerError` when something is left of it."""
     left = server.stop()
+    if server.keeper_fault:
+        # The tests have passed, and nothing is left: a warning, since something is amiss here.
+        warnings.warn(f"{server.keeper_fault}; its server was ended without it", stacklevel=2)
     if left:
         raise ServerError(
             f"the server {server.url} was stopped, but this is left: {', '.join(left)}",
@@ -86,7 +91,7 @@ def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Itera
     CPU servers, and an attached server. The stand-in's figures do not depend on the machine.
     """
     if server.attached:
-        name, what = f"test-{server.url}", f"the server {server.url}"
+        name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
     elif server.kind == "sglang" and server.sizes.is_cpu:
         name, what = "test-cpu", "the processor, by a test of another CPU server"
     else:

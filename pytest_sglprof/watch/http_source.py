@@ -9,7 +9,7 @@ from http import HTTPStatus
 import httpx
 
 from pytest_sglprof.errors import ServerRefused
-from pytest_sglprof.server.client import is_local_url
+from pytest_sglprof.server.address import is_local_url
 
 MAX_BACKOFF = 5.0  # s between two tries of a server that does not answer
 REQUEST_TIMEOUT = 5.0  # s; an export of a profile stalls the server for longer: ask again then

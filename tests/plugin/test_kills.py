@@ -213,3 +213,36 @@ def test_sigkill_of_nsys_in_a_window(project):
     assert killed["state"] == "complete" or killed["state_reason"]
     assert (after["state"], after["ranks"]) == ("complete", ["TP0", "TP1"])
     assert not [p for p in psutil.process_iter() if str(project.folder) in words(p)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize("phase", ["launch", "inside"])
+def test_fault_3_whatever_becomes_of_the_keeper_is_told_and_cleaned_up(project, phase, number):
+    name = "never" if phase == "launch" else "window"
+    process = project.start(*only(name))
+    if phase == "inside":
+        in_window(project, process)
+    wait(lambda: any("standin" in words(p) for p in project.family()), process, project)
+    (keeper,) = [p for p in project.family() if "pytest_sglprof.keeper" in words(p)]
+    began = time.monotonic()
+    keeper.send_signal(number)
+    ran = project.outcome(process)
+    assert project.left_over(within=30.0 - (time.monotonic() - began)) == []
+    assert time.monotonic() - began < 30.0
+    assert f"the keeper process (pid {keeper.pid}) was" in ran.text
+    assert ran.status == pytest.ExitCode.TESTS_FAILED
+    assert "INTERNALERROR" not in ran.text
+
+
+def test_fault_3_a_keeper_that_froze_while_the_tests_passed_is_a_warning(project):
+    freeze = (
+        "\ndef test_frozen(sglang_server):\n"
+        "    os.kill(psutil.Process(sglang_server.pid).ppid(), signal.SIGSTOP)\n"
+    )
+    (project.folder / "test_job.py").write_text(f"import pytest\n{TESTS}{freeze}")
+    began = time.monotonic()
+    ran = project.run("-W", "default", *only("frozen"))
+    assert time.monotonic() - began < 30.0
+    assert project.left_over(within=5) == []
+    assert ran.status == pytest.ExitCode.OK
+    assert re.search(r"Warning: the keeper process \(pid \d+\) was stopped and did not", ran.text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from pytest_sglprof.errors import (
     SettingsError,
     SglprofError,
 )
-from pytest_sglprof.server import command
+from pytest_sglprof.server import command, lease
+from pytest_sglprof.server.address import is_local_url, server_name
 from pytest_sglprof.server.command import Entry
 from pytest_sglprof.server.plan import Plan, error_from, error_message
 from pytest_sglprof.server.server import checked_url, server_keys
@@ -192,8 +196,6 @@ def test_keys_come_from_the_environment_or_the_arguments(monkeypatch):
 def test_a_plan_survives_its_way():
     spec = ServerSpec(args=("a",), env=(("A", "1"),), gpus=(0, 1), port=3)
     plan = Plan(spec, SGLANG, Path("/f"), nsys="/n", api_key="K", parent=7, private={"T": "x"})
-    import json
-
     assert Plan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
 
 
@@ -205,6 +207,40 @@ def test_an_error_survives_its_way():
     unknown = error_from({"error": "annotations", "what": "odd"})
     assert type(unknown) is ServerError
     assert isinstance(unknown, SglprofError)
+
+
+def every_error(kind: type[SglprofError] = SglprofError) -> list[type[SglprofError]]:
+    return [kind, *(each for below in kind.__subclasses__() for each in every_error(below))]
+
+
+def made(kind: type[SglprofError]) -> SglprofError:
+    """One with a value in every field that its class has."""
+    values = {"expected": "é", "hint": "wait", "log": ("a", "b"), "status": 503}
+    names = inspect.signature(kind).parameters
+    return kind("what\nhappened", **{name: values[name] for name in names if name != "what"})
+
+
+@pytest.mark.parametrize("kind", every_error())
+def test_fault_6_every_error_survives_its_way_with_all_of_its_fields(kind):
+    error = made(kind)
+    ways = (
+        error_from(json.loads(json.dumps(error_message(error)))),
+        pickle.loads(pickle.dumps(error)),
+    )
+    for back in ways:
+        assert type(back) is kind
+        assert vars(back) == vars(error)
+        assert (str(back), back.args) == (str(error), error.args)
+        assert back.exit_status == error.exit_status
+
+
+@pytest.mark.parametrize("name", ["Sequence", "SettingsErrors", "ValueError", "", None, 7])
+def test_fault_6_an_error_of_no_known_class_keeps_all_of_its_text(name):
+    error = LeaseError("taken", expected="free", hint="wait", log=("a", "b"))
+    back = error_from({**error_message(error), "error": name})
+    assert type(back) is ServerError
+    assert str(back) == str(error)
+    assert error_from({"event": "failed"}).what
 
 
 @pytest.mark.parametrize(
@@ -226,6 +262,54 @@ def test_addresses(text, url):
 def test_no_addresses(text):
     with pytest.raises(SettingsError, match="is not the address of a server"):
         checked_url(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://my-localhost.example:30000", "http://my-localhost.example:30000"),
+        ("http://localhost.example", "http://localhost.example"),
+        ("notlocalhost:1", "http://notlocalhost:1"),
+        ("http://a.localhost:1", "http://a.localhost:1"),
+        ("LOCALHOST:30000", "http://127.0.0.1:30000"),
+        ("Http://Node7.Example.:8000/", "http://node7.example:8000"),
+        ("HTTPS://Gpu.Example:443", "https://gpu.example"),
+        ("http://gpu.example:80", "http://gpu.example"),
+        ("http://gpu.example:443", "http://gpu.example:443"),
+        ("https://localhost", "https://127.0.0.1"),
+        ("http://0.0.0.0:30000", "http://127.0.0.1:30000"),
+        ("http://[0:0:0:0:0:0:0:1]:30000", "http://[::1]:30000"),
+        ("http://[::ffff:127.0.0.1]:30000", "http://127.0.0.1:30000"),
+        ("http://[FE80::A]:30000", "http://[fe80::a]:30000"),
+        (" localhost.:030000 ", "http://127.0.0.1:30000"),
+    ],
+)
+def test_fault_5_only_the_host_is_unified(text, url):
+    assert checked_url(text) == url
+    assert checked_url(url) == url
+
+
+@pytest.mark.parametrize("text", ["http://:pw@a:1", "http://a:0", "http://a:1#x", "http://.:1"])
+def test_fault_5_what_would_be_lost_on_the_way_is_refused(text):
+    with pytest.raises(SettingsError, match="is not the address of a server"):
+        checked_url(text)
+
+
+HERE = ["localhost", "LocalHost", "127.0.0.1", "0.0.0.0", "[::1]", "[::]", "localhost."]
+
+
+def test_fault_5_one_server_has_one_window_lock_whatever_it_is_called():
+    assert {server_name(f"http://{host}:30000") for host in HERE} == {"127.0.0.1:30000"}
+    assert {server_name(f"HTTP://{host}/") for host in HERE} == {"127.0.0.1:80"}
+    assert all(is_local_url(checked_url(f"{host}:30000")) for host in HERE)
+    others = [f"http://{host}:30000" for host in ("my-localhost", "127.0.0.2.example", "gpu7")]
+    assert not any(is_local_url(url) for url in others)
+    assert server_name("https://GPU7") == server_name("https://gpu7.:443") == "gpu7:443"
+    with lease.window_lock("http://localhost:30000"):
+        with pytest.raises(LeaseError, match="profile window"):
+            lease.window_lock("http://[::1]:30000").__enter__()
+        with lease.window_lock("http://my-localhost:30000"):
+            pass
 
 
 def test_where_a_listening_host_is_reached():

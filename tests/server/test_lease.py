@@ -35,6 +35,15 @@ def holder_process():
     process.stdout.close()
 
 
+def kill_holder_of(name: str) -> None:
+    """Leaves the lock file of a process that was killed while it held `name`."""
+    command = [sys.executable, "-c", HOLD, name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"held\n"
+        process.kill()
+
+
 def test_another_process_is_kept_out_and_named(holder_process):
     assert lease.try_acquire("gpu-0") is None
     assert lease.holder("gpu-0") == holder_process.pid
@@ -59,7 +68,8 @@ def test_the_kernel_frees_the_lease_of_the_killed(holder_process, lease_folder):
 
 
 def test_sweep_removes_only_what_nobody_holds(holder_process, lease_folder):
-    (lease_folder / "stale.lock").write_text("1\n")
+    kill_holder_of("port-1")
+    assert (lease_folder / "port-1.lock").exists()
     lease.sweep()
     assert [path.name for path in lease_folder.iterdir()] == ["gpu-0.lock"]
 
@@ -144,19 +154,6 @@ def test_no_free_port_is_an_error_of_its_own(monkeypatch):
         lease.free_port()
     with pytest.raises(LeaseError, match="no free port between"):
         lease.free_server_ports()
-
-
-def test_the_folder_of_the_leases(monkeypatch, tmp_path):
-    monkeypatch.delenv("SGLPROF_LEASE_DIR")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert lease.lease_dir() == tmp_path / "sglprof"
-    assert (tmp_path / "sglprof").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert lease.lease_dir() == tmp_path / f"sglprof-{os.getuid()}"
-    monkeypatch.setattr("os.getuid", lambda: 12345)
-    with pytest.raises(LeaseError, match="belongs to somebody else"):
-        lease.lease_dir()
 
 
 def test_a_holder_that_is_slow_to_write_its_pid_is_called_another_process(lease_folder):
