@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_sglprof.trace.times import LARGEST_NS
+from pytest_sglprof.trace.times import LARGEST_NS, LONGEST_NS
 
 KNOWN_TABLES = frozenset(
     {
@@ -21,7 +21,6 @@ KINDS = ("kernel", "memcpy", "memset")
 PREFIX = "CUPTI_ACTIVITY_KIND_"
 MISSING = -(2**63)
 """Stands for NULL and for columns that this version of nsys does not write."""
-LONGEST_NS = 2**50  # 13 days: thousands of them can be added in int64
 PID_SHIFT, PID_MASK = 24, 0xFFFFFF
 """Where the operating system's process id stands in a globalPid or globalTid."""
 
@@ -59,7 +58,7 @@ def whole_number(column: str) -> str:
     """Whether a row has a whole number in this column, in SQL."""
     return (
         f"(TYPEOF(\"{column}\") = 'integer' OR "
-        f"(TYPEOF(\"{column}\") = 'real' AND CAST(\"{column}\" AS INTEGER) = \"{column}\"))"
+        f'(TYPEOF("{column}") = \'real\' AND CAST("{column}" AS INTEGER) = "{column}"))'
     )
 
 
@@ -84,7 +83,9 @@ def skipped(missing: int, beyond: int) -> list[str]:
         notes.append(f"skipped {missing} GPU activities with a missing or negative duration")
     if beyond:
         days = LONGEST_NS // (86_400 * 10**9)
-        notes.append(f"skipped {beyond} GPU activities that last {days} days or lie outside of time")
+        notes.append(
+            f"skipped {beyond} GPU activities that last {days} days or lie outside of time"
+        )
     return notes
 
 

@@ -13,7 +13,6 @@ from pytest_sglprof.trace.nsys_gpu import read_whole_graphs
 from pytest_sglprof.trace.nsys_parquet import ParquetTables
 from pytest_sglprof.trace.nsys_schema import (
     KINDS,
-    LONGEST_NS,
     PID_MASK,
     PID_SHIFT,
     activity_name,
@@ -21,7 +20,7 @@ from pytest_sglprof.trace.nsys_schema import (
     table_of,
 )
 from pytest_sglprof.trace.nsys_tables import MISSING, pid_of
-from pytest_sglprof.trace.times import LARGEST_NS
+from pytest_sglprof.trace.times import LARGEST_NS, LONGEST_NS
 
 _COLUMNS = ("start", "end", "globalPid", "deviceId", "streamId", "graphNodeId")
 _NAME_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -63,9 +62,7 @@ def _timed(batch: Any) -> tuple[Any, Any]:
     import pyarrow.compute as pc
 
     known = batch.filter(pc.greater_equal(batch["end"], batch["start"]))
-    inside = pc.and_(
-        pc.greater(known["start"], -LARGEST_NS), pc.less(known["end"], LARGEST_NS)
-    )
+    inside = pc.and_(pc.greater(known["start"], -LARGEST_NS), pc.less(known["end"], LARGEST_NS))
     timed = known.filter(inside)
     short = pc.less(pc.subtract(timed["end"], timed["start"]), LONGEST_NS)
     return known, timed.filter(short)

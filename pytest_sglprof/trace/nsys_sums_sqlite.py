@@ -170,7 +170,7 @@ def _whole_graphs(database: Database) -> tuple[set[tuple[int, int]], list[str]]:
     if not columns:
         return set(), []
     process, device = (
-        f"IIF(TYPEOF(\"{name}\") = 'integer', \"{name}\", {otherwise})"
+        f'IIF(TYPEOF("{name}") = \'integer\', "{name}", {otherwise})'
         if name in columns
         else str(otherwise)
         for name, otherwise in (("globalPid", 0), ("deviceId", -1))

@@ -8,9 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from pytest_sglprof.trace.arrays import Flags, Ints
-from pytest_sglprof.trace.nsys_schema import LONGEST_NS
 from pytest_sglprof.trace.nsys_schema import MISSING as MISSING
-from pytest_sglprof.trace.times import LARGEST_NS
+from pytest_sglprof.trace.times import LARGEST_NS, LONGEST_NS
 
 
 class ReportTables(Protocol):

@@ -116,7 +116,7 @@ def test_fault_2_whatever_type_a_column_was_given(tmp_path: Path, kind: str, col
     types = {"start": "INTEGER", "end": "INTEGER", column: kind}
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(
-            f'CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start {types["start"]}, '
+            f"CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start {types['start']}, "
             f'"end" {types["end"]}, deviceId, streamId, globalPid, demangledName)'
         )
         rows = [(10, 30), (40, None), (50, "x"), ("x", 60), (-7, "7"), (5, 2.5e18), (9, 9)]
@@ -138,7 +138,9 @@ odd_times = st.one_of(
     st.none(),
     st.integers(0, 40),
     st.integers(-(2**63), 2**63 - 1),
-    st.sampled_from([2**50, 2**62, -(2**62), 2**63 - 1, -(2**63), 1.5, 1e30, math.inf, "abc", "12"]),
+    st.sampled_from(
+        [2**50, 2**62, -(2**62), 2**63 - 1, -(2**63), 1.5, 1e30, math.inf, "abc", "12"]
+    ),
     st.floats(allow_nan=False),
     st.binary(max_size=2),
 )
