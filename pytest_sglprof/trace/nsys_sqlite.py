@@ -77,4 +77,5 @@ class SqliteTables:
 
 def _or_missing(column: str) -> str:
     """The column's whole numbers in SQL; whatever else a row may hold there counts as NULL."""
-    return f'IIF({whole_number(column)}, CAST("{column}" AS INTEGER), {MISSING})'
+    otherwise = f'IIF({whole_number(column)}, CAST("{column}" AS INTEGER), {MISSING})'
+    return f'IIF(TYPEOF("{column}") = \'integer\', "{column}", {otherwise})'  # almost always
