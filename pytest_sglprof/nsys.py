@@ -26,6 +26,7 @@ from pytest_sglprof.errors import (
 from pytest_sglprof.nsys_command import NsysTool, run, started
 from pytest_sglprof.nsys_export import export, import_again
 from pytest_sglprof.nsys_output import StopOutput, read_sessions
+from pytest_sglprof.process import which
 
 __all__ = [
     "COLLECTING",
@@ -54,17 +55,20 @@ _SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
 def find_nsys(path: str | None = None) -> NsysTool:
     """The nsys at `path`, else at ``$SGLPROF_NSYS``, else on PATH.
 
-    Raises `NsysMissing`, or `NsysTooOld` when ``profile --help`` knows no --start-later.
+    A bare name is looked up on PATH; a path (with a slash) may also be the folder that holds
+    nsys. Raises `NsysMissing`, or `NsysTooOld` when ``profile --help`` knows no --start-later.
     """
     wanted = path or os.environ.get(ENV_NAME) or "nsys"
-    if Path(wanted).is_dir():
+    if os.sep in wanted and Path(wanted).is_dir():
         wanted = str(Path(wanted) / "nsys")
-    found = shutil.which(wanted)
+    found = which(wanted)
     if found is None:
+        bare = os.sep not in wanted
+        beside = bare and Path(wanted).exists()
         raise NsysMissing(
-            f"no nsys command: {wanted!r} is not an executable file",
+            f"no nsys command: {wanted!r} is not an executable file{' on PATH' if bare else ''}",
             expected="Nsight Systems' command line tool",
-            hint=_INSTALL_HINT,
+            hint=_INSTALL_HINT + (f"; for the one beside you: ./{wanted}" if beside else ""),
         )
     answer = _quick(found, ["--version"])
     match = _VERSION.search(answer)

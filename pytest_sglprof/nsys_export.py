@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import re
 import shutil
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pytest_sglprof.errors import NsysError
 from pytest_sglprof.nsys_command import NsysTool, run
+from pytest_sglprof.nsys_origin import digest_of as digest_of
+from pytest_sglprof.nsys_origin import origin_of, sign, signed_origin
 from pytest_sglprof.redact import HIDDEN, is_secret_env, redact_text
 
 _HELP_TIMEOUT = 30.0  # s
-_PIECE = 1 << 20  # bytes
-_SIGNATURE = "SGLPROF_EXPORT"  # our table in an export
 _ASSIGNMENT = re.compile(rb"([A-Za-z_][A-Za-z0-9_]*)=.", re.S)
 _AMONG_OTHERS = re.compile(rb"(^|[;\n])([A-Za-z_][A-Za-z0-9_]*)=([^;\n]+)")
 
@@ -41,9 +40,10 @@ def export(
         raise NsysError(f"{report}: no such report", expected="a .nsys-rep file")
     target.parent.mkdir(parents=True, exist_ok=True)
     suffix = ".sqlite" if kind == "sqlite" else ""
-    partial = target.with_name(f".{target.name[:80]}.{os.getpid()}.partial{suffix}")
+    partial = target.with_name(f".{target.name[:80]}.{threading.get_native_id()}.partial{suffix}")
     option = "sqlite" if kind == "sqlite" else "parquetdir"
     words = [f"--type={option}", "--force-overwrite=true", f"--output={partial}", str(report)]
+    origin = origin_of(report) if kind == "sqlite" else None  # of what nsys is about to read
     try:
         process = run([tool.path, "export", *words], timeout)
         if process.returncode != 0 or not partial.exists():
@@ -54,13 +54,12 @@ def export(
                 hint="a report of a newer nsys needs an export by that one",
                 log=process.stdout.strip().splitlines()[-8:],
             )
-        if kind == "sqlite":
+        if origin is not None:
             hide_credentials(partial)
-            _sign(partial, digest_of(report))
+            sign(partial, origin)
         else:
             _hide_in_folder(partial)
-        _remove(target)
-        partial.replace(target)
+        _put(partial, target)
     finally:
         _remove(partial)
     return target
@@ -73,32 +72,21 @@ def can_export_parquet(tool: NsysTool) -> bool:
     return False
 
 
-def digest_of(report: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    found = hashlib.sha256()
-    with report.open("rb") as stream:
-        while piece := stream.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()
-
-
 def exported_from(database: Path) -> str:
     """The digest of the report that `export` made a SQLite file of; "" where it does not say."""
-    uri = f"{database.absolute().as_uri()}?mode=ro&immutable=1"
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(uri, uri=True)) as connection,
-    ):
-        (digest,) = connection.execute(f"SELECT report_sha256 FROM {_SIGNATURE}").fetchone()
-        return str(digest)
-    return ""
+    origin = signed_origin(database)
+    return origin.whole if origin else ""
 
 
-def _sign(database: Path, digest: str) -> None:
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute(f"CREATE TABLE {_SIGNATURE} (report_sha256 TEXT)")
-        connection.execute(f"INSERT INTO {_SIGNATURE} VALUES (?)", (digest,))
-        connection.commit()
+def _put(partial: Path, target: Path) -> None:
+    """A file is replaced in one step; a folder cannot be, so the old one is moved away first."""
+    if not target.is_dir():
+        partial.replace(target)
+        return
+    old = partial.with_name(f"{partial.name}.old")
+    target.rename(old)
+    partial.replace(target)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

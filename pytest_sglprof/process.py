@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,6 +70,18 @@ def reap_orphans() -> None:
         while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
             if found.si_pid == 0:
                 break
+
+
+def which(command: str) -> str | None:
+    """The executable file that `command` means, as an absolute path; None where there is none.
+
+    A bare name is looked up on PATH only, a path (with a slash) is taken from the working
+    directory. Empty entries of PATH, which shells read as the working directory, are
+    mostly an accident and left out: nothing that lies there may stand in for a command.
+    """
+    folders = [folder for folder in os.get_exec_path() if folder]
+    path = shutil.which(command, path=os.pathsep.join(folders))
+    return os.path.abspath(path) if path else None  # noqa: PTH100  # must keep a link's name
 
 
 def create_time(pid: int) -> float | None:

@@ -169,7 +169,7 @@ class GpuClocks:
     throttled_share: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # hundreds of thousands are kept
 class LoadSample:
     """What one DP rank had to do at one moment, as the server told it.
 
@@ -191,7 +191,7 @@ class LoadSample:
     source: str = "log"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BalanceSample:
     """A balance that the server measures itself. factor: λ = max / mean, 1.0 is perfect.
 

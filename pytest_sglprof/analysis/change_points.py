@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ Floats = npt.NDArray[np.float64]
 MAX_POINTS = 3000  # of the grid on which changes are looked for
 FINEST = 0.1  # s between two points of a log with milliseconds
 PENALTY = 3.0  # x columns x log(points): what a change must explain, in squared deviations
+FINE_GAP = 10.0  # s; longer gaps between two lines are counted by the second
 FIGURES = 4  # running, waiting, tokens, usage
 
 
@@ -45,28 +48,102 @@ class FinishedLoad:
     span: tuple[float, float]
 
 
+@dataclass
+class RankOutline:
+    """What one rank wrote, added up. tokens: of the `with_tokens` lines that tell them.
+
+    gaps: s between two lines of other times, and how often.
+    """
+
+    newest: float
+    lines: int = 0
+    running: int = 0
+    waiting: int = 0
+    tokens: int = 0
+    with_tokens: int = 0
+    gaps: Counter[float] = field(default_factory=Counter)
+
+    @property
+    def interval(self) -> float:
+        """The median gap, s; 0 of lines that all have one time."""
+        count = sum(self.gaps.values())
+        middle = {(count - 1) // 2, count // 2}
+        passed = 0
+        found: list[float] = []
+        for gap in sorted(self.gaps):
+            found += [gap for place in middle if passed <= place < passed + self.gaps[gap]]
+            passed += self.gaps[gap]
+        return sum(found) / len(found) if found else 0.0
+
+    def add(self, sample: LoadSample) -> None:
+        """Takes the next sample of this rank."""
+        if sample.time > self.newest:
+            gap = sample.time - self.newest
+            self.gaps[gap if gap < FINE_GAP else float(round(gap))] += 1
+            self.newest = sample.time
+        self.lines += 1
+        self.running += sample.running
+        self.waiting += sample.waiting
+        if sample.tokens is not None:
+            self.tokens += sample.tokens
+            self.with_tokens += 1
+
+
+class LoadOutline:
+    """What a first look at the samples of a log tells: when, and by which ranks.
+
+    Its size does not depend on theirs.
+    """
+
+    def __init__(self, samples: Iterable[LoadSample] = ()) -> None:
+        self.ranks: dict[str, RankOutline] = {}
+        self.spans: dict[str, tuple[float, float]] = {}  # of each group
+        for sample in samples:
+            self.add(sample)
+
+    def add(self, sample: LoadSample) -> None:
+        """Takes the next sample, in the order of the log."""
+        rank = self.ranks.get(sample.rank)
+        if rank is None:
+            rank = self.ranks[sample.rank] = RankOutline(sample.time)
+        rank.add(sample)
+        group = group_of(sample.rank)
+        first, last = self.spans.get(group, (sample.time, sample.time))
+        self.spans[group] = min(first, sample.time), max(last, sample.time)
+
+
 def finished_load(
-    samples: Sequence[LoadSample],
+    samples: Iterable[LoadSample],
     rule: OnsetRule,
     *,
     ranks: Sequence[str] = (),
     milliseconds: bool = False,
+    outline: LoadOutline | None = None,
 ) -> FinishedLoad:
     """Every period of imbalance in a log, by change-point detection.
+
+    samples: gone through twice, and not held; only once where their `outline` is known.
 
     The load is cut by binary segmentation (Scott and Knott 1974) where a cut explains more
     squared deviation than `PENALTY` x columns x log(points), each figure in units of its own
     noise; a part is unequal when its means are, by the same rule as online, and unequal
     parts that touch are one onset.
     """
-    if not samples:
+    outline = outline or LoadOutline(samples)
+    if not outline.spans:
         return FinishedLoad((), 0.0, 1.0, (0.0, 0.0))
+    stamp = 0.0 if milliseconds else LOG_STAMP
+    grids = {
+        group: _Grid(span, [rank for rank in ranks if group_of(rank) == group], stamp)
+        for group, span in sorted(outline.spans.items())
+    }
+    for sample in samples:
+        if grid := grids.get(group_of(sample.rank)):
+            grid.add(sample)
     found: list[Onset] = []
     judged, worst = 0.0, 1.0
-    for group in sorted({group_of(sample.rank) for sample in samples}):
-        mine = [sample for sample in samples if group_of(sample.rank) == group]
-        known = [rank for rank in ranks if group_of(rank) == group]
-        grid = _Grid(mine, known, 0.0 if milliseconds else LOG_STAMP)
+    for group, grid in grids.items():
+        grid.fill(outline)
         if len(grid.ranks) < 2:
             continue
         parts = [_Part(begin, end, grid) for begin, end in _cuts(_scaled(grid.values))]
@@ -74,62 +151,90 @@ def finished_load(
         judged = max(judged, math.fsum(part.seconds for part in busy))
         worst = max([worst, *(part.factor for part in busy)])
         found += _onsets(parts, rule, grid, group)
-    times = [sample.time for sample in samples]
     ordered = tuple(sorted(found, key=lambda onset: onset.time))
-    return FinishedLoad(ordered, judged, worst, (min(times), max(times)))
+    firsts, lasts = zip(*outline.spans.values(), strict=True)
+    return FinishedLoad(ordered, judged, worst, (min(firsts), max(lasts)))
 
 
 class _Grid:
     """Figures of all ranks at even distances; `values` is points x ranks x FIGURES."""
 
-    def __init__(self, samples: Sequence[LoadSample], known: Sequence[str], stamp: float) -> None:
-        board = RankBoard(known, falls_silent=True, stamp=stamp)
-        for sample in samples:
-            board.add(sample)
-        self.ranks = tuple(load.rank for load in board.loads(0.0))
-        self.begin = min(sample.time for sample in samples)
-        span = max(sample.time for sample in samples) - self.begin
-        self.step = max(stamp or FINEST, span / MAX_POINTS)
-        self.resolution = max(board.resolution, self.step)
-        self.times = self.begin + self.step * np.arange(int(span / self.step) + 1)
-        by_rank = [[s for s in samples if s.rank == rank] for rank in self.ranks]
-        intervals = [_interval(mine) for mine in by_rank]
-        patience = max(2.0, 2 * stamp, 3 * max(intervals))
-        pairs = zip(by_rank, intervals, strict=True)
-        columns = [self._column(mine, each, patience) for mine, each in pairs]
-        self.values = np.stack(columns, axis=1)
+    def __init__(self, span: tuple[float, float], known: Sequence[str], stamp: float) -> None:
+        self._board = RankBoard(known, falls_silent=True, stamp=stamp)
+        self._stamp = stamp
+        begin, end = span
+        self.step = max(stamp or FINEST, (end - begin) / MAX_POINTS)
+        self.times = begin + self.step * np.arange(int((end - begin) / self.step) + 1)
+        self._points = self.times.tolist()
+        self._cells: dict[str, _Cells] = {}
+        self.ranks: tuple[str, ...] = ()
+        self.resolution = 0.0
+        self.values: Floats = np.empty((0, 0, FIGURES))
 
-    def _column(self, samples: Sequence[LoadSample], interval: float, patience: float) -> Floats:
+    def add(self, sample: LoadSample) -> None:
+        """Takes a sample into the cell that ends at the first point which it is before."""
+        self._board.add(sample)
+        cells = self._cells.get(sample.rank)
+        if cells is None:
+            cells = self._cells[sample.rank] = _Cells(len(self._points) + 1)
+        cells.add(bisect_left(self._points, sample.time), sample)
+
+    def fill(self, outline: LoadOutline) -> None:
+        """Makes the figures of what was added."""
+        self.ranks = tuple(load.rank for load in self._board.loads(0.0))
+        self.resolution = max(self._board.resolution, self.step)
+        outlines = [outline.ranks.get(rank) for rank in self.ranks]
+        intervals = [each.interval if each else 0.0 for each in outlines]
+        patience = max(2.0, 2 * self._stamp, 3 * max(intervals, default=0.0))
+        pairs = zip(self.ranks, intervals, strict=True)
+        columns = [self._column(rank, interval, patience) for rank, interval in pairs]
+        self.values = np.stack(columns, axis=1) if columns else self.values
+
+    def _column(self, rank: str, interval: float, patience: float) -> Floats:
         """The newest figures at each point; nothing where the rank was silent."""
         column = np.zeros((len(self.times), FIGURES))
-        if not samples:
+        cells = self._cells.get(rank)
+        if cells is None:
             return column
-        ordered = sorted(samples, key=lambda sample: sample.time)
-        moments = np.array([sample.time for sample in ordered])
-        at = np.searchsorted(moments, self.times, side="right") - 1
-        figures = np.array([_figures(sample) for sample in ordered])
-        for row in range(1, len(figures)):  # prefill lines tell no tokens
-            unknown = np.isnan(figures[row])
-            figures[row][unknown] = figures[row - 1][unknown]
-        figures = np.nan_to_num(figures)
-        following = np.append(moments[1:], math.inf)
+        for figure in range(FIGURES):
+            at = _newest(cells.told[:-1, figure])
+            column[at >= 0, figure] = cells.figures[at[at >= 0], figure]
+        at = _newest(cells.last[:-1])
         heard = at >= 0
-        column[heard] = figures[at[heard]]
-        last = moments[np.maximum(at, 0)]
-        silent = following[np.maximum(at, 0)] - last > patience
+        # The first sample of any later cell: when the rank was heard again.
+        again = np.minimum.accumulate(cells.first[::-1])[::-1]
+        last = cells.last[np.maximum(at, 0)]
+        silent = again[np.arange(1, len(self.times) + 1)] - last > patience
         column[heard & silent & (self.times > last + interval)] = 0.0
         return column
 
 
-def _figures(sample: LoadSample) -> tuple[float, float, float, float]:
-    tokens = math.nan if sample.tokens is None else float(sample.tokens)
-    usage = math.nan if sample.token_usage is None else sample.token_usage
-    return float(sample.running), float(sample.waiting), tokens, usage
+class _Cells:
+    """Samples of one rank between two points each: the first, the last, the newest figures."""
+
+    def __init__(self, count: int) -> None:
+        self.first = np.full(count, math.inf)
+        self.last = np.full(count, -math.inf)
+        self.told = np.full((count, FIGURES), -math.inf)  # when each figure was
+        self.figures = np.zeros((count, FIGURES))
+
+    def add(self, cell: int, sample: LoadSample) -> None:
+        time = sample.time
+        if time < self.first[cell]:
+            self.first[cell] = time
+        if time >= self.last[cell]:
+            self.last[cell] = time
+        figures = (sample.running, sample.waiting, sample.tokens, sample.token_usage)
+        for at, value in enumerate(figures):
+            if value is not None and time >= self.told[cell, at]:  # prefill lines tell no tokens
+                self.told[cell, at] = time
+                self.figures[cell, at] = value
 
 
-def _interval(samples: Sequence[LoadSample]) -> float:
-    gaps = np.diff(sorted({sample.time for sample in samples}))
-    return float(np.median(gaps)) if len(gaps) else 0.0
+def _newest(times: Floats) -> npt.NDArray[np.int64]:
+    """Of each cell the newest one up to it that has a time; -1 where none has."""
+    places = np.where(times > -math.inf, np.arange(len(times)), -1)
+    return np.asarray(np.maximum.accumulate(places), dtype=np.int64)
 
 
 def _scaled(values: Floats) -> Floats:
@@ -225,4 +330,4 @@ def _onset(
         group=group,
         ended=None if after is None else after.begin,
     )
-    return Onset(**{**found.__dict__, "sentence": sentence(found)})
+    return replace(found, sentence=sentence(found))

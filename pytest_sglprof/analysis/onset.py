@@ -27,6 +27,7 @@ from pytest_sglprof.values import BalanceSample, LoadSample
 
 DIP = 0.25  # of `hold`: for so long figures may fall below and come back
 REMEMBERED = 4.0  # times `hold` that is looked back
+MAX_ONSETS = 10_000  # that are over and still kept; a load that swings for weeks has more
 
 
 @dataclass
@@ -48,7 +49,7 @@ class GroupDetector:
         self.worst = 1.0
         self.is_busy = False  # as much now
         self.open: Onset | None = None
-        self.closed: list[Onset] = []
+        self.closed: deque[Onset] = deque(maxlen=MAX_ONSETS)
         self._source = source
         self._group = group
         self._looks: deque[_Look] = deque()
@@ -224,7 +225,7 @@ class OnsetDetector:
 
     @property
     def onsets(self) -> tuple[Onset, ...]:
-        """All that were declared so far, in order; the last may not have ended."""
+        """Those that were declared, in order (the newest of very many); the last may go on."""
         found = [onset for group in self.groups for onset in group.closed]
         found += [group.open for group in self.groups if group.open is not None]
         found += [onset for balance in self._balance.values() for onset in balance.declared]
@@ -268,7 +269,7 @@ class _Balance:
     """Onsets among figures that the server measures itself."""
 
     def __init__(self, rule: OnsetRule) -> None:
-        self.declared: list[Onset] = []
+        self.declared: deque[Onset] = deque(maxlen=MAX_ONSETS)
         self._rule = rule
         self._since: list[BalanceSample] = []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, cast
 
 from pytest_sglprof.analysis.onset import OnsetDetector
@@ -268,7 +268,7 @@ class _TotalDetector:
         for sample in mine:
             before = self._newest.get(sample.rank)
             if sample.throughput is None and before is not None:  # a prefill line
-                sample = LoadSample(**{**sample.__dict__, "throughput": before.throughput})
+                sample = replace(sample, throughput=before.throughput)
             self._newest[sample.rank] = sample
         loads = list(self._newest.values())
         if self._history.points:

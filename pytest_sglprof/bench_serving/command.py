@@ -27,7 +27,8 @@ _OWNED = {
 }
 # Finds out without importing SGLang, which takes 10 s and more.
 _FIND_DRIVER = """
-import importlib.util as u, pathlib as p
+import importlib.util as u, pathlib as p, sys
+if sys.path[0] == "": del sys.path[0]  # a folder called sglang beside us is not an installation
 s = u.find_spec("sglang")
 for f in map(p.Path, (s and s.submodule_search_locations) or ()):
     if (f / "benchmark" / "serving.py").is_file(): print("sglang.benchmark.serving"); break

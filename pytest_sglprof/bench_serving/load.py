@@ -230,6 +230,8 @@ class BenchServing:
         `env` is what everybody may see, `private` the rest.
         """
         env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1"}
+        if self._server.kind == "sglang":
+            env["PYTHONSAFEPATH"] = "1"  # a folder called sglang beside us is no installation
         # A key for some other service is not for this server to see.
         env.pop("OPENAI_API_KEY", None)
         if key := self._server.client.api_key:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from pytest_sglprof.capture.torch_files import PlaceOfRank, place
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server.log import ServerLog
+from pytest_sglprof.server.log_growth import LogGrowth
+
+STEP_BYTES = 2**26  # 500,000 lines of batches
 
 _ENTRY = re.compile(
     r"^\[[\d-]+ [\d:.]+((?: [A-Z_]+\d+)*)\] "
     r"(Profiling starts|Profiling done|Prefill batch|Decode batch)(.*)$"
 )
 _ID = re.compile(r"\(with profile id: (.*)\)$")
-_ITERATION = re.compile(r"^\[[\d-]+ [\d:.]+(?: [A-Z_]+\d+)*\] (?:Prefill|Decode) batch \[(\d+)\]")
+_ITERATION = re.compile(
+    rb"^\[[\d-]+ [\d:.]+(?: [A-Z_]+\d+)*\] (?:Prefill|Decode) batch \[(\d{1,18})\]", re.M
+)
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b")
+# How far each log has been read for step numbers, and the highest one so far.
+_SHOWN: weakref.WeakKeyDictionary[ServerLog, tuple[LogGrowth, int | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -37,37 +47,61 @@ class Progress:
         return sorted(where for where, times in self.begun.items() if times > self.ended[where])
 
 
-def read_progress(log: ServerLog, start: int, profile_id: str) -> Progress:
-    """Reads the log from byte `start` on."""
-    begun: Counter[PlaceOfRank] = Counter()
-    ended: Counter[PlaceOfRank] = Counter()
-    strangers: list[str] = []
-    batches = 0
-    for line in log.lines(start):
-        match = _ENTRY.match(line)
-        if match is None:
-            continue
+class ProgressReader:
+    """Follows one window in the log from byte `start` on; what was read is not read again."""
+
+    def __init__(self, log: ServerLog, start: int, profile_id: str) -> None:
+        self._log = log
+        self._growth = LogGrowth(log.path, start)
+        self._profile_id = profile_id
+        self._begun: Counter[PlaceOfRank] = Counter()
+        self._ended: Counter[PlaceOfRank] = Counter()
+        self._strangers: dict[str, None] = {}
+        self._batches = 0
+
+    def read(self) -> Progress:
+        """All that the log has told by now."""
+        for line in self._log.new(self._growth):
+            if match := _ENTRY.match(line):
+                self._take(match)
+        strangers = tuple(self._strangers)
+        return Progress(Counter(self._begun), Counter(self._ended), strangers, self._batches)
+
+    def _take(self, match: re.Match[str]) -> None:
         where = place(Rank.parse(match[1]) or Rank(tp=0))
         if match[2] == "Profiling starts":
-            found = _ID.search(match[3])
-            if found and found[1] == profile_id:
-                begun[where] += 1
+            named = _ID.search(match[3])
+            if named and named[1] == self._profile_id:
+                self._begun[where] += 1
             else:
-                strangers.append(found[1] if found else "?")
+                self._strangers[named[1] if named else "?"] = None
         elif match[2] == "Profiling done":
-            ended[where] += 1
+            self._ended[where] += 1
         else:
-            batches += 1
-    return Progress(begun, ended, tuple(dict.fromkeys(strangers)), batches)
+            self._batches += 1
+
+
+def read_progress(log: ServerLog, start: int, profile_id: str) -> Progress:
+    """Reads the log once, from byte `start` on."""
+    return ProgressReader(log, start, profile_id).read()
 
 
 def refusal_reason(log: ServerLog, start: int) -> tuple[str, ...]:
     """The last error since `start`: why a profile request was answered 500."""
-    errors = [line for line in log.lines(start) if _ERROR.match(line)]
-    return tuple(errors[-1:])
+    errors = (line for line in log.each(start) if _ERROR.match(line))
+    return tuple(deque(errors, maxlen=1))
 
 
 def last_step(log: ServerLog) -> int | None:
-    """The highest step number the log shows; None without SGLANG_LOG_FORWARD_ITERS."""
-    numbers = [int(found[1]) for line in log.lines() if (found := _ITERATION.match(line))]
-    return max(numbers, default=None)
+    """The highest step number the log shows; None without SGLANG_LOG_FORWARD_ITERS.
+
+    The first look at a log begins `STEP_BYTES` before its end, since steps only grow; each
+    later one looks at what is new.
+    """
+    growth, highest = _SHOWN.get(log) or (LogGrowth(log.path), None)
+    for piece in growth.pieces(at_most=STEP_BYTES):
+        numbers = [int(number) for number in _ITERATION.findall(piece)]
+        if numbers:
+            highest = max(highest or 0, *numbers)
+    _SHOWN[log] = growth, highest
+    return highest

@@ -19,7 +19,7 @@ from pytest_sglprof.capture.folders import OutputFolder, output_folder
 from pytest_sglprof.capture.life import ABORT_SECONDS, POLL, LifeWatch
 from pytest_sglprof.capture.space import check_space, check_watchdog
 from pytest_sglprof.capture.torch_files import MERGED, TraceFiles
-from pytest_sglprof.capture.torch_log import last_step, read_progress, refusal_reason
+from pytest_sglprof.capture.torch_log import ProgressReader, last_step, refusal_reason
 from pytest_sglprof.capture.torch_request import (
     DISARM,
     NAME_LIMIT,
@@ -75,6 +75,9 @@ class TorchRecording:
         self._place: OutputFolder | None = None
         self._files = TraceFiles(folder, self._ranks)
         self._notes: list[str] = []
+        self._in_log = (
+            ProgressReader(server.log, life.log_start, self._profile_id) if server.log else None
+        )
 
     def refuse(self) -> None:
         """Raises `WindowRefused` for what would break the server or the data."""
@@ -155,9 +158,9 @@ class TorchRecording:
 
     def _pending(self) -> list[str]:
         """Ranks that began and did not report their end, where the log can tell."""
-        if self._server.log is None:
+        if self._in_log is None:
             return []
-        progress = read_progress(self._server.log, self._life.log_start, self._profile_id)
+        progress = self._in_log.read()
         labels = {(r.dp or 0, r.pp or 0, r.tp or 0): r.label for r in self._ranks}
         return [labels[where] for where in progress.pending() if where in labels]
 
@@ -199,8 +202,8 @@ class TorchRecording:
     def _why_unfinished(self, unfinished: str) -> str:
         """`unfinished`, or better: that nothing ran at all."""
         server = self._server
-        if server.log is not None:
-            progress = read_progress(server.log, self._life.log_start, self._profile_id)
+        if self._in_log is not None:
+            progress = self._in_log.read()
             if progress.batches or progress.ended:
                 return unfinished
         with contextlib.suppress(ServerError):
@@ -268,8 +271,8 @@ class TorchRecording:
             faults.append(f"cut off: {', '.join(cut)}")
         if pending := self._pending():
             faults.append(f"{', '.join(pending)} began but never reported 'Profiling done'")
-        if self._server.log is not None:
-            progress = read_progress(self._server.log, self._life.log_start, self._profile_id)
+        if self._in_log is not None:
+            progress = self._in_log.read()
             if progress.strangers:
                 faults.append(
                     f"another profile ({', '.join(progress.strangers)}) began meanwhile, and "

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
             hint="for torch traces: sglprof perfetto, whose open.html pins the rows itself",
         )
     records: list[dict[str, Any]] = []
+    notes: list[str] = []
     for file in files:
-        for row in stream_rows(file, pid_ranks=dict(args.rank), nsys=args.nsys):
+        for row in stream_rows(file, pid_ranks=dict(args.rank), nsys=args.nsys, notes=notes):
             record = {"file": file.name, **asdict(row)}
             records.append({**record, "row": _row(row.pid, row.device, row.stream)})
     columns: tuple[Column, ...] = (
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "table" and records:
         sys.stdout.write(f"\n{HOW}")
     if not records:
-        sys.stderr.write(f"note: no kernels in {', '.join(path.name for path in files)}\n")
+        notes.append(f"no kernels in {', '.join(path.name for path in files)}")
+    sys.stderr.write("".join(f"note: {note}\n" for note in dict.fromkeys(notes)))
     return 0
 
 

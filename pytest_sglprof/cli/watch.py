@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pytest_sglprof.errors import Inconclusive, SettingsError
 
 if TYPE_CHECKING:
+    from pytest_sglprof.analysis.change_points import LoadOutline
     from pytest_sglprof.analysis.unequal import OnsetRule
     from pytest_sglprof.cli.watch_jsonl import JsonLines
-    from pytest_sglprof.values import LoadSample
-    from pytest_sglprof.watch.log_lines import Sample
 
 FOUND, NONE = 1, 0
 
@@ -89,35 +87,51 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> int:
-    """Every onset of a finished log with its period, and what each rank had on average."""
-    from pytest_sglprof.analysis.change_points import finished_load
+    """Every onset of a finished log with its period, and what each rank had on average.
+
+    The log is read anew for each look, so that none of its samples must be held.
+    """
+    from pytest_sglprof.analysis.change_points import LoadOutline, finished_load
     from pytest_sglprof.analysis.onset import OnsetDetector
     from pytest_sglprof.analysis.unequal import CANNOT_KNOW
     from pytest_sglprof.cli.watch_table import onset_line
-    from pytest_sglprof.values import BalanceSample, LoadSample
+    from pytest_sglprof.values import LoadSample
+    from pytest_sglprof.watch.log_file import FinishedLog
 
-    samples, milliseconds = _read(path)
-    lines.samples(samples)
-    loads = [sample for sample in samples if isinstance(sample, LoadSample)]
-    balances = [sample for sample in samples if isinstance(sample, BalanceSample)]
-    if not loads and not balances:
+    if not path.is_file():
+        raise SettingsError(
+            f"{path} is no log", expected="a file, or http://HOST:PORT", hint="check the path"
+        )
+    log = FinishedLog(path)
+    outline = LoadOutline()
+    has_balances = False
+    for block in log:
+        lines.samples(block)
+        for sample in block:
+            if isinstance(sample, LoadSample):
+                outline.add(sample)
+            else:
+                has_balances = True
+    if not outline.ranks and not has_balances:
         raise Inconclusive(
             f"{path} holds no Prefill or Decode line",
             expected="the log of an SGLang server that had requests",
             hint="SGLang writes them to its standard error",
         )
-    if not balances and not any(sample.rank for sample in loads):
+    if not has_balances and not any(outline.ranks):
         raise Inconclusive(CANNOT_KNOW)
-    found = finished_load(loads, rule, milliseconds=milliseconds)
+    loads = (sample for block in log for sample in block if isinstance(sample, LoadSample))
+    found = finished_load(loads, rule, milliseconds=log.has_milliseconds, outline=outline)
     measured = OnsetDetector(rule, source="log")  # for what the server measures itself
-    for sample in samples if balances else ():
-        measured.add([sample], sample.time)
+    for block in log if has_balances else ():
+        for sample in block:
+            measured.add([sample], sample.time)
     balanced = [onset for onset in measured.onsets if onset.kind in ("experts", "dp_tokens")]
     onsets = sorted((*found.onsets, *balanced), key=lambda onset: onset.time)
     for onset in onsets:
         lines.onset(onset)
         out.write(f"{onset_line(onset)}\n")
-    out.write("".join(f"{line}\n" for line in _rank_lines(loads)))
+    out.write("".join(f"{line}\n" for line in _rank_lines(outline)))
     if onsets:
         return FOUND
     judged = max(found.judged_s, measured.judged_s)
@@ -131,33 +145,15 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> in
     return NONE
 
 
-def _read(path: Path) -> tuple[list[Sample], bool]:
-    from pytest_sglprof.watch.log_file import LogFollower
-
-    if not path.is_file():
-        raise SettingsError(
-            f"{path} is no log", expected="a file, or http://HOST:PORT", hint="check the path"
-        )
-    with LogFollower(path) as log:
-        samples = [*log.poll(), *log.rest()]
-        return samples, log.lines.has_milliseconds
-
-
-def _rank_lines(loads: Sequence[LoadSample]) -> list[str]:
+def _rank_lines(outline: LoadOutline) -> list[str]:
     from pytest_sglprof.cli.watch_table import ONE_RANK
     from pytest_sglprof.report.text_table import text_table
 
-    ranks: dict[str, list[LoadSample]] = {}
-    for sample in loads:
-        ranks.setdefault(sample.rank, []).append(sample)
     rows = []
-    for rank, mine in sorted(ranks.items()):
-        count = len(mine)
-        running = sum(sample.running for sample in mine) / count
-        waiting = sum(sample.waiting for sample in mine) / count
-        tokens = [sample.tokens for sample in mine if sample.tokens is not None]
-        mean = f"{sum(tokens) / len(tokens):.0f}" if tokens else "-"
-        rows.append([rank or ONE_RANK, str(count), f"{running:.1f}", f"{waiting:.1f}", mean])
+    for label, rank in sorted(outline.ranks.items()):
+        running, waiting = rank.running / rank.lines, rank.waiting / rank.lines
+        mean = f"{rank.tokens / rank.with_tokens:.0f}" if rank.with_tokens else "-"
+        rows.append([label or ONE_RANK, str(rank.lines), f"{running:.1f}", f"{waiting:.1f}", mean])
     head = ["rank", "lines", "running a line", "waiting a line", "tokens a line"]
     return text_table(head, rows, left=[0])
 

@@ -16,6 +16,7 @@ from pytest_sglprof.cli.watch_table import LoadHistory, load_table, onset_line
 from pytest_sglprof.errors import Inconclusive
 from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.sizes import ServerSizes
+from pytest_sglprof.values import BalanceSample
 from pytest_sglprof.watch.log_file import LogFollower
 from pytest_sglprof.watch.watcher import LoadWatch, LogSource, server_watch
 
@@ -31,13 +32,15 @@ def watch_live(
     args: argparse.Namespace, rule: OnsetRule, lines: JsonLines, out: IO[str], *, is_url: bool
 ) -> int:
     """Watches until `--for` is over, the window is closed, or Ctrl-C; the exit status."""
+    log = None
     if is_url:
         watch, detector = _server(args.target, rule)
     else:
         path = Path(args.target)
         detector = OnsetDetector(rule, source="log", milliseconds=_has_milliseconds(path))
-        watch = LoadWatch([LogSource(path, from_end=False)])
-    screen = _Screen(out, detector, lines)
+        log = LogSource(path, from_end=False)
+        watch = LoadWatch([log], keep=0)
+    screen = _Screen(out, detector, lines, log)
     watch.listen(screen.take)
     with watch:
         return _follow(args, watch, screen, detector)
@@ -88,7 +91,7 @@ def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
     count = ServerSizes.from_info(info).dp_ranks
     if count < 2 and not records_experts(info):
         raise Inconclusive(CANNOT_KNOW)
-    watch = server_watch(url, api_key=key, metrics=bool(info.get("enable_metrics")))
+    watch = server_watch(url, api_key=key, metrics=bool(info.get("enable_metrics")), keep=0)
     return watch, OnsetDetector(rule, ranks=[f"DP{number}" for number in range(count)])
 
 
@@ -102,16 +105,20 @@ def _has_milliseconds(path: Path) -> bool:
 class _Screen:
     """Fed by the watching thread, drawn by the main one."""
 
-    def __init__(self, out: IO[str], detector: OnsetDetector, lines: JsonLines) -> None:
+    def __init__(
+        self, out: IO[str], detector: OnsetDetector, lines: JsonLines, log: LogSource | None
+    ) -> None:
         self.onset = threading.Event()
         self.cannot_know = False
+        self._log = log
+        self._has_untagged = self._has_balance = False
         self._out = out
         self._detector = detector
         self._lines = lines
         self._history = LoadHistory()
         self._lock = threading.Lock()
         self._new: list[Onset] = []
-        self._all: list[Onset] = []
+        self._first: Onset | None = None
         self._ended: set[float] = set()
         self._drawn = 0
         self._is_terminal = out.isatty()
@@ -122,25 +129,33 @@ class _Screen:
             self._lines.samples(samples)
             self._history.add(samples, self._detector.source)
             found = self._detector.add(samples, now)
-            untagged = [s for s in samples if s.source == "log" and not s.rank]
-            tagged = any(len(g.board.loads(now)) > 1 for g in self._detector.groups)
-            has_balance = any(hasattr(sample, "factor") for sample in samples)
-            self.cannot_know = bool(untagged) and not tagged and not has_balance
+            self._has_untagged |= any(s.source == "log" and not s.rank for s in samples)
+            self._has_balance |= any(isinstance(sample, BalanceSample) for sample in samples)
+            self.cannot_know = self._is_one_rank(now)
             for onset in found:
                 self._lines.onset(onset)
-            for onset in self._detector.onsets:
+            onsets = self._detector.onsets
+            self._ended &= {onset.time for onset in onsets}
+            for onset in onsets:
                 if onset.ended is not None and onset.time not in self._ended:
                     self._ended.add(onset.time)
                     self._lines.end(onset)
             self._new += found
-            self._all += found
+            self._first = self._first or next(iter(found), None)
         if found:
             self.onset.set()
 
     def first(self) -> Onset | None:
         """The first onset that was declared, if any was."""
         with self._lock:
-            return self._all[0] if self._all else None
+            return self._first
+
+    def _is_one_rank(self, now: float) -> bool:
+        """Whether all that was read so far came of one DP rank; not before the log's end."""
+        if self._log is not None and not self._log.delay:
+            return False
+        tagged = any(len(group.board.loads(now)) > 1 for group in self._detector.groups)
+        return self._has_untagged and not tagged and not self._has_balance
 
     def draw(self) -> None:
         """New onsets; on a terminal the table below them, over the one before."""

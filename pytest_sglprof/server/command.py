@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pytest_sglprof.errors import ServerMissing, SettingsError
+from pytest_sglprof.process import which
 from pytest_sglprof.redact import (
     is_secret_variable,
     learn_command,
@@ -67,7 +68,8 @@ def find_entry(spec: ServerSpec) -> Entry:
     """
     if spec.kind == "standin":
         return _standin()
-    python = spec.python or sys.executable
+    # As a path, since the keeper and nsys would look a bare name up on their own.
+    python = (which(spec.python) or spec.python) if spec.python else sys.executable
     try:
         return _sglang(python)
     except ServerMissing:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_sglprof.redact import redact_text
+from pytest_sglprof.server.log_growth import LogGrowth
 
 MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
 TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
+REASON_BYTES = 2**22  # 30,000 lines: what a death is explained by stands at the end
 
 _STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
+_LINE_END = re.compile(rb"[\r\n]")
 _TRACEBACK = "Traceback (most recent call last)"
 # The server goes on after these: a request failed, not a process.
 _HARMLESS = re.compile(r"Exception in ASGI application|Profiling is not in progress")
@@ -53,17 +57,28 @@ class ServerLog:
 
     def lines(self, start: int = 0) -> list[str]:
         """The complete lines (without their ends) that begin at or after byte `start`."""
-        return self.read(start)[0]
+        return list(self.each(start))
+
+    def each(self, start: int = 0) -> Iterator[str]:
+        """The same one by one: of a log of any size little is in memory at a time."""
+        yield from self.new(LogGrowth(self.path, start))
+
+    def new(self, growth: LogGrowth) -> Iterator[str]:
+        """The lines that `growth`, of this log's file, has not given yet."""
+        for piece in growth.pieces():
+            yield from self._decode(piece)
 
     def read(self, start: int = 0) -> tuple[list[str], int]:
-        """The complete lines from byte `start` on, and the offset to go on from."""
-        data = self._bytes(start)
-        end = data.rfind(b"\n") + 1
-        return self._decode(data[:end]), start + end
+        """The complete lines from byte `start` on, and the offset to go on from.
+
+        Of a log that is shorter than `start` by now, all of them.
+        """
+        growth = LogGrowth(self.path, start)
+        return list(self.new(growth)), growth.offset
 
     def last_line(self) -> str:
         """The last line that is not empty ("" when there is none), without a key."""
-        for line in reversed(self._decode(self._bytes(max(0, self.position() - TAIL_BYTES)))):
+        for line in reversed(self._decode(self._last(TAIL_BYTES))):
             if line.strip():
                 return _shorten(line)
         return ""
@@ -74,9 +89,10 @@ class ServerLog:
         Tracebacks that ended a process come first choice, the innermost frame and the
         exception of each; then lines that name a cause (memory, a port, an argument);
         then what the server said about its end; and only then the last lines that are
-        not traffic.
+        not traffic. Only the last `REASON_BYTES` are looked at.
         """
-        lines = self._decode(self._bytes(start))  # a dying server may not end its last line
+        # To the last byte: a dying server may not end its last line.
+        lines = self._decode(self._last(REASON_BYTES, start))
         blocks = _tracebacks(lines)
         inside = {number for block in blocks for number in range(block.first, block.last + 1)}
         causes = [
@@ -92,13 +108,24 @@ class ServerLog:
             found = [line for line in telling if not _NOISE.search(line)][-limit // 2 :]
         return tuple(_shorten(line) for line in found[-limit:])
 
-    def _bytes(self, start: int) -> bytes:
+    def _last(self, count: int, start: int = 0) -> bytes:
+        """At most the last `count` bytes, of those from `start` on where there are any.
+
+        Without the rest of a line (or of a progress bar) that began before: the half of a
+        secret is not recognised as one.
+        """
         try:
             with self.path.open("rb") as stream:
-                stream.seek(start)
-                return stream.read()
+                size = stream.seek(0, os.SEEK_END)
+                first = start if start <= size else 0
+                stream.seek(max(first, size - count))
+                data = stream.read(count)
         except OSError:
             return b""
+        if size - count <= first:
+            return data
+        end = _LINE_END.search(data)
+        return data[end.end() :] if end else b""
 
     def _decode(self, data: bytes) -> list[str]:
         text = redact_text(data.decode("utf-8", errors="replace"))

@@ -255,7 +255,7 @@ def attach(
         kind="standin" if standin else "sglang",
         url=url,
         folder=folder.absolute(),
-        python=python or sys.executable,
+        python=(process.which(python) or python) if python else sys.executable,
         client=client,
         info=info,
         nsys=session,

@@ -127,7 +127,7 @@ class WindowRun:
         from pytest_sglprof.server.log_facts import read_log_facts
         from pytest_sglprof.server.sizes import graph_batches
 
-        facts = read_log_facts(log.lines(self._log_start), capture.closed)
+        facts = read_log_facts(log.each(self._log_start), capture.closed)
         facts = replace(facts, graph_batches=graph_batches(self._server.info))
         return replace(capture, facts=facts)
 

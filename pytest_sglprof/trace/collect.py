@@ -34,7 +34,7 @@ from pytest_sglprof.trace.kineto import (
     arguments,
     communicates,
 )
-from pytest_sglprof.trace.times import ns
+from pytest_sglprof.trace.times import LONGEST_NS, ns, unfit
 
 BATCH = 8192  # activities; about 380 KB
 GPU_KINDS = frozenset({KERNEL, MEMCPY, MEMSET})
@@ -146,14 +146,15 @@ class Collector:
         them may be told.
         """
         columns = _columns(found)
+        longest = max(columns.dur) * 1000.0
+        if max(columns.ts) >= FLOAT_LIMIT or longest >= LONGEST_NS or min(columns.ts) < 0.0:
+            raise NeedsText
         categories = set(columns.category)
         if not kinds.keys() >= categories or min(columns.dur) < 0.0:
             columns = _columns(self._fitting(found, kinds))
             categories = set(columns.category)
         if not columns.ts:
             return
-        if max(max(columns.ts), max(columns.dur)) >= FLOAT_LIMIT or min(columns.ts) < 0.0:
-            raise NeedsText
         try:
             self._extend_quick(columns, _kinds(columns.category, categories, kinds))
         except OverflowError:  # a number that is no id; by text it counts as absent
@@ -167,7 +168,9 @@ class Collector:
     def _fitting(self, found: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
         mine = [event for event in found if event.cat in kinds]
         for event in mine:
-            self._count_unfit(event.cat, event.dur, None)
+            if event.dur < 0.0:
+                absent = event.dur == float("-inf")
+                self._count_unfit(event.cat, unfit(0, None if absent else -1), None)
         return [event for event in mine if event.dur >= 0.0]
 
     def _extend_quick(self, columns: _Columns, kind: bytes) -> None:
@@ -201,12 +204,10 @@ class Collector:
         batch.call_sequence.append(args.sequence)
         batch.call_external.append(args.external)
 
-    def _count_unfit(self, category: str, dur: float | None, pid: object) -> None:
-        if category not in self.kinds or (dur is not None and dur >= 0):
+    def _count_unfit(self, category: str, what: str, pid: object) -> None:
+        if category not in self.kinds:
             return
-        absent = dur is None or dur == float("-inf")
-        what = "missing or unreadable" if absent else "negative"
-        key = self._owner(pid), f"{category.lower()} events with a {what} time"
+        key = self._owner(pid), f"{category.lower()} events with {what} time"
         self.facts.skipped[key] = self.facts.skipped.get(key, 0) + 1
 
     def add_full(self, event: FullEvent) -> None:
@@ -216,10 +217,9 @@ class Collector:
         if event.ph != "X" or not (spans or kind is not None):
             return
         start, dur = ns(event.ts), ns(event.dur)
-        if start is None or dur is None or dur < 0:
+        if start is None or dur is None or unfit(start, dur):
             if kind != LAUNCH:
-                unfit = None if start is None or dur is None else float(dur)
-                self._count_unfit(event.cat, unfit, event.pid)
+                self._count_unfit(event.cat, unfit(start, dur), event.pid)
             return
         args = arguments(event.args)
         if spans:

@@ -18,7 +18,14 @@ from pytest_sglprof.trace.nsys_schema import (
     table_of,
     whole_graphs,
 )
-from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, process_of
+from pytest_sglprof.trace.nsys_tables import (
+    MISSING,
+    ReportTables,
+    coded,
+    pid_of,
+    process_of,
+    usable,
+)
 
 _COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "graphNodeId")
 _NAMED = {"kernel": ("demangledName",), "memcpy": ("copyKind",), "memset": ()}
@@ -29,7 +36,8 @@ class GpuRows:
     """Activities, arrays of shape (rows,). Times in ns; MISSING, or -1 for stream and device.
 
     process: globalPid. kind, name: codes into KINDS and names. correlation: the id that
-    the launch has as well. graph: a node of a CUDA graph.
+    the launch has as well. graph: a node of a CUDA graph. unusable: the (pid, device) pairs
+    of a report all of whose rows were left out, so that somebody is there to tell it of.
     """
 
     start: Ints
@@ -43,14 +51,14 @@ class GpuRows:
     name: Ints
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unusable: frozenset[tuple[int, int]] = frozenset()
 
     def __len__(self) -> int:
         return len(self.start)
 
     def owners(self) -> frozenset[tuple[int, int]]:
         """Every (pid, device) that has a row."""
-        pairs = np.unique((pid_of(self.process) << 32) + self.device + 1).tolist()
-        return frozenset((pair >> 32, (pair & 0xFFFFFFFF) - 1) for pair in pairs)
+        return _owners(self.process, self.device)
 
     def of_owners(self, owners: Iterable[Owner]) -> Ints:
         """The indices of the rows of these owners."""
@@ -83,10 +91,8 @@ def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
     start, end, device, stream, process, node, correlation, kinds, names = (
         _joined(parts) for parts in columns
     )
-    timed = (start != MISSING) & (end != MISSING) & (end >= start)
-    notes = []
-    if not timed.all():
-        notes.append(skipped(int((~timed).sum())))
+    timed, untimed = usable(start, end)
+    notes = skipped(*untimed)
     graph = (node != MISSING) & (node != 0)
     group = np.zeros(len(start), dtype=np.int64)
     for part in (process, device, stream):
@@ -95,12 +101,13 @@ def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
     bad = impossible(start, end, group, (kinds == 0) & ~graph & timed)
     if bad.any():
         notes.append(excluded((end - start)[bad]))
+    device = np.maximum(device, -1)
     keep = timed & ~bad
     chosen = slice(None) if keep.all() else keep  # a slice copies nothing
     return GpuRows(
         start=start[chosen],
         dur=(end - start)[chosen],
-        device=np.maximum(device, -1)[chosen],
+        device=device[chosen],
         stream=np.maximum(stream, -1)[chosen],
         process=process[chosen],
         correlation=correlation[chosen],
@@ -109,7 +116,13 @@ def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
         name=names[chosen],
         names=tuple(code_of),
         notes=tuple(notes),
+        unusable=frozenset() if keep.any() else _owners(process, device),
     )
+
+
+def _owners(process: Ints, device: Ints) -> frozenset[tuple[int, int]]:
+    pairs = np.unique((pid_of(process) << 32) + device + 1).tolist()
+    return frozenset((pair >> 32, (pair & 0xFFFFFFFF) - 1) for pair in pairs)
 
 
 def _joined(parts: list[Ints]) -> Ints:
@@ -138,7 +151,8 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
     start, thread, correlation = tables.integers(PREFIX + "RUNTIME", columns)
     process = process_of(thread)
     for one in np.unique(rows.process[rows.process != MISSING]):
-        calls = np.flatnonzero((process == process_of(one)) & (correlation != MISSING))
+        known = (correlation != MISSING) & (start != MISSING)
+        calls = np.flatnonzero((process == process_of(one)) & known)
         # A runtime call and the driver call inside it share their id: the first one counts.
         calls = calls[np.lexsort((start[calls], correlation[calls]))]
         mine = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
@@ -161,7 +175,7 @@ def read_whole_graphs(tables: ReportTables) -> WholeGraphs:
     start, end, process, device = tables.integers(PREFIX + "GRAPH_TRACE", columns)
     if not len(start):
         return WholeGraphs()
-    timed = (start != MISSING) & (end != MISSING)
+    timed, _ = usable(start, end)
     total = int((end - start)[timed].sum())
     note = whole_graphs(len(start), total)
     pairs = zip(pid_of(process).tolist(), np.where(device < 0, -1, device).tolist(), strict=True)

@@ -58,16 +58,15 @@ class ParquetTables:
         file = self._files.get(table)
         if file is None:
             return
-        kind = self._pyarrow.int64()
         try:
             stored = self._pyarrow.parquet.ParquetFile(file)
             there = [column for column in columns if column in stored.schema_arrow.names]
             if not there:
                 return
             for batch in stored.iter_batches(_ROWS, columns=there):
-                missing = self._pyarrow.nulls(batch.num_rows, kind)
+                missing = self._pyarrow.nulls(batch.num_rows, self._pyarrow.int64())
                 arrays = [
-                    batch.column(column).cast(kind, safe=False) if column in there else missing
+                    self._whole(batch.column(column)) if column in there else missing
                     for column in columns
                 ]
                 yield self._pyarrow.Table.from_arrays(arrays, names=list(columns))
@@ -105,12 +104,20 @@ class ParquetTables:
             raise _unreadable(file, str(error)) from error
 
     def _integers(self, table: str, column: Any) -> Ints:
-        kind = self._pyarrow.int64()
         try:
-            whole = column.cast(kind, safe=False)  # 64-bit ids wrap, as they do in SQLite
+            whole = self._whole(column)
         except self._pyarrow.ArrowException as error:
             raise _unreadable(self._files[table], str(error)) from error
         return np.asarray(whole.fill_null(MISSING).to_numpy(), dtype=np.int64)
+
+    def _whole(self, column: Any) -> Any:
+        """A column as int64; fractions and what is out of range are null, as in SQLite."""
+        import pyarrow.compute as pc
+
+        if self._pyarrow.types.is_floating(column.type):
+            fits = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**63))
+            column = pc.if_else(fits, column, self._pyarrow.scalar(None, column.type))
+        return column.cast(self._pyarrow.int64(), safe=False)  # 64-bit ids wrap, as in SQLite
 
 
 def _unreadable(file: Path, why: str) -> TraceError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pytest_sglprof.trace.arrays import Flags, Ints, holding
-from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of
+from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, usable
 from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
@@ -53,7 +53,7 @@ def read_ranges(tables: ReportTables) -> Ranges:
     start, end, kind, thread, text_id = tables.integers("NVTX_EVENTS", columns)
     own, names = tables.texts("NVTX_EVENTS", "text")
     wanted = (kind == PUSH_POP) | (kind == START_END)
-    done = wanted & (start != MISSING) & (end != MISSING) & (end >= start)
+    done = wanted & usable(start, end)[0]
     code = own if len(own) else np.full(len(start), -1, dtype=np.int64)
     lost = int(wanted.sum() - done.sum())
     registered = np.where(code < 0, text_id, MISSING)[done]

@@ -77,7 +77,10 @@ def _read(
     rows = read_gpu_rows(tables, correlated=RUN_BATCH in ranges.names)
     graphs = read_whole_graphs(tables)
     notes = [*rows.notes, *graphs.notes]
-    on_gpu = {Owner(pid, device) for pid, device in rows.owners() | graphs.owners}
+    pairs = rows.owners() | graphs.owners
+    if not pairs and not len(ranges.start):
+        pairs = rows.unusable
+    on_gpu = {Owner(pid, device) for pid, device in pairs}
     if on_gpu:
         owners = sorted(on_gpu)
     else:

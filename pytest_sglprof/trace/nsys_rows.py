@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pytest_sglprof.trace.nsys_gpu import read_gpu_rows
 from pytest_sglprof.trace.nsys_ranks import Owner, label_owners
 from pytest_sglprof.trace.nsys_report import opened
+from pytest_sglprof.trace.nsys_schema import KINDS
 from pytest_sglprof.trace.nsys_tables import pid_of
-
-_COLUMNS = ("globalPid", "deviceId", "streamId", "start", "end")
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,35 @@ class StreamRow:
 
 
 def stream_rows(
-    path: Path, *, pid_ranks: Mapping[int, str] | None = None, nsys: str | None = None
+    path: Path,
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    nsys: str | None = None,
+    notes: list[str] | None = None,
 ) -> list[StreamRow]:
     """All streams with kernels, by process and device, the busiest stream first.
 
-    pid_ranks: the rank of a process id; without it a row is labelled as the kernel table
-    labels it. Raises what `read_report` raises.
+    Counted are the kernels that the kernel table holds. pid_ranks: the rank of a process id;
+    without it a row is labelled as the kernel table labels it. notes: gets what was left
+    out. Raises what `read_report` raises.
     """
     with opened(path, nsys) as tables:
-        process, device, stream, start, end = tables.integers(
-            "CUPTI_ACTIVITY_KIND_KERNEL", _COLUMNS
-        )
-    keys = np.stack([pid_of(process), device, stream], axis=1)
+        rows = read_gpu_rows(tables, correlated=False)
+    if notes is not None:
+        notes += rows.notes
+    kernels = rows.kind == KINDS.index("kernel")
+    columns = (pid_of(rows.process), rows.device, rows.stream)
+    keys = np.stack([column[kernels] for column in columns], axis=1)
     distinct, place = np.unique(keys, axis=0, return_inverse=True)
     counts = np.bincount(place.ravel(), minlength=len(distinct))
     totals = np.zeros(len(distinct), np.int64)
-    np.add.at(totals, place.ravel(), end - start)
-    found = distinct.tolist()
-    owners = sorted({Owner(pid, device) for pid, device, _ in found})
+    np.add.at(totals, place.ravel(), rows.dur[kernels])
+    streams = distinct.tolist()
+    owners = sorted({Owner(pid, device) for pid, device, _ in streams})
     recorded = {owner.pid for owner in owners}
     labels, _ = label_owners(owners, pid_ranks=pid_ranks or {}, gpu_ranks={}, recorded=recorded)
-    rows = [
+    summed = [
         StreamRow(labels[Owner(pid, device)], pid, device, stream, int(count), int(total))
-        for (pid, device, stream), count, total in zip(found, counts, totals, strict=True)
+        for (pid, device, stream), count, total in zip(streams, counts, totals, strict=True)
     ]
-    return sorted(rows, key=lambda row: (row.pid, row.device, -row.total_ns, row.stream))
+    return sorted(summed, key=lambda row: (row.pid, row.device, -row.total_ns, row.stream))

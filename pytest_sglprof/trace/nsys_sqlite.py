@@ -12,7 +12,7 @@ import numpy as np
 
 from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.nsys_database import Database, open_database
-from pytest_sglprof.trace.nsys_tables import MISSING
+from pytest_sglprof.trace.nsys_schema import MISSING, whole_number
 
 _ROWS = 4_096  # fetched at once: enough to hide the cost of a call, few enough for the cache
 
@@ -38,11 +38,7 @@ class SqliteTables:
             return np.empty((len(columns), 0), dtype=np.int64)
         (count,) = self._connection.execute(f'SELECT COUNT(*) FROM "{table}"').fetchone()
         read = np.empty((len(there), count), dtype=np.int64)
-        try:
-            self._fill(read, table, [f'IFNULL("{column}", {MISSING})' for column in there])
-        except (TypeError, ValueError):  # not all are numbers
-            cast = 'CAST(IFNULL("{}", {}) AS INTEGER)'
-            self._fill(read, table, [cast.format(column, MISSING) for column in there])
+        self._fill(read, table, [_or_missing(column) for column in there])
         if len(there) == len(columns):
             return read
         values = np.full((len(columns), count), MISSING, dtype=np.int64)
@@ -77,3 +73,9 @@ class SqliteTables:
     def _scan(self, table: str, words: str) -> sqlite3.Cursor:
         # Ordered, since an index that covers the columns would give its own order.
         return self._connection.execute(f'SELECT {words} FROM "{table}" ORDER BY rowid')
+
+
+def _or_missing(column: str) -> str:
+    """The column's whole numbers in SQL; whatever else a row may hold there counts as NULL."""
+    otherwise = f'IIF({whole_number(column)}, CAST("{column}" AS INTEGER), {MISSING})'
+    return f'IIF(TYPEOF("{column}") = \'integer\', "{column}", {otherwise})'  # almost always

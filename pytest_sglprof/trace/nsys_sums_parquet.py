@@ -20,6 +20,7 @@ from pytest_sglprof.trace.nsys_schema import (
     table_of,
 )
 from pytest_sglprof.trace.nsys_tables import MISSING, pid_of
+from pytest_sglprof.trace.times import LARGEST_NS, LONGEST_NS
 
 _COLUMNS = ("start", "end", "globalPid", "deviceId", "streamId", "graphNodeId")
 _NAME_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -35,14 +36,15 @@ def count_folder(folder: Path) -> Counted | None:
     """As `count_database`, of a folder of Parquet files. Raises the errors of `ParquetTables`."""
     tables = ParquetTables(folder)
     sums: dict[Key, tuple[int, int]] = {}
-    untimed = 0
+    missing = beyond = 0
     for kind in KINDS:
         order = _Order()
         found: _Sums = {}
         columns = (*_COLUMNS, *_NAME_COLUMNS[kind])
         for batch in tables.batches(table_of(kind), columns):
-            timed = _timed(batch)
-            untimed += batch.num_rows - timed.num_rows
+            known, timed = _timed(batch)
+            missing += batch.num_rows - known.num_rows
+            beyond += known.num_rows - timed.num_rows
             _add_up(timed, _NAME_COLUMNS[kind], found)
             if kind == "kernel" and not order.holds(timed):
                 return None
@@ -51,15 +53,19 @@ def count_folder(folder: Path) -> Counted | None:
     owners = graphs.owners | {(pid, device) for pid, device, _, _ in sums}
     (recorded,) = tables.integers("PROCESSES", ["globalPid"])
     pids = frozenset(pid_of(recorded[recorded != MISSING]).tolist())
-    notes = ((skipped(untimed),) if untimed else ()) + graphs.notes
+    notes = (*skipped(missing, beyond), *graphs.notes)
     return Counted(sums, frozenset(owners), pids, notes)
 
 
-def _timed(batch: Any) -> Any:
-    """The rows that have a time."""
+def _timed(batch: Any) -> tuple[Any, Any]:
+    """The rows that have times, and of these the ones whose times can be: see `usable`."""
     import pyarrow.compute as pc
 
-    return batch.filter(pc.greater_equal(batch["end"], batch["start"]))
+    known = batch.filter(pc.greater_equal(batch["end"], batch["start"]))
+    inside = pc.and_(pc.greater(known["start"], -LARGEST_NS), pc.less(known["end"], LARGEST_NS))
+    timed = known.filter(inside)
+    short = pc.less(pc.subtract(timed["end"], timed["start"]), LONGEST_NS)
+    return known, timed.filter(short)
 
 
 def _add_up(rows: Any, names: tuple[str, ...], found: _Sums) -> None:

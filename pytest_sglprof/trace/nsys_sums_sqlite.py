@@ -8,13 +8,16 @@ from pytest_sglprof.trace.nsys_counted import Counted, Key
 from pytest_sglprof.trace.nsys_database import Database
 from pytest_sglprof.trace.nsys_schema import (
     KINDS,
+    MISSING,
     PID_MASK,
     PID_SHIFT,
     PREFIX,
+    USABLE,
     activity_name,
     skipped,
     table_of,
     whole_graphs,
+    whole_number,
 )
 
 # A sum's key is one integer, so that looking it up is one comparison a level: process id,
@@ -32,7 +35,7 @@ def count_database(database: Database) -> Counted | None:
     contain a whole later one, which is impossible and must not be counted.
     """
     sums: dict[Key, tuple[int, int]] = {}
-    untimed = 0
+    missing = beyond = 0
     for kind in KINDS:
         if not database.columns(table_of(kind)):
             continue
@@ -42,16 +45,17 @@ def count_database(database: Database) -> Counted | None:
         found = _sums(database, kind)
         others = _rows(database, kind, added) - added
         whole = all(isinstance(total, int) for _, total in found.values())
-        if not whole or (others and others != _untimed(database, kind)):
+        lost = _untimed(database, kind) if others else (0, 0)
+        if not whole or others != sum(lost):
             return None
-        untimed += others
+        missing += lost[0]
+        beyond += lost[1]
         sums.update(found)
-    if not _in_order(database, all_timed=not untimed):
+    if not _in_order(database, all_timed=not (missing or beyond)):
         return None
     owners, notes = _whole_graphs(database)
     owners |= {(pid, device) for pid, device, _, _ in sums}
-    if untimed:
-        notes.insert(0, skipped(untimed))
+    notes = [*skipped(missing, beyond), *notes]
     return Counted(sums, frozenset(owners), _recorded(database), tuple(notes))
 
 
@@ -61,7 +65,7 @@ def _add_up(database: Database, kind: str) -> int | None:
     columns = database.columns(table)
     if not {"start", "end"} <= columns:
         return None
-    fits = ['"end" >= "start"']
+    fits = [USABLE]
     parts = []
     if "globalPid" in columns:
         fits.append('"globalPid" IS NOT NULL')
@@ -115,13 +119,17 @@ def _sums(database: Database, kind: str) -> dict[Key, tuple[int, int]]:
     return merged
 
 
-def _untimed(database: Database, kind: str) -> int:
-    found = database.connection.execute(
-        f'SELECT COUNT(*) FROM "{table_of(kind)}" '
-        'WHERE "start" IS NULL OR "end" IS NULL OR ("end" < "start" '
-        "AND TYPEOF(\"start\") = 'integer' AND TYPEOF(\"end\") = 'integer')"
+def _untimed(database: Database, kind: str) -> tuple[int, int]:
+    """How many rows lack a time, and how many have one that cannot be."""
+    known = (
+        f"{whole_number('start')} AND {whole_number('end')} "
+        f'AND "start" <> {MISSING} AND "end" >= "start"'
     )
-    return int(found.fetchone()[0])
+    lost, beyond = database.connection.execute(
+        f'SELECT COUNT(*), COUNT(*) FILTER (WHERE {known}) FROM "{table_of(kind)}" '
+        f"WHERE ({USABLE}) IS NOT TRUE"
+    ).fetchone()
+    return int(lost) - int(beyond), int(beyond)
 
 
 def _in_order(database: Database, *, all_timed: bool) -> bool:
@@ -139,7 +147,7 @@ def _in_order(database: Database, *, all_timed: bool) -> bool:
     parts += ['("deviceId" << 16)'] if "deviceId" in columns else []
     parts += ['COALESCE("streamId", -1)'] if "streamId" in columns else []
     where = ['IFNULL("graphNodeId", 0) = 0'] if "graphNodeId" in columns else []
-    where += [] if all_timed else ['"end" >= "start"']
+    where += [] if all_timed else [USABLE]
     run = database.connection.execute
     run("DROP TABLE IF EXISTS temp.streams")
     run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start" NOT NULL, "end")')
@@ -159,16 +167,19 @@ def _in_order(database: Database, *, all_timed: bool) -> bool:
 def _whole_graphs(database: Database) -> tuple[set[tuple[int, int]], list[str]]:
     table = f"{PREFIX}GRAPH_TRACE"
     columns = database.columns(table)
-    start, end, process, device = (
-        f'"{name}"' if name in columns else "NULL"
-        for name in ("start", "end", "globalPid", "deviceId")
-    )
     if not columns:
         return set(), []
+    process, device = (
+        f'IIF(TYPEOF("{name}") = \'integer\', "{name}", {otherwise})'
+        if name in columns
+        else str(otherwise)
+        for name, otherwise in (("globalPid", 0), ("deviceId", -1))
+    )
+    usable = USABLE if {"start", "end"} <= columns else "FALSE"
+    length = 'CAST("end" AS INTEGER) - CAST("start" AS INTEGER)' if usable == USABLE else "0"
     rows = database.connection.execute(
-        f"SELECT COALESCE({process}, 0) >> {PID_SHIFT} & {PID_MASK}, "
-        f'MAX(COALESCE({device}, -1), -1), COUNT(*), SUM({end} - {start}) FROM "{table}" '
-        "GROUP BY 1, 2"
+        f"SELECT {process} >> {PID_SHIFT} & {PID_MASK}, MAX({device}, -1), COUNT(*), "
+        f'SUM({length}) FILTER (WHERE {usable}) FROM "{table}" GROUP BY 1, 2'
     ).fetchall()
     if not rows:
         return set(), []

@@ -7,10 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from pytest_sglprof.trace.arrays import Ints
-
-MISSING = int(np.iinfo(np.int64).min)
-"""Stands for NULL and for columns that this version of nsys does not write."""
+from pytest_sglprof.trace.arrays import Flags, Ints
+from pytest_sglprof.trace.nsys_schema import MISSING as MISSING
+from pytest_sglprof.trace.times import LARGEST_NS, LONGEST_NS
 
 
 class ReportTables(Protocol):
@@ -30,6 +29,19 @@ class ReportTables(Protocol):
     def strings(self, ids: Iterable[int]) -> dict[int, str]:
         """The texts of `StringIds` under these ids; unknown ids are left out."""
         ...
+
+
+def usable(start: Ints, end: Ints) -> tuple[Flags, list[int]]:
+    """Which rows have times that can be, and how many lack one or have one that cannot be.
+
+    A time lies within `LARGEST_NS` of 0, an end not before its start, and less than
+    `LONGEST_NS` after it: what is beyond is a fault of the recording, and would spoil sums.
+    """
+    known = (start != MISSING) & (end != MISSING) & (end >= start)
+    inside = known & (start > -LARGEST_NS) & (end < LARGEST_NS)
+    fits = inside & (np.where(inside, end - start, 0) < LONGEST_NS)
+    count, there, left = len(start), int(known.sum()), int(fits.sum())
+    return fits, [count - there, there - left]
 
 
 def coded(values: Ints) -> tuple[Ints, Ints]:

@@ -6,6 +6,16 @@ import re
 
 _NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
 LARGEST_NS = 2**62  # two of them can be added in int64
+LONGEST_NS = 2**50  # of a duration, 13 days: thousands of them can be added in int64
+
+
+def unfit(start: int | None, dur: int | None) -> str:
+    """What is wrong with the time of an event, in ns; "" of one that is used."""
+    if start is None or dur is None:
+        return "a missing or unreadable"
+    if dur < 0:
+        return "a negative"
+    return "an impossible" if dur >= LONGEST_NS else ""
 
 
 def ns(raw: bytes) -> int | None:

@@ -38,7 +38,7 @@ from pytest_sglprof.trace.repair import Unrepairable, repaired
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import Launches, with_graph_share
 from pytest_sglprof.trace.table import RankActivities, Step
-from pytest_sglprof.trace.times import LARGEST_NS, ns
+from pytest_sglprof.trace.times import LARGEST_NS, ns, unfit
 
 GPU_KINDS = {name.lower(): kind for name, kind in KIND_OF_CATEGORY.items() if kind != LAUNCH}
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver", "hip_runtime", "runtime", "driver"})
@@ -194,10 +194,9 @@ def _collect(trace: _Trace, rank_of_others: Callable[[], str]) -> dict[str, _Col
 def _add(into: _Collected, event: _Event, category: str) -> None:
     start = ns(event.ts)
     dur = ns(event.dur)
-    if start is None or dur is None or dur < 0:
+    if start is None or dur is None or unfit(start, dur):
         if category not in LAUNCHES:
-            what = "negative" if dur is not None and dur < 0 else "missing or unreadable"
-            key = f"{category} events with a {what} time"
+            key = f"{category} events with {unfit(start, dur)} time"
             into.skipped[key] = into.skipped.get(key, 0) + 1
         return
     name = str(event.name)

@@ -59,10 +59,10 @@ def _stale(export: Path) -> bool:
     report = export.with_suffix(".nsys-rep")
     if not report.is_file():
         return False
-    from pytest_sglprof.nsys_export import digest_of, exported_from
+    from pytest_sglprof.nsys_origin import signed_origin
 
-    source = exported_from(export)
-    if source:
-        return source != digest_of(report)
+    origin = signed_origin(export)
+    if origin is not None:
+        return not origin.is_of(report)
     # It does not say what it was made of; but nothing is made of what comes later.
     return export.stat().st_mtime_ns < report.stat().st_mtime_ns

@@ -12,6 +12,7 @@ from pytest_sglprof.errors import ServerRefused
 from pytest_sglprof.server.address import is_local_url
 
 MAX_BACKOFF = 5.0  # s between two tries of a server that does not answer
+MAX_DOUBLINGS = 64  # of the interval; far beyond MAX_BACKOFF, and a float still holds it
 REQUEST_TIMEOUT = 5.0  # s; an export of a profile stalls the server for longer: ask again then
 
 
@@ -79,7 +80,8 @@ class HttpSource:
         """Counts an answer that was no use, and backs off."""
         self.failures += 1
         self.problem = f"{self.url}{self.path}: {problem}"
-        self.delay = min(max(MAX_BACKOFF, self._interval), self._interval * 2.0**self.failures)
+        doubled = self._interval * 2.0 ** min(self.failures, MAX_DOUBLINGS)
+        self.delay = min(max(MAX_BACKOFF, self._interval), doubled)
 
     async def close(self) -> None:
         """Closes the connections."""

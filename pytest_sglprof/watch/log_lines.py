@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from pytest_sglprof.ranks import Rank
 from pytest_sglprof.values import BalanceSample, LoadSample
 
 Sample = LoadSample | BalanceSample
+MOST_RANKS = 4096  # a number beyond is no rank's, and all ranks below it are kept an account of
 
 # `[2026-11-24 03:13:51.123 DP0 TP0] `, wherever it stands: Ray puts a head before it, and
 # processes that share one pipe now and then glue their entries together.
@@ -72,6 +74,7 @@ class LineReader:
         return self._second[1] + rest, load_rank(tags)
 
 
+@functools.lru_cache(maxsize=4096)  # one text a rank, however many samples it has
 def load_rank(tags: str) -> str:
     """`DP1` of ` DP1 PP0 TP4 EP4`: the parts that say whose requests they are.
 
@@ -79,7 +82,7 @@ def load_rank(tags: str) -> str:
     each on their own. "" where no DP tag stands, and for tags that are none of SGLang's.
     """
     rank = Rank.parse(tags)
-    if rank is None or rank.dp is None:
+    if rank is None or rank.dp is None or rank.dp >= MOST_RANKS:
         return ""
     return Rank(dp=rank.dp, pp=rank.pp).label
 

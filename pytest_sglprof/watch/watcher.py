@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,7 +34,10 @@ class Source(Protocol):
 
 
 class LogSource:
-    """The lines that are appended to a log from now on (or all of it)."""
+    """The lines that are appended to a log from now on (or all of it).
+
+    delay: s until the next look; 0 while it is behind, since much has been written.
+    """
 
     delay = LOG_INTERVAL
 
@@ -42,16 +45,27 @@ class LogSource:
         self._path = path
         self._from_end = from_end
         self._log: LogFollower | None = None
+        self._blocks: Iterator[list[Sample]] | None = None
 
     async def poll(self) -> list[Sample]:
-        """What was written since the last call."""
+        """What was written since the last call, at most two blocks of it.
+
+        The loop has other sources to ask, and nobody needs all lines of a night at once.
+        """
         if self._log is None:
             self._log = LogFollower(self._path, from_end=self._from_end)
-        return self._log.poll()
+        if self._blocks is None:
+            self._blocks = self._log.blocks()
+        samples = next(self._blocks, None)
+        more = next(self._blocks, None) if samples is not None else None
+        if more is None:
+            self._blocks = None
+        self.delay = LOG_INTERVAL if more is None else 0.0
+        return [*(samples or ()), *(more or ())]
 
     async def close(self) -> None:
         """Closes the file."""
-        log, self._log = self._log, None
+        log, self._log, self._blocks = self._log, None, None
         if log is not None:
             log.close()
 
@@ -59,15 +73,22 @@ class LogSource:
 class LoadWatch:
     """Samples of all sources in the order in which they came, while it runs and after.
 
-    An error in its thread (of a source, or of a listener) ends it; `stop` and `check`
-    raise it where they are called. Use `start` and `stop`, or a `with` block.
+    keep: how many samples; the oldest ones go. 0 where only listeners want them. An error in
+    its thread (of a source, or of a listener) ends it; `stop` and `check` raise it where they
+    are called. Use `start` and `stop`, or a `with` block.
     """
 
-    def __init__(self, sources: Sequence[Source], *, clock: Callable[[], float] = time.time):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        clock: Callable[[], float] = time.time,
+        keep: int = MAX_SAMPLES,
+    ) -> None:
         self._sources = tuple(sources)
         self._clock = clock
         self._lock = threading.Lock()
-        self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
+        self._samples: deque[Sample] = deque(maxlen=keep)
         self._listeners: list[Listener] = []
         self._error: BaseException | None = None
         self._stopping = False
@@ -197,11 +218,17 @@ class LoadWatch:
 
 
 def server_watch(
-    url: str, *, api_key: str = "", log: Path | None = None, metrics: bool = False
+    url: str,
+    *,
+    api_key: str = "",
+    log: Path | None = None,
+    metrics: bool = False,
+    keep: int = MAX_SAMPLES,
 ) -> LoadWatch:
     """A watch of a server that runs, not started yet.
 
-    log: its log, if it lies on this machine. metrics: whether it answers `/metrics`.
+    log: its log, if it lies on this machine. metrics: whether it answers `/metrics`. keep:
+    as for `LoadWatch`.
     """
     from pytest_sglprof.watch.loads import INTERVAL, LoadsSource
     from pytest_sglprof.watch.metrics import INTERVAL as METRICS_INTERVAL
@@ -212,4 +239,4 @@ def server_watch(
         sources.append(LogSource(log))
     if metrics:
         sources.append(MetricsSource(url, api_key=api_key, interval=METRICS_INTERVAL))
-    return LoadWatch(sources)
+    return LoadWatch(sources, keep=keep)

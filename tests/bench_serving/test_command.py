@@ -114,6 +114,19 @@ def test_finds_the_driver_without_importing_sglang(
     ]
 
 
+def test_fault_4_a_folder_called_sglang_beside_us_is_no_driver(
+    sglang_layout: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sglang_layout("benchmark", "serving.py")
+    stray = tmp_path / "here" / "sglang"
+    stray.mkdir(parents=True)
+    for name in ("__init__.py", "bench_serving.py"):
+        (stray / name).write_text("raise SystemExit('the stray one')")
+    monkeypatch.chdir(stray.parent)
+    words = bench_command(sys.executable, "sglang", URL, "m", {}, OUT)
+    assert words[:3] == [sys.executable, "-m", "sglang.benchmark.serving"]
+
+
 def test_interpreter_without_sglang(sglang_layout: Callable[..., Path]) -> None:
     package = sglang_layout("bench_serving.py")
     (package / "bench_serving.py").unlink()

@@ -46,6 +46,67 @@ def test_no_nsys_is_said_with_a_way_out(monkeypatch, tmp_path):
     assert "SGLPROF_NSYS" in caught.value.hint
 
 
+def test_fault_4_what_lies_in_the_working_directory_never_hides_nsys(tmp_path, monkeypatch):
+    real = fake_nsys(tmp_path / "real")
+    here = tmp_path / "here"
+    (here / "nsys").mkdir(parents=True)
+    (here / "nsys" / "nsys").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("SGLPROF_NSYS", raising=False)
+    monkeypatch.setenv("PATH", f"{real.parent}:/usr/bin:/bin")
+    assert find_nsys().path == str(real)
+    assert find_nsys("nsys").path == str(real)
+    monkeypatch.setenv("SGLPROF_NSYS", "nsys")
+    assert find_nsys().path == str(real)
+    (here / "nsys" / "nsys").rmdir()
+    (here / "nsys").rmdir()
+    for stray in ("file", "broken link"):
+        if stray == "file":
+            fake_nsys(here, version="another program")
+        else:
+            (here / "nsys").symlink_to("nowhere")
+        monkeypatch.setenv("PATH", f":{real.parent}::/usr/bin:/bin:")
+        assert find_nsys("nsys").path == str(real), stray
+        (here / "nsys").unlink()
+
+
+def test_fault_4_entries_of_the_path_that_hold_no_command_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.delenv("SGLPROF_NSYS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    real = fake_nsys(tmp_path / "real")
+    (tmp_path / "a" / "nsys").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "nsys").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "nsys").write_text("not executable")
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    path = ":".join(map(str, [*folders, "missing", real.parent, "/bin"]))
+    monkeypatch.setenv("PATH", path)
+    assert find_nsys().path == str(real)
+    monkeypatch.setenv("PATH", ":".join([*map(str, folders), "/bin"]))
+    with pytest.raises(NsysMissing, match="'nsys' is not an executable file"):
+        find_nsys()
+    monkeypatch.setenv("PATH", "real:/bin")  # relative, but named: it counts
+    assert find_nsys().path == str(real)
+
+
+def test_fault_4_only_a_path_may_be_the_folder_that_holds_nsys(tmp_path, monkeypatch):
+    monkeypatch.delenv("SGLPROF_NSYS", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    real = fake_nsys(tmp_path / "tools")
+    for path in ("./tools", "tools/", "tools/nsys", "./tools/nsys", str(real.parent)):
+        assert find_nsys(path).path == str(real), path
+        monkeypatch.setenv("SGLPROF_NSYS", path)
+        assert find_nsys().path == str(real), path
+    with pytest.raises(NsysMissing, match="'tools' is not an executable file on PATH") as caught:
+        find_nsys("tools")
+    assert "./tools" in caught.value.hint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NsysMissing, match="empty/nsys' is not an executable file"):
+        find_nsys("./empty")
+
+
 def test_something_else_called_nsys(tmp_path):
     with pytest.raises(NsysMissing, match="is not a working nsys"):
         find_nsys(str(fake_nsys(tmp_path, version="network systems monitor")))

@@ -66,6 +66,21 @@ def test_without_sglang(tmp_path, monkeypatch):
     assert command.find_entry(ServerSpec(kind="standin")).module == "pytest_sglprof.standin"
 
 
+def test_fault_4_a_bare_name_of_an_interpreter_becomes_its_path(tmp_path, monkeypatch):
+    installed(tmp_path / "site", monkeypatch, "sglang/__init__.py", "sglang/launch_server.py")
+    tools, here = tmp_path / "tools", tmp_path / "here"
+    tools.mkdir()
+    (tools / "mypython").symlink_to(sys.executable)
+    (here / "mypython").mkdir(parents=True)
+    (here / "python3").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", f":{tools}:/usr/bin:/bin")
+    for name in ("mypython", "../tools/mypython"):
+        assert command.find_entry(ServerSpec(python=name)).python == str(tools / "mypython")
+    with pytest.raises(ServerMissing, match="no-python is not a working Python interpreter"):
+        command.find_entry(ServerSpec(python="no-python"))
+
+
 @pytest.mark.parametrize("python", ["/no/such/python", "/bin/false"])
 def test_an_interpreter_that_is_none(python):
     with pytest.raises(ServerMissing, match="is not a working Python interpreter"):

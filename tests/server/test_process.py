@@ -137,3 +137,27 @@ def test_members_of_a_session(python):
     parent = python(PARENT)
     python(SLEEP)
     assert len(process.of_session(parent.pid)) == 3
+
+
+@pytest.mark.parametrize("name", ["python3", "sglang", "nsys"])
+def test_fault_4_a_bare_name_is_looked_up_on_the_path_only(tmp_path, monkeypatch, name):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / name).write_text("#!/bin/sh\n")
+    (tools / name).chmod(0o755)
+    here = tmp_path / "here"
+    (here / name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for path in (str(tools), f":{tools}", f"{tools}:", f"::{here}:{tools}"):
+        monkeypatch.setenv("PATH", path)
+        assert process.which(name) == str(tools / name)
+    monkeypatch.setenv("PATH", "../tools")
+    assert process.which(name) == str(tools / name)
+    monkeypatch.setenv("PATH", ":")
+    assert process.which(name) is None
+    assert process.which(f"../tools/{name}") == str(tools / name)
+    assert process.which(f"./{name}") is None
+    monkeypatch.delenv("PATH")
+    assert process.which("sh") == "/bin/sh" or process.which("sh") == "/usr/bin/sh"
+    (here / "link").symlink_to(tools / name)
+    assert process.which("./link") == str(here / "link")  # of a venv's python it matters

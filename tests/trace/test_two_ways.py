@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pytest_sglprof.errors import TraceError
 from pytest_sglprof.trace import torch_file, torch_window
 from pytest_sglprof.trace.inflate import pieces
+from pytest_sglprof.trace.merge_files import merge_files
 from pytest_sglprof.trace.read import read_window
 from tests.trace.scanned import LAYOUTS, NAME
 
@@ -157,3 +158,50 @@ def test_both_ways_give_one_table(
         scanned = seen(path)
     # Decoding refuses a file for a fault of any event, of whatever kind.
     assert decoded is None or scanned == decoded
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize(
+    ("odd_time", "words"),
+    [
+        ({"dur": 4.0e15}, "an impossible"),  # three of them are more than int64 holds
+        ({"dur": 1.2e12}, "an impossible"),
+        ({"dur": 2**62 // 1000}, "an impossible"),
+        ({"dur": 2**63 - 1}, "a missing or unreadable"),
+        ({"dur": "abc"}, "a missing or unreadable"),
+        ({"dur": None}, "a missing or unreadable"),
+        ({"ts": 1e30}, "a missing or unreadable"),
+        ({"dur": -1e15}, "a negative"),
+    ],
+)
+def test_fault_2_times_that_cannot_be_are_in_no_total(
+    tmp_path: Path, odd_time: Trace, words: str, layout: str
+) -> None:
+    kernels = [KERNEL | {"ts": 10.0 * at, "dur": 5.0} for at in range(3)]
+    odd = [
+        KERNEL | odd_time | {"name": "odd", "args": {"device": 0, "stream": 8 + at}}
+        for at in range(3)
+    ]
+    path = tmp_path / NAME
+    path.write_bytes(LAYOUTS[layout]([FIRST, FIRST, *kernels[:2], *odd, kernels[2]]).encode())
+    for least in (torch_window.SCAN_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_window, "SCAN_BYTES", least)
+            table = read_window(path, processes=1)
+        assert table.frame["dur_ns"].tolist() == [5_000] * 3
+        assert f"skipped 3 kernel events with {words} time" in " ".join(table.notes)
+
+
+def test_fault_2_a_merged_file_keeps_what_its_readers_leave_out(tmp_path: Path) -> None:
+    ranks = []
+    for number in range(2):
+        events = [KERNEL | {"ts": 10.0, "dur": 5.0}, KERNEL | {"ts": 30.0, "dur": 4.0e15}]
+        ranks.append(tmp_path / f"1-TP-{number}.trace.json")
+        ranks[-1].write_text(LAYOUTS["one line"]([FIRST, FIRST, *events]))
+    merged = tmp_path / "merged.trace.json"
+    merge_files(ranks, merged)
+    apart, together = read_window(ranks, processes=1), read_window(merged, processes=1)
+    assert apart.frame["dur_ns"].tolist() == together.frame["dur_ns"].tolist() == [5_000] * 2
+    for table in (apart, together):
+        notes = [note for note in table.notes if "kernel events with an impossible time" in note]
+        assert sum(int(note.split()[2]) for note in notes) == 2

@@ -71,6 +71,33 @@ def test_a_server_that_does_not_answer_is_asked_less_often_until_it_does() -> No
     assert delays == [1.0, 2.0, 4.0, 1.0, 0.5]  # a wrong answer is still an answer
 
 
+def test_fault_3_a_server_that_stays_away_is_asked_for_ever() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    for source in (
+        loads(answer),
+        MetricsSource(URL, interval=2.0, transport=httpx.MockTransport(answer)),
+    ):
+        source.failures = 10_000
+        _, delays = polls(source, 3)
+        assert delays == [5.0] * 3
+        for _ in range(2_000):
+            source.failed("refused")
+        assert (source.failures, source.delay) == (12_003, 5.0)
+
+
+@pytest.mark.parametrize("interval", [1e-3, 0.5, 30.0, 1e300])
+def test_fault_3_the_wait_between_two_tries_only_grows_up_to_its_limit(interval: float) -> None:
+    source = LoadsSource(URL, interval=interval)
+    delays = []
+    for _ in range(1_100):
+        source.failed("refused")
+        delays.append(source.delay)
+    assert delays == sorted(delays)
+    assert delays[-1] == max(5.0, interval)
+
+
 def test_it_looks_closer_while_the_ranks_seem_unequal() -> None:
     answers = [(8, 7), *[(8, 2)] * 60, (8, 7), (8, 2), (2, 0), (0, 0)]
 
