@@ -21,7 +21,13 @@ from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 from pytest_sglprof.session.server_life import close_server, open_server
 from pytest_sglprof.session.test_run import TestRun
-from pytest_sglprof.settings import Settings, build_settings, resolve_options, window_spec
+from pytest_sglprof.settings import (
+    Settings,
+    build_settings,
+    refuse_too_few_steps,
+    resolve_options,
+    window_spec,
+)
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 
 if TYPE_CHECKING:
@@ -271,7 +277,9 @@ class PluginSession:
                     expected="@pytest.mark.profile_window(trigger=…) on the test",
                 )
             keywords = {"name": name, **options}
-            spec = window_spec(self.settings, keywords, origin=f"profile_window({name!r})")
+            origin = f"profile_window({name!r})"
+            spec = window_spec(self.settings, keywords, origin=origin)
+            refuse_too_few_steps(spec.num_steps, self.settings, origin)
             return test.new_window(spec)
 
         return profile_window

@@ -6,7 +6,7 @@ Precedence: command line > environment > ini > configuration file > default.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,22 @@ from typing import Any, Literal
 from pytest_sglprof.analysis.triggers import as_trigger
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.thresholds import (
-    check_kernel,
-    check_limit,
+    check_threshold,
     default_thresholds,
     merge_thresholds,
     thresholds_from_keywords,
 )
 from pytest_sglprof.options import OPTIONS, Option, is_on
-from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
+from pytest_sglprof.spelling import did_you_mean
+from pytest_sglprof.trace.kernels import CATEGORIES
+from pytest_sglprof.values import (
+    BACKENDS,
+    METRICS,
+    SERVER_KINDS,
+    ServerSpec,
+    Threshold,
+    WindowSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Settings:
     lock_clocks: int = 0
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Every category that a kernel may have: the built-in ones, and the user's own."""
+        return (*CATEGORIES, *(name for name, _ in self.categories))
 
     def describe(self) -> list[str]:
         """One line a setting, `name = value  (origin)`, for `--sglprof-show-config`."""
@@ -124,7 +137,9 @@ def build_settings(
         servers = {name: replace(s, python=merged["python"]) for name, s in servers.items()}
     if mhz := merged.get("lock_clocks"):
         servers = {name: replace(s, lock_clocks=mhz) for name, s in servers.items()}
-    return Settings(
+    for name, spec in servers.items():
+        check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
+    settings = Settings(
         **merged,
         servers=servers,
         window=dict(document.get("window", {})),
@@ -133,6 +148,8 @@ def build_settings(
         config_file=config_file,
         origins=known,
     )
+    refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
+    return settings
 
 
 _FROM_CONFIG = (
@@ -181,12 +198,32 @@ def repeats(spec: WindowSpec, settings: Settings) -> int:
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
     """`[[threshold]]` tables; without any, the default slowdown of compute."""
-    found = [Threshold(**table, origin=origin) for table in document.get("threshold", ())]
-    for number, threshold in enumerate(found):
-        where = f"threshold[{number}]"
-        check_limit(threshold.metric, threshold.limit, origin, f"{where}.limit")
-        check_kernel(threshold.kernel, origin, f"{where}.kernel")
-    return tuple(found) or default_thresholds()
+    categories = (*CATEGORIES, *(table["name"] for table in document.get("category", ())))
+    configured = [
+        check_threshold(
+            Threshold(**table, origin=origin), categories, origin, f"threshold[{number}]."
+        )
+        for number, table in enumerate(document.get("threshold", ()))
+    ]
+    return tuple(configured) or default_thresholds()
+
+
+def refuse_too_few_steps(num_steps: int | None, settings: Settings, origin: str) -> None:
+    """Raises `SettingsError` for a window by steps that could never get a verdict."""
+    if num_steps is not None and num_steps < settings.min_steps:
+        raise SettingsError(
+            f"{origin}: num_steps={num_steps} is below min_steps={settings.min_steps}, so every "
+            "verdict on its thresholds would be inconclusive",
+            expected=f"at least {settings.min_steps} steps",
+            hint=f"give num_steps={settings.min_steps} or more, or lower --sglprof-min-steps",
+        )
+
+
+def check_name(given: str, known: Sequence[str], what: str, hint: str = "correct it") -> None:
+    """Raises `SettingsError` that says `what`, and the nearest name, unless `given` is known."""
+    if given not in known:
+        expected = " or ".join(f'"{name}"' for name in known)
+        raise SettingsError(what, expected=expected, hint=did_you_mean([given], known, hint))
 
 
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
@@ -202,7 +239,7 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
         raise SettingsError(
             f"{origin}: unknown argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
             expected="one of " + ", ".join(sorted(known)) + ", or a metric: " + ", ".join(METRICS),
-            hint="correct the spelling",
+            hint=did_you_mean(unknown, (*known, *METRICS), "correct the spelling"),
         )
     options = {key: value for key, value in keywords.items() if key in known}
     limits: dict[str, Any] = {str(key): value for key, value in keywords.items() if key in METRICS}
@@ -220,9 +257,10 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
         defaults["activities"] = tuple(defaults["activities"])
     spec = WindowSpec(**{**defaults, **options})
     _check_window(spec, origin)
+    _check_names(spec, origin)
     if spec.trigger is not None:
         spec = replace(spec, trigger=as_trigger(spec.trigger))
-    own = thresholds_from_keywords(limits, origin)
+    own = thresholds_from_keywords(limits, origin, categories=settings.category_names)
     return replace(spec, thresholds=merge_thresholds(settings.thresholds, own))
 
 
@@ -241,7 +279,6 @@ _LISTS = ("activities", "profile_stages")
 
 def _check_window(spec: WindowSpec, origin: str) -> None:
     rules = (
-        (spec.backend in ("torch", "nsys"), f"backend={spec.backend!r}", '"torch" or "nsys"'),
         (_is_number(spec.timeout, above=0), f"timeout={spec.timeout!r}", "seconds above 0"),
         (_is_number(spec.delay), f"delay={spec.delay!r}", "seconds, 0 or more"),
         (_is_number(spec.settle), f"settle={spec.settle!r}", "seconds, 0 or more"),
@@ -284,6 +321,17 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
     for fine, found, expected in rules:
         if not fine:
             raise SettingsError(f"{origin}: {found}", expected=expected, hint="correct the marker")
+
+
+def _check_names(spec: WindowSpec, origin: str) -> None:
+    from pytest_sglprof.capture.torch_request import ACTIVITIES
+    from pytest_sglprof.capture.torch_request import STAGES as PROFILED
+
+    check_name(spec.backend, BACKENDS, f"{origin}: backend={spec.backend!r}")
+    for name in spec.activities or ():
+        check_name(name, ACTIVITIES, f"{origin}: activities has {name!r}")
+    for name in spec.profile_stages or ():
+        check_name(name.lower(), tuple(PROFILED), f"{origin}: profile_stages has {name!r}")
 
 
 def _type_rules(spec: WindowSpec) -> Iterator[tuple[bool, str, str]]:
@@ -330,7 +378,9 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
         return number
     if option.choices and raw not in option.choices:
         raise SettingsError(
-            f"{origin} is {raw!r}", expected=" or ".join(option.choices), hint="correct it"
+            f"{origin} is {raw!r}",
+            expected=" or ".join(option.choices),
+            hint=did_you_mean([raw], option.choices, "correct it"),
         )
     return str(raw)
 
