@@ -13,7 +13,13 @@ import pytest
 from pytest_sglprof import xdist_support
 from pytest_sglprof.collecting import collection_problems, sort_by_server
 from pytest_sglprof.config_file import find_config, load_config
-from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError
+from pytest_sglprof.errors import (
+    Inconclusive,
+    SettingsError,
+    SglprofError,
+    described,
+    note,
+)
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
@@ -297,7 +303,7 @@ def _shown_plainly() -> Iterator[None]:
     try:
         yield
     except SglprofError as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
+        raise pytest.fail.Exception(described(error), pytrace=False) from None
 
 
 @contextlib.contextmanager
@@ -306,16 +312,30 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
     try:
         yield
     except Inconclusive as error:
-        test.abandon(discard=False)
-        test.inconclusive(str(error))
+        try:
+            test.abandon(discard=False)
+        except SglprofError as also:
+            note(error, f"and besides: {also}")
+        finally:
+            test.inconclusive(described(error))
     except BaseException as error:
-        test.abandon(discard=isinstance(error, DISCARDING))
+        _abandon(error, test)
         if isinstance(error, SglprofError):
             _cut_traceback(error, item)
         raise
     else:
         with _shown_plainly():
             test.end()
+
+
+def _abandon(error: BaseException, test: TestRun) -> None:
+    """After a body that raised `error`: what goes wrong now is shown beside it."""
+    try:
+        test.abandon(discard=isinstance(error, DISCARDING))
+    except Exception as also:
+        if isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception)):
+            raise  # a test that is skipped shows no notes
+        note(error, f"and besides: {described(also)}")
 
 
 def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +25,7 @@ from pytest_sglprof.bench_serving.command import (
 )
 from pytest_sglprof.bench_serving.driver import DriverProcess
 from pytest_sglprof.bench_serving.result import parse_result, reason, redact_record, requested_of
-from pytest_sglprof.errors import LoadError, SglprofError
+from pytest_sglprof.errors import LoadError, SglprofError, do_every
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.redact import redact_command, redact_text
 from pytest_sglprof.values import LoadResult, ServerSpec
@@ -218,9 +219,13 @@ class BenchServing:
                 self._on_start(target_concurrency(options))
             yield driver, record, command
         finally:
-            driver.stop()
-            self._store_redacted(record, self._folder / f"{name}.jsonl")
-            self._redact_log(driver)
+            do_every(
+                (
+                    driver.stop,
+                    partial(self._store_redacted, record, self._folder / f"{name}.jsonl"),
+                    partial(self._redact_log, driver),
+                )
+            )
 
     def _environment(self) -> dict[str, str]:
         """Ours plus the server's, with the server's key where the driver looks for it."""
