@@ -25,9 +25,10 @@ from pytest_sglprof.bench_serving.command import (
 )
 from pytest_sglprof.bench_serving.driver import DriverProcess
 from pytest_sglprof.bench_serving.result import parse_result, reason, redact_record, requested_of
-from pytest_sglprof.errors import LoadError, SglprofError, do_every
+from pytest_sglprof.errors import LoadError, ServerRefused, SglprofError, do_every
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.redact import redact_command, redact_text
+from pytest_sglprof.server.transient import is_transient
 from pytest_sglprof.values import LoadResult, ServerSpec
 
 Progress = Callable[[float, str], None]
@@ -189,11 +190,20 @@ class BenchServing:
 
     def _flush_cache(self) -> bool:
         # The server refuses while a request runs; the warm-up's last ones may just be ending.
+        problem: ServerRefused | None = None
         for attempt in range(FLUSH_ATTEMPTS):
             if attempt:
                 time.sleep(FLUSH_PAUSE_S)
-            if self._server.client.flush_cache():
-                return True
+            try:
+                if self._server.client.flush_cache():
+                    return True
+                problem = None
+            except ServerRefused as error:
+                if not is_transient(error):
+                    raise
+                problem = error
+        if problem is not None:
+            raise problem
         return False
 
     @contextlib.contextmanager

@@ -73,6 +73,7 @@ class WindowRun:
         self._load = load
         self._log_start = 0
         self._clocks: ClockWatch | None = None
+        self._unseen = ""  # why its load was not seen when it was last looked at
         self._server = server
         self._progress = progress
         self._settings = settings
@@ -126,6 +127,8 @@ class WindowRun:
             clocks, notes = self._end_clocks()  # before the export, in which GPUs are idle
         finally:
             closed = self._window.close() if self.was_opened else self._unopened()
+        if self._unseen and self.was_opened:
+            notes += (f"it opened although its load could not be seen: {self._unseen}",)
         closed = replace(closed, gpus=clocks, notes=(*closed.notes, *notes))
         return self._with_facts(closed)
 
@@ -151,7 +154,17 @@ class WindowRun:
         if target and not self.spec.delay:
             if self._progress is not None:
                 self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
-            steady_load(self._server, target, timeout=self.spec.timeout, stop=ended)
+            steady_load(
+                self._server,
+                target,
+                timeout=self.spec.timeout,
+                stop=ended,
+                on_look=self.saw_load,
+            )
+
+    def saw_load(self, problem: str) -> None:
+        """One look at the load before it opened; why there was no answer, "" where there was."""
+        self._unseen = problem
 
     def spare(self, word: VerdictWord, reason: str) -> None:
         """Its trigger did not fire: it stays closed, and this is its verdict."""
@@ -169,7 +182,9 @@ class WindowRun:
             state="failed",
             opened=moment,
             closed=moment,
-            reason="the test's body was over before the load was steady, so the window never "
+            reason=f"the load could not be seen, so the window never opened: {self._unseen}"
+            if self._unseen
+            else "the test's body was over before the load was steady, so the window never "
             "opened: drive a longer load, or use whole_body=True",
         )
 

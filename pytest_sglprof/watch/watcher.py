@@ -97,6 +97,12 @@ class LoadWatch:
         rows = [[getattr(sample, name) for name in names] for sample in self.samples]
         return pd.DataFrame(rows, columns=names)
 
+    @property
+    def problem(self) -> str:
+        """Why a source that is asked again and again gives nothing now; "" where all do."""
+        problems = (getattr(source, "problem", "") for source in self._sources)
+        return next((problem for problem in problems if problem), "")
+
     def listen(self, listener: Listener) -> None:
         """From now on `listener` gets new samples and the time, in the watching thread.
 
