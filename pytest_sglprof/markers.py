@@ -69,7 +69,7 @@ def server_key(node: Any, servers: Mapping[str, ServerSpec]) -> ServerKey:
 
 def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
     """The window that the closest marker asks for; it wins whole."""
-    from pytest_sglprof.settings import refuse_too_few_steps, window_spec
+    from pytest_sglprof.window_options import refuse_too_few_steps, window_spec
 
     mark = item.get_closest_marker(WINDOW_MARK)
     if mark is None:

@@ -13,13 +13,7 @@ import pytest
 from pytest_sglprof import xdist_support
 from pytest_sglprof.collecting import collection_problems, sort_by_server
 from pytest_sglprof.config_file import find_config, load_config
-from pytest_sglprof.errors import (
-    Inconclusive,
-    SettingsError,
-    SglprofError,
-    described,
-    note,
-)
+from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError, described, note
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
@@ -27,14 +21,9 @@ from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 from pytest_sglprof.session.server_life import close_server, open_server
 from pytest_sglprof.session.test_run import TestRun
-from pytest_sglprof.settings import (
-    Settings,
-    build_settings,
-    refuse_too_few_steps,
-    resolve_options,
-    window_spec,
-)
+from pytest_sglprof.settings import Settings, build_settings, resolve_options
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
+from pytest_sglprof.window_options import window_by_hand
 
 if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
@@ -277,16 +266,7 @@ class PluginSession:
         test = self.test_run(item)
 
         def profile_window(name: str = "window", **options: Any) -> WindowRun:
-            if options.get("trigger") is not None:
-                raise SettingsError(
-                    f"profile_window({name!r}, trigger=…): a window by hand is opened by you",
-                    expected="@pytest.mark.profile_window(trigger=…) on the test",
-                )
-            keywords = {"name": name, **options}
-            origin = f"profile_window({name!r})"
-            spec = window_spec(self.settings, keywords, origin=origin)
-            refuse_too_few_steps(spec.num_steps, self.settings, origin)
-            return test.new_window(spec)
+            return test.new_window(window_by_hand(self.settings, name, options))
 
         return profile_window
 

@@ -14,8 +14,8 @@ from pytest_sglprof.session.load_state import LoadState
 from pytest_sglprof.session.server_life import check_alive, describe_server, undisturbed
 from pytest_sglprof.session.window_run import WindowRun
 from pytest_sglprof.session.window_watch import WindowWatch
-from pytest_sglprof.settings import repeats
 from pytest_sglprof.values import WORST_FIRST, VerdictWord, WindowSpec
+from pytest_sglprof.window_options import repeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
