@@ -171,12 +171,9 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
 
 
 def _check_names(spec: WindowSpec, origin: str) -> None:
-    from pytest_sglprof.capture.torch_request import ACTIVITIES
     from pytest_sglprof.capture.torch_request import STAGES as PROFILED
 
     check_name(spec.backend, BACKENDS, f"{origin}: backend={spec.backend!r}")
-    for name in spec.activities or ():
-        check_name(name, ACTIVITIES, f"{origin}: activities has {name!r}")
     for name in spec.profile_stages or ():
         check_name(name.lower(), tuple(PROFILED), f"{origin}: profile_stages has {name!r}")
 

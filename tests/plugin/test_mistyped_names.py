@@ -56,8 +56,6 @@ WINDOWS = {  # arguments of the marker -> what the refusal says
     "num_step=50": "did you mean num_steps?",
     "whole_boddy=True, durration=2": "did you mean duration and whole_body?",
     'backend="nsis"': "did you mean nsys?",
-    'activities=["CUP"]': "did you mean CPU?",
-    'activities=["cpu"]': "did you mean CPU?",
     'profile_by_stage=True, num_steps=50, profile_stages=["decoed"]': "did you mean decode?",
     "num_steps=29": "num_steps=29 is below min_steps=30",
     "num_steps=1, slowdown=1.5": "num_steps=1 is below min_steps=30",
