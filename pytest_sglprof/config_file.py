@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,9 +91,27 @@ def _violations(document: Mapping[str, Any]) -> list[str]:
 
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    validator = jsonschema.Draft202012Validator(
+        json.loads(SCHEMA.read_text(encoding="utf-8")),
+        format_checker=jsonschema.FormatChecker(formats=("regex",)),
+    )
     errors = sorted(validator.iter_errors(document), key=lambda error: list(map(str, error.path)))
-    return [f"{_where(error.absolute_path)}: {error.message}" for error in errors]
+    return [f"{_where(error.absolute_path)}: {_violation(error)}" for error in errors]
+
+
+def _violation(error: ValidationError) -> str:
+    """What jsonschema says of it, and the nearest name where one was mistyped."""
+    given: Any = error.instance
+    schema: Any = error.schema
+    meant = ""
+    if error.validator == "additionalProperties":
+        known = schema.get("properties", {})
+        meant = did_you_mean((key for key in given if key not in known), known)
+    elif error.validator == "enum":
+        meant = did_you_mean([given], schema["enum"])
+    elif error.validator == "format":
+        return f"{given!r} is no regular expression: {error.cause}"
+    return f"{error.message}: {meant}" if meant else error.message
 
 
 def _where(path: Any) -> str:

@@ -28,7 +28,7 @@ All of them say three things: what happened, what was expected and what to do ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="SglprofError")
@@ -171,3 +171,37 @@ class Inconclusive(SglprofError):
     """There is too little data for an answer."""
 
     exit_status = 3
+
+
+def note(error: BaseException, text: str) -> None:
+    """Shows `text` below `error`, as `add_note` does, which Python 3.10 lacks."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
+def described(error: BaseException) -> str:
+    """All that is known of it: the words and notes of ours, the traceback of any other."""
+    if isinstance(error, SglprofError):
+        return "\n".join((str(error), *getattr(error, "__notes__", ())))
+    import traceback
+
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def do_every(steps: Iterable[Callable[[], object]]) -> None:
+    """Takes every step, whatever another one raises; then raises the first error.
+
+    The others are its notes. An interrupt goes before any other error.
+    """
+    errors: list[BaseException] = []
+    for step in steps:
+        try:
+            step()
+        except BaseException as error:
+            errors.append(error)
+    if not errors:
+        return
+    first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
+    for other in errors:
+        if other is not first:
+            note(first, f"and besides: {described(other)}")
+    raise first

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import pytest
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 SERVER_MARK = "sglang_server"
 WINDOW_MARK = "profile_window"
 FIXTURES = ("sglang_server", "bench_serving", "profile_window", "load_watch")
-DEFAULT_STEPS = 50  # after which a marked torch window closes; nsys windows take 5 s
+DEFAULT_STEPS = 50  # after which a marked torch window closes, or min_steps if that is more
 TRIGGER_SECONDS = 2.0  # after which a triggered torch window closes
 MARKER_HELP = (
     f'{SERVER_MARK}(name="default", nsys=None): the server of this test: a [servers.NAME] of '
@@ -59,7 +60,7 @@ def server_key(node: Any, servers: Mapping[str, ServerSpec]) -> ServerKey:
         raise SettingsError(
             f'@pytest.mark.{SERVER_MARK}("{name}"): there is no such server',
             expected="one of " + ", ".join(sorted(servers)),
-            hint=f"add [servers.{name}] to sglprof.toml, or correct the name",
+            hint=did_you_mean([name], servers, f"add [servers.{name}] to sglprof.toml"),
         )
     if nsys is None:
         nsys = servers[name].nsys or _window_backend(node) == "nsys"
@@ -68,7 +69,7 @@ def server_key(node: Any, servers: Mapping[str, ServerSpec]) -> ServerKey:
 
 def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
     """The window that the closest marker asks for; it wins whole."""
-    from pytest_sglprof.settings import window_spec
+    from pytest_sglprof.window_options import refuse_too_few_steps, window_spec
 
     mark = item.get_closest_marker(WINDOW_MARK)
     if mark is None:
@@ -89,12 +90,13 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
             )
         keywords["name"] = mark.args[0]
     spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
+    refuse_too_few_steps(spec.num_steps, settings, f"@pytest.mark.{WINDOW_MARK}")
     ends_itself = spec.num_steps or spec.duration or spec.whole_body or spec.backend == "nsys"
     if ends_itself:
         return spec
     if spec.trigger is not None:  # a starved rank runs no steps, and would never end the window
         return replace(spec, duration=TRIGGER_SECONDS)
-    return replace(spec, num_steps=DEFAULT_STEPS)
+    return replace(spec, num_steps=max(DEFAULT_STEPS, settings.min_steps))
 
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:
@@ -133,7 +135,7 @@ def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
         raise SettingsError(
             f"@pytest.mark.{SERVER_MARK}: unexpected {found}",
             expected=f'{SERVER_MARK}("NAME", nsys=True)',
-            hint="correct the marker",
+            hint=did_you_mean(unknown, ("name", "nsys"), "correct the marker"),
         )
     if not isinstance(name, str) or not isinstance(nsys, bool | None):
         raise SettingsError(

@@ -13,7 +13,7 @@ import pytest
 from pytest_sglprof import xdist_support
 from pytest_sglprof.collecting import collection_problems, sort_by_server
 from pytest_sglprof.config_file import find_config, load_config
-from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError
+from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError, described, note
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
@@ -22,8 +22,9 @@ from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 from pytest_sglprof.session.server_life import close_server, open_server
 from pytest_sglprof.session.test_run import TestRun
-from pytest_sglprof.settings import Settings, build_settings, resolve_options, window_spec
+from pytest_sglprof.settings import Settings, build_settings, resolve_options
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
+from pytest_sglprof.window_options import window_by_hand
 
 if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
@@ -271,14 +272,7 @@ class PluginSession:
         test = self.test_run(item)
 
         def profile_window(name: str = "window", **options: Any) -> WindowRun:
-            if options.get("trigger") is not None:
-                raise SettingsError(
-                    f"profile_window({name!r}, trigger=…): a window by hand is opened by you",
-                    expected="@pytest.mark.profile_window(trigger=…) on the test",
-                )
-            keywords = {"name": name, **options}
-            spec = window_spec(self.settings, keywords, origin=f"profile_window({name!r})")
-            return test.new_window(spec)
+            return test.new_window(window_by_hand(self.settings, name, options))
 
         return profile_window
 
@@ -295,7 +289,7 @@ def _shown_plainly() -> Iterator[None]:
     try:
         yield
     except SglprofError as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
+        raise pytest.fail.Exception(described(error), pytrace=False) from None
 
 
 @contextlib.contextmanager
@@ -304,16 +298,30 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
     try:
         yield
     except Inconclusive as error:
-        test.abandon(discard=False)
-        test.inconclusive(str(error))
+        try:
+            test.abandon(discard=False)
+        except SglprofError as also:
+            note(error, f"and besides: {also}")
+        finally:
+            test.inconclusive(described(error))
     except BaseException as error:
-        test.abandon(discard=isinstance(error, DISCARDING))
+        _abandon(error, test)
         if isinstance(error, SglprofError):
             _cut_traceback(error, item)
         raise
     else:
         with _shown_plainly():
             test.end()
+
+
+def _abandon(error: BaseException, test: TestRun) -> None:
+    """After a body that raised `error`: what goes wrong now is shown beside it."""
+    try:
+        test.abandon(discard=isinstance(error, DISCARDING))
+    except Exception as also:
+        if isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception)):
+            raise  # a test that is skipped shows no notes
+        note(error, f"and besides: {described(also)}")
 
 
 def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:

@@ -5,24 +5,20 @@ Precedence: command line > environment > ini > configuration file > default.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_sglprof.analysis.triggers import as_trigger
 from pytest_sglprof.errors import SettingsError
-from pytest_sglprof.gate.thresholds import (
-    check_kernel,
-    check_limit,
-    default_thresholds,
-    merge_thresholds,
-    thresholds_from_keywords,
-)
+from pytest_sglprof.gate.thresholds import check_threshold, default_thresholds
 from pytest_sglprof.options import OPTIONS, Option, is_on
 from pytest_sglprof.redact import redact_command
-from pytest_sglprof.values import METRICS, ServerSpec, Threshold, WindowSpec
+from pytest_sglprof.spelling import did_you_mean
+from pytest_sglprof.trace.kernels import CATEGORIES
+from pytest_sglprof.values import SERVER_KINDS, ServerSpec, Threshold
+from pytest_sglprof.window_options import check_name, refuse_too_few_steps
+from pytest_sglprof.window_options import window_spec as window_spec
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,11 @@ class Settings:
     lock_clocks: int = 0
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Every category that a kernel may have: the built-in ones, and the user's own."""
+        return (*CATEGORIES, *(name for name, _ in self.categories))
 
     def describe(self) -> list[str]:
         """One line a setting, `name = value  (origin)`, for `--sglprof-show-config`."""
@@ -124,7 +125,9 @@ def build_settings(
         servers = {name: replace(s, python=merged["python"]) for name, s in servers.items()}
     if mhz := merged.get("lock_clocks"):
         servers = {name: replace(s, lock_clocks=mhz) for name, s in servers.items()}
-    return Settings(
+    for name, spec in servers.items():
+        check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
+    settings = Settings(
         **merged,
         servers=servers,
         window=dict(document.get("window", {})),
@@ -133,6 +136,8 @@ def build_settings(
         config_file=config_file,
         origins=known,
     )
+    refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
+    return settings
 
 
 _FROM_CONFIG = (
@@ -154,159 +159,16 @@ def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpe
     return {name: _server_spec(name, table, base) for name, table in tables.items()}
 
 
-def repeats(spec: WindowSpec, settings: Settings) -> int:
-    """How often a window is opened: as it says itself, else as the settings say.
-
-    Raises `SettingsError` for one that says so itself but ends by hand or waits for a
-    trigger, whose moment comes once; the settings' number is for the others.
-    """
-    ends_itself = bool(spec.num_steps or spec.duration or spec.backend == "nsys")
-    if spec.repeat is None:
-        again = ends_itself and not spec.whole_body and spec.trigger is None
-        return max(1, settings.repeat) if again else 1
-    if spec.repeat > 1 and spec.trigger is not None:
-        raise SettingsError(
-            f"profile window {spec.name!r}: repeat={spec.repeat} with a trigger",
-            expected="a window that can be opened again at any time of the load",
-            hint="leave out one of the two",
-        )
-    if spec.repeat > 1 and not ends_itself:
-        raise SettingsError(
-            f"profile window {spec.name!r}: repeat={spec.repeat} without num_steps or duration",
-            expected="a window that ends by itself, so that it can be opened again",
-            hint="give it num_steps=50 or duration=2",
-        )
-    return spec.repeat
-
-
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
     """`[[threshold]]` tables; without any, the default slowdown of compute."""
-    found = [Threshold(**table, origin=origin) for table in document.get("threshold", ())]
-    for number, threshold in enumerate(found):
-        where = f"threshold[{number}]"
-        check_limit(threshold.metric, threshold.limit, origin, f"{where}.limit")
-        check_kernel(threshold.kernel, origin, f"{where}.kernel")
-    return tuple(found) or default_thresholds()
-
-
-def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
-    """A window from the configured defaults and the keywords of a marker or a call.
-
-    Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`) become thresholds that replace
-    configured ones of the same scope, stage and metric. `SettingsError` for unknown
-    keywords, wrong types and contradictions.
-    """
-    known = {item.name for item in fields(WindowSpec)} - {"thresholds"}
-    unknown = sorted(set(keywords) - known - set(METRICS))
-    if unknown:
-        raise SettingsError(
-            f"{origin}: unknown argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
-            expected="one of " + ", ".join(sorted(known)) + ", or a metric: " + ", ".join(METRICS),
-            hint="correct the spelling",
+    categories = (*CATEGORIES, *(table["name"] for table in document.get("category", ())))
+    configured = [
+        check_threshold(
+            Threshold(**table, origin=origin), categories, origin, f"threshold[{number}]."
         )
-    options = {key: value for key, value in keywords.items() if key in known}
-    limits: dict[str, Any] = {str(key): value for key, value in keywords.items() if key in METRICS}
-    for name in ("activities", "profile_stages"):
-        if isinstance(options.get(name), list):
-            options[name] = tuple(options[name])
-    defaults = dict(settings.window)
-    if options.get("num_steps") is not None:
-        defaults.pop("duration", None)
-    if options.get("duration") is not None:
-        defaults.pop("num_steps", None)
-    if options.get("whole_body"):
-        defaults = {k: v for k, v in defaults.items() if k not in _PART_OF_BODY}
-    if isinstance(defaults.get("activities"), list):
-        defaults["activities"] = tuple(defaults["activities"])
-    spec = WindowSpec(**{**defaults, **options})
-    _check_window(spec, origin)
-    if spec.trigger is not None:
-        spec = replace(spec, trigger=as_trigger(spec.trigger))
-    own = thresholds_from_keywords(limits, origin)
-    return replace(spec, thresholds=merge_thresholds(settings.thresholds, own))
-
-
-_PART_OF_BODY = ("num_steps", "duration", "delay")  # what a window of the whole body cannot have
-_SWITCHES = (
-    "whole_body",
-    "profile_by_stage",
-    "with_stack",
-    "record_shapes",
-    "merge_profiles",
-    "detailed_annotations",
-)
-_TEXTS = ("profile_prefix", "profile_id", "output_dir")
-_LISTS = ("activities", "profile_stages")
-
-
-def _check_window(spec: WindowSpec, origin: str) -> None:
-    rules = (
-        (spec.backend in ("torch", "nsys"), f"backend={spec.backend!r}", '"torch" or "nsys"'),
-        (_is_number(spec.timeout, above=0), f"timeout={spec.timeout!r}", "seconds above 0"),
-        (_is_number(spec.delay), f"delay={spec.delay!r}", "seconds, 0 or more"),
-        (_is_number(spec.settle), f"settle={spec.settle!r}", "seconds, 0 or more"),
-        (
-            spec.duration is None or _is_number(spec.duration, above=0),
-            f"duration={spec.duration!r}",
-            "seconds above 0",
-        ),
-        (_is_count(spec.num_steps), f"num_steps={spec.num_steps!r}", "a whole number above 0"),
-        (_is_count(spec.repeat), f"repeat={spec.repeat!r}", "a whole number above 0"),
-        (
-            not (spec.whole_body and (spec.repeat or 1) > 1),
-            f"repeat={spec.repeat} with whole_body=True",
-            "one of the two: the body runs once",
-        ),
-        (_is_count(spec.start_step), f"start_step={spec.start_step!r}", "a whole number above 0"),
-        (
-            not (spec.num_steps and spec.duration),
-            f"num_steps={spec.num_steps} with duration={spec.duration}",
-            "one of the two",
-        ),
-        (
-            not (spec.whole_body and (spec.num_steps or spec.duration or spec.delay)),
-            "whole_body=True with num_steps, duration or delay",
-            "whole_body alone: it opens before the body and closes after it",
-        ),
-        (
-            not (spec.profile_by_stage and not spec.num_steps),
-            "profile_by_stage=True without num_steps",
-            "num_steps as well: without it the server dies at its next batch",
-        ),
-        (
-            spec.trigger is None or not (spec.whole_body or spec.delay or spec.start_step),
-            "trigger with whole_body, delay or start_step",
-            "the trigger alone: it says when the window opens",
-        ),
-        (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a text"),
-        *_type_rules(spec),
-    )
-    for fine, found, expected in rules:
-        if not fine:
-            raise SettingsError(f"{origin}: {found}", expected=expected, hint="correct the marker")
-
-
-def _type_rules(spec: WindowSpec) -> Iterator[tuple[bool, str, str]]:
-    """What needs no thought: True for a right type, what was found, what was expected."""
-    for name in _SWITCHES:
-        value = getattr(spec, name)
-        yield isinstance(value, bool), f"{name}={value!r}", "True or False"
-    for name in _TEXTS:
-        value = getattr(spec, name)
-        yield isinstance(value, str | None), f"{name}={value!r}", "a text"
-    for name in _LISTS:
-        value = getattr(spec, name)
-        of_texts = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
-        yield value is None or of_texts, f"{name}={value!r}", "a list of texts"
-
-
-def _is_number(value: Any, *, above: float | None = None) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return number and (value > above if above is not None else value >= 0)
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+        for number, table in enumerate(document.get("threshold", ()))
+    ]
+    return tuple(configured) or default_thresholds()
 
 
 def _convert(option: Option, raw: Any, origin: str) -> Any:
@@ -330,7 +192,9 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
         return number
     if option.choices and raw not in option.choices:
         raise SettingsError(
-            f"{origin} is {raw!r}", expected=" or ".join(option.choices), hint="correct it"
+            f"{origin} is {raw!r}",
+            expected=" or ".join(option.choices),
+            hint=did_you_mean([raw], option.choices, "correct it"),
         )
     return str(raw)
 

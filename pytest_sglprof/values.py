@@ -13,6 +13,9 @@ VerdictWord = Literal["pass", "fail", "inconclusive"]
 WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
 Metric = Literal["slowdown", "imbalance_factor", "lost_share"]
 METRICS: tuple[Metric, ...] = ("slowdown", "imbalance_factor", "lost_share")
+BACKENDS: tuple[Backend, ...] = ("torch", "nsys")
+SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
+STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Threshold:
 
     scope: "compute", "communication", "all", or a category (`moe`, `gemm`, ...).
     kernel: a regular expression over normalised kernel names, instead of a scope.
-    stage: "decode", "prefill" or "" (all steps together).
+    stage: one of `STAGES`, or "" (all steps together).
     origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
     """
 

@@ -9,16 +9,19 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from pytest_sglprof.analysis.onset import OnsetDetector
 from pytest_sglprof.analysis.rank_board import RankLoad
 from pytest_sglprof.analysis.unequal import Kind, Onset, OnsetRule
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import BalanceSample, LoadSample
 
 Samples = Iterable[LoadSample | BalanceSample]
 NoOnset = Literal["pass", "inconclusive", "fail"]
+Made = TypeVar("Made")
+_WORDS = {"source": ("loads", "log"), "on_no_onset": ("pass", "inconclusive", "fail")}
 WITHIN = 120.0  # s that a trigger waits by default, from the start of the test's load
 
 
@@ -48,7 +51,23 @@ class Trigger(Protocol):
 
 
 @dataclass(frozen=True)
-class ImbalanceOnset:
+class _Arguments:
+    """Refuses unknown arguments with the nearest one, which Python's own error does not name."""
+
+    def __new__(cls: type[Made], *args: object, **keywords: object) -> Made:
+        known = [item.name for item in fields(cls)]  # type: ignore[arg-type]  # a dataclass
+        if unknown := [name for name in keywords if name not in known]:
+            raise SettingsError(
+                f"{cls.__name__}: unknown argument {', '.join(unknown)}",
+                expected="one of " + ", ".join(known),
+                hint=did_you_mean(unknown, known, "correct the spelling"),
+            )
+        made: Made = object.__new__(cls)
+        return made
+
+
+@dataclass(frozen=True)
+class ImbalanceOnset(_Arguments):
     """Opens when the load of DP ranks has been unequal for `hold` seconds.
 
     factor, hold, min_running, min_gap, min_gap_usage: see `OnsetRule`. within: s, from the
@@ -77,7 +96,7 @@ class ImbalanceOnset:
 
 
 @dataclass(frozen=True)
-class QueueGrowth:
+class QueueGrowth(_Arguments):
     """Opens when the queues of all ranks together have grown by `requests` for `hold` s.
 
     Growth is counted from the shortest queue that was seen since the load began.
@@ -108,7 +127,7 @@ class QueueGrowth:
 
 
 @dataclass(frozen=True)
-class ThroughputDrop:
+class ThroughputDrop(_Arguments):
     """Opens when all ranks together have generated `share` less than before for `hold` s.
 
     Compared with the best mean over 5 s so far; only while at least half as many requests
@@ -162,6 +181,12 @@ class CallableTrigger:
 def as_trigger(given: Any) -> Trigger:
     """A trigger, or a callable as one. Raises `SettingsError` for anything else."""
     if callable(getattr(given, "detector", None)) and not isinstance(given, type):
+        parts = ("within", "on_no_onset", "compares_ranks")
+        if missing := [name for name in parts if not hasattr(given, name)]:
+            raise SettingsError(
+                f"trigger={given!r} has no {', '.join(missing)}",
+                expected="the attributes of pytest_sglprof.analysis.triggers.Trigger",
+            )
         return cast("Trigger", given)
     if callable(given) and not isinstance(given, type):
         return CallableTrigger(given)
@@ -188,11 +213,11 @@ def _check(trigger: Any, **above: float) -> None:
     for item in fields(trigger):
         value = getattr(trigger, item.name)
         where = f"{type(trigger).__name__}({item.name}={value!r})"
-        if item.name == "source" and value not in ("loads", "log"):
-            raise SettingsError(where, expected='"loads" or "log"')
-        if item.name == "on_no_onset" and value not in ("pass", "inconclusive", "fail"):
-            raise SettingsError(where, expected='"pass", "inconclusive" or "fail"')
-        if item.name in ("source", "on_no_onset"):
+        if item.name in _WORDS:
+            if value not in _WORDS[item.name]:
+                words = _WORDS[item.name]
+                expected = " or ".join(f'"{word}"' for word in words)
+                raise SettingsError(where, expected=expected, hint=did_you_mean([value], words))
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,10 +25,11 @@ from pytest_sglprof.bench_serving.command import (
 )
 from pytest_sglprof.bench_serving.driver import DriverProcess
 from pytest_sglprof.bench_serving.result import parse_result, reason, redact_record, requested_of
-from pytest_sglprof.errors import LoadError, SglprofError
+from pytest_sglprof.errors import LoadError, ServerRefused, SglprofError, do_every
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.redact import HIDDEN, learn_command, redact_command, redact_text
 from pytest_sglprof.server.command import secret_variables
+from pytest_sglprof.server.transient import is_transient
 from pytest_sglprof.values import LoadResult, ServerSpec
 
 Progress = Callable[[float, str], None]
@@ -187,11 +189,20 @@ class BenchServing:
 
     def _flush_cache(self) -> bool:
         # The server refuses while a request runs; the warm-up's last ones may just be ending.
+        problem: ServerRefused | None = None
         for attempt in range(FLUSH_ATTEMPTS):
             if attempt:
                 time.sleep(FLUSH_PAUSE_S)
-            if self._server.client.flush_cache():
-                return True
+            try:
+                if self._server.client.flush_cache():
+                    return True
+                problem = None
+            except ServerRefused as error:
+                if not is_transient(error):
+                    raise
+                problem = error
+        if problem is not None:
+            raise problem
         return False
 
     @contextlib.contextmanager
@@ -220,9 +231,13 @@ class BenchServing:
                 self._on_start(target_concurrency(options))
             yield driver, record, command
         finally:
-            driver.stop()
-            self._store_redacted(record, self._folder / f"{name}.jsonl")
-            self._redact_log(driver)
+            do_every(
+                (
+                    driver.stop,
+                    partial(self._store_redacted, record, self._folder / f"{name}.jsonl"),
+                    partial(self._redact_log, driver),
+                )
+            )
 
     def _environment(self) -> dict[str, dict[str, str]]:
         """Ours plus the server's, with the server's key where the driver looks for it.
@@ -230,8 +245,6 @@ class BenchServing:
         `env` is what everybody may see, `private` the rest.
         """
         env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1"}
-        if self._server.kind == "sglang":
-            env["PYTHONSAFEPATH"] = "1"  # a folder called sglang beside us is no installation
         # A key for some other service is not for this server to see.
         env.pop("OPENAI_API_KEY", None)
         if key := self._server.client.api_key:

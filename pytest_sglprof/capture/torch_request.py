@@ -9,6 +9,7 @@ from typing import Any
 from pytest_sglprof.errors import WindowRefused
 from pytest_sglprof.files import safe_name
 from pytest_sglprof.server.sizes import ServerSizes
+from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import WindowSpec
 
 ACTIVITIES = ("CPU", "GPU", "MEM", "RPD", "CUDA_PROFILER", "XPU")
@@ -116,7 +117,7 @@ def _refuse_activities(spec: WindowSpec, sizes: ServerSizes) -> None:
             expected=f"one or more of {', '.join(ACTIVITIES)}, and CPU or GPU among them",
             hint="for CUDA_PROFILER use backend='nsys' with num_steps"
             if "CUDA_PROFILER" in spec.activities
-            else "names are upper case",
+            else did_you_mean(unknown, ACTIVITIES, "names are upper case"),
         )
     deadly = [name for name in spec.activities if name not in ("CPU",)]
     if sizes.is_cpu and deadly:
@@ -152,7 +153,9 @@ def _refuse_stages(spec: WindowSpec, sizes: ServerSizes) -> None:
     unknown = [stage for stage in spec.profile_stages or () if stage.lower() not in STAGES]
     if unknown:
         raise WindowRefused(
-            f"profile_stages has {', '.join(unknown)}", expected="prefill, decode, or both"
+            f"profile_stages has {', '.join(unknown)}",
+            expected="prefill, decode, or both",
+            hint=did_you_mean(unknown, STAGES),
         )
 
 

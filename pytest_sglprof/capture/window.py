@@ -46,6 +46,7 @@ class ProfileWindow:
         self.state: WindowState = "new"
         self._progress = progress
         self._held = ExitStack()
+        self._ending = threading.Lock()  # held through an export, by whoever ends the window
         self._capture: WindowCapture | None = None
         self._opened = 0.0  # Unix time, s
         self._opened_at = 0.0  # monotonic, as are the deadlines
@@ -96,12 +97,12 @@ class ProfileWindow:
             self.state = "closed"
             what = error.what if isinstance(error, SglprofError) else type(error).__name__
             log = error.log if isinstance(error, SglprofError) else ()
-            self._capture = self._describe(Outcome("failed", f"it did not open: {what}", log=log))
-            try:
+            with ExitStack() as ending:  # each of these happens, whatever the one before raises
+                ending.callback(self._release, still_open=False)
                 if not isinstance(error, WindowRefused):
-                    self._recording.abort()
-            finally:
-                self._release(still_open=False)
+                    ending.callback(self._recording.abort)
+                outcome = Outcome("failed", f"it did not open: {what}", log=log)
+                self._capture = self._describe(outcome)
             raise
         self._opened_at = time.monotonic()
         self.state = "open"
@@ -155,12 +156,14 @@ class ProfileWindow:
         return DEFAULT_SECONDS if self.spec.backend == "nsys" else None
 
     def close(self) -> WindowCapture:
-        """Ends the window and tells what it left; a second call tells the same.
+        """Ends the window and tells what it left; a second call waits, and tells the same.
 
         A window that is merely incomplete does not raise: `state` and `reason` say so.
         """
-        if self._capture is not None:
-            return self._capture
+        with self._ending:
+            return self._capture or self._close()
+
+    def _close(self) -> WindowCapture:
         if self.state != "open":
             raise WindowError(
                 f"window {self.window_id!r} was never open", expected="open() before close()"
@@ -172,8 +175,10 @@ class ProfileWindow:
             outcome = self._recording.stop(max(self._deadline, floor), unfinished=unfinished)
         finally:
             self.state = "closed"
-            self._capture = self._describe(outcome)
-            self._release(still_open=outcome.still_open)
+            try:
+                self._capture = self._describe(outcome)
+            finally:
+                self._release(still_open=outcome.still_open)
         return self._capture
 
     def _unfinished(self) -> str:
@@ -220,14 +225,14 @@ class ProfileWindow:
 
     def discard(self) -> None:
         """Ends the window and drops what it recorded; nothing happens to a closed one."""
-        if self.state != "open":
-            self.state = "closed"
-            return
-        self.state = "closed"
-        try:
-            self._recording.abort()
-        finally:
-            self._release(still_open=False)
+        with self._ending:
+            was_open, self.state = self.state == "open", "closed"
+            if not was_open:
+                return
+            try:
+                self._recording.abort()
+            finally:
+                self._release(still_open=False)
 
     def __enter__(self) -> ProfileWindow:
         if self.state == "new":

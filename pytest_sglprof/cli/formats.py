@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pytest_sglprof.patterns import compiled
 from pytest_sglprof.report.plain import plain
 from pytest_sglprof.report.text_table import text_table
 
@@ -40,6 +41,21 @@ def add_format_option(parser: argparse.ArgumentParser) -> None:
         default="table",
         help="table for people, csv or json for programs (default: table)",
     )
+
+
+def add_step_delimiter(parser: argparse.ArgumentParser) -> None:
+    """`--step-delimiter REGEX`; `SettingsError` for what does not compile."""
+    parser.add_argument(
+        "--step-delimiter",
+        type=_regex,
+        default="",
+        metavar="REGEX",
+        help="the kernel that begins a step, for traces that tell no steps",
+    )
+
+
+def _regex(text: str) -> str:
+    return compiled(text, f"--step-delimiter {text!r}").pattern
 
 
 def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -> str:

@@ -7,7 +7,15 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof.cli.formats import Column, add_format_option, render, to_csv, to_json
+from pytest_sglprof.cli.formats import (
+    Column,
+    add_format_option,
+    add_step_delimiter,
+    render,
+    to_csv,
+    to_json,
+)
+from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import METRICS, Threshold
 
 if TYPE_CHECKING:
@@ -63,12 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show what a truncated trace still tells; the verdict stays inconclusive",
     )
     parser.add_argument("--nsys", metavar="PATH", help="the nsys that exports reports")
-    parser.add_argument(
-        "--step-delimiter",
-        default="",
-        metavar="REGEX",
-        help="the kernel that begins a step, for traces that tell no steps",
-    )
+    add_step_delimiter(parser)
     add_format_option(parser)
 
 
@@ -178,13 +181,16 @@ _CSV_KEYS = (
 
 
 def _threshold(args: argparse.Namespace) -> Threshold:
-    from pytest_sglprof.gate.thresholds import check_kernel, check_limit
+    from pytest_sglprof.gate.thresholds import check_kernel, check_limit, check_stage
 
+    origin = "sglprof imbalance"
+    _check_scope(args.scope, origin)
+    check_stage(args.stage, origin, "--stage")
     limit = math.inf
     if args.limit is not None:
-        limit = check_limit(args.metric, args.limit, "sglprof imbalance", "--limit")
+        limit = check_limit(args.metric, args.limit, origin, "--limit")
     if args.kernel:
-        check_kernel(args.kernel, "sglprof imbalance", "--kernel")
+        check_kernel(args.kernel, origin, "--kernel")
     return Threshold(
         metric=args.metric,
         limit=limit,
@@ -193,6 +199,22 @@ def _threshold(args: argparse.Namespace) -> Threshold:
         stage=args.stage,
         origin="command line",
     )
+
+
+def _check_scope(scope: str, origin: str) -> None:
+    """Refuses a mistyped one; the user's categories are those that `sglprof kernels` reads.
+
+    One that is near no other may be a category of a configuration that is not here.
+    """
+    from pytest_sglprof.cli.kernels import own_categories
+    from pytest_sglprof.gate.thresholds import SCOPES, check_scope
+    from pytest_sglprof.trace.kernels import CATEGORIES
+
+    if scope in (*SCOPES, *CATEGORIES):
+        return
+    categories = (*CATEGORIES, *(name for name, _ in own_categories(None)))
+    if did_you_mean([scope], (*SCOPES, *categories)):
+        check_scope(scope, categories, origin, "--scope")
 
 
 def _rank_records(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof.cli.formats import Column, add_format_option, render
+from pytest_sglprof.cli.formats import Column, add_format_option, add_step_delimiter, render
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.nsys_sums import KernelSums
@@ -40,12 +41,7 @@ def add_parser(subparsers: Any) -> None:
         help=f"one row for each combination of these: {', '.join(KEYS)} (default: "
         f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
     )
-    parser.add_argument(
-        "--step-delimiter",
-        default="",
-        metavar="REGEX",
-        help="the kernel that begins a step, for traces that tell no steps",
-    )
+    add_step_delimiter(parser)
     add_format_option(parser)
     parser.add_argument("--nsys", metavar="NSYS", help="command that exports .nsys-rep")
     parser.add_argument(
@@ -90,7 +86,7 @@ def _from_sums(keys: Sequence[str], args: argparse.Namespace) -> _Answer | None:
 
     if not set(keys) <= set(SUMMED):
         return None
-    sums = read_sums(files[0], nsys=args.nsys, patterns=_own_categories(args.config))
+    sums = read_sums(files[0], nsys=args.nsys, patterns=own_categories(args.config))
     records = sum_records(sums, keys, uncategorised=args.uncategorised)
     return records, _notes(sums.notes, bool(len(sums)), args)
 
@@ -103,7 +99,7 @@ def _from_rows(keys: Sequence[str], args: argparse.Namespace) -> _Answer:
         nsys=args.nsys,
         allow_partial=args.allow_partial,
         step_delimiter=args.step_delimiter,
-        patterns=_own_categories(args.config),
+        patterns=own_categories(args.config),
         sequences=False,
     )
     records = kernel_records(table, keys, uncategorised=args.uncategorised)
@@ -154,12 +150,12 @@ def _keys(text: str) -> list[str]:
         raise SettingsError(
             f"--by {text}: unknown key {', '.join(unknown) or '(none given)'}",
             expected="keys out of " + ", ".join(KEYS),
-            hint="for example --by rank,category",
+            hint=did_you_mean(unknown, KEYS, "for example --by rank,category"),
         )
     return keys
 
 
-def _own_categories(config: str | None) -> list[tuple[str, str]]:
+def own_categories(config: str | None) -> list[tuple[str, str]]:
     """The `[[category]]` patterns of the configuration; none where there is no file."""
     if config is None and not Path(CONFIG).is_file():
         return []

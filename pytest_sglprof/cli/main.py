@@ -12,9 +12,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from pytest_sglprof import __version__
 from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.spelling import did_you_mean
 
 # name -> help. Each is a module of this package with `add_parser(subparsers) -> None` and
 # `run(args) -> int`; only the chosen one is imported, so that `--help` stays instant.
@@ -67,8 +69,20 @@ def _module(name: str) -> ModuleType:
     return import_module(f"pytest_sglprof.cli.{name.replace('-', '_')}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest choice beside a wrong one; parsers of commands are made by its class."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if meant := did_you_mean([value], map(str, action.choices or ())):
+                error.message += f": {meant}"
+            raise
+
+
 def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sglprof",
         description="Per-rank kernels of an SGLang server: who is slow, and by how much.",
         epilog="exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive",

@@ -16,6 +16,7 @@ from pytest_sglprof.cli.watch_table import LoadHistory, load_table, onset_line
 from pytest_sglprof.errors import Inconclusive
 from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.sizes import ServerSizes
+from pytest_sglprof.server.transient import patiently
 from pytest_sglprof.values import BalanceSample
 from pytest_sglprof.watch.log_file import LogFollower
 from pytest_sglprof.watch.watcher import LoadWatch, LogSource, server_watch
@@ -85,7 +86,7 @@ def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
     url = checked_url(url)
     client = SglangClient(url, api_key=key)
     try:
-        info = client.server_info()
+        info = patiently(client.server_info)
     finally:
         client.close()
     count = ServerSizes.from_info(info).dp_ranks

@@ -67,6 +67,17 @@ class Verdict:
         deciding = [found for found in self.judgements if found.verdict == self.word]
         return max(deciding, key=_excess, default=None)
 
+    def of(self, threshold: Threshold) -> Verdict:
+        """The part of it that is about one threshold."""
+        judgements = tuple(found for found in self.judgements if found.threshold == threshold)
+        return _verdict(judgements, "", self.groups)
+
+
+def undecided(thresholds: Sequence[Threshold], reason: str) -> Verdict:
+    """The verdict where nothing was measured: `reason` says why."""
+    judgements = tuple(Judgement(each, None, None, "inconclusive", reason) for each in thresholds)
+    return Verdict("inconclusive", reason, judgements)
+
 
 def judge(
     table: KernelTable | None,

@@ -77,17 +77,17 @@ def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
     typical = _typical(worst, len(verdicts))
     reason = worst.reason
     if word == "fail":
-        own = _own(verdicts[typical], (worst.threshold.identity, worst.group))
+        own = _own(verdicts[typical], (worst.threshold, worst.group))
         reason += f"; the window in the middle: {own.reason}" if own else ""
     return RepeatedVerdict(word, reason, spreads, planned, typical)
 
 
-_Key = tuple[tuple[str, str, str, str], str]
+_Key = tuple[Threshold, str]  # two limits of one figure are two
 
 
 def _key(judgement: Judgement) -> _Key:
     group = judgement.finding.group if judgement.finding is not None else ""
-    return judgement.threshold.identity, group
+    return judgement.threshold, group
 
 
 def _keys(verdicts: Sequence[Verdict]) -> list[_Key]:
@@ -103,7 +103,7 @@ def _own(verdict: Verdict, key: _Key) -> Judgement | None:
 def _spread(key: _Key, verdicts: Sequence[Verdict], planned: int) -> Spread:
     owns = [_own(verdict, key) for verdict in verdicts]
     judged = [own for own in owns if own is not None]
-    threshold = judged[0].threshold
+    threshold = key[0]
     figures = [_figure(own) for own in owns] + [None] * (planned - len(owns))
     values = tuple(
         own.value if own is not None and own.verdict != "inconclusive" else None for own in owns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,10 +9,11 @@ from typing import Any
 
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.patterns import compiled
-from pytest_sglprof.values import METRICS, Metric, Threshold
+from pytest_sglprof.spelling import did_you_mean
+from pytest_sglprof.values import METRICS, STAGES, Metric, Threshold
 
 DEFAULT_SLOWDOWN = 1.10
-_SCOPES = ("compute", "communication", "all")
+SCOPES = ("compute", "communication", "all")
 _STAGED = re.compile(r"^(?P<what>.+?)\s+in\s+(?P<stage>[A-Za-z_]+)$")
 
 
@@ -42,7 +42,7 @@ def thresholds_from_keywords(
     """
     found: list[Threshold] = []
     for name, value in keywords.items():
-        metric = _metric(name, origin)
+        metric = check_metric(name, origin)
         scopes = value if isinstance(value, Mapping) else {"compute": value}
         if not scopes:
             raise SettingsError(
@@ -52,8 +52,9 @@ def thresholds_from_keywords(
         for key, limit in scopes.items():
             where = f"{name}[{key!r}]" if isinstance(value, Mapping) else name
             scope, kernel, stage = _subject(key, origin, where)
-            if not kernel:
-                _check_scope(scope, categories, origin, where)
+            if categories and not kernel:
+                check_scope(scope, categories, origin, where)
+            check_stage(stage, origin, where)
             found.append(
                 Threshold(
                     metric=metric,
@@ -85,27 +86,67 @@ def check_limit(metric: Metric, limit: object, origin: str, where: str) -> float
     return float(limit)
 
 
+def check_threshold(
+    threshold: Threshold, categories: Collection[str], origin: str, prefix: str = ""
+) -> Threshold:
+    """`threshold` if every name in it is known and its limit can be judged.
+
+    SettingsError otherwise. categories: all that kernels may have. prefix: of the names of
+    the fields where they were written, such as `threshold[0].`.
+    """
+    metric = check_metric(threshold.metric, origin)
+    check_limit(metric, threshold.limit, origin, f"{prefix}limit")
+    check_kernel(threshold.kernel, origin, f"{prefix}kernel")
+    check_scope(threshold.scope, categories, origin, f"{prefix}scope")
+    check_stage(threshold.stage, origin, f"{prefix}stage")
+    return threshold
+
+
 def check_kernel(expression: str, origin: str, where: str) -> str:
     """`expression` if it compiles; SettingsError otherwise."""
+    expected = "a Python regular expression over normalised kernel names"
+    if not isinstance(expression, str):
+        raise SettingsError(f"{origin}: {where} is {expression!r}", expected=expected)
     compiled(
         expression,
         f"{origin}: {where}: {expression!r}",
-        expected="a Python regular expression over normalised kernel names",
+        expected=expected,
         hint="`sglprof kernels PATH` lists the names",
     )
     return expression
 
 
-def _metric(name: str, origin: str) -> Metric:
+def check_metric(name: object, origin: str) -> Metric:
+    """`name` if it is a metric; SettingsError otherwise."""
     for metric in METRICS:
         if name == metric:
             return metric
-    close = difflib.get_close_matches(name, METRICS, n=1)
     raise SettingsError(
         f"{origin}: {name!r} is no metric",
         expected=f"one of {', '.join(METRICS)}",
-        hint=f"did you mean {close[0]}?" if close else "",
+        hint=did_you_mean([name], METRICS),
     )
+
+
+def check_scope(scope: object, categories: Collection[str], origin: str, where: str) -> None:
+    """Raises SettingsError unless `scope` is one of ours or one of `categories`."""
+    known = tuple(dict.fromkeys((*SCOPES, *categories)))
+    if scope not in known:
+        raise SettingsError(
+            f"{origin}: {where}: {scope!r} is no scope",
+            expected=f"one of {', '.join(known)}, or /regex/ over kernel names",
+            hint=did_you_mean([scope], known, "a category of your own needs its [[category]]"),
+        )
+
+
+def check_stage(stage: object, origin: str, where: str) -> None:
+    """Raises SettingsError unless `stage` is a stage that steps have, or ""."""
+    if stage != "" and stage not in STAGES:
+        raise SettingsError(
+            f"{origin}: {where}: {stage!r} is no stage",
+            expected=f"one of {', '.join(STAGES)}",
+            hint=did_you_mean([stage], STAGES, "leave it out for all steps together"),
+        )
 
 
 def _subject(key: object, origin: str, where: str) -> tuple[str, str, str]:
@@ -113,7 +154,7 @@ def _subject(key: object, origin: str, where: str) -> tuple[str, str, str]:
     if not isinstance(key, str) or not key.strip():
         raise SettingsError(
             f"{origin}: {where}: {key!r} is no scope",
-            expected=f"{', '.join(_SCOPES)}, a category, or /regex/ over kernel names",
+            expected=f"{', '.join(SCOPES)}, a category, or /regex/ over kernel names",
         )
     what, stage = key.strip(), ""
     staged = _STAGED.match(what)
@@ -122,15 +163,3 @@ def _subject(key: object, origin: str, where: str) -> tuple[str, str, str]:
     if len(what) > 2 and what.startswith("/") and what.endswith("/"):
         return "compute", check_kernel(what[1:-1], origin, where), stage
     return what, "", stage
-
-
-def _check_scope(scope: str, categories: Collection[str], origin: str, where: str) -> None:
-    known = (*_SCOPES, *categories)
-    if not categories or scope in known:
-        return
-    close = difflib.get_close_matches(scope, known, n=1)
-    raise SettingsError(
-        f"{origin}: {where}: {scope!r} is no scope",
-        expected=f"one of {', '.join(dict.fromkeys(known))}, or /regex/ over kernel names",
-        hint=f"did you mean {close[0]}?" if close else "",
-    )

@@ -15,6 +15,7 @@ import httpx
 from pytest_sglprof.errors import ServerRefused, ServerSilent, ServerUnreachable
 from pytest_sglprof.redact import learn, redact, redact_text
 from pytest_sglprof.server.address import is_local_url
+from pytest_sglprof.server.transient import is_transient_status
 
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
 SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
@@ -55,15 +56,19 @@ class SglangClient:
         """True when the server takes requests; never raises for a server that is starting.
 
         Asks ``/ready``, which costs nothing; servers without it answer 404 and are asked
-        ``/health``, which runs a one-token batch: do not poll it inside a window.
+        ``/health``, which runs a one-token batch: do not poll it inside a window. Raises
+        `ServerRefused` for what waiting does not mend: a wrong key, neither of the two.
         """
         try:
-            status = self._http.get("/ready", timeout=PROBE_TIMEOUT).status_code
-            if status == HTTPStatus.NOT_FOUND:
-                status = self._http.get("/health", timeout=PROBE_TIMEOUT).status_code
-        except httpx.TransportError:
+            for path in ("/ready", "/health"):
+                response = self._http.get(
+                    path, headers=self._headers(admin=False), timeout=PROBE_TIMEOUT
+                )
+                if is_transient_status(response.status_code):
+                    return response.status_code == HTTPStatus.OK
+        except httpx.RequestError:
             return False
-        return status == HTTPStatus.OK
+        raise self._refusal(path, response, admin=False)
 
     def server_info(self) -> dict[str, Any]:
         """All resolved arguments of the server, flat, with keys and tokens hidden."""
@@ -76,8 +81,11 @@ class SglangClient:
 
     def loads(self) -> list[dict[str, Any]]:
         """Load of each DP rank as ``/v1/loads`` tells it (``num_running_reqs``, ...)."""
-        found = self._json_object(self._request("GET", "/v1/loads"), "/v1/loads").get("loads")
-        return [dict(load) for load in found] if isinstance(found, list) else []
+        response = self._request("GET", "/v1/loads")
+        loads = self._json_object(response, "/v1/loads").get("loads") or []
+        if isinstance(loads, list) and all(isinstance(load, dict) for load in loads):
+            return loads
+        raise self._not_understood(response, "/v1/loads", "the load of each DP rank")
 
     def start_profile(self, params: Mapping[str, Any], timeout: float) -> None:
         """Opens a torch profile; `params` is the body of ``/start_profile``.
@@ -149,7 +157,7 @@ class SglangClient:
                 hint="an export of a profile stalls the server: take a smaller window, "
                 "or give more time",
             ) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ServerUnreachable(
                 f"{self.url}{path}: {error or type(error).__name__}",
                 expected="an SGLang server at this address",
@@ -182,8 +190,11 @@ class SglangClient:
             found = None
         if isinstance(found, dict):
             return found
-        raise ServerRefused(
-            f"{self.url}{path} did not answer with a JSON object",
+        raise self._not_understood(response, path, "a JSON object")
+
+    def _not_understood(self, response: httpx.Response, path: str, wanted: str) -> ServerRefused:
+        return ServerRefused(
+            f"{self.url}{path} did not answer with {wanted}",
             status=response.status_code,
             expected="an SGLang server",
             hint="check the URL: something else may be listening there",

@@ -25,6 +25,7 @@ from pytest_sglprof.server.plan import Plan
 from pytest_sglprof.server.presence import Presence
 from pytest_sglprof.server.readiness import lost_keeper, wait_started, wait_until_ready
 from pytest_sglprof.server.sizes import ServerSizes
+from pytest_sglprof.server.transient import patiently
 from pytest_sglprof.values import Backend, ServerSpec
 
 Progress = Callable[[str], None]
@@ -183,7 +184,7 @@ def launch(
         client = SglangClient(url, api_key=api_key, admin_key=admin_key)
         try:
             wait_until_ready(keeper, client, log, spec, progress)
-            info = client.server_info()
+            info = patiently(client.server_info)
         except BaseException:
             client.close()
             raise
@@ -237,7 +238,7 @@ def attach(
         session.require()
     client = SglangClient(url, api_key=api_key, admin_key=admin_key)
     try:
-        info = client.server_info()
+        info = patiently(client.server_info)
     except ServerUnreachable as error:
         client.close()
         raise ServerUnreachable(

@@ -6,7 +6,11 @@ import threading
 
 
 class LoadState:
-    """Set by `bench_serving` around its measured load (not its warm-up)."""
+    """Set by `bench_serving` around its measured load (not its warm-up).
+
+    Everything in it is read and written under one lock, since a load begins in the test's
+    thread, ends in the driver's, and is asked about in the window's.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -15,10 +19,15 @@ class LoadState:
         self._ended = threading.Event()
 
     @property
+    def driven(self) -> tuple[int, threading.Event]:
+        """`target` and `ended` of one and the same load."""
+        with self._changed:
+            return self._target, self._ended
+
+    @property
     def ended(self) -> threading.Event:
         """Set when the load that is driven now (or was last) is over."""
-        with self._changed:
-            return self._ended
+        return self.driven[1]
 
     @property
     def number(self) -> int:
@@ -29,19 +38,22 @@ class LoadState:
     @property
     def target(self) -> int:
         """Requests that are meant to run at once now; 0 while none is driven."""
-        with self._changed:
-            return self._target
+        return self.driven[0]
 
     def start(self, target: int) -> None:
         """The measured load begins."""
-        self._started += 1
-        self._ended = threading.Event()
-        self._set(max(1, target))
+        with self._changed:
+            self._started += 1
+            self._ended = threading.Event()
+            self._target = max(1, target)
+            self._changed.notify_all()
 
     def end(self) -> None:
         """The measured load is over."""
-        self._ended.set()
-        self._set(0)
+        with self._changed:
+            self._ended.set()
+            self._target = 0
+            self._changed.notify_all()
 
     def wait_for_start(self, stop: threading.Event, poll: float = 0.1) -> bool:
         """Waits until a load is driven; False when `stop` was set first."""
@@ -51,8 +63,3 @@ class LoadState:
                     return False
                 self._changed.wait(poll)
             return True
-
-    def _set(self, target: int) -> None:
-        with self._changed:
-            self._target = target
-            self._changed.notify_all()

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.errors import SglprofError, do_every
 from pytest_sglprof.session.load_state import LoadState
 from pytest_sglprof.session.server_life import check_alive, describe_server, undisturbed
 from pytest_sglprof.session.window_run import WindowRun
 from pytest_sglprof.session.window_watch import WindowWatch
-from pytest_sglprof.settings import repeats
 from pytest_sglprof.values import WORST_FIRST, VerdictWord, WindowSpec
+from pytest_sglprof.window_options import repeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -164,31 +164,40 @@ class TestRun:
 
     def end(self) -> None:
         """After the body: closes and judges every window; raises what went wrong in them."""
-        try:
-            self._end_watch()
-            for window in self._round:
-                if window is self._watched or window.was_opened:
-                    window.close()
-                    self.windows.append(window)
-            self._conclude(self._round)
-        finally:
-            self._end_load_watch()
+        do_every(self._ending())
 
     def abandon(self, *, discard: bool) -> None:
-        """After a body that failed (or was skipped: `discard`): nothing stays open."""
-        # The body's own error matters more.
-        with contextlib.suppress(SglprofError):
-            self._end_watch()
-        with contextlib.suppress(Exception):
-            self._end_load_watch()
+        """After a body that failed (or was skipped: `discard`): nothing stays open.
+
+        Raises what went wrong in it, which is no reason to forget the body's own error.
+        Windows of a skipped body are forgotten, but for those that it has checked.
+        """
+        do_every(self._abandoning(discard))
+
+    def _ending(self) -> Iterator[Callable[[], object]]:
+        yield self._end_watch
         for window in self._round:
-            if discard or not window.was_opened:
-                window.discard()
+            if window.was_opened or window.repeat_index == 1:
+                yield partial(self._close, window)
+        yield self._conclude
+        yield self._end_load_watch
+
+    def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
+        for step in (self._end_watch, self._end_load_watch):
+            yield partial(_unless_ours, step) if discard else step
+        for window in self._round:
+            is_kept = window.was_checked or not discard
+            if window.was_opened and is_kept:
+                yield partial(self._close, window)
             else:
-                window.close()
-                self.windows.append(window)
-        with contextlib.suppress(Exception):
-            self._conclude(self.windows)
+                yield window.discard
+        yield self._conclude
+
+    def _close(self, window: WindowRun) -> None:
+        if window.was_opened or window is self._watched:
+            window.close()
+            self.windows.append(window)
+        _ = window.capture  # an error for one that was asked for and never opened
 
     def begin_again(self) -> None:
         """The body is about to run again, after an inconclusive verdict."""
@@ -201,8 +210,9 @@ class TestRun:
         self.begin()
 
     def inconclusive(self, reason: str) -> None:
-        """The body itself found too little data."""
-        self.verdict, self.reason = "inconclusive", reason
+        """The body itself found too little data; a window that fails is still worse."""
+        if self.verdict != "fail":
+            self.verdict, self.reason = "inconclusive", reason
 
     def record(self, outcome: str) -> dict[str, Any]:
         """This attempt as plain data, which travels with the test's report."""
@@ -276,8 +286,14 @@ class TestRun:
 
     def _end_watch(self) -> None:
         watch, self._watch = self._watch, None
-        if watch is not None:
+        if watch is None:
+            return
+        try:
             watch.finish()
+        except BaseException:
+            # Its error says more than that a window of it was never opened.
+            self._round = [window for window in self._round if window.was_opened]
+            raise
 
     def _end_load_watch(self) -> None:
         """Raises what ended the watching thread; its samples stay readable."""
@@ -289,7 +305,15 @@ class TestRun:
             self._watched = self.new_window(self._marked)
             self._watched.open()
 
-    def _conclude(self, windows: Sequence[WindowRun]) -> None:
+    def _conclude(self) -> None:
+        """The worst verdict of this run of the body; each window is read, whatever another does."""
+        closed = [window for window in self._round if window in self.windows]
+        try:
+            do_every(partial(getattr, window, "verdict") for window in closed)
+        finally:
+            self._conclude_from(closed)
+
+    def _conclude_from(self, windows: Sequence[WindowRun]) -> None:
         judged = []
         for window in windows:
             repeated = self._repeated(window)
@@ -360,6 +384,12 @@ class TestRun:
     @property
     def _standin(self) -> bool:
         return self.server is not None and self.server.kind == "standin"
+
+
+def _unless_ours(step: Callable[[], object]) -> None:
+    """Takes a step whose own errors, unlike bugs, matter no more."""
+    with contextlib.suppress(SglprofError):
+        step()
 
 
 def _is_shown(document: dict[str, Any]) -> bool:

@@ -77,7 +77,11 @@ class TriggerWait:
     def _none(self, seconds: float) -> tuple[VerdictWord, str]:
         trigger = self._trigger
         if not self._samples:
-            return "inconclusive", f"no load was told for {seconds:.0f} s, so nothing was watched"
+            why = f" ({self._watch.problem})" if self._watch.problem else ""
+            return (
+                "inconclusive",
+                f"no load was told for {seconds:.0f} s, so nothing was watched{why}",
+            )
         if not trigger.compares_ranks:
             return trigger.on_no_onset, f"the trigger did not fire in {seconds:.0f} s"
         judged = self._detector.judged_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from dataclasses import replace
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.capture.window import ProfileWindow
 from pytest_sglprof.errors import Inconclusive, WindowError
-from pytest_sglprof.gate.judge import Verdict
+from pytest_sglprof.gate.judge import Verdict, undecided
+from pytest_sglprof.gate.repeats import RepeatedVerdict, judge_repeats
+from pytest_sglprof.gate.thresholds import check_threshold
 from pytest_sglprof.server.gpu_clocks import ClockWatch, watch_clocks
 from pytest_sglprof.session.measure import Measured, judge_table, measure
+from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import (
     METRICS,
     GpuClocks,
@@ -69,6 +73,7 @@ class WindowRun:
         self._load = load
         self._log_start = 0
         self._clocks: ClockWatch | None = None
+        self._unseen = ""  # why its load was not seen when it was last looked at
         self._server = server
         self._progress = progress
         self._settings = settings
@@ -78,10 +83,12 @@ class WindowRun:
         self._capture: WindowCapture | None = None
         self._measured: Measured | None = None
         self._checks: list[Threshold] = []
+        self._is_recorded = False
         self.onset: Onset | None = None  # what opened it, where its spec has a trigger
         self.watch: LoadWatch | None = None  # which has the load around it
         self._spared: tuple[VerdictWord, str] | None = None
-        self._lock = threading.Lock()
+        self._closing = threading.Lock()  # held through an export: for another close alone
+        self._judging = threading.Lock()  # of `_measured` and `_checks`
 
     @property
     def was_opened(self) -> bool:
@@ -106,14 +113,24 @@ class WindowRun:
         self._window.wait(stop)
 
     def close(self) -> WindowCapture:
-        """Closes the window (once) and returns what it left."""
-        with self._lock:
-            if self._capture is None:
-                clocks, told = self._end_clocks()  # before the export, in which GPUs are idle
-                closed = self._window.close() if self.was_opened else self._unopened()
-                closed = replace(closed, gpus=clocks, notes=(*closed.notes, *told))
-                self._capture = self._with_facts(closed)
-            return self._capture
+        """Closes the window (once) and returns what it left; a second call waits for the first."""
+        if self._capture is None:
+            with self._closing:
+                if self._capture is None:
+                    self._capture = self._close()
+        return self._capture
+
+    def _close(self) -> WindowCapture:
+        clocks: tuple[GpuClocks, ...] = ()
+        notes: tuple[str, ...] = ()
+        try:
+            clocks, notes = self._end_clocks()  # before the export, in which GPUs are idle
+        finally:
+            closed = self._window.close() if self.was_opened else self._unopened()
+        if self._unseen and self.was_opened:
+            notes += (f"it opened although its load could not be seen: {self._unseen}",)
+        closed = replace(closed, gpus=clocks, notes=(*closed.notes, *notes))
+        return self._with_facts(closed)
 
     def _end_clocks(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
         watch, self._clocks = self._clocks, None
@@ -133,11 +150,21 @@ class WindowRun:
 
     def _await_steady_load(self) -> None:
         """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
-        target, ended = self._load.target, self._load.ended
+        target, ended = self._load.driven
         if target and not self.spec.delay:
             if self._progress is not None:
                 self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
-            steady_load(self._server, target, timeout=self.spec.timeout, stop=ended)
+            steady_load(
+                self._server,
+                target,
+                timeout=self.spec.timeout,
+                stop=ended,
+                on_look=self.saw_load,
+            )
+
+    def saw_load(self, problem: str) -> None:
+        """One look at the load before it opened; why there was no answer, "" where there was."""
+        self._unseen = problem
 
     def spare(self, word: VerdictWord, reason: str) -> None:
         """Its trigger did not fire: it stays closed, and this is its verdict."""
@@ -155,14 +182,19 @@ class WindowRun:
             state="failed",
             opened=moment,
             closed=moment,
-            reason="the test's body was over before the load was steady, so the window never "
+            reason=f"the load could not be seen, so the window never opened: {self._unseen}"
+            if self._unseen
+            else "the test's body was over before the load was steady, so the window never "
             "opened: drive a longer load, or use whole_body=True",
         )
 
     def discard(self) -> None:
         """Closes the window and forgets it."""
-        self._end_clocks()
-        self._window.discard()
+        with self._closing:
+            try:
+                self._end_clocks()
+            finally:
+                self._window.discard()
 
     def __enter__(self) -> WindowRun:
         self._await_steady_load()
@@ -180,7 +212,8 @@ class WindowRun:
             following._await_steady_load()
             following.open()
             try:
-                following.wait(following._load.ended if following._load.target else None)
+                target, ended = following._load.driven
+                following.wait(ended if target else None)
             finally:
                 following.close()
 
@@ -204,7 +237,7 @@ class WindowRun:
     def measured(self) -> Measured:
         """Table and verdict; the files are read at the first use."""
         capture = self.capture
-        with self._lock:
+        with self._judging:
             if self._measured is None and self._spared is not None:
                 self._measured = Measured(None, Verdict(*self._spared), capture.reason)
             if self._measured is None:
@@ -212,8 +245,8 @@ class WindowRun:
                     self._measured = measure(capture, self._settings, self._checks)
                 except Exception as error:
                     # Raised once, in the test; its report then tells the rest.
-                    reason = f"reading the window failed: {error!r}"
-                    verdict = judge_table(capture, None, reason, self._settings)
+                    reason = f"reading or judging the window failed: {error!r}"
+                    verdict = undecided((*self.spec.thresholds, *self._checks), reason)
                     self._measured = Measured(None, verdict, reason)
                     raise
             return self._measured
@@ -235,6 +268,11 @@ class WindowRun:
         """The verdict of its thresholds so far."""
         return self.measured.verdict
 
+    @property
+    def was_checked(self) -> bool:
+        """True once `check` was asked something about the closed window."""
+        return bool(self._checks)
+
     def check(
         self,
         metric: Metric,
@@ -246,43 +284,62 @@ class WindowRun:
     ) -> float:
         """Judges one more threshold and returns the figure that it judges.
 
-        The test fails at its end when the figure is above `limit`. Too little data for a
-        figure raises `Inconclusive` at once. Of a window that was repeated it is the median
-        of the windows' figures.
+        The test fails at its end when the figure is above `limit`; it is infinite where only
+        one rank has any of the scope. Too little data for a figure raises `Inconclusive` at
+        once. Either way the judgement stays with the window. Windows that were opened
+        together are judged together, and the figure is their median. `SettingsError` or
+        `WindowError` for names that there are not.
         """
-        if len(self.windows) > 1 and self.repeat_index == 1:
-            each = {"scope": scope, "kernel": kernel, "stage": stage}
-            return median([w._check(metric, limit, **each) for w in self.windows])
-        return self._check(metric, limit, scope=scope, kernel=kernel, stage=stage)
-
-    def _check(self, metric: Metric, limit: float, *, scope: str, kernel: str, stage: str) -> float:
         if metric not in METRICS:
             raise WindowError(
                 f"check({metric!r}, ...): there is no such metric",
                 expected="one of " + ", ".join(METRICS),
-                hint="correct the name",
+                hint=did_you_mean([metric], METRICS, "correct the name"),
             )
-        threshold = Threshold(metric, limit, scope, kernel, stage, origin="check")
-        measured = self.measured
-        capture = self.capture
-        single = replace(capture, spec=replace(capture.spec, thresholds=(threshold,)))
-        verdict = judge_table(single, measured.table, measured.doubt, self._settings)
-        judgement = verdict.judgements[0] if verdict.judgements else None
-        if verdict.word == "inconclusive" or judgement is None or judgement.value is None:
+        threshold = check_threshold(
+            Threshold(metric, limit, scope, kernel, stage, origin="check"),
+            self._settings.category_names,
+            f"check({metric!r}, {limit!r})",
+        )
+        if self._is_recorded:
+            raise WindowError(
+                f"check({metric!r}, {limit!r}): the results of this window's test are written",
+                expected="a check in the body of the test",
+                hint="fixtures that are torn down are too late for a verdict",
+            )
+        for window in self.windows:
+            _ = window.capture  # all of them are closed, before the first of them is judged
+        verdicts = [window._judge_also(threshold) for window in self.windows]
+        together: Verdict | RepeatedVerdict = verdicts[0]
+        if len(verdicts) > 1:
+            together = judge_repeats(verdicts, self.spec.repeat or 1)
+        if together.word == "inconclusive":
             raise Inconclusive(
-                f"{threshold.describe()}: {verdict.reason}",
+                f"{threshold.describe()}: {together.reason}",
                 expected=f"at least {self._settings.min_steps} steps of every rank",
                 hint="give the window more steps, or the server a longer load",
             )
-        self._checks.append(threshold)
-        verdict = judge_table(capture, measured.table, measured.doubt, self._settings, self._checks)
-        self._measured = replace(measured, verdict=verdict)
-        return judgement.value
+        return median(_figure(verdict) for verdict in verdicts if verdict.word != "inconclusive")
+
+    def _judge_also(self, threshold: Threshold) -> Verdict:
+        """The verdict of this window on one more threshold, which it keeps."""
+        _ = self.measured  # its files are read
+        with self._judging:
+            measured = self._measured
+            assert measured is not None
+            if threshold not in self._checks:
+                self._checks.append(threshold)
+            verdict = judge_table(
+                self.capture, measured.table, measured.doubt, self._settings, self._checks
+            )
+            self._measured = replace(measured, verdict=verdict)
+        return verdict.of(threshold)
 
     def document(self, **about: Any) -> dict[str, Any]:
-        """The window as plain data for results.json."""
+        """The window as plain data for results.json; from now on it takes no check."""
         from pytest_sglprof.report.results import window_document
 
+        self._is_recorded = True
         table = self.measured.table
         return window_document(
             self.capture, table, self.verdict, **about, **self._load_document(table)
@@ -302,3 +359,9 @@ class WindowRun:
         strip = load_strip(samples, source, begin, capture.closed + STRIP_AFTER)
         join = join_load(onset, table) if onset is not None and table is not None else None
         return {"onset": onset_document(onset, join), "load_samples": strip}
+
+
+def _figure(verdict: Verdict) -> float:
+    """The figure that decided; infinite for what only one rank has."""
+    value = verdict.worst.value if verdict.worst is not None else None
+    return math.inf if value is None else value

@@ -79,7 +79,13 @@ class WindowWatch:
             if self._drives_load and not self._load.wait_for_start(self._stop):
                 return False
             target = self._load.target or 1
-            if steady_load(self._server, target, timeout=spec.timeout, stop=self._stop):
+            if steady_load(
+                self._server,
+                target,
+                timeout=spec.timeout,
+                stop=self._stop,
+                on_look=self._window.saw_load,
+            ):
                 return True
             if not self._drives_load:
                 return False

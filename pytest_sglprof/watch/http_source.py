@@ -10,6 +10,7 @@ import httpx
 
 from pytest_sglprof.errors import ServerRefused
 from pytest_sglprof.server.address import is_local_url
+from pytest_sglprof.server.transient import is_transient_status
 
 MAX_BACKOFF = 5.0  # s between two tries of a server that does not answer
 MAX_DOUBLINGS = 64  # of the interval; far beyond MAX_BACKOFF, and a float still holds it
@@ -59,16 +60,16 @@ class HttpSource:
             )
         try:
             response = await self._http.get(self.path)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             self.failed(str(error) or type(error).__name__)
             return None
-        if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-            raise self._refused(response, "the server's key", "set SGLPROF_API_KEY")
-        if response.status_code == HTTPStatus.NOT_FOUND:
-            raise self._refused(response, "an SGLang server that has it", self.without())
         if not response.is_success:
-            self.failed(f"answered {response.status_code}")
-            return None
+            if is_transient_status(response.status_code):
+                self.failed(f"answered {response.status_code}")
+                return None
+            if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+                raise self._refused(response, "the server's key", "set SGLPROF_API_KEY")
+            raise self._refused(response, "an SGLang server that has it", self.without())
         self.failures, self.problem, self.delay = 0, "", self._interval
         return response
 

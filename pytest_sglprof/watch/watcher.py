@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -117,6 +118,12 @@ class LoadWatch:
         rows = [[getattr(sample, name) for name in names] for sample in self.samples]
         return pd.DataFrame(rows, columns=names)
 
+    @property
+    def problem(self) -> str:
+        """Why a source that is asked again and again gives nothing now; "" where all do."""
+        problems = (getattr(source, "problem", "") for source in self._sources)
+        return next((problem for problem in problems if problem), "")
+
     def listen(self, listener: Listener) -> None:
         """From now on `listener` gets new samples and the time, in the watching thread.
 
@@ -134,7 +141,8 @@ class LoadWatch:
     def start(self) -> None:
         """Begins to watch, or goes on after `stop`."""
         if self._thread is None:
-            self._stopping = False
+            with self._lock:
+                self._stopping = False
             self._thread = threading.Thread(target=self._run, name="sglprof-watch", daemon=True)
             self._thread.start()
 
@@ -148,7 +156,8 @@ class LoadWatch:
     def stop(self) -> None:
         """Ends the thread, closes its sources, and raises what went wrong in it."""
         self._end()
-        error, self._error = self._error, None
+        with self._lock:
+            error, self._error = self._error, None
         if error is not None:
             raise error
 
@@ -198,8 +207,9 @@ class LoadWatch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, ending, return_exceptions=True)
-            for source in self._sources:
-                await source.close()
+            async with contextlib.AsyncExitStack() as closing:
+                for source in self._sources:
+                    closing.push_async_callback(source.close)
 
     async def _follow(self, source: Source) -> None:
         loop = asyncio.get_running_loop()

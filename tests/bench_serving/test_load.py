@@ -97,6 +97,25 @@ def test_key_reaches_the_driver_only_and_stays_off_the_disk(
     assert "key= extra=" in (tmp_path / "loads" / "load-2.log").read_text()
 
 
+def test_fault_14_keys_leave_the_disk_also_where_the_driver_cannot_be_ended(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.api_key = "hush-hush"
+    stop = load_module.DriverProcess.stop
+
+    def stopped_badly(driver: load_module.DriverProcess) -> None:
+        stop(driver)
+        raise OSError("planted")
+
+    monkeypatch.setattr(load_module.DriverProcess, "stop", stopped_badly)
+    bench = BenchServing(server, folder=tmp_path / "loads")
+    with pytest.raises(OSError, match="planted"):
+        bench(warm_up=False)
+    kept = [path for path in (tmp_path / "loads").iterdir() if path.is_file()]
+    assert kept
+    assert not [path for path in kept if "hush-hush" in path.read_text()]
+
+
 def test_failed_requests(bench: BenchServing) -> None:
     with pytest.raises(LoadError, match="3 of 20 requests failed") as caught:
         bench(num_prompts=20, lost=3, warm_up=False)

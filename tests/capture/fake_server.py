@@ -44,6 +44,9 @@ class FakeSglang:
         self.on_stop: Callable[[], None] = lambda: None
         self.delay_write = 0.0
         self.auth = ""
+        # Path -> what it answers instead, one after another: a status, a text of status 200,
+        # "reset" and "half" (of an answer).
+        self.instead: dict[str, Iterator[int | str]] = {}
         self.current: dict[str, Any] | None = None
         handler = self._handler()
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -130,13 +133,36 @@ class FakeSglang:
 
             def do_GET(self) -> None:
                 fake.requests.append((self.path, dict(self.headers)))
+                instead = next(fake.instead.get(self.path.partition("?")[0], iter(())), None)
+                if instead is not None:
+                    return self._answer_instead(instead)
                 if fake.auth and self.headers.get("Authorization") != f"Bearer {fake.auth}":
                     return self._answer(401, {"error": "Unauthorized"})
-                if self.path == "/v1/loads":
+                if self.path.partition("?")[0] == "/v1/loads":
                     half = fake.running // 2
-                    loads = [{"num_running_reqs": half}, {"num_running_reqs": fake.running - half}]
+                    loads = [
+                        {"dp_rank": rank, "num_running_reqs": running}
+                        for rank, running in enumerate((half, fake.running - half))
+                    ]
                     return self._answer(200, {"loads": loads})
+                if self.path == "/server_info":
+                    return self._answer(200, {"tp_size": 2})
+                if self.path == "/ready":
+                    return self._answer(200)
                 return self._answer(404)
+
+            def _answer_instead(self, instead: int | str) -> None:
+                if isinstance(instead, int):
+                    return self._answer(instead)
+                if instead == "half":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(b'{"loads": [')
+                elif instead != "reset":
+                    return self._answer(200, instead)
+                self.close_connection = True
+                return None
 
             def do_POST(self) -> None:
                 data = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -89,6 +89,23 @@ def test_cupti_takes_one_subscriber():
     refuse(WindowSpec(), under_nsys=True, standin=True)
 
 
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        (WindowSpec(activities=("cpu",)), "did you mean CPU?"),
+        (WindowSpec(activities=("CPU", "GUP")), "did you mean GPU?"),
+        (
+            WindowSpec(profile_by_stage=True, num_steps=40, profile_stages=("decoed",)),
+            "did you mean decode?",
+        ),
+    ],
+)
+def test_fault_8_a_name_that_only_the_server_knows_is_refused_with_the_nearest(spec, meant):
+    with pytest.raises(WindowRefused) as refused:
+        refuse_request(spec, GPU, under_nsys=False, standin=False, env={}, last_step=None)
+    assert meant in str(refused.value)
+
+
 def test_activities_follow_the_device():
     assert default_activities("cuda") == ("CPU", "GPU")
     assert default_activities("cpu") == ("CPU",)

@@ -42,9 +42,9 @@ TESTS = """
 def test_clean(load):
     load(600)
 
-@pytest.mark.profile_window(num_steps=10)
-def test_too_short(load):
-    load(600)
+@pytest.mark.profile_window(whole_body=True)
+def test_too_short(drive):
+    drive(10)
 
 @pytest.mark.sglang_server("slow")
 @pytest.mark.profile_window(num_steps=40)
@@ -79,7 +79,7 @@ def test_decode(bench_serving):
 def test_mix(bench_serving):
     drive(bench_serving, {requests})
 
-@pytest.mark.profile_window("{name}", num_steps=10)
+@pytest.mark.profile_window("{name}", num_steps=40)
 def test_short(bench_serving):
     drive(bench_serving, 2)
 """

@@ -18,7 +18,7 @@ SERVERS = {
     "moe": ServerSpec("moe"),
     "traced": ServerSpec("traced", nsys=True),
 }
-SETTINGS = Settings(Path("out"), servers=SERVERS)
+SETTINGS = Settings(Path("out"), servers=SERVERS, min_steps=3)
 
 
 class FakeItem:

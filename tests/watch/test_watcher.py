@@ -131,3 +131,19 @@ def test_a_log_is_read_from_now_on(tmp_path: Path) -> None:
             stream.write(old.replace(": 1", ": 7"))
         wait_until(watch, 1)
     assert [sample.running for sample in watch.samples] == [7]
+
+
+def test_fault_14_a_source_that_cannot_be_closed_leaves_no_other_one_open() -> None:
+    class Stuck(Counting):
+        async def close(self) -> None:
+            await super().close()
+            raise OSError(f"cannot be closed: {self.limit}")
+
+    sources = [Stuck(10**6), Counting(), Stuck(10**7)]
+    watch = LoadWatch(sources)
+    watch.start()
+    wait_until(watch, 3)
+    with pytest.raises(OSError, match="cannot be closed"):
+        watch.stop()
+    assert [source.closed for source in sources] == [1, 1, 1]
+    assert threads() == []
