@@ -85,7 +85,10 @@ class PluginSession:
         """Opens the run's folder, unless tests are only collected."""
         option = self.config.option
         if not (self.worker or option.collectonly or self._show_config):
-            self._book.open()
+            try:
+                self._book.open()
+            except SettingsError as error:
+                raise pytest.UsageError(str(error)) from None
 
     def pytest_collection(self) -> None:
         """`--sglprof-show-config` ends the run after the header, which shows the settings."""
@@ -94,41 +97,61 @@ class PluginSession:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the process that reports: keeps what travelled with the report."""
-        record = getattr(report, "sglprof", None)
-        if record is not None and not self.worker:
-            attempt = {**record["attempt"], "outcome": _outcome(report)}
-            self._book.add({**record, "attempt": attempt})
+        if self.worker or not hasattr(report, "sglprof"):
+            return
+        record = report.sglprof
+        del report.sglprof  # pytest keeps the report, and the journal holds the record
+        self._book.problems += [p for p in record.pop("problems") if p not in self._book.problems]
+        attempt = {**record["attempt"], "outcome": _outcome(report)}
+        self._book.add({**record, "attempt": attempt})
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, exitstatus: int | pytest.ExitCode) -> None:
-        """Writes results.json and removes old runs."""
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int | pytest.ExitCode
+    ) -> None:
+        """Writes results.json and removes old runs; the tests' own status is that of the run."""
         if self.worker:
             return
-        self._results = self._book.finish(int(exitstatus))
-        prune(
-            self.settings.output,
-            keep_runs=self.settings.keep_runs,
-            keep_bytes=self.settings.keep_bytes,
-        )
+        try:
+            self._book.finish(int(exitstatus))
+            prune(
+                self.settings.output,
+                keep_runs=self.settings.keep_runs,
+                keep_bytes=self.settings.keep_bytes,
+            )
+        except KeyboardInterrupt:
+            # Raised from here, it would take pytest's summary of the tests along.
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+            session.shouldstop = "KeyboardInterrupt while results were written"
+            self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """One section, when there is something to say."""
-        if self.worker or not self._book.records:
+        book = self._book
+        if self.worker or not (book.results or book.problems):
             return
+        terminalreporter.section("sglprof")
+        if book.results:
+            with book.writing("the summary"):
+                self._summarise(terminalreporter, book.results)
+        if book.file is not None:
+            terminalreporter.write_line(f"results: {book.file}")
+        if book.page is not None:
+            terminalreporter.write_line(f"report:  {book.page}")
+        for line in book.problems:
+            terminalreporter.write_line(line, red=True)
+
+    def _summarise(self, reporter: pytest.TerminalReporter, document: dict[str, Any]) -> None:
         from pytest_sglprof.report.markdown import step_summary
         from pytest_sglprof.report.terminal import summary_lines
 
-        document = self._book.results
-        terminalreporter.section("sglprof")
         for line in summary_lines(document):
-            terminalreporter.write_line(line)
-        if self._results is not None:
-            terminalreporter.write_line(f"results: {self._results}")
-        if self._book.page is not None:
-            terminalreporter.write_line(f"report:  {self._book.page}")
-        summary = os.environ.get("GITHUB_STEP_SUMMARY")
-        if summary:
-            with open(summary, "a", encoding="utf-8") as stream:  # noqa: PTH123 – appended to
+            reporter.write_line(line)
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with (
+                self._book.writing(f"GITHUB_STEP_SUMMARY {summary}"),
+                open(summary, "a", encoding="utf-8") as stream,  # noqa: PTH123 – appended to
+            ):
                 stream.write(step_summary(document))
 
     # ---- collection ----------------------------------------------------------------------
@@ -197,7 +220,7 @@ class PluginSession:
         with contextlib.ExitStack() as measuring:
             with _shown_plainly():
                 measuring.enter_context(test.measuring())
-            test.begin()
+                test.begin()
             try:
                 with _body(item, test):
                     yield
@@ -212,11 +235,14 @@ class PluginSession:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attaches the attempt's record, its properties and its rank table."""
         test = item.stash.get(TEST_RUN, None)
+        problems = []
         if test is not None and call.when == "call":
-            _set_properties(item, test)
+            problems = _set_properties(item, test)
         report = yield
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
-            _attach(report, test)
+            _attach(report, test, problems)
+        if test is not None and call.when == "teardown":
+            del item.stash[TEST_RUN]  # pytest keeps the item, and this one its windows' tables
         return report
 
     def _retry(self, item: pytest.Item, test: TestRun) -> None:
@@ -361,8 +387,11 @@ def _outcome(report: pytest.TestReport) -> str:
     return str(report.outcome)
 
 
-def _set_properties(item: pytest.Item, test: TestRun) -> None:
-    """Those of this attempt's windows, but for windows that were repeated."""
+def _set_properties(item: pytest.Item, test: TestRun) -> list[str]:
+    """Those of this attempt's windows, but for windows that were repeated.
+
+    Returns what could not be written, a line each.
+    """
     from pytest_sglprof.report.junit import attachments, properties_of_test
 
     documents = test.documents()
@@ -370,19 +399,25 @@ def _set_properties(item: pytest.Item, test: TestRun) -> None:
     ours = dict(properties_of_test([d for d in documents if d["id"] not in repeated]))
     if test.verdict is not None and ours.get("verdict") != test.verdict:
         ours |= {"verdict": test.verdict, "reason": test.reason}
-    ours |= dict(attachments(test.pictures()))
+    problems = []
+    try:
+        ours |= dict(attachments(test.pictures()))
+    except OSError as error:
+        problems.append(f"heat maps could not be written: {error.strerror or error}")
     earlier = item.stash.get(PROPERTIES, {})
     theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
     item.user_properties[:] = [*theirs, *ours.items()]
     item.stash[PROPERTIES] = ours
+    return problems
 
 
-def _attach(report: pytest.TestReport, test: TestRun) -> None:
+def _attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> None:
     from pytest_sglprof.report.terminal import rank_table
 
     test.drop_artifacts()
     # pytest's own way for plugins: what is set on a report travels with it from a worker.
-    report.sglprof = test.record(str(report.outcome))  # type: ignore[attr-defined]
+    record = test.record(str(report.outcome))
+    report.sglprof = {**record, "problems": problems}  # type: ignore[attr-defined]
     for document in test.documents():
         if document["verdict"] != "pass" and not test.told:
             title = f"sglprof {document['name']}"
