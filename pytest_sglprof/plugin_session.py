@@ -242,7 +242,8 @@ class PluginSession:
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
             _attach(report, test, problems)
         if test is not None and call.when == "teardown":
-            del item.stash[TEST_RUN]  # pytest keeps the item, and this one its windows' tables
+            del item.stash[TEST_RUN]  # pytest keeps the item until its own end
+            test.forget()
         return report
 
     def _retry(self, item: pytest.Item, test: TestRun) -> None:

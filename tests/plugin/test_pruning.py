@@ -35,7 +35,7 @@ def as_is(folder: Path) -> None:
 
 
 def with_results(folder: Path) -> None:
-    (folder / "results.json").write_text('{"run": {"id": "%s"}}' % folder.name)
+    (folder / "results.json").write_text(json.dumps({"run": {"id": folder.name}}))
 
 
 def with_another_tool_s_run_file(folder: Path) -> None:
