@@ -245,7 +245,7 @@ def load_results(path: Path) -> dict[str, Any]:
         raise SglprofError(
             f"{path} cannot be read: {error.strerror or error}", expected=expected
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SglprofError(f"{path} is not JSON: {error}", expected=expected) from error
     try:
         validate(document)
