@@ -17,11 +17,13 @@ from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
+from pytest_sglprof.records import NOTHING, attach, attach_servers, set_properties, take_record
 from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
-from pytest_sglprof.session.server_life import close_server, open_server
+from pytest_sglprof.session.server_life import close_server, describe_server, open_server
 from pytest_sglprof.session.test_run import TestRun
 from pytest_sglprof.settings import Settings, build_settings, resolve_options, window_spec
+from pytest_sglprof.summary import write_summary
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
-PROPERTIES = pytest.StashKey[dict[str, str]]()
 # After these nobody asks for the windows of a body.
 DISCARDING = (
     *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
@@ -53,6 +54,8 @@ class PluginSession:
         self.folder = RunFolder(self.settings.output, self.run_id, worker=self.worker)
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
+        self._in_test = False
+        self._left: list[dict[str, Any]] = []  # servers that left something, not reported yet
         self._book = RunBook(self.settings.output, self.run_id, run_facts(config, self.settings))
 
     # ---- the run -------------------------------------------------------------------------
@@ -97,13 +100,11 @@ class PluginSession:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the process that reports: keeps what travelled with the report."""
-        if self.worker or not hasattr(report, "sglprof"):
-            return
-        record = report.sglprof
-        del report.sglprof  # pytest keeps the report, and the journal holds the record
-        self._book.problems += [p for p in record.pop("problems") if p not in self._book.problems]
-        attempt = {**record["attempt"], "outcome": _outcome(report)}
-        self._book.add({**record, "attempt": attempt})
+        record = None if self.worker else take_record(report)
+        if record is not None:
+            new = (line for line in record.pop("problems") if line not in self._book.problems)
+            self._book.problems.extend(new)
+            self._book.add(record)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(
@@ -113,6 +114,8 @@ class PluginSession:
         if self.worker:
             return
         try:
+            if self._left:  # an interrupted run stops its servers without a report
+                self._book.add({**NOTHING, "servers": self._left})
             self._book.finish(int(exitstatus))
             prune(
                 self.settings.output,
@@ -127,32 +130,8 @@ class PluginSession:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """One section, when there is something to say."""
-        book = self._book
-        if self.worker or not (book.results or book.problems):
-            return
-        terminalreporter.section("sglprof")
-        if book.results:
-            with book.writing("the summary"):
-                self._summarise(terminalreporter, book.results)
-        if book.file is not None:
-            terminalreporter.write_line(f"results: {book.file}")
-        if book.page is not None:
-            terminalreporter.write_line(f"report:  {book.page}")
-        for line in book.problems:
-            terminalreporter.write_line(line, red=True)
-
-    def _summarise(self, reporter: pytest.TerminalReporter, document: dict[str, Any]) -> None:
-        from pytest_sglprof.report.markdown import step_summary
-        from pytest_sglprof.report.terminal import summary_lines
-
-        for line in summary_lines(document):
-            reporter.write_line(line)
-        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-            with (
-                self._book.writing(f"GITHUB_STEP_SUMMARY {summary}"),
-                open(summary, "a", encoding="utf-8") as stream,  # noqa: PTH123 – appended to
-            ):
-                stream.write(step_summary(document))
+        if not self.worker and (self._book.results or self._book.problems):
+            write_summary(terminalreporter, self._book)
 
     # ---- collection ----------------------------------------------------------------------
 
@@ -189,6 +168,15 @@ class PluginSession:
                 xdist_support.add_group(item, key)
 
     # ---- tests ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
+        """Knows whether a test is there to report what happens."""
+        self._in_test = True
+        try:
+            return (yield)
+        finally:
+            self._in_test = False
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
@@ -237,10 +225,12 @@ class PluginSession:
         test = item.stash.get(TEST_RUN, None)
         problems = []
         if test is not None and call.when == "call":
-            problems = _set_properties(item, test)
+            problems = set_properties(item, test)
         report = yield
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
-            _attach(report, test, problems)
+            attach(report, test, problems)
+        attach_servers(report, self._left)
+        self._left = []
         if test is not None and call.when == "teardown":
             del item.stash[TEST_RUN]  # pytest keeps the item until its own end
             test.forget()
@@ -278,8 +268,21 @@ class PluginSession:
             yield server
         finally:
             self.server = None
+            self._close(server)
+
+    def _close(self, server: Server) -> None:
+        try:
             with _shown_plainly():
                 close_server(server)
+        except (pytest.fail.Exception, KeyboardInterrupt) as error:
+            if self._in_test:
+                raise
+            # After Ctrl-C no test reports it: it would take pytest's summary along.
+            what = str(error).partition("\n")[0] or "interrupted while it was stopped"
+            self._book.problems.append(f"server {server.spec.key}: {what}")
+        finally:
+            if server.left_behind:
+                self._left.append(describe_server(server, self.folder.path))
 
     def test_run(self, item: pytest.Item) -> TestRun:
         """The running attempt of `item`, with its server."""
@@ -376,50 +379,3 @@ def _settings(config: pytest.Config) -> Settings:
         )
     except SettingsError as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def _outcome(report: pytest.TestReport) -> str:
-    """The word of results.json; an attempt that is followed by another is called "rerun"."""
-    if hasattr(report, "wasxfail"):
-        return "xfailed" if report.skipped else "xpassed"
-    bad = report.failed or str(report.outcome) == "rerun"
-    if bad:
-        return "failed" if report.when == "call" else "error"
-    return str(report.outcome)
-
-
-def _set_properties(item: pytest.Item, test: TestRun) -> list[str]:
-    """Those of this attempt's windows, but for windows that were repeated.
-
-    Returns what could not be written, a line each.
-    """
-    from pytest_sglprof.report.junit import attachments, properties_of_test
-
-    documents = test.documents()
-    repeated = {document["retry_of"] for document in documents}
-    ours = dict(properties_of_test([d for d in documents if d["id"] not in repeated]))
-    if test.verdict is not None and ours.get("verdict") != test.verdict:
-        ours |= {"verdict": test.verdict, "reason": test.reason}
-    problems = []
-    try:
-        ours |= dict(attachments(test.pictures()))
-    except OSError as error:
-        problems.append(f"heat maps could not be written: {error.strerror or error}")
-    earlier = item.stash.get(PROPERTIES, {})
-    theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
-    item.user_properties[:] = [*theirs, *ours.items()]
-    item.stash[PROPERTIES] = ours
-    return problems
-
-
-def _attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> None:
-    from pytest_sglprof.report.terminal import rank_table
-
-    test.drop_artifacts()
-    # pytest's own way for plugins: what is set on a report travels with it from a worker.
-    record = test.record(str(report.outcome))
-    report.sglprof = {**record, "problems": problems}  # type: ignore[attr-defined]
-    for document in test.documents():
-        if document["verdict"] != "pass" and not test.told:
-            title = f"sglprof {document['name']}"
-            report.sections.append((title, "\n".join(rank_table(document))))

@@ -22,7 +22,8 @@ _POLL_S = 0.25
 class DriverProcess:
     """A running load driver; its output goes to `log`.
 
-    on_end is called once, from another thread, as soon as the driver has ended.
+    on_end is called once, from another thread, as soon as the driver has ended. started: Unix
+    time in s.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class DriverProcess:
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
+        self.started = time.time()
         self._started = time.monotonic()
         with log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -41,7 +41,8 @@ class Server:
     "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
     info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
     the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
-    clock is held at. notes: what the user should know.
+    clock is held at. started: Unix time in s; ready_s: s from then until it was ready; both
+    None for an attached one. notes: what the user should know.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Server:
         created: float = 0.0,
         tmpdir: Path | None = None,
         locked_clocks: Mapping[str, int] | None = None,
+        started: float | None = None,
+        ready_s: float | None = None,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -85,6 +88,8 @@ class Server:
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
+        self.started = started
+        self.ready_s = ready_s
         self._keeper = keeper
         self._created = created
         self._tmpdir = tmpdir or folder / "tmp"
@@ -125,6 +130,11 @@ class Server:
         """Tells the keeper which window a teardown has to close first (None: none)."""
         if self._keeper is not None:
             self._keeper.send({"op": "window", "backend": backend, "opened": time.time()})
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What `stop` could not remove; nothing while it lives."""
+        return self._left or ()
 
     def stop(self) -> tuple[str, ...]:
         """Ends a server of ours in order; returns what could not be removed. Idempotent.
@@ -192,10 +202,12 @@ def launch(
     keeper = KeeperLink(plan)
     try:
         started = wait_started(keeper, plan, progress)
+        began, began_at = time.time(), time.monotonic()
         url = command.local_url(started["host"], started["port"])
         client = SglangClient(url, api_key=api_key, admin_key=admin_key)
         try:
             wait_until_ready(keeper, client, log, spec, progress)
+            ready_s = time.monotonic() - began_at
             info = client.server_info()
         except BaseException:
             client.close()
@@ -219,6 +231,8 @@ def launch(
         created=float(started["created"]),
         tmpdir=Path(started["tmpdir"]),
         locked_clocks=started["clocks"],
+        started=began,
+        ready_s=ready_s,
     )
 
 

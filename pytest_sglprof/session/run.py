@@ -195,7 +195,7 @@ class RunBook:
         servers = {(s["log"], s["url"]): s for record in records for s in record["servers"]}
         return run_document(
             run,
-            [record["attempt"] for record in records],
+            [record["attempt"] for record in records if record["attempt"] is not None],
             [window for record in records for window in record["windows"]],
             list(servers.values()),
             [load for record in records for load in record["loads"]],
