@@ -21,7 +21,6 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+b", buffering=0)
-        self._size = self._file.seek(0, os.SEEK_END)
         self._records: list[_Place | Record] = []
 
     @property
@@ -32,17 +31,17 @@ class Journal:
     def add(self, record: Record) -> None:
         """Appends a record; raises OSError when the disk refuses it, and keeps it in memory."""
         line = json.dumps(record).encode() + b"\n"
+        start = self._file.seek(0, os.SEEK_END)
         try:
             rest = memoryview(line)
             while rest:
                 rest = rest[self._file.write(rest) :]
-        except OSError:
+        except BaseException:  # Ctrl-C as well: no half line stays
             self._records.append(record)
             with contextlib.suppress(OSError):
-                self._file.truncate(self._size)
+                self._file.truncate(start)
             raise
-        self._records.append((self._size, len(line)))
-        self._size += len(line)
+        self._records.append((start, len(line)))
 
     def records(self) -> Iterator[Record]:
         """All records in the order in which they were added, one at a time."""
