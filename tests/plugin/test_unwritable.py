@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -282,3 +283,22 @@ def test_fault_10_nothing_of_a_window_stays_in_memory_when_its_test_is_over(make
     # pytest-rerunfailures keeps the exceptions of failed tests, and with them a TestRun each.
     assert alive["TestRun"] <= 3
     assert (alive["records"], alive["documents"], alive["WindowRun"]) == (0, 0, 0)
+
+
+def test_fault_10_records_that_the_disk_refused_come_back_in_their_place(tmp_path: Path) -> None:
+    book = RunBook(tmp_path, "run-1", FACTS)
+    book.open()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number in range(4):
+        refused = number in (1, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400 if refused else soft, hard))
+        try:
+            book.add({**record(f"test_a.py::test_{number}"), "padding": "x" * 500})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines = (tmp_path / "run-1" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["attempt"]["nodeid"][-1] for line in lines] == ["0", "3"]
+    assert book.problems == ["journal.jsonl could not be written: File too large"]
+    book.finish(0)
+    tests = json.loads((tmp_path / "run-1" / "results.json").read_text())["tests"]
+    assert [test["nodeid"][-1] for test in tests] == ["0", "1", "2", "3"]
