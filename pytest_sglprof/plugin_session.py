@@ -17,12 +17,21 @@ from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError, des
 from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
+from pytest_sglprof.records import (
+    NOTHING,
+    attach,
+    attach_servers,
+    hide_secrets,
+    set_properties,
+    take_record,
+)
 from pytest_sglprof.redact import learn_command, learn_environment, redact_text
 from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
-from pytest_sglprof.session.server_life import close_server, open_server
+from pytest_sglprof.session.server_life import close_server, describe_server, open_server
 from pytest_sglprof.session.test_run import TestRun
 from pytest_sglprof.settings import Settings, build_settings, resolve_options
+from pytest_sglprof.summary import write_summary
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 from pytest_sglprof.window_options import window_by_hand
 
@@ -32,7 +41,6 @@ if TYPE_CHECKING:
 
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
-PROPERTIES = pytest.StashKey[dict[str, str]]()
 # After these nobody asks for the windows of a body.
 DISCARDING = (
     *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
@@ -58,6 +66,8 @@ class PluginSession:
         self.folder = RunFolder(self.settings.output, self.run_id, worker=self.worker)
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
+        self._in_test = False
+        self._left: list[dict[str, Any]] = []  # servers that left something, not reported yet
         self._book = RunBook(self.settings.output, self.run_id, run_facts(config, self.settings))
 
     # ---- the run -------------------------------------------------------------------------
@@ -90,7 +100,20 @@ class PluginSession:
         """Opens the run's folder, unless tests are only collected."""
         option = self.config.option
         if not (self.worker or option.collectonly or self._show_config):
-            self._book.open()
+            try:
+                self._book.open()
+            except SettingsError as error:
+                raise pytest.UsageError(redact_text(str(error))) from None
+
+
+def _keep_secrets(settings: Settings) -> None:
+    """Of all servers, since any may be started: nothing shows their secrets from now on."""
+    from pytest_sglprof.process import blank_variables
+    from pytest_sglprof.server.command import learn_secrets, secret_variables
+
+    for spec in settings.servers.values():
+        learn_secrets(spec, os.environ)
+    blank_variables({n for s in settings.servers.values() for n in secret_variables(s, os.environ)})
 
     def pytest_collection(self) -> None:
         """`--sglprof-show-config` ends the run after the header, which shows the settings."""
@@ -99,42 +122,38 @@ class PluginSession:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the process that reports: keeps what travelled with the report."""
-        record = getattr(report, "sglprof", None)
-        if record is not None and not self.worker:
-            attempt = {**record["attempt"], "outcome": _outcome(report)}
-            self._book.add({**record, "attempt": attempt})
+        record = None if self.worker else take_record(report)
+        if record is not None:
+            new = (line for line in record.pop("problems") if line not in self._book.problems)
+            self._book.problems.extend(new)
+            self._book.add(record)
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, exitstatus: int | pytest.ExitCode) -> None:
-        """Writes results.json and removes old runs."""
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int | pytest.ExitCode
+    ) -> None:
+        """Writes results.json and removes old runs; the tests' own status is that of the run."""
         if self.worker:
             return
-        self._results = self._book.finish(int(exitstatus))
-        prune(
-            self.settings.output,
-            keep_runs=self.settings.keep_runs,
-            keep_bytes=self.settings.keep_bytes,
-        )
+        try:
+            if self._left:  # an interrupted run stops its servers without a report
+                self._book.add({**NOTHING, "servers": self._left})
+            self._book.finish(int(exitstatus))
+            prune(
+                self.settings.output,
+                keep_runs=self.settings.keep_runs,
+                keep_bytes=self.settings.keep_bytes,
+            )
+        except KeyboardInterrupt:
+            # Raised from here, it would take pytest's summary of the tests along.
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+            session.shouldstop = "KeyboardInterrupt while results were written"
+            self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """One section, when there is something to say."""
-        if self.worker or not self._book.records:
-            return
-        from pytest_sglprof.report.markdown import step_summary
-        from pytest_sglprof.report.terminal import summary_lines
-
-        document = self._book.results
-        terminalreporter.section("sglprof")
-        for line in summary_lines(document):
-            terminalreporter.write_line(line)
-        if self._results is not None:
-            terminalreporter.write_line(f"results: {self._results}")
-        if self._book.page is not None:
-            terminalreporter.write_line(f"report:  {self._book.page}")
-        summary = os.environ.get("GITHUB_STEP_SUMMARY")
-        if summary:
-            with open(summary, "a", encoding="utf-8") as stream:  # noqa: PTH123 – appended to
-                stream.write(step_summary(document))
+        if not self.worker and (self._book.results or self._book.problems):
+            write_summary(terminalreporter, self._book)
 
     # ---- collection ----------------------------------------------------------------------
 
@@ -153,7 +172,7 @@ class PluginSession:
     ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
         """Fails a module with wrong markers as a whole, naming all of them."""
         report = yield
-        _hide_secrets(report)
+        hide_secrets(report)
         if report.passed:
             problems = collection_problems(report.result, self.settings)
             if problems:
@@ -172,6 +191,15 @@ class PluginSession:
                 xdist_support.add_group(item, key)
 
     # ---- tests ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
+        """Knows whether a test is there to report what happens."""
+        self._in_test = True
+        try:
+            return (yield)
+        finally:
+            self._in_test = False
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
@@ -203,7 +231,7 @@ class PluginSession:
         with contextlib.ExitStack() as measuring:
             with _shown_plainly():
                 measuring.enter_context(test.measuring())
-            test.begin()
+                test.begin()
             try:
                 with _body(item, test):
                     yield
@@ -218,12 +246,18 @@ class PluginSession:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attaches the attempt's record, its properties and its rank table."""
         test = item.stash.get(TEST_RUN, None)
+        problems = []
         if test is not None and call.when == "call":
-            _set_properties(item, test)
+            problems = set_properties(item, test)
         report = yield
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
-            _attach(report, test)
-        _hide_secrets(report)
+            attach(report, test, problems)
+        attach_servers(report, self._left)
+        self._left = []
+        if test is not None and call.when == "teardown":
+            del item.stash[TEST_RUN]  # pytest keeps the item until its own end
+            test.forget()
+        hide_secrets(report)
         return report
 
     def _retry(self, item: pytest.Item, test: TestRun) -> None:
@@ -258,8 +292,21 @@ class PluginSession:
             yield server
         finally:
             self.server = None
+            self._close(server)
+
+    def _close(self, server: Server) -> None:
+        try:
             with _shown_plainly():
                 close_server(server)
+        except (pytest.fail.Exception, KeyboardInterrupt) as error:
+            if self._in_test:
+                raise
+            # After Ctrl-C no test reports it: it would take pytest's summary along.
+            what = str(error).partition("\n")[0] or "interrupted while it was stopped"
+            self._book.problems.append(f"server {server.spec.key}: {what}")
+        finally:
+            if server.left_behind:
+                self._left.append(describe_server(server, self.folder.path))
 
     def test_run(self, item: pytest.Item) -> TestRun:
         """The running attempt of `item`, with its server."""
@@ -362,60 +409,4 @@ def _settings(config: pytest.Config) -> Settings:
             extra_servers=extra,
         )
     except SettingsError as error:
-        raise pytest.UsageError(redact_text(str(error))) from None
-
-
-def _keep_secrets(settings: Settings) -> None:
-    """Of all servers, since any may be started: nothing shows their secrets from now on."""
-    from pytest_sglprof.process import blank_variables
-    from pytest_sglprof.server.command import learn_secrets, secret_variables
-
-    for spec in settings.servers.values():
-        learn_secrets(spec, os.environ)
-    blank_variables({n for s in settings.servers.values() for n in secret_variables(s, os.environ)})
-
-
-def _hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """In all that a report shows at the terminal and in JUnit files."""
-    report.sections[:] = [(title, redact_text(text)) for title, text in report.sections]
-    text = "" if report.longrepr is None else str(report.longrepr)
-    if (shown := redact_text(text)) != text:
-        report.longrepr = shown
-
-
-def _outcome(report: pytest.TestReport) -> str:
-    """The word of results.json; an attempt that is followed by another is called "rerun"."""
-    if hasattr(report, "wasxfail"):
-        return "xfailed" if report.skipped else "xpassed"
-    bad = report.failed or str(report.outcome) == "rerun"
-    if bad:
-        return "failed" if report.when == "call" else "error"
-    return str(report.outcome)
-
-
-def _set_properties(item: pytest.Item, test: TestRun) -> None:
-    """Those of this attempt's windows, but for windows that were repeated."""
-    from pytest_sglprof.report.junit import attachments, properties_of_test
-
-    documents = test.documents()
-    repeated = {document["retry_of"] for document in documents}
-    ours = dict(properties_of_test([d for d in documents if d["id"] not in repeated]))
-    if test.verdict is not None and ours.get("verdict") != test.verdict:
-        ours |= {"verdict": test.verdict, "reason": test.reason}
-    ours |= dict(attachments(test.pictures()))
-    earlier = item.stash.get(PROPERTIES, {})
-    theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
-    item.user_properties[:] = [*theirs, *ours.items()]
-    item.stash[PROPERTIES] = ours
-
-
-def _attach(report: pytest.TestReport, test: TestRun) -> None:
-    from pytest_sglprof.report.terminal import rank_table
-
-    test.drop_artifacts()
-    # pytest's own way for plugins: what is set on a report travels with it from a worker.
-    report.sglprof = test.record(str(report.outcome))  # type: ignore[attr-defined]
-    for document in test.documents():
-        if document["verdict"] != "pass" and not test.told:
-            title = f"sglprof {document['name']}"
-            report.sections.append((title, "\n".join(rank_table(document))))
+        raise pytest.UsageError(str(error)) from None

@@ -253,7 +253,8 @@ class LoadResult:
 
     requested, completed: numbers of requests. ttft, tpot, itl, e2e: statistic name
     ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver did not give,
-    or gave as infinite, is None. raw: the driver's own record, redacted.
+    or gave as infinite, is None. raw: the driver's own record, redacted. started: Unix time in
+    s at which the driver of the measured load was started; None for a record read elsewhere.
     """
 
     requested: int
@@ -271,3 +272,4 @@ class LoadResult:
     warmed_up: bool = True
     cache_flushed: bool = True
     raw: Mapping[str, Any] = field(default_factory=dict)
+    started: float | None = None

@@ -39,7 +39,8 @@ class DriverProcess:
 
     command: `PYTHON -m MODULE ARG …`. private: variables for the driver's Python alone.
     Neither they nor the values of secret options are seen by who lists processes, as nsys does.
-    on_end is called once, from another thread, as soon as the driver has ended.
+    on_end is called once, from another thread, as soon as the driver has ended. started: Unix
+    time in s.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class DriverProcess:
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
+        self.started = time.time()
         self._started = time.monotonic()
         python, _, module, *words = command
         shown, hidden = split_secret_words(words)

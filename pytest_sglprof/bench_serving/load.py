@@ -178,6 +178,7 @@ class BenchServing:
                 command=tuple(redact_command(command)),
                 warmed_up=warm_up,
                 cache_flushed=flushed,
+                started=driver.started,
             )
         self.results.append(load.result)
         self._refuse_failed(load.result, allow_failed, driver.log)

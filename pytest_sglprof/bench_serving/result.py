@@ -25,6 +25,7 @@ def parse_result(
     command: tuple[str, ...] = (),
     warmed_up: bool = True,
     cache_flushed: bool = True,
+    started: float | None = None,
 ) -> LoadResult:
     """One line of the driver's output file, as a result.
 
@@ -58,6 +59,7 @@ def parse_result(
         command=command,
         warmed_up=warmed_up,
         cache_flushed=cache_flushed,
+        started=started,
         raw={key: plain(value) for key, value in redact(record).items() if key != "server_info"},
     )
 

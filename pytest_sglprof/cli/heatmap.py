@@ -34,7 +34,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the picture; 0."""
-    from pytest_sglprof.cli.report import results_file
+    from pytest_sglprof.cli.output import refuse_inputs
+    from pytest_sglprof.cli.report import recorded, results_file
     from pytest_sglprof.files import atomic_write
     from pytest_sglprof.report.heat_map import heat_map_svg, worst_window
     from pytest_sglprof.report.heat_map_png import heat_map_png
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
             f"-o {args.output}: pictures are written as SVG or PNG",
             expected="a name that ends in .svg or .png",
         )
-    document = load_results(results_file(args.results))
+    file = results_file(args.results)
+    document = load_results(file)
+    refuse_inputs(args.output, recorded(file, document))
     windows = document["windows"]
     if args.window:
         windows = [window for window in windows if window["id"] == args.window]

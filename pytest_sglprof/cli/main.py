@@ -1,12 +1,13 @@
 """The `sglprof` command: the plugin's work outside pytest.
 
-Exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive, 130 interrupted,
-141 when whoever read the output went away.
+Exit status: 0 pass, 1 fail, 2 usage, unreadable input or unwritable output, 3 inconclusive,
+70 a bug of ours, 130 interrupted, 141 when whoever read the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,28 +31,80 @@ COMMANDS = {
     "straggler": "which rank the others wait for, and why",
     "report": "one HTML page of one or more results.json",
 }
+USAGE = 2
+BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would be read as a verdict
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-USAGE = 2
+OUTPUT, ERRORS = 1, 2  # their descriptors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no crash
+        sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
-        status = _run(words)
+        status = _status(words)
         sys.stdout.flush()
-    except SglprofError as error:
-        sys.stderr.write(f"sglprof: {error}\n")
-        return error.exit_status
     except BrokenPipeError:
-        # The interpreter flushes once more at exit and would complain about the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard(OUTPUT)
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        sys.stderr.write("sglprof: interrupted\n")
-        return INTERRUPTED
+    except OSError as error:
+        _discard(OUTPUT)
+        return status or _tell(error)
     return status
+
+
+def _status(words: list[str]) -> int:
+    """Runs the command; whatever it raises becomes a message and a status."""
+    try:
+        return _run(words)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        _say("sglprof: interrupted\n")
+        return INTERRUPTED
+    except Exception as error:
+        return _tell(error)
+
+
+def _tell(error: Exception) -> int:
+    """Says what went wrong; the exit status."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        error = SglprofError(
+            f"{where}{error.strerror or error}",
+            expected="files that can be read, and a place with free space that can be written",
+            hint="check the path, its permissions and the free space",
+        )
+    if isinstance(error, SglprofError):
+        _say(f"sglprof: {error}\n")
+        return error.exit_status
+    import traceback
+
+    _say("".join(traceback.format_exception(error)))
+    first = str(error).partition("\n")[0]
+    what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    _say(f"sglprof: {what}: a bug of pytest-sglprof, and no verdict\n")
+    _say("  next: please report it, with the command and the lines above\n")
+    return BUG
+
+
+def _say(text: str) -> None:
+    """Writes to standard error; where nobody can read it the status must do."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _discard(ERRORS)
+
+
+def _discard(stream: int) -> None:
+    """What is left to write goes nowhere: the interpreter would try once more at its exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream)
+    os.close(null)
 
 
 def _run(words: list[str]) -> int:
@@ -85,7 +138,8 @@ def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sglprof",
         description="Per-rank kernels of an SGLang server: who is slow, and by how much.",
-        epilog="exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive",
+        epilog="exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive, 70 a bug "
+        "of sglprof, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"sglprof {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -44,7 +44,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes both files and says what they hold; 0."""
-    from pytest_sglprof.report.open_page import write_open_page
+    from pytest_sglprof.cli.output import refuse_foreign, refuse_inputs
+    from pytest_sglprof.report.open_page import NAME, write_open_page
     from pytest_sglprof.trace.window_files import is_nsys, window_files
 
     if not args.output.name.endswith((".json", ".json.gz")):
@@ -61,12 +62,8 @@ def run(args: argparse.Namespace) -> int:
             expected="torch traces (*.trace.json.gz), or --only kernels",
             hint="add --only kernels: it makes a file of any report's kernels",
         )
-    if args.output.resolve() in {file.resolve() for file in files}:
-        raise SettingsError(
-            f"-o {args.output} is one of the files to merge",
-            expected="a name of its own",
-            hint="write it into another folder",
-        )
+    refuse_inputs(args.output, [*files, *args.paths], which="to merge")
+    refuse_foreign(args.output.parent / NAME, hint="write OUT into another folder, with its page")
     events, notes, ranks, gpu = (_kernels if args.only else _everything)(args, files)
     page = write_open_page(args.output, ranks, gpu=gpu)
     for rank, count in events.items():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof.cli.output import refuse_foreign, refuse_inputs
 from pytest_sglprof.errors import SglprofError, TraceError
 
 if TYPE_CHECKING:
@@ -66,10 +67,17 @@ def run(args: argparse.Namespace) -> int:
     files = [results_file(Path(path)) for path in args.paths]
     documents = [load_results(file) for file in files]
     folders = [file.resolve().parent for file in files]
+    output = Path(args.output) if args.output else files[0].parent / PAGE
+    baseline = None
+    if args.baseline:
+        baseline = _baseline(Path(args.baseline))
+        refuse_inputs(output, recorded(results_file(Path(args.baseline)), baseline))
+    for file, document in zip(files, documents, strict=True):
+        refuse_inputs(output, recorded(file, document))
+    if not args.output:
+        refuse_foreign(output, hint="say with -o where the page is to be written")
     if args.step:
         _redraw(documents, folders, args.window, args.step, args.nsys)
-    baseline = _baseline(Path(args.baseline)) if args.baseline else None
-    output = Path(args.output) if args.output else files[0].parent / PAGE
     write_page(documents, folders, output.resolve(), baseline=baseline)
     sys.stdout.write(f"{output}\n")
     return 0
@@ -86,6 +94,14 @@ def _baseline(path: Path) -> Document:
             hint="the runs that have some stand under .sglprof",
         )
     return document
+
+
+def recorded(results: Path, document: Document) -> list[Path]:
+    """What a run recorded: its results, the files that these name, and all beside them."""
+    folder = results.resolve().parent
+    windows = document["windows"]
+    named = [folder / item["path"] for window in windows for item in window["artifacts"]]
+    return [results, folder, *named]
 
 
 def results_file(path: Path) -> Path:

@@ -55,7 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     window.add_argument(
         "--seconds", dest="window_s", type=_positive, default=2.0, help="or after S s (default: 2)"
     )
-    window.add_argument("--output", default="sglprof-window", metavar="DIR", help="its files")
+    window.add_argument(
+        "--output", metavar="DIR", help="its files (default: sglprof-window, or -2 and so on)"
+    )
     window.add_argument("--server-dir", default="", metavar="SERVER:LOCAL")
     window.add_argument("--nsys-session", default="", metavar="NAME")
     window.add_argument("--nsys", default="", metavar="NSYS", help="the nsys command")
@@ -64,6 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Watches or reads; the exit status says whether there was an onset."""
     from pytest_sglprof.analysis.unequal import OnsetRule
+    from pytest_sglprof.cli.output import refuse_inputs
     from pytest_sglprof.cli.watch_jsonl import JsonLines
 
     rule = OnsetRule(args.factor, args.hold, args.min_running, args.min_gap)
@@ -76,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
             expected="the URL of a running server",
             hint="a log names no server: give its URL instead",
         )
+    if args.jsonl not in (None, "-") and not is_url:
+        refuse_inputs(Path(args.jsonl), [args.target], option="--jsonl")
     with JsonLines(args.jsonl) as lines:
         # Rows for people must not stand among lines for programs.
         out = sys.stderr if args.jsonl == "-" else sys.stdout

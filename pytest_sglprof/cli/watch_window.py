@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
 
 FOUND, UNKNOWN = 1, 3
+FOLDER = "sglprof-window"
 
 
 def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], None]) -> int:
@@ -25,7 +26,8 @@ def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], N
     from pytest_sglprof.cli.watch_table import onset_line
     from pytest_sglprof.trace.read import read_window
 
-    folder = Path(args.output).absolute()
+    folder = Path(args.output or _fresh(Path(FOLDER))).absolute()
+    window_id = _fresh(folder / "onset").name
     spec = WindowSpec(
         name="onset",
         backend=args.open_window,
@@ -35,7 +37,7 @@ def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], N
     say(onset_line(onset))
     server = _attached(args, folder)
     try:
-        with ProfileWindow(server, spec, window_id="onset", folder=folder) as window:
+        with ProfileWindow(server, spec, window_id=window_id, folder=folder) as window:
             window.wait()
         capture = window.close()
     finally:
@@ -53,6 +55,13 @@ def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], N
     )
     say(join_load(onset, table).sentence)
     return FOUND if capture.state == "complete" else UNKNOWN
+
+
+def _fresh(path: Path) -> Path:
+    """`path`, or `path-2` and so on: the first of which nothing is there, with any ending."""
+    names = [path.name, *(f"{path.name}-{number}" for number in range(2, 1000))]
+    there = {entry.name.partition(".")[0] for entry in path.parent.glob(f"{path.name}*")}
+    return path.with_name(next(name for name in names if name not in there))
 
 
 def _attached(args: argparse.Namespace, folder: Path) -> Server:

@@ -82,8 +82,9 @@ def server_document(
 ) -> dict[str, Any]:
     """One server life. command is redacted here once more; nsys: its version, "" without.
 
-    sizes: a dataclass or mapping. log: path relative to the results. ready_s: seconds
-    from the start until it was ready. locked_clocks: UUID of a GPU -> MHz.
+    sizes: a dataclass or mapping. log: path relative to the results. started: Unix time in s.
+    ready_s: seconds from the start until it was ready. Both are None where somebody else
+    started it. locked_clocks: UUID of a GPU -> MHz.
     """
     return {
         "key": key,
@@ -112,12 +113,12 @@ def load_document(
     attempt: int,
     server_key: str,
     standin: bool,
-    started: float | None = None,
 ) -> dict[str, Any]:
     """One load that ran against a server, as its driver measured it."""
     document = plain(result)
     document["command"] = redact_command(result.command)
     document["duration_s"] = document.pop("duration")
+    document["started"] = utc(document["started"])
     load: dict[str, Any] = redact(
         {
             "id": load_id,
@@ -125,7 +126,6 @@ def load_document(
             "attempt": attempt,
             "server": server_key,
             "standin": standin,
-            "started": utc(started),
             **document,
         }
     )
@@ -245,7 +245,7 @@ def load_results(path: Path) -> dict[str, Any]:
         raise SglprofError(
             f"{path} cannot be read: {error.strerror or error}", expected=expected
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SglprofError(f"{path} is not JSON: {error}", expected=expected) from error
     try:
         validate(document)

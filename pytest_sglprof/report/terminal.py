@@ -44,10 +44,15 @@ def rank_table(window: Document) -> list[str]:
 
 
 def summary_lines(run: Document) -> list[str]:
-    """Lines of the summary section; none when the run had no window."""
+    """Lines of the summary section; without a window only what servers left behind."""
+    left_behind = [
+        f"server {server['key']} left behind: {what}"
+        for server in run["servers"]
+        for what in server["left_behind"]
+    ]
     windows = run["windows"]
     if not windows:
-        return []
+        return left_behind
     words = run["summary"]["windows"]
     parts = [f"{words[word]} {word}" for word in ("pass", "fail", "inconclusive") if words[word]]
     lines = [f"{count(len(windows), 'profile window')}: {', '.join(parts)}"]
@@ -59,12 +64,7 @@ def summary_lines(run: Document) -> list[str]:
                 lines.append(f"{word.upper()} {window['nodeid']} {window_title(window)}")
                 lines.append(f"  {window['reason']}")
     lines.extend(_attempt_lines(run["tests"]))
-    lines.extend(
-        f"server {server['key']} left behind: {what}"
-        for server in run["servers"]
-        for what in server["left_behind"]
-    )
-    return lines
+    return [*lines, *left_behind]
 
 
 def window_title(window: Document) -> str:

@@ -40,6 +40,8 @@ class Server:
     the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
     clock is held at. notes: what the user should know. keeper_fault: after `stop`, what became
     of a keeper that did not tear down itself, where nobody has been told yet.
+    started: Unix time in s; ready_s: s from then until it was ready; both None for an attached
+    one.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Server:
         pid: int = 0,
         created: float = 0.0,
         locked_clocks: Mapping[str, int] | None = None,
+        started: float | None = None,
+        ready_s: float | None = None,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -84,6 +88,8 @@ class Server:
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
         self._presence = Presence(url)
+        self.started = started
+        self.ready_s = ready_s
         self._keeper = keeper
         self._created = created
         self._left: tuple[str, ...] | None = None
@@ -128,6 +134,11 @@ class Server:
         """Tells the keeper which window a teardown has to close first (None: none)."""
         if self._keeper is not None:
             self._keeper.send({"op": "window", "backend": backend, "opened": time.time()})
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What `stop` could not remove; nothing while it lives."""
+        return self._left or ()
 
     def stop(self) -> tuple[str, ...]:
         """Ends a server of ours in order; returns what could not be removed. Idempotent.
@@ -180,10 +191,12 @@ def launch(
     keeper = KeeperLink(plan)
     try:
         started = wait_started(keeper, plan, progress)
+        began, began_at = time.time(), time.monotonic()
         url = command.local_url(started["host"], started["port"])
         client = SglangClient(url, api_key=api_key, admin_key=admin_key)
         try:
             wait_until_ready(keeper, client, log, spec, progress)
+            ready_s = time.monotonic() - began_at
             info = patiently(client.server_info)
         except BaseException:
             client.close()
@@ -209,6 +222,8 @@ def launch(
         pid=int(started["pid"]),
         created=float(started["created"]),
         locked_clocks=started["clocks"],
+        started=began,
+        ready_s=ready_s,
     )
 
 

@@ -2,6 +2,7 @@
 
 Every record is appended to `journal.jsonl` as soon as its test ended, so that a killed run
 loses only the test that was running; `finish` writes `results.json` and removes the journal.
+What cannot be written is told in `RunBook.problems`: it never ends a run.
 """
 
 from __future__ import annotations
@@ -9,19 +10,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from pytest_sglprof.errors import SettingsError, SglprofError
 from pytest_sglprof.files import safe_name
+from pytest_sglprof.session.journal import Journal
+from pytest_sglprof.session.prune import (
+    RUN_FILE,
+    RUN_PREFIX,
+    is_run_folder,
+    prune,
+    write_run_file,
+)
 
-RUN_PREFIX = "run-"
+__all__ = ["RunBook", "RunFolder", "new_run_id", "prune"]
+
+JOURNAL = "journal.jsonl"
 PAGE = "report.html"
+LATEST = "latest"
 
 
 def new_run_id() -> str:
@@ -54,7 +65,14 @@ class RunFolder:
         stem = f"{self.worker}-{name}" if self.worker else name
         numbers = self._numbers.setdefault(f"{kind}/{stem}", itertools.count(1))
         folder = self.path / kind / f"{stem}.{next(numbers)}"
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise SglprofError(
+                f"{folder} cannot be made: {error.strerror or error}",
+                expected="a folder for results on a disk with free space",
+                hint="free space there, or choose another folder with --sglprof-output",
+            ) from error
         return folder
 
 
@@ -62,85 +80,153 @@ class RunBook:
     """All records of a run, kept by the process that reports (the controller under xdist).
 
     results: the document of the run, once it is finished; every view is made of it.
-    page: where its HTML page is; None without a window.
+    file, page: results.json and the HTML page; None where they are not (yet) written.
+    problems: what could not be written, and why; a line each.
     """
 
     def __init__(self, output: Path, run_id: str, facts: Mapping[str, Any]) -> None:
         self.folder = output / run_id
         self.run_id = run_id
-        self.records: list[dict[str, Any]] = []
+        self.results: dict[str, Any] = {}
+        self.file: Path | None = None
+        self.page: Path | None = None
+        self.problems: list[str] = []
         self._facts = dict(facts)
         self._started = time.time()
-        self.results: dict[str, Any] = {}
-        self.page: Path | None = None
-        self._journal: IO[str] | None = None
+        self._journal: Journal | None = None
         self._lock: int | None = None  # of the folder itself, so that no file is left
+        self._made_output = False
 
     def open(self) -> None:
-        """Makes the folder and marks it as in use, so that no other run prunes it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._journal = (self.folder / "journal.jsonl").open("a", encoding="utf-8")
+        """Makes the folder and marks it as ours and in use, so that no other run prunes it.
+
+        Raises `SettingsError` when results cannot be written there.
+        """
+        output = self.folder.parent
+        self._made_output = not os.path.lexists(output)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Before run.json is there: a run that prunes now takes the folder for a stranger's.
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # a disk without locks: nobody prunes there
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write_run_file()
+            self._journal = Journal(self.folder / JOURNAL)
+        except OSError as error:
+            self._release()
+            self._remove_if_bare()
+            raise SettingsError(
+                f"results cannot be written into {output}: {error.strerror or error}",
+                expected="a folder that can be written, or the name of a new one",
+                hint="choose another one with --sglprof-output",
+            ) from error
 
     def add(self, record: dict[str, Any]) -> None:
         """Keeps one attempt of one test (plain data, as it travelled with its report)."""
-        self.records.append(record)
         if self._journal is not None:
-            self._journal.write(json.dumps(record) + "\n")
-            self._journal.flush()
+            with self.writing(JOURNAL):
+                self._journal.add(record)
 
-    def _document(self, exit_status: int) -> dict[str, Any]:
+    def finish(self, exit_status: int) -> Path | None:
+        """Writes `results.json` and the page; a run without records leaves no folder.
+
+        Returns the path of results.json. Where that cannot be written the journal stays.
+        """
+        if self._journal is None:
+            return None
+        try:
+            if self._journal.count:
+                self._write(self._journal, exit_status)
+        finally:
+            self._journal.close()
+            bare = not self._journal.count
+            self._journal = None
+            self._release()
+        if bare:
+            with contextlib.suppress(OSError):
+                (self.folder / JOURNAL).unlink()
+            self._remove_if_bare()
+        return self.file
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Around a step that may fail without taking the run along: tells what went wrong."""
+        try:
+            yield
+        except Exception as error:
+            self.tell(name, error)
+
+    def tell(self, name: str, error: Exception) -> None:
+        """Notes that the file `name` could not be written; the same line is told once."""
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            first = (str(error).splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {first} (a bug of pytest-sglprof: please report it)"
+        line = f"{name} could not be written: {reason}"
+        if line not in self.problems:
+            self.problems.append(line)
+
+    def _write(self, journal: Journal, exit_status: int) -> None:
+        from pytest_sglprof.report.results import write_results
+
+        file = self.folder / "results.json"
+        with self.writing(str(file)):
+            self.results = self._document(list(journal.records()), exit_status)
+            self._write_run_file()  # somebody may have removed the folder meanwhile
+            write_results(self.results, file)
+            self.file = file
+        if self.file is None:
+            self.problems.append(f"the records of its tests stay in {self.folder / JOURNAL}")
+        else:
+            _point_latest(self.folder)
+            with contextlib.suppress(OSError):
+                (self.folder / JOURNAL).unlink()
+        with self.writing(str(self.folder / PAGE)):
+            self._write_page()
+
+    def _document(self, records: list[dict[str, Any]], exit_status: int) -> dict[str, Any]:
         """The run as the one JSON document that every view is made of."""
         from pytest_sglprof.report.results import run_document
 
         run = {**self._facts, "id": self.run_id, "started": self._started, "ended": time.time()}
         run["exit_status"] = exit_status
-        records = self.records
         run["versions"] = {**run["versions"], **_server_versions(records)}
         servers = {(s["log"], s["url"]): s for record in records for s in record["servers"]}
         return run_document(
             run,
-            [record["attempt"] for record in records],
+            [record["attempt"] for record in records if record["attempt"] is not None],
             [window for record in records for window in record["windows"]],
             list(servers.values()),
             [load for record in records for load in record["loads"]],
         )
 
-    def finish(self, exit_status: int) -> Path | None:
-        """Writes `results.json`; a run without records leaves no folder. Returns its path."""
-        if self._journal is None:
-            return None
-        results = self.folder / "results.json"
-        try:
-            if self.records:
-                from pytest_sglprof.report.results import write_results
-
-                self.results = self._document(exit_status)
-                write_results(self.results, results)
-                self._write_page()
-                _point_latest(self.folder)
-        finally:
-            self._journal.close()
-            self._journal = None
-            self._release()
-        (self.folder / "journal.jsonl").unlink(missing_ok=True)  # kept where writing failed
-        if self.records:
-            return results
-        _remove_if_bare(self.folder)
-        return None
-
     def _write_page(self) -> None:
         from pytest_sglprof.report.html import write_page
 
-        if self.results["windows"]:
+        if self.results.get("windows"):
             write_page([self.results], [self.folder], self.folder / PAGE)
             self.page = self.folder / PAGE
+
+    def _write_run_file(self) -> None:
+        if not (self.folder / RUN_FILE).exists():
+            version = self._facts["versions"]["pytest_sglprof"]
+            write_run_file(self.folder, started=self._started, version=version)
 
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _remove_if_bare(self) -> None:
+        """Removes the folder when only run.json is in it, and the output folder if we made it."""
+        with contextlib.suppress(OSError):
+            if list(self.folder.iterdir()) == [self.folder / RUN_FILE]:
+                (self.folder / RUN_FILE).unlink()
+            self.folder.rmdir()
+        if self._made_output:
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()
 
 
 def _server_versions(records: list[dict[str, Any]]) -> dict[str, str]:
@@ -151,54 +237,23 @@ def _server_versions(records: list[dict[str, Any]]) -> dict[str, str]:
     return {"sglang": ", ".join(sorted(sglang)), "nsys": ", ".join(sorted(nsys))}
 
 
-def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:
-    """Removes the oldest finished runs beyond `keep_runs` or `keep_bytes`; names them."""
-    runs = sorted(path for path in output.glob(f"{RUN_PREFIX}*") if path.is_dir())
-    sizes = {path: _size(path) for path in runs}
-    removed = []
-    for path in runs[:-1]:
-        too_many = len(sizes) > keep_runs
-        too_large = sum(sizes.values()) > keep_bytes
-        if not (too_many or too_large):
-            break
-        if _in_use(path):
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        del sizes[path]
-        removed.append(path.name)
-    return removed
-
-
-def _in_use(folder: Path) -> bool:
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_size
-    return total
-
-
 def _point_latest(folder: Path) -> None:
-    link = folder.parent / "latest"
-    temporary = folder.parent / f".latest.{os.getpid()}"
+    """Makes the link `latest` point at the run, unless something of that name is not ours."""
+    link = folder.parent / LATEST
+    temporary = folder.parent / f".{LATEST}.{folder.name}"
     with contextlib.suppress(OSError):  # a disk without symlinks: the run is there all the same
-        temporary.unlink(missing_ok=True)
+        if os.path.lexists(link) and not _points_at_a_run(link):
+            return
         temporary.symlink_to(folder.name)
-        temporary.replace(link)
+        try:
+            temporary.replace(link)
+        except OSError:
+            temporary.unlink()
 
 
-def _remove_if_bare(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+def _points_at_a_run(link: Path) -> bool:
+    """Whether this is a link that we made; the run may be gone meanwhile."""
+    target = str(link.readlink())
+    folder = link.parent / target
+    is_name = target.startswith(RUN_PREFIX) and "/" not in target
+    return is_name and (is_run_folder(folder) or not os.path.lexists(folder))

@@ -120,5 +120,8 @@ def describe_server(server: Server, root: Path) -> dict[str, Any]:
         standin=server.kind == "standin",
         model=server.spec.model_path or str(server.info.get("model_path", "")),
         log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
+        started=server.started,
+        ready_s=server.ready_s,
+        left_behind=server.left_behind,
         locked_clocks=server.locked_clocks,
     )

@@ -280,6 +280,14 @@ class TestRun:
         for document in self.documents():
             document["artifacts"] = []
 
+    def forget(self) -> None:
+        """After the report: lets go of windows and documents, whoever keeps this object.
+
+        Python, pytest and its plugins keep exceptions, and with them the frames of a test.
+        """
+        self.windows, self._round, self._documents = [], [], []
+        self._watched = self._watch = self._load_watch = self._bench = None
+
     def _show_load(self, elapsed: float, line: str) -> None:
         if self._progress is not None:
             self._progress(f"load: {elapsed:.0f} s: {line}")

@@ -13,6 +13,9 @@ from pytest_sglprof import __version__
 from pytest_sglprof.cli import main as entry
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.errors import Inconclusive, SglprofError
+from pytest_sglprof.report.results import write_results
+from tests.report.windows import SLOW, window
+from tests.report.windows import run as results_of
 
 
 @pytest.fixture
@@ -62,6 +65,128 @@ def test_an_interrupt_is_130(command: ModuleType, capsys: pytest.CaptureFixture[
     command.run = raising(KeyboardInterrupt())
     assert main(["kernels"]) == 130
     assert capsys.readouterr().err == "sglprof: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError(),
+        AssertionError("two\nlines"),
+        KeyError("rank"),
+        ZeroDivisionError("division by zero"),
+        RecursionError("maximum recursion depth exceeded"),
+        MemoryError(),
+        NotImplementedError(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        ImportError("No module named 'pandas'"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_fault_1_a_bug_of_ours_is_70_with_its_traceback(
+    command: ModuleType, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    command.run = raising(error)
+    assert main(["kernels"]) == 70
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback (most recent call last)" in err
+    first, last = err.splitlines()[-2:]
+    assert first.startswith(f"sglprof: {type(error).__name__}")
+    assert "a bug of pytest-sglprof, and no verdict" in first
+    assert "report it" in last
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "/out/page.html"),
+        OSError(28, "No space left on device"),
+        IsADirectoryError(21, "Is a directory", "a.svg", None, "b.svg"),
+        OSError("cannot do that"),
+        TimeoutError("timed out"),
+    ],
+    ids=str,
+)
+def test_fault_1_what_the_system_refuses_is_2_with_a_message(
+    command: ModuleType, capsys: pytest.CaptureFixture[str], error: OSError
+) -> None:
+    command.run = raising(error)
+    assert main(["kernels"]) == 2
+    err = capsys.readouterr().err
+    what, expected, hint = err.splitlines()
+    assert what.startswith("sglprof: ")
+    assert str(error.filename or "") in what
+    assert (error.strerror or str(error)) in what
+    assert expected.startswith("  expected: ")
+    assert hint.startswith("  next: ")
+
+
+def run_words(*words: str, stdout: object = subprocess.PIPE, stderr: object = subprocess.PIPE):
+    """The command in a process of its own, by its entry point."""
+    entry_point = Path(sys.executable).with_name("sglprof")
+    return subprocess.run([entry_point, *words], stdout=stdout, stderr=stderr, text=True)
+
+
+@pytest.mark.parametrize("place", ["/proc/x.svg", "{tmp}/folder.svg", "{tmp}/file/x.svg"])
+def test_fault_1_a_picture_that_cannot_be_written_is_no_verdict(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder.svg" / "in").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    write_results(results_of([window(SLOW)]), tmp_path / "results.json")
+    output = place.format(tmp=tmp_path)
+    done = run_words("heatmap", str(tmp_path / "results.json"), "-o", output)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("sglprof: ")
+    assert "next: " in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_fault_1_output_on_a_full_disk_is_2_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    write_results(results_of([window(SLOW)]), tmp_path / "results.json")
+    with Path("/dev/full").open("w") as full:
+        done = run_words("report", str(tmp_path), stdout=full)
+        assert done.returncode == 2
+        assert done.stderr.count("No space left on device") == 1
+        assert "Exception ignored" not in done.stderr
+        done = run_words("report", str(tmp_path / "nowhere"), stderr=full)
+        assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_fault_1_messages_that_nobody_reads_change_no_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    read, write = os.pipe()
+    os.close(read)
+    done = run_words("report", str(tmp_path / "nowhere"), stderr=write)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_fault_1_a_name_that_is_no_text_is_printed_all_the_same(tmp_path: Path) -> None:
+    write_results(results_of([window(SLOW)]), tmp_path / "results.json")
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.svg")
+    done = run_words("heatmap", str(tmp_path), "-o", output)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "xff.svg" in done.stdout or "udcff.svg" in done.stdout
+    assert Path(output).is_file()
+
+
+def test_fault_1_results_that_are_nested_too_deeply_are_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("[" * 200_000)
+    done = run_words("report", str(tmp_path))
+    assert done.returncode == 2
+    assert "is not JSON" in done.stderr
+
+
+def test_fault_1_the_help_names_every_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "3 inconclusive, 70 a bug of sglprof, 130 interrupted" in text
 
 
 def test_the_command_decides_the_status(command: ModuleType) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sglprof.session.prune import write_run_file
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 
 FACTS = {
@@ -88,7 +89,8 @@ def test_the_journal_holds_every_record_of_a_killed_run(tmp_path):
     ]
     results = book.finish(0)
     assert results == tmp_path / "run-1" / "results.json"
-    assert sorted(path.name for path in results.parent.iterdir()) == ["results.json"]
+    names = sorted(path.name for path in results.parent.iterdir())
+    assert names == ["results.json", "run.json"]
     assert json.loads(results.read_text())["run"]["exit_status"] == 0
     assert (tmp_path / "latest").resolve() == (tmp_path / "run-1").resolve()
 
@@ -106,7 +108,8 @@ def test_a_run_without_records_keeps_the_servers_logs(tmp_path):
     (RunFolder(tmp_path, "run-1").server("s") / "server.log").write_text("why")
     assert book.finish(2) is None
     assert (tmp_path / "run-1" / "servers" / "s.1" / "server.log").read_text() == "why"
-    assert [path.name for path in (tmp_path / "run-1").iterdir()] == ["servers"]
+    names = sorted(path.name for path in (tmp_path / "run-1").iterdir())
+    assert names == ["run.json", "servers"]
 
 
 def test_a_book_that_was_never_opened_writes_nothing(tmp_path):
@@ -122,6 +125,7 @@ def five_runs(tmp_path):
         folder = tmp_path / f"run-{number}"
         folder.mkdir()
         (folder / "results.json").write_bytes(b"x" * 1000)
+        write_run_file(folder, started=0.0, version="0")
     return tmp_path
 
 
