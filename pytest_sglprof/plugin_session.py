@@ -54,11 +54,13 @@ class PluginSession:
     """State of one pytest process: settings, the run's folder and book, the live server."""
 
     def __init__(self, config: pytest.Config) -> None:
+        from pytest_sglprof.server.command import keep_secrets
+
         self.config = config
         learn_environment(os.environ)
         learn_command(map(str, config.invocation_params.args))
         self.settings = _settings(config)
-        _keep_secrets(self.settings)
+        keep_secrets(self.settings.servers.values())
         self._show_config = shows_config(config)
         self.worker = xdist_support.worker_name(config)
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})
@@ -104,16 +106,6 @@ class PluginSession:
                 self._book.open()
             except SettingsError as error:
                 raise pytest.UsageError(redact_text(str(error))) from None
-
-
-def _keep_secrets(settings: Settings) -> None:
-    """Of all servers, since any may be started: nothing shows their secrets from now on."""
-    from pytest_sglprof.process import blank_variables
-    from pytest_sglprof.server.command import learn_secrets, secret_variables
-
-    for spec in settings.servers.values():
-        learn_secrets(spec, os.environ)
-    blank_variables({n for s in settings.servers.values() for n in secret_variables(s, os.environ)})
 
     def pytest_collection(self) -> None:
         """`--sglprof-show-config` ends the run after the header, which shows the settings."""
@@ -409,4 +401,4 @@ def _settings(config: pytest.Config) -> Settings:
             extra_servers=extra,
         )
     except SettingsError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(redact_text(str(error))) from None

@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pytest_sglprof import process
 from pytest_sglprof.errors import ServerMissing, SettingsError
-from pytest_sglprof.process import which
 from pytest_sglprof.redact import (
     is_secret_variable,
     learn_command,
@@ -69,7 +69,7 @@ def find_entry(spec: ServerSpec) -> Entry:
     if spec.kind == "standin":
         return _standin()
     # As a path, since the keeper and nsys would look a bare name up on their own.
-    python = (which(spec.python) or spec.python) if spec.python else sys.executable
+    python = (process.which(spec.python) or spec.python) if spec.python else sys.executable
     try:
         return _sglang(python)
     except ServerMissing:
@@ -217,6 +217,19 @@ def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
     """
     learn_environment({**environment, **dict(spec.env)}, _declared(spec))
     learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
+
+
+def keep_secrets(specs: Iterable[ServerSpec]) -> dict[str, str]:
+    """Learns the secrets of these servers and blanks them in our own environment block.
+
+    Returns the secret ones among our variables.
+    """
+    secret: dict[str, str] = {}
+    for spec in specs:
+        learn_secrets(spec, os.environ)
+        secret |= secret_variables(spec, os.environ)
+    process.blank_variables(secret)
+    return secret
 
 
 def _declared(spec: ServerSpec) -> set[str]:

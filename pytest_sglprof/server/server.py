@@ -172,9 +172,6 @@ def launch(
     entry = command.find_entry(spec)
     tool = find_nsys(nsys_path) if spec.nsys else None
     api_key, admin_key = server_keys(spec)
-    command.learn_secrets(spec, os.environ)
-    private = command.secret_variables(spec, os.environ)
-    process.blank_variables(private)
     plan = Plan(
         spec=spec,
         entry=entry,
@@ -185,7 +182,7 @@ def launch(
         admin_key=admin_key,
         parent=os.getpid(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        private=private,
+        private=command.keep_secrets([spec]),
     )
     log = ServerLog(plan.folder / "server.log")
     keeper = KeeperLink(plan)

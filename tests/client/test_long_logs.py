@@ -17,6 +17,7 @@ from pytest_sglprof.capture.torch_log import (
     last_step,
     refusal_reason,
 )
+from pytest_sglprof.redact import learn
 from pytest_sglprof.server.log import REASON_BYTES, ServerLog
 from pytest_sglprof.server.log_facts import read_log_facts
 from pytest_sglprof.server.log_growth import LONGEST_LINE, PIECE, LogGrowth
@@ -180,6 +181,7 @@ def test_fault_17_a_line_without_an_end_costs_no_memory(log: ServerLog) -> None:
     assert peak < 16 * LONGEST_LINE
 
 
+@pytest.mark.usefixtures("secrets_end_here")
 def test_fault_17_half_a_secret_is_not_shown(tmp_path: Path) -> None:
     secret = "k" * 4_000
     learn([secret])
