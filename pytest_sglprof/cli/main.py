@@ -17,6 +17,7 @@ from typing import Any
 
 from pytest_sglprof import __version__
 from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.redact import learn_command, learn_environment, redact_text
 from pytest_sglprof.spelling import did_you_mean
 
 # name -> help. Each is a module of this package with `add_parser(subparsers) -> None` and
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no crash
         sys.stdout.reconfigure(errors="backslashreplace")
+    learn_environment(os.environ)
+    learn_command(words)
     status = 0
     try:
         status = _status(words)
@@ -94,7 +97,7 @@ def _tell(error: Exception) -> int:
 def _say(text: str) -> None:
     """Writes to standard error; where nobody can read it the status must do."""
     try:
-        sys.stderr.write(text)
+        sys.stderr.write(redact_text(text))
         sys.stderr.flush()
     except OSError:
         _discard(ERRORS)

@@ -235,3 +235,16 @@ def test_the_package_is_a_command_too(project_root: Path) -> None:
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, f"sglprof {__version__}\n")
+
+
+@pytest.mark.usefixtures("secrets_end_here")
+def test_fault_b_no_secret_is_told_by_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "planted-4711-token")
+    assert main(["kernels", "no/planted-4711-token/here"]) == 2
+    assert main(["kernels", "https://me:pass-0815@host/trace"]) == 2
+    err = capsys.readouterr().err
+    assert "no/<redacted>/here" in err
+    assert "planted-4711-token" not in err
+    assert "pass-0815" not in err

@@ -29,12 +29,12 @@ LATE = SERVERS.replace(
 LEAVING = """
 from pytest_sglprof.server.server import Server
 
-really_stop = Server._stop
+really_stop = Server.stop
 
-def stop(self, keeper):
-    return (*really_stop(self, keeper), f"process 4711 of {self.spec.name}")
+def stop(self):
+    return (*really_stop(self), f"process 4711 of {self.spec.name}")
 
-Server._stop = stop
+Server.stop = stop
 """
 
 
