@@ -27,14 +27,15 @@ LATE = SERVERS.replace(
     '"--step-ms", "4", "--crash-delay"', '"--ready-delay", "1.5", "--crash-delay"'
 )
 LEAVING = """
-from pytest_sglprof.server.server import Server
+from pytest_sglprof.server.keeper_link import KeeperLink
 
-really_stop = Server.stop
+really_close_it = KeeperLink.close
 
-def stop(self):
-    return (*really_stop(self), f"process 4711 of {self.spec.name}")
+def close(self, *given):
+    really_close_it(self, *given)
+    self.left = (*self.left, "process 4711 of default")
 
-Server.stop = stop
+KeeperLink.close = close
 """
 
 
