@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sglprof.redact import redact_text
+from pytest_sglprof.redact import redact, redact_text
 
 if TYPE_CHECKING:
     from pytest_sglprof.session.test_run import TestRun
@@ -20,8 +20,10 @@ NOTHING: Record = {"attempt": None, "windows": [], "servers": [], "loads": [], "
 
 
 def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """In all that a report shows at the terminal and in JUnit files."""
+    """In all that a report shows at the terminal and in JUnit files, but for the test's name."""
     report.sections[:] = [(title, redact_text(text)) for title, text in report.sections]
+    if isinstance(report, pytest.TestReport):
+        report.user_properties[:] = [(name, redact(v)) for name, v in report.user_properties]
     text = "" if report.longrepr is None else str(report.longrepr)
     if (shown := redact_text(text)) != text:
         report.longrepr = shown

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, quote_plus, unquote, urlsplit
+from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "<redacted>"
 MIN_DECLARED = 4  # characters; a shorter value would be hidden in the middle of other words
@@ -170,6 +170,9 @@ def _spellings(value: str) -> set[str]:
 # Every pattern begins at a character that is rare, or is bounded: logs have lines of megabytes.
 _USERINFO = re.compile(r"(://[^\s/?#:@'\"]{0,256}:)([^\s/?#'\"]{1,1024})@")
 _BARE_USERINFO = re.compile(r"(://)([^\s/?#:@'\"]{16,1024})@")
+# Of a URL that is a whole word, so that its password may hold what belongs quoted. Digits up to
+# a slash are a port.
+_WHOLE_USERINFO = re.compile(r"([^/?#:@]*)(?::(?!\d*[/?#])(.+))?@", re.S)
 _PARAMETER = re.compile(r"([?&])([\w.-]{1,64})=([^&#\s'\"]+)")
 _ASSIGNED = re.compile(
     r"(?<![\w-])([\w-]{1,64})(['\"]?\s{0,4}[:=]\s{0,4})(['\"])((?:\\.|(?!\3)[^\\]){1,4096})\3"
@@ -203,18 +206,32 @@ def _hidden_assignment(match: re.Match[str]) -> str:
 def _secrets_in(text: str) -> set[str]:
     """What stands in the secret places of a text; URL passwords as written and unquoted."""
     secrets = {match[3] for match in _PARAMETER.finditer(text) if is_secret_name(match[2])}
-    secrets |= {match[4] for match in _ASSIGNED.finditer(text) if is_secret_name(match[1])}
+    secrets |= {match[2] for match in _AUTHORIZATION.finditer(text)}
+    for match in _ASSIGNED.finditer(text):
+        if is_secret_name(match[1]):
+            secrets |= {match[4], _unescaped(match[4])}
     for word in {text, *text.split()}:
-        if "://" not in word:
-            continue
-        try:
-            userinfo, at, _ = urlsplit(word).netloc.rpartition("@")
-        except ValueError:
-            continue
-        user, colon, password = userinfo.partition(":")
-        secret = password if colon else user if len(user) >= 16 else ""
-        secrets |= {secret, unquote(secret)} if at else set()
+        secret = _url_secret(word)
+        secrets |= {secret, unquote(secret)}
     return secrets
+
+
+def _url_secret(url: str) -> str:
+    """The password of one URL as it stands there, or its user where that must be a token."""
+    _, scheme_end, rest = url.partition("://")
+    match = _WHOLE_USERINFO.match(rest) if scheme_end else None
+    if match is None:
+        return ""
+    user, password = match.groups()
+    return password or (user if len(user) >= 16 else "")
+
+
+def _unescaped(text: str) -> str:
+    """What a quoted text of JSON says; the text itself where it is none."""
+    try:
+        return str(json.loads(f'"{text}"'))
+    except ValueError:
+        return text
 
 
 # ---- what uses them --------------------------------------------------------------------------

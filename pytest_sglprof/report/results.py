@@ -50,16 +50,19 @@ def attempt_document(
     number: 1 for the first. outcome: "passed", "failed", "skipped", "error", "xfailed"
     or "xpassed". verdict: None when no window was judged. windows: ids.
     """
-    return {
-        "nodeid": nodeid,
-        "number": number,
-        "outcome": outcome,
-        "verdict": verdict,
-        "reason": reason,
-        "duration_s": max(0.0, float(duration_s)),
-        "windows": list(windows),
-        "worker": worker,
-    }
+    attempt: dict[str, Any] = redact(
+        {
+            "nodeid": nodeid,
+            "number": number,
+            "outcome": outcome,
+            "verdict": verdict,
+            "reason": reason,
+            "duration_s": max(0.0, float(duration_s)),
+            "windows": list(windows),
+            "worker": worker,
+        }
+    )
+    return attempt
 
 
 def server_document(

@@ -19,6 +19,7 @@ from typing import Any
 
 from pytest_sglprof.errors import SettingsError, SglprofError
 from pytest_sglprof.files import safe_name
+from pytest_sglprof.redact import redact_text
 from pytest_sglprof.session.journal import Journal
 from pytest_sglprof.session.prune import (
     RUN_FILE,
@@ -55,11 +56,11 @@ class RunFolder:
 
     def window(self, name: str, nodeid: str) -> Path:
         """A new folder for one window; its name is the window's id."""
-        return self._new("windows", safe_name(f"{nodeid}-{name}"))
+        return self._new("windows", safe_name(redact_text(f"{nodeid}-{name}")))
 
     def load(self, nodeid: str) -> Path:
         """A new folder for what the load driver writes."""
-        return self._new("loads", safe_name(nodeid))
+        return self._new("loads", safe_name(redact_text(nodeid)))
 
     def _new(self, kind: str, name: str) -> Path:
         stem = f"{self.worker}-{name}" if self.worker else name

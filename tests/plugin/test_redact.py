@@ -119,6 +119,31 @@ def test_fault_b_the_password_of_a_url_is_hidden_elsewhere_too():
     assert redact_text("login p@ss-w0rd, p%40ss-w0rd") == f"login {HIDDEN}, {HIDDEN}"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://me:{}@db/x",
+        "http://me:{}@proxy:1",
+        "redis://:{}@cache/0?ssl=1",
+    ],
+)
+@pytest.mark.parametrize("password", ["p@ss-w0rd-4711 x", "p/ss#w0rd?4711-xyz", "it's%100-4711-xy"])
+def test_fault_b_a_password_that_nobody_quoted_is_known_too(url, password):
+    learn_environment({"SOME_URL": url.format(password)})
+    assert redact_text(f"login {password}") == f"login {HIDDEN}"
+
+
+def test_fault_b_an_address_without_a_password_hides_nothing():
+    learn_environment({"A": "http://host:8080/path@v2", "B": "git+ssh://git@host/x@main"})
+    assert redact_text("8080/path git@host main") == "8080/path git@host main"
+
+
+def test_fault_b_what_options_carry_as_json_is_known():
+    learn_command(["--override", json.dumps({"auth_token": 'quoted"value-4711'})])
+    learn_command(["--header", "Authorization: Bearer bearer-4711-xyz"])
+    assert redact_text('quoted"value-4711 bearer-4711-xyz') == f"{HIDDEN} {HIDDEN}"
+
+
 def test_fault_b_a_mere_name_hides_no_harmless_value(tmp_path):
     path = tmp_path / "credentials.json"
     path.touch()
