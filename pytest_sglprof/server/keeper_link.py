@@ -174,9 +174,13 @@ class KeeperLink:
 
 
 def _environment(private: Container[str]) -> dict[str, str]:
-    """Ours without secrets, this very package's folder first, wherever that may lie."""
+    """Ours without secrets, this very package's folder first, wherever that may lie.
+
+    Nor with the name of the test that is running now: the server outlives it.
+    """
     paths = [str(PACKAGE_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     ours = {k: v for k, v in os.environ.items() if k not in private}
+    ours.pop("PYTEST_CURRENT_TEST", None)
     return {**ours, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
