@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ KILL_WAIT = 10.0  # s for the kernel to end a killed process; a GPU context take
 TERM_WAIT = 1.0  # s at most for the rest of a tree to obey SIGTERM
 SAME_PROCESS = 0.02  # s; psutil derives creation times from clock ticks of 10 ms
 _PR_SET_CHILD_SUBREAPER = 36
+_SHARED_FILE = re.compile(r"(/dev/shm/(?:sgl|nccl|torch|psm_|sem\.)[\w.-]*)$", re.M)
 
 
 def adopt_orphans() -> bool:
@@ -137,6 +139,38 @@ def marked(name: str, value: str, *, leader: int = 0, since: float = 0.0) -> lis
             if is_ours or candidate.environ().get(name) == value:
                 members.append(candidate)
     return [member for member in _living(_family(members)) if member.pid != os.getpid()]
+
+
+def shared_memory(processes: Iterable[psutil.Process], since: float = 0.0) -> set[Path]:
+    """Files of shared memory that these processes use and made; a kill leaves them.
+
+    Only what SGLang, its libraries and nsys name themselves, made after `since` (Unix time,
+    s): a model that somebody keeps in /dev/shm is used as well, and is nobody's leftover.
+    """
+    files = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+            files |= {Path(name) for name in _SHARED_FILE.findall(maps)}
+    return {file for file in files if _made_since(file, since)}
+
+
+def remove_shared_memory(files: Iterable[Path]) -> None:
+    """Removes those of the files that no process uses any more."""
+    import psutil
+
+    left = set(files)
+    used = shared_memory(psutil.process_iter()) if left else set()
+    for file in left - used:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _made_since(file: Path, since: float) -> bool:
+    with contextlib.suppress(OSError):
+        status = file.lstat()
+        return status.st_uid == os.getuid() and status.st_ctime >= since - SAME_PROCESS
+    return False
 
 
 def topmost(processes: Iterable[psutil.Process]) -> list[int]:

@@ -115,6 +115,7 @@ class Keeper:
             with contextlib.suppress(queue.Empty):
                 self._take(self._inbox.get(timeout=TICK))
             if not life.is_alive():
+                life.remember()
                 life.end_ranks()
                 status = life.exit_status()
                 log.warning("the server ended by itself, status %s", status)

@@ -63,10 +63,12 @@ class ServerLife:
         self.pump: LogPump | None = None
         self.tmpdir = self.folder / "tmp"
         self.seen: set[int] = set()
+        self.shared: set[Path] = set()
         self.clocks: ClockLock | None = None
         self._leases: list[lease.Lease] = []
         self._link: Path | None = None
         self._injection = ""
+        self._began = time.time()
         self._cancelled = cancelled
         self._progress = progress
         self._locked = locked
@@ -127,8 +129,10 @@ class ServerLife:
         return None if self.plan.nsys and status < 0 else status
 
     def remember(self) -> None:
-        """Notes who belongs to the server, for the look at the GPUs after its end."""
-        self.seen.update(found.pid for found in process.descendants(os.getpid()))
+        """Notes who belongs to the server, and what a kill of them would leave."""
+        members = process.descendants(os.getpid())
+        self.seen.update(member.pid for member in members)
+        self.shared |= process.shared_memory(members, self._began)
 
     def free(self) -> None:
         """Removes the temporary folder and frees the leases; for after the end."""
@@ -137,6 +141,7 @@ class ServerLife:
         if self._link is not None:
             self._link.unlink(missing_ok=True)
         remove_injection(self._injection)
+        process.remove_shared_memory(self.shared)
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         for held in self._leases:
             held.release()

@@ -37,7 +37,9 @@ def end_orphans(
     """
     family = _family(plan, server, since)
     injections = {process.variable(member.pid, INJECTION) for member in family}
+    shared = process.shared_memory(family, since)
     left = _end(plan, family, server, since)
+    process.remove_shared_memory(shared)
     for name in injections:
         remove_injection(name)
     with contextlib.suppress(OSError):

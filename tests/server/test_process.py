@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -161,3 +163,49 @@ def test_fault_4_a_bare_name_is_looked_up_on_the_path_only(tmp_path, monkeypatch
     assert process.which("sh") == "/bin/sh" or process.which("sh") == "/usr/bin/sh"
     (here / "link").symlink_to(tools / name)
     assert process.which("./link") == str(here / "link")  # of a venv's python it matters
+
+
+MAPPER = """
+import mmap, sys
+for name in sys.argv[1:]:
+    with open(name, "r+b") as stream:
+        globals().setdefault("kept", []).append(mmap.mmap(stream.fileno(), 0))
+print("up", flush=True)
+import time; time.sleep(600)
+"""
+
+
+def mapping(*files: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MAPPER, *map(str, files)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    return child
+
+
+def test_fault_d_shared_memory_of_the_dead_goes_and_that_of_others_stays():
+    began = time.time()
+    mark = secrets.token_hex(4)
+    ours, used, model = (
+        Path("/dev/shm") / f"{kind}_{mark}" for kind in ("sgl_shm_mq", "sglang_loads", "model")
+    )
+    files = (ours, used, model)
+    for file in files:
+        file.write_bytes(b"x" * 4096)
+    first, second = mapping(*files), mapping(used)
+    try:
+        members = [psutil.Process(first.pid)]
+        assert process.shared_memory(members, began) == {ours, used}
+        assert process.shared_memory(members, time.time() + 60) == set()  # made before
+        process.remove_shared_memory({ours, used})
+        assert ours.exists()
+        first.kill()
+        first.wait()
+        process.remove_shared_memory({ours, used})
+        assert [file.exists() for file in files] == [False, True, True]
+    finally:
+        for child in (first, second):
+            child.kill()
+            child.communicate()
+        for file in files:
+            file.unlink(missing_ok=True)
