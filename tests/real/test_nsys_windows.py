@@ -62,8 +62,18 @@ def drawn() -> Secrets:
     return Secrets()
 
 
+SHARED = Path("/dev/shm")
+
+
 @pytest.fixture(scope="module")
-def under_nsys(tmp_path_factory: pytest.TempPathFactory, drawn: Secrets) -> Outcome:
+def shared_before() -> set[Path]:
+    return set(SHARED.iterdir())
+
+
+@pytest.fixture(scope="module")
+def under_nsys(
+    tmp_path_factory: pytest.TempPathFactory, drawn: Secrets, shared_before: set[Path]
+) -> Outcome:
     real_nsys()
     folder = tmp_path_factory.mktemp("nsys")
 
@@ -136,10 +146,13 @@ def test_fault_b_none_of_twelve_secrets_is_written(under_nsys: Outcome, drawn: S
         assert drawn.among(raw.read_bytes()) == set()
 
 
-def test_nothing_is_left_of_server_session_and_agent(under_nsys: Outcome) -> None:
+def test_nothing_is_left_of_server_session_and_agent(
+    under_nsys: Outcome, shared_before: set[Path]
+) -> None:
     project = under_nsys.folder.parents[1]
     assert left_over(project) == []
     assert list((project / "leases").glob("*")) == []
+    assert set(SHARED.iterdir()) - shared_before == set()
 
 
 def _query(path: Path, text: str) -> list[tuple[int, int]]:
