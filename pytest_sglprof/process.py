@@ -49,9 +49,9 @@ def blank_variables(names: Iterable[str]) -> None:
     that of every process that it may read. `os.environ`, C libraries and children that are
     started later have the values all the same.
     """
-    blanked = {name.encode(): value for name in names if (value := os.environ.get(name))}
-    for name, value in blanked.items():
-        os.environ[name.decode()] = value  # C's own pointer leaves the block
+    blanked = {os.fsencode(name) for name in names if os.environ.get(name)}
+    for name in blanked:
+        os.environb[name] = os.environb[name]  # C's own pointer leaves the block
     with contextlib.suppress(OSError, ValueError, IndexError):
         numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         start, end = int(numbers[47]), int(numbers[48])  # env_start, env_end: proc(5)

@@ -7,7 +7,7 @@ A secret is known in one of three ways:
   an assignment with a secret name;
 - by its value, wherever that recurs: `learn` takes the values that this process knows, and
   from then on `redact`, `redact_text` and `redact_bytes` hide them, also URL-quoted or escaped
-  as JSON or Python writes them.
+  as JSON, Python and shells write them.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ def _is_secret(words: list[str]) -> bool:
 # ---- values ----------------------------------------------------------------------------------
 
 
+_LITERALS = frozenset({"true", "false", "null", "none"})
+
+
 class _Known:
     """The values that this process knows, and one pattern that finds them all."""
 
@@ -87,10 +90,10 @@ class _Known:
         self.values = values
         spellings = sorted({s for v in values for s in _spellings(v)}, key=len, reverse=True)
         alternatives = "|".join(map(re.escape, spellings)) or r"(?!)"
-        self.longest = max((len(text.encode()) for text in spellings), default=0)
         self.text = re.compile(alternatives)
-        raw = b"|".join(re.escape(s.encode("utf-8", "surrogateescape")) for s in spellings)
-        self.raw = re.compile(raw or rb"(?!)")
+        raw = [text.encode("utf-8", "surrogateescape") for text in spellings]
+        self.longest = max(map(len, raw), default=0)
+        self.raw = re.compile(b"|".join(map(re.escape, raw)) or rb"(?!)")
 
 
 _known = _Known()
@@ -99,15 +102,14 @@ _known = _Known()
 def learn(values: Iterable[str], *, guessed: bool = False) -> None:
     """From now on these values are hidden wherever this process writes or shows text.
 
-    guessed: only a name says that they are secrets, so that numbers, existing paths and
-    short words are not taken.
+    guessed: only a name or a place says that they are secrets, so that numbers, existing
+    paths, addresses and short words are not taken. Each line of a value is one as well.
     """
     global _known
-    lines = {line.strip() for value in values for line in (value, *value.splitlines())}
-    shortest = MIN_GUESSED if guessed else MIN_DECLARED
-    usable = {line for line in lines if len(line) >= shortest}
-    if guessed:
-        usable = {line for line in usable if not _is_ordinary(line)}
+    whole = {value.strip() for value in values}
+    lines = {line.strip() for value in whole for line in value.splitlines() if line != value}
+    usable = {value for value in whole if _is_usable(value, guessed=guessed)}
+    usable |= {line for line in lines if _is_usable(line, guessed=True)}
     if not usable <= _known.values:
         _known = _Known(_known.values | usable)
 
@@ -122,7 +124,7 @@ def learn_environment(environment: Mapping[str, str], declared: Iterable[str] = 
 def learn_command(command: Iterable[str]) -> None:
     """Learns the values of secret options, and what its words hold in secret places."""
     words = list(_with_secret_parts(command))
-    learn(word[start:] for word, start in words if start is not None)
+    learn((word[start:] for word, start in words if start is not None), guessed=True)
     learn((s for word, _ in words for s in _secrets_in(word)), guessed=True)
 
 
@@ -141,11 +143,17 @@ def longest_spelling() -> int:
     return _known.longest
 
 
+def _is_usable(value: str, *, guessed: bool) -> bool:
+    if guessed:
+        return len(value) >= MIN_GUESSED and not _is_ordinary(value)
+    return len(value) >= MIN_DECLARED and value.lower() not in _LITERALS
+
+
 def _is_ordinary(value: str) -> bool:
-    """A number, a plain word, or a path: hiding it would hide harmless text elsewhere."""
-    if value.replace(".", "").isdigit() or (
-        value.islower() and value.isalpha() and len(value) < 16
-    ):
+    """A number, a plain word, an address, a path: to hide it would hide harmless text."""
+    if value.replace(".", "").isdigit() or re.match(r"[a-z][a-z0-9+.-]{0,30}://", value, re.I):
+        return True
+    if value.islower() and value.isalpha() and len(value) < 16:
         return True
     try:
         return value[0] in "/~." and Path(value).exists()

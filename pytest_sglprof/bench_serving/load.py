@@ -256,7 +256,7 @@ class BenchServing:
     def _store_redacted(self, raw: Path, target: Path) -> None:
         if not raw.exists():
             return
-        text = redact_text(raw.read_text("utf-8", "replace"))
+        text = raw.read_text("utf-8", "replace")
         raw.unlink()
         atomic_write(target, redact_record(text))
 

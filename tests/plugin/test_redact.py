@@ -165,11 +165,27 @@ def test_fault_b_secret_options_are_parted_with_all_of_their_values():
     shown, hidden = split_secret_words(words)
     assert shown == ["--tp", "2", "--x"]
     assert hidden == ["--lora-paths", "a", "https://u:pw@hub/b", "--hf-token=t0ken-t0ken"]
-    learn_command([*words, "--api-key", "sk-1 2"])
-    assert redact_text("t0ken-t0ken sk-1 2") == f"{HIDDEN} {HIDDEN}"
+    learn_command([*words, "--api-key", "sk-1 2345"])
+    assert redact_text("t0ken-t0ken sk-1 2345") == f"{HIDDEN} {HIDDEN}"
     assert redact_command(["--api-key", "--tp", "--json", '{"api_key": "v"}']) == [
         *("--api-key", HIDDEN, "--json", f'{{"api_key": "{HIDDEN}"}}')
     ]
+
+
+def test_fault_b_what_is_no_secret_stays_readable():
+    learn(["true", "None", "abc"])
+    learn_command(["--enable-auth", "true", "--use-auth", "basic"])
+    learn_environment({"SVC_API": "https://host.example/v1", "X_TOKEN": "disabled"})
+    learn(["{\n  true,\n}"])
+    text = 'true, None abc basic https://host.example/v1 disabled {"a": true}'
+    assert redact_text(text) == text
+
+
+def test_fault_b_bytes_that_are_no_text_are_searched_for_as_well():
+    value = b"latin-\xe9-4711".decode("utf-8", "surrogateescape")
+    learn_environment({"SOME_TOKEN": value})
+    assert redact_bytes(b"x latin-\xe9-4711 y") == b"x <redacted> y"
+    assert redact_text(f"x {value} y") == f"x {HIDDEN} y"
 
 
 def test_fault_b_long_lines_cost_no_time():
@@ -188,7 +204,7 @@ from {blank_variables.__module__} import {blank_variables.__name__} as blank
 block = lambda: Path("/proc/self/environ").read_bytes()
 before = block()
 assert {value!r}.encode() in before
-blank(["A_SECRET", "ABSENT", "EMPTY"])
+blank(["A_SECRET", "ABSENT", "EMPTY", "\\udce9"])
 assert {value!r}.encode() not in block()
 assert block() == before.replace({value!r}.encode(), b"*" * {len(value)})
 assert os.environ["A_SECRET"] == {value!r}
@@ -198,6 +214,6 @@ assert libc.getenv(b"A_SECRET") == {value!r}.encode()
 child = [sys.executable, "-c", "import os; print(os.environ['A_SECRET'])"]
 assert subprocess.run(child, capture_output=True, text=True).stdout.strip() == {value!r}
 """
-    environment = {**os.environ, "A_SECRET": value, "EMPTY": "", "XA_SECRET": "stays"}
+    environment = {**os.environ, "A_SECRET": value, "EMPTY": "", "XA_SECRET": "st\udce9ys"}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path.cwd())
     assert ran.returncode == 0, shlex.join(ran.args)
