@@ -82,8 +82,8 @@ class LogPump:
                 if newline:
                     self._write(head + newline)
                 if len(held) > MAX_LINE:  # the rest may be the beginning of a secret
-                    cut = len(held) - longest_spelling()
                     held = redact_bytes(held)
+                    cut = max(len(held) - longest_spelling(), 0)
                     self._write(held[:cut])
                     held = held[cut:]
                 if ending and not data:

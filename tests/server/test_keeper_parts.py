@@ -118,6 +118,24 @@ def test_fault_c_a_secret_across_the_cut_of_an_endless_line_is_hidden(tmp_path):
     assert written == b"x" * (MAX_LINE - 4) + b"<redacted>" + b"y" * MAX_LINE
 
 
+@pytest.mark.usefixtures("secrets_end_here")
+def test_fault_c_so_is_one_behind_others_in_the_same_line(tmp_path):
+    value = b"the-secret-value-that-is-longer-than-what-stands-for-it"
+    learn([value.decode()])
+    pump = LogPump(tmp_path / "f", tmp_path / "log")
+    with (tmp_path / "f").open("wb") as server:
+        server.write(value * 8 + b"x" * MAX_LINE + value[:20])
+        server.flush()
+        time.sleep(0.5)  # the pump writes what it has of the endless line
+        server.write(value[20:] + b"\n")
+        server.write(b"next\n")
+    pump.close()
+    written = (tmp_path / "log").read_bytes()
+    assert written.count(b"<redacted>") == 9
+    assert b"the-secret" not in written
+    assert written.endswith(b"<redacted>\nnext\n")
+
+
 def test_the_exec_step_is_plain_python_and_becomes_a_module(tmp_path):
     """Run by path, with a package of its own folder's names in sight: none is shadowed."""
     (tmp_path / "target.py").write_text(
