@@ -19,36 +19,6 @@ from tests.report.windows import BALANCED, SLOW, run, window
 
 Output = pytest.CaptureFixture[str]
 
-
-def recorded_run(folder: Path) -> Path:
-    """A run with everything that a real one leaves: results, journal, traces, reports, logs."""
-    document = run([window(SLOW)])
-    document["windows"][0]["artifacts"] = [
-        {"path": "windows/w1/p-1-TP-0.trace.json.gz", "kind": "torch", "rank": "TP0"},
-        {"path": "windows/w1/odd.bin", "kind": "torch", "rank": "TP1"},
-    ]
-    write_results(document, folder / "results.json")
-    for name in (
-        "run.json",
-        "journal.jsonl",
-        "servers/default.1/server.log",
-        "loads/a.1/load-1.jsonl",
-        "windows/w1/p-1-TP-0.trace.json.gz",
-        "windows/w1/odd.bin",
-        "windows/w2/w2.nsys-rep",
-        "windows/w2/w2.sqlite",
-        "windows/w2/export/KERNELS.parquet",
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"precious {name}")
-    return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 RECORDED = (
     "results.json",
     "run.json",
@@ -61,6 +31,25 @@ RECORDED = (
     "windows/w2/w2.sqlite",
     "windows/w2/export/KERNELS.parquet",
 )
+
+
+def recorded_run(folder: Path) -> Path:
+    """A run with everything that a real one leaves: results, journal, traces, reports, logs."""
+    document = run([window(SLOW)])
+    document["windows"][0]["artifacts"] = [
+        {"path": "windows/w1/p-1-TP-0.trace.json.gz", "kind": "torch", "rank": "TP0"},
+        {"path": "windows/w1/odd.bin", "kind": "torch", "rank": "TP1"},
+    ]
+    write_results(document, folder / "results.json")
+    for name in RECORDED[1:]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"precious {name}")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("name", RECORDED)
