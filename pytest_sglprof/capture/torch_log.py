@@ -11,17 +11,10 @@ from pytest_sglprof.capture.torch_files import PlaceOfRank, place
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server.log import ServerLog
 from pytest_sglprof.server.log_growth import LogGrowth
+from pytest_sglprof.server.log_lines import Entry, EntryReader, highest_iteration
 
 STEP_BYTES = 2**26  # 500,000 lines of batches
 
-_ENTRY = re.compile(
-    r"^\[[\d-]+ [\d:.]+((?: [A-Z_]+\d+)*)\] "
-    r"(Profiling starts|Profiling done|Prefill batch|Decode batch)(.*)$"
-)
-_ID = re.compile(r"\(with profile id: (.*)\)$")
-_ITERATION = re.compile(
-    rb"^\[[\d-]+ [\d:.]+(?: [A-Z_]+\d+)*\] (?:Prefill|Decode) batch \[(\d{1,18})\]", re.M
-)
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b")
 # How far each log has been read for step numbers, and the highest one so far.
 _SHOWN: weakref.WeakKeyDictionary[ServerLog, tuple[LogGrowth, int | None]] = (
@@ -53,6 +46,7 @@ class ProgressReader:
     def __init__(self, log: ServerLog, start: int, profile_id: str) -> None:
         self._log = log
         self._growth = LogGrowth(log.path, start)
+        self._entries = EntryReader()
         self._profile_id = profile_id
         self._begun: Counter[PlaceOfRank] = Counter()
         self._ended: Counter[PlaceOfRank] = Counter()
@@ -61,23 +55,21 @@ class ProgressReader:
 
     def read(self) -> Progress:
         """All that the log has told by now."""
-        for line in self._log.new(self._growth):
-            if match := _ENTRY.match(line):
-                self._take(match)
+        for entry in self._entries.read(self._log.new(self._growth)):
+            self._take(entry)
         strangers = tuple(self._strangers)
         return Progress(Counter(self._begun), Counter(self._ended), strangers, self._batches)
 
-    def _take(self, match: re.Match[str]) -> None:
-        where = place(Rank.parse(match[1]) or Rank(tp=0))
-        if match[2] == "Profiling starts":
-            named = _ID.search(match[3])
-            if named and named[1] == self._profile_id:
+    def _take(self, entry: Entry) -> None:
+        where = place(entry.rank or Rank(tp=0))
+        if entry.kind == "profile_start":
+            if entry.profile_id == self._profile_id:
                 self._begun[where] += 1
             else:
-                self._strangers[named[1] if named else "?"] = None
-        elif match[2] == "Profiling done":
+                self._strangers[entry.profile_id or "?"] = None
+        elif entry.kind == "profile_end":
             self._ended[where] += 1
-        else:
+        elif entry.is_batch:
             self._batches += 1
 
 
@@ -100,8 +92,7 @@ def last_step(log: ServerLog) -> int | None:
     """
     growth, highest = _SHOWN.get(log) or (LogGrowth(log.path), None)
     for piece in growth.pieces(at_most=STEP_BYTES):
-        numbers = [int(number) for number in _ITERATION.findall(piece)]
-        if numbers:
-            highest = max(highest or 0, *numbers)
+        shown = highest_iteration(piece)
+        highest = max((n for n in (highest, shown) if n is not None), default=None)
     _SHOWN[log] = growth, highest
     return highest

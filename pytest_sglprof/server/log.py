@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pytest_sglprof.redact import redact_text
 from pytest_sglprof.server.log_growth import LogGrowth
+from pytest_sglprof.server.log_lines import begins_entry
 
 MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
 TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
 REASON_BYTES = 2**22  # 30,000 lines: what a death is explained by stands at the end
 
-_STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
 _LINE_END = re.compile(rb"[\r\n]")
 _TRACEBACK = "Traceback (most recent call last)"
@@ -188,7 +188,7 @@ def _read_block(lines: Sequence[str], first: int) -> _Block:
 
 def _goes_on(line: str) -> bool:
     return bool(line.strip()) and not (
-        _STAMP.match(line) or _NOISE.search(line) or _TRACEBACK in line or _EXCEPTION.match(line)
+        begins_entry(line) or _NOISE.search(line) or _TRACEBACK in line or _EXCEPTION.match(line)
     )
 
 
