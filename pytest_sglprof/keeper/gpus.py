@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.server.nvml import Nvml
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -39,31 +39,19 @@ def choose_gpus(wanted: Literal["all"] | Sequence[int], visible: Sequence[str]) 
 
 def processes_on_gpus(pids: Iterable[int]) -> list[int]:
     """Those of `pids` that NVML lists as having a context; [] where there is no NVML."""
-    wanted = set(pids)
-    return sorted(wanted & set(_nvml_pids()))
-
-
-def _nvml_pids() -> Iterator[int]:
     try:
-        import pynvml
-    except ImportError:
-        return
-    with contextlib.suppress(pynvml.NVMLError, OSError):
-        pynvml.nvmlInit()
-        try:
-            yield from _device_pids(pynvml)
-        finally:
-            pynvml.nvmlShutdown()
+        nvml = Nvml()
+    except (ImportError, OSError):
+        return []
+    try:
+        listed = {pid for uuid in nvml.uuids() for pid in nvml.pids(uuid)}
+    except OSError:
+        return []
+    finally:
+        nvml.close()
+    return sorted(listed & set(pids))
 
 
-def _device_pids(pynvml: Any) -> Iterator[int]:
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        device = pynvml.nvmlDeviceGetHandleByIndex(index)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device):
-            yield int(process.pid)
-
-
-def log_gpus(environment: Mapping[str, str] | None = None) -> str:
+def log_gpus() -> str:
     """One line for the keeper's log."""
-    found = visible_gpus(environment if environment is not None else os.environ)
-    return f"visible GPUs: {', '.join(found) or 'none'}"
+    return f"visible GPUs: {', '.join(visible_gpus(os.environ)) or 'none'}"

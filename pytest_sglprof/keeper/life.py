@@ -19,7 +19,7 @@ from pytest_sglprof.keeper.handover import LogPump, hand_over
 from pytest_sglprof.redact import known_values, redact_command, redact_text
 from pytest_sglprof.server import command, lease
 from pytest_sglprof.server.aftermath import INJECTION, remove_injection
-from pytest_sglprof.server.clock_lock import ClockLock, nvml_driver
+from pytest_sglprof.server.clock_lock import ClockLock
 from pytest_sglprof.server.limits import (
     HURRIED_WAIT,
     PORT_WAIT,
@@ -169,7 +169,7 @@ class ServerLife:
         if spec.lock_clocks:
             order = {**os.environ, **dict(spec.env)}.get("CUDA_DEVICE_ORDER")
             by_bus = order == "PCI_BUS_ID"
-            self.clocks = ClockLock(nvml_driver(), chosen, spec.lock_clocks, by_bus=by_bus)
+            self.clocks = ClockLock(chosen, spec.lock_clocks, by_bus=by_bus)
             self._locked(self.clocks.held)
             log.info("locked at %d MHz: %s", spec.lock_clocks, ", ".join(self.clocks.held))
         if spec.gpus == "all" or VISIBLE in dict(spec.env):

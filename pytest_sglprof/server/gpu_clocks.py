@@ -6,13 +6,13 @@ nothing. Thermal slowdown and an external power brake are faults of the machine.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from pytest_sglprof.ranks import Rank
+from pytest_sglprof.server.nvml import GpuReading, Nvml
 from pytest_sglprof.values import GpuClocks
 
 if TYPE_CHECKING:
@@ -26,24 +26,29 @@ THROTTLED_SHARE = 0.05
 REASONS = ((0x20, "thermal"), (0x40, "thermal"), (0x80, "power brake"))
 
 
-@dataclass(frozen=True)
-class GpuReading:
-    """One look at one GPU. sm_mhz: its SM clock. reasons: NVML's bits. limit: W, None unknown."""
+class GpuSampler:
+    """Reads the GPUs of a server's ranks. uuids: rank's label -> UUID of its GPU."""
 
-    uuid: str
-    sm_mhz: int
-    power_limit_w: float | None
-    reasons: int
+    def __init__(self, nvml: Nvml, ranks: Mapping[int, Rank]) -> None:
+        """Finds each rank's GPU by the processes (pid -> rank) that NVML lists on it.
 
-
-class GpuSampler(Protocol):
-    """Reads some GPUs again and again."""
+        Not by index: CUDA orders devices by speed and NVML by bus.
+        """
+        self._nvml = nvml
+        self.uuids = {
+            ranks[pid].label: uuid
+            for uuid in nvml.uuids()
+            for pid in nvml.pids(uuid)
+            if pid in ranks
+        }
 
     def read(self) -> Mapping[str, GpuReading]:
-        """The GPU of each rank now, by the rank's label; raises OSError when it cannot."""
+        """The GPU of each rank now, by the rank's label."""
+        return {label: self._nvml.reading(uuid) for label, uuid in self.uuids.items()}
 
     def close(self) -> None:
-        """Frees what it holds."""
+        """Ends the use of NVML."""
+        self._nvml.close()
 
 
 class ClockWatch:
@@ -80,22 +85,22 @@ class ClockWatch:
 def clocks_of(readings: Sequence[Mapping[str, GpuReading]]) -> tuple[GpuClocks, ...]:
     """What the readings of a window say of each rank, in order of appearance."""
     by_rank: dict[str, list[GpuReading]] = {}
-    for reading in readings:
-        for rank, found in reading.items():
-            by_rank.setdefault(rank, []).append(found)
-    return tuple(_clocks(rank, found) for rank, found in by_rank.items())
+    for look in readings:
+        for rank, reading in look.items():
+            by_rank.setdefault(rank, []).append(reading)
+    return tuple(_clocks(rank, of_rank) for rank, of_rank in by_rank.items())
 
 
-def _clocks(rank: str, found: Sequence[GpuReading]) -> GpuClocks:
-    slowed = [[word for bit, word in REASONS if one.reasons & bit] for one in found]
-    share = sum(bool(words) for words in slowed) / len(found)
+def _clocks(rank: str, readings: Sequence[GpuReading]) -> GpuClocks:
+    slowed = [[word for bit, word in REASONS if one.reasons & bit] for one in readings]
+    share = sum(bool(words) for words in slowed) / len(readings)
     throttled = share >= THROTTLED_SHARE
     words = dict.fromkeys(word for each in slowed for word in each) if throttled else ()
     return GpuClocks(
         rank=rank,
-        uuid=found[-1].uuid,
-        median_sm_mhz=float(statistics.median(one.sm_mhz for one in found)),
-        power_limit_w=found[-1].power_limit_w,
+        uuid=readings[-1].uuid,
+        median_sm_mhz=float(statistics.median(one.sm_mhz for one in readings)),
+        power_limit_w=readings[-1].power_limit_w,
         throttled=throttled,
         reason=", ".join(words),
         throttled_share=share,
@@ -111,76 +116,15 @@ def watch_clocks(server: Server) -> ClockWatch | None:
     if server.attached or server.kind != "sglang" or server.sizes.is_cpu:
         return None
     try:
-        import pynvml
-    except ImportError:
+        nvml = Nvml()
+    except (ImportError, OSError):
         return None
     try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError, OSError):
-        return None
-    sampler = NvmlSampler(pynvml)
-    try:
-        pids = {pid: rank.label for pid, rank in server.scheduler_ranks().items()}
-        sampler.find_ranks(pids)
+        sampler = GpuSampler(nvml, server.scheduler_ranks())
     except OSError:
-        sampler.close()
+        nvml.close()
         return None
-    if not sampler.handles:
+    if not sampler.uuids:
         sampler.close()
         return None
     return ClockWatch(sampler)
-
-
-class NvmlSampler:
-    """NVML through nvidia-ml-py. handles: rank's label -> device handle."""
-
-    def __init__(self, nvml: Any) -> None:
-        self._nvml = nvml
-        self.handles: dict[str, Any] = {}
-
-    def find_ranks(self, pid_ranks: Mapping[int, str]) -> None:
-        """Finds each rank's device by the processes that NVML lists on it.
-
-        Not by index: CUDA orders devices by speed and NVML by bus. Inside a container
-        NVML may list none of our processes; then no rank is found.
-        """
-        with self._readable():
-            for index in range(self._nvml.nvmlDeviceGetCount()):
-                device = self._nvml.nvmlDeviceGetHandleByIndex(index)
-                for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(device):
-                    label = pid_ranks.get(int(process.pid))
-                    if label is not None:
-                        self.handles[label] = device
-
-    def read(self) -> Mapping[str, GpuReading]:
-        """One reading of every rank's device."""
-        with self._readable():
-            return {rank: self._reading(device) for rank, device in self.handles.items()}
-
-    def close(self) -> None:
-        """Ends the use of NVML; safe to call twice."""
-        nvml, self.handles = self._nvml, {}
-        with contextlib.suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
-
-    def _reading(self, device: Any) -> GpuReading:
-        nvml = self._nvml
-        try:
-            limit = nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000.0
-        except nvml.NVMLError:  # virtual GPUs have none
-            limit = None
-        uuid = nvml.nvmlDeviceGetUUID(device)
-        return GpuReading(
-            uuid=uuid.decode() if isinstance(uuid, bytes) else str(uuid),
-            sm_mhz=int(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
-            power_limit_w=limit,
-            reasons=int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)),
-        )
-
-    @contextlib.contextmanager
-    def _readable(self) -> Iterator[None]:
-        """NVML's errors as OSError, so that callers need not know the library."""
-        try:
-            yield
-        except self._nvml.NVMLError as error:
-            raise OSError(f"NVML: {error}") from error

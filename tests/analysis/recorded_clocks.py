@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from planted import FULL_MHZ, LOW_MHZ, Plan
 
-from pytest_sglprof.server.gpu_clocks import ClockWatch, GpuReading
+from pytest_sglprof.server.gpu_clocks import ClockWatch
+from pytest_sglprof.server.nvml import GpuReading
 from pytest_sglprof.values import GpuClocks
 
 READINGS = 40
@@ -30,7 +31,7 @@ def _reading(rank: int, reasons: int | None) -> GpuReading:
 
 
 class Recording:
-    """A `GpuSampler` that gives a sequence once, then its last reading."""
+    """Stands for a `GpuSampler`: gives a sequence once, then its last reading."""
 
     def __init__(self, sequence: Sequence[Mapping[str, GpuReading]]) -> None:
         self._left = list(sequence)

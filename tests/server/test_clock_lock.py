@@ -19,7 +19,7 @@ import pytest
 
 from pytest_sglprof.errors import ClockLockError, ServerDied
 from pytest_sglprof.server import command
-from pytest_sglprof.server.clock_lock import ClockLock, nvml_driver
+from pytest_sglprof.server.clock_lock import ClockLock, open_nvml
 from pytest_sglprof.server.server import Server, launch
 from pytest_sglprof.session.server_life import describe_server
 from pytest_sglprof.values import ServerSpec
@@ -205,7 +205,7 @@ def test_without_a_driver_or_the_library(
         start()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ClockLockError, match="nvidia-ml-py, which is not installed") as caught:
-        nvml_driver()
+        open_nvml()
     assert "pytest-sglprof[gpu]" in caught.value.hint
     assert calls.asked == []
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_given_back_is_told_and_the_others_are(
 def test_devices_by_their_names(
     calls: Calls, names: list[str], by_bus: bool, held: list[str]
 ) -> None:
-    lock = ClockLock(nvml_driver(), names, 1200, by_bus=by_bus)
+    lock = ClockLock(names, 1200, by_bus=by_bus)
     assert list(lock.held) == held
     assert lock.release() == []
     assert lock.release() == []
@@ -253,5 +253,5 @@ def test_devices_that_cannot_be_told(
     calls: Calls, names: list[str], by_bus: bool, what: str
 ) -> None:
     with pytest.raises(ClockLockError, match=what):
-        ClockLock(nvml_driver(), names, 1200, by_bus=by_bus)
+        ClockLock(names, 1200, by_bus=by_bus)
     assert calls.asked == []

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
-from pytest_sglprof.server.gpu_clocks import (
-    PERIOD,
-    ClockWatch,
-    GpuReading,
-    NvmlSampler,
-    clocks_of,
-)
+from pytest_sglprof.ranks import Rank
+from pytest_sglprof.server.gpu_clocks import PERIOD, ClockWatch, GpuSampler, clocks_of
+from pytest_sglprof.server.nvml import GpuReading, Nvml
 
 POWER_CAP, HW_SLOWDOWN, SW_THERMAL, HW_THERMAL, POWER_BRAKE, IDLE = 0x4, 0x8, 0x20, 0x40, 0x80, 0x1
 
@@ -120,27 +117,44 @@ def recorded_nvml(pids: dict[int, list[int]], **wrong: object) -> types.SimpleNa
         "nvmlDeviceGetClockInfo": lambda device, kind: 1000 * kind + device,
         "nvmlDeviceGetEnforcedPowerLimit": lambda device: 700_000,
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda device: HW_THERMAL,
+        "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
     }
     return types.SimpleNamespace(**{**functions, **dict.fromkeys(wrong, fail)})
 
 
-def test_nvml_finds_ranks_by_their_processes_not_by_index() -> None:
-    sampler = NvmlSampler(recorded_nvml({0: [11, 99], 1: [], 2: [10]}))
-    sampler.find_ranks({10: "TP0", 11: "TP1", 12: "TP2"})
+@pytest.fixture
+def nvml_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Nvml]:
+    """NVML over `recorded_nvml`."""
+
+    def open_it(pids: dict[int, list[int]], **wrong: object) -> Nvml:
+        monkeypatch.setitem(sys.modules, "pynvml", recorded_nvml(pids, **wrong))
+        return Nvml()
+
+    return open_it
+
+
+def ranks(*pids: int) -> dict[int, Rank]:
+    return {pid: Rank(tp=number) for number, pid in enumerate(pids)}
+
+
+def test_nvml_finds_ranks_by_their_processes_not_by_index(nvml_of: Callable[..., Nvml]) -> None:
+    sampler = GpuSampler(nvml_of({0: [11, 99], 1: [], 2: [10]}), ranks(10, 11, 12))
     assert sampler.read() == {
         "TP1": GpuReading("GPU-0", 1000, 700.0, HW_THERMAL),
         "TP0": GpuReading("GPU-2", 1002, 700.0, HW_THERMAL),
     }
     sampler.close()
-    assert sampler.handles == {}
+    sampler.close()
 
 
-def test_nvml_errors_are_plain_ones_and_a_missing_limit_is_none() -> None:
-    sampler = NvmlSampler(recorded_nvml({0: [10]}, nvmlDeviceGetEnforcedPowerLimit=True))
-    sampler.find_ranks({10: "TP0"})
-    assert sampler.read()["TP0"].power_limit_w is None
-    broken = NvmlSampler(recorded_nvml({0: [10]}, nvmlDeviceGetClockInfo=True))
-    broken.find_ranks({10: "TP0"})
+def test_nvml_errors_are_plain_ones_and_a_missing_limit_is_none(
+    nvml_of: Callable[..., Nvml],
+) -> None:
+    nvml = nvml_of({0: [10]}, nvmlDeviceGetEnforcedPowerLimit=True)
+    assert GpuSampler(nvml, ranks(10)).read()["TP0"].power_limit_w is None
+    broken = GpuSampler(nvml_of({0: [10]}, nvmlDeviceGetClockInfo=True), ranks(10))
     with pytest.raises(OSError, match="NVML: Unknown Error"):
         broken.read()
+    with pytest.raises(OSError, match="NVML: Unknown Error"):
+        nvml_of({}, nvmlInit=True)

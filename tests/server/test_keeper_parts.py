@@ -41,6 +41,7 @@ def test_nvml_is_asked_for_our_pids_only(monkeypatch):
         nvmlShutdown=lambda: ended.append(1),
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
         nvmlDeviceGetComputeRunningProcesses=lambda index: [
             types.SimpleNamespace(pid=10 + index),
             types.SimpleNamespace(pid=99),
