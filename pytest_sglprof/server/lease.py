@@ -1,17 +1,15 @@
 """Exclusive leases of ports, GPUs and profile windows, across processes.
 
-A lease is an ``flock`` on a file of a per-user folder: the kernel frees it when its
-holder dies, however it dies. A file is removed only while its lock is held, and a lock
-counts only on the file that still bears the name, so no two holders ever meet and no
-files pile up. The folder is opened once and every file is reached through it: no link is
-followed, and nothing that is not a lock file of ours is written to or removed.
+A lease is a `filelock.UnixFileLock` (an ``flock``) on a file of a per-user folder: the
+kernel frees it when its holder dies, however it dies. filelock leaves files where they are;
+here a file is removed, but only while its lock is held, so no two holders ever meet and no
+files pile up. No link is followed, and nothing that is not a lock file of ours is written to
+or removed: the folder is ours alone, and each file in it is looked at before it is locked.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import re
 import socket
@@ -20,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import SystemRandom
+
+from filelock import Timeout, UnixFileLock
 
 from pytest_sglprof.errors import LeaseError
 from pytest_sglprof.files import safe_name
@@ -45,31 +45,44 @@ def lease_dir() -> Path:
 
     Made with mode 0700; raises `LeaseError` when it is not a folder of ours alone.
     """
-    with _folder() as (path, _):
-        return path
+    chosen = os.environ.get(ENV_DIR)
+    path = Path(chosen) if chosen else ROOT / f"sglprof-{os.getuid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = path.lstat()
+    except OSError as error:
+        link = path.is_symlink()
+        raise _unusable(path, "it is a link" if link else error.strerror or str(error)) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise _unusable(path, "it is a link")
+    if status.st_uid != os.getuid():
+        raise _unusable(path, "it belongs to somebody else")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if chosen:
+            raise _unusable(path, "others may write to it", f"chmod go-w {path}, or ")
+        path.chmod(0o700)
+    return path
 
 
 class Lease:
     """A held lease; `release` (or the end of the process) frees it."""
 
-    def __init__(self, name: str, path: Path, handle: int) -> None:
+    def __init__(self, name: str, path: Path, lock: UnixFileLock, file: os.stat_result) -> None:
         self.name = name
         self.path = path
-        self._handle: int | None = handle
+        self._lock = lock
+        self._file = file
 
     def release(self) -> None:
         """Frees the lease and removes its file; idempotent."""
-        if self._handle is None:
+        if not self._lock.is_locked:
             return
+        # While the lock is held: nobody else can hold it now. But a cleaner of /tmp may have
+        # taken our file away, and somebody else may hold the new one.
         with contextlib.suppress(OSError):
-            folder = os.open(self.path.parent, _FOLDER_FLAGS)
-            try:  # while the lock is held: nobody else can hold it now
-                if _bears_name(self._handle, self.path.name, folder):
-                    os.unlink(self.path.name, dir_fd=folder)
-            finally:
-                os.close(folder)
-        os.close(self._handle)
-        self._handle = None
+            if os.path.samestat(self.path.lstat(), self._file):
+                self.path.unlink()
+        self._lock.release()
 
 
 def try_acquire(name: str) -> Lease | None:
@@ -77,19 +90,21 @@ def try_acquire(name: str) -> Lease | None:
 
     Raises `LeaseError` where its file cannot be made, or is not one of ours.
     """
-    with _folder() as (folder, folder_fd):
-        path = folder / f"{safe_name(name)}.lock"
-        while True:
-            handle = _open(path, folder_fd, os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                return None
-            if _bears_name(handle, path.name, folder_fd):
-                _sign(handle)
-                return Lease(name, path, handle)
-            os.close(handle)  # its holder removed it meanwhile: try the new file
+    path = _path(name)
+    files: list[os.stat_result] = []
+
+    def sign(handle: int) -> None:
+        files.append(os.fstat(handle))
+        with contextlib.suppress(OSError):  # on a full disk a lock holds without its holder's name
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"sglprof {os.getpid()}\n".encode(), 0)
+
+    while True:
+        _read(path)
+        if lock := _try_lock(path, sign):
+            return Lease(name, path, lock, files[-1])
+        if path.exists():
+            return None  # else its holder has just removed it: try a new file
 
 
 def acquire(
@@ -124,35 +139,26 @@ def acquire(
 
 def holder(name: str) -> int | None:
     """The pid that holds the lease, None when nobody does (or nobody says)."""
-    with _folder() as (folder, folder_fd):
-        path = folder / f"{safe_name(name)}.lock"
-        try:
-            handle = _open(path, folder_fd, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = _SIGNATURE.fullmatch(_text(handle))
-        return int(pid[1]) if pid else None
-    finally:
-        os.close(handle)
-    return None
+    path = _path(name)
+    text = _read(path)
+    if text is None:
+        return None
+    if lock := _try_lock(path):
+        lock.release()
+        return None
+    pid = _SIGNATURE.fullmatch(text)
+    return int(pid[1]) if pid else None
 
 
 def sweep() -> None:
     """Removes lock files of ours whose holders were killed, and no other file."""
-    with _folder() as (folder, folder_fd):
-        names = os.listdir(folder_fd)  # noqa: PTH208 - pathlib would go by the path once more
-        for name in filter(_OURS.fullmatch, names):
+    folder = lease_dir()
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
             with contextlib.suppress(OSError, LeaseError):
-                handle = _open(folder / name, folder_fd, os.O_RDWR)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if _is_signed(handle) and _bears_name(handle, name, folder_fd):
-                        os.unlink(name, dir_fd=folder_fd)
-                finally:
-                    os.close(handle)
+                if _is_signed(path) and (lock := _try_lock(path)):
+                    path.unlink(missing_ok=True)
+                    lock.release()
 
 
 @contextlib.contextmanager
@@ -237,35 +243,21 @@ def listener_of(port: int) -> int | None:
     return None
 
 
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+def _path(name: str) -> Path:
+    return lease_dir() / f"{safe_name(name)}.lock"
 
 
-@contextlib.contextmanager
-def _folder() -> Iterator[tuple[Path, int]]:
-    """The folder of the lock files and an open handle on it."""
-    chosen = os.environ.get(ENV_DIR)
-    path = Path(chosen) if chosen else ROOT / f"sglprof-{os.getuid()}"
+def _try_lock(path: Path, sign: Callable[[int], None] | None = None) -> UnixFileLock | None:
+    lock = UnixFileLock(
+        path, mode=0o600, thread_local=False, fallback_to_soft=False, on_acquired=sign
+    )
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(path, _FOLDER_FLAGS)
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
     except OSError as error:
-        link = path.is_symlink()
-        raise _unusable(path, "it is a link" if link else error.strerror or str(error)) from error
-    try:
-        _check_folder(path, handle, chosen=bool(chosen))
-        yield path, handle
-    finally:
-        os.close(handle)
-
-
-def _check_folder(path: Path, handle: int, *, chosen: bool) -> None:
-    status = os.fstat(handle)
-    if status.st_uid != os.getuid():
-        raise _unusable(path, "it belongs to somebody else")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        if chosen:
-            raise _unusable(path, "others may write to it", f"chmod go-w {path}, or ")
-        os.fchmod(handle, 0o700)
+        raise _no_lock_file(path, error.strerror or str(error)) from error
+    return lock
 
 
 def _unusable(path: Path, why: str, remedy: str = "") -> LeaseError:
@@ -276,31 +268,29 @@ def _unusable(path: Path, why: str, remedy: str = "") -> LeaseError:
     )
 
 
-def _open(path: Path, folder: int, flags: int) -> int:
-    """The lock file, never through a link; raises `LeaseError` when it is not one of ours."""
+def _read(path: Path) -> str | None:
+    """What a lock file holds, None where there is none; `LeaseError` when it is not one of ours."""
     try:
-        # O_NONBLOCK: a fifo of that name must not be waited for.
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        handle = os.open(path.name, flags, 0o600, dir_fd=folder)
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            why = "it is a link"
+        elif not stat.S_ISREG(status.st_mode):
+            why = "it is not a regular file"
+        elif status.st_uid != os.getuid():
+            why = "it belongs to somebody else"
+        elif status.st_nlink > 1:
+            why = "it has a second name"
+        else:
+            with path.open("rb") as stream:
+                text = stream.read(_TEXT_BYTES).decode("latin-1")
+            if _SIGNATURE.fullmatch(text) or _BARE_PID.fullmatch(text):
+                return text
+            why = "it holds something else than a process id"
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        if error.errno == errno.ENOENT and not flags & os.O_CREAT:
-            raise
-        why = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
-        raise _no_lock_file(path, why) from error
-    status = os.fstat(handle)
-    why = ""
-    if not stat.S_ISREG(status.st_mode):
-        why = "it is not a regular file"
-    elif status.st_uid != os.getuid():
-        why = "it belongs to somebody else"
-    elif status.st_nlink > 1:
-        why = "it has a second name"
-    elif not (_is_signed(handle) or _BARE_PID.fullmatch(_text(handle))):
-        why = "it holds something else than a process id"
-    if why:
-        os.close(handle)
-        raise _no_lock_file(path, why)
-    return handle
+        why = error.strerror or str(error)
+    raise _no_lock_file(path, why)
 
 
 def _no_lock_file(path: Path, why: str) -> LeaseError:
@@ -311,35 +301,16 @@ def _no_lock_file(path: Path, why: str) -> LeaseError:
     )
 
 
-def _sign(handle: int) -> None:
-    with contextlib.suppress(OSError):  # on a full disk a lock holds without its holder's name
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"sglprof {os.getpid()}\n".encode(), 0)
-
-
-def _is_signed(handle: int) -> bool:
+def _is_signed(path: Path) -> bool:
     """Also true for a file whose maker was killed before it could sign."""
-    text = _text(handle)
-    made_now = not text and stat.S_IMODE(os.fstat(handle).st_mode) == 0o600
-    return made_now or _SIGNATURE.fullmatch(text) is not None
-
-
-def _text(handle: int) -> str:
-    return os.pread(handle, _TEXT_BYTES, 0).decode("latin-1")
+    text = _read(path)
+    made_now = text == "" and stat.S_IMODE(path.lstat().st_mode) == 0o600
+    return made_now or _SIGNATURE.fullmatch(text or "") is not None
 
 
 def _holder_text(name: str) -> str:
     pid = holder(name)
     return f"process {pid}" if pid else "another process"
-
-
-def _bears_name(handle: int, name: str, folder: int) -> bool:
-    try:
-        there = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(handle)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _no_port() -> LeaseError:
