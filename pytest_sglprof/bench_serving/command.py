@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_sglprof.errors import ServerMissing, SettingsError
+from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.server.command import load_driver
 
 DEFAULT_NUM_PROMPTS = 1000  # the driver's own default
 # The driver's default data set is a download; this one is made from random token ids.
@@ -25,15 +24,6 @@ _OWNED = {
     "base_url": "the address is that of the server fixture",
     "output_file": "the result is what bench_serving() returns",
 }
-# Finds out without importing SGLang, which takes 10 s and more.
-_FIND_DRIVER = """
-import importlib.util as u, pathlib as p, sys
-if sys.path[0] == "": del sys.path[0]  # a folder called sglang beside us is not an installation
-s = u.find_spec("sglang")
-for f in map(p.Path, (s and s.submodule_search_locations) or ()):
-    if (f / "benchmark" / "serving.py").is_file(): print("sglang.benchmark.serving"); break
-    if (f / "bench_serving.py").is_file(): print("sglang.bench_serving"); break
-"""
 
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
@@ -125,29 +115,7 @@ def _option(name: str, value: Any) -> list[str]:
 def _driver(python: str, kind: str) -> list[str]:
     if kind == "standin":
         return [sys.executable, "-m", "pytest_sglprof.standin.load_driver"]
-    return [python, "-m", _driver_module(python)]
-
-
-@functools.lru_cache
-def _driver_module(python: str) -> str:
-    try:
-        found = subprocess.run(
-            [python, "-c", _FIND_DRIVER], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServerMissing(
-            f"the interpreter {python} cannot be run: {error}",
-            expected="a Python in which SGLang is installed",
-            hint="set --sglprof-python to the interpreter of your SGLang",
-        ) from None
-    if not found.stdout.strip():
-        raise ServerMissing(
-            f"{python} has no load driver of SGLang",
-            expected="sglang.benchmark.serving or sglang.bench_serving",
-            hint="set --sglprof-python to the interpreter of your SGLang",
-            log=found.stderr.splitlines()[-3:],
-        )
-    return found.stdout.strip()
+    return [python, "-m", load_driver(python)]
 
 
 def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | None:

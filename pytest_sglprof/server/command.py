@@ -36,14 +36,30 @@ if sys.path[0] == "":  # a folder called sglang beside us is not an installation
     del sys.path[0]
 spec = importlib.util.find_spec("sglang")
 places = list(spec.submodule_search_locations or []) if spec else []
-has = lambda *parts: any(os.path.isfile(os.path.join(p, *parts)) for p in places)
+has = lambda name: any(os.path.isfile(os.path.join(p, *name.split(".")) + ".py") for p in places)
+first = lambda *names: next(("sglang." + name for name in names if has(name)), "")
 try:
     version = importlib.metadata.version("sglang") if places else ""
 except importlib.metadata.PackageNotFoundError:
     version = ""
-print(json.dumps({"serve": has("cli", "serve.py"), "module": has("launch_server.py"),
-                  "version": version}))
+print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
+                  "driver": first("benchmark.serving", "bench_serving"), "version": version}))
 """
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What of SGLang an interpreter has. server, driver: modules that it can run, "" for none.
+
+    serve: it knows `sglang serve`. version: "" where it is not told. problem: lines that say
+    why the interpreter does not work.
+    """
+
+    serve: bool = False
+    server: str = ""
+    driver: str = ""
+    version: str = ""
+    problem: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,7 @@ def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | Non
     add("--host", HOST)
     add("--port", str(port))
     if entry.kind == "sglang":
-        # Plain DP replicas look for a port each; one that is given would be everybody's.
+        # Plain DP replicas look for a port each; a fixed one would be shared by all.
         if nccl_port and not has_replicas(spec.args):
             add("--nccl-port", str(nccl_port))
         add("--watchdog-timeout", WATCHDOG)
@@ -111,13 +127,13 @@ def has_replicas(args: Sequence[str]) -> bool:
 
 def option(args: Sequence[str], name: str) -> str | None:
     """The value of `name` in a command line, in either spelling; the last one counts."""
-    found = None
+    value = None
     for number, word in enumerate(args):
         if word == name and number + 1 < len(args):
-            found = args[number + 1]
+            value = args[number + 1]
         elif word.startswith(f"{name}="):
-            found = word.partition("=")[2]
-    return found
+            value = word.partition("=")[2]
+    return value
 
 
 def local_url(host: str, port: int) -> str:
@@ -200,8 +216,8 @@ def server_environment(
     secret = secret_variables(spec, merged)
     # The server's keys are handed over as arguments; it has no use for our variables.
     unused = {spec.api_key_env, spec.admin_api_key_env} - {name for name, _ in spec.env}
-    open_ones = {k: v for k, v in merged.items() if k not in secret}
-    return open_ones, {k: v for k, v in secret.items() if k not in unused}
+    visible = {k: v for k, v in merged.items() if k not in secret}
+    return visible, {k: v for k, v in secret.items() if k not in unused}
 
 
 def secret_variables(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
@@ -240,14 +256,12 @@ def _standin() -> Entry:
     return Entry("standin", sys.executable, "module", "pytest_sglprof.standin")
 
 
-@functools.lru_cache(maxsize=8)
 def _sglang(python: str) -> Entry:
-    found = _probe(python)
-    version = str(found["version"])
-    if found["serve"]:
-        return Entry("sglang", python, "serve", version=version)
-    if found["module"]:
-        return Entry("sglang", python, "module", "sglang.launch_server", version=version)
+    sglang = installation(python)
+    if sglang.serve:
+        return Entry("sglang", python, "serve", version=sglang.version)
+    if sglang.server:
+        return Entry("sglang", python, "module", sglang.server, version=sglang.version)
     raise ServerMissing(
         f"SGLang is not installed in {python}",
         expected="an interpreter that has the package sglang",
@@ -256,7 +270,32 @@ def _sglang(python: str) -> Entry:
     )
 
 
-def _probe(python: str) -> dict[str, object]:
+def load_driver(python: str) -> str:
+    """The module of SGLang's load driver; raises `ServerMissing` where there is none."""
+    if driver := installation(python).driver:
+        return driver
+    raise ServerMissing(
+        f"{python} has no load driver of SGLang",
+        expected="sglang.benchmark.serving or sglang.bench_serving",
+        hint="set --sglprof-python to the interpreter of your SGLang",
+    )
+
+
+def installation(python: str) -> Installation:
+    """What of SGLang an interpreter has; raises `ServerMissing` when it does not work."""
+    sglang = _probe(python)
+    if sglang.problem is not None:
+        raise ServerMissing(
+            f"{python} is not a working Python interpreter",
+            expected="the interpreter that has SGLang",
+            hint="check --sglprof-python (or `python` of the server)",
+            log=sglang.problem,
+        )
+    return sglang
+
+
+@functools.lru_cache(maxsize=8)  # of failures, too: each look starts a Python
+def _probe(python: str) -> Installation:
     try:
         answer = subprocess.run(
             [python, "-c", _PROBE],
@@ -266,14 +305,7 @@ def _probe(python: str) -> dict[str, object]:
             timeout=PROBE_LIMIT,
             check=True,
         )
-        found = json.loads(answer.stdout.strip().splitlines()[-1])
-        assert isinstance(found, dict)
-        return found
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise ServerMissing(
-            f"{python} is not a working Python interpreter",
-            expected="the interpreter that has SGLang",
-            hint="check --sglprof-python (or `python` of the server)",
-            log=str(said).strip().splitlines()[-5:],
-        ) from error
+        return Installation(**json.loads(answer.stdout.strip().splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return Installation(problem=tuple(str(output).strip().splitlines()[-5:]))

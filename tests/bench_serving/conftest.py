@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import pytest
 
-from pytest_sglprof.bench_serving import command
 from pytest_sglprof.bench_serving.load import BenchServing
 from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.server import command
 from pytest_sglprof.values import ServerSpec
 
 
@@ -60,9 +60,9 @@ def sglang_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         )
         return package
 
-    command._driver_module.cache_clear()
+    command._probe.cache_clear()
     yield place
-    command._driver_module.cache_clear()
+    command._probe.cache_clear()
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_interpreter_without_sglang(sglang_layout: Callable[..., Path]) -> None:
 
 
 def test_interpreter_that_is_none(sglang_layout: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ServerMissing, match="cannot be run"):
+    with pytest.raises(ServerMissing, match="is not a working Python interpreter"):
         bench_command(str(tmp_path / "python"), "sglang", URL, "m", {}, OUT)
 
 

@@ -101,6 +101,7 @@ def test_fault_14_keys_leave_the_disk_also_where_the_driver_cannot_be_ended(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.api_key = "hush-hush"
+    learn([server.api_key])
     stop = load_module.DriverProcess.stop
 
     def stopped_badly(driver: load_module.DriverProcess) -> None:

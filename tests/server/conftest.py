@@ -29,9 +29,9 @@ def lease_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fake_sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes `sglang` the fake one for every Python that is started from here."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE), *sys.path]))
-    command._sglang.cache_clear()
+    command._probe.cache_clear()
     yield
-    command._sglang.cache_clear()
+    command._probe.cache_clear()
 
 
 def family(marker: Path) -> list[psutil.Process]:

@@ -74,9 +74,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(nvml), str(FAKE), *sys.path]))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     monkeypatch.syspath_prepend(str(nvml))
-    command._sglang.cache_clear()
+    command._probe.cache_clear()
     yield Calls(path)
-    command._sglang.cache_clear()
+    command._probe.cache_clear()
     sys.modules.pop("pynvml", None)
 
 

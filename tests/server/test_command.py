@@ -31,9 +31,9 @@ STANDIN = Entry("standin", "/usr/bin/python", "module", "pytest_sglprof.standin"
 
 @pytest.fixture(autouse=True)
 def no_memory():
-    command._sglang.cache_clear()
+    command._probe.cache_clear()
     yield
-    command._sglang.cache_clear()
+    command._probe.cache_clear()
 
 
 def installed(folder: Path, monkeypatch, *files: str) -> None:
@@ -86,6 +86,19 @@ def test_fault_4_a_bare_name_of_an_interpreter_becomes_its_path(tmp_path, monkey
 def test_an_interpreter_that_is_none(python):
     with pytest.raises(ServerMissing, match="is not a working Python interpreter"):
         command.find_entry(ServerSpec(python=python))
+
+
+def test_an_interpreter_is_looked_at_once_whether_it_has_sglang_or_not(tmp_path, monkeypatch):
+    looks = tmp_path / "looks"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho look >> {looks}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for _ in range(3):
+        assert command.find_entry(ServerSpec(kind="auto", python=str(python))).kind == "standin"
+        with pytest.raises(ServerMissing, match="no load driver of SGLang"):
+            command.load_driver(str(python))
+    assert looks.read_text() == "look\n"
 
 
 def test_sglangs_words():
