@@ -18,6 +18,7 @@ from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sy
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
 from pytest_sglprof.analysis.work import compare_work, step_inputs
+from pytest_sglprof.metrics import MIN_STEPS
 from pytest_sglprof.values import GpuClocks, VerdictWord
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ Floats = npt.NDArray[np.float64]
 Cause = Literal["kernel", "more_work", "host_late", "throttled", "unexplained"]
 
 DEFAULT_LATENESS = 0.02
-DEFAULT_MIN_STEPS = 30
 # What makes at least half of a lateness is its cause.
 CAUSE_SHARE = 0.5
 MAX_KERNELS = 10
@@ -95,7 +95,7 @@ def stragglers(
     waited: Sequence[Waits] | None = None,
     *,
     limit: float = DEFAULT_LATENESS,
-    min_steps: int = DEFAULT_MIN_STEPS,
+    min_steps: int = MIN_STEPS,
     clocks: Sequence[GpuClocks] = (),
     doubt: str = "",
 ) -> tuple[StragglerFinding, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from pytest_sglprof.metrics import UNITS, Metric
+
 
 def duration(ns: float) -> str:
     """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, never a bare number."""
@@ -43,6 +45,12 @@ def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, s
         return f"{shown}{unit}", ""
     text = f"{limit:.2f}" if round(limit, 2) == round(limit, 9) else f"{limit:g}"
     return f"{shown}{unit}", f" (limit {text}{unit})"
+
+
+def beside_limit(metric: Metric, value: float, limit: float) -> tuple[str, str]:
+    """A metric's figure and its limit, as of `against_limit`, in the metric's unit."""
+    unit = UNITS[metric.unit]
+    return against_limit(value * unit.scale, limit * unit.scale, unit=unit.suffix)
 
 
 def count(number: int, singular: str, plural: str = "") -> str:

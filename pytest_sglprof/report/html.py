@@ -19,7 +19,7 @@ from pytest_sglprof.report import page_data, page_figures
 from pytest_sglprof.report.baseline import against_baseline
 from pytest_sglprof.report.history import history
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
-from pytest_sglprof.values import WORST_FIRST
+from pytest_sglprof.values import WORST_FIRST, worst_word
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -138,8 +138,7 @@ def _against(
 
 
 def _worst(documents: Sequence[Document]) -> str | None:
-    words = {document["summary"]["verdict"] for document in documents}
-    return next((word for word in WORST_FIRST if word in words), None)
+    return worst_word({document["summary"]["verdict"] for document in documents})
 
 
 def _policy(scripts: Sequence[str]) -> str:
