@@ -336,11 +336,11 @@ def _contributors(
     """By kernel and by category: how much longer the slowest took than the others' median."""
     totals = cells.kernel_totals(chosen, stage)[chosen]
     names = [cells.kernels[at] for at in np.flatnonzero(chosen)]
-    by_kernel = _excess([name for _, name in names], totals, top)
-    return by_kernel, _excess([category for category, _ in names], totals, top)
+    by_kernel = _over_others([name for _, name in names], totals, top)
+    return by_kernel, _over_others([category for category, _ in names], totals, top)
 
 
-def _excess(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
+def _over_others(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
     """totals: shape (keys, ranks); those of equal keys are added up."""
     places = {key: at for at, key in enumerate(dict.fromkeys(keys))}
     sums = np.zeros((len(places), totals.shape[1]), np.int64)

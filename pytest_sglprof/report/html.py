@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,14 +148,6 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 
-def _percent(share: float | None) -> str:
-    return NONE if share is None else percent(share)
-
-
-def _ratio(value: float | None, digits: int = 2) -> str:
-    return NONE if value is None else ratio(value, digits)
-
-
 def _moment(text: str | None) -> str:
     """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
     found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
@@ -186,8 +178,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "ms": milliseconds,
         "duration": duration,
-        "percent": _percent,
-        "ratio": _ratio,
+        "percent": partial(percent, none=NONE),
+        "ratio": partial(ratio, none=NONE),
         "column": _column,
         "moment": _moment,
     }

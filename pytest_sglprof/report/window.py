@@ -249,11 +249,11 @@ def _measured(
     }
 
 
-def _doubt(capture: WindowCapture) -> str:
-    """Why the window is not whole; "" when it is."""
+def _doubt(capture: WindowCapture) -> str | None:
+    """Why the window is not whole; None when it is."""
     if capture.missing_ranks:
         return f"ranks are missing: {', '.join(capture.missing_ranks)}"
-    return capture.reason if capture.state != "complete" else ""
+    return capture.reason if capture.state != "complete" else None
 
 
 def _step_counts(cells: GroupCells) -> dict[str, Any]:
