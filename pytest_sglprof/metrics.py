@@ -160,6 +160,6 @@ _ROWS = (
 METRICS: Mapping[str, Metric] = {row.name: row for row in _ROWS}
 
 
-def rows(of: Kind) -> tuple[Metric, ...]:
+def metrics_of(kind: Kind) -> tuple[Metric, ...]:
     """The metrics of one kind of finding, in the order in which they are shown."""
-    return tuple(row for row in METRICS.values() if row.of == of)
+    return tuple(row for row in METRICS.values() if row.of == kind)

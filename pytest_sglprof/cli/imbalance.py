@@ -15,7 +15,7 @@ from pytest_sglprof.cli.formats import (
     to_csv,
     to_json,
 )
-from pytest_sglprof.metrics import METRICS, MIN_STEPS, rows
+from pytest_sglprof.metrics import METRICS, MIN_STEPS, metrics_of
 from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import Threshold
 
@@ -136,8 +136,8 @@ def imbalance_document(
 
 _EMPTY: dict[str, Any] = {
     "group": "",
-    **dict.fromkeys(row.value for row in rows("ranks")),
-    **dict.fromkeys(row.interval for row in rows("ranks")),
+    **dict.fromkeys(row.value for row in metrics_of("ranks")),
+    **dict.fromkeys(row.interval for row in metrics_of("ranks")),
     "lost_ns": 0,
     "slowest": None,
     "p_value": None,
@@ -165,7 +165,7 @@ _CSV_KEYS = (
     "scope",
     "kernel",
     "stage",
-    *(row.value for row in rows("ranks")),
+    *(row.value for row in metrics_of("ranks")),
     "lost_ns",
     "slowest",
     "work",

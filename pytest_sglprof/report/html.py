@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
+from pytest_sglprof.metrics import METRICS, Metric, metrics_of
 from pytest_sglprof.report import page_data, page_figures
 from pytest_sglprof.report.baseline import against_baseline
 from pytest_sglprof.report.history import history
@@ -154,6 +155,10 @@ def _moment(text: str | None) -> str:
     return f"{found[1]} {found[2]} UTC" if found else text or ""
 
 
+def _figure(metric: Metric, value: float | None) -> str:
+    return metric.format(value, finer=1, none=NONE)
+
+
 def _column(text: str) -> str:
     """`text` as wide as five digits, so that figures beside each other line up."""
     return text.rjust(5, "\u2007")
@@ -183,5 +188,12 @@ def _environment() -> Environment:
         "column": _column,
         "moment": _moment,
     }
-    environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
+    environment.globals |= {
+        "signs": SIGNS,
+        "count": count,
+        "first_kernels": FIRST_KERNELS,
+        "metrics": METRICS,
+        "metrics_of": metrics_of,
+        "figure": _figure,
+    }
     return environment

@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.gate.wording import beside_limit, count, milliseconds, percent, ratio
-from pytest_sglprof.metrics import METRICS, rows
+from pytest_sglprof.metrics import METRICS, metrics_of
 
 Document = Mapping[str, Any]
 
@@ -116,7 +116,7 @@ def _figures(findings: Sequence[Document]) -> list[dict[str, Any]]:
                 for finding in findings
             ],
         }
-        for metric in rows("ranks")
+        for metric in metrics_of("ranks")
     ]
 
 
@@ -275,7 +275,7 @@ def numbers(judgement: Document) -> list[str]:
         parts.append(f"p {finding['p_value']:.2g}")
     parts += [
         f"{other.label} {other.format(finding[other.value])}"
-        for other in rows("ranks")
+        for other in metrics_of("ranks")
         if other is not metric and finding.get(other.value) is not None
     ]
     if finding.get("factor_sync") is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_sglprof.errors import SettingsError, SglprofError
 from pytest_sglprof.files import atomic_write
-from pytest_sglprof.metrics import METRICS, rows
+from pytest_sglprof.metrics import METRICS, metrics_of
 from pytest_sglprof.redact import redact, redact_command
 from pytest_sglprof.report.plain import plain, utc
 from pytest_sglprof.report.window import finding_document, judgement_document, window_document
@@ -199,7 +199,7 @@ def results_schema() -> dict[str, Any]:
     schema: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
     judgement, finding = (schema["$defs"][name]["properties"] for name in ("judgement", "finding"))
     judgement["metric"]["enum"] = list(METRICS)
-    for row in rows("ranks"):
+    for row in metrics_of("ranks"):
         finding.setdefault(row.value, {"type": ["number", "null"]})
         finding.setdefault(row.interval, finding["interval"])
     return schema

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, work_words
-from pytest_sglprof.metrics import rows
+from pytest_sglprof.metrics import metrics_of
 from pytest_sglprof.report.text_table import shorten, text_table
 
 Document = Mapping[str, Any]
@@ -198,7 +198,7 @@ def _attempt_lines(tests: Sequence[Document]) -> list[str]:
 def imbalance_line(finding: Document) -> str:
     """`slowdown 1.39, imbalance factor 1.16, lost share 8.2 %, lost 6.00 ms`, and the work."""
     figures = ", ".join(
-        f"{row.label} {row.format(finding.get(row.value))}" for row in rows("ranks")
+        f"{row.label} {row.format(finding.get(row.value))}" for row in metrics_of("ranks")
     )
     work = work_words(finding["work"] or "", finding["work_ratio"], finding["work_by"] or "")
     per_token = finding["lost_ns_per_token"]

@@ -16,7 +16,7 @@ from pytest_sglprof.analysis.triggers import describe_trigger
 from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.repeats import RepeatedVerdict
-from pytest_sglprof.metrics import rows
+from pytest_sglprof.metrics import metrics_of
 from pytest_sglprof.redact import redact
 from pytest_sglprof.report.lanes import lanes
 from pytest_sglprof.report.plain import plain, unix_ns, utc
@@ -164,8 +164,8 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
         "scope": finding.scope,
         "kernel": finding.kernel,
         "stage": finding.stage,
-        **{row.value: row.read(finding) for row in rows("ranks")},
-        **{row.interval: row.read_interval(finding) for row in rows("ranks")},
+        **{row.value: row.read(finding) for row in metrics_of("ranks")},
+        **{row.interval: row.read_interval(finding) for row in metrics_of("ranks")},
         "lost_ns": finding.lost_ns,
         "slowest": finding.slowest,
         "others_ns": finding.others_ns,

@@ -21,7 +21,7 @@ from pytest_sglprof.gate.judge import judge
 from pytest_sglprof.gate.reasons import facts
 from pytest_sglprof.gate.repeats import judge_repeats
 from pytest_sglprof.gate.thresholds import check_limit, thresholds_from_keywords
-from pytest_sglprof.metrics import METRICS, UNITS, Metric, rows
+from pytest_sglprof.metrics import METRICS, UNITS, Metric, metrics_of
 from pytest_sglprof.report.page_figures import heat_maps, numbers
 from pytest_sglprof.report.results import results_schema, validate
 from pytest_sglprof.report.terminal import imbalance_line
@@ -166,5 +166,9 @@ def test_no_limit_is_never_exceeded() -> None:
         assert not row.is_beyond(100.0, float("inf"))
 
 
-def test_rows_of_a_kind_keep_their_order() -> None:
-    assert [row.name for row in rows("ranks")] == ["slowdown", "imbalance_factor", "lost_share"]
+def test_metrics_of_a_kind_keep_their_order() -> None:
+    assert [row.name for row in metrics_of("ranks")] == [
+        "slowdown",
+        "imbalance_factor",
+        "lost_share",
+    ]
