@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.metrics import METRICS
 from pytest_sglprof.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -91,8 +92,10 @@ def _violations(document: Mapping[str, Any]) -> list[str]:
 
     import jsonschema
 
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    schema["$defs"]["threshold"]["properties"]["metric"]["enum"] = list(METRICS)
     validator = jsonschema.Draft202012Validator(
-        json.loads(SCHEMA.read_text(encoding="utf-8")),
+        schema,
         format_checker=jsonschema.FormatChecker(formats=("regex",)),
     )
     errors = sorted(validator.iter_errors(document), key=lambda error: list(map(str, error.path)))

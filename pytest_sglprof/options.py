@@ -2,12 +2,14 @@
 
 Each option is `--sglprof-NAME`, `SGLPROF_NAME` in the environment and `sglprof_NAME` in the
 ini file. Values are resolved in that order; `Settings` knows where each one came from.
-Imported by every pytest run, so it imports nothing.
+Imported by every pytest run, so it imports nothing heavy.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from pytest_sglprof.metrics import MIN_STEPS
 
 PLUGIN_NAME = "sglprof-session"  # under which a run with --sglprof registers its hooks
 
@@ -113,7 +115,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "min_steps",
         "int",
-        "fewest steps that a verdict needs (default: 30)",
+        f"fewest steps that a verdict needs (default: {MIN_STEPS})",
         metavar="N",
     ),
     Option("show_config", "flag", "print the effective settings with their origins", ini=False),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.thresholds import check_threshold, default_thresholds
+from pytest_sglprof.metrics import MIN_SHARE, MIN_STEPS
 from pytest_sglprof.options import OPTIONS, Option, is_on
 from pytest_sglprof.redact import redact_command
 from pytest_sglprof.spelling import did_you_mean
@@ -40,8 +41,8 @@ class Settings:
     allow_inconclusive: bool = False
     retry_inconclusive: int = 0
     repeat: int = 1
-    min_steps: int = 30
-    min_share: float = 0.01
+    min_steps: int = MIN_STEPS
+    min_share: float = MIN_SHARE
     servers: Mapping[str, ServerSpec] = field(default_factory=dict)
     window: Mapping[str, Any] = field(default_factory=dict)
     thresholds: tuple[Threshold, ...] = default_thresholds()

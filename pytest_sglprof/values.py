@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pytest_sglprof.metrics import METRICS
 
 Backend = Literal["torch", "nsys"]
 ServerKind = Literal["sglang", "standin", "auto"]
 VerdictWord = Literal["pass", "fail", "inconclusive"]
 WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
-Metric = Literal["slowdown", "imbalance_factor", "lost_share"]
-METRICS: tuple[Metric, ...] = ("slowdown", "imbalance_factor", "lost_share")
 BACKENDS: tuple[Backend, ...] = ("torch", "nsys")
 SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
 STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
+
+
+def worst_word(words: Container[str]) -> VerdictWord | None:
+    """The word that decides among several; None where there is none."""
+    return next((word for word in WORST_FIRST if word in words), None)
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,16 @@ class ServerSpec:
 
 @dataclass(frozen=True)
 class Threshold:
-    """One limit. A verdict fails when `metric` of `scope` exceeds `limit`.
+    """One limit. A verdict fails when `metric` of `scope` is worse than `limit`.
 
+    metric: a name of `metrics.METRICS`; for most of them more is worse.
     scope: "compute", "communication", "all", or a category (`moe`, `gemm`, ...).
     kernel: a regular expression over normalised kernel names, instead of a scope.
     stage: one of `STAGES`, or "" (all steps together).
     origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
     """
 
-    metric: Metric = "slowdown"
+    metric: str = "slowdown"
     limit: float = 1.10
     scope: str = "compute"
     kernel: str = ""
@@ -82,9 +88,10 @@ class Threshold:
 
     def describe(self) -> str:
         """`slowdown of moe in decode <= 1.2`."""
+        sign = ">=" if METRICS[self.metric].better == "higher" else "<="
         what = f"kernel /{self.kernel}/" if self.kernel else self.scope
         stage = f" in {self.stage}" if self.stage else ""
-        return f"{self.metric} of {what}{stage} <= {self.limit:g}"
+        return f"{self.metric} of {what}{stage} {sign} {self.limit:g}"
 
 
 @dataclass(frozen=True)

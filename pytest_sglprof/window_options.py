@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.analysis.triggers import as_trigger
 from pytest_sglprof.errors import SettingsError
-from pytest_sglprof.gate.thresholds import merge_thresholds, thresholds_from_keywords
+from pytest_sglprof.gate.thresholds import (
+    listed_thresholds,
+    merge_thresholds,
+    thresholds_from_keywords,
+)
+from pytest_sglprof.metrics import METRICS
 from pytest_sglprof.spelling import did_you_mean
-from pytest_sglprof.values import BACKENDS, METRICS, WindowSpec
+from pytest_sglprof.values import BACKENDS, WindowSpec
 
 if TYPE_CHECKING:
     from pytest_sglprof.settings import Settings
@@ -20,11 +25,11 @@ if TYPE_CHECKING:
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
     """A window from the configured defaults and the keywords of a marker or a call.
 
-    Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`) become thresholds that replace
-    configured ones of the same scope, stage and metric. `SettingsError` for unknown
-    keywords, wrong types and contradictions.
+    Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`) and `thresholds=[Threshold(...)]`
+    replace configured thresholds of the same scope, stage and metric. `SettingsError` for
+    unknown keywords, wrong types and contradictions.
     """
-    known = {item.name for item in fields(WindowSpec)} - {"thresholds"}
+    known = {item.name for item in fields(WindowSpec)}
     unknown = sorted(set(keywords) - known - set(METRICS))
     if unknown:
         raise SettingsError(
@@ -33,7 +38,8 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
             hint=did_you_mean(unknown, (*known, *METRICS), "correct the spelling"),
         )
     options = {key: value for key, value in keywords.items() if key in known}
-    limits: dict[str, Any] = {str(key): value for key, value in keywords.items() if key in METRICS}
+    listed = options.pop("thresholds", ())
+    limits = {name: keywords[name] for name in keywords if name in METRICS}
     for name in ("activities", "profile_stages"):
         if isinstance(options.get(name), list):
             options[name] = tuple(options[name])
@@ -51,8 +57,13 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
     _check_names(spec, origin)
     if spec.trigger is not None:
         spec = replace(spec, trigger=as_trigger(spec.trigger))
-    own = thresholds_from_keywords(limits, origin, categories=settings.category_names)
-    return replace(spec, thresholds=merge_thresholds(settings.thresholds, own))
+    categories = settings.category_names
+    thresholds = merge_thresholds(
+        settings.thresholds,
+        thresholds_from_keywords(limits, origin, categories=categories),
+        listed_thresholds(listed, origin, categories),
+    )
+    return replace(spec, thresholds=thresholds)
 
 
 def window_by_hand(settings: Settings, name: str, options: Mapping[str, Any]) -> WindowSpec:

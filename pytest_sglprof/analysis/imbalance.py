@@ -71,7 +71,7 @@ class ImbalanceFinding:
     one. steps: compared steps with activity of the scope (0: the table knows no steps,
     totals are compared). compared_steps: all that are compared. dropped_steps: seen on
     some rank, not on all, or cut by the window's edge. interval, factor_interval,
-    lost_interval: 95 % of slowdown, factor and lost_share; p_value: of totals as unequal by
+    lost_share_interval: 95 % of slowdown, factor and lost_share; p_value: of totals as unequal by
     chance (None without steps). factor_sync: λ over sync segments, None where no collectives
     are matched. cv: standard deviation / mean of the ranks' totals. lost_ns_per_step:
     lost_ns / steps. share_of_step: Σ total / Σ busy time of the ranks in these steps.
@@ -102,7 +102,7 @@ class ImbalanceFinding:
     reason: str = ""
     interval: Interval | None = None
     factor_interval: Interval | None = None
-    lost_interval: Interval | None = None
+    lost_share_interval: Interval | None = None
     p_value: float | None = None
     factor_sync: float | None = None
     cv: float | None = None
@@ -229,7 +229,7 @@ def _finding(
         reason=reason,
         interval=certain.slowdown,
         factor_interval=certain.factor,
-        lost_interval=certain.lost_share,
+        lost_share_interval=certain.lost_share,
         p_value=certain.p_value,
         factor_sync=None if reason else cells.sync_factor(chosen, stage),
         cv=None if reason else float(totals.std() / totals.mean()),
@@ -336,11 +336,11 @@ def _contributors(
     """By kernel and by category: how much longer the slowest took than the others' median."""
     totals = cells.kernel_totals(chosen, stage)[chosen]
     names = [cells.kernels[at] for at in np.flatnonzero(chosen)]
-    by_kernel = _excess([name for _, name in names], totals, top)
-    return by_kernel, _excess([category for category, _ in names], totals, top)
+    by_kernel = _over_others([name for _, name in names], totals, top)
+    return by_kernel, _over_others([category for category, _ in names], totals, top)
 
 
-def _excess(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
+def _over_others(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
     """totals: shape (keys, ranks); those of equal keys are added up."""
     places = {key: at for at, key in enumerate(dict.fromkeys(keys))}
     sums = np.zeros((len(places), totals.shape[1]), np.int64)

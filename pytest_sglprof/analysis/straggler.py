@@ -18,6 +18,7 @@ from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sy
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
 from pytest_sglprof.analysis.work import compare_work, step_inputs
+from pytest_sglprof.metrics import MIN_STEPS
 from pytest_sglprof.values import GpuClocks, VerdictWord
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ Floats = npt.NDArray[np.float64]
 Cause = Literal["kernel", "more_work", "host_late", "throttled", "unexplained"]
 
 DEFAULT_LATENESS = 0.02
-DEFAULT_MIN_STEPS = 30
 # What makes at least half of a lateness is its cause.
 CAUSE_SHARE = 0.5
 MAX_KERNELS = 10
@@ -95,9 +95,9 @@ def stragglers(
     waited: Sequence[Waits] | None = None,
     *,
     limit: float = DEFAULT_LATENESS,
-    min_steps: int = DEFAULT_MIN_STEPS,
+    min_steps: int = MIN_STEPS,
     clocks: Sequence[GpuClocks] = (),
-    doubt: str = "",
+    doubt: str | None = None,
 ) -> tuple[StragglerFinding, ...]:
     """One finding for each sync group of the table, in its order.
 
@@ -106,7 +106,7 @@ def stragglers(
     (without any, collectives) that a verdict needs. clocks: of the ranks' GPUs, if known.
     doubt: why the window is not whole; then every verdict is inconclusive.
     """
-    doubt = doubt or ("a trace of this window is truncated" if table.partial else "")
+    doubt = doubt or ("a trace of this window is truncated" if table.partial else None)
     waited = waits(table) if waited is None else waited
     findings = (_finding(table, found, limit, min_steps, clocks) for found in waited)
     return tuple(_doubted(finding, doubt) if doubt else finding for finding in findings)
@@ -165,35 +165,35 @@ def _finding(
     return _judged(base, table, parts, doubt, top, excess, clocks)
 
 
-def _doubt_of_durations(base: StragglerFinding, found: Waits, top: int, work: float) -> str:
-    """Why waits by duration do not tell who is late; "" when they do, or are by arrival.
+def _doubt_of_durations(base: StragglerFinding, found: Waits, top: int, work: float) -> str | None:
+    """Why waits by duration do not tell who is late; None when they do, or are by arrival.
 
     A rank that is held up inside a collective ends late there, which looks like waiting.
     work: of a step, ns.
     """
     if base.method != "duration":
-        return ""
+        return None
     low, high = base.interval or (0.0, 0.0)
     if (base.lateness or 0.0) <= base.limit:
-        return "" if max(-low, high) <= base.limit else "nobody is cleared"
+        return None if max(-low, high) <= base.limit else "nobody is cleared"
     if base.ranks[top].explained_share < CAUSE_SHARE:
         return "who arrives last is not known"
     if found.offsets is None or found.uncertainty_ns is None:
-        return ""
+        return None
     if low * work <= found.uncertainty_ns:
         return "a step's lateness is not surely above their uncertainty"
     begun = found.start - found.start.min() - np.array(found.offsets)
     first = (begun - begun.min(axis=1, keepdims=True)).sum(axis=0)
     if int(first.argmax()) != top:
         return f"by its start {base.ranks[int(first.argmax())].rank} is the latest"
-    return ""
+    return None
 
 
 def _judged(
     base: StragglerFinding,
     table: KernelTable,
     parts: Segments,
-    doubt: str,
+    doubt: str | None,
     top: int,
     excess: float,
     clocks: Sequence[GpuClocks],

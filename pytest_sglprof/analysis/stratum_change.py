@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pytest_sglprof.analysis.imbalance import MIN_ASSIGNED_SHARE, MIN_MATCHED_SHARE
 from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.strata import UNKNOWN, GroupStrata, StepWork, Stratum
-
-FEW_STEPS = 30  # what a verdict on a window needs by default
+from pytest_sglprof.metrics import MIN_STEPS
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _matched(
 
 def _few_steps(olds: Sequence[Stratum], news: Sequence[Stratum]) -> tuple[str, ...]:
     before, now = (sum(one.steps for one in side) for side in (olds, news))
-    if min(before, now) >= FEW_STEPS:
+    if min(before, now) >= MIN_STEPS:
         return ()
     return (f"Few steps are compared: {before} before, {now} now",)
 

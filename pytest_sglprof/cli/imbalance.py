@@ -15,8 +15,9 @@ from pytest_sglprof.cli.formats import (
     to_csv,
     to_json,
 )
+from pytest_sglprof.metrics import METRICS, MIN_STEPS, metrics_of
 from pytest_sglprof.spelling import did_you_mean
-from pytest_sglprof.values import METRICS, Threshold
+from pytest_sglprof.values import Threshold
 
 if TYPE_CHECKING:
     from pytest_sglprof.gate.judge import Verdict
@@ -54,8 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--min-steps",
         type=_count,
         metavar="N",
-        default=30,
-        help="steps that a verdict needs (default: 30; 0 accepts a trace that tells no steps)",
+        default=MIN_STEPS,
+        help=f"steps that a verdict needs (default: {MIN_STEPS}; 0 accepts a trace without steps)",
     )
     parser.add_argument("--stage", default="", help="only steps of it: decode, prefill, ...")
     parser.add_argument(
@@ -135,14 +136,10 @@ def imbalance_document(
 
 _EMPTY: dict[str, Any] = {
     "group": "",
-    "slowdown": None,
-    "factor": None,
+    **dict.fromkeys(row.value for row in metrics_of("ranks")),
+    **dict.fromkeys(row.interval for row in metrics_of("ranks")),
     "lost_ns": 0,
-    "lost_share": None,
     "slowest": None,
-    "interval": None,
-    "factor_interval": None,
-    "lost_share_interval": None,
     "p_value": None,
     "factor_sync": None,
     "cv": None,
@@ -168,10 +165,8 @@ _CSV_KEYS = (
     "scope",
     "kernel",
     "stage",
-    "slowdown",
-    "factor",
+    *(row.value for row in metrics_of("ranks")),
     "lost_ns",
-    "lost_share",
     "slowest",
     "work",
     "work_ratio",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.cli.formats import Column, add_format_option, render, to_csv, to_json
 from pytest_sglprof.cli.imbalance import EXIT_STATUS
+from pytest_sglprof.metrics import MIN_STEPS
 from pytest_sglprof.values import WORST_FIRST
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--min-steps",
         type=_count,
         metavar="N",
-        default=30,
-        help="steps with matched collectives that a verdict needs (default: 30)",
+        default=MIN_STEPS,
+        help=f"steps with matched collectives that a verdict needs (default: {MIN_STEPS})",
     )
     parser.add_argument(
         "--allow-partial",

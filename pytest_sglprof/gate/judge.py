@@ -5,7 +5,6 @@ Too little data never passes: it is inconclusive, whatever the figures look like
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,22 +15,18 @@ from pytest_sglprof.analysis.statistics import MAX_P
 from pytest_sglprof.gate.reasons import (
     group_prefix,
     measured_reason,
-    metric_interval,
-    metric_value,
     one_sided_reason,
     short_reason,
     subject,
     uncertain_reason,
 )
 from pytest_sglprof.gate.wording import count
+from pytest_sglprof.metrics import METRICS, MIN_SHARE, MIN_STEPS
 from pytest_sglprof.ranks import Rank
-from pytest_sglprof.values import Threshold, VerdictWord
+from pytest_sglprof.values import Threshold, VerdictWord, worst_word
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
-
-DEFAULT_MIN_STEPS = 30
-DEFAULT_MIN_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,14 +58,13 @@ class Verdict:
 
     @property
     def worst(self) -> Judgement | None:
-        """The judgement that decided: of the verdict's word, farthest above its limit."""
-        deciding = [found for found in self.judgements if found.verdict == self.word]
-        return max(deciding, key=_excess, default=None)
+        """The judgement that decided: of the verdict's word, farthest beyond its limit."""
+        return max(_of_word(self.word, self.judgements), key=_severity, default=None)
 
     def of(self, threshold: Threshold) -> Verdict:
         """The part of it that is about one threshold."""
-        judgements = tuple(found for found in self.judgements if found.threshold == threshold)
-        return _verdict(judgements, "", self.groups)
+        judgements = tuple(each for each in self.judgements if each.threshold == threshold)
+        return _verdict(judgements, None, self.groups)
 
 
 def undecided(thresholds: Sequence[Threshold], reason: str) -> Verdict:
@@ -83,20 +77,20 @@ def judge(
     table: KernelTable | None,
     thresholds: Sequence[Threshold],
     *,
-    min_steps: int = DEFAULT_MIN_STEPS,
-    min_share: float = DEFAULT_MIN_SHARE,
+    min_steps: int = MIN_STEPS,
+    min_share: float = MIN_SHARE,
     expected_ranks: Sequence[str] = (),
     missing_ranks: Sequence[str] = (),
-    incomplete_reason: str = "",
+    incomplete_reason: str | None = None,
 ) -> Verdict:
     """Judges every threshold in every work group of `table`.
 
     min_steps: compared steps that a judgement needs (0 also accepts a table without
     steps). min_share: a kernel threshold cannot fail below this share of compute, 0 to 1.
     expected_ranks, missing_ranks: labels. incomplete_reason: why the window is not
-    complete. A missing rank, a truncated trace or an incomplete window makes everything
-    inconclusive; otherwise the verdict is fail if any judgement fails, else inconclusive
-    if any is, else pass.
+    complete, None when it is. A missing rank, a truncated trace or an incomplete window makes
+    everything inconclusive; otherwise the verdict is fail if any judgement fails, else
+    inconclusive if any is, else pass.
     """
     doubt = _doubt(table, expected_ranks, missing_ranks, incomplete_reason)
     groups = measure(table) if table is not None else ()
@@ -112,9 +106,9 @@ def _doubt(
     table: KernelTable | None,
     expected: Sequence[str],
     missing: Sequence[str],
-    incomplete_reason: str,
-) -> str:
-    """Why nothing in this window may be trusted; "" when all may."""
+    incomplete_reason: str | None,
+) -> str | None:
+    """Why nothing in this window may be trusted; None when all may."""
     present = table.ranks if table is not None else ()
     absent = dict.fromkeys(missing)
     if table is not None:
@@ -127,7 +121,7 @@ def _doubt(
         doubts.append("the window left nothing to read")
     if table is not None and table.partial:
         doubts.append("a trace of this window is truncated, so its times are too small")
-    return "; ".join(doubts)
+    return "; ".join(doubts) or None
 
 
 def _is_in(label: str, present: Sequence[str]) -> bool:
@@ -144,7 +138,7 @@ def _judge_threshold(
     threshold: Threshold,
     min_steps: int,
     min_share: float,
-    doubt: str,
+    doubt: str | None,
 ) -> tuple[Judgement, ...]:
     if not groups:
         reason = doubt or "the window has no rank"
@@ -162,30 +156,30 @@ def judge_finding(
     finding: ImbalanceFinding,
     threshold: Threshold,
     *,
-    min_steps: int = DEFAULT_MIN_STEPS,
-    min_share: float = DEFAULT_MIN_SHARE,
-    doubt: str = "",
+    min_steps: int = MIN_STEPS,
+    min_share: float = MIN_SHARE,
+    doubt: str | None = None,
 ) -> Judgement:
     """One threshold on what was measured for it; `doubt`: why none of it may be trusted."""
-    value = metric_value(finding, threshold.metric)
+    value = METRICS[threshold.metric].read(finding)
     verdict: VerdictWord = "inconclusive"
     reason = doubt or _too_little(finding, threshold, min_steps)
-    if not reason:
+    if reason is None:
         verdict, reason = _compare(finding, threshold, value, min_share)
     return Judgement(threshold, finding, value, verdict, reason)
 
 
-def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int) -> str:
-    """Why this finding has too little data for a verdict; "" when it has enough."""
+def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int) -> str | None:
+    """Why this finding has too little data for a verdict; None when it has enough."""
     prefix = group_prefix(finding)
     if finding.reason:
         return f"{prefix}{finding.reason}"
     if finding.steps >= min_steps:
-        return ""
+        return None
     if not finding.has_steps:
         return (
-            f"{prefix}the trace tells no steps, so nobody knows whether it holds the "
-            f"{min_steps} that a verdict on {subject(threshold)} needs"
+            f"{prefix}no step markers in the trace: cannot show the {min_steps} steps that a "
+            f"verdict on {subject(threshold)} requires"
         )
     return (
         f"{prefix}{count(finding.steps, 'step')} with {subject(threshold)}, "
@@ -207,8 +201,11 @@ def _compare(
         if threshold.kernel:
             return "inconclusive", f"{reason}; its peers may use another kernel for the same work"
         return "fail", reason
-    failed = value is not None and value > threshold.limit
-    reason = measured_reason(finding, threshold, failed=failed)
+    if value is None:
+        return "inconclusive", f"{short_reason(finding, threshold)} has no figure in this window"
+    metric = METRICS[threshold.metric]
+    failed = metric.is_beyond(value, threshold.limit)
+    reason = measured_reason(finding, threshold, value, failed=failed)
     if failed and threshold.kernel and finding.share_of_compute < min_share:
         share = f"{100 * finding.share_of_compute:.2g} % of compute"
         return "pass", f"{reason}; at {share} it is too small to fail (below {100 * min_share:g} %)"
@@ -218,33 +215,28 @@ def _compare(
 
 
 def _is_certain(finding: ImbalanceFinding, threshold: Threshold) -> bool:
-    """Whether a figure above its limit is there by more than chance.
+    """Whether a figure beyond its limit is there by more than chance.
 
-    The interval must lie above the limit, and ranks must differ by more than permuted
-    labels do. For lost time only the interval counts: it is lost to whichever rank is
-    slowest in a step, so that permuting labels within the step does not change it.
+    The whole interval must lie beyond the limit, and ranks must differ by more than permuted
+    labels do, unless the metric needs no p.
     """
-    found = metric_interval(finding, threshold.metric)
-    if found is None or not found[0] > threshold.limit * (1 - 1e-9):
+    metric = METRICS[threshold.metric]
+    interval = metric.read_interval(finding)
+    if interval is None or not metric.is_surely_beyond(interval, threshold.limit):
         return False
-    if threshold.metric == "lost_share":
-        return True
-    return finding.p_value is not None and finding.p_value <= MAX_P
+    return not metric.needs_p or (finding.p_value is not None and finding.p_value <= MAX_P)
 
 
 def _verdict(
-    judgements: tuple[Judgement, ...], doubt: str, groups: tuple[GroupCells, ...]
+    judgements: tuple[Judgement, ...], doubt: str | None, groups: tuple[GroupCells, ...]
 ) -> Verdict:
-    words = {judgement.verdict for judgement in judgements}
-    if doubt:
+    if doubt is not None:
         return Verdict("inconclusive", doubt, judgements, groups)
-    if not judgements:
+    word = worst_word({judgement.verdict for judgement in judgements})
+    if word is None:
         reason = "no threshold is set: figures are recorded, not judged"
         return Verdict("pass", reason, groups=groups)
-    word: VerdictWord = (
-        "fail" if "fail" in words else "inconclusive" if "inconclusive" in words else "pass"
-    )
-    deciding = sorted((j for j in judgements if j.verdict == word), key=_excess, reverse=True)
+    deciding = sorted(_of_word(word, judgements), key=_severity, reverse=True)
     return Verdict(word, _overall_reason(word, deciding, judgements), judgements, groups)
 
 
@@ -256,20 +248,19 @@ def _overall_reason(
         reasons = tuple(dict.fromkeys(judgement.reason for judgement in deciding))
         return reasons[0] if word == "pass" else "; ".join(reasons)
     parts = [deciding[0].reason]
-    also = [short_reason(found.finding, found.threshold) for found in deciding[1:]]
-    open_ones = [found.reason for found in judgements if found.verdict == "inconclusive"]
+    also = [short_reason(each.finding, each.threshold) for each in deciding[1:]]
+    not_judged = [each.reason for each in _of_word("inconclusive", judgements)]
     if also:
-        parts.append(f"also above their limits: {', '.join(also)}")
-    if open_ones:
-        parts.append(f"not judged: {', '.join(dict.fromkeys(open_ones))}")
+        parts.append(f"also beyond their limits: {', '.join(also)}")
+    if not_judged:
+        parts.append(f"not judged: {', '.join(dict.fromkeys(not_judged))}")
     return "; ".join(parts)
 
 
-def _excess(judgement: Judgement) -> tuple[float, float]:
-    """How far above its limit, as a ratio, then the value; what failed without one is first."""
-    threshold, value = judgement.threshold, judgement.value
-    if value is None:
-        return math.inf, math.inf
-    if threshold.metric == "lost_share":
-        return (1 - threshold.limit) / max(1 - value, 1e-9), value  # ratio of useful shares
-    return value / threshold.limit, value  # without a limit every ratio is 0
+def _of_word(word: VerdictWord, judgements: Sequence[Judgement]) -> list[Judgement]:
+    return [judgement for judgement in judgements if judgement.verdict == word]
+
+
+def _severity(judgement: Judgement) -> tuple[float, float]:
+    metric = METRICS[judgement.threshold.metric]
+    return metric.severity(judgement.value, judgement.threshold.limit)

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding
-from pytest_sglprof.analysis.statistics import Interval
-from pytest_sglprof.gate.wording import against_limit, count, duration, percent, work_words
-from pytest_sglprof.values import Metric, Threshold
-
-
-def metric_value(finding: ImbalanceFinding, metric: Metric) -> float | None:
-    """The figure of a finding that a metric means; None when it has none."""
-    if metric == "slowdown":
-        return finding.slowdown
-    return finding.factor if metric == "imbalance_factor" else finding.lost_share
-
-
-def metric_interval(finding: ImbalanceFinding, metric: Metric) -> Interval | None:
-    """The 95 % interval of the figure that a metric means; None when it has none."""
-    if metric == "slowdown":
-        return finding.interval
-    return finding.factor_interval if metric == "imbalance_factor" else finding.lost_interval
+from pytest_sglprof.gate.wording import beside_limit, count, duration, percent, work_words
+from pytest_sglprof.metrics import METRICS
+from pytest_sglprof.values import Threshold
 
 
 def uncertain_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    """Why a figure above its limit is not enough to fail."""
-    found = metric_interval(finding, threshold.metric)
-    if found is None or finding.p_value is None:
+    """Why a figure beyond its limit is not enough to fail."""
+    metric = METRICS[threshold.metric]
+    interval = metric.read_interval(finding)
+    if interval is None or finding.p_value is None:
         return f"{count(finding.steps, 'step')} cannot tell whether that is chance"
-    low, high = found
+    low, high = (metric.format(end, finer=1) for end in interval)
+    by_chance = ""
+    if metric.needs_p:
+        by_chance = f", and a difference this large arises by chance with p = {finding.p_value:.2g}"
     return (
-        f"that may be chance: 95 % of resampled steps give {low:.3f} to {high:.3f}, and ranks "
-        f"that do not differ look so unequal with p = {finding.p_value:.2g}; record more steps"
+        f"that may be chance: 95 % of resampled steps give {low} to {high}{by_chance}; "
+        "record more steps"
     )
 
 
@@ -52,30 +42,62 @@ def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
     return f"only {finding.slowest} has any {subject(threshold)}: {total}{_over(finding)}"
 
 
-def measured_reason(finding: ImbalanceFinding, threshold: Threshold, *, failed: bool) -> str:
+def measured_reason(
+    finding: ImbalanceFinding, threshold: Threshold, value: float, *, failed: bool
+) -> str:
     """The sentence for a figure that was compared with its limit."""
-    if threshold.metric == "slowdown":
-        text = _slowdown_text(finding, threshold)
-    elif threshold.metric == "imbalance_factor":
-        text = _factor_text(finding, threshold)
-    else:
-        text = _lost_text(finding, threshold)
+    metric = METRICS[threshold.metric]
+    sentence = metric.at_best if metric.at_best and value == metric.best else metric.sentence
+    text = sentence.format(**facts(finding, threshold, value, failed=failed))
     if not failed:
         return text
-    longer = "" if threshold.metric == "slowdown" else _longer(finding)
     work = work_words(finding.work.word, finding.work.ratio, finding.work.by)
-    said = f", {work}" if work else ""
-    return f"{text}{longer}{_share_of_steps(finding)}{said}{cause(finding)}"
+    beside_work = f", {work}" if work else ""
+    return f"{text}{_share_of_steps(finding)}{beside_work}{cause(finding)}"
+
+
+def facts(
+    finding: ImbalanceFinding, threshold: Threshold, value: float, *, failed: bool
+) -> dict[str, str]:
+    """What the sentence of a metric of `ranks` may name.
+
+    group: `DP0: ` or nothing. subject: of the threshold. value, limit: `1.39`, ` (limit 1.10)`.
+    slowest: a rank. slowest_is, their: it, or those that share the largest total. most, others,
+    mean: the largest total, the median of the others, the mean. lost: time. over: ` over 50
+    steps`. longer: of a failure, `; TP1 takes 12.0 ms longer`.
+    """
+    shown, limit = beside_limit(METRICS[threshold.metric], value, threshold.limit)
+    totals = [figure.busy_ns for figure in finding.ranks]
+    # Ranks share the largest total only where one of three or more is *faster*.
+    tied = [figure.rank for figure in finding.ranks if figure.busy_ns == max(totals)]
+    return {
+        "group": group_prefix(finding),
+        "subject": subject(threshold),
+        "value": shown,
+        "limit": limit,
+        "slowest": finding.slowest or "the slowest rank",
+        "slowest_is": f"{finding.slowest} is"
+        if finding.slowest
+        else f"{', '.join(tied)} are equally",
+        "their": "its" if finding.slowest else "their",
+        "most": duration(max(totals)),
+        "others": duration(finding.others_ns or 0),
+        "mean": duration(sum(totals) / len(totals)),
+        "lost": duration(finding.lost_ns),
+        "over": _over(finding),
+        "longer": _longer(finding) if failed else "",
+    }
 
 
 def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
     """`slowdown of moe 1.39 (limit 1.10)`, for lists."""
-    value = metric_value(finding, threshold.metric) if finding else None
+    metric = METRICS[threshold.metric]
+    value = metric.read(finding) if finding else None
     prefix = group_prefix(finding) if finding else ""
     what = f"{prefix}{threshold.metric} of {subject(threshold)}"
     if value is None:
         return what
-    shown, limit = against_limit(value, threshold.limit)
+    shown, limit = beside_limit(metric, value, threshold.limit)
     return f"{what} {shown}{limit}"
 
 
@@ -87,50 +109,14 @@ def cause(finding: ImbalanceFinding) -> str:
     slowest = finding.figure(finding.slowest)
     if slowest is None or finding.others_ns is None or not finding.contributors:
         return ""
-    excess = slowest.busy_ns - finding.others_ns
     kernel, ns = finding.contributors[0]
     alone = f"{kernel} alone makes {duration(ns)} of it"
-    if ns > excess:
+    if ns > slowest.busy_ns - finding.others_ns:
         alone = f"{kernel} alone takes {duration(ns)} longer"
     if finding.kernel or finding.scope not in ("compute", "all"):
         return "" if kernel == finding.kernel else f"; {alone}"
     category, _ = finding.category_contributors[0]
     return f"; most of all in {category}: {alone}"
-
-
-def _slowdown_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    shown, limit = against_limit(finding.slowdown or 0.0, threshold.limit)
-    what, most = subject(threshold), max(figure.busy_ns for figure in finding.ranks)
-    if finding.slowest is None and most == finding.others_ns:
-        return f"{group_prefix(finding)}no rank is slower in {what}{_over(finding)}{limit}"
-    # Ranks share the largest total only where one of three or more is *faster*.
-    tied = [figure.rank for figure in finding.ranks if figure.busy_ns == most]
-    who = f"{finding.slowest} is" if finding.slowest else f"{', '.join(tied)} are equally"
-    return (
-        f"{who} {shown}x slower than {'its' if finding.slowest else 'their'} peers in "
-        f"{what}{limit}: {duration(most)} against {duration(finding.others_ns or 0)} a rank"
-        f"{_over(finding)}"
-    )
-
-
-def _factor_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    shown, limit = against_limit(finding.factor or 0.0, threshold.limit)
-    totals = [figure.busy_ns for figure in finding.ranks]
-    who = finding.slowest or "the slowest rank"
-    return (
-        f"{group_prefix(finding)}the imbalance factor of {subject(threshold)} is {shown}"
-        f"{limit}: {who} has {duration(max(totals))}, "
-        f"the mean is {duration(sum(totals) / len(totals))}{_over(finding)}"
-    )
-
-
-def _lost_text(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    value = 100 * (finding.lost_share or 0.0)
-    shown, limit = against_limit(value, 100 * threshold.limit, unit=" %")
-    return (
-        f"{group_prefix(finding)}{shown} of the time in {subject(threshold)} is lost to "
-        f"imbalance{limit}: {duration(finding.lost_ns)}{_over(finding)}"
-    )
 
 
 def _longer(finding: ImbalanceFinding) -> str:

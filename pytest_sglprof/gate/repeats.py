@@ -1,7 +1,7 @@
 """The verdict of a window that was opened several times: windows are the unit then.
 
 One window may be an outlier, also of fifty steps: what disturbs a server lasts for seconds.
-So a threshold fails when the *median* of the windows' figures is above the limit, and passes
+So a threshold fails when the *median* of the windows' figures is beyond the limit, and passes
 when it is not, whatever windows without a figure would have shown.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.reasons import subject
-from pytest_sglprof.gate.wording import against_limit, count, ratio
-from pytest_sglprof.values import WORST_FIRST, Threshold, VerdictWord
+from pytest_sglprof.gate.wording import beside_limit, count
+from pytest_sglprof.metrics import METRICS
+from pytest_sglprof.values import Threshold, VerdictWord, worst_word
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,30 @@ def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
     """Judges the windows that were opened together, out of `planned`.
 
     verdicts: one a window, at least one. The word is fail if the median of any threshold is
-    above its limit for certain, else inconclusive if any is undecided, else pass.
+    beyond its limit for certain, else inconclusive if any is undecided, else pass.
     """
     spreads = tuple(_spread(key, verdicts, planned) for key in _keys(verdicts))
-    words = [spread.verdict for spread in spreads] or [_plain_word(verdicts, planned)]
-    word: VerdictWord = next(w for w in WORST_FIRST if w in words)
-    deciding = [spread for spread in spreads if spread.verdict == word]
-    if not deciding:
-        plain = next((v.reason for v in verdicts if v.word == word), verdicts[0].reason)
-        missing = planned - len(verdicts)
-        reason = f"{count(missing, 'window')} of {planned} never opened" if missing else plain
-        return RepeatedVerdict(word, reason, spreads, planned, 0)
-    worst = max(deciding, key=_excess)
+    word = worst_word([spread.verdict for spread in spreads])
+    if word is None:
+        return _without_thresholds(verdicts, planned)
+    worst = max((spread for spread in spreads if spread.verdict == word), key=_severity)
     typical = _typical(worst, len(verdicts))
     reason = worst.reason
     if word == "fail":
-        own = _own(verdicts[typical], (worst.threshold, worst.group))
-        reason += f"; the window in the middle: {own.reason}" if own else ""
+        judgement = _judgement(verdicts[typical], (worst.threshold, worst.group))
+        reason += f"; the window in the middle: {judgement.reason}" if judgement else ""
     return RepeatedVerdict(word, reason, spreads, planned, typical)
+
+
+def _without_thresholds(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
+    """Every window must be whole."""
+    if missing := planned - len(verdicts):
+        reason = f"{count(missing, 'window')} of {planned} never opened"
+        return RepeatedVerdict("inconclusive", reason, (), planned, 0)
+    doubtful = next((verdict for verdict in verdicts if verdict.word != "pass"), None)
+    if doubtful is not None:
+        return RepeatedVerdict("inconclusive", doubtful.reason, (), planned, 0)
+    return RepeatedVerdict("pass", verdicts[0].reason, (), planned, 0)
 
 
 _Key = tuple[Threshold, str]  # two limits of one figure are two
@@ -91,66 +98,69 @@ def _key(judgement: Judgement) -> _Key:
 
 
 def _keys(verdicts: Sequence[Verdict]) -> list[_Key]:
-    found = [judgement for verdict in verdicts for judgement in verdict.judgements]
-    measured = [judgement for judgement in found if judgement.finding is not None]
-    return list(dict.fromkeys(_key(judgement) for judgement in measured or found))
+    judgements = [judgement for verdict in verdicts for judgement in verdict.judgements]
+    measured = [judgement for judgement in judgements if judgement.finding is not None]
+    return list(dict.fromkeys(_key(judgement) for judgement in measured or judgements))
 
 
-def _own(verdict: Verdict, key: _Key) -> Judgement | None:
-    return next((found for found in verdict.judgements if _key(found) == key), None)
+def _judgement(verdict: Verdict, key: _Key) -> Judgement | None:
+    return next((each for each in verdict.judgements if _key(each) == key), None)
 
 
 def _spread(key: _Key, verdicts: Sequence[Verdict], planned: int) -> Spread:
-    owns = [_own(verdict, key) for verdict in verdicts]
-    judged = [own for own in owns if own is not None]
-    threshold = key[0]
-    figures = [_figure(own) for own in owns] + [None] * (planned - len(owns))
+    judgements = [_judgement(verdict, key) for verdict in verdicts]
+    unopened = [None] * (planned - len(verdicts))
     values = tuple(
-        own.value if own is not None and own.verdict != "inconclusive" else None for own in owns
-    ) + (None,) * (planned - len(owns))
+        each.value if each is not None and each.verdict != "inconclusive" else None
+        for each in (*judgements, *unopened)
+    )
+    limit = METRICS[key[0].metric].badness(key[0].limit)
     # The median with every unknown window at its best, and at its worst.
-    lowest = statistics.median(-math.inf if f is None else f for f in figures)
-    highest = statistics.median(math.inf if f is None else f for f in figures)
-    verdict: VerdictWord = "inconclusive"
-    if lowest > threshold.limit:
-        verdict = "fail"
-    elif highest <= threshold.limit:
-        verdict = "pass"
-    spread = Spread(threshold, key[1], values, verdict, "")
-    return Spread(threshold, key[1], values, verdict, _reason(spread, verdicts, planned, judged))
+    best, worst = (
+        statistics.median(
+            unknown if badness is None else badness
+            for badness in map(_badness, (*judgements, *unopened))
+        )
+        for unknown in (-math.inf, math.inf)
+    )
+    word: VerdictWord = "fail" if best > limit else "pass" if worst <= limit else "inconclusive"
+    spread = Spread(*key, values, word, "")
+    reasons = [each.reason for each in judgements if each and each.verdict == "inconclusive"]
+    return replace(spread, reason=_reason(spread, len(unopened), reasons))
 
 
-def _figure(own: Judgement | None) -> float | None:
-    """What a window counts as; None when it gives no verdict.
+def _badness(judgement: Judgement | None) -> float | None:
+    """How bad a window counts as; None when it gives no verdict.
 
-    Its figure, but for verdicts that were not made by it: a kernel too small to fail counts
-    as on its limit, a scope that only one rank has as infinite.
+    As its figure is, but for verdicts that were not made by it: a kernel too small to fail
+    counts as on its limit, a scope that only one rank has as infinitely bad.
     """
-    if own is None or own.verdict == "inconclusive":
+    if judgement is None or judgement.verdict == "inconclusive":
         return None
-    if own.verdict == "pass":
-        return own.threshold.limit if own.value is None else min(own.value, own.threshold.limit)
-    return math.inf if own.value is None else own.value
+    metric, limit = METRICS[judgement.threshold.metric], judgement.threshold.limit
+    badness = math.inf if judgement.value is None else metric.badness(judgement.value)
+    return min(badness, metric.badness(limit)) if judgement.verdict == "pass" else badness
 
 
-def _reason(
-    spread: Spread, verdicts: Sequence[Verdict], planned: int, judged: Sequence[Judgement]
-) -> str:
+def _reason(spread: Spread, unopened: int, reasons: Sequence[str]) -> str:
+    """reasons: of the windows that are inconclusive. unopened: number of windows."""
     prefix = f"{spread.group}: " if spread.group else ""
     what = f"{prefix}{spread.threshold.metric} of {subject(spread.threshold)}"
     known = spread.known
     if spread.verdict == "inconclusive":
-        why = next((own.reason for own in judged if own.verdict == "inconclusive"), "")
-        missing = planned - len(verdicts)
-        opened = f"{missing} of them never opened" if missing else ""
-        reasons = "; ".join(text for text in (opened, why) if text)
-        return f"{what}: only {len(known)} of {count(planned, 'window')} can be judged ({reasons})"
+        why = [f"{unopened} of them never opened"] if unopened else []
+        planned = count(len(spread.values), "window")
+        return (
+            f"{what}: only {len(known)} of {planned} can be judged "
+            f"({'; '.join((*why, *reasons[:1]))})"
+        )
     if not known:
         return f"{what}: {spread.verdict} in every window, without a figure"
-    shown, limit = against_limit(spread.median or 0.0, spread.threshold.limit)
+    metric = METRICS[spread.threshold.metric]
+    shown, limit = beside_limit(metric, spread.median or 0.0, spread.threshold.limit)
     return (
         f"{what} is {shown} in the median of {count(len(known), 'window')}{limit}, "
-        f"from {ratio(known[0])} to {ratio(known[-1])}"
+        f"from {metric.format(known[0])} to {metric.format(known[-1])}"
     )
 
 
@@ -158,17 +168,12 @@ def _typical(spread: Spread, opened: int) -> int:
     middle = spread.median
     if middle is None:
         return 0
+    metric, limit = METRICS[spread.threshold.metric], spread.threshold.limit
     known = [(n, value) for n, value in enumerate(spread.values[:opened]) if value is not None]
-    above = [(n, v) for n, v in known if spread.verdict != "fail" or v > spread.threshold.limit]
-    return min(above or known, key=lambda pair: abs(pair[1] - middle))[0]
+    failing = [(n, value) for n, value in known if metric.is_beyond(value, limit)]
+    among = failing if failing and spread.verdict == "fail" else known
+    return min(among, key=lambda pair: abs(pair[1] - middle))[0]
 
 
-def _plain_word(verdicts: Sequence[Verdict], planned: int) -> VerdictWord:
-    """Without any threshold: every window must be whole."""
-    whole = len(verdicts) == planned and all(verdict.word == "pass" for verdict in verdicts)
-    return "pass" if whole else "inconclusive"
-
-
-def _excess(spread: Spread) -> float:
-    median = spread.median
-    return math.inf if median is None else median / spread.threshold.limit
+def _severity(spread: Spread) -> tuple[float, float]:
+    return METRICS[spread.threshold.metric].severity(spread.median, spread.threshold.limit)

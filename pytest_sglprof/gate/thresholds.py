@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.metrics import METRICS, UNITS
 from pytest_sglprof.patterns import compiled
 from pytest_sglprof.spelling import did_you_mean
-from pytest_sglprof.values import METRICS, STAGES, Metric, Threshold
+from pytest_sglprof.values import STAGES, Threshold
 
 DEFAULT_SLOWDOWN = 1.10
 SCOPES = ("compute", "communication", "all")
@@ -27,7 +28,7 @@ def merge_thresholds(*layers: Sequence[Threshold]) -> tuple[Threshold, ...]:
 
     The order is that of first appearance, so that reports do not jump about.
     """
-    merged = {found.identity: found for layer in layers for found in layer}
+    merged = {threshold.identity: threshold for layer in layers for threshold in layer}
     return tuple(merged.values())
 
 
@@ -40,7 +41,7 @@ def thresholds_from_keywords(
     category) or `/regex/` over kernel names, and may end in ` in STAGE`. categories:
     the known ones; when given, any other scope is refused. Raises SettingsError.
     """
-    found: list[Threshold] = []
+    thresholds: list[Threshold] = []
     for name, value in keywords.items():
         metric = check_metric(name, origin)
         scopes = value if isinstance(value, Mapping) else {"compute": value}
@@ -55,7 +56,7 @@ def thresholds_from_keywords(
             if categories and not kernel:
                 check_scope(scope, categories, origin, where)
             check_stage(stage, origin, where)
-            found.append(
+            thresholds.append(
                 Threshold(
                     metric=metric,
                     limit=check_limit(metric, limit, origin, where),
@@ -65,23 +66,39 @@ def thresholds_from_keywords(
                     origin=origin,
                 )
             )
-    return tuple(found)
+    return tuple(thresholds)
 
 
-def check_limit(metric: Metric, limit: object, origin: str, where: str) -> float:
-    """`limit` as a float that can separate good from bad; SettingsError otherwise.
+def listed_thresholds(
+    thresholds: object, origin: str, categories: Collection[str]
+) -> tuple[Threshold, ...]:
+    """Checks `thresholds=[Threshold("slowdown", 1.2, scope="moe")]`; raises SettingsError."""
+    expected = 'a list such as [Threshold("slowdown", 1.2, scope="moe", stage="decode")]'
+    if not isinstance(thresholds, list | tuple):
+        raise SettingsError(f"{origin}: thresholds is {thresholds!r}", expected=expected)
+    for number, threshold in enumerate(thresholds):
+        if not isinstance(threshold, Threshold):
+            raise SettingsError(
+                f"{origin}: thresholds[{number}] is {threshold!r}", expected=expected
+            )
+        check_threshold(threshold, categories, origin, f"thresholds[{number}].")
+    return tuple(replace(threshold, origin=origin) for threshold in thresholds)
 
-    slowdown and imbalance_factor are 1.0 at best, lost_share lies between 0 and 1.
+
+def check_limit(metric: str, limit: object, origin: str, where: str) -> float:
+    """`limit` as a float that a figure of `metric` can be on either side of.
+
+    SettingsError otherwise, also for a limit that is better than the best figure.
     """
-    low, high = (0.0, 1.0) if metric == "lost_share" else (1.0, math.inf)
-    expected = "a share from 0 to below 1" if metric == "lost_share" else "a number of at least 1.0"
+    row = METRICS[metric]
+    expected = f"a {row.unit} that is {row.bounds}"
     if isinstance(limit, bool) or not isinstance(limit, int | float):
         raise SettingsError(f"{origin}: {where} is {limit!r}, not a number", expected=expected)
-    if not low <= limit < high:
+    if not row.allows(limit):
         raise SettingsError(
-            f"{origin}: {where} is {limit!r}, which no measurement could tell good from bad",
+            f"{origin}: {where} is {limit!r}, but a limit of {metric} must be {row.bounds}",
             expected=expected,
-            hint=f"1.10 allows 10 % ({metric})" if high > 1 else "0.05 allows 5 % to be lost",
+            hint=UNITS[row.unit].example,
         )
     return float(limit)
 
@@ -116,16 +133,15 @@ def check_kernel(expression: str, origin: str, where: str) -> str:
     return expression
 
 
-def check_metric(name: object, origin: str) -> Metric:
+def check_metric(name: object, origin: str) -> str:
     """`name` if it is a metric; SettingsError otherwise."""
-    for metric in METRICS:
-        if name == metric:
-            return metric
-    raise SettingsError(
-        f"{origin}: {name!r} is no metric",
-        expected=f"one of {', '.join(METRICS)}",
-        hint=did_you_mean([name], METRICS),
-    )
+    if not isinstance(name, str) or name not in METRICS:
+        raise SettingsError(
+            f"{origin}: {name!r} is not a metric",
+            expected=f"one of {', '.join(METRICS)}",
+            hint=did_you_mean([name], METRICS),
+        )
+    return name
 
 
 def check_scope(scope: object, categories: Collection[str], origin: str, where: str) -> None:
@@ -133,7 +149,7 @@ def check_scope(scope: object, categories: Collection[str], origin: str, where: 
     known = tuple(dict.fromkeys((*SCOPES, *categories)))
     if scope not in known:
         raise SettingsError(
-            f"{origin}: {where}: {scope!r} is no scope",
+            f"{origin}: {where}: {scope!r} is not a scope",
             expected=f"one of {', '.join(known)}, or /regex/ over kernel names",
             hint=did_you_mean([scope], known, "a category of your own needs its [[category]]"),
         )
@@ -143,7 +159,7 @@ def check_stage(stage: object, origin: str, where: str) -> None:
     """Raises SettingsError unless `stage` is a stage that steps have, or ""."""
     if stage != "" and stage not in STAGES:
         raise SettingsError(
-            f"{origin}: {where}: {stage!r} is no stage",
+            f"{origin}: {where}: {stage!r} is not a stage",
             expected=f"one of {', '.join(STAGES)}",
             hint=did_you_mean([stage], STAGES, "leave it out for all steps together"),
         )
@@ -153,7 +169,7 @@ def _subject(key: object, origin: str, where: str) -> tuple[str, str, str]:
     """Scope, kernel expression and stage of one key."""
     if not isinstance(key, str) or not key.strip():
         raise SettingsError(
-            f"{origin}: {where}: {key!r} is no scope",
+            f"{origin}: {where}: {key!r} is not a scope",
             expected=f"{', '.join(SCOPES)}, a category, or /regex/ over kernel names",
         )
     what, stage = key.strip(), ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from pytest_sglprof.metrics import UNITS, Metric
+
 
 def duration(ns: float) -> str:
     """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, never a bare number."""
@@ -13,19 +15,28 @@ def duration(ns: float) -> str:
     return f"{_three(ns / 1e9)} s"
 
 
+def signed_duration(ns: float | None, *, none: str = "-") -> str:
+    """`+1.20 µs`, `−340 ns`; `none` where there is none."""
+    return none if ns is None else f"{_sign(ns)}{duration(abs(ns))}"
+
+
 def milliseconds(ns: float) -> str:
     """A figure for a column whose head says ms: `41.2`, `0.412`, `1234`."""
     return _three(ns / 1e6)
 
 
-def percent(share: float | None) -> str:
-    """`64 %`; `-` where there is none."""
-    return "-" if share is None else f"{100 * share:.0f} %"
+def percent(share: float | None, digits: int = 0, *, sign: bool = False, none: str = "-") -> str:
+    """`64 %`, of a change `+1.2 %`; `none` where there is none."""
+    if share is None:
+        return none
+    text = f"{100 * abs(share):.{digits}f}"
+    shown = _sign(share if float(text) else 0) if sign else "-" * (share < 0)
+    return f"{shown}{text} %"
 
 
-def ratio(value: float | None, digits: int = 2) -> str:
-    """`1.39`; `-` where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+def ratio(value: float | None, digits: int = 2, *, none: str = "-") -> str:
+    """`1.39`; `none` where there is none."""
+    return none if value is None else f"{value:.{digits}f}"
 
 
 def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, str]:
@@ -45,6 +56,12 @@ def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, s
     return f"{shown}{unit}", f" (limit {text}{unit})"
 
 
+def beside_limit(metric: Metric, value: float, limit: float) -> tuple[str, str]:
+    """A metric's figure and its limit, as of `against_limit`, in the metric's unit."""
+    unit = UNITS[metric.unit]
+    return against_limit(value * unit.scale, limit * unit.scale, unit=unit.suffix)
+
+
 def count(number: int, singular: str, plural: str = "") -> str:
     """`1 step`, `50 steps`."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
@@ -62,6 +79,10 @@ def work_words(word: str, ratio: float | None, by: str) -> str:
     if f"{ratio:.2f}" == "1.00":
         return "at the same work"
     return f"which its {ratio:.2f}x the {by} do not explain"
+
+
+def _sign(value: float) -> str:
+    return "+" if value > 0 else "−" if value < 0 else ""
 
 
 def _three(value: float) -> str:

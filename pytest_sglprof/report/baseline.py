@@ -14,7 +14,7 @@ from pytest_sglprof.analysis.stratum_change import (
     StratumChange,
     compare_strata,
 )
-from pytest_sglprof.gate.wording import duration, percent, ratio
+from pytest_sglprof.gate.wording import duration, percent, ratio, signed_duration
 from pytest_sglprof.report.environment import environment, load_figures, load_options
 from pytest_sglprof.report.page_figures import MAX_NAME
 from pytest_sglprof.report.strata import strata_of
@@ -176,7 +176,7 @@ def _others(rest: Sequence[Change]) -> str:
     if not rest:
         return ""
     most = max(abs(change.share or 0.0) for change in rest)
-    limit = "less than 0.05 %" if most < MIN_CHANGE else f"at most {percent_of(most)}"
+    limit = "less than 0.05 %" if most < MIN_CHANGE else f"at most {percent(most, 1)}"
     subject = "1 more kernel differs" if len(rest) == 1 else f"{len(rest)} more kernels differ"
     return f"{subject} by {limit} of compute"
 
@@ -211,8 +211,8 @@ def _row(change: Change, widest: float) -> dict[str, Any]:
         "before": _time(change.before_ns),
         "now": _time(change.now_ns),
         "ratio": word or ratio(change.ratio, 3),
-        "difference": signed(change.difference_ns),
-        "share": percent_of(change.share, sign=True),
+        "difference": signed_duration(change.difference_ns, none="–"),
+        "share": percent(change.share, 1, sign=True, none="–"),
         "bar": share / widest if widest and abs(share) >= MIN_CHANGE else 0.0,
         "direction": "" if abs(share) < MIN_CHANGE else "slower" if share > 0 else "faster",
     }
@@ -260,20 +260,3 @@ def _span(bucket: int) -> str:
 
 def _time(ns: float | None) -> str:
     return "–" if ns is None else duration(ns) if ns else "0"
-
-
-def signed(ns: float | None) -> str:
-    """`+1.20 µs`, `−340 ns`."""
-    if ns is None:
-        return "–"
-    return duration(0) if not ns else f"{'+' if ns > 0 else '−'}{duration(abs(ns))}"
-
-
-def percent_of(share: float | None, *, sign: bool = False) -> str:
-    """A share with one decimal, `+1.2 %`: changes are smaller than whole percents."""
-    if share is None:
-        return "–"
-    text = f"{100 * abs(share):.1f} %"
-    if not sign or text == "0.0 %":
-        return text
-    return f"{'+' if share > 0 else '−'}{text}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytest_sglprof.analysis.stratum_change import compare_strata
+from pytest_sglprof.metrics import metrics_of
 from pytest_sglprof.report.baseline import not_comparable, paired_by
 from pytest_sglprof.report.strata import strata_of
 
@@ -51,8 +52,9 @@ def _point(window: Mapping[str, Any], first: Document) -> dict[str, Any]:
     doc, load = window["doc"], window["load"] or {}
     rows = [
         {
-            **{key: finding[key] for key in ("group", "slowest", "slowdown", "factor")},
-            "lost_share": finding["lost_share"],
+            "group": finding["group"],
+            "slowest": finding["slowest"],
+            **{metric.value: finding.get(metric.value) for metric in metrics_of("ranks")},
             "compute_ns": _compute_of_a_step(finding),
         }
         for finding in doc["findings"]

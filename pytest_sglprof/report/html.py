@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ from urllib.parse import quote
 
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio
+from pytest_sglprof.metrics import METRICS, Metric, metrics_of
 from pytest_sglprof.report import page_data, page_figures
 from pytest_sglprof.report.baseline import against_baseline
 from pytest_sglprof.report.history import history
 from pytest_sglprof.report.terminal import STANDIN_NOTE, window_title
-from pytest_sglprof.values import WORST_FIRST
+from pytest_sglprof.values import WORST_FIRST, worst_word
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -138,8 +139,7 @@ def _against(
 
 
 def _worst(documents: Sequence[Document]) -> str | None:
-    words = {document["summary"]["verdict"] for document in documents}
-    return next((word for word in WORST_FIRST if word in words), None)
+    return worst_word({document["summary"]["verdict"] for document in documents})
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -149,18 +149,14 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 
-def _percent(share: float | None) -> str:
-    return NONE if share is None else percent(share)
-
-
-def _ratio(value: float | None, digits: int = 2) -> str:
-    return NONE if value is None else ratio(value, digits)
-
-
 def _moment(text: str | None) -> str:
     """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
     found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
     return f"{found[1]} {found[2]} UTC" if found else text or ""
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    return metric.format(value, finer=1, none=NONE)
 
 
 def _column(text: str) -> str:
@@ -187,10 +183,17 @@ def _environment() -> Environment:
     environment.filters |= {
         "ms": milliseconds,
         "duration": duration,
-        "percent": _percent,
-        "ratio": _ratio,
+        "percent": partial(percent, none=NONE),
+        "ratio": partial(ratio, none=NONE),
         "column": _column,
         "moment": _moment,
     }
-    environment.globals |= {"signs": SIGNS, "count": count, "first_kernels": FIRST_KERNELS}
+    environment.globals |= {
+        "signs": SIGNS,
+        "count": count,
+        "first_kernels": FIRST_KERNELS,
+        "metrics": METRICS,
+        "metrics_of": metrics_of,
+        "figure": _figure,
+    }
     return environment

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_sglprof.gate.wording import milliseconds, percent, ratio
+from pytest_sglprof.metrics import METRICS
 from pytest_sglprof.report.terminal import STANDIN_NOTE, rank_table, window_title
 from pytest_sglprof.report.text_table import shorten
 
@@ -33,8 +34,8 @@ def step_summary(run: Document) -> str:
         lines += [f"> **Stand-in.** Measured on the {escape(STANDIN_NOTE)}.", ""]
     if not run["windows"]:
         return "\n".join([*lines, "No profile window was opened.", ""])
-    lines += ["| verdict | test | window | slowest rank | slowdown | limit |"]
-    lines += ["| --- | --- | --- | --- | ---: | ---: |"]
+    lines += ["| verdict | test | window | slowest rank | metric | value | limit |"]
+    lines += ["| --- | --- | --- | --- | --- | ---: | ---: |"]
     lines += [_row(window) for window in run["windows"]]
     text = "\n".join([*lines, ""])
     left_out = 0
@@ -81,13 +82,12 @@ def kernel_table(window: Document) -> list[str]:
 def _row(window: Document) -> str:
     texts = (shorten(text, MAX_TEXT) for text in (window["nodeid"], window_title(window)))
     cells = [_SIGNS[window["verdict"]], *map(escape, texts)]
-    judgement = None
-    if window["decisive"] is not None:
-        judgement = window["judgements"][window["decisive"]]
-    finding = judgement["finding"] if judgement else None
-    cells.append(escape(finding["slowest"] or "-") if finding else "-")
-    cells.append(ratio(finding["slowdown"]) if finding else "-")
-    cells.append(ratio(judgement["limit"]) if judgement else "-")
+    if window["decisive"] is None:
+        return f"| {' | '.join((*cells, '-', '-', '-', '-'))} |"
+    judgement = window["judgements"][window["decisive"]]
+    metric, finding = METRICS[judgement["metric"]], judgement["finding"] or {}
+    cells += [escape(finding.get("slowest") or "-"), metric.label]
+    cells += [metric.format(judgement["value"]), metric.format(judgement["limit"])]
     return f"| {' | '.join(cells)} |"
 
 

@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from pytest_sglprof.analysis.segments import NOT_COMPUTE
-from pytest_sglprof.gate.wording import against_limit, count, milliseconds, percent, ratio
+from pytest_sglprof.gate.wording import beside_limit, count, milliseconds, percent, ratio
+from pytest_sglprof.metrics import METRICS, metrics_of
 
 Document = Mapping[str, Any]
 
@@ -25,8 +26,9 @@ def shade(ratio: float | None) -> int:
 def heat_maps(window: Document) -> list[dict[str, Any]]:
     """For each work group its rank x category table of time relative to the group's mean.
 
-    columns: `scope, compute, factor, factor_sync, lost_ns, lost_share`; rows: `rank, mark,
-    slowest_share, waits, cells`, a cell being `ns, ratio, shade, top`. mark: "straggler" where
+    columns: `scope, compute`; figures: `label, cells`, one a metric, a cell being its `text`, and
+    what stands `beside`; rows: `rank, mark, slowest_share, waits, cells`, a cell being `ns, ratio,
+    shade, top`. mark: "straggler" where
     arrivals at collectives name this rank, "slowest" where a verdict does, else "": a rank
     that is slowest by chance is not pointed at. span: which time the table is about.
     """
@@ -57,14 +59,14 @@ def _heat_map(window: Document, compute: Document) -> dict[str, Any]:
     mark = "straggler" if late else "slowest"
     late = late or _judged_slow(window, group)
     shares = {figure["rank"]: figure["slowest_share"] for figure in compute["ranks"]}
-    columns = []
+    columns: list[Document] = []
     cells: dict[str, list[dict[str, Any]]] = {rank: [] for rank in ranks}
     for finding in findings:
         totals = _totals(window, finding, whole)
         mean = sum(totals.values()) / len(totals) if totals else 0
         if not mean and finding["scope"] != "compute":
             continue
-        columns.append(_column(finding))
+        columns.append(finding)
         top = max(totals.values(), default=0)
         compared = finding["scope"] not in NOT_COMPUTE
         for rank in ranks:
@@ -82,7 +84,11 @@ def _heat_map(window: Document, compute: Document) -> dict[str, Any]:
         "group": group,
         "reason": compute["reason"],
         "span": _span(compute),
-        "columns": columns,
+        "columns": [
+            {"scope": finding["scope"], "compute": finding["scope"] not in NOT_COMPUTE}
+            for finding in columns
+        ],
+        "figures": _figures(columns),
         "has_waits": bool(waits),
         "rows": [
             {
@@ -97,16 +103,29 @@ def _heat_map(window: Document, compute: Document) -> dict[str, Any]:
     }
 
 
-def _column(finding: Document) -> dict[str, Any]:
-    return {
-        "scope": finding["scope"],
-        "compute": finding["scope"] not in NOT_COMPUTE,
-        "factor": finding["factor"],
-        "factor_sync": finding.get("factor_sync"),
-        "lost_ns": finding["lost_ns"],
-        "lost_share": finding["lost_share"],
-        "slowdown": finding["slowdown"],
-    }
+def _figures(findings: Sequence[Document]) -> list[dict[str, Any]]:
+    """The lines below the ranks: each metric of every column."""
+    return [
+        {
+            "label": metric.label.capitalize(),
+            "cells": [
+                {
+                    "text": metric.format(finding.get(metric.value), finer=1, none="–"),
+                    "beside": _beside(metric.name, finding),
+                }
+                for finding in findings
+            ],
+        }
+        for metric in metrics_of("ranks")
+    ]
+
+
+def _beside(metric: str, finding: Document) -> str:
+    """The same thing measured another way."""
+    if metric == "lost_share":
+        return f"{milliseconds(finding['lost_ns'])} ms"
+    known = metric == "imbalance_factor" and finding.get("factor_sync") is not None
+    return f"sync {ratio(finding['factor_sync'], 3)}" if known else ""
 
 
 def _totals(window: Document, finding: Document, whole: bool) -> dict[str, int]:
@@ -238,34 +257,29 @@ def _kernel_row(row: Document, ranks: Sequence[str], lost: int) -> dict[str, Any
     }
 
 
-# Each metric's own interval: another one beside it would be a wrong number.
-_INTERVALS = {
-    "slowdown": "interval",
-    "imbalance_factor": "factor_interval",
-    "lost_share": "lost_share_interval",
-}
-
-
 def numbers(judgement: Document) -> list[str]:
     """The figures that decided, as short phrases."""
     finding = judgement["finding"]
     if finding is None:
         return []
     parts = []
+    metric = METRICS[judgement["metric"]]
     if judgement["value"] is not None:
-        value, limit = against_limit(judgement["value"], judgement["limit"])
-        parts.append(f"{judgement['metric'].replace('_', ' ')} {value}{limit}")
-    interval = finding.get(_INTERVALS.get(judgement["metric"], ""))
-    if interval:
-        parts.append(f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}")
+        value, limit = beside_limit(metric, judgement["value"], judgement["limit"])
+        parts.append(f"{metric.label} {value}{limit}")
+    # The metric's own interval: another one beside it would be a wrong number.
+    if interval := finding.get(metric.interval):
+        low, high = interval
+        parts.append(f"95 % interval {metric.format(low)} to {metric.format(high)}")
     if finding.get("p_value") is not None:
         parts.append(f"p {finding['p_value']:.2g}")
-    if finding["factor"] is not None:
-        parts.append(f"λ {finding['factor']:.2f}")
+    parts += [
+        f"{other.label} {other.format(finding[other.value])}"
+        for other in metrics_of("ranks")
+        if other is not metric and finding.get(other.value) is not None
+    ]
     if finding.get("factor_sync") is not None:
         parts.append(f"λ sync {finding['factor_sync']:.2f}")
-    if finding["lost_share"] is not None:
-        parts.append(f"lost {percent(finding['lost_share'])}")
     if finding["steps"] is not None:
         parts.append(count(finding["steps"], "step"))
     return parts

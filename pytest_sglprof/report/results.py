@@ -11,10 +11,11 @@ from typing import Any
 
 from pytest_sglprof.errors import SettingsError, SglprofError
 from pytest_sglprof.files import atomic_write
+from pytest_sglprof.metrics import METRICS, metrics_of
 from pytest_sglprof.redact import redact, redact_command
 from pytest_sglprof.report.plain import plain, utc
 from pytest_sglprof.report.window import finding_document, judgement_document, window_document
-from pytest_sglprof.values import WORST_FIRST, LoadResult
+from pytest_sglprof.values import WORST_FIRST, LoadResult, worst_word
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -152,12 +153,11 @@ def run_document(
     header = {**run, "started": utc(run.get("started")), "ended": utc(run.get("ended"))}
     grouped = _tests(tests)
     counts = {word: sum(window["verdict"] == word for window in windows) for word in WORST_FIRST}
-    judged = [test["verdict"] for test in grouped if test["verdict"] is not None]
     document = {
         "schema_version": SCHEMA_VERSION,
         "run": header,
         "summary": {
-            "verdict": next((word for word in WORST_FIRST if word in judged), None),
+            "verdict": worst_word({test["verdict"] for test in grouped}),
             "tests": len(grouped),
             "windows": counts,
             "standin": any(item.get("standin", False) for item in (*windows, *servers, *loads)),
@@ -197,6 +197,11 @@ def results_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) that every results document satisfies."""
     source = resources.files("pytest_sglprof.schemas").joinpath("results.schema.json")
     schema: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    judgement, finding = (schema["$defs"][name]["properties"] for name in ("judgement", "finding"))
+    judgement["metric"]["enum"] = list(METRICS)
+    for row in metrics_of("ranks"):
+        finding.setdefault(row.value, {"type": ["number", "null"]})
+        finding.setdefault(row.interval, finding["interval"])
     return schema
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio, work_words
+from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, work_words
+from pytest_sglprof.metrics import metrics_of
 from pytest_sglprof.report.text_table import shorten, text_table
 
 Document = Mapping[str, Any]
@@ -195,14 +196,14 @@ def _attempt_lines(tests: Sequence[Document]) -> list[str]:
 
 
 def imbalance_line(finding: Document) -> str:
-    """`slowdown 1.39, imbalance factor 1.16, lost 6.00 ms (8.2 %), 15.0 µs an output token`."""
-    lost = finding["lost_share"]
-    share = "" if lost is None else f" ({100 * lost:.1f} %)"
+    """`slowdown 1.39, imbalance factor 1.16, lost share 8.2 %, lost 6.00 ms`, and the work."""
+    figures = ", ".join(
+        f"{row.label} {row.format(finding.get(row.value))}" for row in metrics_of("ranks")
+    )
     work = work_words(finding["work"] or "", finding["work_ratio"], finding["work_by"] or "")
     per_token = finding["lost_ns_per_token"]
     return (
-        f"slowdown {ratio(finding['slowdown'])}, imbalance factor {ratio(finding['factor'])}, "
-        f"lost {duration(finding['lost_ns'])}{share}"
+        f"{figures}, lost {duration(finding['lost_ns'])}"
         + ("" if per_token is None else f", {duration(per_token)} an output token")
         + (f"; {finding['slowest']} {work}" if work else "")
     )

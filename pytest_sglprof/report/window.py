@@ -16,6 +16,7 @@ from pytest_sglprof.analysis.triggers import describe_trigger
 from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.gate.judge import Judgement, Verdict
 from pytest_sglprof.gate.repeats import RepeatedVerdict
+from pytest_sglprof.metrics import metrics_of
 from pytest_sglprof.redact import redact
 from pytest_sglprof.report.lanes import lanes
 from pytest_sglprof.report.plain import plain, unix_ns, utc
@@ -163,16 +164,12 @@ def finding_document(finding: ImbalanceFinding) -> dict[str, Any]:
         "scope": finding.scope,
         "kernel": finding.kernel,
         "stage": finding.stage,
-        "slowdown": finding.slowdown,
-        "factor": finding.factor,
+        **{row.value: row.read(finding) for row in metrics_of("ranks")},
+        **{row.interval: row.read_interval(finding) for row in metrics_of("ranks")},
         "lost_ns": finding.lost_ns,
-        "lost_share": finding.lost_share,
         "slowest": finding.slowest,
         "others_ns": finding.others_ns,
         "share_of_compute": finding.share_of_compute,
-        "interval": finding.interval,
-        "factor_interval": finding.factor_interval,
-        "lost_share_interval": finding.lost_interval,
         "p_value": finding.p_value,
         "factor_sync": finding.factor_sync,
         "cv": finding.cv,
@@ -252,11 +249,11 @@ def _measured(
     }
 
 
-def _doubt(capture: WindowCapture) -> str:
-    """Why the window is not whole; "" when it is."""
+def _doubt(capture: WindowCapture) -> str | None:
+    """Why the window is not whole; None when it is."""
     if capture.missing_ranks:
         return f"ranks are missing: {', '.join(capture.missing_ranks)}"
-    return capture.reason if capture.state != "complete" else ""
+    return capture.reason if capture.state != "complete" else None
 
 
 def _step_counts(cells: GroupCells) -> dict[str, Any]:

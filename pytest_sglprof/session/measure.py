@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 class Measured:
     """table: None when there was nothing to read. verdict: its judgement, with reasons.
 
-    doubt: why the window is not whole, "" when it is; a judgement of it is inconclusive.
+    doubt: why the window is not whole, None when it is; a judgement of it is inconclusive.
     """
 
     table: KernelTable | None
     verdict: Verdict
-    doubt: str = ""
+    doubt: str | None = None
 
 
 def measure(
@@ -36,14 +36,14 @@ def measure(
     that reason: it is never passed, and what could be read is kept in the table.
     """
     table, unreadable = _read(capture, settings)
-    doubt = unreadable or (capture.reason if capture.state != "complete" else "")
+    doubt = unreadable or (capture.reason if capture.state != "complete" else None)
     return Measured(table, judge_table(capture, table, doubt, settings, extra), doubt)
 
 
 def judge_table(
     capture: WindowCapture,
     table: KernelTable | None,
-    reason: str,
+    doubt: str | None,
     settings: Settings,
     extra: Sequence[Threshold] = (),
 ) -> Verdict:
@@ -55,11 +55,12 @@ def judge_table(
         min_share=settings.min_share,
         expected_ranks=capture.expected_ranks,
         missing_ranks=capture.missing_ranks,
-        incomplete_reason=reason,
+        incomplete_reason=doubt,
     )
 
 
-def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | None, str]:
+def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | None, str | None]:
+    """The table, or why there is none."""
     if not capture.artifacts:
         return None, capture.reason or "the window left no trace"
     from pytest_sglprof.trace.read import read_window
@@ -77,7 +78,7 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
         )
     except TraceError as error:
         return None, str(error)
-    return with_server_facts(table, capture.facts), ""
+    return with_server_facts(table, capture.facts), None
 
 
 def _readable(capture: WindowCapture) -> list[Artifact]:

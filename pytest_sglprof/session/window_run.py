@@ -20,11 +20,8 @@ from pytest_sglprof.gate.repeats import RepeatedVerdict, judge_repeats
 from pytest_sglprof.gate.thresholds import check_threshold
 from pytest_sglprof.server.gpu_clocks import ClockWatch, watch_clocks
 from pytest_sglprof.session.measure import Measured, judge_table, measure
-from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import (
-    METRICS,
     GpuClocks,
-    Metric,
     Threshold,
     VerdictWord,
     WindowCapture,
@@ -275,7 +272,7 @@ class WindowRun:
 
     def check(
         self,
-        metric: Metric,
+        metric: str,
         limit: float,
         *,
         scope: str = "compute",
@@ -287,15 +284,9 @@ class WindowRun:
         The test fails at its end when the figure is above `limit`; it is infinite where only
         one rank has any of the scope. Too little data for a figure raises `Inconclusive` at
         once. Either way the judgement stays with the window. Windows that were opened
-        together are judged together, and the figure is their median. `SettingsError` or
-        `WindowError` for names that there are not.
+        together are judged together, and the figure is their median. `SettingsError` for
+        names that do not exist.
         """
-        if metric not in METRICS:
-            raise WindowError(
-                f"check({metric!r}, ...): there is no such metric",
-                expected="one of " + ", ".join(METRICS),
-                hint=did_you_mean([metric], METRICS, "correct the name"),
-            )
         threshold = check_threshold(
             Threshold(metric, limit, scope, kernel, stage, origin="check"),
             self._settings.category_names,

@@ -85,7 +85,7 @@ def test_the_worst_failure_comes_first_and_the_others_by_their_figures() -> None
     assert verdict.worst is not None
     assert verdict.worst.threshold == MOE
     assert verdict.reason.startswith("TP1 is 1.40x slower than its peers in moe")
-    assert "also above their limits: slowdown of compute 1.22 (limit 1.10)" in verdict.reason
+    assert "also beyond their limits: slowdown of compute 1.22 (limit 1.10)" in verdict.reason
     assert verdict.reason.endswith("not judged: no activity of rope")
 
 
@@ -96,7 +96,7 @@ def test_the_worst_failure_comes_first_and_the_others_by_their_figures() -> None
         (build(("TP0",)), "TP0 is the only rank with this input"),
         (build(silent=["TP1"]), "TP1 recorded no activity"),
         (build(partial=True), "a trace of this window is truncated"),
-        (build(with_steps=False), "the trace tells no steps"),
+        (build(with_steps=False), "no step markers in the trace"),
         (build(()), "the window has no rank"),
         (None, "the window left nothing to read"),
     ],

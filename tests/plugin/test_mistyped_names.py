@@ -113,7 +113,7 @@ def test_fault_8_fewer_steps_may_be_asked_for_where_fewer_are_needed(pytester, r
     ("config", "said"),
     [
         ('[[threshold]]\nscope = "meo"\nlimit = 1.1', "did you mean moe?"),
-        ('[[threshold]]\nscope = "gem"\nlimit = 1.1', "threshold[0].scope: 'gem' is no scope"),
+        ('[[threshold]]\nscope = "gem"\nlimit = 1.1', "threshold[0].scope: 'gem' is not a scope"),
         ('[[threshold]]\nstage = "decod"\nlimit = 1.1', "did you mean decode?"),
         ('[[threshold]]\nmetric = "slowdwn"\nlimit = 1.1', "did you mean slowdown?"),
         ('[[threshold]]\nkernel = "("\nlimit = 1.1', "threshold[0].kernel: '(' is no regular exp"),

@@ -16,7 +16,7 @@ from pytest_sglprof.settings import (
     thresholds_from,
     window_spec,
 )
-from pytest_sglprof.values import ServerSpec
+from pytest_sglprof.values import ServerSpec, Threshold
 
 HERE = Path("/project")
 
@@ -158,9 +158,9 @@ def test_configured_thresholds_replace_the_default_one():
     ("table", "said"),
     [
         ({"limit": 0}, "threshold[1].limit is 0"),
-        ({"limit": 0.9}, "expected: a number of at least 1.0"),
+        ({"limit": 0.9}, "expected: a ratio that is ≥ 1.0"),
         ({"limit": float("nan")}, "threshold[1].limit is nan"),
-        ({"metric": "lost_share", "limit": 1.1}, "expected: a share from 0 to below 1"),
+        ({"metric": "lost_share", "limit": 1.1}, "expected: a share that is ≥ 0.0 and < 1.0"),
         ({"limit": 1.1, "kernel": "("}, "'(' is no regular expression"),
     ],
 )
@@ -182,6 +182,16 @@ def test_a_markers_threshold_replaces_the_configured_one_of_the_same_scope_only(
     ]
 
 
+def test_thresholds_may_be_listed_as_values():
+    listed = [Threshold("slowdown", 1.2, scope="moe", stage="decode"), Threshold("lost_share", 0.1)]
+    spec = window_spec(settings(), {"slowdown": 1.3, "thresholds": listed}, origin="marker")
+    assert [(limit.describe(), limit.origin) for limit in spec.thresholds] == [
+        ("slowdown of compute <= 1.3", "marker"),
+        ("slowdown of moe in decode <= 1.2", "marker"),
+        ("lost_share of compute <= 0.1", "marker"),
+    ]
+
+
 # ---- windows ---------------------------------------------------------------------------------
 
 
@@ -189,7 +199,11 @@ def test_a_markers_threshold_replaces_the_configured_one_of_the_same_scope_only(
     ("keywords", "said"),
     [
         ({"steps": 3, "wide": 1}, "unknown arguments steps, wide"),
-        ({"thresholds": ()}, "unknown argument thresholds"),
+        ({"thresholds": 1.2}, "thresholds is 1.2"),
+        ({"thresholds": [1.2]}, "thresholds[0] is 1.2"),
+        ({"thresholds": [Threshold(scope="meo")]}, "thresholds[0].scope: 'meo' is not a scope"),
+        ({"thresholds": [Threshold(limit=0.9)]}, "thresholds[0].limit is 0.9"),
+        ({"thresholds": [Threshold("slow")]}, "'slow' is not a metric"),
         ({"backend": "ncu"}, "backend='ncu'"),
         ({"num_steps": "50"}, "num_steps='50'"),
         ({"num_steps": 0}, "num_steps=0"),

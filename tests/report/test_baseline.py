@@ -12,7 +12,8 @@ from kernel_tables import build, slow
 
 from pytest_sglprof.analysis.strata import StepWork
 from pytest_sglprof.cli.main import main
-from pytest_sglprof.report.baseline import against_baseline, paired_by, percent_of, work_words
+from pytest_sglprof.gate.wording import percent
+from pytest_sglprof.report.baseline import against_baseline, paired_by, work_words
 from pytest_sglprof.report.environment import environment, load_figures, load_options, stable
 from pytest_sglprof.report.html import page
 from pytest_sglprof.report.results import write_results
@@ -223,7 +224,7 @@ def test_work_in_words(work: StepWork, words: str) -> None:
 
 
 def test_shares_have_a_sign_only_where_there_is_a_change() -> None:
-    texts = [percent_of(share, sign=True) for share in (None, 0.0001, -0.0123, 0.5)]
+    texts = [percent(share, 1, sign=True, none="–") for share in (None, 0.0001, -0.0123, 0.5)]
     assert texts == ["–", "0.0 %", "−1.2 %", "+50.0 %"]
 
 

@@ -79,7 +79,7 @@ def test_the_numbers_that_decided() -> None:
     assert first == "slowdown 1.40 (limit 1.10)"
     assert interval == "95 % interval 1.40 to 1.40"  # planted without jitter
     assert p_value.startswith("p 0.0")
-    assert rest == ["λ 1.17", "λ sync 1.17", "lost 14 %", "50 steps"]
+    assert rest == ["imbalance factor 1.17", "lost share 14.3 %", "λ sync 1.17", "50 steps"]
     assert numbers(window(None, state="failed", reason="x")["judgements"][0]) == []
 
 
