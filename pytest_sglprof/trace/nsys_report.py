@@ -27,13 +27,13 @@ from pytest_sglprof.trace.nsys_ranges import (
     Ranges,
     read_ranges,
     run_batches,
-    self_times,
     step_at,
 )
 from pytest_sglprof.trace.nsys_ranks import Owner, label_owners, not_recorded
 from pytest_sglprof.trace.nsys_schema import KINDS
 from pytest_sglprof.trace.nsys_sqlite import open_sqlite
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
+from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import with_graph_share
 from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
 

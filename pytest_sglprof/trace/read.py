@@ -15,6 +15,7 @@ from pytest_sglprof.trace.arrays import Ints, first_of
 from pytest_sglprof.trace.collective_calls import collective_frame
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
+from pytest_sglprof.trace.kineto import COMMUNICATION
 from pytest_sglprof.trace.repetition import with_repetition
 from pytest_sglprof.trace.table import (
     COLUMNS,
@@ -23,7 +24,6 @@ from pytest_sglprof.trace.table import (
     RankActivities,
     step_frame,
 )
-from pytest_sglprof.trace.torch_trace import COMMUNICATION
 from pytest_sglprof.trace.torch_window import read_traces
 from pytest_sglprof.trace.window_files import is_nsys, window_files
 

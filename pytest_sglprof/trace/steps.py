@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,24 +35,6 @@ class StepSpans:
 
     cpu: tuple[Step, ...]
     gpu: tuple[Step, ...]
-
-
-class Launches:
-    """When the CPU launched what: correlation id → ns."""
-
-    def __init__(self) -> None:
-        self._ids = array("q")
-        self._times = array("q")
-
-    def add(self, correlation: int, time: int) -> None:
-        """Remembers one launch."""
-        self._ids.append(correlation)
-        self._times.append(time)
-
-    def times(self, correlation: Ints) -> Ints:
-        """The launch time of each correlation id, -1 where there was none."""
-        ids = np.array(self._ids, dtype=np.int64)
-        return launch_times(ids, np.array(self._times, dtype=np.int64), correlation)
 
 
 def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
