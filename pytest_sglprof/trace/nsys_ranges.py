@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pytest_sglprof.trace.arrays import Flags, Ints, holding
+from pytest_sglprof.trace.arrays import Flags, Ints
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, usable
-from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
+from pytest_sglprof.trace.table import UNKNOWN_STAGE, Step
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
 PUSH_POP, START_END = 59, 60  # ENUM_NSYS_EVENT_TYPE
@@ -84,15 +84,3 @@ def run_batches(ranges: Ranges) -> tuple[Step, ...]:
         if not steps or start >= steps[-1].end_ns:
             steps.append(Step(len(steps), UNKNOWN_STAGE, start, start + dur))
     return tuple(steps)
-
-
-def step_at(steps: tuple[Step, ...], times: Ints) -> Ints:
-    """The number of the step (ordered by start, not overlapping) that holds each time, or -1."""
-    starts = np.array([step.start_ns for step in steps], dtype=np.int64)
-    ends = np.array([step.end_ns for step in steps], dtype=np.int64)
-    numbers = np.array([step.step for step in steps], dtype=np.int64)
-    # A step without length holds the moment at which it stands.
-    at = holding(starts, np.maximum(ends, starts + 1), times)
-    found = np.full(len(times), NO_STEP, dtype=np.int64)
-    found[at >= 0] = numbers[at[at >= 0]]
-    return found
