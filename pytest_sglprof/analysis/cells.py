@@ -18,11 +18,12 @@ import pandas as pd
 from pytest_sglprof.analysis.busy import Ints, Mask
 from pytest_sglprof.analysis.busy_times import Activities, BusyTimes, busy_times
 from pytest_sglprof.analysis.groups import WorkGroup, work_groups
-from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
+from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.analysis.work import StepInputs, step_inputs
 from pytest_sglprof.trace.arrays import first_of
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from pytest_sglprof.analysis.imbalance import steps_per_rank
 from pytest_sglprof.analysis.rank_board import RankLoad
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.unequal import Onset
 from pytest_sglprof.ranks import Rank
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable

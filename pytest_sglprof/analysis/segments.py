@@ -12,15 +12,12 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.waits import Waits
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
 
 Ints = npt.NDArray[np.int64]
-
-# What the server computes, as opposed to what it says to its peers and to the host: a
-# collective's duration is mostly waiting, a copy's depends on the bus and the host.
-NOT_COMPUTE = ("communication", "memory")
 
 
 @dataclass(frozen=True)

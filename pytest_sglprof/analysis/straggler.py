@@ -14,10 +14,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
-from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
+from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
 from pytest_sglprof.analysis.work import compare_work, step_inputs
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 from pytest_sglprof.values import GpuClocks, VerdictWord
 
 if TYPE_CHECKING:

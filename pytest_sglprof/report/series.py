@@ -10,9 +10,9 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.cells import GroupCells
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.steps import step_spans
 from pytest_sglprof.analysis.waits import Waits, by_step
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable

@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, ratio, work_words
 from pytest_sglprof.report.text_table import shorten, text_table
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 Document = Mapping[str, Any]
 
@@ -146,9 +147,10 @@ def _figures(window: Document, scope: str, group: str) -> dict[str, Document]:
     if found["compared_steps"] != 0:
         return {figure["rank"]: figure for figure in found["ranks"]}
     totals = {figure["rank"]: 0 for figure in found["ranks"]}
-    outside = ("communication", "memory")
     for row in window["table"]:
-        is_mine = row["category"] not in outside if scope == "compute" else row["category"] == scope
+        is_mine = (
+            row["category"] not in NOT_COMPUTE if scope == "compute" else row["category"] == scope
+        )
         if is_mine and row["rank"] in totals:
             totals[row["rank"]] += row["total_ns"]
     return {
