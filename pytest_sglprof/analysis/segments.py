@@ -67,7 +67,7 @@ def segments(table: KernelTable, waits: Waits) -> Segments:
     rows, rank, segment = rows[inside], rank[inside], before[inside]
     dur = frame["dur_ns"].to_numpy(np.int64)[rows]
     busy = dur
-    if table.source == "gpu":  # self times are no intervals of a timeline: those are summed
+    if table.is_timeline:  # self times are no intervals of a timeline: those are summed
         owner = segment * len(waits.group.ranks) + rank
         busy = busy_parts(owner, frame["start_ns"].to_numpy(np.int64)[rows], dur)
     span = np.maximum(0, waits.start[1:] - waits.end[:-1])

@@ -288,7 +288,7 @@ def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.
     frame = table.frame[~table.frame["category"].isin(NOT_COMPUTE)]
     owner = pd.Index(ranks).get_indexer(pd.Index(frame["rank"].astype(object))).astype(np.int64)
     ns = frame["dur_ns"].to_numpy(np.int64)
-    if table.source == "gpu":
+    if table.is_timeline:
         ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
     return np.array([ns[owner == at].sum() for at in range(len(ranks))], np.int64)
 

@@ -87,7 +87,7 @@ def _compute_sums(table: KernelTable) -> pd.DataFrame:
     frame = table.frame
     mine = frame[(frame["step"] >= 0) & ~frame["category"].isin(list(NOT_COMPUTE))]
     ns = mine["dur_ns"].to_numpy(np.int64)
-    if table.source == "gpu":
+    if table.is_timeline:
         rank = mine["rank"].astype("category").cat.codes.to_numpy().astype(np.int64)
         step = mine["step"].to_numpy(np.int64)
         owner = rank * (step.max(initial=0) + 1) + step

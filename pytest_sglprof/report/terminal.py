@@ -12,6 +12,7 @@ from pytest_sglprof.trace.kernels import NOT_COMPUTE
 Document = Mapping[str, Any]
 
 STANDIN_NOTE = "embedded stand-in server: these figures say nothing about SGLang"
+CPU_SOURCES = {"cpu_op": "CPU operators", "nvtx": "NVTX ranges"}
 MAX_RANKS = 16
 MAX_NAME = 60
 
@@ -75,8 +76,8 @@ def window_title(window: Document) -> str:
     details = [window["backend"]]
     if known:
         details.append(count(max(known), "step"))
-    if window["source"] in ("cpu_op", "nvtx"):
-        details.append("CPU operators" if window["source"] == "cpu_op" else "NVTX ranges")
+    if window["source"] in CPU_SOURCES:
+        details.append(CPU_SOURCES[window["source"]])
     if window["attempt"] > 1:
         details.append(f"attempt {window['attempt']}")
     if window["retry_of"]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pytest_sglprof.errors import TraceError
 from pytest_sglprof.trace.steps import DRAFTS, StepIndex, step_key
-from pytest_sglprof.trace.table import NO_STEP, RankActivities
+from pytest_sglprof.trace.table import GPU, NO_STEP, RankActivities
 
 _STAGE_PART = re.compile(r"-(EXTEND|DECODE)(?=\.)")
 
@@ -37,7 +37,7 @@ def one_source(
     GPU activities where any rank has them: idle ranks then have none, not CPU operators.
     """
     sources = {part.source for part in parts if len(part.start)}
-    source = "gpu" if "gpu" in sources or not sources else sorted(sources)[0]
+    source = GPU if GPU in sources or not sources else sorted(sources)[0]
     kept = [part for part in parts if part.source == source or not len(part.start)]
     notes = [
         f"{part.rank}: no {source} activities; its {part.source} rows are left out"

@@ -34,7 +34,7 @@ from pytest_sglprof.trace.nsys_sqlite import open_sqlite
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import StepIndex, with_graph_share
-from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
+from pytest_sglprof.trace.table import GPU, NO_STEP, NVTX, RankActivities, Step
 
 _THREAD = 0xFFFFFF
 
@@ -151,7 +151,7 @@ def _of_gpu(
         stream=rows.stream[chosen],
         step=step,
         steps=steps,
-        source="gpu",
+        source=GPU,
         notes=notes,
     )
 
@@ -171,6 +171,6 @@ def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActiviti
         stream=nested.thread & _THREAD,
         step=StepIndex(steps).of(nested.start),
         steps=steps,
-        source="nvtx",
+        source=NVTX,
         notes=notes,
     )

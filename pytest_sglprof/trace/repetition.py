@@ -47,7 +47,7 @@ def with_repetition(
     """
     pattern = compiled(delimiter, f"the step delimiter {delimiter!r}") if delimiter else None
     active = [part for part in parts if len(part.start)]
-    if not active or any(part.steps for part in parts) or active[0].source != "gpu":
+    if not active or any(part.steps for part in parts) or not active[0].is_timeline:
         return list(parts), []
     if pattern is None and sum(len(part.start) for part in active) > MAX_KERNELS:
         note = f"no steps: a repetition is looked for in up to {MAX_KERNELS:,} kernels"

@@ -34,7 +34,7 @@ from pytest_sglprof.trace.kineto import (
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import launch_times, with_graph_share
-from pytest_sglprof.trace.table import RankActivities
+from pytest_sglprof.trace.table import CPU_OPERATORS, GPU, RankActivities
 from pytest_sglprof.trace.times import base_time
 from pytest_sglprof.trace.torch_trace import decode_file
 
@@ -210,7 +210,7 @@ def _activities(
         stream=stream,
         step=step,
         steps=[entry.shifted(base) for entry in entries],
-        source="gpu" if on_gpu else "cpu_op",
+        source=GPU if on_gpu else CPU_OPERATORS,
         notes=[*notes, *interrupted],
         partial=facts.truncated,
         calls=calls_of(columns, facts.groups, sequences),
