@@ -16,7 +16,7 @@ from pytest_sglprof.metrics import MIN_SHARE, MIN_STEPS
 from pytest_sglprof.options import OPTIONS, Option, is_on
 from pytest_sglprof.redact import redact_command
 from pytest_sglprof.spelling import did_you_mean
-from pytest_sglprof.trace.kernels import CATEGORIES
+from pytest_sglprof.trace.kernels import CATEGORY_NAMES
 from pytest_sglprof.values import SERVER_KINDS, ServerSpec, Threshold
 from pytest_sglprof.window_options import check_name, refuse_too_few_steps
 from pytest_sglprof.window_options import window_spec as window_spec
@@ -55,7 +55,7 @@ class Settings:
     @property
     def category_names(self) -> tuple[str, ...]:
         """Every category that a kernel may have: the built-in ones, and the user's own."""
-        return (*CATEGORIES, *(name for name, _ in self.categories))
+        return (*CATEGORY_NAMES, *(name for name, _ in self.categories))
 
     def describe(self) -> list[str]:
         """One line a setting, `name = value  (origin)`, for `--sglprof-show-config`."""
@@ -162,7 +162,7 @@ def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpe
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
     """`[[threshold]]` tables; without any, the default slowdown of compute."""
-    categories = (*CATEGORIES, *(table["name"] for table in document.get("category", ())))
+    categories = (*CATEGORY_NAMES, *(table["name"] for table in document.get("category", ())))
     configured = [
         check_threshold(
             Threshold(**table, origin=origin), categories, origin, f"threshold[{number}]."

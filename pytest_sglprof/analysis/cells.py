@@ -18,11 +18,12 @@ import pandas as pd
 from pytest_sglprof.analysis.busy import Ints, Mask
 from pytest_sglprof.analysis.busy_times import Activities, BusyTimes, busy_times
 from pytest_sglprof.analysis.groups import WorkGroup, work_groups
-from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
+from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 from pytest_sglprof.analysis.waits import waits
 from pytest_sglprof.analysis.work import StepInputs, step_inputs
 from pytest_sglprof.trace.arrays import first_of
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -182,7 +183,8 @@ class _Rows:
     step: Ints
     start: Ints
     dur: Ints
-    source: str
+    is_timeline: bool
+    has_idle_ranges: bool
 
     @cached_property
     def counts(self) -> pd.DataFrame:
@@ -221,7 +223,8 @@ def _rows_of(table: KernelTable) -> _Rows:
         step=frame["step"].to_numpy(np.int64),
         start=frame["start_ns"].to_numpy(np.int64),
         dur=frame["dur_ns"].to_numpy(np.int64),
-        source=table.source,
+        is_timeline=table.is_timeline,
+        has_idle_ranges=table.has_idle_ranges,
     )
 
 
@@ -244,7 +247,7 @@ def _group_cells(
     assigned = int(rows.dur[compute & (rows.step >= 0)].sum())
     # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
     # that lost their step; they cannot say how much of the work the steps cover.
-    is_telling = has_steps and rows.source != "nvtx" and every > 0
+    is_telling = has_steps and not rows.has_idle_ranges and every > 0
     step = np.zeros(len(mine), np.int64)
     if has_steps:
         step = first_of(np.array(steps.numbers, np.int64), rows.step)
@@ -267,7 +270,7 @@ def _group_cells(
             found,
             len(present),
             length * len(group.ranks),
-            is_timeline=rows.source == "gpu",
+            is_timeline=rows.is_timeline,
         ),
         assigned_share=assigned / every if is_telling else 1.0,
         active=frozenset(str(rank) for rank in counts["rank"].unique()),
@@ -294,7 +297,7 @@ def _sync(
             Activities(found[kept], owner, rows.start[at], rows.dur[at]),
             int(kernel.max(initial=-1)) + 1,
             ranks * len(pieces),
-            is_timeline=rows.source == "gpu",
+            is_timeline=rows.is_timeline,
         ),
         step=pieces % length,
         segment=pieces // length,

@@ -32,7 +32,7 @@ def communication(table: KernelTable) -> pd.DataFrame:
     rows = frame.loc[frame["category"] == "communication"]
     texts = ["rank", "name", "full_name"]
     rows = rows[[*texts, "step", "start_ns", "dur_ns"]].astype(dict.fromkeys(texts, object))
-    if table.source == "cpu_op" and (frame["kind"] == "collective").any():
+    if (frame["kind"] == "collective").any():
         # The server's own operators wrap the annotations: one meeting would count twice.
         rows = rows[(frame.loc[rows.index, "kind"] == "collective").to_numpy(bool)]
     names = [str(name) for name in rows["full_name"].unique()]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from pytest_sglprof.analysis.imbalance import steps_per_rank
 from pytest_sglprof.analysis.rank_board import RankLoad
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.unequal import Onset
 from pytest_sglprof.ranks import Rank
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -71,7 +71,7 @@ def compute_by_dp(table: KernelTable) -> tuple[dict[int, float], bool]:
     Of NVTX ranges only those of steps count: the others are the scheduler's own loop, which
     waits where there is nothing to do.
     """
-    if table.source == "nvtx":
+    if table.has_idle_ranges:
         table = replace(table, frame=table.frame[table.frame["step"] >= 0])
     totals: dict[str, float] = dict.fromkeys(table.ranks, 0.0)
     rows = table.by("rank", "category")

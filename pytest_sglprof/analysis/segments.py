@@ -12,15 +12,12 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.waits import Waits
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
 
 Ints = npt.NDArray[np.int64]
-
-# What the server computes, as opposed to what it says to its peers and to the host: a
-# collective's duration is mostly waiting, a copy's depends on the bus and the host.
-NOT_COMPUTE = ("communication", "memory")
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def segments(table: KernelTable, waits: Waits) -> Segments:
     rows, rank, segment = rows[inside], rank[inside], before[inside]
     dur = frame["dur_ns"].to_numpy(np.int64)[rows]
     busy = dur
-    if table.source == "gpu":  # self times are no intervals of a timeline: those are summed
+    if table.is_timeline:  # self times are no intervals of a timeline: those are summed
         owner = segment * len(waits.group.ranks) + rank
         busy = busy_parts(owner, frame["start_ns"].to_numpy(np.int64)[rows], dur)
     span = np.maximum(0, waits.start[1:] - waits.end[:-1])

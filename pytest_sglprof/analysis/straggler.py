@@ -14,11 +14,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
-from pytest_sglprof.analysis.segments import NOT_COMPUTE, Segments, segments, sync_factor
+from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
 from pytest_sglprof.analysis.work import compare_work, step_inputs
 from pytest_sglprof.metrics import MIN_STEPS
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 from pytest_sglprof.values import GpuClocks, VerdictWord
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.
     frame = table.frame[~table.frame["category"].isin(NOT_COMPUTE)]
     owner = pd.Index(ranks).get_indexer(pd.Index(frame["rank"].astype(object))).astype(np.int64)
     ns = frame["dur_ns"].to_numpy(np.int64)
-    if table.source == "gpu":
+    if table.is_timeline:
         ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
     return np.array([ns[owner == at].sum() for at in range(len(ranks))], np.int64)
 

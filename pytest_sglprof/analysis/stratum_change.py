@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_sglprof.analysis.imbalance import MIN_ASSIGNED_SHARE, MIN_MATCHED_SHARE
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.strata import UNKNOWN, GroupStrata, StepWork, Stratum
 from pytest_sglprof.metrics import MIN_STEPS
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 
 @dataclass(frozen=True)

@@ -203,11 +203,11 @@ def _check_scope(scope: str, origin: str) -> None:
     """
     from pytest_sglprof.cli.kernels import own_categories
     from pytest_sglprof.gate.thresholds import SCOPES, check_scope
-    from pytest_sglprof.trace.kernels import CATEGORIES
+    from pytest_sglprof.trace.kernels import CATEGORY_NAMES
 
-    if scope in (*SCOPES, *CATEGORIES):
+    if scope in (*SCOPES, *CATEGORY_NAMES):
         return
-    categories = (*CATEGORIES, *(name for name, _ in own_categories(None)))
+    categories = (*CATEGORY_NAMES, *(name for name, _ in own_categories(None)))
     if did_you_mean([scope], (*SCOPES, *categories)):
         check_scope(scope, categories, origin, "--scope")
 

@@ -92,7 +92,7 @@ def _everything(args: argparse.Namespace, files: Sequence[Path]) -> Outcome:
         progress=_progress(),
     )
     ranks = tuple(merged.events)
-    gpu = table is None or table.source == "gpu"
+    gpu = table is None or table.is_timeline
     return merged.events, (*notes, *merged.notes), ranks, gpu
 
 
@@ -128,7 +128,7 @@ def _kernels(args: argparse.Namespace, files: Sequence[Path]) -> Outcome:
             for batch in _batches(found):
                 writer.add(msgspec.json.encode(batch)[1:-1])
         writer.close({"sglprof": {"ranks": events, "notes": list(table.notes)}})
-    return events, table.notes, table.ranks, table.source == "gpu"
+    return events, table.notes, table.ranks, table.is_timeline
 
 
 def _batches(events: Iterator[Any]) -> Iterator[list[Any]]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.strata import UNKNOWN, StepWork
 from pytest_sglprof.analysis.stratum_change import (
     Change,
@@ -18,6 +17,7 @@ from pytest_sglprof.gate.wording import duration, percent, ratio, signed_duratio
 from pytest_sglprof.report.environment import environment, load_figures, load_options
 from pytest_sglprof.report.page_figures import MAX_NAME
 from pytest_sglprof.report.strata import strata_of
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 Document = Mapping[str, Any]
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytest_sglprof.report.plain import unix_ns
+from pytest_sglprof.trace.kernels import CATEGORIES
 
 Document = Mapping[str, Any]
 
+COLOURS = {row.name: row.colour for row in CATEGORIES}
 DIGITS = 4  # significant ones of a time; the page shows three
 
 
@@ -94,7 +96,7 @@ def _lanes(lanes: Document | None) -> dict[str, Any] | None:
             for lane in picture["lanes"]
         ]
         steps.append({**picture, "lanes": packed})
-    return {**lanes, "steps": steps}
+    return {**lanes, "colours": COLOURS, "steps": steps}
 
 
 def _gaps(starts: Sequence[int], durations: Sequence[int]) -> list[int]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.gate.wording import beside_limit, count, milliseconds, percent, ratio
 from pytest_sglprof.metrics import METRICS, metrics_of
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 Document = Mapping[str, Any]
 

@@ -10,6 +10,7 @@ import numpy as np
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, all_findings
 from pytest_sglprof.gate.wording import duration, ratio
 from pytest_sglprof.report.text_table import shorten
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,6 @@ NOTABLE = 1.05  # slowdown from which a finding gets an instant event
 MAX_FINDINGS = 20
 MAX_NAME = 200
 CATEGORY_OF_KIND = {"memcpy": "gpu_memcpy", "memset": "gpu_memset", "op": "cpu_op"}
-_OUTSIDE = ("communication", "memory")
 
 
 def summary_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
@@ -37,7 +37,7 @@ def summary_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
     frame = table.frame
     category = frame["category"].astype(object)
     kinds: dict[str, Any] = {
-        "compute": ~category.isin(_OUTSIDE),
+        "compute": ~category.isin(NOT_COMPUTE),
         "communication": category == "communication",
     }
     yield from _step_rows(table, base_ns)
@@ -180,7 +180,7 @@ def _finding_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
         for found in all_findings(table)
         if found.slowest is not None
         and (found.one_sided or (found.slowdown or 0.0) >= NOTABLE)
-        and found.scope not in _OUTSIDE
+        and found.scope not in NOT_COMPUTE
     ]
     notable.sort(key=lambda found: -found.lost_ns)
     for found in notable[:MAX_FINDINGS]:
@@ -218,7 +218,7 @@ def _worst_moment(table: KernelTable, found: ImbalanceFinding) -> int:
     if found.kernel:
         chosen = frame["name"] == found.kernel
     elif found.scope == "compute":
-        chosen = ~frame["category"].isin(_OUTSIDE)
+        chosen = ~frame["category"].isin(NOT_COMPUTE)
     else:
         chosen = frame["category"] == found.scope
     group = [figure.rank for figure in found.ranks]

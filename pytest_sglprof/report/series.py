@@ -10,9 +10,9 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy import busy_parts
 from pytest_sglprof.analysis.cells import GroupCells
-from pytest_sglprof.analysis.segments import NOT_COMPUTE
 from pytest_sglprof.analysis.steps import step_spans
 from pytest_sglprof.analysis.waits import Waits, by_step
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -87,7 +87,7 @@ def _compute_sums(table: KernelTable) -> pd.DataFrame:
     frame = table.frame
     mine = frame[(frame["step"] >= 0) & ~frame["category"].isin(list(NOT_COMPUTE))]
     ns = mine["dur_ns"].to_numpy(np.int64)
-    if table.source == "gpu":
+    if table.is_timeline:
         rank = mine["rank"].astype("category").cat.codes.to_numpy().astype(np.int64)
         step = mine["step"].to_numpy(np.int64)
         owner = rank * (step.max(initial=0) + 1) + step

@@ -8,10 +8,12 @@ from typing import Any
 from pytest_sglprof.gate.wording import count, duration, milliseconds, percent, work_words
 from pytest_sglprof.metrics import metrics_of
 from pytest_sglprof.report.text_table import shorten, text_table
+from pytest_sglprof.trace.kernels import NOT_COMPUTE
 
 Document = Mapping[str, Any]
 
 STANDIN_NOTE = "embedded stand-in server: these figures say nothing about SGLang"
+CPU_SOURCES = {"cpu_op": "CPU operators", "nvtx": "NVTX ranges"}
 MAX_RANKS = 16
 MAX_NAME = 60
 
@@ -75,8 +77,8 @@ def window_title(window: Document) -> str:
     details = [window["backend"]]
     if known:
         details.append(count(max(known), "step"))
-    if window["source"] in ("cpu_op", "nvtx"):
-        details.append("CPU operators" if window["source"] == "cpu_op" else "NVTX ranges")
+    if window["source"] in CPU_SOURCES:
+        details.append(CPU_SOURCES[window["source"]])
     if window["attempt"] > 1:
         details.append(f"attempt {window['attempt']}")
     if window["retry_of"]:
@@ -147,9 +149,10 @@ def _figures(window: Document, scope: str, group: str) -> dict[str, Document]:
     if found["compared_steps"] != 0:
         return {figure["rank"]: figure for figure in found["ranks"]}
     totals = {figure["rank"]: 0 for figure in found["ranks"]}
-    outside = ("communication", "memory")
     for row in window["table"]:
-        is_mine = row["category"] not in outside if scope == "compute" else row["category"] == scope
+        is_mine = (
+            row["category"] not in NOT_COMPUTE if scope == "compute" else row["category"] == scope
+        )
         if is_mine and row["rank"] in totals:
             totals[row["rank"]] += row["total_ns"]
     return {

@@ -14,15 +14,16 @@ import msgspec
 
 from pytest_sglprof.trace.kineto import (
     ANNOUNCEMENT,
+    COLLECTIVE,
+    COMMUNICATION,
     CPU_SPAN,
     FLOAT_LIMIT,
+    GPU_KINDS,
     GPU_SPAN,
-    KERNEL,
     KIND_OF_CATEGORY,
     LAUNCH,
-    MEMCPY,
-    MEMSET,
-    OPERATORS,
+    OPERATOR,
+    SUBMITTED,
     Annotation,
     Args,
     Batch,
@@ -37,8 +38,6 @@ from pytest_sglprof.trace.kineto import (
 from pytest_sglprof.trace.times import LONGEST_NS, ns, unfit
 
 BATCH = 8192  # activities; about 380 KB
-GPU_KINDS = frozenset({KERNEL, MEMCPY, MEMSET})
-LAUNCHES = frozenset({LAUNCH})
 
 
 class NeedsText(Exception):
@@ -136,6 +135,7 @@ class Collector:
         self._names = _Names()
         self._owners = _Codes()
         self._groups = _Codes()
+        self._threads = _Codes()
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
@@ -211,7 +211,7 @@ class Collector:
         self.facts.skipped[key] = self.facts.skipped.get(key, 0) + 1
 
     def add_full(self, event: FullEvent) -> None:
-        """Adds one event by its text: activity, launch, span, or nothing of interest."""
+        """Adds one event by its text: activity, launch, step, or nothing of interest."""
         spans = event.cat in (CPU_SPAN, GPU_SPAN) and event.name.startswith("step[")
         kind = self.kinds.get(event.cat)
         if event.ph != "X" or not (spans or kind is not None):
@@ -221,21 +221,30 @@ class Collector:
             if kind != LAUNCH:
                 self._count_unfit(event.cat, unfit(start, dur), event.pid)
             return
-        args = arguments(event.args)
         if spans:
-            self.facts.annotations.append(
-                Annotation(
-                    owner=self._owner(event.pid),
-                    name=event.name,
-                    start=start,
-                    dur=dur,
-                    gpu=event.cat == GPU_SPAN,
-                    thread=str(event.tid),
-                    external=args.external,
-                )
-            )
+            self._add_step(event, start, dur)
+        elif kind == COLLECTIVE:
+            if event.cat == CPU_SPAN and event.name.startswith(COMMUNICATION):
+                self._add_row(event, kind, start, dur, CallArgs())
+        elif kind == OPERATOR:
+            if not event.name.startswith(SUBMITTED):
+                thread = CallArgs(stream=self._threads[str(event.tid)])
+                self._add_row(event, kind, start, dur, thread)
         elif kind is not None:
-            self._add_row(event, kind, start, dur, args)
+            self._add_row(event, kind, start, dur, arguments(event.args))
+
+    def _add_step(self, event: FullEvent, start: int, dur: int) -> None:
+        self.facts.annotations.append(
+            Annotation(
+                owner=self._owner(event.pid),
+                name=event.name,
+                start=start,
+                dur=dur,
+                gpu=event.cat == GPU_SPAN,
+                thread=str(event.tid),
+                external=arguments(event.args).external,
+            )
+        )
 
     def _add_row(self, event: FullEvent, kind: int, start: int, dur: int, args: CallArgs) -> None:
         batch = self._exact
@@ -255,7 +264,8 @@ class Collector:
 
     def add_announced(self, event: FullEvent) -> None:
         """Adds the number of a collective in its process group."""
-        if event.ph != "X" or event.cat.lower() not in OPERATORS or event.name != ANNOUNCEMENT:
+        is_operator = KIND_OF_CATEGORY.get(event.cat) == OPERATOR
+        if event.ph != "X" or not is_operator or event.name != ANNOUNCEMENT:
             return
         args = arguments(event.args)
         if args.external >= 0 <= args.sequence:

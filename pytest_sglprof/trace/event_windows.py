@@ -14,8 +14,8 @@ import msgspec
 
 from pytest_sglprof.errors import TraceTruncated
 from pytest_sglprof.trace.kineto import FileFacts
-from pytest_sglprof.trace.mend import object_end
 from pytest_sglprof.trace.metadata import read_footer, read_header
+from pytest_sglprof.trace.salvage import object_end
 
 MAX_HEAD = 4 << 20  # bytes before the first event; more is left to the exact way
 MAX_EVENT = 8 << 20  # bytes of one event, likewise

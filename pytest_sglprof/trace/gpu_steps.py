@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pytest_sglprof.trace.arrays import Ints, holding
 from pytest_sglprof.trace.kineto import Annotation
-from pytest_sglprof.trace.steps import StepMap, is_step, step_spans
+from pytest_sglprof.trace.steps import StepIndex, is_step, step_spans
 from pytest_sglprof.trace.table import NO_STEP, Step
 
 PROJECTED_SHARE = 0.5  # of the steps; fewer projections mean that the profiler made none
@@ -29,26 +29,26 @@ class TraceSteps:
         ordered = sorted((a for a in annotations if is_step(a.name)), key=lambda a: a.start)
         cpu = [a for a in ordered if not a.gpu]
         spans = step_spans(ordered)
-        self._map = StepMap(spans)
-        self._projections = Projections(spans.cpu, cpu, [a for a in ordered if a.gpu])
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
+        self.steps = spans.cpu or spans.gpu
         """All of them, in order of their start."""
-        return self._map.steps
+        self._by_launch = StepIndex(spans.cpu)
+        self._by_gpu_time = StepIndex(spans.gpu)
+        self._projections = Projections(spans.cpu, cpu, [a for a in ordered if a.gpu])
 
     def of_time(self, start: Ints) -> Ints:
         """The step whose span on the CPU holds `start`, else -1."""
-        return self._map.of_time(start)
+        return self._by_launch.of(start)
 
     def of_gpu(self, start: Ints, stream: npt.NDArray[Any], launched: Ints) -> Ints:
         """The step of each GPU activity, else -1. launched: when the CPU did it, -1 unknown."""
         if self._projections.complete:
             return self._projections.find(start, stream)
-        found = self._map.of_gpu(start, launched)
-        left = found == NO_STEP
-        found[left] = self._projections.find(start[left], stream[left])
-        return found
+        step = self._by_launch.of(launched)
+        left = step == NO_STEP
+        step[left] = self._by_gpu_time.of(start[left])
+        left = step == NO_STEP
+        step[left] = self._projections.find(start[left], stream[left])
+        return step
 
 
 class Projections:

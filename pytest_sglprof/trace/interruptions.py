@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pytest_sglprof.trace.arrays import holding
+from pytest_sglprof.trace.steps import StepIndex
 from pytest_sglprof.trace.table import Step
 
 JIT = "jit compilation"
@@ -37,26 +37,22 @@ def with_interruptions(
 
     calls: (start in ns on the steps' clock, what), what being an answer of `interruption`.
     """
-    found = sorted(calls)
-    if not found:
+    if not calls:
         return tuple(steps), []
-    ordered = sorted(steps, key=lambda step: step.start_ns)
-    starts = np.array([step.start_ns for step in ordered], dtype=np.int64)
-    ends = np.array([step.end_ns for step in ordered], dtype=np.int64)
-    at = holding(starts, ends, np.array([time for time, _ in found], dtype=np.int64))
-    hit: dict[tuple[int, int], str] = {}
-    for place, (_, what) in zip(at.tolist(), found, strict=True):
+    listed = sorted(calls)
+    at = StepIndex(steps).holding(np.array([time for time, _ in listed], dtype=np.int64))
+    hit: dict[int, str] = {}
+    for place, (_, what) in zip(at.tolist(), listed, strict=True):
         if place >= 0:
-            step = ordered[place]
-            hit.setdefault((step.step, step.start_ns), what)
+            hit.setdefault(place, what)
     marked = tuple(
-        step.changed(excluded=step.excluded or hit.get((step.step, step.start_ns), ""))
-        for step in steps
+        step.changed(excluded=step.excluded or hit.get(place, ""))
+        for place, step in enumerate(steps)
     )
     in_steps = Counter(hit.values())
     notes = [
         f"{label}: {what} inside the window ({count} calls), in {in_steps[what]} steps, "
         "which are not compared"
-        for what, count in sorted(Counter(what for _, what in found).items())
+        for what, count in sorted(Counter(what for _, what in listed).items())
     ]
     return marked, notes

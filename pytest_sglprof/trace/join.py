@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pytest_sglprof.errors import TraceError
-from pytest_sglprof.trace.steps import DRAFTS, step_key
-from pytest_sglprof.trace.table import NO_STEP, RankActivities
+from pytest_sglprof.trace.steps import DRAFTS, StepIndex, step_key
+from pytest_sglprof.trace.table import GPU, NO_STEP, RankActivities
 
 _STAGE_PART = re.compile(r"-(EXTEND|DECODE)(?=\.)")
 
@@ -37,7 +37,7 @@ def one_source(
     GPU activities where any rank has them: idle ranks then have none, not CPU operators.
     """
     sources = {part.source for part in parts if len(part.start)}
-    source = "gpu" if "gpu" in sources or not sources else sorted(sources)[0]
+    source = GPU if GPU in sources or not sources else sorted(sources)[0]
     kept = [part for part in parts if part.source == source or not len(part.start)]
     notes = [
         f"{part.rank}: no {source} activities; its {part.source} rows are left out"
@@ -102,12 +102,9 @@ def _renumbered(part: RankActivities, new: Sequence[int]) -> RankActivities:
     """The part with `new` as the numbers of its steps, in their order."""
     if not part.steps:
         return part
-    numbers = np.array([step.step for step in part.steps], dtype=np.int64)
-    order = np.argsort(numbers)
-    at = np.searchsorted(numbers[order], part.step).clip(max=len(numbers) - 1)
-    moved = np.asarray(list(new), dtype=np.int64)[order[at]]
+    moved = np.array([*new, NO_STEP], dtype=np.int64)[StepIndex(part.steps).numbered(part.step)]
     steps = [step.changed(step=number) for step, number in zip(part.steps, new, strict=True)]
-    return replace(part, steps=steps, step=np.where(part.step == NO_STEP, NO_STEP, moved))
+    return replace(part, steps=steps, step=moved)
 
 
 def _offsets(parts: Sequence[RankActivities], stages: Sequence[str]) -> dict[str, int]:

@@ -9,104 +9,161 @@ the words `flashinfer norm fused add rms norm kernel`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from pytest_sglprof.patterns import compiled as compiled_pattern
 from pytest_sglprof.trace.kernel_names import normalise
 
-__all__ = ["CATEGORIES", "PATTERNS", "category", "normalise", "words"]
+__all__ = ["CATEGORIES", "CATEGORY_NAMES", "NOT_COMPUTE", "category", "normalise", "words"]
 
-CATEGORIES: tuple[str, ...] = (
-    "attention",
-    "gemm",
-    "moe",
-    "norm",
-    "activation",
-    "quantization",
-    "sampling",
-    "elementwise",
-    "communication",
-    "memory",
-    "other",
-)
-"""Every category, in the order of reports. Communication is apart from compute."""
 
-# Whole words in this order: what is fused is counted as the most particular part of it. A
-# grouped GEMM of experts is moe, an all-reduce with RMSNorm communication, RMSNorm that also
-# quantizes norm. A blank in front of `?` is optional, since both spellings exist.
-PATTERNS: tuple[tuple[str, str], ...] = (
-    # Inductor names what it fuses after every operator that went into it.
-    ("elementwise", r"^triton (poi|red|per|for) (?!.*(softmax|norm|silu|gelu|relu|sigmoid))"),
-    ("moe", r"deep ?ep (permute|post reorder|compute|run moe)|ep (scatter|gather)"),
-    (
-        "communication",
-        r"(nccl|rccl|mscclpp|msccl|nvshmem\w*|rocshmem\w*|mooncake|multimem|userbuffers|nvls|gloo)"
-        r"|cross device|local device load|quick ?reduce|(one|two) ?shot|all ?reduce\d*"
-        r"|reduce ?scatter|all ?gather|all ?to ?all|a ?2 ?a|send ?recv|deep ?ep"
-        r"|(inter|intra) ?node( ll)?|low latency (dispatch|combine)|lamport|symm(etric)? mem(ory)?"
-        r"|(moe|ep) ?(dispatch|combine)|c 10 d",
-    ),
-    (
-        "memory",
-        r"^(cuda |hip )?(unified memory )?(memcpy|memset)"
-        r"|amd rocclr (copy|fill) ?buffer\w*( aligned)?",
-    ),
-    (
-        "moe",
-        r"f?moe\w*|\w*experts?|routing\w*|router|grouped ?(gemm|mm|matmul)"
-        r"|group ?gemm|gemm .*grouped"
-        r"|gmm|top ?k (gating|sigmoid|softmax|gate)|topk ?gating\w*|grouped top ?k|permute tokens"
-        r"|matmul ogs|array tma\w*|ptr ?array|(pre|post) reorder"
-        r"|silu and mul (masked )?post (per tensor )?quant|expand input rows|shuffle rows"
-        r"|shuffle mul sum|finalize moe|problem sizes|arg sorts|seg indptr|src 2 dst|m range"
-        r"|bmm (e \d m \d|bfloat|bfloat 16|mx\w*|fp 16)",
-    ),
-    (
+class Category(NamedTuple):
+    """A category of kernels.
+
+    colour: hue in degrees and saturation in %; a kernel's name picks the lightness.
+    patterns: by the order in which those of all categories are tried, the lowest number first.
+    is_compute: whether its time is work of the server, as opposed to what it says to its peers
+    and to the host: a collective's duration is mostly waiting, a copy's depends on the bus.
+    """
+
+    name: str
+    colour: tuple[int, int]
+    patterns: Mapping[int, str]
+    is_compute: bool = True
+
+
+# In the order of reports. Patterns are whole words; what is fused is counted as the most
+# particular part of it. A grouped GEMM of experts is moe, an all-reduce with RMSNorm
+# communication, RMSNorm that also quantizes norm. A blank in front of `?` is optional, since
+# both spellings exist.
+CATEGORIES: tuple[Category, ...] = (
+    Category(
         "attention",
-        r"\w*attn\w*|\w*attention\w*|flash|flash ?(attn|mla|infer decode)\w*|fmha\w*|mha|mla"
-        r"|mqa|gqa|xqa"
-        r"|batch (decode|prefill) with|prefill with|decode with|variable length merge"
-        r"|rotary|m?rope|apply rotary|rotary ?pos|kv ?caches?|kv (buffer|indices|indptr|pool)"
-        r"|paged|merge states?|fwd grouped kernel|fwd kernel stage|decode att|extend att|cascade"
-        r"|mamba\d*|gated ?delta|delta rule|ssd|ssm|selective (scan|state)|causal ?conv ?1 ?d"
-        r"|chunk (fwd|scan|state|gated|local|scaled)|fused recurrent|gdn|kda|indexer|nsa|dsa"
-        r"|topk transform|_fwd_kernel|lightning|lse|k nope|latent"
-        r"|q?(?<!sort )kv|page (table|row)|hicache|swa|(short|s) ?conv|conv (window|state)",
+        (212, 62),
+        {
+            60: r"\w*attn\w*|\w*attention\w*|flash|flash ?(attn|mla|infer decode)\w*|fmha\w*|mha"
+            r"|mla"
+            r"|mqa|gqa|xqa"
+            r"|batch (decode|prefill) with|prefill with|decode with|variable length merge"
+            r"|rotary|m?rope|apply rotary|rotary ?pos|kv ?caches?|kv (buffer|indices|indptr|pool)"
+            r"|paged|merge states?|fwd grouped kernel|fwd kernel stage|decode att|extend att"
+            r"|cascade"
+            r"|mamba\d*|gated ?delta|delta rule|ssd|ssm|selective (scan|state)|causal ?conv ?1 ?d"
+            r"|chunk (fwd|scan|state|gated|local|scaled)|fused recurrent|gdn|kda|indexer|nsa|dsa"
+            r"|topk transform|_fwd_kernel|lightning|lse|k nope|latent"
+            r"|q?(?<!sort )kv|page (table|row)|hicache|swa|(short|s) ?conv|conv (window|state)",
+        },
     ),
-    (
+    Category(
         "gemm",
-        r"\w*gemms?\d*|\w*gemv\w*|matmul|matvec|nvjet|xmma|cublas\w*|cijk|wgmma|split ?k( ?reduce)?"
-        r"|mm|bmm|qmm"
-        r"|addmm|baddbmm|dot kernel|(?<!to )linear|flatmm|scudnn|wgrad|dgrad|fprop|conv|conv ?\d ?d"
-        r"|(implicit )?convol(ve|ution)|marlin|machete|gemlite|lora|tensorop|einsum"
-        r"|weight packed",
+        (168, 48),
+        {
+            70: r"\w*gemms?\d*|\w*gemv\w*|matmul|matvec|nvjet|xmma|cublas\w*|cijk|wgmma"
+            r"|split ?k( ?reduce)?"
+            r"|mm|bmm|qmm"
+            r"|addmm|baddbmm|dot kernel|(?<!to )linear|flatmm|scudnn|wgrad|dgrad|fprop|conv"
+            r"|conv ?\d ?d"
+            r"|(implicit )?convol(ve|ution)|marlin|machete|gemlite|lora|tensorop|einsum"
+            r"|weight packed",
+        },
     ),
-    (
-        "sampling",
-        r"sampl(ing|er)|top ?[kp]|arg ?(max|min)\w*|arg (max|min) ops|multinomial|min ?p"
-        r"|radix ?sort|sort|bitonic|(log )?softmax\w*|soft ?max|\w*penalt(y|ies)|logits?"
-        r"|logprobs?|bincount|exponential|renorm|speculative|verify tree|tree (greedy|spec\w*)"
-        r"|build tree|bitmask|radix ?top ?k",
+    Category(
+        "moe",
+        (278, 42),
+        {
+            20: r"deep ?ep (permute|post reorder|compute|run moe)|ep (scatter|gather)",
+            50: r"f?moe\w*|\w*experts?|routing\w*|router|grouped ?(gemm|mm|matmul)"
+            r"|group ?gemm|gemm .*grouped"
+            r"|gmm|top ?k (gating|sigmoid|softmax|gate)|topk ?gating\w*|grouped top ?k"
+            r"|permute tokens"
+            r"|matmul ogs|array tma\w*|ptr ?array|(pre|post) reorder"
+            r"|silu and mul (masked )?post (per tensor )?quant|expand input rows|shuffle rows"
+            r"|shuffle mul sum|finalize moe|problem sizes|arg sorts|seg indptr|src 2 dst|m range"
+            r"|bmm (e \d m \d|bfloat|bfloat 16|mx\w*|fp 16)",
+        },
     ),
-    (
+    Category(
         "norm",
-        r"(add )?rms ?norm\w*|layer ?norm\w*|batch ?norm\w*|bn (fw|bw)|group ?norm\w*|norm|qk ?norm"
-        r"|normali[sz]ation|welford|row ?wise moments|gemma ?rms\w*",
+        (92, 38),
+        {
+            90: r"(add )?rms ?norm\w*|layer ?norm\w*|batch ?norm\w*|bn (fw|bw)|group ?norm\w*"
+            r"|norm|qk ?norm"
+            r"|normali[sz]ation|welford|row ?wise moments|gemma ?rms\w*",
+        },
     ),
-    (
+    Category(
         "activation",
-        r"(act|silu|gelu|swiglu|clamp) (and )?mul|silu|gelu|swiglu\w*|relu\d*|sigmoid|tanh"
-        r"|swish|softplus|threshold|do activation|masked activation|gelu tanh|\w*silu",
+        (48, 62),
+        {
+            100: r"(act|silu|gelu|swiglu|clamp) (and )?mul|silu|gelu|swiglu\w*|relu\d*|sigmoid|tanh"
+            r"|swish|softplus|threshold|do activation|masked activation|gelu tanh|\w*silu",
+            120: r"activation",
+        },
     ),
-    (
+    Category(
         "quantization",
-        r"\w*quant(s|ize|ized|ization|izer)?|dequant\w*|scaled fp|cvt fp|to fp ?\d|act quant\w*"
-        r"|a(bs )?max|absmax|mx ?fp|nv ?fp|block ?scale interleave|swizzle|transform sf"
-        r"|pack (fp|ue)|awq|gptq",
+        (328, 46),
+        {
+            110: r"\w*quant(s|ize|ized|ization|izer)?|dequant\w*|scaled fp|cvt fp|to fp ?\d"
+            r"|act quant\w*"
+            r"|a(bs )?max|absmax|mx ?fp|nv ?fp|block ?scale interleave|swizzle|transform sf"
+            r"|pack (fp|ue)|awq|gptq",
+        },
     ),
-    ("activation", r"activation"),
+    Category(
+        "sampling",
+        (14, 58),
+        {
+            80: r"sampl(ing|er)|top ?[kp]|arg ?(max|min)\w*|arg (max|min) ops|multinomial|min ?p"
+            r"|radix ?sort|sort|bitonic|(log )?softmax\w*|soft ?max|\w*penalt(y|ies)|logits?"
+            r"|logprobs?|bincount|exponential|renorm|speculative|verify tree|tree (greedy|spec\w*)"
+            r"|build tree|bitmask|radix ?top ?k",
+        },
+    ),
+    Category(
+        "elementwise",
+        (196, 30),
+        {
+            # Inductor names what it fuses after every operator that went into it.
+            10: r"^triton (poi|red|per|for) (?!.*(softmax|norm|silu|gelu|relu|sigmoid))",
+        },
+    ),
+    Category(
+        "communication",
+        (220, 6),
+        {
+            30: r"(nccl|rccl|mscclpp|msccl|nvshmem\w*|rocshmem\w*|mooncake|multimem|userbuffers"
+            r"|nvls|gloo)"
+            r"|cross device|local device load|quick ?reduce|(one|two) ?shot|all ?reduce\d*"
+            r"|reduce ?scatter|all ?gather|all ?to ?all|a ?2 ?a|send ?recv|deep ?ep"
+            r"|(inter|intra) ?node( ll)?|low latency (dispatch|combine)|lamport"
+            r"|symm(etric)? mem(ory)?"
+            r"|(moe|ep) ?(dispatch|combine)|c 10 d",
+        },
+        is_compute=False,
+    ),
+    Category(
+        "memory",
+        (34, 26),
+        {
+            40: r"^(cuda |hip )?(unified memory )?(memcpy|memset)"
+            r"|amd rocclr (copy|fill) ?buffer\w*( aligned)?",
+        },
+        is_compute=False,
+    ),
+    Category(
+        "other",
+        (240, 12),
+        {},
+    ),
 )
+"""Every category; what no pattern finds is `elementwise` or `other`."""
+
+CATEGORY_NAMES = tuple(row.name for row in CATEGORIES)
+NOT_COMPUTE = tuple(row.name for row in CATEGORIES if not row.is_compute)
+"""Those that are not compute; users' own categories are."""
 
 # What moves or combines numbers, tried when neither the kernel's own name nor its namespaces
 # say anything better.
@@ -139,7 +196,8 @@ def words(key: str) -> str:
 
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
-_COMPILED = tuple((name, re.compile(rf"\b(?:{pattern})\b")) for name, pattern in PATTERNS)
+_PATTERNS = sorted((at, row.name, text) for row in CATEGORIES for at, text in row.patterns.items())
+_COMPILED = tuple((name, re.compile(rf"\b(?:{pattern})\b")) for _, name, pattern in _PATTERNS)
 _ELEMENTWISE = re.compile(rf"\b(?:{_PLAIN_WORK})\b")
 _BARE_ATTENTION = ("_fwd_kernel", "_fwd_kernel_unified")
 

@@ -15,9 +15,12 @@ from typing import Annotated, Any
 import msgspec
 
 FLOAT_LIMIT = float(2**43)  # µs; beyond it float64 cannot hold three decimals
-KINDS = ("kernel", "memcpy", "memset", "launch")
-KERNEL, MEMCPY, MEMSET, LAUNCH = range(len(KINDS))
+KINDS = ("kernel", "memcpy", "memset", "launch", "op", "collective")
+KERNEL, MEMCPY, MEMSET, LAUNCH, OPERATOR, COLLECTIVE = range(len(KINDS))
+GPU_KINDS = frozenset({KERNEL, MEMCPY, MEMSET})
+CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
 
+# Of spans, only those on the CPU whose names begin with COMMUNICATION are activities.
 KIND_OF_CATEGORY = {
     "kernel": KERNEL,
     "Kernel": KERNEL,
@@ -29,9 +32,14 @@ KIND_OF_CATEGORY = {
     "cuda_driver": LAUNCH,
     "hip_runtime": LAUNCH,
     "Runtime": LAUNCH,
+    "Driver": LAUNCH,
+    "cpu_op": OPERATOR,
+    "Operator": OPERATOR,
+    CPU_SPAN: COLLECTIVE,
+    GPU_SPAN: COLLECTIVE,
 }
-OPERATORS = frozenset({"cpu_op", "operator"})  # in small letters
-CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
+COMMUNICATION = ("gloo:", "nccl:", "mpi:")
+SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
 # torch.distributed describes a collective in an operator of this name; Kineto copies its
 # process group, not its sequence number, to the kernel that it launched.
 ANNOUNCEMENT = "record_param_comms"
@@ -170,7 +178,8 @@ class Batch(msgspec.Struct):
     """Columns of many activities; what a worker sends and the reader joins.
 
     start and dur are µs as float64 when `exact` is false, else ns as int64. name and
-    owner are codes of the file's own tables; kind is one of KINDS. call_row: rows of which
+    owner are codes of the file's own tables; kind is one of KINDS. stream: of an operator,
+    the code of its thread. call_row: rows of which
     the process group is known; parallel to it are call_group (a code of the file's own
     table), call_sequence and call_external, -1 where they are not known.
     """
@@ -214,3 +223,4 @@ class FileFacts(msgspec.Struct):
     skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
     truncated: bool = False
     unsafe: str = ""
+    notes: list[str] = msgspec.field(default_factory=list)

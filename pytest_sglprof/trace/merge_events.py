@@ -18,7 +18,7 @@ import msgspec
 
 from pytest_sglprof.trace.event_windows import Layout, Unsafe
 from pytest_sglprof.trace.merge_ids import ProcessIds, RankNumbers, flow_id, shifted
-from pytest_sglprof.trace.repair import mended
+from pytest_sglprof.trace.salvage import mended
 
 # With what stands before it: the longer a text, the faster it is found.
 _PID = re.compile(rb',\s*"pid"\s*:\s*')

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import msgspec
 
-from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof.errors import TraceError
 from pytest_sglprof.trace.event_windows import Unsafe, event_windows
 from pytest_sglprof.trace.file_rank import rank_of_file
-from pytest_sglprof.trace.inflate import inflated, pieces
+from pytest_sglprof.trace.inflate import pieces
 from pytest_sglprof.trace.join import refuse_twice
 from pytest_sglprof.trace.kineto import FileFacts
 from pytest_sglprof.trace.merge_events import EventRewriter, RawEvent, Seen, sort_index
 from pytest_sglprof.trace.merge_ids import RankNumbers, was_text
-from pytest_sglprof.trace.repair import Unrepairable, repaired
-from pytest_sglprof.trace.torch_trace import base_time
+from pytest_sglprof.trace.salvage import Document, read_whole
+from pytest_sglprof.trace.times import base_time
 from pytest_sglprof.trace.trace_writer import TraceWriter
 
 PIECE = 64 * 1024  # copies of larger ones come fresh from the kernel, page by page
@@ -53,13 +53,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-class _Whole(msgspec.Struct):
-    events: list[RawEvent] | None = msgspec.field(name="traceEvents", default=None)
-    base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
-    distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
-
-
-_WHOLE = msgspec.json.Decoder(_Whole)
+_DOCUMENT = msgspec.json.Decoder(Document[RawEvent])
 
 
 def merge_files(
@@ -129,18 +123,18 @@ def _copy(
         for window in event_windows(stream, facts, partial=allow_partial):
             writer.add(rewriter.window(window.layout, window.events))
     except Unsafe as unsafe:
-        whole, skipped, cut = _read_whole(path, allow_partial)
-        if rewriter.taken and skipped:
+        whole = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
+        if rewriter.taken and whole.skipped:
             raise TraceError(
                 f"{path} is damaged in a way that leaves unclear which events were merged",
                 expected="a Kineto trace whose events can be told apart",
                 hint="record the window again with with_stack=False",
             ) from unsafe
-        writer.add(rewriter.listed((whole.events or [])[rewriter.taken :]))
+        writer.add(rewriter.listed(whole.events[rewriter.taken :]))
         notes = [f"{path.name}: read as a whole, since {unsafe}"] if whole.events else []
-        if skipped:
-            rewriter.seen.lost["events"] += skipped
-        return notes + ([_truncated(path)] if cut else [])
+        if whole.skipped:
+            rewriter.seen.lost["events"] += whole.skipped
+        return notes + ([_truncated(path)] if whole.truncated else [])
     return [_truncated(path)] if facts.truncated else []
 
 
@@ -155,50 +149,14 @@ def _source(path: Path, allow_partial: bool) -> Source:
             for _ in windows:
                 pass
     except Unsafe:
-        whole, _, _ = _read_whole(path, allow_partial)
-        facts.base, facts.distributed = (
-            bytes(raw).decode("utf-8", "replace") for raw in (whole.base, whole.distributed)
-        )
+        whole = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
+        facts.base, facts.distributed = whole.base, whole.distributed
         merged = False
-    base, notes = base_time(path, facts.base.encode())
+    base, notes = base_time(path, facts.base)
     if merged:
         return Source(path, "", base, notes)
     label, contradiction = rank_of_file(path, facts.distributed.encode())
     return Source(path, label, base, notes + contradiction)
-
-
-def _read_whole(path: Path, allow_partial: bool) -> tuple[_Whole, int, bool]:
-    """The exact way, which needs memory for the file: (trace, lost events, it was cut)."""
-    data, cut = inflated(path, partial=allow_partial)
-    text = bytes(data)
-    skipped = 0
-    try:
-        text.decode()
-        whole = _WHOLE.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        try:
-            fixed = repaired(text)
-            whole = _WHOLE.decode(fixed.data)
-        except (Unrepairable, msgspec.DecodeError, UnicodeDecodeError) as reason:
-            raise NotATrace(
-                f"{path} cannot be read: {error}; {reason}",
-                expected="a Kineto trace of the torch profiler (JSON)",
-                hint="give the *.trace.json.gz files that the server wrote",
-            ) from error
-        if fixed.cut and not allow_partial:
-            raise TraceTruncated(
-                f"{path} ends in the middle of its JSON",
-                expected="a complete file; the profiler writes it in place and grows it",
-                hint="wait until the profiler is done, or merge what is there with --allow-partial",
-            ) from error
-        skipped, cut = fixed.skipped, cut or fixed.cut
-    if whole.events is None:
-        raise NotATrace(
-            f"{path} is JSON, but not a trace: it has no traceEvents",
-            expected="a Kineto trace of the torch profiler",
-            hint="give the *.trace.json.gz files that the server wrote",
-        )
-    return whole, skipped, cut
 
 
 def _names(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pytest_sglprof.trace.arrays import Flags, Ints, holding
+from pytest_sglprof.trace.arrays import Flags, Ints
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, coded, pid_of, usable
-from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, Step
+from pytest_sglprof.trace.table import UNKNOWN_STAGE, Step
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
 PUSH_POP, START_END = 59, 60  # ENUM_NSYS_EVENT_TYPE
@@ -84,43 +84,3 @@ def run_batches(ranges: Ranges) -> tuple[Step, ...]:
         if not steps or start >= steps[-1].end_ns:
             steps.append(Step(len(steps), UNKNOWN_STAGE, start, start + dur))
     return tuple(steps)
-
-
-def step_at(steps: tuple[Step, ...], times: Ints) -> Ints:
-    """The number of the step (ordered by start, not overlapping) that holds each time, or -1."""
-    starts = np.array([step.start_ns for step in steps], dtype=np.int64)
-    ends = np.array([step.end_ns for step in steps], dtype=np.int64)
-    numbers = np.array([step.step for step in steps], dtype=np.int64)
-    # A step without length holds the moment at which it stands.
-    at = holding(starts, np.maximum(ends, starts + 1), times)
-    found = np.full(len(times), NO_STEP, dtype=np.int64)
-    found[at >= 0] = numbers[at[at >= 0]]
-    return found
-
-
-def self_times(start: Ints, dur: Ints, thread: Ints) -> Ints:
-    """What each range takes itself, without the ranges inside it; ns, shape (ranges,).
-
-    Per thread the sum is exactly the length of the union of the ranges. Ranges of one
-    thread nest; should two of different domains cross, an end counts as that of the
-    innermost one.
-    """
-    own = np.zeros(len(start), dtype=np.int64)
-    long = np.flatnonzero(dur > 0)
-    if not len(long):
-        return own
-    row = np.concatenate([long, long])
-    opens = np.repeat([True, False], len(long))
-    time = np.concatenate([start[long], start[long] + dur[long]])
-    # At one time ends come before beginnings, and the longest beginning first.
-    order = np.lexsort((np.where(opens, -dur[row], 0), opens, time, thread[row]))
-    row, opens, time = row[order], opens[order], time[order]
-    level = np.cumsum(np.where(opens, 1, -1))  # 0 again at the end of each thread
-    # After an event, the innermost open range is the last that opened the level reached.
-    by_level = np.lexsort((level, thread[row]))
-    opener = np.maximum.accumulate(np.where(opens[by_level], np.arange(len(row)), -1))
-    innermost = np.empty(len(row), dtype=np.int64)
-    innermost[by_level] = row[by_level[opener]]
-    busy = np.flatnonzero(level[:-1] > 0)
-    np.add.at(own, innermost[busy], time[busy + 1] - time[busy])
-    return own

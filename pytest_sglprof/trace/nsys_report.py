@@ -27,15 +27,14 @@ from pytest_sglprof.trace.nsys_ranges import (
     Ranges,
     read_ranges,
     run_batches,
-    self_times,
-    step_at,
 )
 from pytest_sglprof.trace.nsys_ranks import Owner, label_owners, not_recorded
 from pytest_sglprof.trace.nsys_schema import KINDS
 from pytest_sglprof.trace.nsys_sqlite import open_sqlite
 from pytest_sglprof.trace.nsys_tables import MISSING, ReportTables, pid_of
-from pytest_sglprof.trace.steps import with_graph_share
-from pytest_sglprof.trace.table import NO_STEP, RankActivities, Step
+from pytest_sglprof.trace.self_time import self_times
+from pytest_sglprof.trace.steps import StepIndex, with_graph_share
+from pytest_sglprof.trace.table import GPU, NO_STEP, NVTX, RankActivities, Step
 
 _THREAD = 0xFFFFFF
 
@@ -139,7 +138,7 @@ def _of_gpu(
     chosen = chosen[np.argsort(rows.start[chosen], kind="stable")]
     step = np.full(len(chosen), NO_STEP, dtype=np.int64)
     if launched is not None:
-        step = step_at(steps, launched[chosen])
+        step = StepIndex(steps).of(launched[chosen])
     steps = with_graph_share(steps, step, rows.kind[chosen] == 0, rows.graph[chosen])
     return RankActivities(
         rank=label,
@@ -152,7 +151,7 @@ def _of_gpu(
         stream=rows.stream[chosen],
         step=step,
         steps=steps,
-        source="gpu",
+        source=GPU,
         notes=notes,
     )
 
@@ -170,8 +169,8 @@ def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActiviti
         start=nested.start,
         dur=self_times(nested.start, nested.dur, nested.thread),
         stream=nested.thread & _THREAD,
-        step=step_at(steps, nested.start),
+        step=StepIndex(steps).of(nested.start),
         steps=steps,
-        source="nvtx",
+        source=NVTX,
         notes=notes,
     )

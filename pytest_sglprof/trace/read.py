@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 
 from pytest_sglprof.ranks import rank_order
-from pytest_sglprof.trace.arrays import Ints, first_of
+from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.collective_calls import collective_frame
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
+from pytest_sglprof.trace.kineto import COMMUNICATION
 from pytest_sglprof.trace.repetition import with_repetition
+from pytest_sglprof.trace.steps import StepIndex
 from pytest_sglprof.trace.table import (
     COLUMNS,
     UNKNOWN_STAGE,
@@ -23,7 +25,6 @@ from pytest_sglprof.trace.table import (
     RankActivities,
     step_frame,
 )
-from pytest_sglprof.trace.torch_trace import COMMUNICATION
 from pytest_sglprof.trace.torch_window import read_traces
 from pytest_sglprof.trace.window_files import is_nsys, window_files
 
@@ -204,11 +205,9 @@ def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
 
 def _stages(part: RankActivities, stages: _Numbers) -> Ints:
     """The number of each activity's stage; that of "unknown" outside of steps."""
-    numbers = np.array([step.step for step in part.steps], dtype=np.int64)
-    order = np.argsort(numbers, kind="stable")
-    at = first_of(numbers[order], part.step)
+    at = StepIndex(part.steps).numbered(part.step)
     codes = np.full(len(part.step), stages[UNKNOWN_STAGE], dtype=np.int64)
-    codes[at >= 0] = stages.of([step.stage for step in part.steps])[order][at[at >= 0]]
+    codes[at >= 0] = stages.of([step.stage for step in part.steps])[at[at >= 0]]
     return codes
 
 

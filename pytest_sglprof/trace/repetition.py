@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pytest_sglprof.patterns import compiled
-from pytest_sglprof.trace.arrays import Ints, holding
+from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.kernels import normalise, words
-from pytest_sglprof.trace.table import NO_STEP, UNKNOWN_STAGE, RankActivities, Step
+from pytest_sglprof.trace.steps import StepIndex
+from pytest_sglprof.trace.table import UNKNOWN_STAGE, RankActivities, Step
 
 MIN_REPETITIONS = 3
 # Kernels of all ranks up to which a period is looked for unasked: it takes 0.1 KB for each.
@@ -46,7 +47,7 @@ def with_repetition(
     """
     pattern = compiled(delimiter, f"the step delimiter {delimiter!r}") if delimiter else None
     active = [part for part in parts if len(part.start)]
-    if not active or any(part.steps for part in parts) or active[0].source != "gpu":
+    if not active or any(part.steps for part in parts) or not active[0].is_timeline:
         return list(parts), []
     if pattern is None and sum(len(part.start) for part in active) > MAX_KERNELS:
         note = f"no steps: a repetition is looked for in up to {MAX_KERNELS:,} kernels"
@@ -165,7 +166,4 @@ def _steps(streams: Sequence[_Stream], cuts: Sequence[Ints]) -> tuple[list[list[
 
 def _assigned(part: RankActivities, steps: list[Step]) -> RankActivities:
     """All activities of the rank, also of other streams, by the time of their start."""
-    starts = np.array([step.start_ns for step in steps], dtype=np.int64)
-    ends = np.array([step.end_ns for step in steps], dtype=np.int64)
-    at = holding(starts, ends, part.start)
-    return replace(part, steps=steps, step=np.where(at < 0, NO_STEP, at))
+    return replace(part, steps=steps, step=StepIndex(steps).of(part.start))

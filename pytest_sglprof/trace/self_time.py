@@ -6,31 +6,37 @@ again; the sum of their self times is the length of the union of the outermost o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import numpy as np
+
+from pytest_sglprof.trace.arrays import Ints
 
 
-def self_times(spans: Sequence[tuple[int, int, Hashable]]) -> list[int]:
-    """Self time of each `(start, dur, thread)`, in the same order and unit (integers).
+def self_times(start: Ints, dur: Ints, thread: Ints) -> Ints:
+    """Self time of each span, ns, shape (spans,).
 
     Spans of one thread nest. Where one overlaps another without lying inside it (clocks are
     not perfect), the time belongs to the one that began last, so that the sum of a thread
     is always the length of its union.
     """
-    own = [dur for _, dur, _ in spans]
-    order = sorted(range(len(spans)), key=lambda i: (spans[i][0], -spans[i][1]))
-    stacks: dict[Hashable, list[tuple[int, int]]] = {}
-    for index in order:
-        start, dur, thread = spans[index]
-        end = start + dur
-        stack = stacks.setdefault(thread, [])
-        while stack and stack[-1][1] <= start:
-            stack.pop()
-        taken = start  # up to here, the new span's time was taken from the spans around it
-        for outer, outer_end in reversed(stack):
+    order = np.lexsort((-dur, start, thread))
+    own = dur[order].tolist()
+    starts, ends = start[order].tolist(), (start + dur)[order].tolist()
+    threads = thread[order].tolist()
+    open_spans: list[int] = []
+    for at, (begin, end) in enumerate(zip(starts, ends, strict=True)):
+        if at and threads[at] != threads[at - 1]:
+            open_spans.clear()
+        while open_spans and ends[open_spans[-1]] <= begin:
+            open_spans.pop()
+        taken = begin  # up to here, the new span's time was taken from the spans around it
+        for outer in reversed(open_spans):
             if taken >= end:
                 break
-            if outer_end > taken:
-                own[outer] -= min(end, outer_end) - taken
-                taken = min(end, outer_end)
-        stack.append((index, end))
-    return own
+            if ends[outer] > taken:
+                stop = min(end, ends[outer])
+                own[outer] -= stop - taken
+                taken = stop
+        open_spans.append(at)
+    times = np.empty(len(own), dtype=np.int64)
+    times[order] = own
+    return times

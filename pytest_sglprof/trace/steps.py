@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,24 +37,6 @@ class StepSpans:
     gpu: tuple[Step, ...]
 
 
-class Launches:
-    """When the CPU launched what: correlation id → ns."""
-
-    def __init__(self) -> None:
-        self._ids = array("q")
-        self._times = array("q")
-
-    def add(self, correlation: int, time: int) -> None:
-        """Remembers one launch."""
-        self._ids.append(correlation)
-        self._times.append(time)
-
-    def times(self, correlation: Ints) -> Ints:
-        """The launch time of each correlation id, -1 where there was none."""
-        ids = np.array(self._ids, dtype=np.int64)
-        return launch_times(ids, np.array(self._times, dtype=np.int64), correlation)
-
-
 def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
     """The time of the first launch with each correlation id, -1 where there was none.
 
@@ -63,43 +44,40 @@ def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
     """
     order = np.argsort(ids, kind="stable")
     at = np.where(correlation > 0, first_of(ids[order], correlation), -1)
-    found = np.full(len(correlation), -1, dtype=np.int64)
-    found[at >= 0] = times[order][at[at >= 0]]
-    return found
+    return _taken(times[order], at, -1)
 
 
-class StepMap:
-    """Answers to which step an activity belongs."""
+class StepIndex:
+    """Finds the steps of one rank, by time or by number."""
 
-    def __init__(self, spans: StepSpans) -> None:
-        self.steps = spans.cpu or spans.gpu
-        self._by_launch = _Intervals(spans.cpu)
-        self._by_gpu_time = _Intervals(spans.gpu)
-
-    def of_time(self, start: Ints) -> Ints:
-        """The step whose CPU span holds `start`; -1 outside."""
-        return self._by_launch.find(start)
-
-    def of_gpu(self, start: Ints, launched: Ints) -> Ints:
-        """By launch time where it is known, else by the step's span on the GPU."""
-        step = self._by_launch.find(launched)
-        left = step == NO_STEP
-        step[left] = self._by_gpu_time.find(start[left])
-        return step
-
-
-class _Intervals:
     def __init__(self, steps: Sequence[Step]) -> None:
-        ordered = sorted(steps, key=lambda step: step.start_ns)
-        self._starts = np.array([step.start_ns for step in ordered], dtype=np.int64)
-        self._ends = np.array([step.end_ns for step in ordered], dtype=np.int64)
-        self._numbers = np.array([step.step for step in ordered], dtype=np.int64)
+        times = [(step.start_ns, step.end_ns, step.step) for step in steps]
+        starts, ends, self._numbers = np.array(times, dtype=np.int64).reshape(-1, 3).T
+        self._by_start = np.argsort(starts, kind="stable")
+        self._starts = starts[self._by_start]
+        # A step without length holds the moment at which it stands.
+        self._ends = np.maximum(ends, starts + 1)[self._by_start]
+        self._by_number = np.argsort(self._numbers, kind="stable")
 
-    def find(self, times: Ints) -> Ints:
-        at = holding(self._starts, self._ends, times)
-        found = np.full(len(times), NO_STEP, dtype=np.int64)
-        found[at >= 0] = self._numbers[at[at >= 0]]
-        return found
+    def holding(self, times: Ints) -> Ints:
+        """The index of the step that holds each time, -1 for none; of several the latest."""
+        return _taken(self._by_start, holding(self._starts, self._ends, times), -1)
+
+    def of(self, times: Ints) -> Ints:
+        """The number of the step that holds each time, -1 for none."""
+        return _taken(self._numbers, self.holding(times), NO_STEP)
+
+    def numbered(self, numbers: Ints) -> Ints:
+        """The index of the step with each number, -1 for none; of several the first."""
+        at = first_of(self._numbers[self._by_number], numbers)
+        return _taken(self._by_number, at, -1)
+
+
+def _taken(values: Ints, at: Ints, otherwise: int) -> Ints:
+    """`values[at]`, and `otherwise` where `at` is -1."""
+    taken = np.full(len(at), otherwise, dtype=np.int64)
+    taken[at >= 0] = values[at[at >= 0]]
+    return taken
 
 
 def step_spans(spans: Sequence[Annotation]) -> StepSpans:
@@ -175,14 +153,11 @@ def with_graph_share(
     """
     if not steps or not graph.any():
         return tuple(steps)
-    numbers = np.array([entry.step for entry in steps], dtype=np.int64)
-    order = np.argsort(numbers, kind="stable")
-    at = first_of(numbers[order], step)
+    at = StepIndex(steps).numbered(step)
     known = (at >= 0) & kernel
     every = np.bincount(at[known], minlength=len(steps))
     nodes = np.bincount(at[known & graph], minlength=len(steps))
-    shares = np.full(len(steps), -1.0)
-    shares[order] = np.where(every > 0, nodes / np.maximum(every, 1), -1.0)
+    shares = np.where(every > 0, nodes / np.maximum(every, 1), -1.0)
     return tuple(
         entry.changed(graph_share=share)
         for entry, share in zip(steps, shares.tolist(), strict=True)

@@ -36,6 +36,7 @@ STEP_COLUMNS = (
 )
 _STEP_TEXTS = ("stage", "substage", "excluded")
 _STEP_SHARES = ("graph_share", "accept_length")
+GPU, CPU_OPERATORS, NVTX = "gpu", "cpu_op", "nvtx"  # sources
 NO_STEP = -1
 _GROUPED = 131_072  # rows at once
 UNKNOWN_STAGE = "unknown"
@@ -98,6 +99,11 @@ class RankActivities:
     partial: bool = False
     calls: CollectiveCalls | None = None
 
+    @property
+    def is_timeline(self) -> bool:
+        """See `KernelTable.is_timeline`."""
+        return self.source == GPU
+
 
 @dataclass(frozen=True)
 class KernelTable:
@@ -125,6 +131,16 @@ class KernelTable:
     files: tuple[str, ...] = field(default=())
     collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
     settled: int = 0
+
+    @property
+    def is_timeline(self) -> bool:
+        """Whether activities are intervals on a GPU's timeline; else self times, to be summed."""
+        return self.source == GPU
+
+    @property
+    def has_idle_ranges(self) -> bool:
+        """Whether activities outside of steps are the scheduler's own loop, which also waits."""
+        return self.source == NVTX
 
     def by(self, *keys: str) -> pd.DataFrame:
         """Count and total time for each combination of `keys`.

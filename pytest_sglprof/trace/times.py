@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
 LARGEST_NS = 2**62  # two of them can be added in int64
@@ -39,3 +40,19 @@ def ns(raw: bytes) -> int | None:
     if value >= LARGEST_NS:
         return None
     return -value if sign else value
+
+
+def base_time(path: Path, text: str) -> tuple[int, list[str]]:
+    """ns to add to every time, which newer files write relative to this; and notes.
+
+    text: the JSON text of `baseTimeNanoseconds`, "" for none.
+    """
+    number = text.strip('" ')
+    if number.isdecimal() and number.isascii() and len(number) <= 19 and int(number) < LARGEST_NS:
+        return int(number), []
+    if number in ("", "null"):
+        return 0, []
+    note = (
+        f"{path.name}: baseTimeNanoseconds {number[:40]} is no time; this rank's clock is its own"
+    )
+    return 0, [note]

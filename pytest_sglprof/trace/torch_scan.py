@@ -29,8 +29,8 @@ from pytest_sglprof.trace.kineto import (
     FullEvent,
     ProcessName,
 )
-from pytest_sglprof.trace.mend import object_end, read_event
 from pytest_sglprof.trace.needles import QUICKEST, offsets, survey
+from pytest_sglprof.trace.salvage import object_end, read_event
 
 __all__ = ["Unsafe", "scan"]
 

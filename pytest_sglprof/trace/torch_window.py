@@ -8,27 +8,35 @@ layout cannot be scanned safely, is decoded too. Both give the same table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof.trace.arrays import Ints
-from pytest_sglprof.trace.collect import LAUNCHES, Wanted
+from pytest_sglprof.trace.collect import Wanted
 from pytest_sglprof.trace.collective_calls import calls_of
 from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.gpu_steps import TraceSteps, projected
 from pytest_sglprof.trace.impossible import excluded, impossible_rows, timelines
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
-from pytest_sglprof.trace.kineto import KERNEL, KINDS, LAUNCH, Annotation, FileFacts
+from pytest_sglprof.trace.kineto import (
+    KERNEL,
+    KINDS,
+    LAUNCH,
+    OPERATOR,
+)
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
+from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import launch_times, with_graph_share
-from pytest_sglprof.trace.table import RankActivities
-from pytest_sglprof.trace.torch_trace import base_time, read_trace
+from pytest_sglprof.trace.table import CPU_OPERATORS, GPU, RankActivities
+from pytest_sglprof.trace.times import base_time
+from pytest_sglprof.trace.torch_trace import decode_file
 
 SCAN_BYTES = 2 * 2**20  # stored bytes of a file
 
@@ -62,22 +70,15 @@ def read_traces(
     for path in files:
         content, second = contents.pop(path, None), seconds.pop(path, None)
         unsafe = [c.facts.unsafe for c in (content, second) if c is not None and c.facts.unsafe]
-        if content is not None and not unsafe and len(content.columns):
-            parts = _assembled(content, second)
-        else:
-            del content, second
-            parts = _decoded(path, unsafe, allow_partial)
+        if content is None or unsafe or not len(content.columns):
+            content = second = None  # their memory is needed
+            content, second = decode_file(path, allow_partial=allow_partial)
+            whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
+            content.facts.notes += whys
             if path not in large and progress is not None:
                 progress(sizes[path])
-        found += [(path, part) for part in parts]
+        found += [(path, part) for part in _assembled(content, second)]
     return found
-
-
-def _decoded(path: Path, unsafe: Sequence[str], allow_partial: bool) -> list[RankActivities]:
-    """Reads a file the exact way; unsafe: why it could not be scanned."""
-    parts = read_trace(path, allow_partial=allow_partial)
-    notes = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
-    return [replace(part, notes=[*part.notes, *notes]) for part in parts]
 
 
 def _reader(processes: int) -> Reader:
@@ -92,7 +93,7 @@ def _reader(processes: int) -> Reader:
 
 def _second_look(content: FileContent, wanted: Wanted, sequences: bool) -> Wanted | None:
     """What a file must be read for once more; None for nothing."""
-    kinds: frozenset[int] = LAUNCHES if _needs_launches(content) else frozenset()
+    kinds = frozenset({LAUNCH} if _needs_launches(content) else ())
     calls = content.columns.calls
     sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
     if not kinds and not sequences:
@@ -112,117 +113,127 @@ def _needs_launches(content: FileContent) -> bool:
     )
 
 
-def _of(facts: FileFacts, owner: int) -> list[Annotation]:
-    return [a for a in facts.annotations if a.owner == owner]
-
-
 def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
+    """The activities of each rank. Gives up the columns of `content`, for memory's sake."""
     facts, path = content.facts, content.path
-    base, notes = base_time(path, facts.base.encode())
+    base, unclear = base_time(path, facts.base)
+    notes = [*facts.notes, *unclear]
     if facts.truncated:
         notes.append(f"{path.name}: truncated; only what stands before its end was read")
-    labels: dict[str, list[int]] = {}
-    for number, pid in enumerate(facts.owners):
-        label = rank_of_pid(pid.encode())
+    on_gpu = bool((content.columns.kind < LAUNCH).any())
+    pids: dict[str, set[str]] = {}  # rank -> the ranks that its processes name, "" of none
+    for pid in facts.owners:
+        named = label = rank_of_pid(pid.encode())
         if not label:
             label, contradiction = rank_of_file(path, facts.distributed.encode())
             notes += contradiction
-        labels.setdefault(label, []).append(number)
-    found = []
-    for label, owners in labels.items():
-        mine = content.columns
-        if len(labels) > 1:
-            mine = mine.take(np.isin(mine.owner, owners))
-        steps = TraceSteps([a for owner in owners for a in _of(facts, owner)])
-        told = [*notes, *(f"{label}: skipped {n} {what}" for n, what in _skipped(facts, owners))]
-        known = _launches(second, label)
-        calls = _interruptions(second, known)
-        numbers = _sequences(second, label)
-        found.append(_activities(label, facts, mine, steps, known, calls, base, told, numbers))
+        pids.setdefault(label, set()).add(named)
+    parts = []
+    for label, named_ranks in pids.items():
+        part = _of_processes(content, named_ranks)
+        launches = FileContent(path) if second is None else _of_processes(second, named_ranks)
+        parts.append(_activities(label, part, launches, base, notes, on_gpu=on_gpu))
     content.columns = content.columns.take(np.zeros(0, np.int64))
-    return found
+    return parts
 
 
-def _skipped(facts: FileFacts, owners: Sequence[int]) -> list[tuple[int, str]]:
-    """How much of what these owners lack."""
-    sums: dict[str, int] = {}
-    for (owner, what), count in facts.skipped.items():
-        if owner in owners:
-            sums[what] = sums.get(what, 0) + count
-    return [(count, what) for what, count in sums.items()]
+def _of_processes(content: FileContent, named_ranks: Set[str]) -> FileContent:
+    """Of a merged file's content, that of the processes that name one of these ranks."""
+    facts = content.facts
+    ranks = [rank_of_pid(pid.encode()) for pid in facts.owners]
+    owners = {number for number, rank in enumerate(ranks) if rank in named_ranks}
+    if len(owners) == len(ranks):
+        return content
+    return FileContent(
+        content.path,
+        columns=content.columns.take(np.isin(content.columns.owner, [*owners])),
+        facts=msgspec.structs.replace(
+            facts,
+            annotations=[span for span in facts.annotations if span.owner in owners],
+            sequences={key: n for key, n in facts.sequences.items() if key[0] in owners},
+            skipped={key: n for key, n in facts.skipped.items() if key[0] in owners},
+        ),
+    )
 
 
-def _launches(launched: FileContent | None, label: str) -> Columns | None:
-    if launched is None or not len(launched.columns):
-        return None
-    columns = launched.columns
-    same = _owners(launched, label)
-    if same:
-        columns = columns.take(np.isin(columns.owner, same))
-    return columns
-
-
-def _owners(content: FileContent, label: str) -> list[int]:
-    """Codes of a merged file's processes that are this rank; none in a rank's own file."""
-    pids = content.facts.owners
-    return [n for n, pid in enumerate(pids) if rank_of_pid(pid.encode()) == label]
-
-
-def _sequences(second: FileContent | None, label: str) -> dict[int, int]:
-    """External id -> number of a collective."""
-    if second is None:
-        return {}
-    same = _owners(second, label)
-    told = second.facts.sequences.items()
-    return {external: n for (owner, external), n in told if owner in same or not same}
-
-
-def _interruptions(launched: FileContent | None, launches: Columns | None) -> list[Call]:
+def _interruptions(launches: FileContent) -> list[Call]:
     """Calls that compile or capture; none where the launches were not read."""
-    if launched is None or launches is None:
-        return []
-    what = [interruption(name) for name in launched.facts.names]
+    columns = launches.columns
+    what = [interruption(name) for name in launches.facts.names]
     codes = [code for code, word in enumerate(what) if word]
-    rows = np.flatnonzero(np.isin(launches.name, codes))
-    pairs = zip(launches.start[rows].tolist(), launches.name[rows].tolist(), strict=True)
+    rows = np.flatnonzero(np.isin(columns.name, codes))
+    pairs = zip(columns.start[rows].tolist(), columns.name[rows].tolist(), strict=True)
     return [(start, what[code]) for start, code in pairs]
 
 
 def _activities(
     label: str,
-    facts: FileFacts,
-    mine: Columns,
-    steps: TraceSteps,
-    launches: Columns | None,
-    calls: Sequence[Call],
+    part: FileContent,
+    launches: FileContent,
     base: int,
-    notes: list[str],
-    sequences: Mapping[int, int],
+    notes: Sequence[str],
+    *,
+    on_gpu: bool,
 ) -> RankActivities:
-    mine, excluded = _possible(label, mine)
-    launched: Ints = np.full(len(mine), -1, np.int64)
-    if launches is not None:
-        launched = launch_times(launches.correlation, launches.start, mine.correlation)
-    step = steps.of_gpu(mine.start, mine.stream, launched)
-    entries = with_graph_share(steps.steps, step, mine.kind == KERNEL, mine.graph > 0)
-    entries, told = with_interruptions(label, entries, calls)
-    np.add(mine.start, base, out=mine.start)  # in place: it is the largest column
+    """on_gpu: the file has GPU activities; a rank of it without any did nothing there."""
+    facts, columns = part.facts, part.columns
+    skipped: Counter[str] = Counter()
+    for (_, what), count in facts.skipped.items():
+        skipped[what] += count
+    notes = [*notes, *(f"{label}: skipped {n} {what}" for what, n in skipped.items())]
+    steps = TraceSteps(facts.annotations)
+    entries = steps.steps
+    if on_gpu:
+        columns, impossible = _possible(label, columns)
+        notes += impossible
+        known = launches.columns
+        launched = launch_times(known.correlation, known.start, columns.correlation)
+        step = steps.of_gpu(columns.start, columns.stream, launched)
+        entries = with_graph_share(entries, step, columns.kind == KERNEL, columns.graph > 0)
+        kinds, dur, stream = KINDS[:LAUNCH], columns.dur, columns.stream
+    else:
+        step = steps.of_time(columns.start)
+        kinds, dur = KINDS[OPERATOR:], _cpu_times(columns)
+        stream = np.full(len(columns), -1, np.int64)
+    entries, interrupted = with_interruptions(label, entries, _interruptions(launches))
+    np.add(columns.start, base, out=columns.start)  # in place: it is the largest column
+    names, name_codes = _used(facts.names, columns.name)
+    sequences = {external: number for (_, external), number in launches.facts.sequences.items()}
     return RankActivities(
         rank=label,
-        names=facts.names,
-        name_codes=mine.name,
-        kinds=KINDS[:LAUNCH],
-        kind_codes=mine.kind,
-        start=mine.start,
-        dur=mine.dur,
-        stream=mine.stream,
+        names=names,
+        name_codes=name_codes,
+        kinds=kinds,
+        kind_codes=columns.kind if on_gpu else columns.kind - OPERATOR,
+        start=columns.start,
+        dur=dur,
+        stream=stream,
         step=step,
         steps=[entry.shifted(base) for entry in entries],
-        source="gpu",
-        notes=[*notes, *excluded, *told],
+        source=GPU if on_gpu else CPU_OPERATORS,
+        notes=[*notes, *interrupted],
         partial=facts.truncated,
-        calls=calls_of(mine, facts.groups, sequences),
+        calls=calls_of(columns, facts.groups, sequences),
     )
+
+
+def _used(names: Sequence[str], codes: npt.NDArray[Any]) -> tuple[Sequence[str], npt.NDArray[Any]]:
+    """The names that are used, and the codes in them: a file has others of other events."""
+    used = np.zeros(len(names), bool)
+    used[codes] = True
+    if used.all():
+        return names, codes
+    place = (np.cumsum(used) - 1).astype(codes.dtype)
+    return [name for name, is_used in zip(names, used, strict=True) if is_used], place[codes]
+
+
+def _cpu_times(columns: Columns) -> Ints:
+    """Self time of operators, whole time of collectives; ns."""
+    dur = columns.dur.astype(np.int64)
+    nests = columns.kind == OPERATOR
+    thread = columns.stream[nests].astype(np.int64)
+    dur[nests] = self_times(columns.start[nests], dur[nests], thread)
+    return dur
 
 
 def _possible(label: str, mine: Columns) -> tuple[Columns, list[str]]:

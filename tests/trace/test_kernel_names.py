@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_sglprof.errors import SettingsError
-from pytest_sglprof.trace.kernels import CATEGORIES, category, normalise
+from pytest_sglprof.trace.kernels import CATEGORY_NAMES, category, normalise
 
 BF16 = "__nv_bfloat16"
 NAMES = {
@@ -131,7 +131,7 @@ NAMES = {
 
 
 def test_every_category_is_exercised() -> None:
-    assert sorted(NAMES) == sorted(CATEGORIES)
+    assert sorted(NAMES) == sorted(CATEGORY_NAMES)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import plain_traces as plain
 import pytest
 
-from pytest_sglprof.trace.kernels import CATEGORIES, category, normalise, words
+from pytest_sglprof.trace.kernels import CATEGORY_NAMES, category, normalise, words
 
 TABLE = [
     tuple(line.split("\t"))
@@ -41,7 +41,7 @@ def test_key_and_category(expected: str, key: str, name: str) -> None:
 
 def test_the_table_is_large_and_covers_all_but_other() -> None:
     assert len(TABLE) >= 150
-    assert {word for word, _, _ in TABLE} == set(CATEGORIES) - {"other"}
+    assert {word for word, _, _ in TABLE} == set(CATEGORY_NAMES) - {"other"}
 
 
 def _demangled(name: str) -> str:

@@ -20,8 +20,8 @@ from nsys_exports import (
     by_name,
 )
 
-from pytest_sglprof.trace.nsys_ranges import self_times
 from pytest_sglprof.trace.nsys_report import read_report
+from pytest_sglprof.trace.self_time import self_times
 
 COPY_LABELS = {1: "Host-to-Device", 2: "Device-to-Host", 8: "Device-to-Device"}
 

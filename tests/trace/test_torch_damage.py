@@ -22,7 +22,7 @@ from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
 from pytest_sglprof.trace import inflate
 from pytest_sglprof.trace.read import read_window
 from pytest_sglprof.trace.table import KernelTable
-from pytest_sglprof.trace.torch_trace import read_trace
+from pytest_sglprof.trace.torch_window import read_traces
 
 GPU = {"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"}
 EVENTS = [
@@ -46,7 +46,7 @@ def pairs(table: KernelTable) -> list[tuple[str, int]]:
 
 def read(path: Path, *, allow_partial: bool = False) -> tuple[list[tuple[str, int]], list[str]]:
     """(name, ns) of each activity, and the notes; without the cost of a pandas table."""
-    (found,) = read_trace(path, allow_partial=allow_partial)
+    ((_, found),) = read_traces([path], allow_partial=allow_partial)
     names = [found.names[code] for code in found.name_codes]
     return sorted(zip(names, map(int, found.dur), strict=True)), list(found.notes)
 

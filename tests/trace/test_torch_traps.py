@@ -11,7 +11,7 @@ from kineto import BASE, KERNELS, ROWS, Event, document, event, kernel, kineto_t
 
 from pytest_sglprof.errors import TraceError, TraceTruncated
 from pytest_sglprof.trace.read import read_window
-from pytest_sglprof.trace.torch_trace import ns
+from pytest_sglprof.trace.times import ns
 
 # Times -------------------------------------------------------------------------------------
 

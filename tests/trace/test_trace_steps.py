@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import plain_traces as plain
 import pytest
 from hypothesis import given
@@ -206,7 +207,7 @@ def test_a_step_on_another_clock() -> None:
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20), st.integers(0, 1)), max_size=30))
 def test_self_times_of_any_spans(spans: list[tuple[int, int, int]]) -> None:
     """Nested or not: each moment belongs to the span of its thread that began last."""
-    own = self_times(spans)
+    own = self_times(*np.array(spans, dtype=np.int64).reshape(-1, 3).T).tolist()
     for thread in {span[2] for span in spans}:
         at = [i for i, span in enumerate(spans) if span[2] == thread]
         intervals = [(spans[i][0], spans[i][0] + spans[i][1]) for i in at]

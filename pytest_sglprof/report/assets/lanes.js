@@ -3,18 +3,13 @@
 "use strict";
 (() => {
   const { element, duration, colour } = sglprof;
-  // Hue and saturation of a category; the kernel's name picks the lightness.
-  const HUES = {
-    attention: [212, 62], gemm: [168, 48], moe: [278, 42], norm: [92, 38], activation: [48, 62],
-    quantization: [328, 46], sampling: [14, 58], elementwise: [196, 30], communication: [220, 6],
-    memory: [34, 26], other: [240, 12],
-  };
   const TOO_NARROW = 34; // px below which a bar has no room for a name
 
-  function kernelColour(name, category, dark) {
+  /* base: hue and saturation of the category; the kernel's name picks the lightness. */
+  function kernelColour(name, base, dark) {
     let hash = 0;
     for (let at = 0; at < Math.min(name.length, 200); at += 1) hash = (hash * 31 + name.charCodeAt(at)) >>> 0;
-    const [hue, saturation] = HUES[category] ?? HUES.other;
+    const [hue, saturation] = base;
     const lightness = (dark ? 50 : 62) + (hash % 4) * 5;
     return `hsl(${hue + (hash % 3) * 6 - 6} ${saturation}% ${lightness}%)`;
   }
@@ -43,7 +38,7 @@
     return low;
   }
 
-  function chart(place, picture, names, categories) {
+  function chart(place, picture, names, categories, hues) {
     const lanes = picture.lanes;
     const joined = collectives(picture);
     const end = Math.max(1, ...lanes.map((lane) => lane.start_ns.reduce((most, start, at) => Math.max(most, start + lane.dur_ns[at]), 0)));
@@ -87,7 +82,7 @@
           const wide = Math.max(pixels * 0.6, u.valToPos(stop, "x", true) - left);
           ctx.globalAlpha = state.name < 0 || state.name === name ? 1 : 0.22;
           const late = lane.match[event] >= 0 ? Math.min(stop, joined.get(lane.match[event]).latest) : start;
-          ctx.fillStyle = kernelColour(names[name], categories[name], dark);
+          ctx.fillStyle = kernelColour(names[name], hues[name], dark);
           ctx.fillRect(left, top, wide, tall);
           if (late > start) {
             const waited = u.valToPos(late, "x", true) - left;
@@ -280,7 +275,8 @@
   }
 
   sglprof.parts.lanes = (place, window, data) => {
-    const { names, categories, steps, left_out: leftOut } = data.lanes;
+    const { names, categories, colours, steps, left_out: leftOut } = data.lanes;
+    const hues = categories.map((category) => colours[category] ?? colours.other);
     const shown = steps.filter((picture) => picture.lanes.length);
     const body = element("div");
     const buttons = element("span", { class: "switch", role: "group", "aria-label": "Step" });
@@ -290,7 +286,7 @@
       body.replaceChildren();
       [...buttons.children].forEach((button, place_) => button.setAttribute("aria-pressed", String(place_ === at)));
       if (shown[at].dropped) body.append(sglprof.quiet(`The ${shown[at].dropped} shortest activities did not fit and are left out.`));
-      chart(body, shown[at], names, categories);
+      chart(body, shown[at], names, categories, hues);
     }
     shown.forEach((picture, at) => {
       const what = picture.step === null ? "the window" : `step ${picture.step}`;
