@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Before numpy is loaded, here and in what tests start: its threads wait for each other in
+# small products, which costs several times the work itself where workers share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from pytest_sglprof import redact
 
 pytest_plugins = ["pytester"]

@@ -60,7 +60,9 @@ def test_every_rank_of_a_cpu_server_has_a_core() -> None:
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in sglang.environment(1)
 
 
-@pytest.mark.parametrize(("letter", "end"), [("a", "conftest_examples/quickstart"), ("b", "-n 2")])
+@pytest.mark.parametrize(
+    ("letter", "end"), [("a", "conftest_examples/quickstart"), ("b", "-n 4 --dist loadfile")]
+)
 def test_ci_finds_the_commands_of_the_readme(project_root: Path, letter: str, end: str) -> None:
     run = (project_root / ".ci" / "run").read_text()
     function = re.search(r"^readme_command\(\) \{.*?^\}", run, re.M | re.S)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,3 +31,30 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeProje
         for process in project.family():
             process.kill()
     assert not any(left.values()), left
+
+
+RunHere = Callable[..., pytest.RunResult]
+# A nested run unloads what it loaded, and numpy cannot be loaded twice in one process.
+LOADED = ("pandas", "httpx", "jsonschema", "pytest_sglprof.plugin_session")
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of whoever runs these tests reaches the run that a test starts."""
+    for name in [name for name in os.environ if name.startswith("SGLPROF")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SGLPROF_LEASE_DIR", str(tmp_path / "leases"))
+
+
+@pytest.fixture
+def run_here(pytester: pytest.Pytester, clean_environment: None, secrets_end_here: None) -> RunHere:
+    """Runs pytest in this process: right for all that neither ends it nor looks at imports."""
+    for name in LOADED:
+        importlib.import_module(name)
+
+    def run(*options: str, config: str | None) -> pytest.RunResult:
+        if config is not None:
+            (pytester.path / "sglprof.toml").write_text(config)
+        return pytester.runpytest_inprocess("-W", "error", "--strict-markers", "-rA", *options)
+
+    return run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from pytest_sglprof import ImbalanceOnset, QueueGrowth, ThroughputDrop
@@ -28,15 +26,9 @@ pattern = "rotary"
 
 
 @pytest.fixture
-def run(pytester, monkeypatch, tmp_path):
-    """Runs pytest in a process of its own."""
-    for name in [name for name in os.environ if name.startswith("SGLPROF")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SGLPROF_LEASE_DIR", str(tmp_path / "leases"))
-
+def run(run_here):
     def run(*options, config=CONFIG):
-        (pytester.path / "sglprof.toml").write_text(config)
-        return pytester.runpytest_subprocess("-W", "error", "--sglprof", *options)
+        return run_here("--sglprof", *options, config=config)
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
@@ -13,20 +12,25 @@ HEAVY = (
 STANDIN = '[server]\nkind = "standin"\n'
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("SGLPROF")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SGLPROF_LEASE_DIR", str(tmp_path / "leases"))
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 @pytest.fixture
-def run(pytester):
-    """Runs pytest in a process of its own; the plugin comes by its entry point."""
+def run(run_here):
+    """In this process; the plugin comes by its entry point."""
 
     def run(*options, config=STANDIN):
-        if config is not None:
-            (pytester.path / "sglprof.toml").write_text(config)
+        return run_here(*options, config=config)
+
+    return run
+
+
+@pytest.fixture
+def run_apart(pytester):
+    """In a process of its own: for workers, and for what ends a process."""
+
+    def run(*options, config=STANDIN):
+        (pytester.path / "sglprof.toml").write_text(config)
         return pytester.runpytest_subprocess("-W", "error", "--strict-markers", "-rA", *options)
 
     return run
@@ -81,12 +85,12 @@ def test_without_the_switch_nothing_heavy_is_imported(pytester, run):
 
 
 def test_help_and_markers_tell_of_us(pytester):
-    text = pytester.runpytest_subprocess("--help").stdout.str()
+    text = pytester.runpytest_inprocess("--help").stdout.str()
     assert "profile windows on SGLang servers (pytest-sglprof)" in text
     assert "--sglprof-retry-inconclusive=N" in text
     assert "[SGLPROF_RETRY_INCONCLUSIVE]" in " ".join(text.split())
     assert "sglprof_output (string)" in text
-    text = pytester.runpytest_subprocess("--markers").stdout.str()
+    text = pytester.runpytest_inprocess("--markers").stdout.str()
     assert '@pytest.mark.sglang_server(name="default", nsys=None): ' in text
     assert "@pytest.mark.profile_window(**options): " in text
 
@@ -213,9 +217,9 @@ WRONG = """
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
-def test_all_wrong_markers_of_a_module_are_one_collection_error(pytester, run, workers):
+def test_all_wrong_markers_of_a_module_are_one_collection_error(pytester, run, run_apart, workers):
     pytester.makepyfile(test_wrong=WRONG, test_fine="def test_fine(): pass")
-    ran = run("--sglprof", *workers)
+    ran = (run_apart if workers else run)("--sglprof", *workers)
     text = ran.stdout.str()
     for line in (
         "test_window: @pytest.mark.profile_window: unknown arguments num_stepz, wide",
@@ -280,10 +284,10 @@ def test_missing_sglang_is_an_error_of_setup_that_says_what_to_do(pytester, run)
     assert [test["outcome"] for test in results["tests"]] == ["error", "error"]
 
 
-def test_workers_that_scatter_the_tests_of_a_server_are_warned_of(pytester, run):
+def test_workers_that_scatter_the_tests_of_a_server_are_warned_of(pytester, run_apart):
     pytester.makepyfile("def test_it(): pass")
     warned = "*--dist=each may give tests of one server to several workers*"
-    run("--sglprof", "-n", "1", "--dist=each").stdout.fnmatch_lines([warned])
+    run_apart("--sglprof", "-n", "1", "--dist=each").stdout.fnmatch_lines([warned])
 
 
 CRASHING = """
@@ -310,9 +314,9 @@ CRASHING = """
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_crashed_worker_loses_only_the_test_it_died_of(pytester, run, workers):
+def test_a_crashed_worker_loses_only_the_test_it_died_of(pytester, run_apart, workers):
     pytester.makepyfile(CRASHING)
-    ran = run("--sglprof", "-n", workers)
+    ran = run_apart("--sglprof", "-n", workers)
     ran.assert_outcomes(passed=4, failed=2)
     crashed = [line for line in ran.outlines if line.startswith("FAILED")]
     assert sorted(line.split("::")[1].split("@")[0].split(" ")[0] for line in crashed) == [
