@@ -80,7 +80,7 @@ class SglangClient:
         return info
 
     def loads(self) -> list[dict[str, Any]]:
-        """Load of each DP rank as ``/v1/loads`` tells it (``num_running_reqs``, ...)."""
+        """Load of each DP rank, as ``/v1/loads`` has it (``num_running_reqs``, ...)."""
         response = self._request("GET", "/v1/loads")
         loads = self._json_object(response, "/v1/loads").get("loads") or []
         if isinstance(loads, list) and all(isinstance(load, dict) for load in loads):
@@ -185,11 +185,11 @@ class SglangClient:
 
     def _json_object(self, response: httpx.Response, path: str) -> dict[str, Any]:
         try:
-            found = response.json()
+            document = response.json()
         except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
+            document = None
+        if isinstance(document, dict):
+            return document
         raise self._not_understood(response, path, "a JSON object")
 
     def _not_understood(self, response: httpx.Response, path: str, wanted: str) -> ServerRefused:

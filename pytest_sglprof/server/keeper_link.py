@@ -49,7 +49,7 @@ class KeeperLink:
         self._log = plan.folder / "keeper.log"
         self._closed = threading.Event()
         self._ending = threading.Event()
-        self._fault = ""
+        self._fault: str | None = None
         self.left: tuple[str, ...] = ()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._last: dict[type[Any], Any] = {}
@@ -109,14 +109,14 @@ class KeeperLink:
             time.sleep(0.02)
         return event
 
-    def death(self) -> str:
-        """How the keeper ended; "" while it runs, or when that was asked for."""
+    def death(self) -> str | None:
+        """How the keeper ended; None while it runs, or when that was asked for."""
         status = self._process.poll()
         if status is None and self.last_event(Closed) is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it is about to end
                 status = self._process.wait(READ_LIMIT)
         if status is None or (self._ending.is_set() and self.last_event(Stopped) is not None):
-            return ""
+            return None
         who = f"the keeper process (pid {self.pid})"
         if self._fault:
             return f"{who} {self._fault}, so it was killed"

@@ -1,4 +1,4 @@
-"""Waits for a server to start and to be ready, and tells how it goes."""
+"""Waits for a server to start and to be ready, and reports progress."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Show = Callable[[str], None]
 
 
 def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Started:
-    """The keeper's answer; raises the error that it tells of instead."""
+    """The keeper's answer; raises the error of a start that failed."""
     deadline = time.monotonic() + SILENCE_LIMIT
     while time.monotonic() < deadline:
         event = keeper.next_event(TELL_EVERY)

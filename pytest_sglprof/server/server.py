@@ -38,8 +38,8 @@ class Server:
     "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
     info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
     the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
-    clock is held at. keeper_fault: after `stop`, what became
-    of a keeper that did not tear down itself, where nobody has been told yet.
+    clock is held at. keeper_fault: after `stop`, what became of a keeper that did not tear
+    down itself; None if nothing did, or if the server's death has been reported already.
     started: Unix time in s; ready_s: s from then until it was ready; both None for an attached
     one.
     """
@@ -81,7 +81,7 @@ class Server:
         self.server_dir = server_dir
         self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
         self.command = shown_command
-        self.keeper_fault = ""
+        self.keeper_fault: str | None = None
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
@@ -150,7 +150,7 @@ class Server:
                 was_alive = self.is_alive()
                 self._keeper.close(_teardown(self.spec))
                 self._left = self._keeper.left
-                self.keeper_fault = self._keeper.death() if was_alive else ""
+                self.keeper_fault = self._keeper.death() if was_alive else None
         return self._left
 
 
@@ -163,7 +163,7 @@ def launch(
 ) -> Server:
     """Starts the server of `spec` and returns when it is ready.
 
-    folder: its own, made when missing. progress: told about once a second how it goes.
+    folder: its own, made when missing. progress: called about once a second with a line of text.
     Raises `ServerMissing`, `NsysError`, `LeaseError`, `ServerDied` or `ServerNotReady`;
     nothing is left running then.
     """
