@@ -38,7 +38,8 @@ class DriverProcess:
     """A running load driver; its output goes to `log`.
 
     command: `PYTHON -m MODULE ARG …`. private: variables for the driver's Python alone.
-    Neither they nor the values of secret options are seen by who lists processes, as nsys does.
+    Neither they nor the values of secret options appear in lists of processes, such as those
+    in nsys reports.
     on_end is called once, from another thread, as soon as the driver has ended. started: Unix
     time in s.
     """

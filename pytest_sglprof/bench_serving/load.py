@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.bench_serving.command import (
     bench_command,
@@ -25,47 +25,21 @@ from pytest_sglprof.bench_serving.command import (
 )
 from pytest_sglprof.bench_serving.driver import DriverProcess
 from pytest_sglprof.bench_serving.result import parse_result, reason, redact_record, requested_of
-from pytest_sglprof.errors import LoadError, ServerRefused, SglprofError, do_every
+from pytest_sglprof.errors import LoadError, ServerRefused, do_every
 from pytest_sglprof.files import atomic_write
 from pytest_sglprof.redact import HIDDEN, learn_command, redact_command, redact_text
 from pytest_sglprof.server.command import secret_variables
 from pytest_sglprof.server.transient import is_transient
-from pytest_sglprof.values import LoadResult, ServerSpec
+from pytest_sglprof.values import LoadResult
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
 
 Progress = Callable[[float, str], None]
 DEFAULT_TIMEOUT_S = 3600.0
 FLUSH_ATTEMPTS = 20
 FLUSH_PAUSE_S = 0.25
 _CHECK_EVERY_S = 1.0  # looking at the server may be a request to it
-
-
-class LoadClient(Protocol):
-    """What a load needs of the server's client."""
-
-    @property
-    def api_key(self) -> str: ...  # noqa: D102
-    def flush_cache(self) -> bool:
-        """Empties the prefix cache; False while requests are running."""
-        ...
-
-
-class LoadedServer(Protocol):
-    """What a load needs to know of its server (`pytest_sglprof.server.server.Server`)."""
-
-    @property
-    def spec(self) -> ServerSpec: ...  # noqa: D102
-    @property
-    def kind(self) -> Literal["sglang", "standin"]: ...  # noqa: D102
-    @property
-    def url(self) -> str: ...  # noqa: D102
-    @property
-    def python(self) -> str: ...  # noqa: D102
-    @property
-    def info(self) -> Mapping[str, Any]: ...  # noqa: D102
-    @property
-    def client(self) -> LoadClient: ...  # noqa: D102
-    def is_alive(self) -> bool: ...  # noqa: D102
-    def exit_reason(self) -> SglprofError | None: ...  # noqa: D102
 
 
 class RunningLoad:
@@ -100,7 +74,7 @@ class BenchServing:
 
     def __init__(
         self,
-        server: LoadedServer,
+        server: Server,
         *,
         folder: Path,
         progress: Progress | None = None,

@@ -61,11 +61,8 @@ def running_requests(server: WindowServer) -> int:
 def _look(server: WindowServer) -> tuple[int, str]:
     """The running requests, and why they are not known."""
     try:
-        loads = server.client.loads()
-        return sum(int(load.get("num_running_reqs") or 0) for load in loads), ""
+        return sum(load.running for load in server.client.loads()), ""
     except ServerError as error:
         if not is_transient(error):
             raise
         return -1, error.what
-    except (TypeError, ValueError) as error:
-        return -1, f"/v1/loads tells no number of requests: {error}"

@@ -207,8 +207,7 @@ class TorchRecording:
             if progress.batches or progress.ended:
                 return unfinished
         with contextlib.suppress(ServerError):
-            running = sum(int(load.get("num_running_reqs") or 0) for load in server.client.loads())
-            if not running:
+            if not sum(load.running for load in server.client.loads()):
                 return f"no forward pass was run while the window was open: {unfinished}"
         return unfinished
 

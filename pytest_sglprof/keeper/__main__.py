@@ -7,14 +7,12 @@ closes the pipe, it tears the server down by itself.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
 import signal
 import sys
 import threading
-from typing import Any
 
 from pytest_sglprof import process
 from pytest_sglprof.errors import SglprofError
@@ -23,14 +21,28 @@ from pytest_sglprof.keeper.life import ServerLife
 from pytest_sglprof.keeper.teardown import tear_down
 from pytest_sglprof.redact import learn, redact_text
 from pytest_sglprof.server.command import learn_secrets
-from pytest_sglprof.server.plan import Plan, error_message
+from pytest_sglprof.server.plan import (
+    Clocks,
+    Event,
+    Exited,
+    Launch,
+    Order,
+    Plan,
+    Progress,
+    Started,
+    Stop,
+    Stopped,
+    Window,
+    decode_order,
+    encode,
+    error_message,
+)
 from pytest_sglprof.values import Backend
 
 log = logging.getLogger("sglprof.keeper")
 
 TICK = 0.25  # s between two looks at the server
 ALONE_LIMIT = 20.0  # s for closing a window when nobody waits for it any more
-Message = dict[str, Any]
 
 
 class _Formatter(logging.Formatter):
@@ -44,7 +56,7 @@ class Keeper:
     """The keeper's loop: messages in, events out, the server in between."""
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._alone = False
         self._window: Backend | None = None
@@ -59,9 +71,9 @@ class Keeper:
         signal.signal(signal.SIGTERM, lambda *_: self._end_alone())
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
         first = self._inbox.get()
-        if first is None or first.get("op") != "launch":
+        if not isinstance(first, Launch):
             return 2
-        plan = Plan.from_plain(first["plan"])
+        plan = first.plan
         learn((plan.api_key, plan.admin_key))
         learn_secrets(plan.spec, {**os.environ, **plan.private})
         self._log_to(plan)
@@ -72,8 +84,8 @@ class Keeper:
         life = ServerLife(
             plan,
             cancelled=self._is_ending,
-            progress=lambda text: self._say({"event": "progress", "text": text}),
-            locked=lambda clocks: self._say({"event": "clocks", "clocks": dict(clocks)}),
+            progress=lambda text: self._say(Progress(text)),
+            locked=lambda clocks: self._say(Clocks(dict(clocks))),
         )
         left: list[str] = []
         try:
@@ -85,7 +97,7 @@ class Keeper:
             limit = plan.spec.stop_timeout
             limit = min(limit, ALONE_LIMIT) if self._alone else limit
             left = tear_down(life, self._window, self._opened, limit)
-            self._say({"event": "stopped", "left": left})
+            self._say(Stopped(tuple(left)))
         return 1 if left else 0
 
     def _start(self, life: ServerLife) -> bool:
@@ -96,17 +108,15 @@ class Keeper:
             self._say(error_message(error))
             return False
         self._say(
-            {
-                "event": "started",
-                "pid": life.pid,
-                "created": life.created,
-                "host": life.host,
-                "port": life.port,
-                "command": life.words,
-                "session": life.session.name if life.session else "",
-                "tmpdir": str(life.tmpdir),
-                "clocks": dict(life.clocks.held) if life.clocks is not None else {},
-            }
+            Started(
+                pid=life.pid,
+                created=life.created,
+                host=life.host,
+                port=life.port,
+                command=tuple(life.words),
+                session=life.session.name if life.session else "",
+                tmpdir=life.tmpdir,
+            )
         )
         return True
 
@@ -119,7 +129,7 @@ class Keeper:
                 life.end_ranks()
                 status = life.exit_status()
                 log.warning("the server ended by itself, status %s", status)
-                self._say({"event": "exited", "status": status})
+                self._say(Exited(status))
                 return
             if life.launcher is not None and life.launcher.poll() is not None:
                 process.reap_orphans()
@@ -127,10 +137,9 @@ class Keeper:
             while True:
                 self._take(self._inbox.get_nowait())
 
-    def _take(self, message: Message | None) -> None:
-        if message is not None and message.get("op") == "window":
-            self._window = message.get("backend")
-            self._opened = float(message.get("opened") or 0.0)
+    def _take(self, order: Order | None) -> None:
+        if isinstance(order, Window):
+            self._window, self._opened = order.backend, order.opened
             log.info("window: %s", self._window)
 
     def _is_ending(self) -> bool:
@@ -140,11 +149,11 @@ class Keeper:
         return self._ending.is_set()
 
     def _read(self) -> None:
-        for line in sys.stdin:
+        for line in sys.stdin:  # as text: who waits in its buffer aborts the interpreter's end
             with contextlib.suppress(ValueError):
-                message = json.loads(line)
-                self._inbox.put(message)
-                if message.get("op") == "stop":
+                order = decode_order(line)
+                self._inbox.put(order)
+                if isinstance(order, Stop):
                     self._ending.set()
         self._end_alone()
         self._inbox.put(None)
@@ -153,10 +162,10 @@ class Keeper:
         self._alone = True
         self._ending.set()
 
-    def _say(self, message: Message) -> None:
+    def _say(self, event: Event) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody may listen any more
-            sys.stdout.write(json.dumps(message) + "\n")
-            sys.stdout.flush()
+            sys.stdout.buffer.write(encode(event))
+            sys.stdout.buffer.flush()
 
     def _log_to(self, plan: Plan) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)

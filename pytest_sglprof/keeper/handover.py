@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sglprof.redact import longest_spelling, redact_bytes, redact_text
+from pytest_sglprof.server.limits import PUMP_WAIT
 
 CHUNK = 65536
 MAX_LINE = 1 << 20  # bytes held back while a line is incomplete
@@ -69,7 +70,7 @@ class LogPump:
     def close(self) -> None:
         """Writes what is left and ends; for after the server's end."""
         self._ending.set()
-        self._thread.join(timeout=5.0)
+        self._thread.join(timeout=PUMP_WAIT)
         self.fifo.unlink(missing_ok=True)
 
     def _run(self) -> None:

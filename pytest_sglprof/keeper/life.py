@@ -39,8 +39,8 @@ Say = Callable[[str], None]
 class ServerLife:
     """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`.
 
-    clocks: the lock on its GPUs' clocks, None without. locked: told of them as soon as
-    they are locked.
+    clocks: the lock on its GPUs' clocks, None without. locked: called as soon
+    as they are locked.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class ServerLife:
         process.kill_all(process.wait_gone(process.of_session(self.pid), RANK_GRACE))
 
     def exit_status(self) -> int | None:
-        """The server's exit status after its end; None when nobody knows it.
+        """The server's exit status after its end; None if unknown.
 
-        Below nsys it is told only when the report of the open window is written.
+        Below nsys it is known only when the report of the open window is written.
         """
         if self.launcher is None:
             return None

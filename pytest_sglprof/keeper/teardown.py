@@ -1,6 +1,6 @@
-"""Ends a server in the order that loses nothing, and tells what is left.
+"""Ends a server in the order that loses nothing, and reports what is left.
 
-The open window first, then the server's tree, then nsys; then nobody of us may be left:
+The open window first, then the server's tree, then nsys; afterwards nothing of ours may remain:
 no process, no session, no agent, no context on a GPU. Every step has its limit; their sum is
 `limits.teardown_limit`, and as a rule it takes seconds.
 """
@@ -128,7 +128,7 @@ def _end_rest(life: ServerLife) -> list[str]:
     rest = process.descendants(os.getpid())
     rest = process.wait_gone(rest, AGENT_WAIT) if rest else rest
     if rest:
-        log.warning("SIGKILL to %s", ", ".join(str(found.pid) for found in rest))
+        log.warning("SIGKILL to %s", ", ".join(str(member.pid) for member in rest))
     alive = process.kill_all(rest)
     _reap(life)
     return [f"process {pid}" for pid in alive]

@@ -1,8 +1,7 @@
 """Ends what a keeper that was killed left behind, known by a mark that only it carries.
 
-Nothing that the keeper said is needed: it may have been killed before it could say
-anything. All that it starts inherits the variable `plan.LIFE`, and its files have names
-that the plan tells.
+No message of the keeper is needed: it may have been killed before it could send one. All
+that it starts inherits the variable `plan.LIFE`, and the plan names its files.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def end_orphans(
 ) -> tuple[str, ...]:
     """Ends the processes, removes the files, gives back the clocks; returns what is left.
 
-    server: its pid, 0 where it was never told. since: Unix time of the keeper's start.
+    server: its pid, 0 if unknown. since: Unix time of the keeper's start.
     clocks: UUID of a GPU -> MHz that it is locked at. The leases are free already.
     """
     family = _family(plan, server, since)

@@ -7,6 +7,7 @@ time* (`ServerSilent`), and an answer that is no success (`ServerRefused`, with 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +19,41 @@ from pytest_sglprof.server.address import is_local_url
 from pytest_sglprof.server.transient import is_transient_status
 
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
+LOADS = "/v1/loads?include=core"  # what it says without `include` costs the server more
 SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
+
+
+@dataclass(frozen=True)
+class DpLoad:
+    """Load of one DP rank. running, waiting: requests; tokens, token_usage: of its KV cache.
+
+    token_usage: 0 to 1. throughput: generated tokens / s. What a server leaves out is 0.
+    """
+
+    dp_rank: int
+    running: int
+    waiting: int = 0
+    tokens: int = 0
+    token_usage: float = 0.0
+    throughput: float = 0.0
+
+
+def read_loads(answer: Any) -> list[DpLoad]:
+    """The load of each DP rank from an answer of `LOADS`; ValueError for any other answer."""
+    try:
+        return [
+            DpLoad(
+                dp_rank=int(load["dp_rank"]),
+                running=int(load["num_running_reqs"]),
+                waiting=int(load.get("num_waiting_reqs") or 0),
+                tokens=int(load.get("num_used_tokens") or 0),
+                token_usage=float(load.get("token_usage") or 0.0),
+                throughput=float(load.get("gen_throughput") or 0.0),
+            )
+            for load in answer["loads"]
+        ]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"it tells no number of requests of each DP rank ({error!r})") from error
 
 
 class SglangClient:
@@ -79,13 +114,13 @@ class SglangClient:
         assert isinstance(info, dict)
         return info
 
-    def loads(self) -> list[dict[str, Any]]:
-        """Load of each DP rank as ``/v1/loads`` tells it (``num_running_reqs``, ...)."""
-        response = self._request("GET", "/v1/loads")
-        loads = self._json_object(response, "/v1/loads").get("loads") or []
-        if isinstance(loads, list) and all(isinstance(load, dict) for load in loads):
-            return loads
-        raise self._not_understood(response, "/v1/loads", "the load of each DP rank")
+    def loads(self) -> list[DpLoad]:
+        """Load of each DP rank now."""
+        response = self._request("GET", LOADS)
+        try:
+            return read_loads(response.json())
+        except ValueError as error:
+            raise self._not_understood(response, "/v1/loads", f"its load: {error}") from error
 
     def start_profile(self, params: Mapping[str, Any], timeout: float) -> None:
         """Opens a torch profile; `params` is the body of ``/start_profile``.
@@ -146,9 +181,10 @@ class SglangClient:
         allow: tuple[int, ...] = (),
     ) -> httpx.Response:
         limit = self._http.timeout if timeout is None else httpx.Timeout(timeout)
+        target, path = path, path.partition("?")[0]
         try:
             response = self._http.request(
-                method, path, headers=self._headers(admin), timeout=limit, json=json
+                method, target, headers=self._headers(admin), timeout=limit, json=json
             )
         except httpx.TimeoutException as error:
             seconds = limit.read or 0.0
@@ -185,11 +221,11 @@ class SglangClient:
 
     def _json_object(self, response: httpx.Response, path: str) -> dict[str, Any]:
         try:
-            found = response.json()
+            document = response.json()
         except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
+            document = None
+        if isinstance(document, dict):
+            return document
         raise self._not_understood(response, path, "a JSON object")
 
     def _not_understood(self, response: httpx.Response, path: str, wanted: str) -> ServerRefused:

@@ -2,7 +2,7 @@
 
 A GPU that boosts as far as heat and power let it gives different timings every night. The
 keeper holds the lock, since it outlives a pytest that dies. NVML holds a lock until it is reset
-or the driver is unloaded, and tells nobody what a clock was locked at before.
+or the driver is unloaded, and does not say what a clock was locked at before.
 """
 
 from __future__ import annotations

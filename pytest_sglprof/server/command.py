@@ -51,7 +51,7 @@ print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
 class Installation:
     """What of SGLang an interpreter has. server, driver: modules that it can run, "" for none.
 
-    serve: it knows `sglang serve`. version: "" where it is not told. problem: lines that say
+    serve: it knows `sglang serve`. version: "" if unknown. problem: lines that say
     why the interpreter does not work.
     """
 
@@ -67,7 +67,7 @@ class Entry:
     """How an interpreter starts a server.
 
     mode: "serve" (`sglang serve`), or "module" (`python -m MODULE`).
-    version: SGLang's, "" where it is not told.
+    version: SGLang's, "" if unknown.
     """
 
     kind: Literal["sglang", "standin"]

@@ -111,7 +111,7 @@ def watch_clocks(server: Server) -> ClockWatch | None:
     """Begins to watch the GPUs of a server that was started here.
 
     None where there is nothing to see: a CPU server, the stand-in, an attached server (its
-    devices are not known), no NVML, or GPUs that cannot be told to be those of ranks.
+    devices are not known), no NVML, or GPUs that cannot be matched with ranks.
     """
     if server.attached or server.kind != "sglang" or server.sizes.is_cpu:
         return None

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pytest_sglprof import process
 from pytest_sglprof.server.aftermath import end_orphans
 from pytest_sglprof.server.command import PACKAGE_ROOT
 from pytest_sglprof.server.limits import FROZEN_LIMIT, ORPHAN_GRACE
-from pytest_sglprof.server.plan import LIFE, Plan
+from pytest_sglprof.server.plan import (
+    LIFE,
+    Clocks,
+    Closed,
+    Event,
+    Launch,
+    Order,
+    Plan,
+    Started,
+    Stop,
+    Stopped,
+    decode_event,
+    encode,
+)
 
 LOOK_EVERY = 0.5  # s between two looks at the keeper
-READ_LIMIT = 5.0  # s to read what a keeper that has ended had said
+READ_LIMIT = 5.0  # s to read the last messages of a keeper that has ended
 
-Message = dict[str, Any]
+_Event = TypeVar("_Event")
 
 
 class KeeperLink:
@@ -37,10 +49,10 @@ class KeeperLink:
         self._log = plan.folder / "keeper.log"
         self._closed = threading.Event()
         self._ending = threading.Event()
-        self._fault = ""
+        self._fault: str | None = None
         self.left: tuple[str, ...] = ()
-        self._events: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._told: dict[str, Message] = {}
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._last: dict[type[Any], Any] = {}
         plan.folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as errors:
             self._process = subprocess.Popen(
@@ -57,7 +69,7 @@ class KeeperLink:
             target=self._watch_over, name="sglprof keeper watch", daemon=True
         )
         self._watch.start()
-        self.send({"op": "launch", "plan": plan.to_plain()})
+        self.send(Launch(plan))
 
     @property
     def pid(self) -> int:
@@ -68,47 +80,47 @@ class KeeperLink:
         """True while the keeper's process runs."""
         return self._process.poll() is None
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Sends one message; a keeper that is gone is not told, which is no error here."""
+    def send(self, order: Order) -> None:
+        """Sends one message; silently ignored if the keeper has exited."""
         stream = self._process.stdin
         if stream is None or stream.closed:
             return
         with contextlib.suppress(OSError):
-            stream.write(json.dumps(message).encode() + b"\n")
+            stream.write(encode(order))
             stream.flush()
 
-    def next_event(self, timeout: float) -> Message | None:
+    def next_event(self, timeout: float) -> Event | None:
         """The next event that was not yet taken; None when there is none in `timeout` s."""
         try:
             return self._events.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
 
-    def told(self, event: str) -> Message | None:
+    def last_event(self, kind: type[_Event]) -> _Event | None:
         """The last event of this kind, taken or not."""
-        return self._told.get(event)
+        return self._last.get(kind)
 
-    def wait_told(self, event: str, timeout: float) -> Message | None:
-        """`told`, waited for; ends early when the keeper does."""
+    def wait_for(self, kind: type[_Event], timeout: float) -> _Event | None:
+        """The same, waited for; ends early when the keeper does."""
         deadline = time.monotonic() + timeout
-        while (found := self.told(event)) is None and time.monotonic() < deadline:
-            if self.told("closed"):
-                return self.told(event)
+        while (event := self.last_event(kind)) is None and time.monotonic() < deadline:
+            if self.last_event(Closed) is not None:
+                return self.last_event(kind)
             time.sleep(0.02)
-        return found
+        return event
 
-    def death(self) -> str:
-        """How the keeper ended; "" while it runs, or when that was asked for."""
+    def death(self) -> str | None:
+        """How the keeper ended; None while it runs, or when that was asked for."""
         status = self._process.poll()
-        if status is None and self.told("closed"):
+        if status is None and self.last_event(Closed) is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it is about to end
                 status = self._process.wait(READ_LIMIT)
-        if status is None or (self._ending.is_set() and self.told("stopped")):
-            return ""
+        if status is None or (self._ending.is_set() and self.last_event(Stopped) is not None):
+            return None
         who = f"the keeper process (pid {self.pid})"
         if self._fault:
             return f"{who} {self._fault}, so it was killed"
-        if self.told("stopped"):
+        if self.last_event(Stopped) is not None:
             return f"{who} was told to end by somebody else (SIGTERM)"
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"{who} {how}"
@@ -120,7 +132,7 @@ class KeeperLink:
         is killed, and what it leaves is ended from here.
         """
         self._ending.set()
-        self.send({"op": "stop"})
+        self.send(Stop())
         self._watch.join(timeout)
         if self._watch.is_alive() and self.is_running():
             self._kill(f"did not tear down within {timeout:.0f} s")
@@ -128,7 +140,7 @@ class KeeperLink:
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-        return self.told("stopped") is not None
+        return self.last_event(Stopped) is not None
 
     def _watch_over(self) -> None:
         """Until the keeper is gone, and all that it had with it."""
@@ -141,16 +153,16 @@ class KeeperLink:
             if self._closed.wait(LOOK_EVERY):
                 time.sleep(0.02)  # it is about to end
         self._closed.wait(READ_LIMIT)
-        stopped_message = self.told("stopped")
-        if stopped_message is not None:
-            self.left = tuple(stopped_message.get("left", ()))
+        if (teardown := self.last_event(Stopped)) is not None:
+            self.left = teardown.left
             return
         self._ending.wait(ORPHAN_GRACE)
+        started, locked = self.last_event(Started), self.last_event(Clocks)
         self.left = end_orphans(
             self._plan,
-            server=int((self.told("started") or {}).get("pid", 0)),
+            server=started.pid if started else 0,
             since=self._began,
-            clocks=(self.told("clocks") or {}).get("clocks", {}),
+            clocks=locked.clocks if locked else {},
         )
 
     def _kill(self, fault: str) -> None:
@@ -164,13 +176,13 @@ class KeeperLink:
         with stream:
             for line in stream:
                 with contextlib.suppress(ValueError):
-                    self._take(json.loads(line))
-        self._take({"event": "closed"})
+                    self._take(decode_event(line))
+        self._take(Closed())
         self._closed.set()
 
-    def _take(self, message: Message) -> None:
-        self._told[str(message.get("event"))] = message
-        self._events.put(message)
+    def _take(self, event: Event) -> None:
+        self._last[type(event)] = event
+        self._events.put(event)
 
 
 def _environment(private: Container[str]) -> dict[str, str]:
@@ -184,7 +196,7 @@ def _environment(private: Container[str]) -> dict[str, str]:
     return {**ours, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def keeper_said(folder: Path, limit: int = 8) -> list[str]:
+def keeper_log_end(folder: Path, limit: int = 8) -> list[str]:
     """The last lines of a keeper's log."""
     with contextlib.suppress(OSError):
         return (folder / "keeper.log").read_text(errors="replace").splitlines()[-limit:]

@@ -120,7 +120,7 @@ def acquire(
     what: how messages call it ("GPU 0"). cancelled: asked often; True gives up.
     """
     deadline = time.monotonic() + timeout
-    told = 0.0
+    shown = 0.0
     while (lease := try_acquire(name)) is None:
         now = time.monotonic()
         held = f"{what or name} is held by {_holder_text(name)}"
@@ -130,15 +130,15 @@ def acquire(
                 expected=f"it to be free within {timeout:g} s" if timeout else "it to be free",
                 hint="wait for the other run to end, or choose another one",
             )
-        if progress is not None and now - told >= 1.0:
+        if progress is not None and now - shown >= 1.0:
             progress(f"waiting: {held}")
-            told = now
+            shown = now
         time.sleep(min(POLL, max(deadline - now, 0.01)))
     return lease
 
 
 def holder(name: str) -> int | None:
-    """The pid that holds the lease, None when nobody does (or nobody says)."""
+    """The pid that holds the lease, None when nobody does, or it is not known who."""
     path = _path(name)
     text = _read(path)
     if text is None:
@@ -230,7 +230,7 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def listener_of(port: int) -> int | None:
-    """The pid that listens on a TCP port; None when it cannot be told."""
+    """The pid that listens on a TCP port; None if unknown."""
     import psutil
 
     try:

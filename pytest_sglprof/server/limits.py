@@ -13,12 +13,12 @@ from pytest_sglprof.process import KILL_WAIT, TERM_WAIT
 START_LIMIT = 120.0  # for nsys and the interpreter to take their secrets; once more for the pid
 PORT_WAIT = 10.0  # for a port to be free again after its last server
 SLACK = 15.0  # for files, NVML and a busy machine; no step of its own
-# While it waits for a lease it tells so every second; nothing else takes longer than this.
+# It reports every second while it waits for a lease; nothing else takes longer than this.
 SILENCE_LIMIT = 2 * START_LIMIT + PORT_WAIT + NSYS_QUICK + SLACK
 
-# The server ended by itself; the keeper tells its exit status.
+# The server ended by itself; the keeper finds out its exit status.
 RANK_GRACE = 1.0  # for the ranks of a dead server to end by themselves
-STATUS_WAIT = 60.0  # for nsys to write the report of a dead target and tell its status
+STATUS_WAIT = 60.0  # for nsys to write the report of a dead target and pass on its status
 HURRIED_WAIT = 10.0  # for the same when everything is to end
 EXIT_LIMIT = RANK_GRACE + KILL_WAIT + STATUS_WAIT + SLACK
 
@@ -38,7 +38,7 @@ ORPHAN_TERM = 5.0  # after SIGTERM to such a server: its promise is to be gone w
 
 
 def teardown_limit(stop_timeout: float, *, nsys: bool) -> float:
-    """The longest that a keeper which was told to stop may take.
+    """The longest time that a keeper may take to stop.
 
     stop_timeout: the spec's, for closing an open window. nsys: the server runs under it.
     """

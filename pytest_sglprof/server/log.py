@@ -55,12 +55,11 @@ class ServerLog:
         except OSError:
             return 0
 
-    def lines(self, start: int = 0) -> list[str]:
-        """The complete lines (without their ends) that begin at or after byte `start`."""
-        return list(self.each(start))
-
     def each(self, start: int = 0) -> Iterator[str]:
-        """The same one by one: of a log of any size little is in memory at a time."""
+        """The complete lines (without their ends) that begin at or after byte `start`.
+
+        Little is in memory at a time, whatever the log's size.
+        """
         yield from self.new(LogGrowth(self.path, start))
 
     def new(self, growth: LogGrowth) -> Iterator[str]:
@@ -100,13 +99,13 @@ class ServerLog:
             for number, line in enumerate(lines)
             if number not in inside and _CAUSES.search(line) and not _NOISE.search(line)
         ]
-        found = _distinct(causes)[-max(limit // 3, 1) :] + _deadly(blocks)
-        if not found:
-            found = _distinct(line for line in lines if _ENDINGS.search(line))
-        if not found:
-            telling = (line for number, line in enumerate(lines) if number not in inside)
-            found = [line for line in telling if not _NOISE.search(line)][-limit // 2 :]
-        return tuple(_shorten(line) for line in found[-limit:])
+        reason = _distinct(causes)[-max(limit // 3, 1) :] + _deadly(blocks)
+        if not reason:
+            reason = _distinct(line for line in lines if _ENDINGS.search(line))
+        if not reason:
+            outside = (line for number, line in enumerate(lines) if number not in inside)
+            reason = [line for line in outside if not _NOISE.search(line)][-limit // 2 :]
+        return tuple(_shorten(line) for line in reason[-limit:])
 
     def _last(self, count: int, start: int = 0) -> bytes:
         """At most the last `count` bytes, of those from `start` on where there are any.
@@ -138,18 +137,18 @@ class ServerLog:
 
 @dataclass(frozen=True)
 class _Block:
-    """One traceback: line numbers of its ends, and its telling lines."""
+    """One traceback: line numbers of its ends, and the lines of it that are shown."""
 
     first: int
     last: int
-    told: tuple[str, ...]
+    shown: tuple[str, ...]
     harmless: bool
     ended_rank: bool
 
     @property
     def exception(self) -> str:
         """The exception's own line."""
-        return self.told[-1]
+        return self.shown[-1]
 
 
 def _tracebacks(lines: Sequence[str]) -> list[_Block]:
@@ -180,7 +179,7 @@ def _read_block(lines: Sequence[str], first: int) -> _Block:
     return _Block(
         first,
         min(last, len(lines) - 1),
-        told=(*head, *frames[-1:], exception),
+        shown=(*head, *frames[-1:], exception),
         harmless=bool(_HARMLESS.search(around)),
         ended_rank=ended_rank,
     )
@@ -193,14 +192,14 @@ def _goes_on(line: str) -> bool:
 
 
 def _deadly(blocks: Sequence[_Block]) -> list[str]:
-    """The telling lines of at most two tracebacks, the cause before its consequences."""
+    """The lines to show of at most two tracebacks, the cause before its consequences."""
     harmful = [block for block in blocks if not block.harmless]
     primary = [block for block in harmful if not _AFTERMATH.search(block.exception)]
     ended = [block for block in primary if block.ended_rank]
     chosen: dict[str, _Block] = {}
     for block in ended or primary or harmful:
         chosen.setdefault(block.exception, block)
-    return [line for block in list(chosen.values())[-2:] for line in block.told]
+    return [line for block in list(chosen.values())[-2:] for line in block.shown]
 
 
 def _distinct(lines: Iterable[str]) -> list[str]:

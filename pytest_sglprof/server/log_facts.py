@@ -1,4 +1,4 @@
-"""What the server's log tells of the forward passes of a window: rebalances, accept lengths."""
+"""Facts about a window's forward passes from the server's log: rebalances, accept lengths."""
 
 from __future__ import annotations
 

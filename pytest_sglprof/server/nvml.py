@@ -1,4 +1,4 @@
-"""`Nvml`: the GPUs of this machine as NVML tells of them, through nvidia-ml-py."""
+"""`Nvml`: the GPUs of this machine, seen and set through NVML (nvidia-ml-py)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class NvmlError(OSError):
-    """NVML could not do what it was asked for; `words` are its own."""
+    """NVML refused or failed; `words` is its own message."""
 
     @property
     def words(self) -> str:
-        """What NVML says about it."""
+        """NVML's message."""
         return str(self.args[0])
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Nvml:
             pynvml.nvmlInit()
 
     def uuids(self) -> list[str]:
-        """Every GPU, in the order of the bus (CUDA counts by speed unless told)."""
+        """Every GPU, in the order of the bus (CUDA counts by speed by default)."""
         with self._errors():
             count = self._nvml.nvmlDeviceGetCount()
             devices = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pytest_sglprof.server.address import is_local_url, port_of
 
-LOOK_EVERY = 5.0  # s between two connections, where nothing else tells
+LOOK_EVERY = 5.0  # s between two connections to a server whose port cannot be looked up
 CONNECT_LIMIT = 5.0  # s
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTEN = "0A"

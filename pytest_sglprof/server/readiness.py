@@ -1,18 +1,25 @@
-"""Waits for a server to start and to be ready, and tells how it goes."""
+"""Waits for a server to start and to be ready, and reports progress."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pytest_sglprof.errors import ServerDied, ServerNotReady
 from pytest_sglprof.server.client import SglangClient
-from pytest_sglprof.server.keeper_link import KeeperLink, keeper_said
+from pytest_sglprof.server.keeper_link import KeeperLink, keeper_log_end
 from pytest_sglprof.server.limits import SILENCE_LIMIT
 from pytest_sglprof.server.log import ServerLog
-from pytest_sglprof.server.plan import Plan, error_from
+from pytest_sglprof.server.plan import (
+    Closed,
+    Exited,
+    Failed,
+    Plan,
+    Progress,
+    Started,
+    error_from,
+)
 from pytest_sglprof.values import ServerSpec
 
 TELL_EVERY = 1.0  # s between two lines of progress
@@ -20,31 +27,30 @@ POLL = 0.25  # s between two looks at /ready
 CAP = 4.0  # times the limit, at most, while the log moves
 PATIENCE = 0.25  # of the limit: how long a moving log extends it each time
 
-Progress = Callable[[str], None]
+Show = Callable[[str], None]
 
 
-def wait_started(keeper: KeeperLink, plan: Plan, progress: Progress | None) -> dict[str, Any]:
-    """The keeper's "started" event; raises the error that it tells of instead."""
+def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Started:
+    """The keeper's answer; raises the error of a start that failed."""
     deadline = time.monotonic() + SILENCE_LIMIT
     while time.monotonic() < deadline:
         event = keeper.next_event(TELL_EVERY)
         if event is None:
             continue
         deadline = time.monotonic() + SILENCE_LIMIT
-        kind = event.get("event")
-        if kind == "started":
+        if isinstance(event, Started):
             return event
-        if kind == "failed":
+        if isinstance(event, Failed):
             raise error_from(event)
-        if kind == "progress" and progress is not None:
-            progress(str(event.get("text", "")))
-        if kind == "closed":
+        if isinstance(event, Progress) and progress is not None:
+            progress(event.text)
+        if isinstance(event, Closed):
             raise lost_keeper(keeper, plan.folder, "before it had started the server")
     raise ServerNotReady(
         f"the keeper process (pid {keeper.pid}) said nothing for {SILENCE_LIMIT:.0f} s",
         expected="news of the server's start",
         hint=f"look at {plan.folder / 'keeper.log'}",
-        log=keeper_said(plan.folder),
+        log=keeper_log_end(plan.folder),
     )
 
 
@@ -53,7 +59,7 @@ def wait_until_ready(
     client: SglangClient,
     log: ServerLog,
     spec: ServerSpec,
-    progress: Progress | None,
+    progress: Show | None,
 ) -> None:
     """Returns when the server takes requests.
 
@@ -61,13 +67,13 @@ def wait_until_ready(
     that moves extends that, four times at most.
     """
     clock = ReadyClock(spec.ready_timeout, time.monotonic())
-    told = 0.0
+    shown = 0.0
     while not client.is_ready():
         now = time.monotonic()
         clock.saw(log.position(), now)
-        if exited := keeper.told("exited"):
-            raise starting_death(log, exited.get("status"), clock.elapsed(now))
-        if keeper.told("closed"):
+        if exited := keeper.last_event(Exited):
+            raise starting_death(log, exited.status, clock.elapsed(now))
+        if keeper.last_event(Closed):
             raise lost_keeper(keeper, log.path.parent, "before the server was ready")
         if clock.is_over(now):
             raise ServerNotReady(
@@ -76,9 +82,9 @@ def wait_until_ready(
                 hint=f"raise ready_timeout; its whole log is {log.path}",
                 log=log.reason() or [log.last_line()],
             )
-        if progress is not None and now - told >= TELL_EVERY:
+        if progress is not None and now - shown >= TELL_EVERY:
             progress(f"server {spec.key}: {clock.elapsed(now):.0f} s, {log.last_line()}")
-            told = now
+            shown = now
         time.sleep(POLL)
 
 
@@ -114,7 +120,7 @@ def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
         expected="a keeper that lives as long as its server",
         hint=f"look for whoever ended it (the kernel's log tells of a lack of memory) and at "
         f"{folder / 'keeper.log'}",
-        log=keeper_said(folder),
+        log=keeper_log_end(folder),
     )
 
 

@@ -21,7 +21,7 @@ from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.keeper_link import KeeperLink
 from pytest_sglprof.server.limits import EXIT_LIMIT, teardown_limit
 from pytest_sglprof.server.log import ServerLog
-from pytest_sglprof.server.plan import Plan
+from pytest_sglprof.server.plan import Clocks, Exited, Plan, Started, Window
 from pytest_sglprof.server.presence import Presence
 from pytest_sglprof.server.readiness import lost_keeper, wait_started, wait_until_ready
 from pytest_sglprof.server.sizes import ServerSizes
@@ -38,8 +38,8 @@ class Server:
     "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
     info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
     the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
-    clock is held at. notes: what the user should know. keeper_fault: after `stop`, what became
-    of a keeper that did not tear down itself, where nobody has been told yet.
+    clock is held at. keeper_fault: after `stop`, what became of a keeper that did not tear
+    down itself; None if nothing did, or if the server's death has been reported already.
     started: Unix time in s; ready_s: s from then until it was ready; both None for an attached
     one.
     """
@@ -58,7 +58,6 @@ class Server:
         nsys: NsysSession | None = None,
         server_dir: tuple[str, str] | None = None,
         shown_command: tuple[str, ...] = (),
-        notes: tuple[str, ...] = (),
         keeper: KeeperLink | None = None,
         pid: int = 0,
         created: float = 0.0,
@@ -82,8 +81,7 @@ class Server:
         self.server_dir = server_dir
         self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
         self.command = shown_command
-        self.notes = notes
-        self.keeper_fault = ""
+        self.keeper_fault: str | None = None
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
@@ -112,10 +110,10 @@ class Server:
                 f"nothing listens at {self.url} any more",
                 hint="the server was not ours: look at its own log",
             )
-        told = self._keeper.wait_told("exited", EXIT_LIMIT)
-        if told is None and self._keeper.death():
+        exited = self._keeper.wait_for(Exited, EXIT_LIMIT)
+        if exited is None and self._keeper.death():
             return lost_keeper(self._keeper, self.folder, "while the server ran")
-        return died(self.log, told.get("status") if told else None)
+        return died(self.log, exited.status if exited else None)
 
     def scheduler_ranks(self) -> dict[int, Rank]:
         """pid -> rank, from live command lines; {} for a server on another machine."""
@@ -133,7 +131,7 @@ class Server:
     def announce_window(self, backend: Backend | None) -> None:
         """Tells the keeper which window a teardown has to close first (None: none)."""
         if self._keeper is not None:
-            self._keeper.send({"op": "window", "backend": backend, "opened": time.time()})
+            self._keeper.send(Window(backend, time.time()))
 
     @property
     def left_behind(self) -> tuple[str, ...]:
@@ -152,7 +150,7 @@ class Server:
                 was_alive = self.is_alive()
                 self._keeper.close(_teardown(self.spec))
                 self._left = self._keeper.left
-                self.keeper_fault = self._keeper.death() if was_alive else ""
+                self.keeper_fault = self._keeper.death() if was_alive else None
         return self._left
 
 
@@ -165,7 +163,7 @@ def launch(
 ) -> Server:
     """Starts the server of `spec` and returns when it is ready.
 
-    folder: its own, made when missing. progress: told about once a second how it goes.
+    folder: its own, made when missing. progress: called about once a second with a line of text.
     Raises `ServerMissing`, `NsysError`, `LeaseError`, `ServerDied` or `ServerNotReady`;
     nothing is left running then.
     """
@@ -189,7 +187,7 @@ def launch(
     try:
         started = wait_started(keeper, plan, progress)
         began, began_at = time.time(), time.monotonic()
-        url = command.local_url(started["host"], started["port"])
+        url = command.local_url(started.host, started.port)
         client = SglangClient(url, api_key=api_key, admin_key=admin_key)
         try:
             wait_until_ready(keeper, client, log, spec, progress)
@@ -204,6 +202,7 @@ def launch(
             left = f"left behind: {', '.join(keeper.left)}"
             error.hint = f"{error.hint}; {left}" if error.hint else left
         raise
+    locked = keeper.last_event(Clocks)
     return Server(
         spec=spec,
         kind=entry.kind,
@@ -214,11 +213,11 @@ def launch(
         info=info,
         log=log,
         nsys=_own_session(tool, started),
-        shown_command=tuple(started["command"]),
+        shown_command=started.command,
         keeper=keeper,
-        pid=int(started["pid"]),
-        created=float(started["created"]),
-        locked_clocks=started["clocks"],
+        pid=started.pid,
+        created=started.created,
+        locked_clocks=locked.clocks if locked else {},
         started=began,
         ready_s=ready_s,
     )
@@ -273,7 +272,6 @@ def attach(
         info=info,
         nsys=session,
         server_dir=server_dir,
-        notes=_attached_notes(url, server_dir),
     )
 
 
@@ -309,20 +307,7 @@ def _teardown(spec: ServerSpec) -> float:
     return teardown_limit(spec.stop_timeout, nsys=spec.nsys)
 
 
-def _own_session(tool: NsysTool | None, started: Mapping[str, Any]) -> NsysSession | None:
+def _own_session(tool: NsysTool | None, started: Started) -> NsysSession | None:
     if tool is None:
         return None
-    return NsysSession(tool, str(started["session"]), tmpdir=Path(started["tmpdir"]))
-
-
-def _attached_notes(url: str, server_dir: tuple[str, str] | None) -> tuple[str, ...]:
-    notes = [
-        "an attached server is not ours: while it exports a profile its requests stall and "
-        "/health answers 503, so a watchdog of yours may take it for dead"
-    ]
-    if server_dir is None and not is_local_url(url):
-        notes.append(
-            "no output_dir is sent to a server on another machine: give "
-            "--sglprof-server-dir SERVER:LOCAL to fetch its traces"
-        )
-    return tuple(notes)
+    return NsysSession(tool, started.session, tmpdir=started.tmpdir)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pytest_sglprof.analysis.unequal import seem_unequal
+from pytest_sglprof.server.client import LOADS, DpLoad, read_loads
 from pytest_sglprof.values import LoadSample
 from pytest_sglprof.watch.http_source import HttpSource
 
@@ -21,7 +21,7 @@ class LoadsSource(HttpSource):
     the moments between two of them. So it looks closer as soon as the ranks seem unequal.
     """
 
-    path = "/v1/loads?include=core"
+    path = LOADS
     _unequal_looks = 0
 
     async def poll(self) -> Sequence[LoadSample]:
@@ -30,10 +30,11 @@ class LoadsSource(HttpSource):
         if response is None:
             return []
         try:
-            samples = loads_samples(response.json()["loads"], self._clock())
-        except (ValueError, KeyError, TypeError) as error:
-            self.failed(f"not the load of an SGLang server ({error!r})")
+            loads = read_loads(response.json())
+        except ValueError as error:
+            self.failed(f"not the load of an SGLang server: {error}")
             return []
+        samples = load_samples(loads, self._clock())
         self._unequal_looks = self._unequal_looks + 1 if seem_unequal(samples) else 0
         if 1 <= self._unequal_looks <= CLOSER_LOOKS:
             self.delay = min(CLOSER, self.delay)
@@ -44,18 +45,17 @@ class LoadsSource(HttpSource):
         return "follow the server's log instead: sglprof watch LOG --follow"
 
 
-def loads_samples(loads: list[Mapping[str, Any]], now: float) -> list[LoadSample]:
-    """`loads` of an answer as samples; labels have no DP part where there is one DP rank."""
-    single = len(loads) == 1
+def load_samples(loads: Sequence[DpLoad], now: float) -> list[LoadSample]:
+    """The loads at one moment; labels have no DP part where there is one DP rank."""
     return [
         LoadSample(
             time=now,
-            rank="" if single else f"DP{int(load['dp_rank'])}",
-            running=int(load["num_running_reqs"]),
-            waiting=int(load.get("num_waiting_reqs") or 0),
-            tokens=int(load.get("num_used_tokens") or 0),
-            token_usage=float(load.get("token_usage") or 0.0),
-            throughput=float(load.get("gen_throughput") or 0.0),
+            rank="" if len(loads) == 1 else f"DP{load.dp_rank}",
+            running=load.running,
+            waiting=load.waiting,
+            tokens=load.tokens,
+            token_usage=load.token_usage,
+            throughput=load.throughput,
             source="loads",
         )
         for load in loads

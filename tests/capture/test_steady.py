@@ -6,6 +6,7 @@ import pytest
 
 from pytest_sglprof.capture.steady import running_requests, steady_load
 from pytest_sglprof.errors import ServerRefused, ServerUnreachable
+from pytest_sglprof.server.client import DpLoad
 
 
 class Clock:
@@ -35,7 +36,7 @@ class Loaded:
         if running is None:
             raise ServerUnreachable("busy")
         half = running // 2
-        return [{"num_running_reqs": half}, {"num_running_reqs": running - half}]
+        return [DpLoad(0, half), DpLoad(1, running - half)]
 
     def is_alive(self) -> bool:
         return not self.died

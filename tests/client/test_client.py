@@ -8,7 +8,7 @@ import pytest
 
 from pytest_sglprof.errors import ServerRefused, ServerSilent, ServerUnreachable
 from pytest_sglprof.redact import HIDDEN
-from pytest_sglprof.server.client import SglangClient, is_local_url
+from pytest_sglprof.server.client import DpLoad, SglangClient, is_local_url
 
 
 class Answers:
@@ -91,19 +91,19 @@ def test_profile_endpoints_get_the_admin_key_and_others_the_api_key(connect):
     answers = Answers(
         start_profile=httpx.Response(200),
         flush_cache=httpx.Response(200),
-        v1__loads=httpx.Response(200, json={"loads": [{"num_running_reqs": 3}]}),
+        v1__loads=httpx.Response(200, json={"loads": [{"dp_rank": 0, "num_running_reqs": 3}]}),
     )
     client = connect(answers, api_key="user", admin_key="admin")
     client.start_profile({"num_steps": 5}, 5)
     assert client.flush_cache()
-    assert client.loads() == [{"num_running_reqs": 3}]
+    assert client.loads() == [DpLoad(dp_rank=0, running=3)]
     keys = [request.headers["Authorization"] for request in answers.asked]
     assert keys == ["Bearer admin", "Bearer admin", "Bearer user"]
     assert answers.asked[0].content == b'{"num_steps":5}'
 
 
 def test_no_key_sends_no_header(connect):
-    answers = Answers(v1__loads=httpx.Response(200, json={}))
+    answers = Answers(v1__loads=httpx.Response(200, json={"loads": []}))
     assert connect(answers).loads() == []
     assert "Authorization" not in answers.asked[0].headers
 

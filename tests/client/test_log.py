@@ -14,7 +14,7 @@ def log(tmp_path: Path) -> ServerLog:
 
 
 def test_no_file_is_an_empty_log(log):
-    assert (log.position(), log.lines(), log.last_line(), log.reason()) == (0, [], "", ())
+    assert (log.position(), list(log.each()), log.last_line(), log.reason()) == (0, [], "", ())
 
 
 def test_lines_are_read_on_from_an_offset_and_only_when_complete(log):
@@ -24,12 +24,12 @@ def test_lines_are_read_on_from_an_offset_and_only_when_complete(log):
     with log.path.open("ab") as stream:
         stream.write(b"ee\n")
     assert log.read(offset) == (["three"], log.position())
-    assert log.lines(log.position()) == []
+    assert list(log.each(log.position())) == []
 
 
 def test_bad_bytes_and_progress_bars_are_tolerated(log):
     log.path.write_bytes(b"\xff\xfe bad\nload 1%\rload 100%\r\nend\n")
-    assert log.lines() == ["\ufffd\ufffd bad", "load 100%", "end"]
+    assert list(log.each()) == ["\ufffd\ufffd bad", "load 100%", "end"]
 
 
 @pytest.mark.usefixtures("secrets_end_here")

@@ -76,7 +76,7 @@ def test_waiting_for_a_gpu_ends_with_pytest(four_gpus, fake_sglang, nothing_left
     )
     event = keeper.next_event(20)
     assert event is not None
-    assert "waiting: GPU 4" in event["text"]
+    assert "waiting: GPU 4" in event.text
     assert keeper.close(20)
     held.release()
 

@@ -197,7 +197,6 @@ def test_attach_needs_the_key_and_never_stops(start, tmp_path, monkeypatch):
     assert other.log is None
     assert other.url == server.url
     assert other.trace_root == Path("/here")
-    assert any("/health" in note for note in other.notes)
     assert [rank.label for rank in other.scheduler_ranks().values()] == ["TP0", "TP1"]
     with server.window_lock(), pytest.raises(LeaseError, match="profile window"):
         other.window_lock().__enter__()
