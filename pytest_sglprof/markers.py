@@ -140,7 +140,7 @@ def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     if not isinstance(name, str) or not isinstance(nsys, bool | None):
         raise SettingsError(
             f"@pytest.mark.{SERVER_MARK}: name={name!r}, nsys={nsys!r}",
-            expected="a text and True or False",
+            expected="a string and True or False",
             hint="correct the marker",
         )
     return name, nsys

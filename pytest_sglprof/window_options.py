@@ -173,12 +173,12 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             "trigger with whole_body, delay or start_step",
             "the trigger alone: it says when the window opens",
         ),
-        (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a text"),
+        (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a string"),
         *_type_rules(spec),
     )
-    for fine, found, expected in rules:
-        if not fine:
-            raise SettingsError(f"{origin}: {found}", expected=expected, hint="correct the marker")
+    for holds, given, expected in rules:
+        if not holds:
+            raise SettingsError(f"{origin}: {given}", expected=expected, hint="correct this value")
 
 
 def _check_names(spec: WindowSpec, origin: str) -> None:
@@ -190,17 +190,17 @@ def _check_names(spec: WindowSpec, origin: str) -> None:
 
 
 def _type_rules(spec: WindowSpec) -> Iterator[tuple[bool, str, str]]:
-    """What needs no thought: True for a right type, what was found, what was expected."""
+    """The types of switches, strings and lists: whether right, what was given, what is expected."""
     for name in _SWITCHES:
         value = getattr(spec, name)
         yield isinstance(value, bool), f"{name}={value!r}", "True or False"
     for name in _TEXTS:
         value = getattr(spec, name)
-        yield isinstance(value, str | None), f"{name}={value!r}", "a text"
+        yield isinstance(value, str | None), f"{name}={value!r}", "a string"
     for name in _LISTS:
         value = getattr(spec, name)
-        of_texts = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
-        yield value is None or of_texts, f"{name}={value!r}", "a list of texts"
+        of_strings = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+        yield value is None or of_strings, f"{name}={value!r}", "a list of strings"
 
 
 def _is_number(value: Any, *, above: float | None = None) -> bool:
