@@ -44,29 +44,29 @@ class NeedsText(Exception):
     """Stamps are too large for float64: read this file by its text."""
 
 
-class _Codes(dict[str, int]):
-    """word -> number, numbered in order of appearance."""
+class Interner(dict[str, int]):
+    """text -> number, numbered in order of appearance."""
 
-    def __missing__(self, word: str) -> int:
+    def __missing__(self, text: str) -> int:
         code = len(self)
-        self[word] = code
+        self[text] = code
         return code
 
 
-class _Names(_Codes):
+class _Names(Interner):
     """communicate: the names of kernels that may belong to a process group."""
 
     def __init__(self) -> None:
         super().__init__()
         self.communicate: set[str] = set()
 
-    def __missing__(self, word: str) -> int:
-        if communicates(word):
-            self.communicate.add(word)
-        return super().__missing__(word)
+    def __missing__(self, text: str) -> int:
+        if communicates(text):
+            self.communicate.add(text)
+        return super().__missing__(text)
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class ScanRequest(msgspec.Struct, frozen=True):
     """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
 
     sequences: numbers of collectives; a look at a file for these takes a fifth of one for kernels.
@@ -127,15 +127,17 @@ def _new_batch(*, exact: bool) -> Batch:
 class Collector:
     """Takes events, keeps codes and counts, emits batches."""
 
-    def __init__(self, wanted: Wanted, emit: Callable[[Batch], None]) -> None:
-        self.wanted = wanted
+    def __init__(self, request: ScanRequest, emit: Callable[[Batch], None]) -> None:
+        self.request = request
         self.facts = FileFacts()
         self._emit = emit
-        self.kinds = {name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in wanted.kinds}
+        self.kinds = {
+            name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in request.kinds
+        }
         self._names = _Names()
-        self._owners = _Codes()
-        self._groups = _Codes()
-        self._threads = _Codes()
+        self._owners = Interner()
+        self._groups = Interner()
+        self._threads = Interner()
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 

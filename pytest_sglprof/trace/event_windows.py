@@ -1,4 +1,4 @@
-"""The events of a torch trace in windows of whole events, from inflated pieces.
+"""The events of a torch trace in chunks of whole events, from inflated pieces.
 
 The bytes between two events are learned from the beginning of the file; spacing inside an
 event does not matter. Where something looks other than learned and cannot be resolved,
@@ -45,7 +45,7 @@ class Layout(msgspec.Struct, frozen=True):
         return self.between.rindex(b"{")
 
 
-class Window(msgspec.Struct, frozen=True, gc=False):
+class EventChunk(msgspec.Struct, frozen=True, gc=False):
     """Whole events: `data` from `begin`, where `layout.between` stands, to `end`, a last `}`."""
 
     layout: Layout
@@ -59,12 +59,12 @@ class Window(msgspec.Struct, frozen=True, gc=False):
         return self.data[self.begin + self.layout.open_at : self.end + 1]
 
 
-def event_windows(
+def event_chunks(
     stream: Iterator[bytes], facts: FileFacts, *, partial: bool = False
-) -> Iterator[Window]:
+) -> Iterator[EventChunk]:
     """Yields all events of a trace; `facts` has the header's metadata before the first one.
 
-    The footer's metadata is there after the last window. partial: takes what stands before
+    The footer's metadata is there after the last chunk. partial: takes what stands before
     the end of a truncated file. Raises Unsafe, and what the stream raises.
     """
     head, layout = _learn(stream)
@@ -83,13 +83,13 @@ def event_windows(
             seam = held + (piece if first < 0 else piece[: first + 1])
             last = seam.rfind(layout.between) if first < 0 else len(seam) - 1
             if last > 0:
-                yield _checked(Window(layout, seam, last))
+                yield _checked(EventChunk(layout, seam, last))
                 before, cut = seam, last
             held = seam[last:]
             if first >= 0:
                 last = piece.rfind(layout.between)
                 if last > first:
-                    yield _checked(Window(layout, piece, last, first))
+                    yield _checked(EventChunk(layout, piece, last, first))
                 before, cut, held = piece, last, piece[last:]
             elif len(held) > MAX_EVENT:
                 raise Unsafe("an event, or what follows the events, is very large")
@@ -122,27 +122,27 @@ def _learn(stream: Iterator[bytes]) -> tuple[bytes, Layout]:
     raise Unsafe("the beginning of the list of events was not recognised")
 
 
-def _checked(window: Window) -> Window:
-    """One look a window whether the categories are still those that are searched for."""
-    at = window.data.find(b'"cat"', window.begin, window.end)
-    category = _CATEGORY.match(window.data, at) if at >= 0 else None
-    if category is not None and not window.layout.old and category[1] in OLD_CATEGORIES:
+def _checked(chunk: EventChunk) -> EventChunk:
+    """One look a chunk whether the categories are still those that are searched for."""
+    at = chunk.data.find(b'"cat"', chunk.begin, chunk.end)
+    category = _CATEGORY.match(chunk.data, at) if at >= 0 else None
+    if category is not None and not chunk.layout.old and category[1] in OLD_CATEGORIES:
         raise Unsafe("the names of the categories change")
-    return window
+    return chunk
 
 
 def _rest(
     layout: Layout, facts: FileFacts, before: bytes, held: bytes, *, partial: bool
-) -> Iterator[Window]:
+) -> Iterator[EventChunk]:
     """The last events, once what follows the list was read."""
     end = read_footer(before + held, facts)
     if end is not None:
         stop = max(end - len(before), 1)
-        yield Window(layout, held[:stop], stop - 1)
+        yield EventChunk(layout, held[:stop], stop - 1)
         return
     if not partial:
         raise Unsafe("the list of events has no recognised end")
     facts.truncated = True
     cut = held.rfind(layout.between)
     if cut > 0:
-        yield Window(layout, held, cut)
+        yield EventChunk(layout, held, cut)

@@ -17,10 +17,9 @@ from pytest_sglprof.errors import NotATrace, TraceError, TraceTruncated
 
 PIECE = 256 * 1024  # larger pieces fall out of the processor's cache, smaller ones cost calls
 _READ = 128 * 1024
-_GZIP = b"\x1f\x8b"
-_ZSTD = b"\x28\xb5\x2f\xfd"
+GZIP = b"\x1f\x8b"
+ZSTD = b"\x28\xb5\x2f\xfd"
 _BOM = b"\xef\xbb\xbf"
-_SQLITE = b"SQLite format 3\x00"
 
 Progress = Callable[[int], None]
 
@@ -123,7 +122,7 @@ def pieces(path: Path, *, size: int = PIECE, progress: Progress | None = None) -
             hint="check the path and its permissions",
         ) from error
     with stream:
-        head = stream.read(len(_SQLITE))
+        head = stream.read(len(ZSTD))
         stream.seek(0)
         if not head:
             raise NotATrace(
@@ -131,16 +130,10 @@ def pieces(path: Path, *, size: int = PIECE, progress: Progress | None = None) -
                 expected="a Kineto trace (.json or .json.gz)",
                 hint="the profiler was stopped before it wrote the file; open the window again",
             )
-        if head == _SQLITE:
-            raise NotATrace(
-                f"{path} is an SQLite database, not a torch trace",
-                expected="a Kineto trace (.json or .json.gz)",
-                hint="an nsys export is recognised by its ending .sqlite; rename the file",
-            )
-        if head.startswith(_GZIP):
-            yield from _inflate(path, stream, _gzip_inflater, _GZIP, size, progress)
-        elif head.startswith(_ZSTD):
-            yield from _inflate(path, stream, lambda: _zstd_inflater(path), _ZSTD, size, progress)
+        if head.startswith(GZIP):
+            yield from _inflate(path, stream, _gzip_inflater, GZIP, size, progress)
+        elif head.startswith(ZSTD):
+            yield from _inflate(path, stream, lambda: _zstd_inflater(path), ZSTD, size, progress)
         else:
             yield from _plain(stream, size, progress)
 

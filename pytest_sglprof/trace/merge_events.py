@@ -1,8 +1,8 @@
 """Events of one file, rewritten for a trace of many ranks.
 
-Nearly all windows go the quick way: the rank's prefix is put before every process and flow
+Nearly all chunks go the quick way: the rank's prefix is put before every process and flow
 id by searching bytes, and the result is checked to be valid JSON in which every event was
-changed once. A window that is anything else (metadata, textual process ids, another clock,
+changed once. A chunk that is anything else (metadata, textual process ids, another clock,
 damage) goes the slow way, event by event.
 """
 
@@ -33,7 +33,7 @@ _STREAM = re.compile(r"stream \d+")
 RawEvent = dict[str, msgspec.Raw]
 
 
-SAMPLE = 16  # of so many windows one is asked for threads that nobody named
+SAMPLE = 16  # of so many chunks one is asked for threads that nobody named
 
 
 class _Quick(msgspec.Struct, gc=False):
@@ -72,7 +72,7 @@ class Seen:
 
 
 class EventRewriter:
-    """Rewrites the windows of one file. `seen.events` counts what stands in the result.
+    """Rewrites the chunks of one file. `seen.events` counts what stands in the result.
 
     shift_ns: added to every time. taken: events of the file that were dealt with.
     """
@@ -80,7 +80,7 @@ class EventRewriter:
     def __init__(self, numbers: RankNumbers, label: str, shift_ns: int = 0) -> None:
         self.seen = Seen()
         self.taken = 0
-        self.windows = 0
+        self.chunks = 0
         self.ids = ProcessIds(numbers, label)
         self._numbers = numbers
         self._label = label
@@ -93,7 +93,7 @@ class EventRewriter:
         """The first three digits of a new process id → its rank."""
         return {self._numbers.prefix(label).decode(): label for label in self.seen.events}
 
-    def window(self, layout: Layout, events: bytes) -> bytes:
+    def chunk(self, layout: Layout, events: bytes) -> bytes:
         """Events joined by commas, as they stand in the file, for the result.
 
         Raises Unsafe where they cannot be told apart.
@@ -138,9 +138,9 @@ class EventRewriter:
         with_id = len([1 for event in whole if event.id is not None])
         if len(whole) != processes or with_id != len(flows):
             return None
-        if self.windows % SAMPLE == 0:
+        if self.chunks % SAMPLE == 0:
             self.seen.threads.update(_threads(changed))
-        self.windows += 1
+        self.chunks += 1
         self.seen.events[self._label] += len(whole)
         self.taken += len(whole)
         return changed

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from pytest_sglprof.errors import TraceError
-from pytest_sglprof.trace.event_windows import Unsafe, event_windows
+from pytest_sglprof.trace.event_windows import Unsafe, event_chunks
 from pytest_sglprof.trace.file_rank import rank_of_file
 from pytest_sglprof.trace.inflate import pieces
 from pytest_sglprof.trace.join import refuse_twice
@@ -120,8 +120,8 @@ def _copy(
     facts = FileFacts()
     try:
         stream = pieces(path, size=PIECE, progress=progress)
-        for window in event_windows(stream, facts, partial=allow_partial):
-            writer.add(rewriter.window(window.layout, window.events))
+        for chunk in event_chunks(stream, facts, partial=allow_partial):
+            writer.add(rewriter.chunk(chunk.layout, chunk.events))
     except Unsafe as unsafe:
         whole = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
         if rewriter.taken and whole.skipped:
@@ -142,11 +142,11 @@ def _source(path: Path, allow_partial: bool) -> Source:
     """Reads the file's beginning; all of it only where that does not tell enough."""
     facts = FileFacts()
     try:
-        windows = event_windows(pieces(path), facts, partial=allow_partial)
-        first = next(windows, None)
+        chunks = event_chunks(pieces(path), facts, partial=allow_partial)
+        first = next(chunks, None)
         merged = first is not None and first.layout.merged
         if not facts.base or not (facts.distributed or merged):
-            for _ in windows:
+            for _ in chunks:
                 pass
     except Unsafe:
         whole = read_whole(path, _DOCUMENT, allow_partial=allow_partial)

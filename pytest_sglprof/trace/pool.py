@@ -10,7 +10,7 @@ from __future__ import annotations
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,14 +20,12 @@ from typing import IO, Any
 from pytest_sglprof import errors
 from pytest_sglprof.errors import SglprofError, TraceError
 from pytest_sglprof.trace import worker
-from pytest_sglprof.trace.collect import Wanted
+from pytest_sglprof.trace.collect import ScanRequest
 from pytest_sglprof.trace.columns import Columns, joined
 from pytest_sglprof.trace.kineto import Batch, FileFacts
 from pytest_sglprof.trace.torch_file import scan_file
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from pytest_sglprof.trace.worker import main; main()"
-
-Progress = Callable[[int], None]
 
 
 @dataclass
@@ -46,27 +44,20 @@ class FileContent:
         return self
 
 
-def read_here(path: Path, wanted: Wanted, progress: Progress | None = None) -> FileContent:
+def read_here(path: Path, request: ScanRequest) -> FileContent:
     """Reads one file in this process."""
     content = FileContent(path)
-    facts = scan_file(
-        path,
-        wanted,
-        content.batches.append,
-        restart=content.batches.clear,
-        progress=progress,
-    )
+    facts = scan_file(path, request, content.batches.append, restart=content.batches.clear)
     return content.close(facts)
 
 
 def read_in_processes(
-    jobs: Sequence[tuple[Path, Wanted]], processes: int, progress: Progress | None = None
+    jobs: Sequence[tuple[Path, ScanRequest]], processes: int
 ) -> list[FileContent]:
     """Reads files in up to `processes` child processes; results in the order of `jobs`.
 
-    progress: called with stored bytes read since the last call. Raises the first error of
-    a file, or TraceError when a reader process dies. However it ends (Ctrl-C too), no
-    reader outlives the call.
+    Raises the first error of a file, or TraceError when a reader process dies. However it
+    ends (Ctrl-C too), no reader outlives the call.
     """
     todo = iter(range(len(jobs)))
     found: dict[int, FileContent] = {}
@@ -75,11 +66,11 @@ def read_in_processes(
         with selectors.DefaultSelector() as frames:
             for number in islice(todo, processes):
                 readers.append(_Reader())
-                readers[-1].give(number, *jobs[number], tell=progress is not None)
+                readers[-1].give(number, *jobs[number])
                 frames.register(readers[-1].output, selectors.EVENT_READ, readers[-1])
             while len(found) < len(jobs):
                 for key, _ in frames.select():
-                    content = key.data.take(progress)
+                    content = key.data.take()
                     if content is not None:
                         found[key.data.number] = content
                         following = next(todo, None)
@@ -87,7 +78,7 @@ def read_in_processes(
                             frames.unregister(key.fileobj)
                         else:
                             job = jobs[following]
-                            key.data.give(following, *job, tell=progress is not None)
+                            key.data.give(following, *job)
     finally:
         for reader in readers:
             reader.process.kill()
@@ -107,13 +98,13 @@ class _Reader:
         self.number = -1
         self._content = FileContent(Path())
 
-    def give(self, number: int, path: Path, wanted: Wanted, *, tell: bool) -> None:
-        """Hands over the next file; tell: it shall report how far it is."""
+    def give(self, number: int, path: Path, request: ScanRequest) -> None:
+        """Hands over the next file."""
         self.number, self._content = number, FileContent(path)
         with suppress(BrokenPipeError):  # `take` tells that the process is gone
-            worker.send(self._input, worker.JOB, (str(path), wanted, tell))
+            worker.send(self._input, worker.JOB, (str(path), request))
 
-    def take(self, progress: Progress | None) -> FileContent | None:
+    def take(self) -> FileContent | None:
         """Takes one frame; the content once the file was read to its end."""
         frame = worker.receive(self.output)
         if frame is None:
@@ -130,10 +121,8 @@ class _Reader:
             return self._content.close(payload)
         if what == worker.BATCH:
             self._content.batches.append(payload)
-        elif what == worker.RESTART:
+        else:
             self._content.batches.clear()
-        elif progress is not None:
-            progress(payload)
         return None
 
     def close(self) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pandas as pd
 
 from pytest_sglprof.ranks import rank_order
 from pytest_sglprof.trace.arrays import Ints
+from pytest_sglprof.trace.collect import Interner
 from pytest_sglprof.trace.collective_calls import collective_frame
 from pytest_sglprof.trace.join import joined, one_source
 from pytest_sglprof.trace.kernels import category, normalise
@@ -25,12 +25,7 @@ from pytest_sglprof.trace.table import (
     RankActivities,
     step_frame,
 )
-from pytest_sglprof.trace.torch_window import read_traces
-from pytest_sglprof.trace.window_files import is_nsys, window_files
-
-POOL_BYTES = 8 * 2**20  # stored bytes; below, starting processes costs more than it saves
-
-Progress = Callable[[int, int], None]
+from pytest_sglprof.trace.window_files import Reader, ReadOptions, reader_of, window_files
 
 
 def read_window(
@@ -43,7 +38,6 @@ def read_window(
     patterns: Sequence[tuple[str, str]] = (),
     step_delimiter: str = "",
     nsys: str | None = None,
-    progress: Progress | None = None,
     processes: int | None = None,
     sequences: bool = True,
 ) -> KernelTable:
@@ -53,21 +47,24 @@ def read_window(
     reports. allow_partial: reads what a truncated trace still holds, and marks the table.
     settle_s: seconds dropped from the front. patterns: (category, regex) tried before the
     built-in ones. step_delimiter: regex of the kernel that begins a step, for sources that
-    tell no steps. nsys: command that exports `.nsys-rep`. progress: (bytes read, bytes in
-    all). processes: at most so many readers at once. sequences: look for the numbers of
-    collectives, which takes a second look at large torch traces with NCCL kernels.
+    tell no steps. nsys: command that exports `.nsys-rep`. processes: at most so many
+    readers at once. sequences: look for the numbers of collectives, which takes a second look
+    at large torch traces with NCCL kernels.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
-    files = window_files(paths)
-    torch = [file for file in files if not is_nsys(file)]
-    found = _read_torch(torch, allow_partial, progress, processes, sequences)
-    for file in files:
-        if is_nsys(file):
-            from pytest_sglprof.trace.nsys_report import read_report
-
-            read = read_report(file, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, nsys=nsys)
-            found += [(file, activities) for activities in read]
+    options = ReadOptions(
+        pid_ranks=pid_ranks or {},
+        gpu_ranks=gpu_ranks or {},
+        allow_partial=allow_partial,
+        nsys=nsys,
+        processes=processes,
+        sequences=sequences,
+    )
+    files: dict[Reader, list[Path]] = {}
+    for file in window_files(paths):
+        files.setdefault(reader_of(file), []).append(file)
+    found = [part for reader, same in files.items() for part in reader.read(same, options)]
     return build_table(found, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
 
 
@@ -117,43 +114,11 @@ def build_table(
     )
 
 
-def _read_torch(
-    files: Sequence[Path],
-    allow_partial: bool,
-    progress: Progress | None,
-    processes: int | None,
-    sequences: bool,
-) -> list[tuple[Path, RankActivities]]:
-    total = sum(file.stat().st_size for file in files)
-    workers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
-    return read_traces(
-        files,
-        allow_partial=allow_partial,
-        progress=None if progress is None else _adding_up(progress, total),
-        processes=workers,
-        sequences=sequences,
-    )
-
-
-def _adding_up(progress: Progress, total: int) -> Callable[[int], None]:
-    """Takes bytes read since its last call, and tells `progress` of all."""
-    done = 0
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        progress(done, total)
-
-    return tell
-
-
 def _frame(
     parts: list[RankActivities], ranks: Sequence[str], patterns: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
     """One row an activity. Empties `parts`: each is let go once its rows are copied."""
-    full_names = _Numbers(name for part in parts for name in part.names)
-    kinds = _Numbers(kind for part in parts for kind in part.kinds)
-    stages = _Numbers([UNKNOWN_STAGE, *(step.stage for part in parts for step in part.steps)])
+    full_names, kinds, stages = Interner(), Interner(), Interner({UNKNOWN_STAGE: 0})
     size = sum(len(part.start) for part in parts)
     numbers = {key: np.empty(size, np.int64) for key in ("step", "stream", "start_ns", "dur_ns")}
     rank = np.empty(size, np.int16)
@@ -165,8 +130,8 @@ def _frame(
         part = parts.pop(0)
         rows = slice(end, end := end + len(part.start))
         rank[rows] = ranks.index(part.rank)
-        full[rows] = full_names.of(part.names)[part.name_codes]
-        kind[rows] = kinds.of(part.kinds)[part.kind_codes]
+        full[rows] = _codes(full_names, part.names)[part.name_codes]
+        kind[rows] = _codes(kinds, part.kinds)[part.kind_codes]
         stage[rows] = _stages(part, stages)
         numbers["step"][rows], numbers["stream"][rows] = part.step, part.stream
         numbers["start_ns"][rows], numbers["dur_ns"][rows] = part.start, part.dur
@@ -182,14 +147,8 @@ def _frame(
     return pd.DataFrame({key: columns[key] for key in COLUMNS}, copy=False)
 
 
-class _Numbers(dict[str, int]):
-    """Distinct texts in order of appearance, each with its number."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        super().__init__((text, at) for at, text in enumerate(dict.fromkeys(texts)))
-
-    def of(self, texts: Sequence[str]) -> Ints:
-        return np.array([self[text] for text in texts], dtype=np.int64)
+def _codes(numbers: Interner, texts: Sequence[str]) -> Ints:
+    return np.array([numbers[text] for text in texts], dtype=np.int64)
 
 
 def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
@@ -198,16 +157,16 @@ def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
 
 def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
     """Categorical of `texts[code]`, equal texts being one category."""
-    unique = _Numbers(texts)
-    own = unique.of(texts).astype(np.int32)[codes]
-    return pd.Categorical.from_codes(own, categories=pd.Index(list(unique)))
+    unique = Interner()
+    numbers = _codes(unique, texts).astype(np.int32)
+    return pd.Categorical.from_codes(numbers[codes], categories=pd.Index(list(unique)))
 
 
-def _stages(part: RankActivities, stages: _Numbers) -> Ints:
+def _stages(part: RankActivities, stages: Interner) -> Ints:
     """The number of each activity's stage; that of "unknown" outside of steps."""
     at = StepIndex(part.steps).numbered(part.step)
     codes = np.full(len(part.step), stages[UNKNOWN_STAGE], dtype=np.int64)
-    codes[at >= 0] = stages.of([step.stage for step in part.steps])[at[at >= 0]]
+    codes[at >= 0] = _codes(stages, [step.stage for step in part.steps])[at[at >= 0]]
     return codes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pytest_sglprof.trace.collect import Collector, NeedsText, Wanted
+from pytest_sglprof.trace.collect import Collector, NeedsText, ScanRequest
 from pytest_sglprof.trace.inflate import PIECE, pieces
 from pytest_sglprof.trace.kineto import Batch, FileFacts
 from pytest_sglprof.trace.torch_scan import Unsafe, scan
@@ -13,23 +13,22 @@ from pytest_sglprof.trace.torch_scan import Unsafe, scan
 
 def scan_file(
     path: Path,
-    wanted: Wanted,
+    request: ScanRequest,
     emit: Callable[[Batch], None],
     *,
     restart: Callable[[], None] = lambda: None,
-    progress: Callable[[int], None] | None = None,
     piece: int = PIECE,
 ) -> FileFacts:
-    """Scans the wanted activities of one file; returns what else it says.
+    """Scans the requested activities of one file; returns what else it says.
 
     emit: receives batches as they fill; they count only once this function has returned
-    facts that are not `unsafe`. restart: called when what was emitted is void. progress:
-    number of stored bytes read since the last call. piece: bytes inflated at once.
+    facts that are not `unsafe`. restart: called when what was emitted is void. piece: bytes
+    inflated at once.
     Raises NotATrace, TraceTruncated, TraceError; each names the file.
     """
     for by_text in (False, True):
-        collector = Collector(wanted, emit)
-        stream = pieces(path, size=piece, progress=None if by_text else progress)
+        collector = Collector(request, emit)
+        stream = pieces(path, size=piece)
         try:
             scan(stream, collector, by_text=by_text)
             return collector.finish()

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, Union
 import msgspec
 
 from pytest_sglprof.trace.collect import Collector
-from pytest_sglprof.trace.event_windows import BETWEEN, Layout, Unsafe, Window, event_windows
+from pytest_sglprof.trace.event_windows import BETWEEN, EventChunk, Layout, Unsafe, event_chunks
 from pytest_sglprof.trace.kineto import (
     ANNOUNCEMENT,
     KERNEL,
@@ -40,7 +40,7 @@ _NEAR = 2000
 _KEY = re.compile(rb'"?\w+"\s*:')
 _GROUP = f'"{PROCESS_GROUP}"'.encode()
 
-Take = Callable[[Window], None]
+Take = Callable[[EventChunk], None]
 E = TypeVar("E")
 
 
@@ -51,16 +51,16 @@ def scan(stream: Iterator[bytes], collector: Collector, *, by_text: bool = False
     NeedsText, and what the stream raises.
     """
     take: Take | None = None
-    partial = collector.wanted.partial
-    for window in event_windows(stream, collector.facts, partial=partial):
+    partial = collector.request.partial
+    for chunk in event_chunks(stream, collector.facts, partial=partial):
         if take is None:
-            take = _taker(window.layout, collector, by_text=by_text)
-        take(window)
+            take = _taker(chunk.layout, collector, by_text=by_text)
+        take(chunk)
 
 
 def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
-    """A function that takes every event of interest of a window."""
-    kinds = collector.wanted.kinds
+    """A function that takes every event of interest of a chunk."""
+    kinds = collector.request.kinds
     quick: list[bytes] = []
     full = [b'user_annotation"'] if KERNEL in kinds else []
     activities = full if by_text or layout.merged else quick
@@ -71,14 +71,14 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
     searches: list[_Quick | _Full | _Named[FullEvent] | _Named[ProcessName]] = []
     searches += [_Quick(quick, collector)] if quick else []
     searches += [_Full(full, collector)] if full else []
-    if collector.wanted.sequences:
+    if collector.request.sequences:
         searches.append(_Named(ANNOUNCEMENT, FullEvent, collector.add_announced))
     if layout.merged:
         searches.append(_Named("process_name", ProcessName, collector.add_process))
 
-    def take(window: Window) -> None:
+    def take(chunk: EventChunk) -> None:
         for search in searches:
-            search.take(window)
+            search.take(chunk)
 
     return take
 
@@ -94,12 +94,12 @@ class _Quick:
         self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
         self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
 
-    def take(self, window: Window) -> None:
-        """Adds the window's activities."""
+    def take(self, chunk: EventChunk) -> None:
+        """Adds the chunk's activities."""
         found: list[Event] = []
         calls = False
-        for run in _runs(window, self._words):
-            told = QUICKEST.find(window.data, _GROUP, run.start, run.stop) >= 0
+        for run in _runs(chunk, self._words):
+            told = QUICKEST.find(chunk.data, _GROUP, run.start, run.stop) >= 0
             decoder, kind = (self._calls, CallEvent) if told else (self._plain, Event)
             calls = calls or told
             events = decoder.all(run, self._add_mended)
@@ -121,9 +121,9 @@ class _Full:
         self._decoder = _Decoder[FullEvent](FullEvent)
         self._collector = collector
 
-    def take(self, window: Window) -> None:
-        """Adds the window's events."""
-        for run in _runs(window, self._words):
+    def take(self, chunk: EventChunk) -> None:
+        """Adds the chunk's events."""
+        for run in _runs(chunk, self._words):
             for event in self._decoder.all(run, self._add):
                 self._add(event)
 
@@ -140,10 +140,10 @@ class _Named(Generic[E]):
         self._decode: Callable[[bytes], E] = msgspec.json.Decoder(kind).decode
         self._add = add
 
-    def take(self, window: Window) -> None:
-        """Adds those of the window."""
-        hits = offsets(self._word, window.data, window.begin, window.end)
-        for _at, event in _each(window, hits, self._decode):
+    def take(self, chunk: EventChunk) -> None:
+        """Adds those of the chunk."""
+        hits = offsets(self._word, chunk.data, chunk.begin, chunk.end)
+        for _at, event in _each(chunk, hits, self._decode):
             if event is not None:
                 self._add(event)
 
@@ -166,7 +166,7 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
     first, last: where the first and the last of the words stand.
     """
 
-    window: Window
+    chunk: EventChunk
     words: Sequence[bytes]
     start: int
     stop: int
@@ -175,44 +175,44 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
 
     def hits(self) -> list[int]:
         """Where the words stand."""
-        data, first, last = self.window.data, self.first, self.last
+        data, first, last = self.chunk.data, self.first, self.last
         found = [offsets(word, data, first, last + len(word)) for word in self.words]
         return sorted(at for own in found for at in own if at <= last)
 
     def parts(self) -> Iterator[_Run]:
         """Runs of only those events that lie close together; an event is in one of them."""
-        window, hits = self.window, self.hits()
+        chunk, hits = self.chunk, self.hits()
         first = last = hits[0]
         for at in hits[1:]:
-            if at - last > _NEAR and at >= (stop := _end(window, last)):
-                yield _run(window, self.words, first, last, stop)
+            if at - last > _NEAR and at >= (stop := _end(chunk, last)):
+                yield _run(chunk, self.words, first, last, stop)
                 first = at
             last = at
-        yield _run(window, self.words, first, last, self.stop)
+        yield _run(chunk, self.words, first, last, self.stop)
 
 
-def _runs(window: Window, words: Sequence[bytes]) -> Iterator[_Run]:
+def _runs(chunk: EventChunk, words: Sequence[bytes]) -> Iterator[_Run]:
     """The events that hold words: in one run, unless most of what it holds is something else."""
-    found = survey(words, window.data, window.begin, window.end)
+    found = survey(words, chunk.data, chunk.begin, chunk.end)
     if found is None:
         return
     first, last, count = found
-    run = _run(window, words, first, last, _end(window, last))
+    run = _run(chunk, words, first, last, _end(chunk, last))
     if last - first <= _NEAR * (count - 1):
         yield run
     else:
         yield from run.parts()
 
 
-def _run(window: Window, words: Sequence[bytes], first: int, last: int, stop: int) -> _Run:
-    start = window.data.rfind(window.layout.between, window.begin, first)
-    return _Run(window, words, start + window.layout.open_at, stop, first, last)
+def _run(chunk: EventChunk, words: Sequence[bytes], first: int, last: int, stop: int) -> _Run:
+    start = chunk.data.rfind(chunk.layout.between, chunk.begin, first)
+    return _Run(chunk, words, start + chunk.layout.open_at, stop, first, last)
 
 
-def _end(window: Window, at: int) -> int:
+def _end(chunk: EventChunk, at: int) -> int:
     """The end of the event around offset `at`."""
-    stop = window.data.find(window.layout.between, at, window.end)
-    return (stop if stop >= 0 else window.end) + 1
+    stop = chunk.data.find(chunk.layout.between, at, chunk.end)
+    return (stop if stop >= 0 else chunk.end) + 1
 
 
 class _Decoder(Generic[E]):
@@ -224,7 +224,7 @@ class _Decoder(Generic[E]):
 
     def all(self, run: _Run, mended: Callable[[FullEvent], None]) -> list[E]:
         """The events of a run; mended: takes those that had to be mended first."""
-        text = memoryview(run.window.data)[run.start : run.stop]
+        text = memoryview(run.chunk.data)[run.start : run.stop]
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             return self._many(b"".join((b"[", text, b"]")))
         parts = [*run.parts()]
@@ -233,28 +233,28 @@ class _Decoder(Generic[E]):
         return self._singly(run, mended)
 
     def _singly(self, run: _Run, mended: Callable[[FullEvent], None]) -> list[E]:
-        window = run.window
+        chunk = run.chunk
         events = []
-        for at, event in _each(window, run.hits(), self._one):
+        for at, event in _each(chunk, run.hits(), self._one):
             if event is not None:
                 events.append(event)
             else:
-                mended(_slowly(window, at))
+                mended(_slowly(chunk, at))
         return events
 
 
 def _each(
-    window: Window, hits: Sequence[int], decode: Callable[[bytes], E]
+    chunk: EventChunk, hits: Sequence[int], decode: Callable[[bytes], E]
 ) -> Iterator[tuple[int, E | None]]:
     """The event around each hit; None where it cannot be decoded."""
-    between, open_at = window.layout.between, window.layout.open_at
-    data, low = window.data, window.begin
+    between, open_at = chunk.layout.between, chunk.layout.open_at
+    data, low = chunk.data, chunk.begin
     for at in hits:
         # AMD's launches name their kernel: `"kernel": ...`.
         if at < low or _KEY.match(data, at):
             continue
         start = data.rfind(between, low, at)
-        stop = _end(window, at)
+        stop = _end(chunk, at)
         event: E | None = None
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             event = decode(data[start + open_at : stop])
@@ -262,9 +262,9 @@ def _each(
         low = stop - 1  # a `}`, with which what lies between events begins
 
 
-def _slowly(window: Window, at: int) -> FullEvent:
+def _slowly(chunk: EventChunk, at: int) -> FullEvent:
     """The event around offset `at`, found by matching braces and mended if need be."""
-    layout, data, end = window.layout, window.data, window.end
+    layout, data, end = chunk.layout, chunk.data, chunk.end
     start = data.rfind(layout.between, 0, at)
     while start >= 0:
         first = start + layout.open_at
@@ -275,7 +275,7 @@ def _slowly(window: Window, at: int) -> FullEvent:
         if following is None:
             break
         start = following.end() - len(layout.between)
-    for stop in (object_end(data, first, end + 1), _end(window, at)):
+    for stop in (object_end(data, first, end + 1), _end(chunk, at)):
         event = read_event(data[first:stop]) if stop > at else None
         if event is not None:
             return event

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from pytest_sglprof.trace.collect import Collector, Wanted
+from pytest_sglprof.trace.collect import Collector, ScanRequest
 from pytest_sglprof.trace.columns import joined
 from pytest_sglprof.trace.file_rank import rank_of_pid
 from pytest_sglprof.trace.kineto import (
@@ -51,7 +51,7 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent
     """
     trace = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
     batches: list[Batch] = []
-    collector = Collector(Wanted(kinds=_EVERYTHING), batches.append)
+    collector = Collector(ScanRequest(kinds=_EVERYTHING), batches.append)
     pids: dict[bytes, str | None] = {}
     for event in trace.events:
         raw = bytes(event.pid)

@@ -8,8 +8,9 @@ layout cannot be scanned safely, is decoded too. Both give the same table.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof.trace.arrays import Ints
-from pytest_sglprof.trace.collect import Wanted
+from pytest_sglprof.trace.collect import ScanRequest
 from pytest_sglprof.trace.collective_calls import calls_of
 from pytest_sglprof.trace.columns import Columns
 from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
@@ -40,32 +41,34 @@ from pytest_sglprof.trace.torch_trace import decode_file
 
 SCAN_BYTES = 2 * 2**20  # stored bytes of a file
 
-Progress = Callable[[int], None]
-Jobs = Sequence[tuple[Path, Wanted]]
-Reader = Callable[[Jobs, Progress | None], list[FileContent]]
+POOL_BYTES = 8 * 2**20  # of all files; below, starting processes costs more than it saves
+
+Jobs = Sequence[tuple[Path, ScanRequest]]
 
 
 def read_traces(
     files: Sequence[Path],
     *,
     allow_partial: bool = False,
-    progress: Progress | None = None,
-    processes: int = 1,
+    processes: int | None = None,
     sequences: bool = True,
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
-    progress: stored bytes read since its last call. processes: at most so many readers at
-    once; 1 reads in this process. sequences: look for the numbers of collectives too.
+    processes: at most so many readers at once, by default one a processor; 1 reads in this
+    process. sequences: look for the numbers of collectives too.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
-    read = _reader(processes)
-    wanted = Wanted(partial=allow_partial)
-    contents = {c.path: c for c in read([(path, wanted) for path in large], progress)}
-    again = [(path, _second_look(content, wanted, sequences)) for path, content in contents.items()]
-    seconds = {c.path: c for c in read([(path, look) for path, look in again if look], None)}
+    total = sum(sizes[path] for path in files)
+    readers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
+    request = ScanRequest(partial=allow_partial)
+    contents = {c.path: c for c in _read([(path, request) for path in large], readers)}
+    again = [
+        (path, _second_look(content, request, sequences)) for path, content in contents.items()
+    ]
+    seconds = {c.path: c for c in _read([(path, look) for path, look in again if look], readers)}
     found: list[tuple[Path, RankActivities]] = []
     for path in files:
         content, second = contents.pop(path, None), seconds.pop(path, None)
@@ -75,30 +78,25 @@ def read_traces(
             content, second = decode_file(path, allow_partial=allow_partial)
             whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
             content.facts.notes += whys
-            if path not in large and progress is not None:
-                progress(sizes[path])
         found += [(path, part) for part in _assembled(content, second)]
     return found
 
 
-def _reader(processes: int) -> Reader:
-    def read(jobs: Jobs, progress: Progress | None) -> list[FileContent]:
-        workers = min(processes, len(jobs))
-        if workers < 2:
-            return [read_here(*job, progress) for job in jobs]
-        return read_in_processes(jobs, workers, progress)
-
-    return read
+def _read(jobs: Jobs, processes: int) -> list[FileContent]:
+    workers = min(processes, len(jobs))
+    if workers < 2:
+        return [read_here(*job) for job in jobs]
+    return read_in_processes(jobs, workers)
 
 
-def _second_look(content: FileContent, wanted: Wanted, sequences: bool) -> Wanted | None:
+def _second_look(content: FileContent, request: ScanRequest, sequences: bool) -> ScanRequest | None:
     """What a file must be read for once more; None for nothing."""
     kinds = frozenset({LAUNCH} if _needs_launches(content) else ())
     calls = content.columns.calls
     sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
     if not kinds and not sequences:
         return None
-    return msgspec.structs.replace(wanted, kinds=kinds, sequences=sequences)
+    return msgspec.structs.replace(request, kinds=kinds, sequences=sequences)
 
 
 def _needs_launches(content: FileContent) -> bool:

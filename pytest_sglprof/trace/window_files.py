@@ -1,14 +1,93 @@
-"""Which files a window consists of, from a path that a user gives."""
+"""Which files a window consists of, from a path that a user gives, and what reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_sglprof.errors import NotATrace
+from pytest_sglprof.trace.inflate import GZIP, ZSTD
+
+if TYPE_CHECKING:
+    from pytest_sglprof.trace.table import RankActivities
 
 TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
 NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
+_SQLITE = b"SQLite format 3\x00"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a reader may need to know; see `read_window`."""
+
+    pid_ranks: Mapping[int, str] = field(default_factory=dict)
+    gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    allow_partial: bool = False
+    nsys: str | None = None
+    processes: int | None = None
+    sequences: bool = True
+
+
+Activities = list[tuple[Path, "RankActivities"]]
+
+
+class Reader(NamedTuple):
+    """What reads one kind of file.
+
+    matches: whether a path is of that kind, given the first bytes of a file (b"" of a folder).
+    read: the activities of each rank in each file.
+    """
+
+    name: str
+    matches: Callable[[Path, bytes], bool]
+    read: Callable[[Sequence[Path], ReadOptions], Activities]
+
+
+def _is_of_nsys(path: Path, head: bytes) -> bool:
+    if path.is_dir() or head.startswith(_SQLITE):
+        return True
+    return path.suffix in NSYS_ENDINGS and not head.startswith((GZIP, ZSTD))
+
+
+def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
+    from pytest_sglprof.trace.nsys_report import read_report
+
+    known = {"pid_ranks": options.pid_ranks, "gpu_ranks": options.gpu_ranks}
+    return [
+        (file, activities)
+        for file in files
+        for activities in read_report(file, **known, nsys=options.nsys)
+    ]
+
+
+def _read_torch(files: Sequence[Path], options: ReadOptions) -> Activities:
+    from pytest_sglprof.trace.torch_window import read_traces
+
+    return read_traces(
+        files,
+        allow_partial=options.allow_partial,
+        processes=options.processes,
+        sequences=options.sequences,
+    )
+
+
+# Tried in this order. The last one takes what is left, and says what is wrong with it.
+READERS: tuple[Reader, ...] = (
+    Reader("nsys", _is_of_nsys, _read_nsys),
+    Reader("torch", lambda path, head: True, _read_torch),
+)
+
+
+def reader_of(path: Path) -> Reader:
+    """What reads a file, a report or a folder of Parquet files: contents decide, then names."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(_SQLITE))
+    except OSError:  # a folder; of a file that cannot be read, the reader says why
+        head = b""
+    return next(reader for reader in READERS if reader.matches(path, head))
 
 
 def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -29,8 +108,8 @@ def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def is_nsys(path: Path) -> bool:
-    """Whether this is a report, an export or a folder of Parquet files, by its name."""
-    return path.is_dir() or path.suffix in NSYS_ENDINGS
+    """Whether this is a report, an export or a folder of Parquet files of nsys."""
+    return reader_of(path).name == "nsys"
 
 
 def _files(path: Path) -> list[Path]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from pytest_sglprof.errors import SglprofError
-from pytest_sglprof.trace.collect import Wanted
+from pytest_sglprof.trace.collect import ScanRequest
 from pytest_sglprof.trace.torch_file import scan_file
 
 HEAD = struct.Struct("<cI")
-BATCH, RESTART, PROGRESS, DONE, ERROR, JOB = b"B", b"R", b"P", b"D", b"E", b"J"
+BATCH, RESTART, DONE, ERROR, JOB = b"B", b"R", b"D", b"E", b"J"
 
 
 def send(stream: IO[bytes], what: bytes, payload: object = None) -> None:
@@ -66,14 +66,13 @@ def main() -> None:
         os._exit(1)
 
 
-def _read(results: IO[bytes], path: str, wanted: Wanted, tell: bool) -> None:
+def _read(results: IO[bytes], path: str, request: ScanRequest) -> None:
     try:
         facts = scan_file(
             Path(path),
-            wanted,
+            request,
             lambda batch: send(results, BATCH, batch),
             restart=lambda: send(results, RESTART),
-            progress=(lambda count: send(results, PROGRESS, count)) if tell else None,
         )
     except SglprofError as error:
         said = {"expected": error.expected, "hint": error.hint, "log": error.log}

@@ -30,7 +30,7 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rea
     """Reads a window in each of the ways that files are read."""
     if request.param != "decoded":
         monkeypatch.setattr("pytest_sglprof.trace.torch_window.SCAN_BYTES", 0)
-        monkeypatch.setattr("pytest_sglprof.trace.read.POOL_BYTES", 0)
+        monkeypatch.setattr("pytest_sglprof.trace.torch_window.POOL_BYTES", 0)
     processes = 2 if request.param == "processes" else 1
 
     def reads(path: Path, **options: Any) -> KernelTable:

@@ -21,7 +21,8 @@ from nsys_exports import (
 from pytest_sglprof.errors import NotATrace, NsysMissing, TraceError
 from pytest_sglprof.nsys import NsysTool, export
 from pytest_sglprof.trace.nsys_report import read_report
-from pytest_sglprof.trace.window_files import window_files
+from pytest_sglprof.trace.read import read_window
+from pytest_sglprof.trace.window_files import reader_of, window_files
 
 
 def test_files_that_are_no_export(tmp_path: Path) -> None:
@@ -36,6 +37,19 @@ def test_files_that_are_no_export(tmp_path: Path) -> None:
     for name in ("missing.sqlite", "missing.nsys-rep"):
         with pytest.raises(NotATrace, match="does not exist"):
             read_report(tmp_path / name)
+
+
+def test_what_a_file_holds_decides_not_its_name(tmp_path: Path, shared_data: Path) -> None:
+    export = next((shared_data / "nsys").glob("*.sqlite"))
+    trace = next((shared_data / "torch").rglob("*.trace.json.gz"))
+    for source, name, reader in ((export, "a.json", "nsys"), (trace, "b.sqlite", "torch")):
+        renamed = tmp_path / name
+        renamed.write_bytes(source.read_bytes())
+        assert reader_of(renamed).name == reader_of(source).name == reader
+        columns = ["full_name", "start_ns", "dur_ns"]
+        found, expected = (read_window(path).frame[columns] for path in (renamed, source))
+        assert found.astype(str).equals(expected.astype(str))
+        assert len(found) > 0
 
 
 def test_a_cut_off_export(tmp_path: Path, shared_data: Path) -> None:

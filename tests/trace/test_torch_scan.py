@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sglprof.trace.collect import Wanted
+from pytest_sglprof.trace.collect import ScanRequest
 from pytest_sglprof.trace.kineto import Batch
 from pytest_sglprof.trace.read import read_window
 from pytest_sglprof.trace.times import ns
@@ -48,7 +48,7 @@ def test_where_pieces_end_changes_nothing(tmp_path: Path, layout: str, piece: in
     found = events()
     path = write(tmp_path, LAYOUTS[layout](found), NAME + ".gz")
     batches: list[Batch] = []
-    facts = scan_file(path, Wanted(), batches.append, piece=piece)
+    facts = scan_file(path, ScanRequest(), batches.append, piece=piece)
     assert sum(map(len, batches)) == len(truth(found))
     assert (facts.base, facts.unsafe) == (str(BASE), "")
 

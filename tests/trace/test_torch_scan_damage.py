@@ -13,7 +13,7 @@ import pytest
 
 from pytest_sglprof.errors import SglprofError, TraceError, TraceTruncated
 from pytest_sglprof.trace import inflate
-from pytest_sglprof.trace.collect import Wanted
+from pytest_sglprof.trace.collect import ScanRequest
 from pytest_sglprof.trace.columns import exact_ns
 from pytest_sglprof.trace.kineto import KINDS, Batch
 from pytest_sglprof.trace.read import read_window
@@ -38,7 +38,7 @@ def every_file_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_rows(path: Path) -> list[Row]:
     """The rows without the table around them, which would take most of the time."""
     batches: list[Batch] = []
-    facts = scan_file(path, Wanted(), batches.append, restart=batches.clear)
+    facts = scan_file(path, ScanRequest(), batches.append, restart=batches.clear)
     if facts.unsafe:
         return rows_of(path)
     base = int(facts.base or 0)
@@ -185,7 +185,7 @@ def test_float_times_below_the_limit_are_exact(ns: int) -> None:
 def test_batches_hold_every_column(tmp_path: Path) -> None:
     batches: list[Batch] = []
     path = write(tmp_path, document(events()))
-    facts = scan_file(path, Wanted(), batches.append)
+    facts = scan_file(path, ScanRequest(), batches.append)
     for batch in batches:
         own = {key: getattr(batch, key) for key in batch.__struct_fields__ if key != "exact"}
         calls = {len(own.pop(key)) for key in list(own) if key.startswith("call_")}

@@ -153,7 +153,7 @@ def test_both_ways_give_one_table(
         patch.setattr(
             torch_file,
             "pieces",
-            lambda path, *, size, progress: pieces(path, size=piece, progress=progress),
+            lambda path, *, size: pieces(path, size=piece),
         )
         scanned = seen(path)
     # Decoding refuses a file for a fault of any event, of whatever kind.
