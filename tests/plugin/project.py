@@ -126,6 +126,14 @@ def _is_cut(path: Path) -> bool:
     return False
 
 
+def _words(process: psutil.Process) -> str:
+    """Its command; "" once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 class Project:
     """A folder with sglprof.toml, conftest.py and tests; its leases are its own."""
 
@@ -207,7 +215,7 @@ class Project:
         """What is left after at most `within` s: processes, leases, half files."""
         deadline = time.monotonic() + within
         while True:
-            left = [" ".join(p.cmdline())[:200] for p in self.family()]
+            left = [words[:200] for words in map(_words, self.family()) if words]
             left += [path.name for path in self.leases.glob("*.lock")]
             left += [str(path) for path in self.half_files()]
             if not left or time.monotonic() > deadline:
