@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import real_env
+from page.browser import find_chromium
 
 # Before numpy is loaded, here and in what tests start: its threads wait for each other in
 # small products, which costs several times the work itself where workers share the cores.
@@ -17,10 +20,52 @@ from pytest_sglprof import redact
 pytest_plugins = ["pytester"]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Ctrl-C works in what tests start, though a shell's background jobs ignore it."""
+    # With --dist loadfile, files keep the order that pytest_collection_modifyitems gives them.
+    config.option.loadscopereorder = False
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+REAL: Mapping[str, Callable[[], object]] = {
+    "real_server": real_env.real_sglang,
+    "real_nsys": real_env.real_nsys,
+    "browser": find_chromium,
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A file says once what the machine lacks for its tests; files that start servers go first.
+
+    A file goes to one worker, so a long one at the end would leave the others idle.
+    """
+    unmet = {marker: reason for marker, find in REAL.items() if (reason := _why_missing(find))}
+    waiting: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        marker = next(filter(item.get_closest_marker, unmet), None)
+        if marker is not None:
+            waiting.setdefault((item.path, unmet[marker]), []).append(item)
+    for (_, reason), (first, *others) in waiting.items():
+        more = f"; {len(others)} more tests of this file wait for it" if others else ""
+        first.add_marker(pytest.mark.skip(reason=reason + more))
+        config.hook.pytest_deselected(items=others)
+        for other in others:
+            items.remove(other)
+    first_files = {
+        item.path for item in items if "make_project" in getattr(item, "fixturenames", ())
+    }
+    items.sort(key=lambda item: item.path not in first_files)
+
+
+def _why_missing(find: Callable[[], object]) -> str | None:
+    try:
+        find()
+    except pytest.skip.Exception as missing:
+        return str(missing)
+    except pytest.fail.Exception:  # SGLPROF_REQUIRE_REAL: each of its tests is to fail
+        pass
+    return None
 
 
 @pytest.fixture

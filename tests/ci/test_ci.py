@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def test_what_is_there_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("SGLPROF_REAL_MODELS", str(tmp_path / "m"))
     assert real_env.real_nsys() == str(nsys)
     assert real_env.real_sglang().model("llama") == str(config.parent)
+
+
+def test_a_file_says_once_what_is_missing(
+    project_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
+    command += ["tests/nsys/test_real_nsys.py"]
+    once = subprocess.run(command, cwd=project_root, capture_output=True, text=True)
+    assert "no real nsys: neither SGLPROF_NSYS nor PATH has one" in once.stdout
+    assert "; 6 more tests of this file wait for it" in once.stdout
+    assert "1 skipped, 6 deselected" in once.stdout
+    monkeypatch.setenv("SGLPROF_REQUIRE_REAL", "1")
+    each = subprocess.run(command, cwd=project_root, capture_output=True, text=True)
+    assert "7 errors" in each.stdout
+    assert "skipped" not in each.stdout.splitlines()[-1]
 
 
 def test_every_rank_of_a_cpu_server_has_a_core() -> None:

@@ -90,20 +90,26 @@ class Browser:
         return [v for v in found if v["impact"] in ("serious", "critical")]
 
 
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """A running Chromium, or the end of the calling test."""
+def find_chromium() -> tuple[str, str]:
+    """Paths of Chromium and of its driver, or the end of the calling test."""
     binary = next(filter(None, map(shutil.which, CHROMIUM)), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
         _without("no Chromium" if binary is None else "no chromedriver")
+    return binary, driver_path
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A running Chromium, or the end of the calling test."""
+    binary, driver_path = find_chromium()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # selenium's own
         from selenium.webdriver import Chrome, ChromeOptions
         from selenium.webdriver.chrome.service import Service
 
     options = ChromeOptions()
-    options.binary_location = str(binary)
+    options.binary_location = binary
     for option in OPTIONS:
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

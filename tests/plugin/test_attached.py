@@ -19,7 +19,8 @@ def test_marked(sglang_server, load):
 
 def test_by_hand(sglang_server, bench_serving, profile_window):
     with bench_serving.running(num_prompts=4, max_concurrency=4, random_input_len=8,
-                               random_output_len=1500, random_range_ratio=1.0, warm_up=False):
+                               random_output_len=1500, random_range_ratio=1.0, warm_up=False,
+                               disable_stream=True):
         with profile_window("hand", num_steps=40) as window:
             window.wait()
     assert window.check("slowdown", 1.10, scope="moe") < 1.02

@@ -27,23 +27,29 @@ standin_args = ["--step-ms", "4"]
 [[threshold]]
 limit = 1.5
 """
-TESTS = """
+HEAD = """
 import threading
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof import ImbalanceOnset, QueueGrowth, balanced_load, one_rank_load
 
 SHAPE = dict(input_len=8, output_len=300)
-EQUAL = balanced_load(concurrency=32, requests=64, **SHAPE)
+
+def equal(concurrency=32, requests=64):
+    load = balanced_load(concurrency=concurrency, requests=requests, **SHAPE)
+    return {"warm_up": False, "disable_stream": True, **load}
+
 # In one wave: of three, looks would meet the moments while the rank is filled anew.
 ONE = one_rank_load(1, concurrency=32, requests=32, input_len=8, output_len=900)
+ONE |= {"warm_up": False, "disable_stream": True}
 
 def onset(**more):
     return pytest.mark.profile_window(trigger=ImbalanceOnset(hold=1.0, within=60, **more))
-
+"""
+ONSETS = """
 @onset()
 def test_onset(bench_serving, load_watch):
-    bench_serving(warm_up=False, **EQUAL)
-    bench_serving(warm_up=False, **ONE)
+    bench_serving(**equal())
+    bench_serving(**ONE)
     frame = load_watch.frame
     assert set(frame["rank"]) == {"DP0", "DP1"}
     assert set(frame["source"]) == {"loads", "log"}
@@ -51,60 +57,73 @@ def test_onset(bench_serving, load_watch):
 
 @onset(source="log")
 def test_onset_in_the_log(bench_serving):
-    bench_serving(warm_up=False, **ONE)
-
+    bench_serving(**ONE)
+"""
+BALANCED = """
 @onset()
 def test_balanced(bench_serving):
-    bench_serving(warm_up=False, **EQUAL)
+    bench_serving(**equal())
 
 @onset(on_no_onset="fail")
 def test_balanced_but_asked_for(bench_serving):
-    bench_serving(warm_up=False, **EQUAL)
-
-@onset()
-def test_too_little_load(bench_serving):
-    bench_serving(warm_up=False, **balanced_load(concurrency=4, requests=16, **SHAPE))
-
-@pytest.mark.sglang_server("tp")
-@onset()
-def test_pure_tp_cannot_know(bench_serving):
-    bench_serving(warm_up=False, **EQUAL)
+    bench_serving(**equal())
 
 @pytest.mark.profile_window(
     trigger=lambda loads: sum(load.running for load in loads.values()) > 20, num_steps=40
 )
 def test_callable(bench_serving):
-    bench_serving(warm_up=False, **EQUAL)
+    bench_serving(**equal())
 
 def broken(loads):
     raise ZeroDivisionError("the user's own mistake")
 
 @pytest.mark.profile_window(trigger=broken)
 def test_broken_callable(bench_serving):
-    bench_serving(warm_up=False, **EQUAL)
-
-def test_a_window_by_hand_has_no_trigger(profile_window):
-    with pytest.raises(SettingsError, match="opened by you"):
-        profile_window("mine", trigger=ImbalanceOnset())
-
+    bench_serving(**equal())
+"""
+LAST = """
 def test_nothing_is_left(sglang_server):
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith("sglprof-")], names
 """
+UNKNOWN = """
+@onset()
+def test_too_little_load(bench_serving):
+    bench_serving(**equal(concurrency=4, requests=16))
+
+@pytest.mark.sglang_server("tp")
+@onset()
+def test_pure_tp_cannot_know(bench_serving):
+    bench_serving(**equal())
+
+def test_a_window_by_hand_has_no_trigger(profile_window):
+    with pytest.raises(SettingsError, match="opened by you"):
+        profile_window("mine", trigger=ImbalanceOnset())
+"""
 
 
 @pytest.fixture(scope="module")
-def run(make_project: MakeProject) -> Outcome:
-    return make_project(TESTS, CONFIG).run("-p", "no:cacheprovider")
+def onsets(make_project: MakeProject) -> Outcome:
+    return make_project(HEAD + ONSETS + LAST, CONFIG).run("-p", "no:cacheprovider")
+
+
+@pytest.fixture(scope="module")
+def balanced(make_project: MakeProject) -> Outcome:
+    return make_project(HEAD + BALANCED + LAST, CONFIG).run("-p", "no:cacheprovider")
+
+
+@pytest.fixture(scope="module")
+def unknown(make_project: MakeProject) -> Outcome:
+    return make_project(HEAD + UNKNOWN + LAST, CONFIG).run("-p", "no:cacheprovider")
 
 
 def moment(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
-def test_the_window_opens_within_a_second_of_the_onset(run: Outcome) -> None:
-    validate(run.results)
-    (window,) = run.windows("test_onset")
+def test_the_window_opens_within_a_second_of_the_onset(onsets: Outcome) -> None:
+    validate(onsets.results)
+    (window,) = onsets.windows("test_onset")
     onset = window["onset"]
     assert 0 <= moment(window["opened"]) - moment(onset["declared"]) <= 1.0
     assert moment(onset["declared"]) - moment(onset["time"]) >= 1.0
@@ -114,16 +133,16 @@ def test_the_window_opens_within_a_second_of_the_onset(run: Outcome) -> None:
     assert onset["sentence"].startswith("DP0 is starved")
 
 
-def test_the_trace_confirms_the_suspicion(run: Outcome) -> None:
-    (window,) = run.windows("test_onset")
+def test_the_trace_confirms_the_suspicion(onsets: Outcome) -> None:
+    (window,) = onsets.windows("test_onset")
     assert window["state"] == "complete", window["state_reason"]
     assert window["steps"]["per_rank"]["DP1 TP0"] > 100
     assert window["onset"]["correlation"] == pytest.approx(1.0)
     assert "the trace confirms it: DP1 had most to do" in window["onset"]["sentence"]
 
 
-def test_load_around_the_window_is_kept(run: Outcome) -> None:
-    (window,) = run.windows("test_onset")
+def test_load_around_the_window_is_kept(onsets: Outcome) -> None:
+    (window,) = onsets.windows("test_onset")
     strip = {rank["rank"]: rank for rank in window["load_samples"]}
     assert set(strip) == {"DP0", "DP1"}
     assert strip["DP1"]["time"][0] < moment(window["opened"]) - 2
@@ -132,41 +151,44 @@ def test_load_around_the_window_is_kept(run: Outcome) -> None:
         assert len(rank["time"]) == len(rank["running"]) == len(rank["tokens"]) <= 600
 
 
-def test_an_onset_in_the_log_opens_it_too(run: Outcome) -> None:
-    (window,) = run.windows("test_onset_in_the_log")
+def test_an_onset_in_the_log_opens_it_too(onsets: Outcome) -> None:
+    (window,) = onsets.windows("test_onset_in_the_log")
     assert window["onset"]["source"] == "log"
     assert window["onset"]["kind"] == "starved"
     assert window["steps"]["per_rank"]["DP1 TP0"] > 0
 
 
-def test_balanced_load_passes_in_words(run: Outcome) -> None:
-    assert run.word("test_balanced") == "PASSED"
-    (window,) = run.windows("test_balanced")
+def test_balanced_load_passes_in_words(balanced: Outcome) -> None:
+    assert balanced.word("test_balanced") == "PASSED"
+    (window,) = balanced.windows("test_balanced")
     assert window["onset"] is None
     assert window["reason"].startswith("balanced for ")
-    assert run.word("test_balanced_but_asked_for") == "FAILED"
+    assert balanced.word("test_balanced_but_asked_for") == "FAILED"
 
 
-def test_what_cannot_be_known_is_inconclusive(run: Outcome) -> None:
+def test_what_cannot_be_known_is_inconclusive(unknown: Outcome) -> None:
     for name, words in (
         ("test_too_little_load", "too little to tell"),
         ("test_pure_tp_cannot_know", "imbalance of load cannot be known here"),
     ):
-        assert run.test(name)["verdict"] == "inconclusive"
-        assert words in run.test(name)["reason"]
+        assert unknown.test(name)["verdict"] == "inconclusive"
+        assert words in unknown.test(name)["reason"]
 
 
-def test_a_callable_is_a_trigger(run: Outcome) -> None:
-    (window,) = run.windows("test_callable")
+def test_a_callable_is_a_trigger(balanced: Outcome) -> None:
+    (window,) = balanced.windows("test_callable")
     assert window["onset"]["kind"] == "custom"
     assert window["spec"]["trigger"] == "<lambda>"
 
 
-def test_an_error_in_the_watching_thread_is_raised_in_the_test(run: Outcome) -> None:
-    assert run.word("test_broken_callable") == "FAILED"
-    assert "ZeroDivisionError: the user's own mistake" in run.section("test_broken_callable")
-    assert run.word("test_nothing_is_left") == "PASSED"
-    assert run.word("test_a_window_by_hand_has_no_trigger") == "PASSED"
+def test_an_error_in_the_watching_thread_is_raised_in_the_test(
+    onsets: Outcome, balanced: Outcome, unknown: Outcome
+) -> None:
+    assert balanced.word("test_broken_callable") == "FAILED"
+    assert "ZeroDivisionError: the user's own mistake" in balanced.section("test_broken_callable")
+    for run in (onsets, balanced, unknown):
+        assert run.word("test_nothing_is_left") == "PASSED"
+    assert unknown.word("test_a_window_by_hand_has_no_trigger") == "PASSED"
 
 
 WAITING = """

@@ -1,41 +1,49 @@
-"""Windows that are opened several times, on the stand-in: one run, seen from many sides."""
+"""Windows that are opened several times, on the stand-in: runs that are seen from many sides."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 
 import pytest
 
 from pytest_sglprof.report.results import validate
 
-TESTS = """
-from pytest_sglprof import VerdictFailed
+from .conftest import MakeProject
+from .project import SERVERS, Outcome
 
-slow = pytest.mark.sglang_server("slow")
-
+# Each is a project of its own: a load that lasts three windows takes 15 s.
+TESTS = {
+    "test_marked": """
 @pytest.mark.profile_window(num_steps=30, repeat=3)
 def test_marked(load):
     load(2600)
-
-@slow
+""",
+    "test_marked_slow": """
+@pytest.mark.sglang_server("slow")
 @pytest.mark.profile_window(num_steps=30, repeat=3)
 def test_marked_slow(load):
     load(2600)
-
+""",
+    "test_too_short": """
 @pytest.mark.profile_window(num_steps=30, repeat=4)
 def test_too_short(load):
     load(1000)
-
-@slow
+""",
+    "test_by_hand": """
+@pytest.mark.sglang_server("slow")
 def test_by_hand(bench_serving, profile_window):
     with bench_serving.running(num_prompts=4, max_concurrency=4, random_input_len=8,
-                               random_output_len=2600, random_range_ratio=1.0, warm_up=False):
+                               random_output_len=2600, random_range_ratio=1.0, warm_up=False,
+                               disable_stream=True):
         limits = {"moe": 2.0, "compute": 2.0}
         with profile_window("w", num_steps=30, repeat=2, slowdown=limits) as window:
             window.wait()
     assert len(window.windows) == 2
     assert window.check("slowdown", 1.6, scope="moe") == pytest.approx(1.4, rel=0.02)
-
+""",
+    "test_whole_body": """
 def test_that_ends_by_hand(drive, profile_window):
     with profile_window("w", repeat=2):
         drive()
@@ -43,12 +51,19 @@ def test_that_ends_by_hand(drive, profile_window):
 @pytest.mark.profile_window(whole_body=True)
 def test_whole_body(drive):
     drive()
-"""
+""",
+}
 
 
 @pytest.fixture(scope="module")
-def outcome(make_project):
-    return make_project(TESTS).run("--sglprof-keep=all")
+def outcome_of(make_project: MakeProject) -> Callable[[str], Outcome]:
+    """The outcome of the project of a test, which runs once."""
+
+    @cache
+    def outcome_of(name: str) -> Outcome:
+        return make_project(TESTS[name]).run("--sglprof-keep=all")
+
+    return outcome_of
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,8 @@ def outcome(make_project):
         ("test_whole_body", "passed", "pass", 1),
     ],
 )
-def test_windows_and_verdicts(outcome, name, outcome_word, verdict, windows):
+def test_windows_and_verdicts(outcome_of, name, outcome_word, verdict, windows):
+    outcome = outcome_of(name)
     assert (outcome.test(name)["outcome"], outcome.test(name)["verdict"]) == (outcome_word, verdict)
     found = outcome.windows(name)
     assert len(found) == windows
@@ -75,8 +91,8 @@ def test_windows_and_verdicts(outcome, name, outcome_word, verdict, windows):
     assert all(before[1] <= after[0] for before, after in pairwise(opened))
 
 
-def test_the_spread_is_that_of_the_windows_own_figures(outcome):
-    found = outcome.windows("test_marked_slow")
+def test_the_spread_is_that_of_the_windows_own_figures(outcome_of):
+    found = outcome_of("test_marked_slow").windows("test_marked_slow")
     for number, spread in enumerate(found[0]["repeats"]["spread"]):
         values = [window["judgements"][number]["value"] for window in found]
         assert spread["values"] == values
@@ -92,7 +108,8 @@ def own(window):
     return window["repeats"]["own_reason"]
 
 
-def test_the_failure_says_median_and_spread_once(outcome):
+def test_the_failure_says_median_and_spread_once(outcome_of):
+    outcome = outcome_of("test_marked_slow")
     section = outcome.section("test_marked_slow")
     assert "in the median of 3 windows (limit 1.10), from 1." in section
     assert "the window in the middle: TP1 is 1.40x slower" in section
@@ -100,7 +117,8 @@ def test_the_failure_says_median_and_spread_once(outcome):
     assert outcome.text.count("FAIL test_job.py::test_marked_slow window") == 1
 
 
-def test_windows_that_never_opened_decide_nothing(outcome):
+def test_windows_that_never_opened_decide_nothing(outcome_of):
+    outcome = outcome_of("test_too_short")
     assert outcome.test("test_too_short")["verdict"] == "inconclusive"
     found = outcome.windows("test_too_short")
     assert 1 <= len(found) < 4
@@ -108,36 +126,18 @@ def test_windows_that_never_opened_decide_nothing(outcome):
     assert "never opened" in found[0]["reason"]
 
 
-def test_a_window_that_ends_by_hand_cannot_be_repeated(outcome):
+def test_a_window_that_ends_by_hand_cannot_be_repeated(outcome_of):
+    outcome = outcome_of("test_whole_body")
     assert "repeat=2 without num_steps or duration" in outcome.section("test_that_ends_by_hand")
 
 
-def test_results_and_files(outcome):
+@pytest.mark.parametrize("name", TESTS)
+def test_results_and_files(outcome_of, name):
+    outcome = outcome_of(name)
     validate(outcome.results)
+    assert outcome.results["windows"]
     for window in outcome.results["windows"]:
         assert [a["rank"] for a in window["artifacts"]] == ["TP0", "TP1"]
-
-
-def test_the_option_repeats_all_windows_that_end_by_themselves(make_project):
-    tests = """
-@pytest.mark.profile_window(num_steps=30)
-def test_marked(load):
-    load(2000)
-
-@pytest.mark.profile_window(num_steps=30, repeat=1)
-def test_once(load):
-    load(1200)
-
-@pytest.mark.profile_window(whole_body=True)
-def test_whole_body(drive):
-    drive()
-"""
-    outcome = make_project(tests).run("--sglprof-repeat=2")
-    assert outcome.status == 0
-    numbers = {
-        name: len(outcome.windows(name)) for name in ("test_marked", "test_once", "test_whole_body")
-    }
-    assert numbers == {"test_marked": 2, "test_once": 1, "test_whole_body": 1}
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,9 @@ def test_whole_body(drive):
         ("repeat='x'", "repeat='x'"),
     ],
 )
-def test_wrong_repeats_are_found_at_collection(make_project, arguments, words):
-    tests = f"@pytest.mark.profile_window({arguments})\ndef test_it(drive): pass\n"
-    outcome = make_project(tests).run()
-    assert outcome.status == 2
-    assert words in outcome.text
+def test_wrong_repeats_are_found_at_collection(pytester, run_here, arguments, words):
+    tests = f"@pytest.mark.profile_window({arguments})\ndef test_it(sglang_server): pass\n"
+    pytester.makepyfile("import pytest\n" + tests)
+    outcome = run_here("--sglprof", config=SERVERS)
+    assert outcome.ret == pytest.ExitCode.INTERRUPTED
+    assert words in outcome.stdout.str()
