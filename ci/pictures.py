@@ -1,0 +1,157 @@
+"""`python -m ci.pictures [NAME…]`: makes the pictures of the docs from runs on the stand-in.
+
+All randomness of the stand-in has one seed, the screen one size, the page one font; times of
+day and latencies differ from one making to the next. Look at each picture before you commit
+it. Needs the extra `test`, Chromium with its driver, and the font DejaVu Sans.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tests.page.browser import Browser, chromium
+from tests.plugin.project import Project
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
+MADE_BY = "python -m ci.pictures"  # stands in every picture, as its `Source`
+FONT = "DejaVu Sans"
+WIDTH, HEIGHT = 1400, 1000  # px
+# From the first to the last element and 8 px around them: x, y, right, bottom.
+BOX = """
+const [first, last] = [...arguments].map((s) => document.querySelector(s).getBoundingClientRect());
+return [first.left - 8, first.top - 8, first.right + 8, last.bottom + 8];
+"""
+
+SERVER = """
+[server]
+kind = "standin"
+args = ["--tp", "{ranks}"]
+standin_args = ["--random-seed", "0", "--step-ms", "{step_ms}"{slow}]
+
+[[threshold]]
+limit = 1.10
+
+[[threshold]]
+scope = "moe"
+limit = 1.10
+"""
+# Long prompts keep the length of the KV cache within one bucket, whenever the window opens.
+TESTS = """
+@pytest.mark.profile_window(num_steps=40)
+def test_decode(bench_serving):
+    bench_serving(num_prompts=4, max_concurrency=4, random_input_len=1100,
+                  random_output_len=500, random_range_ratio=1.0, warm_up=False)
+"""
+SLOW_EXPERTS = "rank={rank},category=moe,factor={factor}"
+
+
+class Picture(NamedTuple):
+    """What a picture shows: from the first to the last of two elements of a page."""
+
+    page: Callable[[], Path]
+    first: str
+    last: str
+    dark: bool = False
+
+
+@cache
+def _runs() -> tempfile.TemporaryDirectory[str]:
+    """Where the runs lie until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="pictures-")
+
+
+@cache
+def slow_rank() -> Path:
+    """The page of a run in which the experts of one rank of eight are slow."""
+    return _run("slow", 8, 8, (5, 1.4)) / "report.html"
+
+
+@cache
+def against_baseline() -> Path:
+    """The page of a run against one before all experts became slower."""
+    before, now = _run("before", 2, 4), _run("now", 2, 4, (0, 1.3), (1, 1.3))
+    return _report(now, "--baseline", before)
+
+
+@cache
+def seven_nights() -> Path:
+    """The page of seven runs; in the last two experts are slower, on TP1 most."""
+    slower = ((0, 1.1), (1, 1.4))
+    nights = [_run(f"night-{at}", 2, 4, *(slower if at > 5 else ())) for at in range(1, 8)]
+    return _report(*nights)
+
+
+PICTURES = {
+    "who-when": Picture(slow_rank, "details[open] .who", "details[open] .when"),
+    "dark": Picture(slow_rank, "details[open] .who", "details[open] .when", dark=True),
+    "lanes": Picture(slow_rank, "details[open] .lanes", "details[open] .lanes"),
+    "baseline": Picture(against_baseline, "#h-baseline", "#baseline details.stage"),
+    "history": Picture(seven_nights, "#history", "#history"),
+}
+
+
+def main(names: Sequence[str]) -> int:
+    """Makes the named pictures, or all."""
+    if unknown := set(names) - PICTURES.keys():
+        sys.exit(f"no such picture: {', '.join(unknown)}; there are {', '.join(PICTURES)}")
+    with chromium() as browser:
+        for name in names or PICTURES:
+            _save(_photograph(browser, PICTURES[name]), FOLDER / f"{name}.png")
+            print(FOLDER / f"{name}.png", flush=True)
+    return 0
+
+
+def _run(name: str, ranks: int, step_ms: int, *slow: tuple[int, float]) -> Path:
+    """The folder of a run on a stand-in in which these ranks are slower by these factors."""
+    faults = [SLOW_EXPERTS.format(rank=rank, factor=factor) for rank, factor in slow]
+    words = "".join(f', "--slow", "{fault}"' for fault in faults)
+    config = SERVER.format(ranks=ranks, step_ms=step_ms, slow=words)
+    return Project(Path(_runs().name) / name, TESTS, config).run().run_folder
+
+
+def _report(*words: object) -> Path:
+    page = Path(_runs().name) / f"report-{len(words)}.html"
+    command = [sys.executable, "-m", "pytest_sglprof", "report", *map(str, words), "-o", str(page)]
+    subprocess.run(command, check=True)
+    return page
+
+
+def _photograph(browser: Browser, picture: Picture) -> bytes:
+    browser.driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
+    _screen(browser, HEIGHT)
+    browser.open(picture.page(), dark=picture.dark)
+    browser.js(f"document.body.style.fontFamily = '{FONT}'")
+    browser.draw_all()
+    # A screen that holds the whole page: else it is laid out anew for the picture alone.
+    _screen(browser, browser.js("return document.documentElement.scrollHeight"))
+    browser.draw_all()
+    x, y, right, bottom = browser.js(BOX, picture.first, picture.last)
+    clip = {"x": x, "y": y, "width": right - x, "height": bottom - y, "scale": 1}
+    shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip})
+    return base64.b64decode(shot["data"])
+
+
+def _screen(browser: Browser, height: int) -> None:
+    size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def _save(png: bytes, path: Path) -> None:
+    text = PngInfo()
+    text.add_text("Source", MADE_BY)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(path, optimize=True, pnginfo=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
