@@ -68,9 +68,7 @@ def prose(source: str) -> Iterator[tuple[int, str]]:
             if comment:
                 yield start, comment
             comment = ""
-            if token.type == tokenize.STRING:
-                yield token.start[0], token.string
-            elif tokenize.tok_name[token.type] == "FSTRING_MIDDLE":
+            if token.type == tokenize.STRING or tokenize.tok_name[token.type] == "FSTRING_MIDDLE":
                 yield token.start[0], token.string
 
 
