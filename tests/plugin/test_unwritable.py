@@ -47,18 +47,19 @@ def is_orderly(ran: Outcome) -> None:
 
 
 @pytest.mark.parametrize("place", ["out", "out/below", "loop", "dangling/x"])
-def test_fault_18_an_output_that_cannot_be_a_folder_is_a_usage_error(make_project, place):
-    project = make_project("def test_it(): pass", SGLANG)
-    (project.folder / "out").write_text("notes")
-    (project.folder / "loop").symlink_to("loop")
-    (project.folder / "dangling").symlink_to("out")
-    ran = project.run(f"--sglprof-output={place}")
-    assert ran.status == pytest.ExitCode.USAGE_ERROR
-    assert "results cannot be written into" in ran.text
-    assert "next: choose another one with --sglprof-output" in ran.text
-    assert "Traceback" not in ran.text
-    assert "INTERNALERROR" not in ran.text
-    assert (project.folder / "out").read_text() == "notes"
+def test_fault_18_an_output_that_cannot_be_a_folder_is_a_usage_error(pytester, run_here, place):
+    pytester.makepyfile("def test_it(): pass")
+    (pytester.path / "out").write_text("notes")
+    (pytester.path / "loop").symlink_to("loop")
+    (pytester.path / "dangling").symlink_to("out")
+    ran = run_here("--sglprof", f"--sglprof-output={place}", config=SGLANG)
+    text = ran.stdout.str() + ran.stderr.str()
+    assert ran.ret == pytest.ExitCode.USAGE_ERROR
+    assert "results cannot be written into" in text
+    assert "next: choose another one with --sglprof-output" in text
+    assert "Traceback" not in text
+    assert "INTERNALERROR" not in text
+    assert (pytester.path / "out").read_text() == "notes"
 
 
 def test_fault_18_a_run_that_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:

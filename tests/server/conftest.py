@@ -47,6 +47,14 @@ def family(marker: Path) -> list[psutil.Process]:
     return found
 
 
+def words(process: psutil.Process) -> list[str]:
+    """Its command; [] once it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def wait_clean(marker: Path, timeout: float) -> list[psutil.Process]:
     deadline = time.monotonic() + timeout
     while (left := family(marker)) and time.monotonic() < deadline:
@@ -59,7 +67,7 @@ def nothing_left(lease_folder: Path) -> Iterator[None]:
     """Fails the test when a process or a lease outlives it; ends what is left."""
     yield
     left = wait_clean(lease_folder, 20.0)
-    names = [" ".join(process.cmdline()) for process in left]
+    names = [" ".join(words(process)) for process in left]
     for process in left:
         process.kill()
     assert names == []

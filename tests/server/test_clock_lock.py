@@ -24,7 +24,7 @@ from pytest_sglprof.server.server import Server, launch
 from pytest_sglprof.session.server_life import describe_server
 from pytest_sglprof.values import ServerSpec
 
-from .conftest import FAKE, family, wait_clean
+from .conftest import FAKE, family, wait_clean, words
 
 LAUNCHER = """
 import sys, time
@@ -140,7 +140,7 @@ def test_a_keeper_that_is_killed_leaves_it_to_pytest(
     start: Start, calls: Calls, lease_folder: Path
 ) -> None:
     server = start()
-    (keeper,) = [p for p in family(lease_folder) if "pytest_sglprof.keeper" in p.cmdline()]
+    (keeper,) = [p for p in family(lease_folder) if "pytest_sglprof.keeper" in words(p)]
     assert calls.pids == {keeper.pid}
     keeper.kill()
     keeper.wait(10)

@@ -23,7 +23,7 @@ from pytest_sglprof.server import lease
 from pytest_sglprof.server.server import Server, launch
 from pytest_sglprof.values import ServerSpec
 
-from .conftest import family, wait_clean
+from .conftest import family, wait_clean, words
 
 GONE_WITHIN = 30.0  # s; what is promised of a killed keeper
 CPU = ServerSpec(args=("--device", "cpu", "--tp", "2"), ready_timeout=60, stop_timeout=8.0)
@@ -90,13 +90,6 @@ def keeper_of(lease_folder: Path) -> psutil.Process:
         return [p for p in family(lease_folder) if "pytest_sglprof.keeper" in words(p)]
 
     return wait_for(keepers)[0]
-
-
-def words(found: psutil.Process) -> list[str]:
-    try:
-        return found.cmdline()
-    except psutil.Error:
-        return []
 
 
 def wait_for(what, limit: float = 60.0):

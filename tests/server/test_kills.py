@@ -17,7 +17,7 @@ from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof.process import variable as process_variable
 from pytest_sglprof.process import wait_gone
 
-from .conftest import family, wait_clean
+from .conftest import family, wait_clean, words
 
 CLEAN_WITHIN = 60.0  # s; what is promised of a killed pytest
 
@@ -107,7 +107,7 @@ def test_a_child_that_holds_the_pipe_open_does_not_keep_the_server(launcher, lea
     """A forked child of pytest inherits the pipe: the keeper looks at its parent as well."""
     process, _ = launcher()
     keeper = next(
-        found for found in family(lease_folder) if "pytest_sglprof.keeper" in found.cmdline()
+        found for found in family(lease_folder) if "pytest_sglprof.keeper" in words(found)
     )
     pipe = os.open(f"/proc/{keeper.pid}/fd/0", os.O_WRONLY)
     try:
@@ -119,7 +119,7 @@ def test_a_child_that_holds_the_pipe_open_does_not_keep_the_server(launcher, lea
 def test_the_keeper_outlives_ctrl_c_and_obeys_sigterm(launcher, lease_folder):
     process, _ = launcher()
     keeper = next(
-        found for found in family(lease_folder) if "pytest_sglprof.keeper" in found.cmdline()
+        found for found in family(lease_folder) if "pytest_sglprof.keeper" in words(found)
     )
     keeper.send_signal(signal.SIGINT)
     keeper.send_signal(signal.SIGHUP)
@@ -133,12 +133,12 @@ def test_the_keeper_outlives_ctrl_c_and_obeys_sigterm(launcher, lease_folder):
 
 @pytest.mark.real_nsys
 def test_sigkill_of_pytest_in_an_nsys_window(launcher, lease_folder, tmp_path, tool):
-    process, words = launcher(backend="nsys")
-    assert NsysSession(tool, words[2], tmpdir=tmp_path / "server" / "tmp").state() == "Collection"
-    assert any("--start-agent" in " ".join(p.cmdline()) for p in family(lease_folder))
+    process, opened = launcher(backend="nsys")
+    assert NsysSession(tool, opened[2], tmpdir=tmp_path / "server" / "tmp").state() == "Collection"
+    assert any("--start-agent" in " ".join(words(p)) for p in family(lease_folder))
     assert kill_and_wait(process, lease_folder) < CLEAN_WITHIN
     assert "report: " in (tmp_path / "server" / "keeper.log").read_text()
-    assert NsysSession(tool, words[2]).state() == ""
+    assert NsysSession(tool, opened[2]).state() == ""
     assert not any("nsys" in path.name for path in (tmp_path / "server").rglob("*.nsys-rep.*"))
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from exporting_nsys import ROWS, ExportingNsys
 from nsys_exports import (
     CPU_FILES,
     GPU_FILES,
@@ -14,7 +15,6 @@ from nsys_exports import (
     by_name,
     kernel,
     make_export,
-    one,
     to_parquet,
 )
 
@@ -70,91 +70,50 @@ def test_a_recording_without_its_report(tmp_path: Path) -> None:
     assert "libssh" in caught.value.hint
 
 
-FAKE_NSYS = """#!/bin/sh
-case "$1 $2" in
-  "--version "*) echo "NVIDIA Nsight Systems version 2023.4.4.54-234433681190v0" ;;
-  "profile "*) echo "  -Y, --start-later=" ;;
-  "export --help") echo "sqlite {types}" ;;
-  "export "*)
-    echo "$2" >> "{calls}"
-    for word in "$@"; do
-      case "$word" in --output=*) target="${{word#--output=}}" ;; esac
-    done
-    case "$2" in *parquetdir) cp -r "{folder}" "$target" ;; *) cp "{database}" "$target" ;; esac ;;
-esac
-"""
-
-
-def make_nsys(tmp_path: Path, types: str = "") -> Path:
-    """An nsys that exports one database, and notes each export in calls.txt."""
-    database = tmp_path / "source.db"
-    folder = tmp_path / "source"
-    if not database.exists():
-        make_export(database, CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 5)], StringIds=STRINGS)
-        to_parquet(database, folder)
-    script = tmp_path / "nsys"
-    words = {"calls": tmp_path / "calls.txt", "database": database, "folder": folder}
-    script.write_text(FAKE_NSYS.format(types=types, **words))
-    script.chmod(0o755)
-    return script
-
-
 @pytest.fixture
-def fake_nsys(tmp_path: Path) -> Path:
-    return make_nsys(tmp_path)
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Path:
-    (tmp_path / "w").mkdir()
-    path = tmp_path / "w" / "w.nsys-rep"
-    path.write_bytes(b"x")
-    return path
-
-
-def exports(tmp_path: Path) -> list[str]:
-    return (tmp_path / "calls.txt").read_text().split()
+def fake(tmp_path: Path) -> ExportingNsys:
+    return ExportingNsys(tmp_path)
 
 
 @pytest.mark.parametrize(("types", "ending"), [("", ".sqlite"), ("parquetdir", ".parquetdir")])
 def test_a_report_is_exported_once_and_again_when_it_holds_something_else(
-    tmp_path: Path, report: Path, types: str, ending: str
+    tmp_path: Path, types: str, ending: str
 ) -> None:
-    nsys = make_nsys(tmp_path, types)
+    fake = ExportingNsys(tmp_path, types)
+    report = fake.report
     for _ in range(2):
-        assert by_name(one(read_report(report, nsys=str(nsys)))) == {"void a<int>(int)": (1, 5)}
-    assert len(exports(tmp_path)) == 1
-    (kept,) = (file for file in report.parent.iterdir() if file != report)
+        assert fake.read() == ROWS
+    assert fake.exports == 1
+    (kept,) = fake.kept
     assert kept.name.startswith(".w.")
     assert kept.suffix == ending
     # Neither the time nor the size tells the new report from the old one.
     times = report.stat()
     report.write_bytes(b"y")
     os.utime(report, ns=(times.st_atime_ns, times.st_mtime_ns))
-    read_report(report, nsys=str(nsys))
-    assert len(exports(tmp_path)) == 2
+    fake.read()
+    assert fake.exports == 2
     assert not kept.exists()
-    assert len(list(report.parent.iterdir())) == 2
+    assert len(fake.kept) == 1
 
 
-def test_an_export_that_a_window_left_is_used_for_its_report_only(
-    tmp_path: Path, report: Path, fake_nsys: Path
-) -> None:
-    beside = report.with_suffix(".sqlite")
-    tool = NsysTool(str(fake_nsys), "2023.4.4")
-    export(tool, report, "sqlite", beside, 30)
-    assert len(read_report(report, nsys=str(fake_nsys))) == 1
-    assert len(exports(tmp_path)) == 1
-    report.write_bytes(b"another one")
+def test_an_export_that_a_window_left_is_used_for_its_report_only(fake: ExportingNsys) -> None:
+    beside = fake.report.with_suffix(".sqlite")
+    tool = NsysTool(str(fake.nsys), "2023.4.4")
+    export(tool, fake.report, "sqlite", beside, 30)
+    assert len(read_report(fake.report, nsys=str(fake.nsys))) == 1
+    assert fake.exports == 1
+    fake.report.write_bytes(b"another one")
     before = beside.read_bytes()
-    read_report(report, nsys=str(fake_nsys))
-    assert len(exports(tmp_path)) == 2
+    fake.read()
+    assert fake.exports == 2
     assert beside.read_bytes() == before
 
 
-def test_a_folder_with_a_stale_export_gives_the_report(report: Path, fake_nsys: Path) -> None:
+def test_a_folder_with_a_stale_export_gives_the_report(fake: ExportingNsys) -> None:
+    report = fake.report
     beside = report.with_suffix(".sqlite")
-    export(NsysTool(str(fake_nsys), "2023.4.4"), report, "sqlite", beside, 30)
+    export(NsysTool(str(fake.nsys), "2023.4.4"), report, "sqlite", beside, 30)
     assert window_files(report.parent) == [beside]
     times = report.stat()
     report.write_bytes(b"y")
@@ -171,36 +130,35 @@ def test_a_folder_with_a_stale_export_gives_the_report(report: Path, fake_nsys: 
 
 
 def test_an_export_of_unknown_origin_is_neither_used_nor_touched(
-    tmp_path: Path, report: Path, fake_nsys: Path
+    tmp_path: Path, fake: ExportingNsys
 ) -> None:
-    beside = report.with_suffix(".sqlite")
+    beside = fake.report.with_suffix(".sqlite")
     make_export(beside, CUPTI_ACTIVITY_KIND_KERNEL=[kernel(0, 999)], StringIds=STRINGS)
     before = beside.read_bytes()
-    found = read_report(report, nsys=str(fake_nsys))
-    assert by_name(one(found)) == {"void a<int>(int)": (1, 5)}
+    assert fake.read() == ROWS
     assert beside.read_bytes() == before
     with pytest.raises(NsysMissing) as caught:
-        report.write_bytes(b"z")
-        read_report(report, nsys=str(tmp_path / "no-nsys"))
+        fake.report.write_bytes(b"z")
+        read_report(fake.report, nsys=str(tmp_path / "no-nsys"))
     assert f"or give {beside} itself" in caught.value.hint
 
 
-def test_a_parquet_export_that_fails_gives_way_to_sqlite(tmp_path: Path, report: Path) -> None:
-    nsys = make_nsys(tmp_path, "parquetdir")
-    shutil.rmtree(tmp_path / "source")
-    assert len(read_report(report, nsys=str(nsys))) == 1
-    assert exports(tmp_path) == ["--type=parquetdir", "--type=sqlite"]
+def test_a_parquet_export_that_fails_gives_way_to_sqlite(tmp_path: Path) -> None:
+    fake = ExportingNsys(tmp_path, "parquetdir")
+    shutil.rmtree(fake.parquet)
+    assert len(read_report(fake.report, nsys=str(fake.nsys))) == 1
+    assert fake.export_types == ["--type=parquetdir", "--type=sqlite"]
 
 
-def test_credentials_are_in_no_parquet_export(tmp_path: Path, report: Path) -> None:
+def test_credentials_are_in_no_parquet_export(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    nsys = make_nsys(tmp_path, "parquetdir")
+    fake = ExportingNsys(tmp_path, "parquetdir")
     texts = ["HOME=/x;HF_TOKEN=hush-hush-1;A=1", "plain", None]
     table = arrow.table({"globalVid": [1, 2, 3], "value": texts})
-    parquet.write_table(table, tmp_path / "source" / "TARGET_INFO_SYSTEM_ENV.parquet")
-    read_report(report, nsys=str(nsys))
-    (kept,) = report.parent.glob(".w.*")
+    parquet.write_table(table, fake.parquet / "TARGET_INFO_SYSTEM_ENV.parquet")
+    read_report(fake.report, nsys=str(fake.nsys))
+    (kept,) = fake.report.parent.glob(".w.*")
     assert all(b"hush-hush-1" not in file.read_bytes() for file in kept.iterdir())
     found = parquet.read_table(kept / "TARGET_INFO_SYSTEM_ENV.parquet")["value"].to_pylist()
     assert found[0].startswith("HOME=/x;HF_TOKEN=")
@@ -208,18 +166,18 @@ def test_credentials_are_in_no_parquet_export(tmp_path: Path, report: Path) -> N
 
 
 def test_a_report_in_a_folder_that_cannot_be_written(
-    report: Path, fake_nsys: Path, monkeypatch: pytest.MonkeyPatch
+    fake: ExportingNsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = report.parent
+    folder = fake.report.parent
     access = os.access  # a superuser may write anywhere, so permissions alone show nothing
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder and access(path, mode))
-    assert len(read_report(report, nsys=str(fake_nsys))) == 1
+    assert len(read_report(fake.report, nsys=str(fake.nsys))) == 1
     assert [file.name for file in folder.iterdir()] == ["w.nsys-rep"]
 
 
-def test_a_report_without_nsys(tmp_path: Path, report: Path) -> None:
+def test_a_report_without_nsys(tmp_path: Path, fake: ExportingNsys) -> None:
     with pytest.raises(NsysMissing):
-        read_report(report, nsys=str(tmp_path / "no-nsys"))
+        read_report(fake.report, nsys=str(tmp_path / "no-nsys"))
 
 
 @pytest.mark.parametrize("name", [*GPU_FILES, *CPU_FILES])
