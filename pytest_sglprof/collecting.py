@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pytest_sglprof.markers import ServerKey, check_item, concerns
+from pytest_sglprof.markers import check_item, concerns
 from pytest_sglprof.settings import Settings
+from pytest_sglprof.values import ServerSpec
 
 
 def collection_problems(nodes: Sequence[Any], settings: Settings) -> str:
@@ -23,14 +24,14 @@ def collection_problems(nodes: Sequence[Any], settings: Settings) -> str:
 
 
 def sort_by_server(
-    items: Sequence[pytest.Item], keys: Mapping[pytest.Item, ServerKey]
+    items: Sequence[pytest.Item], servers: Mapping[pytest.Item, ServerSpec]
 ) -> list[pytest.Item]:
     """Orders the tests that use a server by it, stably; all other tests keep their places."""
-    order: dict[ServerKey, int] = {}
+    order: dict[str, int] = {}
     for item in items:
-        if item in keys:
-            order.setdefault(keys[item], len(order))
-    ours = iter(
-        sorted((item for item in items if item in keys), key=lambda item: order[keys[item]])
+        if item in servers:
+            order.setdefault(servers[item].key, len(order))
+    sorted_items = iter(
+        sorted((item for item in items if item in servers), key=lambda i: order[servers[i].key])
     )
-    return [next(ours) if item in keys else item for item in items]
+    return [next(sorted_items) if item in servers else item for item in items]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.bench_serving.load import BenchServing
     from pytest_sglprof.plugin_session import PluginSession
     from pytest_sglprof.server.server import Server
-    from pytest_sglprof.session.window_run import WindowRun
+    from pytest_sglprof.session.window_run import ProfileWindow
     from pytest_sglprof.watch.watcher import LoadWatch
 
 
@@ -38,14 +38,12 @@ def bench_serving(request: pytest.FixtureRequest, sglang_server: Server) -> Benc
 
 
 @pytest.fixture
-def profile_window(
-    request: pytest.FixtureRequest, sglang_server: Server
-) -> Callable[..., WindowRun]:
+def profile_window(request: pytest.FixtureRequest, sglang_server: Server) -> ProfileWindow:
     """Opens profile windows by hand: `with profile_window("steady", num_steps=50) as window:`.
 
     Options: docs/windows.md. Every window is judged at the end of its test.
     """
-    return _session(request).window_factory(request.node)
+    return _session(request).profile_window(request.node)
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof.capture.backends import BACKENDS
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.spelling import did_you_mean
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 SERVER_MARK = "sglang_server"
 WINDOW_MARK = "profile_window"
 FIXTURES = ("sglang_server", "bench_serving", "profile_window", "load_watch")
-DEFAULT_STEPS = 50  # after which a marked torch window closes, or min_steps if that is more
 TRIGGER_SECONDS = 2.0  # after which a triggered torch window closes
 MARKER_HELP = (
     f'{SERVER_MARK}(name="default", nsys=None): the server of this test: a [servers.NAME] of '
@@ -29,21 +29,6 @@ MARKER_HELP = (
 )
 
 
-@dataclass(frozen=True)
-class ServerKey:
-    """Which server a test needs. Tests of equal keys share one server life."""
-
-    name: str = "default"
-    nsys: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name}+nsys" if self.nsys else self.name
-
-    def spec(self, servers: Mapping[str, ServerSpec]) -> ServerSpec:
-        """The specification with this name, under nsys where the test asks for it."""
-        return replace(servers[self.name], nsys=self.nsys)
-
-
 def concerns(item: pytest.Item) -> bool:
     """True for a test that uses one of our fixtures or carries one of our markers."""
     names = getattr(item, "fixturenames", ())
@@ -52,8 +37,8 @@ def concerns(item: pytest.Item) -> bool:
     )
 
 
-def server_key(node: Any, servers: Mapping[str, ServerSpec]) -> ServerKey:
-    """The key that a test (or a test function about to be parametrised) asks for."""
+def server_spec(node: Any, servers: Mapping[str, ServerSpec]) -> ServerSpec:
+    """The server that a test (or a test function about to be parametrised) asks for."""
     mark = node.get_closest_marker(SERVER_MARK)
     name, nsys = _server_arguments(mark.args, mark.kwargs) if mark else ("default", None)
     if name not in servers:
@@ -63,8 +48,8 @@ def server_key(node: Any, servers: Mapping[str, ServerSpec]) -> ServerKey:
             hint=did_you_mean([name], servers, f"add [servers.{name}] to sglprof.toml"),
         )
     if nsys is None:
-        nsys = servers[name].nsys or _window_backend(node) == "nsys"
-    return ServerKey(name, nsys)
+        nsys = servers[name].nsys or _needs_session(node)
+    return replace(servers[name], name=name, nsys=nsys)
 
 
 def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
@@ -91,36 +76,38 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
         keywords["name"] = mark.args[0]
     spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
     refuse_too_few_steps(spec.num_steps, settings, f"@pytest.mark.{WINDOW_MARK}")
-    ends_itself = spec.num_steps or spec.duration or spec.whole_body or spec.backend == "nsys"
-    if ends_itself:
+    default_steps = BACKENDS[spec.backend].default_steps
+    if spec.num_steps or spec.duration or spec.whole_body or default_steps is None:
         return spec
     if spec.trigger is not None:  # a starved rank runs no steps, and would never end the window
         return replace(spec, duration=TRIGGER_SECONDS)
-    return replace(spec, num_steps=max(DEFAULT_STEPS, settings.min_steps))
+    return replace(spec, num_steps=max(default_steps, settings.min_steps))
 
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:
     """What is wrong with the markers of one test, or None."""
     try:
-        key = server_key(item, settings.servers)
-        spec = marked_window(item, settings)
-        if spec is not None:
-            _check_pair(item, key, spec, attached=bool(settings.server))
+        server = server_spec(item, settings.servers)
+        window = marked_window(item, settings)
+        if window is not None:
+            _check_pair(item, server, window, attached=bool(settings.server))
     except SettingsError as error:
         return f"{item.name}: {error}"
     return None
 
 
-def _check_pair(item: pytest.Item, key: ServerKey, spec: WindowSpec, *, attached: bool) -> None:
+def _check_pair(
+    item: pytest.Item, server: ServerSpec, window: WindowSpec, *, attached: bool
+) -> None:
     if not any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
         raise SettingsError(
             f"@pytest.mark.{WINDOW_MARK} on a test without a server",
             expected="the fixture sglang_server or bench_serving among its arguments",
             hint="add sglang_server to the test's arguments",
         )
-    if spec.backend == "nsys" and not key.nsys and not attached:
+    if BACKENDS[window.backend].needs_session and not server.nsys and not attached:
         raise SettingsError(
-            'backend="nsys" on a server that is not started under nsys',
+            f'backend="{window.backend}" on a server that is not started under nsys',
             expected=f"@pytest.mark.{SERVER_MARK}(nsys=True) on the test",
             hint="remove nsys=False, or use the torch backend",
         )
@@ -146,6 +133,7 @@ def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     return name, nsys
 
 
-def _window_backend(node: Any) -> Any:
+def _needs_session(node: Any) -> bool:
     mark = node.get_closest_marker(WINDOW_MARK)
-    return mark.kwargs.get("backend") if mark else None
+    backend = mark.kwargs.get("backend") if mark else None  # anything: it is checked later
+    return any(row.name == backend and row.needs_session for row in BACKENDS.values())

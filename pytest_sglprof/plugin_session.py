@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from pytest_sglprof import xdist_support
 from pytest_sglprof.collecting import collection_problems, sort_by_server
 from pytest_sglprof.config_file import find_config, load_config
 from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError, described, note
-from pytest_sglprof.markers import ServerKey, concerns, marked_window, server_key
+from pytest_sglprof.markers import concerns, marked_window, server_spec
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
 from pytest_sglprof.records import (
@@ -32,12 +32,12 @@ from pytest_sglprof.session.server_life import close_server, describe_server, op
 from pytest_sglprof.session.test_run import TestRun
 from pytest_sglprof.settings import Settings, build_settings, resolve_options
 from pytest_sglprof.summary import write_summary
+from pytest_sglprof.values import ServerSpec
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
-from pytest_sglprof.window_options import window_by_hand
 
 if TYPE_CHECKING:
     from pytest_sglprof.server.server import Server
-    from pytest_sglprof.session.window_run import WindowRun
+    from pytest_sglprof.session.window_run import ProfileWindow
 
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
@@ -153,9 +153,9 @@ class PluginSession:
         """Gives the session fixture its server as a parameter, so that it is known now."""
         if "sglang_server" not in metafunc.fixturenames:
             return
-        key = self._key(metafunc.definition)
+        spec = self._server_spec(metafunc.definition)
         metafunc.parametrize(
-            "sglang_server", [key], indirect=True, ids=[pytest.HIDDEN_PARAM], scope="session"
+            "sglang_server", [spec], indirect=True, ids=[pytest.HIDDEN_PARAM], scope="session"
         )
 
     @pytest.hookimpl(wrapper=True)
@@ -176,11 +176,11 @@ class PluginSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keeps tests of one server together, here and among xdist's workers."""
-        keys = {item: self._key(item) for item in items if concerns(item)}
-        items[:] = sort_by_server(items, keys)
+        servers = {item: self._server_spec(item) for item in items if concerns(item)}
+        items[:] = sort_by_server(items, servers)
         if self.worker or xdist_support.is_distributed(self.config):
-            for item, key in keys.items():
-                xdist_support.add_group(item, key)
+            for item, spec in servers.items():
+                xdist_support.add_group(item, spec)
 
     # ---- tests ---------------------------------------------------------------------------
 
@@ -227,7 +227,6 @@ class PluginSession:
             try:
                 with _body(item, test):
                     yield
-                self._retry(item, test)
             finally:
                 self.progress.clear()
         self._raise_verdict(test)
@@ -252,15 +251,6 @@ class PluginSession:
         hide_secrets(report)
         return report
 
-    def _retry(self, item: pytest.Item, test: TestRun) -> None:
-        for _ in range(self.settings.retry_inconclusive):
-            if test.verdict != "inconclusive":
-                return
-            with _shown_plainly():
-                test.begin_again()
-            with _body(item, test):
-                item.runtest()
-
     def _raise_verdict(self, test: TestRun) -> None:
         if test.verdict == "fail":
             raise VerdictFailed(test.message())
@@ -272,12 +262,10 @@ class PluginSession:
     # ---- what fixtures ask for -----------------------------------------------------------
 
     @contextlib.contextmanager
-    def serve(self, key: ServerKey) -> Iterator[Server]:
-        """The server of `key`, alive as long as the block; errors are shown plainly."""
+    def serve(self, spec: ServerSpec) -> Iterator[Server]:
+        """The server of `spec`, alive as long as the block; errors are shown plainly."""
         with _shown_plainly():
-            server = open_server(
-                key.spec(self.settings.servers), self.settings, self.folder, self.progress
-            )
+            server = open_server(spec, self.settings, self.folder, self.progress)
         self.progress.clear()
         self.server = server
         try:
@@ -306,20 +294,17 @@ class PluginSession:
         test.server = self.server
         return test
 
-    def window_factory(self, item: pytest.Item) -> Callable[..., WindowRun]:
-        """What the fixture `profile_window` yields."""
-        test = self.test_run(item)
+    def profile_window(self, item: pytest.Item) -> ProfileWindow:
+        """The fixture of that name."""
+        from pytest_sglprof.session.window_run import ProfileWindow
 
-        def profile_window(name: str = "window", **options: Any) -> WindowRun:
-            return test.new_window(window_by_hand(self.settings, name, options))
+        return ProfileWindow(self.settings, self.test_run(item).new_window)
 
-        return profile_window
-
-    def _key(self, node: Any) -> ServerKey:
+    def _server_spec(self, node: Any) -> ServerSpec:
         try:
-            return server_key(node, self.settings.servers)
+            return server_spec(node, self.settings.servers)
         except SettingsError:
-            return ServerKey()  # reported with the module, see pytest_make_collect_report
+            return ServerSpec()  # reported with the module, see pytest_make_collect_report
 
 
 @contextlib.contextmanager

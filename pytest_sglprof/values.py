@@ -13,7 +13,6 @@ Backend = Literal["torch", "nsys"]
 ServerKind = Literal["sglang", "standin", "auto"]
 VerdictWord = Literal["pass", "fail", "inconclusive"]
 WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
-BACKENDS: tuple[Backend, ...] = ("torch", "nsys")
 SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
 STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
 
@@ -235,6 +234,7 @@ class WindowCapture:
     (nothing to read). reason: why it is not complete. opened, closed: Unix time, s.
     expected_ranks / missing_ranks: labels. pid_ranks: pid of each scheduler at window
     time -> rank label, which is the only trace of the rank in an nsys report.
+    is_still_open: the profiler could not be stopped, so a teardown has to try again.
     """
 
     window_id: str
@@ -252,6 +252,7 @@ class WindowCapture:
     notes: tuple[str, ...] = ()
     facts: ServerFacts = ServerFacts()
     gpus: tuple[GpuClocks, ...] = ()
+    is_still_open: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.analysis.triggers import as_trigger
+from pytest_sglprof.capture.backends import BACKENDS
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.thresholds import (
     listed_thresholds,
@@ -16,7 +17,7 @@ from pytest_sglprof.gate.thresholds import (
 )
 from pytest_sglprof.metrics import METRICS
 from pytest_sglprof.spelling import did_you_mean
-from pytest_sglprof.values import BACKENDS, WindowSpec
+from pytest_sglprof.values import WindowSpec
 
 if TYPE_CHECKING:
     from pytest_sglprof.settings import Settings
@@ -103,7 +104,7 @@ def repeats(spec: WindowSpec, settings: Settings) -> int:
     Raises `SettingsError` for one that says so itself but ends by hand or waits for a
     trigger, whose moment comes once; the settings' number is for the others.
     """
-    ends_itself = bool(spec.num_steps or spec.duration or spec.backend == "nsys")
+    ends_itself = bool(spec.num_steps or spec.duration or BACKENDS[spec.backend].default_seconds)
     if spec.repeat is None:
         again = ends_itself and not spec.whole_body and spec.trigger is None
         return max(1, settings.repeat) if again else 1
@@ -184,7 +185,7 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
 def _check_names(spec: WindowSpec, origin: str) -> None:
     from pytest_sglprof.capture.torch_request import STAGES as PROFILED
 
-    check_name(spec.backend, BACKENDS, f"{origin}: backend={spec.backend!r}")
+    check_name(spec.backend, tuple(BACKENDS), f"{origin}: backend={spec.backend!r}")
     for name in spec.profile_stages or ():
         check_name(name.lower(), tuple(PROFILED), f"{origin}: profile_stages has {name!r}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_sglprof.markers import ServerKey
+    from pytest_sglprof.values import ServerSpec
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -51,10 +51,10 @@ def mode_warning(config: pytest.Config) -> str | None:
     )
 
 
-def add_group(item: pytest.Item, key: ServerKey) -> None:
+def add_group(item: pytest.Item, server: ServerSpec) -> None:
     """Puts a test into the group of its server, unless the user grouped it already."""
     if item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group(name=f"sglprof-{key}"))
+        item.add_marker(pytest.mark.xdist_group(name=f"sglprof-{server.key}"))
 
 
 def plain_nodeid(nodeid: str) -> str:

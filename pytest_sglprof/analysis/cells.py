@@ -17,7 +17,7 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy import Ints, Mask
 from pytest_sglprof.analysis.busy_times import Activities, BusyTimes, busy_times
-from pytest_sglprof.analysis.groups import WorkGroup, work_groups
+from pytest_sglprof.analysis.groups import RankGroup, work_groups
 from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
 from pytest_sglprof.analysis.steps import ComparedSteps, compared_steps, step_spans
 from pytest_sglprof.analysis.waits import waits
@@ -54,7 +54,7 @@ class GroupCells:
     inputs: what each rank had to do in each step; None without steps.
     """
 
-    group: WorkGroup
+    group: RankGroup
     steps: ComparedSteps
     has_steps: bool
     kernels: tuple[tuple[str, str], ...]
@@ -234,7 +234,7 @@ def _codes(column: Any) -> Ints:
 
 
 def _group_cells(
-    group: WorkGroup, rows: _Rows, spans: pd.DataFrame, part: Segments | None
+    group: RankGroup, rows: _Rows, spans: pd.DataFrame, part: Segments | None
 ) -> GroupCells:
     member = _positions(group.ranks, rows.ranks)[rows.rank]
     mine = member >= 0

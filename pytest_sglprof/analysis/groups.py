@@ -16,19 +16,19 @@ from pytest_sglprof.ranks import Rank
 
 
 @dataclass(frozen=True)
-class WorkGroup:
-    """Ranks with identical input (attention-TP peers), in the order of the table.
+class RankGroup:
+    """Ranks that are compared with each other, in the order of the table.
 
-    label: what its ranks share (`DP0 PP1`); "" when the table holds one group only.
-    ranks: their labels.
+    label: what they share (`DP0 PP1`); "" when the table holds one group only. ranks: their
+    labels.
     """
 
     label: str
     ranks: tuple[str, ...]
 
 
-def work_groups(ranks: Sequence[str]) -> tuple[WorkGroup, ...]:
-    """Splits rank labels by `dp`, `pp` and `attn_cp`; order of first appearance.
+def work_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
+    """Ranks with identical input: those of one `dp`, `pp` and `attn_cp`; order of appearance.
 
     An absent dimension counts as 0, since sources leave out sizes of 1. Labels that are
     no rank's name form one group: a report that tells less has no finer truth.
@@ -42,23 +42,12 @@ def work_groups(ranks: Sequence[str]) -> tuple[WorkGroup, ...]:
         members.setdefault(key, []).append(label)
         names.setdefault(key, (shared.label or "DP0") if shared else "unnamed")
     if len(members) == 1:
-        return tuple(WorkGroup("", tuple(found)) for found in members.values())
-    return tuple(WorkGroup(names[key], tuple(found)) for key, found in members.items())
+        return tuple(RankGroup("", tuple(labels)) for labels in members.values())
+    return tuple(RankGroup(names[key], tuple(labels)) for key, labels in members.items())
 
 
-@dataclass(frozen=True)
-class SyncGroup:
-    """Ranks that meet in collectives (one replica, one pipeline stage), in table order.
-
-    label: what its ranks share (`DP0 PP1`); "" when the table holds one group only.
-    """
-
-    label: str
-    ranks: tuple[str, ...]
-
-
-def sync_groups(ranks: Sequence[str]) -> tuple[SyncGroup, ...]:
-    """Splits rank labels by `pp`, and by `dp` where each of those has its own TP ranks.
+def sync_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
+    """Ranks that meet: those of one `pp`, and of one `dp` where each has its own TP ranks.
 
     Under data-parallel attention every rank has another `tp` *and* `dp`, and all of them
     meet; plain replicas count their `tp` from 0 again and never do. Labels that are no
@@ -77,9 +66,9 @@ def sync_groups(ranks: Sequence[str]) -> tuple[SyncGroup, ...]:
             key = Rank(dp=(rank.dp or 0) if (rank.pp or 0) in replicas else None, pp=rank.pp or 0)
         members.setdefault(key, []).append(label)
     if len(members) == 1:
-        return tuple(SyncGroup("", tuple(found)) for found in members.values())
+        return tuple(RankGroup("", tuple(labels)) for labels in members.values())
     names = {key: _sync_label(key, members) for key in members}
-    return tuple(SyncGroup(names[key], tuple(found)) for key, found in members.items())
+    return tuple(RankGroup(names[key], tuple(labels)) for key, labels in members.items())
 
 
 def _sync_label(key: Rank | None, others: Mapping[Rank | None, object]) -> str:

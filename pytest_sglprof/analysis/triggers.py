@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, TypeVar, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from pytest_sglprof.analysis.onset import OnsetDetector
 from pytest_sglprof.analysis.rank_board import RankLoad
-from pytest_sglprof.analysis.unequal import Kind, Onset, OnsetRule
+from pytest_sglprof.analysis.unequal import Onset, OnsetRule
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import BalanceSample, LoadSample
@@ -23,6 +23,7 @@ NoOnset = Literal["pass", "inconclusive", "fail"]
 Made = TypeVar("Made")
 _WORDS = {"source": ("loads", "log"), "on_no_onset": ("pass", "inconclusive", "fail")}
 WITHIN = 120.0  # s that a trigger waits by default, from the start of the test's load
+BEST_OVER = 5.0  # s; the best throughput is a mean over so long
 
 
 class Detector(Protocol):
@@ -50,11 +51,19 @@ class Trigger(Protocol):
     def detector(self, ranks: Sequence[str]) -> Detector: ...  # noqa: D102
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Refuses unknown arguments with the nearest one, which Python's own error does not name."""
+@dataclass(frozen=True, repr=False)
+class _Trigger:
+    """What all triggers of ours have; see `Trigger`. source: "loads" (`/v1/loads`) or "log"."""
+
+    within: float = field(default=WITHIN, kw_only=True)
+    source: Literal["loads", "log"] = field(default="loads", kw_only=True)
+    on_no_onset: NoOnset = field(default="pass", kw_only=True)
+
+    compares_ranks: ClassVar[bool] = False
+    above: ClassVar[Mapping[str, float]] = {}  # what an argument must exceed
 
     def __new__(cls: type[Made], *args: object, **keywords: object) -> Made:
+        """Names the nearest argument of a wrong one, which Python's own error does not."""
         known = [item.name for item in fields(cls)]  # type: ignore[arg-type]  # a dataclass
         if unknown := [name for name in keywords if name not in known]:
             raise SettingsError(
@@ -65,9 +74,20 @@ class _Arguments:
         made: Made = object.__new__(cls)
         return made
 
+    def __post_init__(self) -> None:
+        limits = {"hold": 0.0, "within": 0.0, **self.above}
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), type(self).__name__, limits)
 
-@dataclass(frozen=True)
-class ImbalanceOnset(_Arguments):
+    def __repr__(self) -> str:
+        """As it is written: its own arguments first."""
+        arguments = sorted(fields(self), key=lambda item: item.kw_only is True)
+        written = (f"{item.name}={getattr(self, item.name)!r}" for item in arguments)
+        return f"{type(self).__name__}({', '.join(written)})"
+
+
+@dataclass(frozen=True, repr=False)
+class ImbalanceOnset(_Trigger, OnsetRule):
     """Opens when the load of DP ranks has been unequal for `hold` seconds.
 
     factor, hold, min_running, min_gap, min_gap_usage: see `OnsetRule`. within: s, from the
@@ -75,28 +95,31 @@ class ImbalanceOnset(_Arguments):
     verdict when the load stays balanced.
     """
 
-    factor: float = 1.5
-    hold: float = 2.0
-    within: float = WITHIN
-    min_running: float = 8.0
-    min_gap: float = 4.0
-    min_gap_usage: float = 0.05
-    source: Literal["loads", "log"] = "loads"
-    on_no_onset: NoOnset = "pass"
-
     compares_ranks = True
-
-    def __post_init__(self) -> None:
-        _check(self, factor=1.0)
+    above: ClassVar[Mapping[str, float]] = {"factor": 1.0}
 
     def detector(self, ranks: Sequence[str]) -> OnsetDetector:
         """Looks for it among these ranks."""
-        rule = OnsetRule(self.factor, self.hold, self.min_running, self.min_gap, self.min_gap_usage)
-        return OnsetDetector(rule, ranks=ranks, source=self.source)
+        return OnsetDetector(self, ranks=ranks, source=self.source)
 
 
-@dataclass(frozen=True)
-class QueueGrowth(_Arguments):
+@dataclass(frozen=True, repr=False)
+class _SumTrigger(_Trigger):
+    """Judges sums over all ranks. kind: the name of its onsets."""
+
+    kind: ClassVar[str]
+
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """The ratio that it looks at and a sentence, or None while there is nothing."""
+        raise NotImplementedError
+
+    def detector(self, ranks: Sequence[str]) -> Detector:
+        """Looks for it over all ranks."""
+        return _SumDetector(self, hold=getattr(self, "hold", 0.0))
+
+
+@dataclass(frozen=True, repr=False)
+class QueueGrowth(_SumTrigger):
     """Opens when the queues of all ranks together have grown by `requests` for `hold` s.
 
     Growth is counted from the shortest queue that was seen since the load began.
@@ -104,30 +127,22 @@ class QueueGrowth(_Arguments):
 
     requests: int = 16
     hold: float = 2.0
-    within: float = WITHIN
-    source: Literal["loads", "log"] = "loads"
-    on_no_onset: NoOnset = "pass"
 
-    compares_ranks = False
+    above: ClassVar[Mapping[str, float]] = {"requests": 0}
+    kind = "queue_growth"
 
-    def __post_init__(self) -> None:
-        _check(self, requests=0)
-
-    def detector(self, ranks: Sequence[str]) -> Detector:
-        """Looks for it over all ranks."""
-        return _TotalDetector(self.source, self.hold, "queue_growth", self._judge)
-
-    def _judge(self, history: _History) -> tuple[float, str] | None:
-        waiting = history.now("waiting")
-        least = min(point.waiting for point in history.points)
-        if waiting - least < self.requests:
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """See `_SumTrigger`."""
+        waiting = load.sums[-1].waiting
+        fewest = min(moment.waiting for moment in load.sums)
+        if waiting - fewest < self.requests:
             return None
-        text = f"{waiting:.0f} requests wait, {waiting - least:.0f} more than the fewest before"
-        return waiting / max(least, 1.0), text
+        text = f"{waiting:.0f} requests wait, {waiting - fewest:.0f} more than the fewest before"
+        return waiting / max(fewest, 1.0), text
 
 
-@dataclass(frozen=True)
-class ThroughputDrop(_Arguments):
+@dataclass(frozen=True, repr=False)
+class ThroughputDrop(_SumTrigger):
     """Opens when all ranks together have generated `share` less than before for `hold` s.
 
     Compared with the best mean over 5 s so far; only while at least half as many requests
@@ -136,46 +151,43 @@ class ThroughputDrop(_Arguments):
 
     share: float = 0.3
     hold: float = 3.0
-    within: float = WITHIN
-    source: Literal["loads", "log"] = "loads"
-    on_no_onset: NoOnset = "pass"
 
-    compares_ranks = False
+    above: ClassVar[Mapping[str, float]] = {"share": 0.0}
+    kind = "throughput_drop"
 
     def __post_init__(self) -> None:
-        _check(self, share=0.0)
+        super().__post_init__()
         if self.share >= 1.0:
             raise SettingsError(f"ThroughputDrop(share={self.share})", expected="0 < share < 1")
 
-    def detector(self, ranks: Sequence[str]) -> Detector:
-        """Looks for it over all ranks."""
-        return _TotalDetector(self.source, self.hold, "throughput_drop", self._judge)
-
-    def _judge(self, history: _History) -> tuple[float, str] | None:
-        best = history.best
-        rate = history.now("throughput")
-        if best is None or best.throughput <= 0 or history.now("running") < best.running / 2:
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """See `_SumTrigger`."""
+        rate = load.sums[-1].throughput or 0.0
+        best_rate, running_then = load.best
+        if best_rate <= 0 or load.sums[-1].running < running_then / 2:
             return None
-        if rate > (1.0 - self.share) * best.throughput:
+        if rate > (1.0 - self.share) * best_rate:
             return None
-        text = f"{rate:.0f} tokens/s are generated, {best.throughput:.0f} were before"
-        return best.throughput / max(rate, 1e-9), text
+        text = f"{rate:.0f} tokens/s are generated, {best_rate:.0f} were before"
+        return best_rate / max(rate, 1e-9), text
 
 
-@dataclass(frozen=True)
-class CallableTrigger:
+@dataclass(frozen=True, repr=False)
+class CallableTrigger(_SumTrigger):
     """Opens when `function(newest sample of each rank)` is true. Errors in it are raised."""
 
     function: Callable[[Mapping[str, LoadSample]], object]
-    within: float = WITHIN
-    source: Literal["loads", "log"] = "loads"
-    on_no_onset: NoOnset = "pass"
 
-    compares_ranks = False
+    kind = "custom"
 
-    def detector(self, ranks: Sequence[str]) -> Detector:
-        """Asks the function after every look at the server."""
-        return _CallableDetector(self)
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """Asks the function, at each look that brought samples."""
+        is_true = self.function(dict(load.newest))
+        return (1.0, f"{describe_trigger(self)} was true") if is_true else None
+
+    def __repr__(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
 
 
 def as_trigger(given: Any) -> Trigger:
@@ -202,156 +214,89 @@ def describe_trigger(given: Any) -> str | None:
     """A trigger as text for results; None for none."""
     if given is None:
         return None
-    trigger = as_trigger(given)
-    if isinstance(trigger, CallableTrigger):
-        return getattr(trigger.function, "__qualname__", type(trigger.function).__name__)
-    return repr(trigger)
+    return repr(as_trigger(given))
 
 
-def _check(trigger: Any, **above: float) -> None:
-    limits = {"hold": 0.0, "within": 0.0, **above}
-    for item in fields(trigger):
-        value = getattr(trigger, item.name)
-        where = f"{type(trigger).__name__}({item.name}={value!r})"
-        if item.name in _WORDS:
-            if value not in _WORDS[item.name]:
-                words = _WORDS[item.name]
-                expected = " or ".join(f'"{word}"' for word in words)
-                raise SettingsError(where, expected=expected, hint=did_you_mean([value], words))
-            continue
+def _check(name: str, value: Any, trigger: str, limits: Mapping[str, float]) -> None:
+    what = f"{trigger}({name}={value!r})"
+    if words := _WORDS.get(name):
+        if value not in words:
+            expected = " or ".join(f'"{word}"' for word in words)
+            raise SettingsError(what, expected=expected, hint=did_you_mean([value], words))
+    elif not callable(value):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0:
-            raise SettingsError(where, expected="a number, 0 or more")
-        if item.name in limits and value <= limits[item.name]:
-            raise SettingsError(where, expected=f"more than {limits[item.name]:g}")
+            raise SettingsError(what, expected="a number, 0 or more")
+        if name in limits and value <= limits[name]:
+            raise SettingsError(what, expected=f"more than {limits[name]:g}")
 
 
-@dataclass(frozen=True)
-class _Point:
-    """Sums over all ranks at one moment."""
+class SummedLoad:
+    """The load of all ranks together since it began.
 
-    time: float
-    running: float
-    waiting: float
-    throughput: float
-
-
-class _History:
-    """Sums since the load began, and the best throughput over a while."""
-
-    best_over = 5.0  # s
+    newest: of each rank, by label. sums: over the ranks at each look. best: the highest mean
+    throughput over `BEST_OVER` s, and the mean number of running requests then; 0 before.
+    """
 
     def __init__(self) -> None:
-        self.points: deque[_Point] = deque(maxlen=10_000)
-        self.best: _Point | None = None
+        self.newest: dict[str, LoadSample] = {}
+        self.sums: deque[LoadSample] = deque(maxlen=10_000)
+        self.best = (0.0, 0.0)
 
-    def add(self, point: _Point) -> None:
-        self.points.append(point)
-        recent = [p for p in self.points if p.time > point.time - self.best_over]
-        if point.time - self.points[0].time < self.best_over:
+    def add(self, samples: Sequence[LoadSample], now: float) -> None:
+        """Takes what one look brought."""
+        for sample in samples:
+            before = self.newest.get(sample.rank)
+            if sample.throughput is None and before is not None:  # a prefill line
+                sample = replace(sample, throughput=before.throughput)
+            self.newest[sample.rank] = sample
+        loads = self.newest.values()
+        throughput = math.fsum(load.throughput or 0.0 for load in loads)
+        running = sum(load.running for load in loads)
+        waiting = sum(load.waiting for load in loads)
+        self.sums.append(LoadSample(now, "", running, waiting, throughput=throughput))
+        if now - self.sums[0].time < BEST_OVER:
             return  # not so much has been seen yet
-        mean = _Point(
-            point.time,
-            sum(p.running for p in recent) / len(recent),
-            0.0,
-            sum(p.throughput for p in recent) / len(recent),
-        )
-        if self.best is None or mean.throughput > self.best.throughput:
-            self.best = mean
-
-    def now(self, name: str) -> float:
-        value: float = getattr(self.points[-1], name)
-        return value
+        recent = [moment for moment in self.sums if moment.time > now - BEST_OVER]
+        rate = math.fsum(moment.throughput or 0.0 for moment in recent) / len(recent)
+        if rate > self.best[0]:
+            self.best = (rate, sum(moment.running for moment in recent) / len(recent))
 
 
-class _TotalDetector:
-    """Declares what `judge` has found true for `hold` s; it ends when it is not any more."""
+class _SumDetector:
+    """Declares what its trigger has judged true for `hold` s; it ends when it is not any more."""
 
     worst = 1.0
 
-    def __init__(
-        self,
-        source: str,
-        hold: float,
-        kind: Kind,
-        judge: Callable[[_History], tuple[float, str] | None],
-    ) -> None:
+    def __init__(self, trigger: _SumTrigger, *, hold: float) -> None:
         self.judged_s = 0.0
-        self._source = source
+        self._trigger = trigger
         self._hold = hold
-        self._kind: Kind = kind
-        self._judge = judge
-        self._newest: dict[str, LoadSample] = {}
-        self._history = _History()
+        self._load = SummedLoad()
         self._since: float | None = None
         self._declared = False
 
     def add(self, samples: Samples, now: float) -> list[Onset]:
-        mine = [s for s in samples if isinstance(s, LoadSample) and s.source == self._source]
-        if not mine:
+        source = self._trigger.source
+        new = [s for s in samples if isinstance(s, LoadSample) and s.source == source]
+        if not new:
             return []
-        for sample in mine:
-            before = self._newest.get(sample.rank)
-            if sample.throughput is None and before is not None:  # a prefill line
-                sample = replace(sample, throughput=before.throughput)
-            self._newest[sample.rank] = sample
-        loads = list(self._newest.values())
-        if self._history.points:
-            self.judged_s += max(0.0, now - self._history.points[-1].time)
-        self._history.add(
-            _Point(
-                now,
-                sum(load.running for load in loads),
-                sum(load.waiting for load in loads),
-                sum(load.throughput or 0.0 for load in loads),
-            )
-        )
-        found = self._judge(self._history)
-        if found is None:
+        if self._load.sums:
+            self.judged_s += max(0.0, now - self._load.sums[-1].time)
+        self._load.add(new, now)
+        judged = self._trigger.judge(self._load)
+        if judged is None:
             self._since, self._declared = None, False
             return []
         self._since = now if self._since is None else self._since
         if self._declared or now - self._since < self._hold:
             return []
         self._declared = True
-        return [_onset(self._since, now, self._kind, found, self._source, loads)]
-
-
-class _CallableDetector:
-    worst = 1.0
-
-    def __init__(self, trigger: CallableTrigger) -> None:
-        self.judged_s = 0.0
-        self._trigger = trigger
-        self._newest: dict[str, LoadSample] = {}
-        self._at: float | None = None
-
-    def add(self, samples: Samples, now: float) -> list[Onset]:
-        for sample in samples:
-            if isinstance(sample, LoadSample) and sample.source == self._trigger.source:
-                self._newest[sample.rank] = sample
-        if not self._newest:
-            return []
-        self.judged_s += 0.0 if self._at is None else max(0.0, now - self._at)
-        self._at = now
-        if not self._trigger.function(dict(self._newest)):
-            return []
-        text = f"{describe_trigger(self._trigger)} was true"
-        loads = list(self._newest.values())
-        return [_onset(now, now, "custom", (1.0, text), self._trigger.source, loads)]
-
-
-def _onset(
-    since: float,
-    now: float,
-    kind: Kind,
-    found: tuple[float, str],
-    source: str,
-    loads: Sequence[LoadSample],
-) -> Onset:
-    ranks = tuple(
-        RankLoad(load.rank, load.running, load.waiting, load.tokens, load.token_usage)
-        for load in sorted(loads, key=lambda load: load.rank)
-    )
-    resolution = 1.0 if source == "log" else 0.5
-    return Onset(since, now, kind, found[0], resolution, source, ranks, sentence=found[1])
+        factor, sentence = judged
+        ranks = tuple(
+            RankLoad(load.rank, load.running, load.waiting, load.tokens, load.token_usage)
+            for load in sorted(self._load.newest.values(), key=lambda load: load.rank)
+        )
+        resolution = 1.0 if source == "log" else 0.5
+        kind = self._trigger.kind
+        return [Onset(self._since, now, kind, factor, resolution, source, ranks, sentence=sentence)]

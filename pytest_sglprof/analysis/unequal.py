@@ -10,10 +10,7 @@ from typing import Literal
 from pytest_sglprof.analysis.rank_board import RankLoad
 from pytest_sglprof.values import LoadSample
 
-Kind = Literal[
-    "running", "tokens", "queue", "starved", "experts", "dp_tokens",
-    "queue_growth", "throughput_drop", "custom",
-]  # fmt: skip
+Kind = Literal["running", "tokens", "queue", "starved", "experts", "dp_tokens"]
 KINDS: tuple[Kind, ...] = ("starved", "running", "tokens", "queue")  # the telling first
 CANNOT_KNOW = (
     "imbalance of load cannot be known here: this server has one DP rank, whose TP ranks run the "
@@ -62,7 +59,7 @@ class OnsetRule:
 
 @dataclass(frozen=True)
 class Onset:
-    """A moment at which something began. Times in Unix s.
+    """A moment at which something began. Times in Unix s. kind: a `Kind`, or of a trigger.
 
     time: when it began; known to `resolution_s` s, as its source allows. declared: when it
     had held for long enough. factor: λ (or the ratio that the trigger looks at), averaged
@@ -73,7 +70,7 @@ class Onset:
 
     time: float
     declared: float
-    kind: Kind
+    kind: str
     factor: float
     resolution_s: float
     source: str

@@ -16,7 +16,7 @@ import pandas as pd
 
 from pytest_sglprof.analysis.clocks import fit_clocks
 from pytest_sglprof.analysis.collectives import communication, match
-from pytest_sglprof.analysis.groups import SyncGroup, sync_groups
+from pytest_sglprof.analysis.groups import RankGroup, sync_groups
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -40,7 +40,7 @@ class Waits:
     there are no waits; "" when there are.
     """
 
-    group: SyncGroup
+    group: RankGroup
     step: Ints
     start: Ints
     end: Ints
@@ -80,7 +80,7 @@ def by_step(found: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints 
     return rounded
 
 
-def _group_waits(group: SyncGroup, rows: pd.DataFrame) -> Waits:
+def _group_waits(group: RankGroup, rows: pd.DataFrame) -> Waits:
     mine = rows[rows["rank"].isin(group.ranks)]
     kinds = {str(kind): int(number) for kind, number in mine["kind"].value_counts().items()}
     meeting = int(mine["waits"].sum())
@@ -110,7 +110,7 @@ def _group_waits(group: SyncGroup, rows: pd.DataFrame) -> Waits:
     )
 
 
-def _why_none(group: SyncGroup, kinds: dict[str, int], every: int, symmetric: int) -> str:
+def _why_none(group: RankGroup, kinds: dict[str, int], every: int, symmetric: int) -> str:
     if len(group.ranks) == 1:
         return f"{group.ranks[0]} is the only rank, so it waits for nobody"
     if not every:
@@ -157,7 +157,7 @@ def _waits_of(
     return wait, skew, "arrival", offsets, fit.uncertainty_ns
 
 
-def _nothing(group: SyncGroup, kinds: dict[str, int], unmatched: int, reason: str) -> Waits:
+def _nothing(group: RankGroup, kinds: dict[str, int], unmatched: int, reason: str) -> Waits:
     none = np.zeros((0, len(group.ranks)), np.int64)
     line = np.zeros(0, np.float64)
     return Waits(

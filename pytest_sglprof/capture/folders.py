@@ -7,11 +7,14 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from pytest_sglprof.capture.backend import WindowServer
 from pytest_sglprof.errors import WindowRefused
 from pytest_sglprof.files import safe_name
 from pytest_sglprof.values import WindowSpec
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _copy(path: Path, new: Path) -> None:
         shutil.copy2(path, new)
 
 
-def output_folder(server: WindowServer, spec: WindowSpec, window_id: str) -> OutputFolder:
+def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFolder:
     """The folder of a window. Raises `WindowRefused` when its files could not be read here."""
     if not server.attached:
         if spec.output_dir:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar
 
-from pytest_sglprof.capture.backend import WindowServer
 from pytest_sglprof.errors import ServerDied, ServerSilent
-from pytest_sglprof.values import Backend
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
 
 POLL = 0.1  # s between two looks at a server; it costs a stat and a short read
-# s for a window that is given up; nsys has a report to write before it can be dropped
-ABORT_SECONDS: Mapping[Backend, float] = {"torch": 15.0, "nsys": 30.0}
 CRASH_LINE = "Scheduler hit an exception"
 
 Answer = TypeVar("Answer")
@@ -27,7 +27,7 @@ class LifeWatch:
     the log ended then.
     """
 
-    def __init__(self, server: WindowServer) -> None:
+    def __init__(self, server: Server) -> None:
         self._server = server
         self.began = time.time()
         self.log_start = server.log.position() if server.log else 0
@@ -73,27 +73,30 @@ class LifeWatch:
         long as the server's remains do. Raises what the function raises, `ServerDied`,
         or `ServerSilent`.
         """
-        answers: list[Answer] = []
-        errors: list[BaseException] = []
         left = max(deadline - time.monotonic(), 1.0)
-
-        def run() -> None:
-            try:
-                answers.append(function(left))
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run, name=f"sglprof {what}", daemon=True)
-        thread.start()
+        answer = in_thread(f"sglprof {what}", lambda: function(left))
         over = time.monotonic() + left + 1.0
-        while thread.is_alive() and time.monotonic() < over:
-            thread.join(POLL)
-            if thread.is_alive() and (death := self.death()):
+        while not answer.done() and time.monotonic() < over:
+            wait([answer], POLL)
+            if not answer.done() and (death := self.death()):
                 raise death
-        if answers:
-            return answers[0]
-        if errors:
-            if death := self.death():
-                raise death from errors[0]
-            raise errors[0]
-        raise ServerSilent(f"{what} did not answer within {left:.0f} s")
+        if not answer.done():
+            raise ServerSilent(f"{what} did not answer within {left:.0f} s")
+        error = answer.exception()
+        if error is not None and (death := self.death()):
+            raise death from error
+        return answer.result()
+
+
+def in_thread(name: str, function: Callable[[], Answer]) -> Future[Answer]:
+    """What `function` will return or raise; its thread keeps no process alive."""
+    future: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -11,11 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_sglprof import nsys
-from pytest_sglprof.capture.backend import Outcome, Progress, WindowServer
-from pytest_sglprof.capture.life import ABORT_SECONDS, POLL, LifeWatch
+from pytest_sglprof.capture.backends import BACKENDS, Progress
+from pytest_sglprof.capture.life import POLL, LifeWatch
 from pytest_sglprof.errors import (
     NsysError,
     ServerDied,
@@ -25,9 +27,11 @@ from pytest_sglprof.errors import (
     WindowRefused,
 )
 from pytest_sglprof.nsys import COLLECTING, GONE, NsysSession
-from pytest_sglprof.values import Artifact, WindowSpec
+from pytest_sglprof.values import Artifact, WindowCapture, WindowSpec
 
-DEFAULT_SECONDS = 5.0  # of a window that names neither steps nor a duration
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
+
 FRESH = "DelayedCollection"  # state of a session that never had a window
 RANGE = "cudaProfilerApi"
 EXPORT_FLOOR = 60.0  # s that an export gets even when the window's own time is over
@@ -40,7 +44,7 @@ class NsysRecording:
 
     def __init__(
         self,
-        server: WindowServer,
+        server: Server,
         spec: WindowSpec,
         *,
         window_id: str,
@@ -148,7 +152,9 @@ class NsysRecording:
         except NsysError:
             return False  # nsys is busy writing
 
-    def stop(self, deadline: float, *, unfinished: str) -> Outcome:
+    def stop(
+        self, capture: WindowCapture, deadline: float, *, unfinished: str | None
+    ) -> WindowCapture:
         """Ends the window, and exports its report to SQLite beside it."""
         reason, still_open = unfinished, False
         log: tuple[str, ...] = ()
@@ -170,7 +176,8 @@ class NsysRecording:
         artifacts, fault = self._export(report, deadline)
         reason = "; ".join(text for text in (reason, fault) if text)
         failed = death is not None or report is None
-        return Outcome(
+        return replace(
+            capture,
             state="failed" if failed else "incomplete" if reason else "complete",
             reason=reason,
             artifacts=artifacts,
@@ -178,7 +185,7 @@ class NsysRecording:
             gpu_ranks=self._gpu_ranks(),
             log=log,
             notes=(*self._notes, *self._remarks()),
-            still_open=still_open,
+            is_still_open=still_open,
         )
 
     def _stop(self, deadline: float) -> Path:
@@ -269,7 +276,7 @@ class NsysRecording:
 
     def abort(self) -> None:
         """Ends the window and drops its report."""
-        deadline = time.monotonic() + ABORT_SECONDS["nsys"]
+        deadline = time.monotonic() + BACKENDS["nsys"].abort_seconds
         with contextlib.suppress(NsysError, ServerError):
             if self._spec.num_steps is not None:
                 self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pytest_sglprof.capture.backend import WindowServer
 from pytest_sglprof.errors import ServerError
 from pytest_sglprof.server.transient import is_transient
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
 
 INTERVAL = 0.2  # s between two looks; the server refreshes its figures every few steps
 
 
 def steady_load(
-    server: WindowServer,
+    server: Server,
     target: int,
     *,
     share: float = 0.8,
@@ -23,7 +26,7 @@ def steady_load(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] | None = None,
-    on_look: Callable[[str], object] = lambda problem: None,
+    on_look: Callable[[str | None], object] = lambda problem: None,
 ) -> bool:
     """True once the server has run at least ``share * target`` requests for `hold` seconds.
 
@@ -31,13 +34,13 @@ def steady_load(
     `timeout` seconds passed without it, when `stop` was set, or when the server died. A
     server that does not answer for a moment only interrupts the `hold`; `ServerRefused` for
     what waiting does not mend. clock, sleep: for tests; by default time passes, and `stop` ends
-    a pause at once. on_look: told after each look why there was no answer, "" where there was.
+    a pause at once. on_look: gets after each look why there was no answer, None where there was.
     """
     pause = sleep or stop.wait
     deadline = clock() + timeout
     since: float | None = None
     while not stop.is_set():
-        running, problem = _look(server)
+        running, problem = running_requests(server)
         on_look(problem)
         if running >= share * target:
             since = clock() if since is None else since
@@ -53,15 +56,10 @@ def steady_load(
     return False
 
 
-def running_requests(server: WindowServer) -> int:
-    """Requests in the running batches of all DP ranks; -1 when it has no answer for a moment."""
-    return _look(server)[0]
-
-
-def _look(server: WindowServer) -> tuple[int, str]:
-    """The running requests, and why they are not known."""
+def running_requests(server: Server) -> tuple[int, str | None]:
+    """Requests in the running batches of all DP ranks, or -1 and why they are not known now."""
     try:
-        return sum(load.running for load in server.client.loads()), ""
+        return sum(load.running for load in server.client.loads()), None
     except ServerError as error:
         if not is_transient(error):
             raise

@@ -12,11 +12,13 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from pytest_sglprof.capture.backend import Outcome, Progress, State, WindowServer
+from pytest_sglprof.capture.backends import BACKENDS, Progress
 from pytest_sglprof.capture.folders import OutputFolder, output_folder
-from pytest_sglprof.capture.life import ABORT_SECONDS, POLL, LifeWatch
+from pytest_sglprof.capture.life import POLL, LifeWatch
 from pytest_sglprof.capture.space import check_space, check_watchdog
 from pytest_sglprof.capture.torch_files import MERGED, TraceFiles
 from pytest_sglprof.capture.torch_log import ProgressReader, last_step, refusal_reason
@@ -38,7 +40,10 @@ from pytest_sglprof.errors import (
 from pytest_sglprof.files import safe_name
 from pytest_sglprof.ranks import Rank
 from pytest_sglprof.server.client import SglangClient
-from pytest_sglprof.values import Artifact, WindowSpec
+from pytest_sglprof.values import Artifact, WindowCapture, WindowSpec
+
+if TYPE_CHECKING:
+    from pytest_sglprof.server.server import Server
 
 QUIET = 2.0  # s without a byte written: whatever is still missing will not come
 QUIET_SHARED = 8.0  # the same over a network file system, or when ranks end one by one
@@ -52,7 +57,7 @@ class TorchRecording:
 
     def __init__(
         self,
-        server: WindowServer,
+        server: Server,
         spec: WindowSpec,
         *,
         window_id: str,
@@ -164,7 +169,9 @@ class TorchRecording:
         labels = {(r.dp or 0, r.pp or 0, r.tp or 0): r.label for r in self._ranks}
         return [labels[where] for where in progress.pending() if where in labels]
 
-    def stop(self, deadline: float, *, unfinished: str) -> Outcome:
+    def stop(
+        self, capture: WindowCapture, deadline: float, *, unfinished: str | None
+    ) -> WindowCapture:
         """Ends the profile and collects its files."""
         reasons = [self._why_unfinished(unfinished)] if unfinished else []
         log: tuple[str, ...] = ()
@@ -183,7 +190,7 @@ class TorchRecording:
         death = self._life.death()
         if death and not dead:
             dead, reasons, log = True, [death.what], death.log
-        return self._outcome(reasons, dead=dead, still_open=still_open, log=log)
+        return self._collected(capture, reasons, dead=dead, still_open=still_open, log=log)
 
     def _quiet(self, ended: bool) -> float:
         # 200 comes when every file is there; 500 says nothing of the ranks after the first.
@@ -237,20 +244,27 @@ class TorchRecording:
                 "/start_profile",
             )
 
-    def _outcome(
-        self, reasons: list[str], *, dead: bool, still_open: bool, log: tuple[str, ...]
-    ) -> Outcome:
+    def _collected(
+        self,
+        capture: WindowCapture,
+        reasons: list[str],
+        *,
+        dead: bool,
+        still_open: bool,
+        log: tuple[str, ...],
+    ) -> WindowCapture:
         complete = self._files.whole(settled=True)
         missing = [rank.label for rank in self._files.missing(complete)]
         notes = [*self._notes, *self._remarks(complete)]
         if not dead and not still_open:
             reasons = [*reasons, *self._faults(complete, missing)]
-        state: State = "complete"
+        state: Literal["complete", "incomplete", "failed"] = "complete"
         if dead or not complete:
             state = "failed"
         elif reasons:
             state = "incomplete"
-        return Outcome(
+        return replace(
+            capture,
             state=state,
             reason="; ".join(reasons),
             artifacts=self._collect(complete),
@@ -258,7 +272,7 @@ class TorchRecording:
             gpu_ranks=self._server.sizes.gpu_ranks(),
             log=log,
             notes=tuple(notes),
-            still_open=still_open,
+            is_still_open=still_open,
         )
 
     def _faults(self, complete: Mapping[Path, Rank], missing: Sequence[str]) -> list[str]:
@@ -301,7 +315,7 @@ class TorchRecording:
 
     def abort(self) -> None:
         """Ends the profile and drops its files."""
-        deadline = time.monotonic() + ABORT_SECONDS["torch"]
+        deadline = time.monotonic() + BACKENDS["torch"].abort_seconds
         with contextlib.suppress(ServerError):
             self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
             self._disarm(deadline)

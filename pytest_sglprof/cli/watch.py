@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from pytest_sglprof.capture.backends import BACKENDS
 from pytest_sglprof.errors import Inconclusive, SettingsError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--for", dest="seconds", type=_positive, metavar="S", help="end a live watch after S s")
     add("--jsonl", metavar="FILE", help="a JSON object a sample and an onset; - is the output")
     window = parser.add_argument_group("a profile window at the first onset (URL only)")
-    window.add_argument("--open-window", choices=("torch", "nsys"), metavar="torch|nsys")
+    window.add_argument("--open-window", choices=tuple(BACKENDS), metavar="|".join(BACKENDS))
     window.add_argument("--steps", type=int, metavar="N", help="close it after N steps")
     window.add_argument(
         "--seconds", dest="window_s", type=_positive, default=2.0, help="or after S s (default: 2)"

@@ -79,8 +79,8 @@ def _follow(
 
 def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
     from pytest_sglprof.server.address import checked_url
+    from pytest_sglprof.session.opening import records_experts
     from pytest_sglprof.session.server_life import API_KEY_ENV
-    from pytest_sglprof.session.trigger_wait import records_experts
 
     key = os.environ.get(API_KEY_ENV, "")
     url = checked_url(url)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof.errors import SettingsError
-from pytest_sglprof.values import Artifact, WindowSpec
+from pytest_sglprof.values import WindowSpec
 
 if TYPE_CHECKING:
     from pytest_sglprof.analysis.unequal import Onset
@@ -22,8 +22,9 @@ FOLDER = "sglprof-window"
 def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], None]) -> int:
     """Opens it now, waits for its end, reads it; 1, or 3 where it is not complete."""
     from pytest_sglprof.analysis.load_join import join_load
-    from pytest_sglprof.capture.window import ProfileWindow
+    from pytest_sglprof.capture.backends import readable
     from pytest_sglprof.cli.watch_table import onset_line
+    from pytest_sglprof.session.window_run import Window
     from pytest_sglprof.trace.read import read_window
 
     folder = Path(args.output or _fresh(Path(FOLDER))).absolute()
@@ -37,7 +38,7 @@ def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], N
     say(onset_line(onset))
     server = _attached(args, folder)
     try:
-        with ProfileWindow(server, spec, window_id=window_id, folder=folder) as window:
+        with Window(server, spec, folder, window_id=window_id) as window:
             window.wait()
         capture = window.close()
     finally:
@@ -48,7 +49,7 @@ def record_window(args: argparse.Namespace, onset: Onset, say: Callable[[str], N
     if not capture.artifacts:
         return UNKNOWN
     table = read_window(
-        [artifact.path for artifact in _readable(capture.artifacts)],
+        [artifact.path for artifact in readable(capture.artifacts)],
         pid_ranks=capture.pid_ranks or None,
         gpu_ranks=capture.gpu_ranks or None,
         nsys=args.nsys or None,
@@ -85,9 +86,3 @@ def _attached(args: argparse.Namespace, folder: Path) -> Server:
         nsys_path=args.nsys or None,
         folder=folder / "server",
     )
-
-
-def _readable(artifacts: tuple[Artifact, ...]) -> list[Artifact]:
-    """A report and its export are the same data."""
-    exported = [a for a in artifacts if a.kind in ("sqlite", "parquet")]
-    return exported or list(artifacts)

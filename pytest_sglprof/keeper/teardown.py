@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from pytest_sglprof import nsys, process
+from pytest_sglprof.capture.backends import BACKENDS
 from pytest_sglprof.errors import NsysError, SglprofError
 from pytest_sglprof.keeper.gpus import processes_on_gpus
 from pytest_sglprof.keeper.life import ServerLife
@@ -66,7 +67,7 @@ def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: fl
 def _close_window(life: ServerLife, window: Backend, opened: float, limit: float) -> None:
     log.info("closing the open %s window, limit %.0f s", window, limit)
     try:
-        if window == "nsys" and life.session is not None:
+        if BACKENDS[window].needs_session and life.session is not None:
             if life.session.state() in nsys.COLLECTING:
                 log.info("report: %s", life.session.stop(timeout=limit))
         else:

@@ -30,8 +30,8 @@ class LoadState:
         return self.driven[1]
 
     @property
-    def number(self) -> int:
-        """Number of the load that is driven now, 1 for the test's first; 0 while none is."""
+    def load_index(self) -> int:
+        """Which of the test's loads is driven now, 1 for the first; 0 while none is."""
         with self._changed:
             return self._started if self._target else 0
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_sglprof.capture.backends import readable
 from pytest_sglprof.errors import TraceError
 from pytest_sglprof.gate.judge import Verdict, judge
-from pytest_sglprof.values import Artifact, Threshold, WindowCapture
+from pytest_sglprof.values import Threshold, WindowCapture
 
 if TYPE_CHECKING:
     from pytest_sglprof.settings import Settings
@@ -68,7 +69,7 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
 
     try:
         table = read_window(
-            [artifact.path for artifact in _readable(capture)],
+            [artifact.path for artifact in readable(capture.artifacts)],
             pid_ranks=capture.pid_ranks or None,
             gpu_ranks=capture.gpu_ranks or None,
             settle_s=capture.spec.settle,
@@ -79,9 +80,3 @@ def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | Non
     except TraceError as error:
         return None, str(error)
     return with_server_facts(table, capture.facts), None
-
-
-def _readable(capture: WindowCapture) -> list[Artifact]:
-    """A report and its export are the same data: the export is read where there is one."""
-    exported = [a for a in capture.artifacts if a.kind in ("sqlite", "parquet")]
-    return exported or list(capture.artifacts)

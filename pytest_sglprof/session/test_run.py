@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof.errors import SglprofError, do_every
+from pytest_sglprof.capture.life import in_thread
+from pytest_sglprof.errors import Inconclusive, SglprofError, do_every
 from pytest_sglprof.session.load_state import LoadState
+from pytest_sglprof.session.opening import open_in_time
 from pytest_sglprof.session.server_life import check_alive, describe_server, undisturbed
-from pytest_sglprof.session.window_run import WindowRun
-from pytest_sglprof.session.window_watch import WindowWatch
+from pytest_sglprof.session.window_run import Window
 from pytest_sglprof.values import WORST_FIRST, VerdictWord, WindowSpec
 from pytest_sglprof.window_options import repeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from pytest_sglprof.bench_serving.load import BenchServing
     from pytest_sglprof.gate.repeats import RepeatedVerdict
@@ -48,7 +51,7 @@ class TestRun:
         self.nodeid = nodeid
         self.attempt = attempt
         self.server: Server | None = None
-        self.windows: list[WindowRun] = []
+        self.windows: list[Window] = []
         self.verdict: VerdictWord | None = None
         self.reason = ""
         self.told = False  # the test's own failure message shows the windows
@@ -59,11 +62,10 @@ class TestRun:
         self._progress = progress
         self._load = LoadState()
         self._bench: BenchServing | None = None
-        self._round: list[WindowRun] = []  # windows of this run of the body
-        # (name, index among repeats) -> id, of the run before
-        self._inconclusive: dict[tuple[str, int], str] = {}
-        self._watch: WindowWatch | None = None
-        self._watched: WindowRun | None = None
+        self._asked: list[Window] = []  # whether opened or not; `windows` are the closed ones
+        self._window: Window | None = None  # the marked one
+        self._opening: Future[None] | None = None  # of it, beside the body
+        self._body_is_over = threading.Event()
         self._documents: list[dict[str, Any]] | None = None
         self._started = time.monotonic()
         self._load_watch: LoadWatch | None = None
@@ -75,34 +77,28 @@ class TestRun:
             return
         check_alive(server)
         self._open_whole_body()
-        if self._watched is None and self._marked is not None:
-            self._watched = self.new_window(self._marked)
-            self._watched.refuse()
+        if self._window is None and self._marked is not None:
+            self._window = self.new_window(self._marked)
+            with contextlib.suppress(Inconclusive):  # a full disk may be emptier by then
+                self._window.refuse()
 
-    def new_window(self, spec: WindowSpec) -> WindowRun:
+    def new_window(self, spec: WindowSpec) -> Window:
         """A window of this test, not opened yet."""
-        window = self._window(replace(spec, repeat=repeats(spec, self._settings)), index=1)
-        if window.spec.repeat != 1:
-            window.repeat_of = window.id
-            window.make_next = partial(self._another, window)
-        return window
+        return self._make_window(replace(spec, repeat=repeats(spec, self._settings)))
 
-    def _another(self, first: WindowRun) -> WindowRun:
-        """One more of the windows that are opened together."""
-        window = self._window(first.spec, index=len(first.windows) + 1)
-        window.repeat_of, window.make_next = first.id, first.make_next
-        first.windows.append(window)
-        window.windows = first.windows
-        return window
-
-    def _window(self, spec: WindowSpec, index: int) -> WindowRun:
+    def _make_window(self, spec: WindowSpec) -> Window:
         assert self.server is not None, "a window needs the server fixture"
-        folder = self._folder.window(spec.name, self.nodeid)
-        window = WindowRun(self.server, spec, self._settings, folder, self._load, self._progress)
-        window.repeat_index = index
-        window.retry_of = self._inconclusive.get((spec.name, index))
+        window = Window(
+            self.server,
+            spec,
+            self._folder.window(spec.name, self.nodeid),
+            settings=self._settings,
+            load=self._load,
+            make_next=self._make_window,
+            progress=self._progress,
+        )
         window.watch = self._load_watch
-        self._round.append(window)
+        self._asked.append(window)
         return window
 
     def bench_serving(self) -> BenchServing:
@@ -149,18 +145,16 @@ class TestRun:
         """Before the body: a marked window begins to wait for steady load."""
         if self._marked is None or self._marked.whole_body or self.server is None:
             return
-        if self._watched is None:
-            self._watched = self.new_window(self._marked)
-        if self._marked.trigger is not None:
-            self._watched.watch = self.load_watch()
-        self._watch = WindowWatch(
-            self._watched,
-            self.server,
-            self._load,
-            drives_load=self._drives_load,
-            watch=self._load_watch,
+        window = self._window
+        assert window is not None, "prepare comes first"
+        if window.spec.trigger is not None:
+            window.watch = self.load_watch()
+        self._opening = in_thread(
+            "sglprof-window",
+            lambda: open_in_time(
+                window, self._load, self._body_is_over, drives_load=self._drives_load
+            ),
         )
-        self._watch.start()
 
     def end(self) -> None:
         """After the body: closes and judges every window; raises what went wrong in them."""
@@ -175,17 +169,17 @@ class TestRun:
         do_every(self._abandoning(discard))
 
     def _ending(self) -> Iterator[Callable[[], object]]:
-        yield self._end_watch
-        for window in self._round:
+        yield self._end_opening
+        for window in self._asked:
             if window.was_opened or window.repeat_index == 1:
                 yield partial(self._close, window)
         yield self._conclude
         yield self._end_load_watch
 
     def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
-        for step in (self._end_watch, self._end_load_watch):
+        for step in (self._end_opening, self._end_load_watch):
             yield partial(_unless_ours, step) if discard else step
-        for window in self._round:
+        for window in self._asked:
             is_kept = window.was_checked or not discard
             if window.was_opened and is_kept:
                 yield partial(self._close, window)
@@ -193,21 +187,11 @@ class TestRun:
                 yield window.discard
         yield self._conclude
 
-    def _close(self, window: WindowRun) -> None:
-        if window.was_opened or window is self._watched:
+    def _close(self, window: Window) -> None:
+        if window.was_opened or window is self._window:
             window.close()
             self.windows.append(window)
         _ = window.capture  # an error for one that was asked for and never opened
-
-    def begin_again(self) -> None:
-        """The body is about to run again, after an inconclusive verdict."""
-        self._inconclusive = {(w.spec.name, w.repeat_index): w.id for w in self._round}
-        self._round, self._watched = [], None
-        self.verdict, self.reason = None, ""
-        self._open_whole_body()
-        if self._load_watch is not None:
-            self._load_watch.start()
-        self.begin()
 
     def inconclusive(self, reason: str) -> None:
         """The body itself found too little data; a window that fails is still worse."""
@@ -285,22 +269,23 @@ class TestRun:
 
         Python, pytest and its plugins keep exceptions, and with them the frames of a test.
         """
-        self.windows, self._round, self._documents = [], [], []
-        self._watched = self._watch = self._load_watch = self._bench = None
+        self.windows, self._asked, self._documents = [], [], []
+        self._window = self._opening = self._load_watch = self._bench = None
 
     def _show_load(self, elapsed: float, line: str) -> None:
         if self._progress is not None:
             self._progress(f"load: {elapsed:.0f} s: {line}")
 
-    def _end_watch(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is None:
+    def _end_opening(self) -> None:
+        opening, self._opening = self._opening, None
+        self._body_is_over.set()
+        if opening is None:
             return
         try:
-            watch.finish()
+            opening.result()
         except BaseException:
             # Its error says more than that a window of it was never opened.
-            self._round = [window for window in self._round if window.was_opened]
+            self._asked = [window for window in self._asked if window.was_opened]
             raise
 
     def _end_load_watch(self) -> None:
@@ -310,18 +295,18 @@ class TestRun:
 
     def _open_whole_body(self) -> None:
         if self._marked is not None and self._marked.whole_body:
-            self._watched = self.new_window(self._marked)
-            self._watched.open()
+            self._window = self.new_window(self._marked)
+            self._window.open()
 
     def _conclude(self) -> None:
         """The worst verdict of this run of the body; each window is read, whatever another does."""
-        closed = [window for window in self._round if window in self.windows]
+        closed = [window for window in self._asked if window in self.windows]
         try:
             do_every(partial(getattr, window, "verdict") for window in closed)
         finally:
             self._conclude_from(closed)
 
-    def _conclude_from(self, windows: Sequence[WindowRun]) -> None:
+    def _conclude_from(self, windows: Sequence[Window]) -> None:
         judged = []
         for window in windows:
             repeated = self._repeated(window)
@@ -335,34 +320,33 @@ class TestRun:
                 self.verdict, self.reason = word, "\n".join(reasons)
                 return
 
-    def _repeated(self, window: WindowRun) -> RepeatedVerdict | None:
+    def _repeated(self, window: Window) -> RepeatedVerdict | None:
         """The verdict over the windows that this one was opened with; None for a single one."""
         from pytest_sglprof.gate.repeats import judge_repeats
 
-        if window.repeat_of is None:
+        if window.spec.repeat == 1:
             return None
-        closed = [one for one in window.windows if one in self.windows]
-        return judge_repeats([one.verdict for one in closed], window.spec.repeat or 1)
+        verdicts = [one.verdict for one in window.windows if one in self.windows]
+        return judge_repeats(verdicts, window.spec.repeat or 1)
 
-    def _repeat(self, window: WindowRun) -> Repeat | None:
+    def _repeat(self, window: Window) -> Repeat | None:
         from pytest_sglprof.report.window import Repeat
 
         verdict = self._repeated(window)
-        if verdict is None or window.repeat_of is None:
+        if verdict is None:
             return None
         closed = [one for one in window.windows if one in self.windows]
         typical = closed[verdict.typical].id
-        return Repeat(window.repeat_of, window.repeat_index, typical, verdict)
+        return Repeat(window.windows[0].id, window.repeat_index, typical, verdict)
 
-    def _document(self, window: WindowRun) -> dict[str, Any]:
+    def _document(self, window: Window) -> dict[str, Any]:
         return window.document(
             nodeid=self.nodeid,
             attempt=self.attempt,
             server_key=self._server_key,
             standin=self._standin,
-            load=self._load_id(window.load_number) if window.load_number else None,
+            load=self._load_id(window.load_index) if window.load_index else None,
             root=self._folder.path,
-            retry_of=window.retry_of,
             repeat=self._repeat(window),
         )
 

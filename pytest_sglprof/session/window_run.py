@@ -1,25 +1,35 @@
-"""`WindowRun`: one profile window of a test, from opening to its verdict."""
+"""`Window`: one profile window of a server: opened, waited for, closed, measured, checked."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_sglprof.capture.backends import BACKENDS, Progress
+from pytest_sglprof.capture.life import POLL, LifeWatch
 from pytest_sglprof.capture.steady import steady_load
-from pytest_sglprof.capture.window import ProfileWindow
-from pytest_sglprof.errors import Inconclusive, WindowError
+from pytest_sglprof.errors import (
+    Inconclusive,
+    ServerDied,
+    SglprofError,
+    WindowError,
+    WindowRefused,
+)
+from pytest_sglprof.files import safe_name
 from pytest_sglprof.gate.judge import Verdict, undecided
 from pytest_sglprof.gate.repeats import RepeatedVerdict, judge_repeats
 from pytest_sglprof.gate.thresholds import check_threshold
 from pytest_sglprof.server.gpu_clocks import ClockWatch, watch_clocks
+from pytest_sglprof.session.load_state import LoadState
 from pytest_sglprof.session.measure import Measured, judge_table, measure
+from pytest_sglprof.settings import Settings
 from pytest_sglprof.values import (
     GpuClocks,
     Threshold,
@@ -27,90 +37,209 @@ from pytest_sglprof.values import (
     WindowCapture,
     WindowSpec,
 )
+from pytest_sglprof.window_options import window_by_hand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_sglprof.analysis.unequal import Onset
     from pytest_sglprof.server.server import Server
-    from pytest_sglprof.session.load_state import LoadState
-    from pytest_sglprof.settings import Settings
     from pytest_sglprof.trace.table import KernelTable
     from pytest_sglprof.watch.watcher import LoadWatch
 
+CLOSE_SECONDS = 30.0  # to close a window that has used up its time; never more than `timeout`
+ENDING_SECONDS = 3.0  # a window that is closed while its last files are being written
 STRIP_BEFORE = 120.0  # s of load before the window that its document keeps
 STRIP_AFTER = 15.0
 
 
-class WindowRun:
-    """What the fixture `profile_window` gives: open it by `with`, or it was opened for you.
+class Window:
+    """What `profile_window(...)` gives: open it by `with`, or by `open` and `close`.
 
-    After it is closed, `table`, `verdict` and `check` answer from its files. Every window
-    is judged against its thresholds at the end of its test, whether asked here or not.
+    Only one window of a server is open at a time, across processes. After it is closed,
+    `table`, `verdict` and `check` answer from its files. Every window of a test is judged
+    against its thresholds at the test's end, whether asked here or not.
+
+    folder: where its files end up. window_id: unique within a run (default: the folder's
+    name). settings: of its verdict. load: of its test. make_next: makes another window of the
+    same spec, of those that `repeat` asks for. progress: is told what is going on.
     """
 
     def __init__(
         self,
         server: Server,
         spec: WindowSpec,
-        settings: Settings,
         folder: Path,
-        load: LoadState,
-        progress: Callable[[str], None] | None = None,
+        *,
+        window_id: str | None = None,
+        settings: Settings | None = None,
+        load: LoadState | None = None,
+        make_next: Callable[[WindowSpec], Window] | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        self.server = server
         self.spec = spec
-        self.id = folder.name
-        self.folder = folder
-        self.load_number = 0
-        self.retry_of: str | None = None
-        self.repeat_of: str | None = None
-        self.repeat_index = 1
-        self.windows: list[WindowRun] = [self]  # shared by those that are opened together
-        self.make_next: Callable[[], WindowRun] | None = None
-        self._load = load
-        self._log_start = 0
-        self._clocks: ClockWatch | None = None
-        self._unseen = ""  # why its load was not seen when it was last looked at
-        self._server = server
-        self._progress = progress
-        self._settings = settings
-        self._window = ProfileWindow(
-            server, spec, window_id=self.id, folder=folder, progress=progress
-        )
-        self._capture: WindowCapture | None = None
-        self._measured: Measured | None = None
-        self._checks: list[Threshold] = []
-        self._is_recorded = False
+        self.folder = Path(folder)
+        self.id = window_id or self.folder.name
+        self.state: Literal["new", "open", "closed"] = "new"
+        self.windows: list[Window] = [self]  # shared by those that are opened together
+        self.load_index = 0
+        self.load_problem: str | None = None  # why the last look at the load had no answer
         self.onset: Onset | None = None  # what opened it, where its spec has a trigger
         self.watch: LoadWatch | None = None  # which has the load around it
-        self._spared: tuple[VerdictWord, str] | None = None
+        self._settings = settings or Settings(self.folder)
+        self._load = load or LoadState()
+        self._make_next = make_next
+        self._progress = progress
+        self._opened = 0.0  # Unix time, s
+        self._opened_at = 0.0  # monotonic, as is the deadline
+        self._deadline = 0.0
+        self._timed_out = False
+        self._log_start = 0
+        self._clocks: ClockWatch | None = None
+        self._not_opened: tuple[VerdictWord | None, str] | None = None
+        self._held = ExitStack()
         self._closing = threading.Lock()  # held through an export: for another close alone
+        self._recorded: WindowCapture | None = None
+        self._capture: WindowCapture | None = None
         self._judging = threading.Lock()  # of `_measured` and `_checks`
+        self._measured: Measured | None = None
+        self._checks: list[Threshold] = []
+        self._is_documented = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._backend = BACKENDS[self.spec.backend]
+        self._life = LifeWatch(self.server)
+        self._recording = self._backend.load()(
+            self.server,
+            self.spec,
+            window_id=safe_name(self.id),
+            folder=self.folder,
+            life=self._life,
+            progress=self._progress,
+        )
 
     @property
     def was_opened(self) -> bool:
         """True once the server began to profile."""
-        return self._window.state != "new"
+        return self.state != "new"
+
+    @property
+    def repeat_index(self) -> int:
+        """Its place among those that are opened together, 1 for the first."""
+        return 1 + self.windows.index(self)
+
+    # ---- opening -------------------------------------------------------------------------
 
     def refuse(self) -> None:
-        """Raises now what opening would refuse; a full disk may be emptier by then."""
-        with contextlib.suppress(Inconclusive):
-            self._window.check()
+        """Raises now what opening would refuse, without touching the server's profiler."""
+        self._recording.refuse()
 
     def open(self) -> None:
-        """Opens the window; raises `WindowError`, `ServerError` or `NsysError`."""
-        log = self._server.log
+        """Starts to record, after `delay` seconds.
+
+        Raises `WindowRefused` for what would break the server or the data, `LeaseError`
+        when another window of this server is open, `ServerDied`, `NsysError` or
+        `WindowError` when it does not start.
+        """
+        if self.state != "new":
+            raise WindowError(
+                f"window {self.id!r} is {self.state} already",
+                expected="a new window: each is opened once",
+            )
+        start = time.monotonic()
+        log = self.server.log
         self._log_start = log.position() if log is not None else 0
-        self._window.open()
-        self._clocks = watch_clocks(self._server)
-        self.load_number = self._load.number
+        self._recording.refuse()
+        self._delay()
+        self._deadline = start + self.spec.delay + self.spec.timeout
+        self._held.enter_context(self.server.window_lock())
+        try:
+            self._prepare()  # the log of this window begins here
+            self.server.announce_window(self.spec.backend)
+            self._raise_death()
+            self._opened = time.time()
+            self._recording.start(self._deadline)
+        except BaseException as error:
+            self.state = "closed"
+            what = error.what if isinstance(error, SglprofError) else type(error).__name__
+            lines = error.log if isinstance(error, SglprofError) else ()
+            with ExitStack() as ending:  # each of these happens, whatever the one before raises
+                ending.callback(self._release, still_open=False)
+                if not isinstance(error, WindowRefused):
+                    ending.callback(self._recording.abort)
+                failed = self._failed(f"it did not open: {what}", self._opened)
+                self._recorded = self._describe(replace(failed, log=lines))
+            raise
+        self._opened_at = time.monotonic()
+        self.state = "open"
+        self._clocks = watch_clocks(self.server)
+        self.load_index = self._load.load_index
+
+    def _delay(self) -> None:
+        over = time.monotonic() + self.spec.delay
+        while (left := over - time.monotonic()) > 0:
+            self._raise_death()
+            time.sleep(min(POLL, left))
+
+    def _raise_death(self) -> None:
+        if death := self._life.death():
+            raise death
+
+    @property
+    def death(self) -> ServerDied | None:
+        """What the server died of since the window was made; None while it lives."""
+        return self._life.death()
+
+    def saw_load(self, problem: str | None) -> None:
+        """One look at the load before it opens; why there was no answer, None where there was."""
+        self.load_problem = problem
+
+    def conclude_unopened(self, word: VerdictWord | None, reason: str) -> None:
+        """Its moment did not come. word: its verdict, None for that of its thresholds."""
+        self._not_opened = (word, reason)
+
+    # ---- waiting and closing -------------------------------------------------------------
 
     def wait(self, stop: threading.Event | None = None) -> None:
-        """Waits until its steps or seconds are over, or until `stop` is set."""
-        self._window.wait(stop)
+        """Returns when the window's steps or duration are over, its `timeout` has passed,
+        the server has died, or `stop` is set; `close` tells which.
+        """
+        if self.state != "open":
+            return
+        duration = self._duration()
+        if duration is None and self.spec.num_steps is None:
+            raise WindowError(
+                f"window {self.id!r} has neither num_steps nor duration: to wait for it "
+                "would never end",
+                hint="give one of them, or close the window yourself",
+            )
+        over = None if duration is None else self._opened_at + duration
+        pause = stop or threading.Event()
+        while not self._life.death():
+            now = time.monotonic()
+            if over is not None and now >= over:
+                return
+            if self._recording.is_done():
+                return
+            if now >= self._deadline:
+                self._timed_out = True
+                return
+            until = min(self._deadline, over) if over is not None else self._deadline
+            if pause.wait(max(min(POLL, until - now), 0.001)):
+                return
+
+    def _duration(self) -> float | None:
+        if self.spec.duration is not None or self.spec.num_steps is not None:
+            return self.spec.duration
+        return self._backend.default_seconds
 
     def close(self) -> WindowCapture:
-        """Closes the window (once) and returns what it left; a second call waits for the first."""
+        """Closes the window (once) and returns what it left; a second call waits for the first.
+
+        A window that is merely incomplete does not raise: `state` and `reason` say so.
+        """
         if self._capture is None:
             with self._closing:
                 if self._capture is None:
@@ -118,82 +247,101 @@ class WindowRun:
         return self._capture
 
     def _close(self) -> WindowCapture:
+        if self._not_opened is not None and not self.was_opened:
+            word, reason = self._not_opened
+            unopened = self._failed(reason, time.time())
+            return replace(unopened, state="complete") if word == "pass" else unopened
         clocks: tuple[GpuClocks, ...] = ()
         notes: tuple[str, ...] = ()
         try:
             clocks, notes = self._end_clocks()  # before the export, in which GPUs are idle
         finally:
-            closed = self._window.close() if self.was_opened else self._unopened()
-        if self._unseen and self.was_opened:
-            notes += (f"it opened although its load could not be seen: {self._unseen}",)
-        closed = replace(closed, gpus=clocks, notes=(*closed.notes, *notes))
-        return self._with_facts(closed)
+            recorded = self._recorded or self._end_recording()
+        if self.load_problem:
+            notes += (f"it opened although its load could not be seen: {self.load_problem}",)
+        return self._with_facts(replace(recorded, gpus=clocks, notes=(*recorded.notes, *notes)))
 
     def _end_clocks(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
         watch, self._clocks = self._clocks, None
         return watch.stop() if watch is not None else ((), ())
 
+    def _end_recording(self) -> WindowCapture:
+        if self.state != "open":
+            raise WindowError(
+                f"window {self.id!r} was never open", expected="open() before close()"
+            )
+        interrupted = self._failed("closing was interrupted", self._opened)
+        capture = replace(interrupted, is_still_open=True)
+        try:
+            unfinished = self._unfinished()
+            floor = time.monotonic() + min(self.spec.timeout, CLOSE_SECONDS)
+            deadline = max(self._deadline, floor)
+            capture = self._recording.stop(interrupted, deadline, unfinished=unfinished)
+        finally:
+            self.state = "closed"
+            try:
+                self._recorded = self._describe(capture)
+            finally:
+                self._release(still_open=capture.is_still_open)
+        return self._recorded
+
+    def _unfinished(self) -> str | None:
+        """Why the window closes before its steps are over; None when it does not."""
+        steps = self.spec.num_steps
+        if steps is None or self._life.death():
+            return None
+        patience = time.monotonic() + (0.0 if self._timed_out else ENDING_SECONDS)
+        while not self._recording.is_done():
+            if time.monotonic() >= patience:
+                seconds = time.monotonic() - self._opened_at
+                how = "not over within" if self._timed_out else "not over when it closed after"
+                return f"its {steps} steps were {how} {seconds:.0f} s"
+            time.sleep(POLL)
+        return None
+
+    def _failed(self, reason: str, opened: float) -> WindowCapture:
+        return WindowCapture(self.id, self.spec, "failed", opened, time.time(), reason=reason)
+
+    def _describe(self, capture: WindowCapture) -> WindowCapture:
+        """With the time at which it closed, and the ranks that it should hold."""
+        sizes = self.server.sizes
+        ranks = sizes.ranks()
+        if self._backend.is_per_node:
+            ranks = tuple(rank for rank in ranks if sizes.node_of(rank) == sizes.node_rank)
+        labels = tuple(rank.label for rank in ranks)
+        return replace(capture, closed=time.time(), expected_ranks=labels)
+
     def _with_facts(self, capture: WindowCapture) -> WindowCapture:
         """With what the log told meanwhile; an attached server's log is not known."""
-        log = self._server.log
-        if log is None or not self.was_opened:
+        log = self.server.log
+        if log is None:
             return capture
         from pytest_sglprof.server.log_facts import read_log_facts
         from pytest_sglprof.server.sizes import graph_batches
 
         facts = read_log_facts(log.each(self._log_start), capture.closed)
-        facts = replace(facts, graph_batches=graph_batches(self._server.info))
+        facts = replace(facts, graph_batches=graph_batches(self.server.info))
         return replace(capture, facts=facts)
 
-    def _await_steady_load(self) -> None:
-        """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
-        target, ended = self._load.driven
-        if target and not self.spec.delay:
-            if self._progress is not None:
-                self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
-            steady_load(
-                self._server,
-                target,
-                timeout=self.spec.timeout,
-                stop=ended,
-                on_look=self.saw_load,
-            )
-
-    def saw_load(self, problem: str) -> None:
-        """One look at the load before it opened; why there was no answer, "" where there was."""
-        self._unseen = problem
-
-    def spare(self, word: VerdictWord, reason: str) -> None:
-        """Its trigger did not fire: it stays closed, and this is its verdict."""
-        self._spared = (word, reason)
-
-    def _unopened(self) -> WindowCapture:
-        moment = time.time()
-        if self._spared is not None:
-            word, reason = self._spared
-            state: Literal["complete", "failed"] = "complete" if word == "pass" else "failed"
-            return WindowCapture(self.id, self.spec, state, moment, moment, reason=reason)
-        return WindowCapture(
-            window_id=self.id,
-            spec=self.spec,
-            state="failed",
-            opened=moment,
-            closed=moment,
-            reason=f"the load could not be seen, so the window never opened: {self._unseen}"
-            if self._unseen
-            else "the test's body was over before the load was steady, so the window never "
-            "opened: drive a longer load, or use whole_body=True",
-        )
+    def _release(self, *, still_open: bool) -> None:
+        try:
+            if not still_open:  # else a teardown of the server has to try once more
+                self.server.announce_window(None)
+        finally:
+            self._held.close()
 
     def discard(self) -> None:
-        """Closes the window and forgets it."""
-        with self._closing:
-            try:
-                self._end_clocks()
-            finally:
-                self._window.discard()
+        """Ends the window and drops what it recorded; nothing happens to a closed one."""
+        with self._closing, ExitStack() as ending:
+            was_open, self.state = self.state == "open", "closed"
+            if was_open:
+                ending.callback(self._release, still_open=False)
+                ending.callback(self._recording.abort)
+            self._end_clocks()
 
-    def __enter__(self) -> WindowRun:
+    # ---- as a block, once or several times -----------------------------------------------
+
+    def __enter__(self) -> Window:
         self._await_steady_load()
         self.open()
         return self
@@ -214,10 +362,30 @@ class WindowRun:
             finally:
                 following.close()
 
-    def next(self) -> WindowRun | None:
+    def _await_steady_load(self) -> None:
+        """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
+        target, ended = self._load.driven
+        if target and not self.spec.delay:
+            if self._progress is not None:
+                self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
+            steady_load(
+                self.server,
+                target,
+                timeout=self.spec.timeout,
+                stop=ended,
+                on_look=self.saw_load,
+            )
+
+    def next(self) -> Window | None:
         """The window to open after the last of these; None when all were opened."""
-        is_last = len(self.windows) >= (self.spec.repeat or 1)
-        return None if is_last or self.make_next is None else self.make_next()
+        if self._make_next is None or len(self.windows) >= (self.spec.repeat or 1):
+            return None
+        following = self._make_next(self.spec)
+        self.windows.append(following)
+        following.windows = self.windows
+        return following
+
+    # ---- measuring -----------------------------------------------------------------------
 
     @property
     def capture(self) -> WindowCapture:
@@ -235,8 +403,9 @@ class WindowRun:
         """Table and verdict; the files are read at the first use."""
         capture = self.capture
         with self._judging:
-            if self._measured is None and self._spared is not None:
-                self._measured = Measured(None, Verdict(*self._spared), capture.reason)
+            word, reason = self._not_opened or (None, "")
+            if self._measured is None and word is not None:
+                self._measured = Measured(None, Verdict(word, reason), reason)
             if self._measured is None:
                 try:
                     self._measured = measure(capture, self._settings, self._checks)
@@ -292,7 +461,7 @@ class WindowRun:
             self._settings.category_names,
             f"check({metric!r}, {limit!r})",
         )
-        if self._is_recorded:
+        if self._is_documented:
             raise WindowError(
                 f"check({metric!r}, {limit!r}): the results of this window's test are written",
                 expected="a check in the body of the test",
@@ -330,7 +499,7 @@ class WindowRun:
         """The window as plain data for results.json; from now on it takes no check."""
         from pytest_sglprof.report.results import window_document
 
-        self._is_recorded = True
+        self._is_documented = True
         table = self.measured.table
         return window_document(
             self.capture, table, self.verdict, **about, **self._load_document(table)
@@ -356,3 +525,18 @@ def _figure(verdict: Verdict) -> float:
     """The figure that decided; infinite for what only one rank has."""
     value = verdict.worst.value if verdict.worst is not None else None
     return math.inf if value is None else value
+
+
+class ProfileWindow:
+    """The fixture `profile_window`: makes a window that is opened by hand.
+
+    Options are those of docs/windows.md; `SettingsError` for what no window can do.
+    """
+
+    def __init__(self, settings: Settings, make: Callable[[WindowSpec], Window]) -> None:
+        self._settings = settings
+        self._make = make
+
+    def __call__(self, name: str = "window", **options: Any) -> Window:
+        """A window of the running test, not opened yet."""
+        return self._make(window_by_hand(self._settings, name, options))

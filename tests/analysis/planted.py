@@ -16,7 +16,7 @@ import pandas as pd
 
 from pytest_sglprof.analysis.busy_times import Activities, busy_times
 from pytest_sglprof.analysis.cells import GroupCells
-from pytest_sglprof.analysis.groups import WorkGroup
+from pytest_sglprof.analysis.groups import RankGroup
 from pytest_sglprof.analysis.steps import ComparedSteps
 from pytest_sglprof.trace.table import KernelTable
 
@@ -188,7 +188,7 @@ def cells(times: npt.NDArray[np.int64]) -> GroupCells:
     none = np.zeros(times.size, np.int64)
     activities = Activities(none, owner, none, times.ravel())
     return GroupCells(
-        group=WorkGroup("", labels),
+        group=RankGroup("", labels),
         steps=ComparedSteps(tuple(range(steps)), ("decode",) * steps, 0, 0),
         has_steps=True,
         kernels=(("gemm", "gemm_kernel"),),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_sglprof.analysis.groups import WorkGroup, work_groups
+from pytest_sglprof.analysis.groups import RankGroup, work_groups
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ from pytest_sglprof.analysis.groups import WorkGroup, work_groups
 def test_ranks_with_identical_input_form_a_group(
     labels: list[str], groups: list[tuple[str, tuple[str, ...]]]
 ) -> None:
-    assert work_groups(labels) == tuple(WorkGroup(name, ranks) for name, ranks in groups)
+    assert work_groups(labels) == tuple(RankGroup(name, ranks) for name, ranks in groups)

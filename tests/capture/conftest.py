@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sglprof.capture import life, torch_profiler, window
+from pytest_sglprof.capture import life, torch_profiler
+from pytest_sglprof.session import window_run
 from pytest_sglprof.values import WindowSpec
 
 from .fake_server import FakeServer, FakeSglang
@@ -31,8 +32,8 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_profiler, "QUIET_SHARED", 0.3)
     monkeypatch.setattr(torch_profiler, "POLL", 0.01)
     monkeypatch.setattr(torch_profiler, "DEATH_SECONDS", 0.2)
-    monkeypatch.setattr(window, "POLL", 0.01)
-    monkeypatch.setattr(window, "ENDING_SECONDS", 0.2)
+    monkeypatch.setattr(window_run, "POLL", 0.01)
+    monkeypatch.setattr(window_run, "ENDING_SECONDS", 0.2)
     monkeypatch.setattr(life, "POLL", 0.01)
 
 
@@ -42,11 +43,11 @@ def new_window(server: FakeServer, tmp_path: Path):
 
     def make(window_id: str = "t::a[b/c]", *, on: object = None, **options: object):
         options.setdefault("timeout", 10.0)
-        opened = window.ProfileWindow(
+        opened = window_run.Window(
             on or server,
             WindowSpec(**options),
+            tmp_path / "windows" / f"w{len(made)}",
             window_id=window_id,
-            folder=tmp_path / "windows" / f"w{len(made)}",
         )
         made.append(opened)
         return opened

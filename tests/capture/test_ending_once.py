@@ -12,7 +12,7 @@ import pytest
 from pytest_sglprof.errors import Inconclusive, WindowError
 from pytest_sglprof.session import window_run
 from pytest_sglprof.session.load_state import LoadState
-from pytest_sglprof.session.window_run import WindowRun
+from pytest_sglprof.session.window_run import Window
 from pytest_sglprof.settings import Settings
 from pytest_sglprof.values import WindowSpec
 
@@ -61,10 +61,10 @@ def export(http):
 
 
 @pytest.fixture
-def window(server, tmp_path: Path) -> WindowRun:
+def window(server, tmp_path: Path) -> Window:
     settings = Settings(tmp_path)
     spec = WindowSpec(timeout=PATIENCE)
-    return WindowRun(server, spec, settings, tmp_path / "windows" / "w", LoadState())
+    return Window(server, spec, tmp_path / "windows" / "w", settings=settings)
 
 
 def stops(http: Any) -> int:
@@ -171,7 +171,7 @@ def test_fault_14_a_window_is_closed_although_its_clocks_cannot_be_read(window, 
             raise ValueError("the clocks")
 
     for end in ("close", "discard"):
-        window = WindowRun(server, window.spec, window._settings, window.folder, LoadState())
+        window = Window(server, window.spec, window.folder, settings=window._settings)
         window.open()
         window._clocks = Broken()
         with pytest.raises(ValueError, match="the clocks"):

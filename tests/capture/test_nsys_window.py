@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_sglprof.capture import nsys_window
+from pytest_sglprof.capture.backends import BACKENDS
 from pytest_sglprof.errors import (
     NsysError,
     NsysSessionError,
@@ -102,7 +103,7 @@ def test_windows_again_and_again_each_with_report_and_export(session, server, ne
 
 
 def test_without_steps_or_duration_it_waits_five_seconds(session, new_window, monkeypatch):
-    assert nsys_window.DEFAULT_SECONDS == 5.0
+    assert BACKENDS["nsys"].default_seconds == 5.0
     opened = new_window(backend="nsys")
     assert opened._duration() == 5.0
     opened.open()

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from pytest_sglprof.capture.steady import steady_load
-from pytest_sglprof.capture.window import ProfileWindow
 from pytest_sglprof.server.server import Server, launch
+from pytest_sglprof.session.window_run import Window
 from pytest_sglprof.values import ServerSpec, WindowCapture, WindowSpec
 
 REQUEST = {"text": "x " * 40, "sampling_params": {"max_new_tokens": 60, "ignore_eos": True}}
@@ -57,7 +57,7 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def capture(server: Server, folder: Path, **options: object) -> WindowCapture:
     options.setdefault("timeout", 20.0)
-    window = ProfileWindow(server, WindowSpec(**options), window_id=folder.name, folder=folder)
+    window = Window(server, WindowSpec(**options), folder)
     window.open()
     window.wait()
     return window.close()
@@ -80,9 +80,7 @@ def test_windows_of_one_server_life(standin, tmp_path):
 def test_a_killed_server_fails_its_window_at_once(tmp_path):
     server = launch(ServerSpec(kind="standin", args=("--tp", "2")), folder=tmp_path / "server")
     try:
-        window = ProfileWindow(
-            server, WindowSpec(num_steps=50), window_id="w", folder=tmp_path / "w"
-        )
+        window = Window(server, WindowSpec(num_steps=50), tmp_path / "w")
         window.open()
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)

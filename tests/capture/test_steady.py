@@ -98,4 +98,4 @@ def test_a_refusal_is_an_error_not_an_idle_server():
 
 def test_a_real_loads_answer_is_summed(http, server):
     http.running = 7
-    assert running_requests(server) == 7
+    assert running_requests(server) == (7, None)

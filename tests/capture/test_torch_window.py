@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from pytest_sglprof.capture import window
 from pytest_sglprof.errors import (
     LeaseError,
     ServerDied,
     WindowError,
 )
+from pytest_sglprof.session import window_run
 
 
 def test_a_step_window_ends_by_itself_and_its_files_are_collected(server, http, new_window):
@@ -176,7 +176,7 @@ def test_a_crashed_scheduler_counts_as_death_while_its_server_lingers(http, new_
 def test_a_hanging_stop_is_bounded_reported_and_left_to_the_teardown(
     server, http, new_window, monkeypatch
 ):
-    monkeypatch.setattr(window, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(window_run, "CLOSE_SECONDS", 0.5)
     http.stop_hangs = 5.0
     opened = new_window(timeout=1.0)
     opened.open()

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 
 from pytest_sglprof.bench_serving import load as bench
+from pytest_sglprof.capture.life import in_thread
 from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.errors import ServerRefused, ServerUnreachable
 from pytest_sglprof.server import server as servers
 from pytest_sglprof.server import transient
 from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.session.load_state import LoadState
-from pytest_sglprof.session.window_run import WindowRun
-from pytest_sglprof.session.window_watch import WindowWatch
+from pytest_sglprof.session.opening import open_in_time
+from pytest_sglprof.session.window_run import Window
 from pytest_sglprof.settings import Settings
 from pytest_sglprof.values import WindowSpec
 from pytest_sglprof.watch.loads import LoadsSource
@@ -38,9 +39,9 @@ def answering(http: Any, path: str, answers: Any) -> None:
     http.instead[path] = iter(answers)
 
 
-def steady(server: Any, *, timeout: float = 20.0) -> tuple[bool, list[str]]:
+def steady(server: Any, *, timeout: float = 20.0) -> tuple[bool, list[str | None]]:
     """Whether the load was steady, and the problem of each look."""
-    looks: list[str] = []
+    looks: list[str | None] = []
     found = steady_load(
         server, 4, hold=0.0, timeout=timeout, stop=threading.Event(), on_look=looks.append
     )
@@ -55,7 +56,7 @@ def test_fault_12_the_wait_for_steady_load_outlasts_it(http, server, answer, tim
     assert found
     assert len(looks) == times + 1
     assert all(looks[:-1])
-    assert looks[-1] == ""
+    assert looks[-1] is None
 
 
 @pytest.mark.parametrize("answer", [503, "reset", "half", "<html>"])
@@ -115,21 +116,23 @@ def test_fault_12_watching_tells_the_same_at_once(http, make, status):
 def watched(http, server, tmp_path: Path):
     """A marked window, watched until `stop` is over; what its verdict says."""
 
-    def watched(answers: Any, seconds: float) -> WindowRun:
+    def watched(answers: Any, seconds: float) -> Window:
         answering(http, LOADS, answers)
-        window = WindowRun(
+        window = Window(
             server,
             WindowSpec(duration=0.05, timeout=10.0),
-            Settings(tmp_path),
             tmp_path / "windows" / "w",
-            LoadState(),
+            settings=Settings(tmp_path),
         )
-        watch = WindowWatch(window, server, LoadState(), drives_load=False)
-        watch.start()
+        stop = threading.Event()
+        opening = in_thread(
+            "window", lambda: open_in_time(window, LoadState(), stop, drives_load=False)
+        )
         deadline = time.monotonic() + seconds
         while not window.was_opened and time.monotonic() < deadline:
             time.sleep(0.05)
-        watch.finish()
+        stop.set()
+        opening.result()
         return window
 
     return watched

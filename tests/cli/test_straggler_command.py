@@ -142,8 +142,8 @@ def _window(folder: Path, *faults: str) -> Path:
     """The folder of a window of 40 steps on a stand-in of two ranks under load."""
     import httpx
 
-    from pytest_sglprof.capture.window import ProfileWindow
     from pytest_sglprof.server.server import launch
+    from pytest_sglprof.session.window_run import Window
     from pytest_sglprof.values import ServerSpec, WindowSpec
 
     spec = ServerSpec(kind="standin", args=("--tp", "2"), standin_args=("--step-ms", "4", *faults))
@@ -154,9 +154,7 @@ def _window(folder: Path, *faults: str) -> Path:
             target=lambda: httpx.post(f"{server.url}/generate", json=request, timeout=60)
         )
         where = folder / "window"
-        window = ProfileWindow(
-            server, WindowSpec(num_steps=40, timeout=60), window_id="w", folder=where
-        )
+        window = Window(server, WindowSpec(num_steps=40, timeout=60), where)
         window.open()
         send.start()
         window.wait()

@@ -158,13 +158,13 @@ def test_which_variables_usually_hold_a_credential(name, secret):
 
 def test_a_load_is_counted_while_it_is_driven():
     load = LoadState()
-    assert (load.number, load.target) == (0, 0)
+    assert (load.load_index, load.target) == (0, 0)
     load.start(8)
-    assert (load.number, load.target) == (1, 8)
+    assert (load.load_index, load.target) == (1, 8)
     load.end()
-    assert (load.number, load.target) == (0, 0)
+    assert (load.load_index, load.target) == (0, 0)
     load.start(0)
-    assert (load.number, load.target) == (2, 1)
+    assert (load.load_index, load.target) == (2, 1)
 
 
 def test_waiting_for_a_load_ends_with_it_or_with_the_test():

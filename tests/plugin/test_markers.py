@@ -9,7 +9,7 @@ import pytest
 
 from pytest_sglprof.collecting import collection_problems, sort_by_server
 from pytest_sglprof.errors import SettingsError
-from pytest_sglprof.markers import ServerKey, check_item, concerns, marked_window, server_key
+from pytest_sglprof.markers import check_item, concerns, marked_window, server_spec
 from pytest_sglprof.settings import Settings
 from pytest_sglprof.values import ServerSpec
 
@@ -51,10 +51,10 @@ server, window = pytest.mark.sglang_server, pytest.mark.profile_window
     ],
 )
 def test_the_server_that_a_test_asks_for(marks, key):
-    found = server_key(FakeItem(*marks), SERVERS)
-    assert str(found) == key
-    assert found.spec(SERVERS) == replace(SERVERS[found.name], nsys=found.nsys)
-    assert found.spec(SERVERS).key == key
+    found = server_spec(FakeItem(*marks), SERVERS)
+    assert found == replace(SERVERS[found.name], nsys=found.nsys)
+    assert found.key == key
+    assert found == server_spec(FakeItem(*marks), SERVERS), "so that both tests share one server"
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_who_is_concerned():
 def test_tests_of_one_server_move_together_and_the_others_stay():
     names = ["a1", "other1", "b1", "a2", "other2", "b2", "a3"]
     items = {name: FakeItem(name=name) for name in names}
-    keys = {items[n]: ServerKey(n[0]) for n in names if not n.startswith("other")}
-    ordered = sort_by_server(list(items.values()), keys)
+    servers = {items[n]: ServerSpec(n[0]) for n in names if not n.startswith("other")}
+    ordered = sort_by_server(list(items.values()), servers)
     assert [item.name for item in ordered] == ["a1", "other1", "a2", "a3", "other2", "b1", "b2"]
     assert sort_by_server(list(items.values()), {}) == list(items.values())
 
 
 def test_an_unknown_server_is_an_error_of_settings():
     with pytest.raises(SettingsError, match=r'"none"\): there is no such server'):
-        server_key(FakeItem(server("none")), SERVERS)
+        server_spec(FakeItem(server("none")), SERVERS)

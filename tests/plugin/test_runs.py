@@ -15,94 +15,78 @@ from .project import SERVERS
 
 INCONCLUSIVE = """
 whole = pytest.mark.profile_window(whole_body=True)
-runs = {}
-
-def steps(name, first, then):
-    runs[name] = runs.get(name, 0) + 1
-    return first if runs[name] == 1 else then
-
-@whole
-def test_longer_in_the_end(drive):
-    drive(steps("longer", 10, 60))
 
 @whole
 def test_always_short(drive):
     drive(10)
-
-def test_check_in_the_end(drive, profile_window):
-    with profile_window("checked") as window:
-        drive(steps("check", 10, 60))
-    assert window.check("slowdown", 1.1) < 1.1
 
 def test_check_always_short(drive, profile_window):
     with profile_window("checked") as window:
         drive(10)
     window.check("slowdown", 1.1)
 
-@whole
-def test_repeated_body_fails(drive):
-    drive(steps("fails", 10, 60))
-    assert runs["fails"] == 1, "only the second time"
+def test_check_long_enough(drive, profile_window):
+    with profile_window("checked") as window:
+        drive(60)
+    assert window.check("slowdown", 1.1) < 1.1
 
 @whole
-def test_passes_at_once(drive):
-    steps("once", 0, 0)
+def test_body_fails(drive):
+    drive(60)
+    assert 1 + 1 == 3, "the body's own words"
+
+@whole
+def test_passes(drive):
     drive()
-    assert runs["once"] == 1
 """
 
 
 @pytest.fixture(scope="module")
-def repeated(make_project):
-    options = ("--sglprof-retry-inconclusive=1", "--sglprof-allow-inconclusive", "--sglprof-keep")
+def short(make_project):
+    options = ("--sglprof-allow-inconclusive", "--sglprof-keep", "all")
     summary = {"GITHUB_STEP_SUMMARY": "summary.md"}
-    return make_project(INCONCLUSIVE).run("-p", "no:cacheprovider", *options, "all", **summary)
+    return make_project(INCONCLUSIVE).run("-p", "no:cacheprovider", *options, **summary)
 
 
 @pytest.mark.parametrize(
-    ("name", "outcome", "verdicts"),
+    ("name", "outcome", "verdict"),
     [
-        ("test_longer_in_the_end", "passed", ["inconclusive", "pass"]),
-        ("test_check_in_the_end", "passed", ["inconclusive", "pass"]),
-        ("test_always_short", "skipped", ["inconclusive", "inconclusive"]),
-        ("test_check_always_short", "skipped", ["inconclusive", "inconclusive"]),
-        ("test_repeated_body_fails", "failed", ["inconclusive", "pass"]),
-        ("test_passes_at_once", "passed", ["pass"]),
+        ("test_always_short", "skipped", "inconclusive"),
+        ("test_check_always_short", "skipped", "inconclusive"),
+        ("test_check_long_enough", "passed", "pass"),
+        ("test_body_fails", "failed", "pass"),
+        ("test_passes", "passed", "pass"),
     ],
 )
-def test_an_inconclusive_window_is_opened_again(repeated, name, outcome, verdicts):
-    assert repeated.test(name)["outcome"] == outcome
-    windows = repeated.windows(name)
-    assert [window["verdict"] for window in windows] == verdicts
-    assert [window["retry_of"] for window in windows] == [None, *(w["id"] for w in windows)][
-        : len(windows)
-    ]
-    assert len(repeated.test(name)["attempts"]) == 1
+def test_a_window_is_opened_once_and_judged_whatever_its_verdict(short, name, outcome, verdict):
+    assert short.test(name)["outcome"] == outcome
+    assert [window["verdict"] for window in short.windows(name)] == [verdict]
+    assert len(short.test(name)["attempts"]) == 1
     if outcome != "failed":
-        assert dict(repeated.properties(name))["verdict"] == verdicts[-1]
+        assert dict(short.properties(name))["verdict"] == verdict
 
 
-def test_allowed_inconclusive_is_skipped_with_the_reason_and_never_passed(repeated):
+def test_allowed_inconclusive_is_skipped_with_the_reason_and_never_passed(short):
     for name in ("test_always_short", "test_check_always_short"):
-        assert repeated.cases[name].find("skipped").get("message").startswith("inconclusive: ")
-    assert re.search(r"SKIPPED .*inconclusive: .*30 are needed", repeated.text)
-    assert "only the second time" in repeated.section("test_repeated_body_fails")
-    assert repeated.results["run"]["exit_status"] == repeated.status == 1
+        assert short.cases[name].find("skipped").get("message").startswith("inconclusive: ")
+    assert re.search(r"SKIPPED .*inconclusive: .*30 are needed", short.text)
+    assert "the body's own words" in short.section("test_body_fails")
+    assert short.results["run"]["exit_status"] == short.status == 1
 
 
-def test_all_windows_happened_on_one_warm_server(repeated):
-    assert len(repeated.results["servers"]) == 1
-    validate(repeated.results)
+def test_all_windows_happened_on_one_warm_server(short):
+    assert len(short.results["servers"]) == 1
+    validate(short.results)
 
 
-def test_kept_traces_of_all_windows(repeated):
-    for window in repeated.results["windows"]:
+def test_kept_traces_of_all_windows(short):
+    for window in short.results["windows"]:
         assert [a["rank"] for a in window["artifacts"]] == ["TP0", "TP1"]
-        assert all((repeated.run_folder / a["path"]).is_file() for a in window["artifacts"])
+        assert all((short.run_folder / a["path"]).is_file() for a in window["artifacts"])
 
 
-def test_the_summary_of_a_github_step_is_appended(repeated):
-    text = (repeated.folder / "summary.md").read_text()
+def test_the_summary_of_a_github_step_is_appended(short):
+    text = (short.folder / "summary.md").read_text()
     assert "test_always_short" in text
     assert "inconclusive" in text
 

@@ -257,12 +257,12 @@ import gc, json, pathlib
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
     from pytest_sglprof.session.test_run import TestRun
-    from pytest_sglprof.session.window_run import WindowRun
+    from pytest_sglprof.session.window_run import Window
 
     gc.collect()
-    alive = {kind.__name__: 0 for kind in (TestRun, WindowRun)}
+    alive = {kind.__name__: 0 for kind in (TestRun, Window)}
     for thing in gc.get_objects():
-        if type(thing) in (TestRun, WindowRun):
+        if type(thing) in (TestRun, Window):
             alive[type(thing).__name__] += 1
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
     reports = [one for many in reporter.stats.values() for one in many]
@@ -283,7 +283,7 @@ def test_fault_10_nothing_of_a_window_stays_in_memory_when_its_test_is_over(make
     alive = json.loads((project.folder / "alive.json").read_text())
     # pytest-rerunfailures keeps the exceptions of failed tests, and with them a TestRun each.
     assert alive["TestRun"] <= 3
-    assert (alive["records"], alive["documents"], alive["WindowRun"]) == (0, 0, 0)
+    assert (alive["records"], alive["documents"], alive["Window"]) == (0, 0, 0)
 
 
 def test_fault_10_records_that_the_disk_refused_come_back_in_their_place(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_sglprof.markers import ServerKey
+from pytest_sglprof.values import ServerSpec
 from pytest_sglprof.xdist_support import (
     add_group,
     is_distributed,
@@ -80,6 +80,6 @@ class FakeItem:
 def test_tests_of_one_server_form_a_group_unless_the_user_made_one():
     ours, theirs = FakeItem(), FakeItem(pytest.mark.xdist_group("mine"))
     for item in (ours, theirs):
-        add_group(item, ServerKey("moe", nsys=True))
+        add_group(item, ServerSpec("moe", nsys=True))
     assert ours.get_closest_marker("xdist_group").kwargs == {"name": "sglprof-moe+nsys"}
     assert [mark.args for mark in theirs.marks] == [("mine",)]
