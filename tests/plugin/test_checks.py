@@ -205,24 +205,3 @@ def test_fault_8_a_wrong_window_by_hand_is_refused_at_the_call(ran):
     ):
         assert said in ran.section(f"test_wrong_by_hand[arguments{number}]")
         assert ran.windows(f"test_wrong_by_hand[arguments{number}]") == []
-
-
-def test_fault_19_a_body_that_is_run_again_keeps_the_checks_of_both_runs(make_project):
-    tests = """
-from pytest_sglprof import Inconclusive
-
-runs = []
-
-def test_it(drive, profile_window):
-    runs.append(1)
-    with profile_window("hand") as window:
-        drive()
-    window.check("slowdown", 1.5, kernel="no_kernel_is_called_so" if len(runs) == 1 else "moe")
-"""
-    ran = make_project(tests).run("--sglprof-retry-inconclusive=2")
-    assert (ran.test("test_it")["outcome"], ran.test("test_it")["verdict"]) == ("passed", "pass")
-    first, second = ran.windows("test_it")
-    assert second["retry_of"] == first["id"]
-    for window, word in ((first, "inconclusive"), (second, "pass")):
-        (check,) = [j for j in window["judgements"] if j["origin"] == "check"]
-        assert (check["verdict"], window["verdict"]) == (word, word)

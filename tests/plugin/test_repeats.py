@@ -48,7 +48,7 @@ def test_whole_body(drive):
 
 @pytest.fixture(scope="module")
 def outcome(make_project):
-    return make_project(TESTS).run("--sglprof-keep=all")
+    return make_project(TESTS).run("--sglprof-set=output.keep=all")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_once(load):
 def test_whole_body(drive):
     drive()
 """
-    outcome = make_project(tests).run("--sglprof-repeat=2")
+    outcome = make_project(tests).run("--sglprof-set=window.repeat=2")
     assert outcome.status == 0
     numbers = {
         name: len(outcome.windows(name)) for name in ("test_marked", "test_once", "test_whole_body")
