@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> ExitStatus:
     from pytest_sglprof.cli.recorded import read_table, recorded_by
 
     settings = settings_of(args, args.paths)
+    recorded = recorded_by(args)
     if args.metric == LATENESS:
         _check_lateness(args, settings)
-        table = read_table(recorded_by(args), args, settings)
+        table = read_table(recorded, args, settings)
         document = check_document(table, (), None, _late(table, args, settings), args.limit)
     else:
-        recorded = recorded_by(args)
         thresholds = _thresholds(args, settings, recorded)
         table = read_table(recorded, args, settings)
         verdict = _judged(table, thresholds, settings, recorded)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
         text = _csv_text(document)
     else:
         text = _table_text(document)
-    write_text(text, args.output, args.paths)
+    write_text(text, args.output, [*recorded.paths, *args.paths])
     return STATUS[document["verdict"]]
 
 
@@ -167,7 +167,8 @@ def _thresholds(
     if _is_selected(args):
         return (_selected(args, settings),)
     judged = (recorded.window or {}).get("judgements", ())
-    if judged and args.config is None and not args.set:
+    is_changed = any(assignment.startswith("threshold") for assignment in args.set or ())
+    if judged and args.config is None and not is_changed:
         names = ("metric", "limit", "scope", "kernel", "stage", "origin")
         of_run = (Threshold(**{name: found[name] for name in names}) for found in judged)
         thresholds = tuple(dict.fromkeys(of_run))

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> ExitStatus:
         columns.append(Column("share", cell=_percent))
     if args.top is not None:
         records = sorted(records, key=lambda record: -int(record["total_ns"]))[: args.top]
-    write_text(render(records, columns, args.format), args.output, args.paths)
+    text = render(records, columns, args.format)
+    write_text(text, args.output, [*recorded.paths, *args.paths])
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
     return ExitStatus.DONE

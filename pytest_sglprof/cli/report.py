@@ -119,4 +119,10 @@ def _redraw(
             hint="the page shows the number of each step under Lanes and When",
         )
     drawn = lanes(table, measure(table), steps=steps)
+    # As the run named them: its folder may come without its run.json, and with it the patterns.
+    recorded_as = {row["name"]: row["category"] for row in window["table"]}
+    drawn["categories"] = [
+        recorded_as.get(name, category)
+        for name, category in zip(drawn["names"], drawn["categories"], strict=True)
+    ]
     window["lanes"] = plain(drawn)

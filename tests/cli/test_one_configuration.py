@@ -114,6 +114,11 @@ def test_readers_of_a_run_use_what_it_stored(run_folder: Path, capsys: Output) -
     assert "\nmine,160," in capsys.readouterr().out
     status, document = checked(capsys, run_folder, "--scope", "mine", "--limit", "1.1")
     assert (status, "41 are needed" in document["reason"]) == (ExitStatus.INCONCLUSIVE, True)
+    judged = [check["limit"] for check in checked(capsys, run_folder, "--exit-zero")[1]["checks"]]
+    few = ("--set", "gate.min_steps=30", "--exit-zero")
+    assert [check["limit"] for check in checked(capsys, run_folder, *few)[1]["checks"]] == judged
+    other = ("--set", "threshold=[{limit=1.9}]", "--exit-zero")
+    assert [c["limit"] for c in checked(capsys, run_folder, *other)[1]["checks"]] == [1.9]
     more = ("--scope", "mine", "--limit", "1.1", "--min-steps", "30")
     assert checked(capsys, run_folder, *more)[0] == ExitStatus.EXCEEDED
     assert main(["report", str(run_folder), "--step", "3"]) == 0
@@ -153,6 +158,18 @@ def test_every_status_stands_on_the_page(project_root: Path) -> None:
         assert f"| {status.value} |" in text
     for command in COMMANDS:
         assert f"`{command}`" in text
+
+
+@pytest.mark.parametrize("command", ["kernels", "check", "report"])
+def test_what_a_run_recorded_is_never_the_output(
+    run_folder: Path, capsys: Output, command: str
+) -> None:
+    kept = next((run_folder / "windows" / "w1").iterdir())
+    before = kept.read_bytes()
+    words = [command, str(run_folder / "results.json"), "-o", str(kept)]
+    assert main(words) == ExitStatus.UNUSABLE
+    assert "is one of the files that are read" in capsys.readouterr().err
+    assert kept.read_bytes() == before
 
 
 def test_a_picture_says_what_it_needs(run_folder: Path, capsys: Output) -> None:
