@@ -1,7 +1,7 @@
 """What merging all ranks into one trace costs: `python -m benchmarks.merge [--megabytes 200]`.
 
 The ways go over the same generated files, each in a process of its own, by turns: ours with
-the summary rows (`sglprof perfetto`), ours without, the usual one (load every file with
+the summary rows (`sglprof export --to perfetto`), ours without, the usual one (load every file with
 `json`, change the process ids, write `json.dumps` of all into gzip), and SGLang's own
 ProfileMerger where SGLPROF_REAL_PYTHON names its interpreter. Prints CPU and wall
 seconds, peak memory, size, and the ratios of CPU time within the run. Afterwards every
@@ -31,7 +31,7 @@ from benchmarks.generate import torch_window
 def with_summary(folder: Path, out: Path) -> None:
     from pytest_sglprof.cli.main import main
 
-    assert main(["perfetto", str(folder), "-o", str(out)]) == 0
+    assert main(["export", "--to", "perfetto", str(folder), "-o", str(out)]) == 0
 
 
 def events_only(folder: Path, out: Path) -> None:
@@ -64,7 +64,7 @@ def profile_merger(folder: Path, out: Path) -> None:
 
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {
-    "sglprof perfetto": with_summary,
+    "sglprof export --to perfetto": with_summary,
     "its events alone": events_only,
     "json + gzip": json_and_gzip,
     "ProfileMerger": profile_merger,

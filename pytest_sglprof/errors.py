@@ -1,7 +1,7 @@
 """Every error that pytest-sglprof raises on purpose, as one tree.
 
 SglprofError                 exit status 2 of the command line
-├── SettingsError            an option, an ini key, a marker or sglprof.toml is wrong
+├── SettingsError            an option, a marker or sglprof.toml is wrong
 ├── ServerError              the server under test
 │   ├── ServerMissing        SGLang is not installed in the chosen interpreter
 │   ├── ServerDied           it ended; carries the reason found in its log
@@ -29,9 +29,22 @@ All of them say three things: what happened, what was expected and what to do ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="SglprofError")
+
+
+class ExitStatus(IntEnum):
+    """How a `sglprof` command ends; docs/exit-status.md says it to users."""
+
+    DONE = 0  # done, or nothing is above its limit
+    EXCEEDED = 1  # a limit that somebody gave (an option, sglprof.toml) is exceeded
+    UNUSABLE = 2  # wrong usage, unreadable input, unwritable output
+    INCONCLUSIVE = 3  # too little data, or data that cannot be compared
+    BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would be read as a verdict
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141  # whoever read the output went away
 
 
 class SglprofError(Exception):
@@ -42,7 +55,7 @@ class SglprofError(Exception):
     are the reason.
     """
 
-    exit_status = 2
+    exit_status = ExitStatus.UNUSABLE
 
     def __init__(
         self, what: str, *, expected: str = "", hint: str = "", log: Sequence[str] = ()
@@ -76,7 +89,7 @@ class SglprofError(Exception):
 
 
 class SettingsError(SglprofError):
-    """An option, an ini key, a marker or a configuration file is wrong."""
+    """An option, a marker or a configuration file is wrong."""
 
 
 class ServerError(SglprofError):
@@ -170,7 +183,7 @@ class NotATrace(TraceError):
 class Inconclusive(SglprofError):
     """There is too little data for an answer."""
 
-    exit_status = 3
+    exit_status = ExitStatus.INCONCLUSIVE
 
 
 def note(error: BaseException, text: str) -> None:

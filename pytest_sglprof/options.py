@@ -1,8 +1,9 @@
-"""The plugin's options: one table from which command line, environment and ini follow.
+"""The one table of options: command lines, environment and `sglprof.toml` follow from it.
 
-Each option is `--sglprof-NAME`, `SGLPROF_NAME` in the environment and `sglprof_NAME` in the
-ini file. Values are resolved in that order; `Settings` knows where each one came from.
-Imported by every pytest run, so it imports nothing heavy.
+A row NAME is `--sglprof-NAME` of pytest, `--NAME` of the `sglprof` commands, `SGLPROF_NAME`
+in the environment and `key` in `sglprof.toml`, as far as the row has each. pytest has flags
+only for what differs from one invocation to the next; the rest is TOML, the environment and
+`--sglprof-set KEY=VALUE`. Imported by every pytest run, so it imports nothing.
 """
 
 from __future__ import annotations
@@ -15,23 +16,36 @@ PLUGIN_NAME = "sglprof-session"  # under which a run with --sglprof registers it
 
 
 class Option(NamedTuple):
-    """One option. kind: "flag", "text", "path", "int"; choices apply to text."""
+    """One option.
+
+    kind: what its value is: "flag", "text", "count" (0 or more), "share" (0 to 1), "regex",
+    or "list" (may be given again; the environment has one entry a line). key: the dotted key
+    of sglprof.toml, "" for what no file can say. pytest, command: whether the plugin, and
+    whether a command, has a flag for it. choices apply to text.
+    """
 
     name: str
     kind: str
     help: str
-    choices: tuple[str, ...] = ()
+    key: str = ""
     metavar: str = ""
-    ini: bool = True
+    choices: tuple[str, ...] = ()
+    pytest: bool = True
+    command: bool = False
 
     @property
     def flag(self) -> str:
+        """`--output`, as commands have it."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def pytest_flag(self) -> str:
         """`--sglprof-output`; the main switch is `--sglprof` itself."""
-        return f"--sglprof-{self.name.replace('_', '-')}" if self.name != "enabled" else "--sglprof"
+        return f"--sglprof-{self.flag[2:]}" if self.name != "enabled" else "--sglprof"
 
     @property
     def dest(self) -> str:
-        """Name in `config.option` and in the ini file."""
+        """Name in pytest's `config.option`."""
         return f"sglprof_{self.name}"
 
     @property
@@ -41,7 +55,7 @@ class Option(NamedTuple):
 
 
 def is_on(text: object) -> bool:
-    """True for the texts by which the environment and ini files switch something on."""
+    """True for the texts by which the environment switches something on."""
     return str(text).lower() in ("1", "true", "yes", "on")
 
 
@@ -58,17 +72,27 @@ OPTIONS: tuple[Option, ...] = (
     Option("enabled", "flag", "run the tests that use SGLang servers and profile windows"),
     Option(
         "config",
-        "path",
-        "configuration file (default: the nearest sglprof.toml, from the tests up to rootdir, "
-        "then [tool.sglprof] in rootdir's pyproject.toml)",
+        "text",
+        "configuration file (default: the nearest sglprof.toml, or pyproject.toml with "
+        "[tool.sglprof], upward to the repository's root)",
         metavar="FILE",
+        command=True,
     ),
-    Option("output", "path", "folder for results (default: .sglprof)", metavar="DIR"),
+    Option(
+        "set",
+        "list",
+        "set one key of the configuration, such as gate.min_steps=10; may be given again",
+        metavar="KEY=VALUE",
+        command=True,
+    ),
+    Option("output", "text", "folder for results (default: .sglprof)", "output.dir", "DIR"),
     Option(
         "keep",
         "text",
         "windows whose traces stay on disk (default: failed)",
+        "output.keep",
         choices=("failed", "all", "none"),
+        pytest=False,
     ),
     Option(
         "python",
@@ -76,47 +100,67 @@ OPTIONS: tuple[Option, ...] = (
         "interpreter that has SGLang installed (default: this one)",
         metavar="PYTHON",
     ),
-    Option("nsys", "text", "the nsys command (default: from PATH)", metavar="NSYS"),
+    Option("nsys", "text", "the nsys command (default: from PATH)", metavar="NSYS", command=True),
     Option(
         "server",
         "text",
         "profile this running server instead of starting one; it is never stopped",
         metavar="URL",
-        ini=False,
     ),
     Option(
         "server_dir",
         "text",
-        "for --sglprof-server: a folder that the server can write and we can read, "
-        "as SERVER:LOCAL paths",
+        "a folder that the running server can write and we can read, as SERVER:LOCAL paths",
         metavar="SERVER:LOCAL",
-        ini=False,
+        command=True,
     ),
     Option(
         "nsys_session",
         "text",
-        "for --sglprof-server: name of the nsys session that the server runs in",
+        "name of the nsys session that the running server is in",
         metavar="NAME",
-        ini=False,
+        command=True,
     ),
-    Option("allow_inconclusive", "flag", "skip a test with an inconclusive verdict; never pass it"),
     Option(
-        "retry_inconclusive",
-        "int",
-        "run the body of an inconclusive test again, on the warm server, up to N times",
-        metavar="N",
+        "allow_inconclusive",
+        "flag",
+        "skip a test with an inconclusive verdict; never pass it",
+        "gate.allow_inconclusive",
     ),
     Option(
         "repeat",
-        "int",
-        "open each profile window N times and judge the median of the windows (default: 1)",
-        metavar="N",
+        "count",
+        "open each profile window that ends by itself N times and judge the median (default: 1)",
+        "window.repeat",
+        "N",
+        pytest=False,
     ),
     Option(
         "min_steps",
-        "int",
-        f"fewest steps that a verdict needs (default: {MIN_STEPS})",
-        metavar="N",
+        "count",
+        f"fewest steps that a verdict needs (default: {MIN_STEPS}; 0: none)",
+        "gate.min_steps",
+        "N",
+        pytest=False,
+        command=True,
     ),
-    Option("show_config", "flag", "print the effective settings with their origins", ini=False),
+    Option(
+        "min_share",
+        "share",
+        "a kernel below this share of compute cannot fail, 0 to 1 (default: 0.01)",
+        "gate.min_share",
+        "SHARE",
+        pytest=False,
+        command=True,
+    ),
+    Option(
+        "step_delimiter",
+        "regex",
+        "the kernel that begins a step, for traces without step markers",
+        "trace.step_delimiter",
+        "REGEX",
+        pytest=False,
+        command=True,
+    ),
+    Option("show_config", "flag", "print the effective settings with their origins"),
 )

@@ -24,25 +24,15 @@ OFF = "needs --sglprof: it starts a server and opens profile windows"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Registers one option group and the ini keys."""
+    """Registers one option group: the rows of `OPTIONS` that pytest has a flag for."""
     group = parser.getgroup("sglprof", "profile windows on SGLang servers (pytest-sglprof)")
+    actions = {"flag": "store_true", "list": "append"}
     for option in OPTIONS:
-        text = f"{option.help} [{option.env}]"
-        if option.kind == "flag":
-            group.addoption(
-                option.flag, dest=option.dest, action="store_true", default=None, help=text
-            )
-        else:
-            group.addoption(
-                option.flag,
-                dest=option.dest,
-                default=None,
-                metavar=option.metavar or None,
-                choices=option.choices or None,
-                help=text,
-            )
-        if option.ini:
-            parser.addini(option.dest, option.help, type="string", default="")
+        if option.pytest:
+            text = f"{option.help} [{option.env}]"
+            more = {"metavar": option.metavar} if option.metavar else {}
+            more["action"] = actions.get(option.kind, "store")
+            group.addoption(option.pytest_flag, dest=option.dest, default=None, help=text, **more)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -81,9 +71,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _enabled(config: pytest.Config) -> bool:
-    """The main switch, resolved like every option: command line > environment > ini."""
+    """The main switch, resolved like every option: command line > environment."""
     if config.getoption("sglprof_enabled") is not None or shows_config(config):
         return True
     import os
 
-    return is_on(os.environ.get("SGLPROF") or config.getini("sglprof_enabled"))
+    return is_on(os.environ.get("SGLPROF", ""))

@@ -12,7 +12,6 @@ import pytest
 
 from pytest_sglprof import xdist_support
 from pytest_sglprof.collecting import collection_problems, sort_by_server
-from pytest_sglprof.config_file import find_config, load_config
 from pytest_sglprof.errors import Inconclusive, SettingsError, SglprofError, described, note
 from pytest_sglprof.markers import concerns, marked_window, server_spec
 from pytest_sglprof.options import OPTIONS, shows_config
@@ -30,7 +29,7 @@ from pytest_sglprof.run_facts import run_facts
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 from pytest_sglprof.session.server_life import close_server, describe_server, open_server
 from pytest_sglprof.session.test_run import TestRun
-from pytest_sglprof.settings import Settings, build_settings, resolve_options
+from pytest_sglprof.settings import Settings, read_settings
 from pytest_sglprof.summary import write_summary
 from pytest_sglprof.values import ServerSpec
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
@@ -70,7 +69,8 @@ class PluginSession:
         self.server: Server | None = None
         self._in_test = False
         self._left: list[dict[str, Any]] = []  # servers that left something, not reported yet
-        self._book = RunBook(self.settings.output, self.run_id, run_facts(config, self.settings))
+        facts = run_facts(config, self.settings)
+        self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
 
     # ---- the run -------------------------------------------------------------------------
 
@@ -364,25 +364,19 @@ def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:
 
 
 def _settings(config: pytest.Config) -> Settings:
-    command_line = {option.dest: getattr(config.option, option.dest) for option in OPTIONS}
-    ini = {option.dest: config.getini(option.dest) for option in OPTIONS if option.ini}
     invocation = config.invocation_params.dir
+    tests = [invocation / arg.split("::")[0] for arg in config.args]
     try:
-        values, origins = resolve_options(command_line, os.environ, ini)
-        if "config" in values:
-            path = invocation / values["config"]
-        else:
-            tests = [invocation / arg.split("::")[0] for arg in config.args]
-            path = find_config([test for test in tests if test.exists()], config.rootpath)
         extra: dict[str, Any] = {}
         for answer in config.hook.pytest_sglprof_servers(config=config):
             extra.update(answer or {})
-        return build_settings(
-            values,
-            origins,
-            load_config(path) if path else {},
-            config_file=path,
+        return read_settings(
+            {option.name: config.getoption(option.dest) for option in OPTIONS if option.pytest},
+            os.environ,
+            start=[test for test in tests if test.exists()],
+            rootdir=config.rootpath,
             invocation_dir=invocation,
+            of_pytest=True,
             extra_servers=extra,
         )
     except SettingsError as error:

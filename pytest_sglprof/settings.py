@@ -1,19 +1,21 @@
-"""Options, environment, ini and `sglprof.toml` become one frozen `Settings`.
+"""Options, environment and `sglprof.toml` become one frozen `Settings`, for pytest and commands.
 
-Precedence: command line > environment > ini > configuration file > default.
+Precedence: flag > `--set` > environment > configuration file (or what a run stored) > default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_sglprof.config_file import find_config, load_config, with_assignments
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.thresholds import check_threshold, default_thresholds
 from pytest_sglprof.metrics import MIN_SHARE, MIN_STEPS
 from pytest_sglprof.options import OPTIONS, Option, is_on
+from pytest_sglprof.patterns import compiled
 from pytest_sglprof.redact import redact_command
 from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.trace.kernels import CATEGORY_NAMES
@@ -26,7 +28,9 @@ from pytest_sglprof.window_options import window_spec as window_spec
 class Settings:
     """What this run does. Sizes in bytes, lock_clocks in MHz (0: not locked).
 
-    `origins` tells where each name was set.
+    thresholds: those of the configuration, else the default one. origins: where each name was
+    set. stored: the part of the configuration by which a window is measured and judged, as
+    plain data; a run keeps it, so that commands read its windows as it did.
     """
 
     output: Path
@@ -39,7 +43,6 @@ class Settings:
     server_dir: tuple[str, str] | None = None
     nsys_session: str = ""
     allow_inconclusive: bool = False
-    retry_inconclusive: int = 0
     repeat: int = 1
     min_steps: int = MIN_STEPS
     min_share: float = MIN_SHARE
@@ -51,6 +54,7 @@ class Settings:
     lock_clocks: int = 0
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def category_names(self) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ class Settings:
         """One line a setting, `name = value  (origin)`, for `--sglprof-show-config`."""
         lines = []
         for item in fields(self):
-            if item.name in ("origins", "servers", "thresholds", "window"):
+            if item.name in ("origins", "servers", "stored", "thresholds", "window"):
                 continue
             origin = self.origins.get(item.name, "default")
             lines.append(f"{item.name} = {getattr(self, item.name)}  ({origin})")
@@ -73,17 +77,52 @@ class Settings:
         return lines
 
 
+def read_settings(
+    command_line: Mapping[str, Any],
+    environ: Mapping[str, str],
+    *,
+    start: Sequence[Path],
+    rootdir: Path,
+    invocation_dir: Path,
+    of_pytest: bool,
+    stored: tuple[Path, Mapping[str, Any]] | None = None,
+    extra_servers: Mapping[str, ServerSpec] | None = None,
+) -> Settings:
+    """The settings of a run of pytest or of one command.
+
+    command_line: values of the flags by option name, None where not given. start, rootdir:
+    where the configuration file is looked for, see `find_config`. stored: the file in which a
+    run kept its configuration, and that; it stands in for the file that would be found.
+    """
+    values, origins = resolve_options(command_line, environ, of_pytest=of_pytest)
+    path, document = stored or (None, {})
+    if "config" in values:
+        path = invocation_dir / values["config"]
+        document = load_config(path)
+    elif stored is None:
+        path = find_config(start, rootdir)
+        document = load_config(path) if path else {}
+    return build_settings(
+        values,
+        origins,
+        document,
+        config_file=path,
+        invocation_dir=invocation_dir,
+        extra_servers=extra_servers,
+    )
+
+
 def resolve_options(
-    command_line: Mapping[str, Any], environ: Mapping[str, str], ini: Mapping[str, Any]
+    command_line: Mapping[str, Any], environ: Mapping[str, str], *, of_pytest: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Values and origins of the options that were set anywhere; keys are option names."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for option in OPTIONS:
+        flag = option.pytest_flag if of_pytest else option.flag
         sources = (
-            (option.flag, command_line.get(option.dest)),
+            (flag, command_line.get(option.name)),
             (option.env, environ.get(option.env) or None),
-            (f"ini {option.dest}", ini.get(option.dest)),
         )
         for origin, raw in sources:
             if raw is None or raw == "":
@@ -91,6 +130,8 @@ def resolve_options(
             values[option.name] = _convert(option, raw, origin)
             origins[option.name] = origin
             break
+    if of_pytest:  # a command names its server itself
+        _refuse_contradictions(values)
     return values, origins
 
 
@@ -105,52 +146,74 @@ def build_settings(
 ) -> Settings:
     """Merges resolved options with a valid configuration document."""
     where = config_file.name if config_file else "default"
-    merged: dict[str, Any] = {}
-    known: dict[str, str] = {}
-    for name, section, key in _FROM_CONFIG:
-        if key in document.get(section, {}):
-            merged[name], known[name] = document[section][key], where
-    for name, value in values.items():
-        if name not in ("enabled", "config", "show_config"):
-            merged[name], known[name] = value, origins[name]
-    if "max_gib" in document.get("output", {}):
-        merged["keep_bytes"] = int(document["output"]["max_gib"] * 2**30)
-        known["keep_bytes"] = where
-    merged["output"] = invocation_dir / merged.get("output", ".sglprof")
-    if "server_dir" in merged:
-        merged["server_dir"] = _server_dir(merged["server_dir"])
-    _refuse_contradictions(merged)
+    document, known = _effective(values, origins, document, where)
+    output, gate = document.get("output", {}), document.get("gate", {})
+    window = dict(document.get("window", {}))
     base = config_file.parent if config_file else invocation_dir
     servers = {**servers_from(document, base), **(extra_servers or {})}
-    if merged.get("python"):
-        servers = {name: replace(s, python=merged["python"]) for name, s in servers.items()}
-    if mhz := merged.get("lock_clocks"):
+    mhz = document.get("gpu", {}).get("lock_clocks", 0)
+    if values.get("python"):
+        servers = {name: replace(s, python=values["python"]) for name, s in servers.items()}
+    if mhz:
         servers = {name: replace(s, lock_clocks=mhz) for name, s in servers.items()}
     for name, spec in servers.items():
         check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
     settings = Settings(
-        **merged,
+        output=invocation_dir / output.get("dir", ".sglprof"),
+        keep=output.get("keep", Settings.keep),
+        keep_runs=output.get("runs", Settings.keep_runs),
+        keep_bytes=int(output["max_gib"] * 2**30) if "max_gib" in output else Settings.keep_bytes,
+        python=values.get("python", ""),
+        nsys=values.get("nsys", ""),
+        server=values.get("server", ""),
+        server_dir=server_dir_pair(values["server_dir"]) if "server_dir" in values else None,
+        nsys_session=values.get("nsys_session", ""),
+        allow_inconclusive=gate.get("allow_inconclusive", Settings.allow_inconclusive),
+        repeat=window.pop("repeat", Settings.repeat),
+        min_steps=gate.get("min_steps", Settings.min_steps),
+        min_share=gate.get("min_share", Settings.min_share),
         servers=servers,
-        window=dict(document.get("window", {})),
-        thresholds=thresholds_from(document, where),
+        window=window,
+        thresholds=thresholds_from(document, known.get("thresholds", where)),
         categories=tuple((c["name"], c["pattern"]) for c in document.get("category", ())),
+        step_delimiter=document.get("trace", {}).get("step_delimiter", ""),
+        lock_clocks=mhz,
         config_file=config_file,
         origins=known,
+        stored={name: document[name] for name in _STORED if name in document},
     )
     refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
     return settings
 
 
-_FROM_CONFIG = (
-    ("output", "output", "dir"),
-    ("keep", "output", "keep"),
-    ("keep_runs", "output", "runs"),
-    ("step_delimiter", "trace", "step_delimiter"),
-    ("lock_clocks", "gpu", "lock_clocks"),
-    ("min_steps", "gate", "min_steps"),
-    ("min_share", "gate", "min_share"),
-    ("allow_inconclusive", "gate", "allow_inconclusive"),
-    ("retry_inconclusive", "gate", "retry_inconclusive"),
+def _effective(
+    values: Mapping[str, Any], origins: Mapping[str, str], document: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The document with everything that was set elsewhere, and the origin of each setting."""
+    assignments = values.get("set", ())
+    flag = origins.get("set", "")
+    assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
+    document = with_assignments(document, assignments, flag)
+    known = {name: origin for name, origin in origins.items() if name not in _NO_SETTING}
+    for key, name in (*_FILE_ONLY, *((option.key, option.name) for option in OPTIONS)):
+        table, _, last = key.partition(".")
+        is_weaker = key in assigned and origins.get(name, "").startswith("SGLPROF_")
+        if key and name in values and not is_weaker:
+            document.setdefault(table, {})[last] = values[name]
+        elif key in assigned:
+            known[name] = f"{flag} {key}"
+        elif last in document.get(table, {}):
+            known[name] = where
+    return document, known
+
+
+_STORED = ("gate", "trace", "category", "threshold")  # nothing of a server: it may hold secrets
+_NO_SETTING = ("enabled", "config", "set", "show_config")
+_FILE_ONLY = (
+    ("output.runs", "keep_runs"),
+    ("output.max_gib", "keep_bytes"),
+    ("gpu.lock_clocks", "lock_clocks"),
+    ("threshold", "thresholds"),
 )
 
 
@@ -181,16 +244,12 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
         if str(raw).lower() in ("0", "false", "no", "off"):
             return False
         raise SettingsError(f"{origin} is {raw!r}", expected="true or false", hint="correct it")
-    if option.kind == "int":
-        try:
-            number = int(raw)
-        except ValueError:
-            number = -1
-        if number < 0:
-            raise SettingsError(
-                f"{origin} is {raw!r}", expected="a whole number, 0 or more", hint="correct it"
-            )
-        return number
+    if option.kind == "list":
+        return raw.splitlines() if isinstance(raw, str) else list(raw)
+    if option.kind == "regex":
+        return compiled(raw, f"{origin} {raw!r}").pattern
+    if option.kind in ("count", "share"):
+        return _number(option.kind, raw, origin)
     if option.choices and raw not in option.choices:
         raise SettingsError(
             f"{origin} is {raw!r}",
@@ -200,20 +259,33 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
     return str(raw)
 
 
-def _server_dir(text: str) -> tuple[str, str]:
+def _number(kind: str, raw: Any, origin: str) -> float:
+    is_count = kind == "count"
+    try:
+        number = int(raw) if is_count else float(raw)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= (number if is_count else 1):
+        expected = "a whole number, 0 or more" if is_count else "a share from 0 to 1"
+        raise SettingsError(f"{origin} is {raw!r}", expected=expected, hint="correct it")
+    return number
+
+
+def server_dir_pair(text: str) -> tuple[str, str]:
+    """`SERVER:LOCAL` as two absolute paths; `SettingsError` for anything else."""
     server, colon, local = text.partition(":")
     if not colon or not server.startswith("/") or not local:
         raise SettingsError(
-            f"--sglprof-server-dir is {text!r}",
+            f"the folder of the running server is {text!r}",
             expected="SERVER:LOCAL, an absolute folder on the server's machine and the same here",
             hint="for a server on this machine give the same path twice, /data/prof:/data/prof",
         )
     return server, str(Path(local).resolve())
 
 
-def _refuse_contradictions(merged: Mapping[str, Any]) -> None:
+def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     for name in ("server_dir", "nsys_session"):
-        if merged.get(name) and not merged.get("server"):
+        if values.get(name) and not values.get("server"):
             flag = f"--sglprof-{name.replace('_', '-')}"
             raise SettingsError(
                 f"{flag} is given without --sglprof-server",

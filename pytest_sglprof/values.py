@@ -103,8 +103,8 @@ class WindowSpec:
     front of the window before measuring. timeout: limit for opening, filling and
     closing together. output_dir: a folder on the *server's* machine.
     whole_body: profile all of the test's body instead of a steady part of it.
-    repeat: opened so many times, and judged over all of them (None: as `--sglprof-repeat`
-    says, where it can be repeated).
+    repeat: opened so many times, and judged over all of them (None: as `window.repeat`
+    of the configuration says, where it can be repeated).
     trigger: opens the window instead of steady load (`analysis.triggers`, or a callable).
     Names and defaults of the rest are those of SGLang's `/start_profile`.
     """

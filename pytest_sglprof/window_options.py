@@ -87,7 +87,7 @@ def refuse_too_few_steps(num_steps: int | None, settings: Settings, origin: str)
             f"{origin}: num_steps={num_steps} is below min_steps={settings.min_steps}, so every "
             "verdict on its thresholds would be inconclusive",
             expected=f"at least {settings.min_steps} steps",
-            hint=f"give num_steps={settings.min_steps} or more, or lower --sglprof-min-steps",
+            hint=f"give num_steps={settings.min_steps} or more, or lower gate.min_steps",
         )
 
 

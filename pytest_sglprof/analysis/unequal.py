@@ -15,7 +15,7 @@ KINDS: tuple[Kind, ...] = ("starved", "running", "tokens", "queue")  # the telli
 CANNOT_KNOW = (
     "imbalance of load cannot be known here: this server has one DP rank, whose TP ranks run the "
     "same requests in the same batches, and only TP0 logs them. Compare the ranks' kernels "
-    "(sglprof imbalance), or switch on what tells more: with DP attention --enable-metrics and "
+    "(sglprof check), or switch on what tells more: with DP attention --enable-metrics and "
     "SGLANG_ENABLE_METRICS_DP_ATTENTION=1, with experts --expert-distribution-recorder-mode stat "
     "and --expert-balancedness-report-mode server_log"
 )

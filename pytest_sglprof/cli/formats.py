@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any
 
-from pytest_sglprof.patterns import compiled
+from pytest_sglprof.cli.options import Format
 from pytest_sglprof.report.plain import plain
 from pytest_sglprof.report.text_table import text_table
-
-Format = Literal["table", "csv", "json"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 Record = Mapping[str, Any]
 
@@ -33,29 +31,22 @@ class Column:
     left: bool = False
 
 
-def add_format_option(parser: argparse.ArgumentParser) -> None:
-    """`--format table|csv|json`."""
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="table",
-        help="table for people, csv or json for programs (default: table)",
-    )
+def write_text(text: str, output: Path | None, inputs: Iterable[str | Path]) -> None:
+    """Prints `text`, or writes it to `output`, which must be none of the `inputs`."""
+    if output is None:
+        sys.stdout.write(text)
+        return
+    from pytest_sglprof.cli.output import refuse_inputs
+    from pytest_sglprof.files import atomic_write
+
+    refuse_inputs(output, inputs)
+    atomic_write(output, text)
+    sys.stdout.write(f"{output}\n")
 
 
-def add_step_delimiter(parser: argparse.ArgumentParser) -> None:
-    """`--step-delimiter REGEX`; `SettingsError` for what does not compile."""
-    parser.add_argument(
-        "--step-delimiter",
-        type=_regex,
-        default="",
-        metavar="REGEX",
-        help="the kernel that begins a step, for traces that tell no steps",
-    )
-
-
-def _regex(text: str) -> str:
-    return compiled(text, f"--step-delimiter {text!r}").pattern
+def milliseconds(ns: Any) -> str:
+    """All of its thousandths, which `wording.milliseconds` rounds away."""
+    return f"{int(ns) / 1e6:.3f}"
 
 
 def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -> str:

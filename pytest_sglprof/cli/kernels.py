@@ -6,14 +6,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof.cli.formats import Column, add_format_option, add_step_delimiter, render
-from pytest_sglprof.errors import SettingsError
+from pytest_sglprof.cli.formats import Column, milliseconds, render, write_text
+from pytest_sglprof.cli.options import (
+    count,
+    input_options,
+    output_options,
+    settings_of,
+    settings_options,
+)
+from pytest_sglprof.cli.recorded import Recorded, read_table, recorded_by
+from pytest_sglprof.errors import ExitStatus, SettingsError
 from pytest_sglprof.spelling import did_you_mean
 
 if TYPE_CHECKING:
+    from pytest_sglprof.settings import Settings
     from pytest_sglprof.trace.nsys_sums import KernelSums
     from pytest_sglprof.trace.table import KernelTable
 
@@ -21,7 +29,6 @@ KEYS = ("rank", "name", "full_name", "category", "kind", "stage", "step", "strea
 TEXT_COLUMNS = frozenset(KEYS) - {"step", "stream"}
 DEFAULT_KEYS = ("rank", "name", "category")
 UNCATEGORISED_KEYS = ("name", "full_name")
-CONFIG = "sglprof.toml"
 
 _Answer = tuple[list[dict[str, Any]], list[str]]  # records, notes
 
@@ -31,77 +38,73 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "kernels",
         help="kernel time of every rank and kernel",
-        description="Count and total time by rank, kernel and category. PATH is a torch trace, "
-        "an nsys report or export, or the folder of a window.",
+        description="Count and total time by rank, kernel and category.",
+        epilog="exit status: 0 printed, 2 usage or unreadable input",
+        parents=[
+            input_options("a torch trace, an nsys report or export, a window's folder, or a run"),
+            output_options(),
+            settings_options(),
+        ],
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH")
+    parser.set_defaults(exit_zero=True)
     parser.add_argument(
         "--by",
         metavar="KEY,…",
         help=f"one row for each combination of these: {', '.join(KEYS)} (default: "
         f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
     )
-    add_step_delimiter(parser)
-    add_format_option(parser)
-    parser.add_argument("--nsys", metavar="NSYS", help="command that exports .nsys-rep")
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="read what a truncated trace still holds"
-    )
+    parser.add_argument("--top", type=count, metavar="N", help="only the N largest rows")
     parser.add_argument(
         "--uncategorised",
         action="store_true",
         help="only what no category pattern matches, with its share of all kernel time",
     )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help=f"configuration with your own categories (default: {CONFIG} in this folder)",
-    )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the table; 0. Unreadable input raises `TraceError` (exit status 2)."""
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Prints the table. Unreadable input raises `TraceError` (exit status 2)."""
     default = UNCATEGORISED_KEYS if args.uncategorised else DEFAULT_KEYS
     keys = _keys(args.by) if args.by is not None else list(default)
-    records, notes = _from_sums(keys, args) or _from_rows(keys, args)
+    settings, recorded = settings_of(args, args.paths), recorded_by(args)
+    records, notes = _from_sums(keys, args, settings, recorded) or _from_rows(
+        keys, args, settings, recorded
+    )
     columns = [Column(key, left=key in TEXT_COLUMNS) for key in (*keys, "count")]
-    columns.append(Column("total_ns", "total ms", _milliseconds))
+    columns.append(Column("total_ns", "total ms", milliseconds))
     if args.uncategorised:
         columns.append(Column("share", cell=_percent))
-    sys.stdout.write(render(records, columns, args.format))
+    if args.top is not None:
+        records = sorted(records, key=lambda record: -int(record["total_ns"]))[: args.top]
+    text = render(records, columns, args.format)
+    write_text(text, args.output, [*recorded.paths, *args.paths])
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
-    return 0
+    return ExitStatus.DONE
 
 
-def _from_sums(keys: Sequence[str], args: argparse.Namespace) -> _Answer | None:
+def _from_sums(
+    keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> _Answer | None:
     """The answer where totals of one nsys report are enough: its rows are not read then."""
     from pytest_sglprof.trace.window_files import is_nsys, window_files
 
-    files = window_files(args.paths)
-    if len(files) != 1 or not is_nsys(files[0]):
+    files = window_files(recorded.paths)
+    if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
         return None
     from pytest_sglprof.trace.nsys_sums import KEYS as SUMMED
     from pytest_sglprof.trace.nsys_sums import read_sums
 
     if not set(keys) <= set(SUMMED):
         return None
-    sums = read_sums(files[0], nsys=args.nsys, patterns=own_categories(args.config))
+    sums = read_sums(files[0], nsys=settings.nsys or None, patterns=settings.categories)
     records = sum_records(sums, keys, uncategorised=args.uncategorised)
     return records, _notes(sums.notes, bool(len(sums)), args)
 
 
-def _from_rows(keys: Sequence[str], args: argparse.Namespace) -> _Answer:
-    from pytest_sglprof.trace.read import read_window
-
-    table = read_window(
-        args.paths,
-        nsys=args.nsys,
-        allow_partial=args.allow_partial,
-        step_delimiter=args.step_delimiter,
-        patterns=own_categories(args.config),
-        sequences=False,
-    )
+def _from_rows(
+    keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> _Answer:
+    table = read_table(recorded, args, settings, sequences=False)
     records = kernel_records(table, keys, uncategorised=args.uncategorised)
     return records, _notes(table.notes, bool(len(table.frame)), args)
 
@@ -155,19 +158,5 @@ def _keys(text: str) -> list[str]:
     return keys
 
 
-def own_categories(config: str | None) -> list[tuple[str, str]]:
-    """The `[[category]]` patterns of the configuration; none where there is no file."""
-    if config is None and not Path(CONFIG).is_file():
-        return []
-    from pytest_sglprof.config_file import load_config
-
-    document = load_config(Path(config or CONFIG))
-    return [(entry["name"], entry["pattern"]) for entry in document.get("category", ())]
-
-
 def _percent(share: Any) -> str:
     return f"{100 * float(share):.2f} %"
-
-
-def _milliseconds(ns: Any) -> str:
-    return f"{int(ns) / 1e6:.3f}"

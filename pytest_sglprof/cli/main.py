@@ -1,7 +1,6 @@
 """The `sglprof` command: the plugin's work outside pytest.
 
-Exit status: 0 pass, 1 fail, 2 usage, unreadable input or unwritable output, 3 inconclusive,
-70 a bug of ours, 130 interrupted, 141 when whoever read the output went away.
+How it ends stands in `ExitStatus` and docs/exit-status.md.
 """
 
 from __future__ import annotations
@@ -16,26 +15,20 @@ from types import ModuleType
 from typing import Any
 
 from pytest_sglprof import __version__
-from pytest_sglprof.errors import SglprofError
+from pytest_sglprof.errors import ExitStatus, Inconclusive, SglprofError
 from pytest_sglprof.redact import learn_command, learn_environment, redact_text
 from pytest_sglprof.spelling import did_you_mean
 
 # name -> help. Each is a module of this package with `add_parser(subparsers) -> None` and
 # `run(args) -> int`; only the chosen one is imported, so that `--help` stays instant.
 COMMANDS = {
-    "kernels": "kernel time of every rank and kernel in a trace, report or window folder",
-    "perfetto": "merge the traces of all ranks into one file for Perfetto, with summary rows",
-    "heatmap": "rank × category of a window as an SVG picture",
-    "nsight-hints": "which rows to pin in Nsight Systems to see the ranks' kernels",
-    "imbalance": "how unequal the ranks are, judged against a limit",
     "watch": "load of the ranks, live or from a log, and when it became unequal",
-    "straggler": "which rank the others wait for, and why",
+    "record": "one profile window of a running server: now, at steady load, or at an onset",
+    "kernels": "kernel time of every rank and kernel in a trace, report, window or run",
+    "check": "how unequal the ranks are and for whom they wait, against limits",
     "report": "one HTML page of one or more results.json",
+    "export": "traces merged for Perfetto, rows to pin in Nsight Systems, a picture",
 }
-USAGE = 2
-BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would be read as a verdict
-INTERRUPTED = 130
-BROKEN_PIPE = 141
 OUTPUT, ERRORS = 1, 2  # their descriptors
 
 
@@ -52,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(OUTPUT)
-        return BROKEN_PIPE
+        return ExitStatus.BROKEN_PIPE
     except OSError as error:
         _discard(OUTPUT)
         return status or _tell(error)
@@ -67,7 +60,7 @@ def _status(words: list[str]) -> int:
         raise
     except KeyboardInterrupt:
         _say("sglprof: interrupted\n")
-        return INTERRUPTED
+        return ExitStatus.INTERRUPTED
     except Exception as error:
         return _tell(error)
 
@@ -91,7 +84,7 @@ def _tell(error: Exception) -> int:
     what = f"{type(error).__name__}: {first}" if first else type(error).__name__
     _say(f"sglprof: {what}: a bug of pytest-sglprof, and no verdict\n")
     _say("  next: please report it, with the command and the lines above\n")
-    return BUG
+    return ExitStatus.BUG
 
 
 def _say(text: str) -> None:
@@ -116,13 +109,23 @@ def _run(words: list[str]) -> int:
     try:
         args = _parser(chosen, module).parse_args(words)
     except SystemExit as leaving:  # argparse has already said why
-        return leaving.code if isinstance(leaving.code, int) else USAGE
-    status: int = module.run(args) if module is not None else USAGE
-    return status
+        return leaving.code if isinstance(leaving.code, int) else ExitStatus.UNUSABLE
+    if module is None:
+        return ExitStatus.UNUSABLE
+    only_shows = getattr(args, "exit_zero", False)  # a verdict is no status of this command
+    try:
+        status: int = module.run(args)
+    except Inconclusive as error:
+        if not only_shows:
+            raise
+        _say(f"sglprof: {error}\n")
+        return ExitStatus.DONE
+    is_verdict = status in (ExitStatus.EXCEEDED, ExitStatus.INCONCLUSIVE)
+    return ExitStatus.DONE if only_shows and is_verdict else status
 
 
 def _module(name: str) -> ModuleType:
-    return import_module(f"pytest_sglprof.cli.{name.replace('-', '_')}")
+    return import_module(f"pytest_sglprof.cli.{name}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,8 +144,8 @@ def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sglprof",
         description="Per-rank kernels of an SGLang server: who is slow, and by how much.",
-        epilog="exit status: 0 pass, 1 fail, 2 usage or unreadable input, 3 inconclusive, 70 a bug "
-        "of sglprof, 130 interrupted",
+        epilog="exit status: 0 done or pass, 1 a given limit is exceeded, 2 usage or unreadable "
+        "input, 3 inconclusive, 70 a bug of sglprof, 130 interrupted (docs/exit-status.md)",
     )
     parser.add_argument("--version", action="version", version=f"sglprof {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

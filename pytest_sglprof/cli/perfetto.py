@@ -1,4 +1,4 @@
-"""`sglprof perfetto PATH… -o OUT`: traces of many ranks as one file for Perfetto."""
+"""`sglprof export --to perfetto`: traces of many ranks as one file for Perfetto."""
 
 from __future__ import annotations
 
@@ -6,44 +6,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof.cli.recorded import Recorded, read_table, recorded_by
 from pytest_sglprof.errors import NotATrace, SettingsError, TraceError, TraceTruncated
 
 if TYPE_CHECKING:
+    from pytest_sglprof.settings import Settings
     from pytest_sglprof.trace.table import KernelTable
 
 BATCH = 10_000  # events that are encoded at once
 PROGRESS_S = 1.0  # between two lines of progress
 
 
-def add_parser(subparsers: Any) -> None:
-    """Registers the command."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "perfetto",
-        help="merge the traces of all ranks into one file for Perfetto",
-        description="Every event of the traces, ranks labelled and sorted, summary rows of all "
-        "ranks first, findings as instant events. Beside OUT an open.html is written that "
-        "opens it in the Perfetto UI with the ranks' kernel rows pinned.",
-    )
-    parser.add_argument("paths", nargs="+", metavar="PATH")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="*.json.gz or *.json"
-    )
-    parser.add_argument(
-        "--only",
-        choices=("kernels",),
-        help="a small file: kernels, copies and summary rows; also for nsys reports",
-    )
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="take what a truncated trace still holds"
-    )
-    parser.add_argument("--nsys", metavar="NSYS", help="command that exports .nsys-rep")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Writes both files and says what they hold; 0."""
+def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
+    """Writes the merged trace and a page that opens it, and says what they hold."""
     from pytest_sglprof.cli.output import refuse_foreign, refuse_inputs
     from pytest_sglprof.report.open_page import NAME, write_open_page
     from pytest_sglprof.trace.window_files import is_nsys, window_files
@@ -54,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
             expected="a name that ends in .json.gz or .json",
             hint="for example -o merged.json.gz",
         )
-    files = window_files(args.paths)
+    recorded = recorded_by(args)
+    files = window_files(recorded.paths)
     reports = [file for file in files if is_nsys(file)]
     if reports and args.only != "kernels":
         raise TraceError(
@@ -64,26 +43,27 @@ def run(args: argparse.Namespace) -> int:
         )
     refuse_inputs(args.output, [*files, *args.paths], which="to merge")
     refuse_foreign(args.output.parent / NAME, hint="write OUT into another folder, with its page")
-    events, notes, ranks, gpu = (_kernels if args.only else _everything)(args, files)
+    events, notes, ranks, gpu = (_kernels if args.only else _everything)(
+        args, settings, replace(recorded, paths=tuple(files))
+    )
     page = write_open_page(args.output, ranks, gpu=gpu)
     for rank, count in events.items():
         sys.stdout.write(f"{rank}: {count} events\n")
     sys.stdout.write(f"{args.output}\n{page}\n")
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
-    return 0
 
 
 Outcome = tuple[dict[str, int], Sequence[str], Sequence[str], bool]
 
 
-def _everything(args: argparse.Namespace, files: Sequence[Path]) -> Outcome:
+def _everything(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
     from pytest_sglprof.report.perfetto import streams_of, summary_events
     from pytest_sglprof.trace.merge_files import merge_files
 
-    table, notes = _table(args, files)
+    table, notes = _table(args, settings, recorded)
     merged = merge_files(
-        files,
+        recorded.paths,
         args.output,
         ranks=table.ranks if table is not None else (),
         streams=streams_of(table) if table is not None else {},
@@ -97,13 +77,11 @@ def _everything(args: argparse.Namespace, files: Sequence[Path]) -> Outcome:
 
 
 def _table(
-    args: argparse.Namespace, files: Sequence[Path]
+    args: argparse.Namespace, settings: Settings, recorded: Recorded
 ) -> tuple[KernelTable | None, Sequence[str]]:
     """The kernel table for the summary; None, and why, when only that cannot be made."""
-    from pytest_sglprof.trace.read import read_window
-
     try:
-        table = read_window(files, allow_partial=args.allow_partial, nsys=args.nsys)
+        table = read_table(recorded, args, settings)
     except (NotATrace, TraceTruncated):
         raise
     except TraceError as error:
@@ -111,14 +89,13 @@ def _table(
     return table, table.notes
 
 
-def _kernels(args: argparse.Namespace, files: Sequence[Path]) -> Outcome:
+def _kernels(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
     import msgspec
 
     from pytest_sglprof.report.perfetto import kernel_events, summary_events
-    from pytest_sglprof.trace.read import read_window
     from pytest_sglprof.trace.trace_writer import TraceWriter
 
-    table = read_window(files, allow_partial=args.allow_partial, nsys=args.nsys)
+    table = read_table(recorded, args, settings)
     starts = table.frame["start_ns"]
     base = int(starts.min()) if len(starts) else 0
     counts = table.frame["rank"].value_counts()

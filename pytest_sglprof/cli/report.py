@@ -6,17 +6,15 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pytest_sglprof.cli.options import input_options, settings_of, settings_options
 from pytest_sglprof.cli.output import refuse_foreign, refuse_inputs
-from pytest_sglprof.errors import SglprofError, TraceError
-
-if TYPE_CHECKING:
-    from pytest_sglprof.trace.table import KernelTable
+from pytest_sglprof.cli.recorded import choose_window, read_table, results_file, window_of_run
+from pytest_sglprof.errors import ExitStatus, SglprofError
 
 Document = Mapping[str, Any]
 
-RESULTS = "results.json"
 PAGE = "report.html"
 
 
@@ -28,16 +26,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Writes one HTML file that needs no network: verdicts, who is slow, since "
         "which step, in which kernel, and the kernels of all ranks on one time axis.",
         epilog="exit status: 0 written, 2 usage or unreadable input",
-    )
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a results.json, or the folder of a run"
+        parents=[input_options("a results.json, or the folder of a run"), settings_options()],
     )
     parser.add_argument(
         "-o",
         "--output",
+        type=Path,
         metavar="FILE",
         help="where the page is written (default: report.html beside the first results.json)",
     )
+    parser.set_defaults(exit_zero=True)
     parser.add_argument(
         "--baseline",
         metavar="PATH",
@@ -53,13 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="draw the lanes of this step instead of the chosen ones, up to 8 times; reads the "
         "traces of the window again",
     )
-    parser.add_argument(
-        "--window", metavar="ID", help="the window that --step is about (default: the only one)"
-    )
-    parser.add_argument("--nsys", metavar="PATH", help="the nsys that exports reports")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> ExitStatus:
     """Writes the page and prints where it is."""
     from pytest_sglprof.report.html import write_page
     from pytest_sglprof.report.results import load_results
@@ -67,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     files = [results_file(Path(path)) for path in args.paths]
     documents = [load_results(file) for file in files]
     folders = [file.resolve().parent for file in files]
-    output = Path(args.output) if args.output else files[0].parent / PAGE
+    output = args.output or files[0].parent / PAGE
     baseline = None
     if args.baseline:
         baseline = _baseline(Path(args.baseline))
@@ -77,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.output:
         refuse_foreign(output, hint="say with -o where the page is to be written")
     if args.step:
-        _redraw(documents, folders, args.window, args.step, args.nsys)
+        _redraw(documents, folders, args)
     write_page(documents, folders, output.resolve(), baseline=baseline)
     sys.stdout.write(f"{output}\n")
-    return 0
+    return ExitStatus.DONE
 
 
 def _baseline(path: Path) -> Document:
@@ -104,25 +98,17 @@ def recorded(results: Path, document: Document) -> list[Path]:
     return [results, folder, *named]
 
 
-def results_file(path: Path) -> Path:
-    """The results of a run, given as that file or as the run's folder."""
-    return path / RESULTS if path.is_dir() else path
-
-
 def _redraw(
-    documents: Sequence[dict[str, Any]],
-    folders: Sequence[Path],
-    wanted: str | None,
-    steps: Sequence[int],
-    nsys: str | None,
+    documents: Sequence[dict[str, Any]], folders: Sequence[Path], args: argparse.Namespace
 ) -> None:
-    """Replaces the lanes of one window by those of `steps`, from its own traces."""
+    """Replaces the lanes of one window by those of `args.step`, from its own traces."""
     from pytest_sglprof.analysis.cells import measure
     from pytest_sglprof.report.lanes import lanes
     from pytest_sglprof.report.plain import plain
 
-    window, folder = _window(documents, folders, wanted)
-    table = _read(window, folder, nsys)
+    window, folder = choose_window(documents, folders, args.window)
+    table = read_table(window_of_run(window, folder), args, settings_of(args, args.paths))
+    steps = list(dict.fromkeys(args.step))
     known = {int(step) for step in table.steps["step"]}
     unknown = [step for step in steps if step not in known]
     if unknown:
@@ -132,56 +118,11 @@ def _redraw(
             expected=f"one of its steps, {span}",
             hint="the page shows the number of each step under Lanes and When",
         )
-    drawn = lanes(table, measure(table), steps=list(dict.fromkeys(steps)))
-    # Categories as the run told them: its sglprof.toml may have patterns of its own.
-    told = {row["name"]: row["category"] for row in window["table"]}
+    drawn = lanes(table, measure(table), steps=steps)
+    # As the run named them: its folder may come without its run.json, and with it the patterns.
+    recorded_as = {row["name"]: row["category"] for row in window["table"]}
     drawn["categories"] = [
-        told.get(name, category)
+        recorded_as.get(name, category)
         for name, category in zip(drawn["names"], drawn["categories"], strict=True)
     ]
     window["lanes"] = plain(drawn)
-
-
-def _window(
-    documents: Sequence[dict[str, Any]], folders: Sequence[Path], wanted: str | None
-) -> tuple[dict[str, Any], Path]:
-    found = [
-        (window, folder)
-        for document, folder in zip(documents, folders, strict=True)
-        for window in document["windows"]
-        if wanted in (None, window["id"])
-    ]
-    if len(found) != 1:
-        every = [window["id"] for document in documents for window in document["windows"]]
-        what = f"no window {wanted}" if wanted else f"{len(found)} windows"
-        raise SglprofError(
-            f"--step: there {'is' if wanted else 'are'} {what} in these results",
-            expected="one window",
-            hint=f"choose with --window: {', '.join(every) or 'there is none'}",
-        )
-    return found[0]
-
-
-def _read(window: Document, folder: Path, nsys: str | None) -> KernelTable:
-    from pytest_sglprof.trace.read import read_window
-
-    kinds = {artifact["kind"] for artifact in window["artifacts"]}
-    exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
-    paths = [
-        folder / artifact["path"]
-        for artifact in window["artifacts"]
-        if not exported or artifact["kind"] in exported
-    ]
-    if not paths or not all(path.exists() for path in paths):
-        raise TraceError(
-            f"--step: the traces of window {window['id']} are not there",
-            expected="the files that results.json names, beside it",
-            hint="keep the traces of windows that pass with --sglprof-keep=all",
-        )
-    return read_window(
-        paths,
-        pid_ranks={int(pid): rank for pid, rank in window.get("pid_ranks", {}).items()} or None,
-        gpu_ranks={int(gpu): rank for gpu, rank in window.get("gpu_ranks", {}).items()} or None,
-        settle_s=window["spec"].get("settle") or 0.0,
-        nsys=nsys,
-    )

@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pytest_sglprof.capture.backends import BACKENDS
-from pytest_sglprof.errors import Inconclusive, SettingsError
+from pytest_sglprof.cli.options import positive
+from pytest_sglprof.errors import ExitStatus, Inconclusive, SettingsError
 
 if TYPE_CHECKING:
     from pytest_sglprof.analysis.change_points import LoadOutline
     from pytest_sglprof.analysis.unequal import OnsetRule
     from pytest_sglprof.cli.watch_jsonl import JsonLines
-
-FOUND, NONE = 1, 0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,73 +24,78 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Watches a running server (URL), or reads a log: a finished one whole, "
         "with --follow one that grows. Keys come from SGLPROF_API_KEY and "
         "SGLPROF_ADMIN_API_KEY.",
-        epilog="exit status: 0 no onset, 1 an onset, 2 usage or unreadable input, 3 it cannot "
-        "be known (one DP rank, or too little load), 130 interrupted",
+        epilog="exit status: 0 watched, 2 usage or unreadable input, 130 interrupted; with --check "
+        "1 an onset, 3 it cannot be known (one DP rank, or too little load)",
     )
     add = parser.add_argument
     add("target", metavar="URL|LOG", help="http://HOST:PORT, or the server's log")
-    add("--factor", type=_positive, default=1.5, metavar="X", help="max / mean (default: 1.5)")
-    add("--hold", type=_positive, default=2.0, metavar="S", help="it has to last (default: 2)")
+    add_rule(parser)
+    add("--follow", action="store_true", help="the log still grows: watch it")
+    add("--for", dest="seconds", type=positive, metavar="S", help="end a live watch after S s")
+    add("--jsonl", metavar="FILE", help="a JSON object a sample and an onset; - is the output")
+    add(
+        "--check",
+        dest="exit_zero",
+        action="store_false",
+        help="answer with the exit status whether there was an onset",
+    )
+
+
+def add_rule(parser: argparse.ArgumentParser) -> None:
+    """The options that say what an onset is."""
+    add = parser.add_argument_group("what counts as an onset").add_argument
+    add("--factor", type=positive, default=1.5, metavar="X", help="max / mean (default: 1.5)")
+    add("--hold", type=positive, default=2.0, metavar="S", help="it has to last (default: 2)")
     add(
         "--min-running",
-        type=_positive,
+        type=positive,
         default=8.0,
         metavar="N",
         help="mean requests a rank below which nothing is declared (default: 8)",
     )
     add(
         "--min-gap",
-        type=_positive,
+        type=positive,
         default=4.0,
         metavar="N",
         help="requests of the fullest rank above the mean (default: 4)",
     )
-    add("--follow", action="store_true", help="the log still grows: watch it")
-    add("--for", dest="seconds", type=_positive, metavar="S", help="end a live watch after S s")
-    add("--jsonl", metavar="FILE", help="a JSON object a sample and an onset; - is the output")
-    window = parser.add_argument_group("a profile window at the first onset (URL only)")
-    window.add_argument("--open-window", choices=tuple(BACKENDS), metavar="|".join(BACKENDS))
-    window.add_argument("--steps", type=int, metavar="N", help="close it after N steps")
-    window.add_argument(
-        "--seconds", dest="window_s", type=_positive, default=2.0, help="or after S s (default: 2)"
-    )
-    window.add_argument(
-        "--output", metavar="DIR", help="its files (default: sglprof-window, or -2 and so on)"
-    )
-    window.add_argument("--server-dir", default="", metavar="SERVER:LOCAL")
-    window.add_argument("--nsys-session", default="", metavar="NAME")
-    window.add_argument("--nsys", default="", metavar="NSYS", help="the nsys command")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Watches or reads; the exit status says whether there was an onset."""
+def rule_of(args: argparse.Namespace) -> OnsetRule:
+    """The rule that the options give; `SettingsError` for one that everything breaks."""
     from pytest_sglprof.analysis.unequal import OnsetRule
+
+    if args.factor <= 1.0:
+        raise SettingsError(f"--factor {args.factor:g}", expected="more than 1: max / mean")
+    return OnsetRule(args.factor, args.hold, args.min_running, args.min_gap)
+
+
+def is_url(target: str) -> bool:
+    """Whether `target` names a server, not a file."""
+    return "://" in target and not Path(target).exists()
+
+
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Watches or reads; `EXCEEDED` where there was an onset."""
     from pytest_sglprof.cli.output import refuse_inputs
     from pytest_sglprof.cli.watch_jsonl import JsonLines
 
-    rule = OnsetRule(args.factor, args.hold, args.min_running, args.min_gap)
-    if rule.factor <= 1.0:
-        raise SettingsError(f"--factor {args.factor:g}", expected="more than 1: max / mean")
-    is_url = "://" in args.target and not Path(args.target).exists()
-    if args.open_window and not is_url:
-        raise SettingsError(
-            f"--open-window with the log {args.target}",
-            expected="the URL of a running server",
-            hint="a log names no server: give its URL instead",
-        )
-    if args.jsonl not in (None, "-") and not is_url:
+    rule = rule_of(args)
+    is_live = is_url(args.target)
+    if args.jsonl not in (None, "-") and not is_live:
         refuse_inputs(Path(args.jsonl), [args.target], option="--jsonl")
     with JsonLines(args.jsonl) as lines:
         # Rows for people must not stand among lines for programs.
         out = sys.stderr if args.jsonl == "-" else sys.stdout
-        if is_url or args.follow:
+        if is_live or args.follow:
             from pytest_sglprof.cli.watch_live import watch_live
 
-            return watch_live(args, rule, lines, out, is_url=is_url)
+            return watch_live(args, rule, lines, out)
         return _finished(Path(args.target), rule, lines, out)
 
 
-def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> int:
+def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> ExitStatus:
     """Every onset of a finished log with its period, and what each rank had on average.
 
     The log is read anew for each look, so that none of its samples must be held.
@@ -139,7 +142,7 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> in
         out.write(f"{onset_line(onset)}\n")
     out.write("".join(f"{line}\n" for line in _rank_lines(outline)))
     if onsets:
-        return FOUND
+        return ExitStatus.EXCEEDED
     judged = max(found.judged_s, measured.judged_s)
     if judged < rule.hold:
         raise Inconclusive(
@@ -148,7 +151,7 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> in
             hint="lower --min-running, and --min-gap with it",
         )
     out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.worst:.2f}\n")
-    return NONE
+    return ExitStatus.DONE
 
 
 def _rank_lines(outline: LoadOutline) -> list[str]:
@@ -162,10 +165,3 @@ def _rank_lines(outline: LoadOutline) -> list[str]:
         rows.append([label or ONE_RANK, str(rank.lines), f"{running:.1f}", f"{waiting:.1f}", mean])
     head = ["rank", "lines", "running a line", "waiting a line", "tokens a line"]
     return text_table(head, rows, left=[0])
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError("must be a number above 0")
-    return number

@@ -6,14 +6,15 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pytest_sglprof.analysis.onset import OnsetDetector
 from pytest_sglprof.analysis.unequal import CANNOT_KNOW, Onset, OnsetRule
+from pytest_sglprof.cli.watch import is_url
 from pytest_sglprof.cli.watch_table import LoadHistory, load_table, onset_line
-from pytest_sglprof.errors import Inconclusive
+from pytest_sglprof.errors import ExitStatus, Inconclusive
 from pytest_sglprof.server.client import SglangClient
 from pytest_sglprof.server.sizes import ServerSizes
 from pytest_sglprof.server.transient import patiently
@@ -26,15 +27,23 @@ if TYPE_CHECKING:
     from pytest_sglprof.watch.log_lines import Sample
 
 REDRAW = 0.5  # s
-FOUND, NONE, UNKNOWN = 1, 0, 3
 
 
 def watch_live(
-    args: argparse.Namespace, rule: OnsetRule, lines: JsonLines, out: IO[str], *, is_url: bool
-) -> int:
-    """Watches until `--for` is over, the window is closed, or Ctrl-C; the exit status."""
+    args: argparse.Namespace,
+    rule: OnsetRule,
+    lines: JsonLines,
+    out: IO[str],
+    *,
+    on_first: Callable[[Onset, Callable[[str], None]], ExitStatus] | None = None,
+) -> ExitStatus:
+    """Watches until `--for` is over, or Ctrl-C; `EXCEEDED` where there was an onset.
+
+    on_first: called with the first onset and with what shows a line to the user; its answer
+    ends the watch.
+    """
     log = None
-    if is_url:
+    if is_url(args.target):
         watch, detector = _server(args.target, rule)
     else:
         path = Path(args.target)
@@ -44,37 +53,33 @@ def watch_live(
     screen = _Screen(out, detector, lines, log)
     watch.listen(screen.take)
     with watch:
-        return _follow(args, watch, screen, detector)
+        began = time.monotonic()
+        while args.seconds is None or time.monotonic() - began < args.seconds:
+            watch.check()
+            if screen.cannot_know:
+                raise Inconclusive(CANNOT_KNOW)
+            screen.onset.wait(REDRAW)
+            screen.onset.clear()  # before the look: an onset after it ends the next wait
+            first = screen.first()
+            if first is not None and on_first is not None:
+                screen.clear()
+                return on_first(first, screen.say)
+            screen.draw()
+        screen.clear()
+        return _conclusion(screen, detector)
 
 
-def _follow(
-    args: argparse.Namespace, watch: LoadWatch, screen: _Screen, detector: OnsetDetector
-) -> int:
-    began = time.monotonic()
-    while args.seconds is None or time.monotonic() - began < args.seconds:
-        watch.check()
-        if screen.cannot_know:
-            raise Inconclusive(CANNOT_KNOW)
-        screen.onset.wait(REDRAW)
-        screen.onset.clear()  # before the look: an onset after it ends the next wait
-        first = screen.first()
-        if first is not None and args.open_window:
-            from pytest_sglprof.cli.watch_window import record_window
-
-            screen.clear()
-            return record_window(args, first, screen.say)
-        screen.draw()
-    screen.clear()
+def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
     if detector.onsets:
-        return FOUND
+        return ExitStatus.EXCEEDED
     if detector.judged_s < detector.rule.hold:
         screen.say(
             f"nothing can be said: the load had {detector.rule.min_running:g} requests a rank "
             f"for {detector.judged_s:.0f} s only (--min-running)"
         )
-        return UNKNOWN
+        return ExitStatus.INCONCLUSIVE
     screen.say(f"no onset: balanced for {detector.judged_s:.0f} s, λ at most {detector.worst:.2f}")
-    return NONE
+    return ExitStatus.DONE
 
 
 def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:

@@ -8,11 +8,13 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pytest_sglprof import process
 from pytest_sglprof.files import atomic_write
+from pytest_sglprof.redact import redact
 from pytest_sglprof.report.plain import utc
 
 RUN_PREFIX = "run-"
@@ -22,8 +24,10 @@ FORMAT_VERSION = 1
 _MAX_RUN_FILE = 1 << 20  # bytes; what is larger is not ours
 
 
-def write_run_file(folder: Path, *, started: float, version: str) -> None:
-    """Marks the folder of a run as ours. started: Unix time in s."""
+def write_run_file(
+    folder: Path, *, started: float, version: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Marks the folder of a run as ours. started: Unix time in s. settings: `Settings.stored`."""
     born = process.create_time(os.getpid())
     content = {
         "format": FORMAT,
@@ -34,6 +38,7 @@ def write_run_file(folder: Path, *, started: float, version: str) -> None:
         "pid": os.getpid(),
         "process_started": utc(born),
         "version": version,
+        "settings": redact(dict(settings or {})),
     }
     atomic_write(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
 

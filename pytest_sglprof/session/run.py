@@ -85,7 +85,13 @@ class RunBook:
     problems: what could not be written, and why; a line each.
     """
 
-    def __init__(self, output: Path, run_id: str, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        output: Path,
+        run_id: str,
+        facts: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = output / run_id
         self.run_id = run_id
         self.results: dict[str, Any] = {}
@@ -93,6 +99,7 @@ class RunBook:
         self.page: Path | None = None
         self.problems: list[str] = []
         self._facts = dict(facts)
+        self._settings = settings
         self._started = time.time()
         self._journal: Journal | None = None
         self._lock: int | None = None  # of the folder itself, so that no file is left
@@ -212,7 +219,9 @@ class RunBook:
     def _write_run_file(self) -> None:
         if not (self.folder / RUN_FILE).exists():
             version = self._facts["versions"]["pytest_sglprof"]
-            write_run_file(self.folder, started=self._started, version=version)
+            write_run_file(
+                self.folder, started=self._started, version=version, settings=self._settings
+            )
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -253,7 +253,7 @@ class TestRun:
         return paths
 
     def drop_artifacts(self) -> None:
-        """Deletes the windows' traces where `--sglprof-keep` says so."""
+        """Deletes the windows' traces where `output.keep` says so."""
         import shutil
 
         keep = self._settings.keep

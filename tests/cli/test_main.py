@@ -40,11 +40,11 @@ def test_version_and_help_end_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "kernels" in out
-    assert "imbalance" in out
+    assert "check" in out
     assert "3 inconclusive" in out
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["--wrong"], ["imbalance"]])
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["--wrong"], ["check"]])
 def test_wrong_usage_is_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "usage: sglprof" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_fault_1_a_picture_that_cannot_be_written_is_no_verdict(tmp_path: Path, 
     (tmp_path / "file").touch()
     write_results(results_of([window(SLOW)]), tmp_path / "results.json")
     output = place.format(tmp=tmp_path)
-    done = run_words("heatmap", str(tmp_path / "results.json"), "-o", output)
+    done = run_words("export", "--to", "svg", str(tmp_path / "results.json"), "-o", output)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("sglprof: ")
@@ -170,7 +170,7 @@ def test_fault_1_messages_that_nobody_reads_change_no_status(
 def test_fault_1_a_name_that_is_no_text_is_printed_all_the_same(tmp_path: Path) -> None:
     write_results(results_of([window(SLOW)]), tmp_path / "results.json")
     output = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.svg")
-    done = run_words("heatmap", str(tmp_path), "-o", output)
+    done = run_words("export", "--to", "svg", str(tmp_path), "-o", output)
     assert (done.returncode, done.stderr) == (0, "")
     assert "xff.svg" in done.stdout or "udcff.svg" in done.stdout
     assert Path(output).is_file()

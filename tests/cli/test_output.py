@@ -12,11 +12,12 @@ import pytest
 
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.cli.output import GENERATOR
-from pytest_sglprof.cli.watch_window import _fresh
+from pytest_sglprof.cli.record import _fresh
 from pytest_sglprof.report.results import write_results
 from tests.cli.test_perfetto_command import trace
 from tests.report.windows import BALANCED, SLOW, run, window
 
+MERGE = ("export", "--to", "perfetto")
 Output = pytest.CaptureFixture[str]
 
 RECORDED = (
@@ -109,10 +110,10 @@ def test_fault_f_a_baseline_and_every_further_run_are_inputs_too(tmp_path: Path)
 def test_fault_f_a_picture_never_replaces_what_is_read(tmp_path: Path) -> None:
     folder = recorded_run(tmp_path / "run")
     (tmp_path / "heat.svg").symlink_to(folder / "results.json")
-    assert main(["heatmap", str(folder), "-o", str(tmp_path / "heat.svg")]) == 2
+    assert main(["export", "--to", "svg", str(folder), "-o", str(tmp_path / "heat.svg")]) == 2
     assert (tmp_path / "heat.svg").is_symlink()
-    assert main(["heatmap", str(folder), "-o", str(folder / "heat.svg")]) == 0
-    assert main(["heatmap", str(folder), "-o", str(folder / "heat.svg")]) == 0
+    assert main(["export", "--to", "svg", str(folder), "-o", str(folder / "heat.svg")]) == 0
+    assert main(["export", "--to", "svg", str(folder), "-o", str(folder / "heat.svg")]) == 0
 
 
 def test_fault_f_a_page_that_nobody_named_replaces_only_our_own(
@@ -170,14 +171,14 @@ def traces(tmp_path: Path) -> Path:
 def test_fault_f_a_foreign_open_html_stays(traces: Path, tmp_path: Path, capsys: Output) -> None:
     out = tmp_path / "merged.json.gz"
     (tmp_path / "open.html").write_text("<title>of somebody else</title>")
-    assert main(["perfetto", str(traces), "-o", str(out)]) == 2
+    assert main([*MERGE, str(traces), "-o", str(out)]) == 2
     assert "open.html is there already" in capsys.readouterr().err
     assert (tmp_path / "open.html").read_text() == "<title>of somebody else</title>"
     assert not out.exists()
 
 
 def test_fault_f_our_own_open_html_and_trace_are_written_again(traces: Path) -> None:
-    words = ["perfetto", str(traces), "-o", str(traces / "merged.json.gz")]
+    words = [*MERGE, str(traces), "-o", str(traces / "merged.json.gz")]
     assert main(words) == 0
     assert GENERATOR in (traces / "open.html").read_bytes()
     assert main(words) == 0
@@ -202,7 +203,7 @@ def test_fault_f_traces_of_a_folder_are_never_the_output(
     elif way == "second name":
         out = by_a_second_name(traces / name, tmp_path / "out.json.gz")
     before = content(traces)
-    assert main(["perfetto", str(traces), "-o", str(out)]) == 2
+    assert main([*MERGE, str(traces), "-o", str(out)]) == 2
     assert content(traces) == before
 
 

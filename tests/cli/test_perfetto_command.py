@@ -1,4 +1,4 @@
-"""`sglprof perfetto` as a user runs it."""
+"""`sglprof export --to perfetto` as a user runs it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.report import open_page
 
+MERGE = ("export", "--to", "perfetto")
 Output = pytest.CaptureFixture[str]
 HOSTILE = ("<script>alert(1)</script>", "</script>", "a\"b'c\\d", "🦥", "y" * 10_000)
 
@@ -68,7 +69,7 @@ def named(found: dict[str, Any], what: str) -> dict[tuple[int, int], str]:
 
 def test_events_summary_rows_and_findings(window: Path, tmp_path: Path, capsys: Output) -> None:
     out = tmp_path / "merged.json.gz"
-    assert main(["perfetto", str(window), "-o", str(out)]) == 0
+    assert main([*MERGE, str(window), "-o", str(out)]) == 0
     printed, errors = capsys.readouterr()
     assert printed.splitlines()[:2] == ["TP0: 320 events", "TP1: 320 events"]
     assert errors == ""
@@ -104,7 +105,7 @@ def test_events_summary_rows_and_findings(window: Path, tmp_path: Path, capsys: 
 
 def test_only_kernels_is_the_kernel_table(window: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.json.gz"
-    assert main(["perfetto", str(window), "--only", "kernels", "-o", str(out)]) == 0
+    assert main([*MERGE, str(window), "--only", "kernels", "-o", str(out)]) == 0
     found = load(out)
     base = found["baseTimeNanoseconds"]
     for rank, file in enumerate(sorted(window.iterdir())):
@@ -122,7 +123,7 @@ def test_only_kernels_takes_an_nsys_export(shared_data: Path, tmp_path: Path) ->
 
     report = shared_data / "nsys" / "mfu_2gpu_before.sqlite"
     out = tmp_path / "small.json.gz"
-    assert main(["perfetto", str(report), "--only", "kernels", "-o", str(out)]) == 0
+    assert main([*MERGE, str(report), "--only", "kernels", "-o", str(out)]) == 0
     found = Counter(e["cat"] for e in load(out)["traceEvents"] if e.get("pid", 0) >= 1000
                     and e["ph"] == "X")  # fmt: skip
     with sqlite3.connect(f"file:{report}?mode=ro&immutable=1", uri=True) as database:
@@ -133,7 +134,7 @@ def test_only_kernels_takes_an_nsys_export(shared_data: Path, tmp_path: Path) ->
 def test_a_report_of_nsys_as_a_whole_is_refused(tmp_path: Path, capsys: Output) -> None:
     (tmp_path / "a.sqlite").write_bytes(b"SQLite format 3\0")
     out = tmp_path / "o.json.gz"
-    assert main(["perfetto", str(tmp_path / "a.sqlite"), "-o", str(out)]) == 2
+    assert main([*MERGE, str(tmp_path / "a.sqlite"), "-o", str(out)]) == 2
     assert "--only kernels" in capsys.readouterr().err
     assert not out.exists()
 
@@ -141,7 +142,7 @@ def test_a_report_of_nsys_as_a_whole_is_refused(tmp_path: Path, capsys: Output) 
 def test_real_ranks_with_a_prefix_and_an_idle_replica(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged.json.gz"
     folder = shared_data / "torch/sglang-cpu-tp2dp2"
-    assert main(["perfetto", str(folder), "-o", str(out)]) == 0
+    assert main([*MERGE, str(folder), "-o", str(out)]) == 0
     found = load(out)
     assert list(found["sglprof"]["ranks"]) == ["DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1"]
     total = sum(len(load(file)["traceEvents"]) for file in folder.iterdir())
@@ -166,7 +167,7 @@ def test_what_is_wrong_is_said(
     told = [word.format(window=window) for word in words]
     if "-o" not in told and message != "-o":
         told += ["-o", str(window / "o.json.gz")]
-    assert main(["perfetto", *told]) == 2
+    assert main([*MERGE, *told]) == 2
     assert message in capsys.readouterr().err
     assert not (window / "o.json.gz").exists()
 
@@ -175,10 +176,10 @@ def test_a_cut_file(window: Path, tmp_path: Path, capsys: Output) -> None:
     file = window / "p-1-TP-1.trace.json.gz"
     file.write_bytes(file.read_bytes()[:-200])
     out = tmp_path / "merged.json.gz"
-    assert main(["perfetto", str(window), "-o", str(out)]) == 2
+    assert main([*MERGE, str(window), "-o", str(out)]) == 2
     assert not out.exists()
     capsys.readouterr()
-    assert main(["perfetto", str(window), "-o", str(out), "--allow-partial"]) == 0
+    assert main([*MERGE, str(window), "-o", str(out), "--allow-partial"]) == 0
     errors = capsys.readouterr().err
     assert "truncated" in errors
     assert 0 < load(out)["sglprof"]["ranks"]["TP1"] < 320
@@ -199,7 +200,7 @@ class Page(HTMLParser):
 def test_the_page_holds_the_trace_and_the_documented_commands(window: Path, tmp_path: Path) -> None:
     name = "m <script>alert(1)<&\"'.json.gz"
     out = tmp_path / name.replace("/", "")
-    assert main(["perfetto", str(window), "-o", str(out)]) == 0
+    assert main([*MERGE, str(window), "-o", str(out)]) == 0
     text = (tmp_path / "open.html").read_text()
     page = Page(text)
     assert [tag for tag, _ in page.tags].count("script") == 2
@@ -222,6 +223,6 @@ def test_a_large_trace_is_not_embedded(
     window: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_page, "EMBED_BYTES", 10)
-    assert main(["perfetto", str(window), "-o", str(tmp_path / "m.json.gz")]) == 0
+    assert main([*MERGE, str(window), "-o", str(tmp_path / "m.json.gz")]) == 0
     page = Page((tmp_path / "open.html").read_text())
     assert next(a for _, a in page.tags if a.get("id") == "data")["data-trace"] == ""

@@ -102,7 +102,7 @@ def test_traces_that_were_not_kept(
     folder, _ = real
     next((folder / "traces").iterdir()).unlink()
     assert main(["report", str(folder), "--step", "3"]) == 2
-    assert "--sglprof-keep=all" in capsys.readouterr().err
+    assert "--sglprof-set=output.keep=all" in capsys.readouterr().err
 
 
 def test_which_window_is_meant(

@@ -20,6 +20,7 @@ from standin.running import Running, standin
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.cli.watch_table import sparkline
 
+WATCH = ("watch", "--check")
 FIELDS = {
     "time", "rank", "running", "waiting", "tokens", "token_usage", "throughput", "iteration",
     "source",
@@ -49,7 +50,7 @@ def unequal_log(tmp_path: Path) -> Path:
 def test_a_log_of_pure_tp_cannot_know(
     shared_data: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["watch", str(shared_data / "logs" / name)]) == 3
+    assert main([*WATCH, str(shared_data / "logs" / name)]) == 3
     shown = capsys.readouterr()
     assert "cannot be known here" in shown.err
     assert "SGLANG_ENABLE_METRICS_DP_ATTENTION=1" in shown.err
@@ -59,23 +60,32 @@ def test_a_log_of_pure_tp_cannot_know(
 def test_too_little_load_is_no_balance(
     shared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["watch", str(shared_data / "logs/dp2/server.log")]) == 3
+    assert main([*WATCH, str(shared_data / "logs/dp2/server.log")]) == 3
     assert "lower --min-running" in capsys.readouterr().err
 
 
 def test_a_period_of_imbalance_has_both_ends(
     unequal_log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["watch", str(unequal_log)]) == 1
+    assert main([*WATCH, str(unequal_log)]) == 1
     shown = capsys.readouterr().out
     assert "onset 2026-11-24 03:00:30 to 03:00:50 (20 s), known to 1.0 s from the log" in shown
     assert "DP0 has 34 running requests, 1.70x the mean of 20 over 2 ranks" in shown
 
 
+def test_only_a_check_answers_with_a_verdict(
+    unequal_log: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", str(unequal_log)]) == 0
+    assert "onset 2026-11-24 03:00:30" in capsys.readouterr().out
+    assert main(["watch", str(shared_data / "logs/tp2/server.log")]) == 0
+    assert "cannot be known here" in capsys.readouterr().err
+
+
 def test_a_higher_factor_finds_nothing(
     unequal_log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["watch", str(unequal_log), "--factor", "1.8"]) == 0
+    assert main([*WATCH, str(unequal_log), "--factor", "1.8"]) == 0
     assert "no onset: balanced for" in capsys.readouterr().out
 
 
@@ -90,7 +100,7 @@ def test_a_log_of_one_dp_rank_knows_what_its_experts_do(
         rows += [row, f"{row.partition('] ')[0]}] [Expert Balancedness] forward_pass_id={second} "]
         rows[-1] += f"current_pass_balancedness={value:.3f} gpu_physical_count_sum=9\n"
     path.write_text("".join(rows))
-    assert main(["watch", str(path)]) == 1
+    assert main([*WATCH, str(path)]) == 1
     shown = capsys.readouterr().out
     assert "onset 2026-11-24 03:00:10 to 03:00:25 (15 s)" in shown
     assert "tokens of the experts' GPUs: the fullest has 2.50x the mean" in shown
@@ -100,8 +110,8 @@ def test_json_lines_hold_every_sample_and_onset(
     unequal_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "watch.jsonl"
-    assert main(["watch", str(unequal_log), "--jsonl", str(file)]) == 1
-    assert main(["watch", str(unequal_log), "--jsonl", "-"]) == 1
+    assert main([*WATCH, str(unequal_log), "--jsonl", str(file)]) == 1
+    assert main([*WATCH, str(unequal_log), "--jsonl", "-"]) == 1
     text = file.read_text()
     assert capsys.readouterr().out.endswith(text)
     objects = [json.loads(row) for row in text.splitlines()]
@@ -116,14 +126,17 @@ def test_json_lines_hold_every_sample_and_onset(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nowhere.log"], "is no log"),
-        (["nowhere.log", "--open-window", "torch"], "a log names no server"),
-        (["nowhere.log", "--factor", "1"], "more than 1"),
-        (["http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["watch", "nowhere.log"], "is no log"),
+        (["record", "nowhere.log", "--when", "onset"], "a log names no server"),
+        (["record", "nowhere.log"], "a log names no server"),
+        (["watch", "nowhere.log", "--factor", "1"], "more than 1"),
+        (["record", "nowhere.log", "--factor", "1"], "more than 1"),
+        (["watch", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["record", "http://127.0.0.1:9"], "127.0.0.1:9"),
     ],
 )
 def test_usage(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["watch", *words]) == 2
+    assert main(words) == 2
     assert told in capsys.readouterr().err
 
 
@@ -151,7 +164,7 @@ def test_a_log_that_grows_is_followed(tmp_path: Path, capsys: pytest.CaptureFixt
     writer.start()
     try:
         words = ["--follow", "--hold", "1", "--for", "4", "--jsonl", "-"]
-        assert main(["watch", str(path), *words]) == 1
+        assert main([*WATCH, str(path), *words]) == 1
     finally:
         over.set()
         writer.join()
@@ -189,10 +202,10 @@ def load(server: Running, ranks: tuple[int, ...], each: int = 20) -> Iterator[No
 def test_a_running_server_whose_window_shows_the_busy_rank(
     two_replicas: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--hold", "1", "--for", "20", "--open-window", "torch", "--seconds", "1"]
+    words = ["--hold", "1", "--for", "20", "--when", "onset", "--seconds", "1"]
     words += ["--output", str(tmp_path / "window"), "--server-dir", f"{tmp_path}:{tmp_path}"]
     with load(two_replicas, (1,)):
-        assert main(["watch", two_replicas.url, *words]) == 1
+        assert main(["record", two_replicas.url, *words]) == 0
     shown = capsys.readouterr().out
     assert "DP0 is starved while the others run " in shown
     assert "window: complete" in shown
@@ -212,10 +225,10 @@ def test_an_onset_that_comes_just_after_a_look_opens_a_window(
 
     late = SimpleNamespace(Event=TooLate, Lock=threading.Lock)
     monkeypatch.setattr("pytest_sglprof.cli.watch_live.threading", late)
-    words = ["--hold", "1", "--for", "12", "--open-window", "torch", "--seconds", "1"]
+    words = ["--hold", "1", "--for", "12", "--when", "onset", "--seconds", "1"]
     words += ["--output", str(tmp_path / "window"), "--server-dir", f"{tmp_path}:{tmp_path}"]
     with load(two_replicas, (1,)):
-        assert main(["watch", two_replicas.url, *words]) == 1
+        assert main(["record", two_replicas.url, *words]) == 0
     assert "window: complete" in capsys.readouterr().out
 
 
@@ -223,7 +236,7 @@ def test_a_balanced_server_has_no_onset(
     two_replicas: Running, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with load(two_replicas, (0, 1)):
-        assert main(["watch", two_replicas.url, "--for", "5"]) == 0
+        assert main([*WATCH, two_replicas.url, "--for", "5"]) == 0
     assert "no onset: balanced for" in capsys.readouterr().out
 
 
@@ -231,8 +244,23 @@ def test_a_server_with_one_dp_rank_cannot_know(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with standin(tmp_path, "--tp", "2") as running:
-        assert main(["watch", running.url, "--for", "5"]) == 3
+        assert main([*WATCH, running.url, "--for", "5"]) == 3
     assert "cannot be known here" in capsys.readouterr().err
+
+
+def test_a_window_is_recorded_now_and_at_steady_load(
+    two_replicas: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["record", two_replicas.url, "--seconds", "0.5", "-o", str(tmp_path / "window")]
+    words += ["--server-dir", f"{tmp_path}:{tmp_path}"]
+    with load(two_replicas, (0, 1), each=2):
+        assert main(words) == 0
+        assert main([*words, "--when", "steady", "--for", "60"]) == 0
+    assert capsys.readouterr().out.count("window: complete") == 2
+    traces = [path.name for path in (tmp_path / "window").rglob("*.trace.json.gz")]
+    assert len(traces) >= 4
+    assert main([*words, "--when", "steady", "--for", "1"]) == 3
+    assert "no steady load within 1 s" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_it_quietly(two_replicas: Running) -> None:

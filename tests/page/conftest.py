@@ -111,7 +111,7 @@ def browser() -> Iterator[Browser]:
 def standin_run(tmp_path_factory: pytest.TempPathFactory) -> RunPage:
     """A run on the stand-in: one clean window, one that is too short, one with a slow rank."""
     project = Project(tmp_path_factory.mktemp("page"), TESTS, CONFIG)
-    outcome = project.run("--sglprof-keep=all")
+    outcome = project.run("--sglprof-set=output.keep=all")
     assert f"report:  {outcome.run_folder / 'report.html'}" in outcome.text
     return RunPage(outcome.run_folder / "report.html", outcome.results)
 
@@ -164,7 +164,7 @@ def standin_pair(tmp_path_factory: pytest.TempPathFactory) -> PairPage:
             PAIR_TESTS.replace("{requests}", str(requests)).replace("{name}", name),
             PAIR_CONFIG.replace("{more}", more),
         )
-        runs.append(project.run("--sglprof-keep=all", "--sglprof-allow-inconclusive"))
+        runs.append(project.run("--sglprof-set=output.keep=all", "--sglprof-allow-inconclusive"))
     before, now = (run.run_folder for run in runs)
     page = now / "against.html"
     command = ["report", str(now), "--baseline", str(before), "-o", str(page)]

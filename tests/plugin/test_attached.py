@@ -47,7 +47,7 @@ def ran(server: Running, project: Project) -> Outcome:
     return project.run(
         f"--sglprof-server={server.url}",
         f"--sglprof-server-dir={shared}:{shared}",
-        "--sglprof-keep=all",
+        "--sglprof-set=output.keep=all",
         SGLPROF_API_KEY=KEY,
         SGLPROF_ADMIN_API_KEY=ADMIN,
     )

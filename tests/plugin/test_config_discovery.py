@@ -1,4 +1,4 @@
-"""Which sglprof.toml is taken: the nearest one above the tests, not beyond rootdir."""
+"""Which sglprof.toml is taken: the nearest one above, up to the repository's root."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def test_pyproject_is_the_last_resort(project):
     pyproject.write_text("[tool.sglprof]\n")
     assert find_config([project / "two"], project) == pyproject
     assert find_config([project / "one"], project) == project / "one" / "sglprof.toml"
+
+
+@pytest.mark.parametrize("mark", [".git", ".hg"])
+def test_up_to_the_root_of_the_repository_and_no_further(project, mark):
+    (project / "sglprof.toml").unlink()
+    (project.parent / "sglprof.toml").touch()
+    (project / mark).mkdir()
+    assert find_config([project / "two"], project / "two") is None
+    (project / "sglprof.toml").touch()
+    assert find_config([project / "two"], project / "two") == project / "sglprof.toml"
+    assert find_config([], project / "one" / "deep") == project / "one" / "sglprof.toml"
+
+
+def test_the_nearest_folder_wins_whichever_file_it_has(project):
+    pyproject = project / "two" / "pyproject.toml"
+    pyproject.write_text("[tool.sglprof]\n")
+    assert find_config([project / "two"], project) == pyproject

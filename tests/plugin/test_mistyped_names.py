@@ -97,8 +97,10 @@ def test_fault_8_fewer_steps_may_be_asked_for_where_fewer_are_needed(pytester, r
         def test_it(sglang_server): pass
         """
     )
-    assert run("--collect-only", "--sglprof-min-steps=5").ret == 0
-    assert run("--collect-only", "--sglprof-min-steps=6").ret == pytest.ExitCode.INTERRUPTED
+    assert run("--collect-only", "--sglprof-set=gate.min_steps=5").ret == 0
+    assert (
+        run("--collect-only", "--sglprof-set=gate.min_steps=6").ret == pytest.ExitCode.INTERRUPTED
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,17 +185,17 @@ def test_fault_8_a_trigger_of_ones_own_is_whole():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("imbalance x --scope meo", "did you mean moe?"),
-        ("imbalance x --scope comput", "did you mean compute?"),
-        ("imbalance x --scope roep", "did you mean rope?"),
-        ("imbalance x --metric lost_shar", "did you mean lost_share?"),
-        ("imbalance x --stage prefil", "did you mean prefill?"),
-        ("imbalance x --stage qwertz", "expected: one of decode, prefill"),
-        ("imbalance x --kernel (", "--kernel: '(' is no regular expression"),
-        ("imbalance x --step-delimiter (", "--step-delimiter '(' is no regular expression"),
+        ("check x --scope meo", "did you mean moe?"),
+        ("check x --scope comput", "did you mean compute?"),
+        ("check x --scope roep", "did you mean rope?"),
+        ("check x --metric lost_shar", "did you mean lost_share?"),
+        ("check x --stage prefil", "did you mean prefill?"),
+        ("check x --stage qwertz", "expected: one of decode, prefill"),
+        ("check x --kernel (", "--kernel: '(' is no regular expression"),
+        ("check x --step-delimiter (", "--step-delimiter '(' is no regular expression"),
         ("kernels x --by rnak", "did you mean rank?"),
         ("kernels x --format jsno", "did you mean json?"),
-        ("imbalanc x", "did you mean imbalance?"),
+        ("chekc x", "did you mean check?"),
     ],
 )
 def test_fault_8_names_on_the_command_line(tmp_path, monkeypatch, capsys, words, said):
@@ -209,7 +211,7 @@ def test_fault_8_the_command_line_takes_the_categories_of_the_configuration(
     (tmp_path / "sglprof.toml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     for scope in ("rope", "moe", "all"):
-        assert main(["imbalance", "nothing-here", "--scope", scope]) == 2
+        assert main(["check", "nothing-here", "--scope", scope]) == 2
         assert "nothing-here does not exist" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""`--sglprof-repeat` on the stand-in."""
+"""`[window] repeat` on the stand-in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_once(load):
 def test_whole_body(drive):
     drive()
 """
-    outcome = make_project(tests).run("--sglprof-repeat=2")
+    outcome = make_project(tests).run("--sglprof-set=window.repeat=2")
     assert outcome.status == 0
     numbers = {
         name: len(outcome.windows(name)) for name in ("test_marked", "test_once", "test_whole_body")

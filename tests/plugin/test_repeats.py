@@ -61,7 +61,7 @@ def outcome_of(make_project: MakeProject) -> Callable[[str], Outcome]:
 
     @cache
     def outcome_of(name: str) -> Outcome:
-        return make_project(TESTS[name]).run("--sglprof-keep=all")
+        return make_project(TESTS[name]).run("--sglprof-set=output.keep=all")
 
     return outcome_of
 

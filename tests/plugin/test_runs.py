@@ -1,4 +1,4 @@
-"""Whole runs with an option each: repeating, stopping, workers, servers that do not start."""
+"""Whole runs with an option each: stopping, workers, servers that do not start."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_passes(drive):
 
 @pytest.fixture(scope="module")
 def short(make_project):
-    options = ("--sglprof-allow-inconclusive", "--sglprof-keep", "all")
+    options = ("--sglprof-allow-inconclusive", "--sglprof-set=output.keep=all")
     summary = {"GITHUB_STEP_SUMMARY": "summary.md"}
     return make_project(INCONCLUSIVE).run("-p", "no:cacheprovider", *options, **summary)
 
@@ -114,7 +114,7 @@ def test_x_stops_at_a_bad_verdict_and_lf_repeats_it(make_project):
     assert stopped.status == pytest.ExitCode.TESTS_FAILED
     assert "1 failed" in stopped.text
     assert [t["nodeid"] for t in stopped.results["tests"]] == ["test_job.py::test_slow"]
-    again = project.run("--lf", "-k", "slow or never", "--sglprof-keep=none")
+    again = project.run("--lf", "-k", "slow or never", "--sglprof-set=output.keep=none")
     assert [t["nodeid"] for t in again.results["tests"]] == ["test_job.py::test_slow"]
     assert again.run_folder != stopped.run_folder
     assert not list((again.run_folder / "windows").iterdir())

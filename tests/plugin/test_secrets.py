@@ -90,7 +90,7 @@ def plant(folder: Path, *, nsys: bool) -> Planted:
     window = 'backend="nsys", duration=1' if nsys else "num_steps=40"
     tests = TESTS.format(words=drawn.words, window=window, names=NAMES)
     project = Project(folder / "job", tests, config)
-    outcome = project.run("--sglprof-keep=all", "--showlocals", **environment)
+    outcome = project.run("--sglprof-set=output.keep=all", "--showlocals", **environment)
     return Planted(drawn, project, outcome)
 
 

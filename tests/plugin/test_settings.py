@@ -21,8 +21,8 @@ from pytest_sglprof.values import ServerSpec, Threshold
 HERE = Path("/project")
 
 
-def settings(document=None, *, cli=None, env=None, ini=None, config=None, servers=None) -> Settings:
-    values, origins = resolve_options(cli or {}, env or {}, ini or {})
+def settings(document=None, *, cli=None, env=None, config=None, servers=None) -> Settings:
+    values, origins = resolve_options(cli or {}, env or {})
     return build_settings(
         values,
         origins,
@@ -35,8 +35,8 @@ def settings(document=None, *, cli=None, env=None, ini=None, config=None, server
 
 SOURCES = [  # weakest first: what each would set, and what the origin is then called
     ("toml", "runs-toml", "sglprof.toml"),
-    ("ini", "runs-ini", "ini sglprof_output"),
     ("env", "runs-env", "SGLPROF_OUTPUT"),
+    ("set", "runs-set", "--sglprof-set output.dir"),
     ("cli", "runs-cli", "--sglprof-output"),
 ]
 
@@ -46,9 +46,11 @@ def test_the_strongest_source_wins_and_is_named(count):
     given = {source: value for source, value, _ in SOURCES[:count]}
     found = settings(
         {"output": {"dir": given["toml"]}},
-        ini={"sglprof_output": given.get("ini", "")},
         env={"SGLPROF_OUTPUT": given.get("env", "")},
-        cli={"sglprof_output": given.get("cli")},
+        cli={
+            "output": given.get("cli"),
+            "set": [f"output.dir={given['set']}"] if "set" in given else None,
+        },
         config=HERE / "sglprof.toml",
     )
     _, value, origin = SOURCES[count - 1]
@@ -61,7 +63,7 @@ def test_without_any_source_the_documented_defaults_hold():
     found = settings()
     assert found.output == HERE / ".sglprof"
     assert (found.keep, found.keep_runs, found.keep_bytes) == ("failed", 10, 20 * 2**30)
-    assert (found.min_steps, found.retry_inconclusive, found.allow_inconclusive) == (30, 0, False)
+    assert (found.min_steps, found.min_share, found.allow_inconclusive) == (30, 0.01, False)
     assert [limit.describe() for limit in found.thresholds] == ["slowdown of compute <= 1.1"]
     assert found.servers == {"default": ServerSpec()}
     assert "keep = failed  (default)" in found.describe()
@@ -69,16 +71,16 @@ def test_without_any_source_the_documented_defaults_hold():
 
 def test_the_step_delimiter_and_the_number_of_repeats():
     assert (settings().step_delimiter, settings().repeat) == ("", 1)
-    found = settings({"trace": {"step_delimiter": "^embed"}}, cli={"sglprof_repeat": "3"})
+    found = settings({"trace": {"step_delimiter": "^embed"}}, cli={"set": ["window.repeat=3"]})
     assert (found.step_delimiter, found.repeat) == ("^embed", 3)
 
 
-def test_every_option_has_its_three_names():
+def test_every_option_has_its_names():
     by_name = {option.name: option for option in OPTIONS}
-    main, retry = by_name["enabled"], by_name["retry_inconclusive"]
-    assert (main.flag, main.env, main.dest) == ("--sglprof", "SGLPROF", "sglprof_enabled")
-    assert retry.flag == "--sglprof-retry-inconclusive"
-    assert (retry.env, retry.dest) == ("SGLPROF_RETRY_INCONCLUSIVE", "sglprof_retry_inconclusive")
+    main, output = by_name["enabled"], by_name["output"]
+    assert (main.pytest_flag, main.env, main.dest) == ("--sglprof", "SGLPROF", "sglprof_enabled")
+    assert (output.pytest_flag, output.flag) == ("--sglprof-output", "--output")
+    assert (output.env, output.dest) == ("SGLPROF_OUTPUT", "sglprof_output")
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("on", True), ("no", False)])
@@ -92,7 +94,9 @@ def test_a_switch_can_be_set_and_unset_by_the_environment(text, value):
     ("env", "said"),
     [
         ({"SGLPROF_ALLOW_INCONCLUSIVE": "maybe"}, "SGLPROF_ALLOW_INCONCLUSIVE is 'maybe'"),
-        ({"SGLPROF_RETRY_INCONCLUSIVE": "two"}, "expected: a whole number, 0 or more"),
+        ({"SGLPROF_REPEAT": "two"}, "expected: a whole number, 0 or more"),
+        ({"SGLPROF_MIN_SHARE": "1.5"}, "expected: a share from 0 to 1"),
+        ({"SGLPROF_STEP_DELIMITER": "("}, "SGLPROF_STEP_DELIMITER '(' is no regular expression"),
         ({"SGLPROF_MIN_STEPS": "-1"}, "SGLPROF_MIN_STEPS is '-1'"),
         ({"SGLPROF_KEEP": "some"}, "expected: failed or all or none"),
         ({"SGLPROF_SERVER_DIR": "/a:/b"}, "--sglprof-server-dir is given without --sglprof-server"),

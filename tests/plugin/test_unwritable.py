@@ -277,7 +277,7 @@ def pytest_sessionfinish(session):
 def test_fault_10_nothing_of_a_window_stays_in_memory_when_its_test_is_over(make_project):
     project = make_project(MANY)
     (project.folder / "conftest.py").write_text(CONFTEST + COUNTED)
-    ran = project.run("--sglprof-min-steps=10")
+    ran = project.run("--sglprof-set=gate.min_steps=10")
     is_orderly(ran)
     assert len(ran.results["windows"]) == 6
     alive = json.loads((project.folder / "alive.json").read_text())

@@ -87,9 +87,9 @@ def test_without_the_switch_nothing_heavy_is_imported(pytester, run):
 def test_help_and_markers_tell_of_us(pytester):
     text = pytester.runpytest_inprocess("--help").stdout.str()
     assert "profile windows on SGLang servers (pytest-sglprof)" in text
-    assert "--sglprof-retry-inconclusive=N" in text
-    assert "[SGLPROF_RETRY_INCONCLUSIVE]" in " ".join(text.split())
-    assert "sglprof_output (string)" in text
+    assert "--sglprof-output=DIR" in text
+    assert "[SGLPROF_OUTPUT]" in " ".join(text.split())
+    assert "sglprof_output (string)" not in text
     text = pytester.runpytest_inprocess("--markers").stdout.str()
     assert '@pytest.mark.sglang_server(name="default", nsys=None): ' in text
     assert "@pytest.mark.profile_window(**options): " in text
@@ -107,11 +107,11 @@ def test_plain_tests_start_no_server_and_leave_no_folder(pytester, run):
     assert not (pytester.path / ".sglprof").exists()
 
 
-@pytest.mark.parametrize("where", ["environment", "ini"])
+@pytest.mark.parametrize("where", ["environment", "addopts"])
 def test_the_switch_can_be_set_elsewhere(pytester, run, monkeypatch, where):
     pytester.makepyfile("def test_it(sglang_server): pass")
-    if where == "ini":
-        pytester.makeini("[pytest]\nsglprof_enabled = yes\n")
+    if where == "addopts":
+        pytester.makeini("[pytest]\naddopts = --sglprof\n")
     else:
         monkeypatch.setenv("SGLPROF", "1")
     ran = run("--collect-only")
@@ -119,25 +119,24 @@ def test_the_switch_can_be_set_elsewhere(pytester, run, monkeypatch, where):
     assert not (pytester.path / ".sglprof").exists()
 
 
-def test_the_environment_can_switch_off_what_the_ini_switches_on(pytester, run, monkeypatch):
+def test_the_environment_can_say_no(pytester, run, monkeypatch):
     pytester.makepyfile("def test_it(sglang_server): pass")
-    pytester.makeini("[pytest]\nsglprof_enabled = yes\n")
     monkeypatch.setenv("SGLPROF", "0")
     run().assert_outcomes(skipped=1)
 
 
 def test_show_config_names_values_and_origins_and_runs_nothing(pytester, run, monkeypatch):
     pytester.makepyfile("def test_it(): assert 0")
-    pytester.makeini("[pytest]\nsglprof_keep = all\n")
     monkeypatch.setenv("SGLPROF_MIN_STEPS", "7")
-    config = f"{STANDIN}[gate]\nretry_inconclusive = 2\n[[threshold]]\nscope = 'moe'\nlimit = 1.3\n"
-    ran = run("--sglprof-show-config", "--sglprof-output=results", config=config)
+    config = f"{STANDIN}[gate]\nmin_share = 0.2\n[[threshold]]\nscope = 'moe'\nlimit = 1.3\n"
+    words = ("--sglprof-output=results", "--sglprof-set", "output.keep=all")
+    ran = run("--sglprof-show-config", *words, config=config)
     ran.stdout.fnmatch_lines_random(
         [
             "output = */results  (--sglprof-output)",
-            "keep = all  (ini sglprof_keep)",
+            "keep = all  (--sglprof-set output.keep)",
             "min_steps = 7  (SGLPROF_MIN_STEPS)",
-            "retry_inconclusive = 2  (sglprof.toml)",
+            "min_share = 0.2  (sglprof.toml)",
             "keep_runs = 10  (default)",
             "threshold: slowdown of moe <= 1.3  (sglprof.toml)",
             "server default: kind=standin nsys=False args=",
@@ -241,10 +240,12 @@ def test_all_wrong_markers_of_a_module_are_one_collection_error(pytester, run, r
     [
         (["--sglprof-nsys-session=s"], "--sglprof-nsys-session is given without --sglprof-server"),
         (["--sglprof-server-dir=/a:/b"], "--sglprof-server-dir is given without --sglprof-server"),
-        (["--sglprof-retry-inconclusive=often"], "expected: a whole number, 0 or more"),
+        (["--sglprof-set=window.repeat=often"], "window.repeat: 'often' is not of type 'integer'"),
+        (["--sglprof-set=min_steps"], "expected: KEY=VALUE, a dotted key of sglprof.toml"),
         (["--sglprof-config=none.toml"], "none.toml does not exist"),
-        (["--sglprof-keep=some"], "invalid choice: 'some'"),
-        (["--sglprof-min-steps"], "expected one argument"),
+        (["--sglprof-set=output.keep=some"], "output.keep: 'some' is not one of"),
+        (["--sglprof-set=gate.minsteps=3"], "did you mean min_steps?"),
+        (["--sglprof-output"], "expected one argument"),
     ],
 )
 def test_wrong_options_are_usage_errors(pytester, run, options, said):

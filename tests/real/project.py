@@ -75,7 +75,15 @@ def run_project(folder: Path, *options: str, **variables: str) -> Outcome:
     environment["SGLPROF_NSYS"] = os.environ.get("SGLPROF_NSYS", "")
     environment.update(variables)
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "--sglprof", "--sglprof-keep=all", "-v", *options],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--sglprof",
+            "--sglprof-set=output.keep=all",
+            "-v",
+            *options,
+        ],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

@@ -89,14 +89,14 @@ def results(tmp_path: Path) -> Path:
 
 def test_the_command(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "heat.svg"
-    assert main(["heatmap", str(results), "-o", str(out)]) == 0
+    assert main(["export", "--to", "svg", str(results), "-o", str(out)]) == 0
     assert "fail: TP1 is 1.40x slower" in out.read_text()
-    assert main(["heatmap", str(results), "-o", str(out), "--window", "a"]) == 0
+    assert main(["export", "--to", "svg", str(results), "-o", str(out), "--window", "a"]) == 0
     assert "pass: " in out.read_text()
     capsys.readouterr()
     for words, message in (
         (["-o", str(tmp_path / "x.gif")], "a name that ends in .svg or .png"),
         (["-o", str(out), "--window", "c"], "its windows: a, b"),
     ):
-        assert main(["heatmap", str(results), *words]) == 2
+        assert main(["export", "--to", "svg", str(results), *words]) == 2
         assert message in capsys.readouterr().err

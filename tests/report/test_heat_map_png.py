@@ -104,7 +104,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_the_command_takes_a_folder(results: Path) -> None:
     out = results / "heat.PNG"
-    assert main(["heatmap", str(results), "-o", str(out)]) == 0
+    assert main(["export", "--to", "png", str(results), "-o", str(out)]) == 0
     assert out.read_bytes() == heat_map_png(json.loads(json.dumps(MOE)))
 
 
@@ -112,7 +112,7 @@ def test_without_pillow_the_extra_is_named(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    assert main(["heatmap", str(results), "-o", str(results / "heat.png")]) == 2
+    assert main(["export", "--to", "png", str(results), "-o", str(results / "heat.png")]) == 2
     assert "pip install 'pytest-sglprof[png]'" in capsys.readouterr().err
     assert not (results / "heat.png").exists()
-    assert main(["heatmap", str(results), "-o", str(results / "heat.svg")]) == 0
+    assert main(["export", "--to", "svg", str(results), "-o", str(results / "heat.svg")]) == 0

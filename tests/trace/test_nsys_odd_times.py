@@ -89,7 +89,7 @@ def test_fault_2_a_row_without_an_end_has_no_place_in_the_hints(
 ) -> None:
     rows = [kernel(0, 1_000), kernel(1_100, None), kernel(2**62, 2**63 - 1, streamId=8)]
     path = make_export(tmp_path / "x.sqlite", CUPTI_ACTIVITY_KIND_KERNEL=rows, StringIds=STRINGS)
-    assert main(["nsight-hints", str(path), "--format", "json"]) == 0
+    assert main(["export", "--to", "nsight", str(path), "--format", "json"]) == 0
     out, err = capsys.readouterr()
     (row,) = json.loads(out)
     assert (row["kernels"], row["total_ns"], row["stream"]) == (1, 1_000, 7)

@@ -61,7 +61,7 @@ def peak_of(action: Callable[[], Any]) -> tuple[Any, int]:
 
 def run(*words: str) -> tuple[int, str]:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        return main(["watch", *words]), out.getvalue()
+        return main(["watch", "--check", *words]), out.getvalue()
 
 
 def test_fault_10_a_finished_log_is_not_held(tmp_path: Path) -> None:

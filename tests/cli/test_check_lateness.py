@@ -16,12 +16,18 @@ from kernel_tables import build
 
 from pytest_sglprof.cli.main import main
 
+LATE = ("check", "--metric", "lateness")
 Capsys = pytest.CaptureFixture[str]
 
 
 def straggler(capsys: Capsys, *words: str) -> tuple[int, dict[str, Any]]:
-    status = main(["straggler", *words, "--format", "json"])
-    return status, json.loads(capsys.readouterr().out)
+    """What `--metric lateness` says, with the limit that a finding has by itself."""
+    given = () if "--limit" in words else ("--limit", "0.02")
+    status = main([*LATE, *words, *given, "--format", "json"])
+    document = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = document["stragglers"]
+    assert (document["verdict"], document["reason"]) == (found["verdict"], found["reason"])
+    return status, {**found, "source": document["source"]}
 
 
 @pytest.mark.parametrize("name", ["mfu_2gpu_before.sqlite", "mfu_2gpu_after.sqlite"])
@@ -43,8 +49,8 @@ def test_two_gpus_that_only_send_and_receive_blame_nobody(
         ).fetchall()
     report.close()
     assert [rank["compute_ns"] for rank in found["ranks"]] == [busy for _, busy, _ in rows]
-    main(["imbalance", str(path), "--format", "json"])
-    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    main(["check", str(path), "--format", "json"])
+    ranks = json.loads(capsys.readouterr().out)["checks"][0]["ranks"]
     # Few kernels overlap here; without steps both are of the whole window.
     assert [(rank["busy_ns"], rank["total_ns"]) for rank in ranks] == [row[1:] for row in rows]
 
@@ -123,14 +129,21 @@ def test_every_form_on_the_stand_in_names_the_slow_rank(tmp_path: Path, capsys: 
     first, second = found["ranks"]
     assert second["wait_ns"] < first["wait_ns"]
     assert "moe" in second["kernels"][0]["name"]
-    assert main(["straggler", str(folder)]) == 1
+    assert main([*LATE, str(folder), "--limit", "0.02"]) == 1
     text = capsys.readouterr().out
     assert text.startswith("fail: TP1 arrives ")
     assert "who is early waits inside the collective" in text
-    assert main(["straggler", str(folder), "--format", "csv"]) == 1
+    assert main([*LATE, str(folder), "--limit", "0.02", "--format", "csv"]) == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["rank"], row["straggler"]) for row in rows] == [("TP0", "TP1"), ("TP1", "TP1")]
-    assert main(["straggler", str(folder), "--limit", "0.9"]) == 0
+    assert main([*LATE, str(folder), "--limit", "0.9"]) == 0
+    capsys.readouterr()
+    assert main([*LATE, str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("measured: TP1 arrives ")
+    assert main(["check", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("measured: TP1 is ")
+    assert "\nmeasured: TP1 arrives " in text
 
 
 def test_a_balanced_stand_in_has_no_straggler(tmp_path: Path, capsys: Capsys) -> None:
@@ -169,11 +182,11 @@ def _window(folder: Path, *faults: str) -> Path:
 def test_no_rank_at_all_is_inconclusive(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     monkeypatch.setattr("pytest_sglprof.trace.read.read_window", lambda *a, **k: build(()))
     for form in ("json", "csv", "table"):
-        assert main(["straggler", "window", "--format", form]) == 3
+        assert main([*LATE, "window", "--format", form]) == 3
     capsys.readouterr()
 
 
 @pytest.mark.parametrize("words", [["--limit", "1"], ["--min-steps", "0"]])
 def test_nonsense_is_refused(words: list[str], capsys: Capsys) -> None:
-    assert main(["straggler", "window", *words]) == 2
+    assert main([*LATE, "window", *words]) == 2
     assert "must be" in capsys.readouterr().err
