@@ -14,7 +14,7 @@ from kernel_tables import build, slow
 
 from pytest_sglprof.analysis.cells import measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, imbalance_of_groups
-from pytest_sglprof.cli import imbalance as command
+from pytest_sglprof.cli import check as command
 from pytest_sglprof.config_file import load_config
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.gate.judge import judge
@@ -109,7 +109,7 @@ def test_a_new_row_is_accepted_by_thresholds_markers_and_configuration(
 def test_a_new_row_is_an_option_of_the_command_line(evenness: Metric) -> None:
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
-    assert parser.parse_args(["imbalance", "x", "--metric", "evenness"]).metric == "evenness"
+    assert parser.parse_args(["check", "x", "--metric", "evenness"]).metric == "evenness"
 
 
 def test_a_new_row_of_which_higher_is_better_fails_below_its_limit(evenness: Metric) -> None:
