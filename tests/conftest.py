@@ -33,8 +33,10 @@ REAL: Mapping[str, Callable[[], object]] = {
     "real_nsys": real_env.real_nsys,
     "browser": find_chromium,
 }
+STARTS_SERVERS = {"make_project", "project", "lease_folder"}  # fixtures
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A file says once what the machine lacks for its tests; files that start servers go first.
 
@@ -52,10 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
         for other in others:
             items.remove(other)
-    first_files = {
-        item.path for item in items if "make_project" in getattr(item, "fixturenames", ())
-    }
-    items.sort(key=lambda item: item.path not in first_files)
+    long_files = {item.path for item in items if STARTS_SERVERS.intersection(_fixtures(item))}
+    items.sort(key=lambda item: item.path not in long_files)
+
+
+def _fixtures(item: pytest.Item) -> tuple[str, ...]:
+    return tuple(getattr(item, "fixturenames", ()))
 
 
 def _why_missing(find: Callable[[], object]) -> str | None:

@@ -34,8 +34,13 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeProje
 
 
 RunHere = Callable[..., pytest.RunResult]
-# A nested run unloads what it loaded, and numpy cannot be loaded twice in one process.
-LOADED = ("pandas", "httpx", "jsonschema", "pytest_sglprof.plugin_session")
+
+
+@pytest.fixture(scope="session")
+def loaded() -> None:
+    """`pytester` unloads what was loaded after it, and numpy cannot be loaded twice."""
+    for name in ("pandas", "httpx", "jsonschema", "pytest_sglprof.plugin_session"):
+        importlib.import_module(name)
 
 
 @pytest.fixture
@@ -47,10 +52,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run_here(pytester: pytest.Pytester, clean_environment: None, secrets_end_here: None) -> RunHere:
+def run_here(
+    pytester: pytest.Pytester, loaded: None, clean_environment: None, secrets_end_here: None
+) -> RunHere:
     """Runs pytest in this process: right for all that neither ends it nor looks at imports."""
-    for name in LOADED:
-        importlib.import_module(name)
 
     def run(*options: str, config: str | None) -> pytest.RunResult:
         if config is not None:
