@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof.trace.table import KernelTable
+from pytest_sglprof.ranks import rank_order
+from pytest_sglprof.trace.table import TEXT_COLUMNS, KernelTable, Step, step_frame
 
 KERNELS = (
     ("fused_moe_kernel", "moe", 600_000),
@@ -79,3 +80,26 @@ def slow(
         return factor if hit else 1.0
 
     return scale
+
+
+def from_rows(
+    rows: Iterable[tuple[str, str, str, str, int, int, int, int]],
+    *,
+    steps: Iterable[tuple[str, Step]] = (),
+    source: str = "gpu",
+    ranks: Sequence[str] | None = None,
+) -> KernelTable:
+    """A table of explicit `(rank, name, category, stage, step, stream, start, dur)` rows."""
+    listed = list(rows)
+    labels = tuple(ranks) if ranks is not None else rank_order({row[0] for row in listed})
+    columns = list(zip(*listed, strict=True)) or [()] * 8
+    rank, name, category, stage, step, stream, start, dur = columns
+    kind = ["memcpy" if text == "memory" else "kernel" for text in category]
+    texts = dict(zip(TEXT_COLUMNS, (rank, name, name, category, kind, stage), strict=True))
+    numbers = {"step": step, "stream": stream, "start_ns": start, "dur_ns": dur}
+    frame = pd.DataFrame(
+        {key: pd.Categorical(list(values)) for key, values in texts.items()}
+        | {key: np.asarray(values, dtype=np.int64) for key, values in numbers.items()}
+    )
+    frame["rank"] = frame["rank"].cat.set_categories(list(labels), ordered=True)
+    return KernelTable(frame, labels, step_frame(list(steps), labels), source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof.ranks import rank_order
 from pytest_sglprof.trace.collective_calls import CollectiveCalls, collective_frame
 
 if TYPE_CHECKING:
@@ -156,30 +155,6 @@ class KernelTable:
         order = sums.assign(**texts).sort_values([*first, "total_ns", *rest], ascending=ascending)
         result: pd.DataFrame = sums.loc[order.index].reset_index(drop=True)
         return result
-
-    @classmethod
-    def from_rows(
-        cls,
-        rows: Iterable[tuple[str, str, str, str, int, int, int, int]],
-        *,
-        steps: Iterable[tuple[str, Step]] = (),
-        source: str = "gpu",
-        ranks: Sequence[str] | None = None,
-    ) -> KernelTable:
-        """A table of explicit `(rank, name, category, stage, step, stream, start, dur)` rows."""
-        listed = list(rows)
-        labels = tuple(ranks) if ranks is not None else rank_order({row[0] for row in listed})
-        columns = list(zip(*listed, strict=True)) or [()] * 8
-        rank, name, category, stage, step, stream, start, dur = columns
-        kind = ["memcpy" if text == "memory" else "kernel" for text in category]
-        texts = dict(zip(TEXT_COLUMNS, (rank, name, name, category, kind, stage), strict=True))
-        numbers = {"step": step, "stream": stream, "start_ns": start, "dur_ns": dur}
-        frame = pd.DataFrame(
-            {key: pd.Categorical(list(values)) for key, values in texts.items()}
-            | {key: np.asarray(values, dtype=np.int64) for key, values in numbers.items()}
-        )
-        frame["rank"] = frame["rank"].cat.set_categories(list(labels), ordered=True)
-        return cls(frame, labels, step_frame(list(steps), labels), source)
 
 
 def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

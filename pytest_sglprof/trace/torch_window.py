@@ -26,12 +26,7 @@ from pytest_sglprof.trace.file_rank import rank_of_file, rank_of_pid
 from pytest_sglprof.trace.gpu_steps import TraceSteps, projected
 from pytest_sglprof.trace.impossible import excluded, impossible_rows, timelines
 from pytest_sglprof.trace.interruptions import Call, interruption, with_interruptions
-from pytest_sglprof.trace.kineto import (
-    KERNEL,
-    KINDS,
-    LAUNCH,
-    OPERATOR,
-)
+from pytest_sglprof.trace.kineto import KERNEL, KINDS, LAUNCH, OPERATOR
 from pytest_sglprof.trace.pool import FileContent, read_here, read_in_processes
 from pytest_sglprof.trace.self_time import self_times
 from pytest_sglprof.trace.steps import launch_times, with_graph_share
@@ -40,7 +35,6 @@ from pytest_sglprof.trace.times import base_time
 from pytest_sglprof.trace.torch_trace import decode_file
 
 SCAN_BYTES = 2 * 2**20  # stored bytes of a file
-
 POOL_BYTES = 8 * 2**20  # of all files; below, starting processes costs more than it saves
 
 Jobs = Sequence[tuple[Path, ScanRequest]]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from kernel_tables import build, slow
+from kernel_tables import build, from_rows, slow
 
 from pytest_sglprof.analysis import strata as strata_module
 from pytest_sglprof.analysis.cells import measure
@@ -41,7 +41,7 @@ def window(
                 at += dur
             told = {"batch_size": batch, "tokens": batch, "kv_tokens": 1500 * batch, **more}
             steps.append((rank, Step(number, "decode", begin, at, **told)))
-    return KernelTable.from_rows(rows, steps=steps, ranks=ranks), rows
+    return from_rows(rows, steps=steps, ranks=ranks), rows
 
 
 def found(table: KernelTable) -> tuple[GroupStrata, ...]:
@@ -86,7 +86,7 @@ def test_prefills_of_other_lengths_are_other_work() -> None:
     for number, tokens in enumerate((900, 1000, 5000)):
         steps.append(("TP0", Step(number, "prefill", 0, 1, batch_size=2, tokens=tokens)))
         rows.append(("TP0", "k", "gemm", "prefill", number, 7, number * 10_000, tokens))
-    (group,) = found(KernelTable.from_rows(rows, steps=steps))
+    (group,) = found(from_rows(rows, steps=steps))
     assert [(one.work.token_bucket, one.steps) for one in group.strata] == [(9, 2), (12, 1)]
 
 
@@ -96,7 +96,7 @@ def test_numbers_of_steps_may_be_large_and_have_gaps() -> None:
     steps = [("TP0", Step(n, "decode", 0, 1, batch_size=n % 2 + 1)) for n in numbers]
     durations = (*zip(numbers, (100, 300, 500), strict=True), (6, 9_000), (-1, 9_000))
     rows = [("TP0", "k", "gemm", "decode", n, 7, n * 1000, ns) for n, ns in durations]
-    (group,) = found(KernelTable.from_rows(rows, steps=steps))
+    (group,) = found(from_rows(rows, steps=steps))
     assert [(one.steps, one.kernels) for one in group.strata] == [(3, (300.0,))]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from kernel_tables import build, slow
+from kernel_tables import build, from_rows, slow
 
 from pytest_sglprof.analysis.load_join import compute_by_dp, join_load, pearson
 from pytest_sglprof.analysis.rank_board import RankLoad
 from pytest_sglprof.analysis.unequal import Onset
 from pytest_sglprof.report.load import load_strip, onset_document
 from pytest_sglprof.report.results import validate
-from pytest_sglprof.trace.table import KernelTable
 from pytest_sglprof.values import LoadSample
 
 from .windows import run, window
@@ -61,14 +60,14 @@ def test_the_loop_of_an_idle_scheduler_is_no_compute() -> None:
     busy, idle = RANKS
     rows = [(busy, "scheduler.run_batch", "other", "decode", n, 1, n * 10, 8) for n in range(50)]
     rows += [(idle, "scheduler.idle", "other", "unknown", -1, 1, 0, 500)]
-    table = KernelTable.from_rows(rows, source="nvtx", ranks=RANKS)
+    table = from_rows(rows, source="nvtx", ranks=RANKS)
     assert compute_by_dp(table) == ({0: 400.0, 1: 0.0}, False)
     assert "the others nothing" in join_load(ONSET, table).sentence
 
 
 def test_processes_of_unknown_rank_are_nobodys() -> None:
     rows = [("pid 7", "scheduler.run_batch", "other", "decode", 0, 1, 0, 8)]
-    joined = join_load(ONSET, KernelTable.from_rows(rows, source="nvtx"))
+    joined = join_load(ONSET, from_rows(rows, source="nvtx"))
     assert joined.sentence == "the trace holds nothing of DP0, DP1"
 
 

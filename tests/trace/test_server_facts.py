@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from kernel_tables import from_rows
 
 from pytest_sglprof.analysis.steps import compared_steps, step_spans
 from pytest_sglprof.trace.server_facts import with_server_facts
@@ -19,7 +20,7 @@ def table(base: int = UNIX, ranks: tuple[str, ...] = ("TP0", "TP1")) -> KernelTa
                     base * 10**9 + n * 500_000_000 + 400_000_000, substage=word))
         for rank in ranks for n, word in enumerate(["VERIFY", "DRAFT"] * 4)
     ]  # fmt: skip
-    return KernelTable.from_rows([], steps=steps, ranks=ranks)
+    return from_rows([], steps=steps, ranks=ranks)
 
 
 def test_steps_inside_a_rebalance_are_excluded_on_all_ranks() -> None:
@@ -66,7 +67,7 @@ def test_a_replayed_decode_step_was_padded_to_the_next_graph() -> None:
         ("TP0", Step(n, stage, n * 10, n * 10 + 9, batch_size=size, graph_share=share))
         for n, (size, share, stage, _) in enumerate(cases)
     ]
-    before = KernelTable.from_rows([], steps=steps, ranks=("TP0",))
+    before = from_rows([], steps=steps, ranks=("TP0",))
     found = with_server_facts(before, ServerFacts(graph_batches=(1, 2, 4, 8)))
     assert found.steps["padded_batch"].tolist() == [padded for *_, padded in cases]
 
