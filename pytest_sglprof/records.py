@@ -91,6 +91,6 @@ def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> Non
     record = test.record(str(report.outcome))
     report.sglprof = {**record, "problems": problems}  # type: ignore[attr-defined]
     for document in test.documents():
-        if document["verdict"] != "pass" and not test.told:
+        if document["verdict"] != "pass" and not test.message_shows_windows:
             title = f"sglprof {document['name']}"
             report.sections.append((title, "\n".join(rank_table(document))))

@@ -19,8 +19,8 @@ from pytest_sglprof.analysis.unequal import (
     Kind,
     Onset,
     OnsetRule,
-    excess,
     idle_ranks,
+    imbalances,
     sentence,
 )
 from pytest_sglprof.values import LoadSample
@@ -69,11 +69,11 @@ class RankOutline:
         count = sum(self.gaps.values())
         middle = {(count - 1) // 2, count // 2}
         passed = 0
-        found: list[float] = []
+        middle_gaps: list[float] = []
         for gap in sorted(self.gaps):
-            found += [gap for place in middle if passed <= place < passed + self.gaps[gap]]
+            middle_gaps += [gap for place in middle if passed <= place < passed + self.gaps[gap]]
             passed += self.gaps[gap]
-        return sum(found) / len(found) if found else 0.0
+        return sum(middle_gaps) / len(middle_gaps) if middle_gaps else 0.0
 
     def add(self, sample: LoadSample) -> None:
         """Takes the next sample of this rank."""
@@ -140,7 +140,7 @@ def finished_load(
     for sample in samples:
         if grid := grids.get(group_of(sample.rank)):
             grid.add(sample)
-    found: list[Onset] = []
+    onsets: list[Onset] = []
     judged, worst = 0.0, 1.0
     for group, grid in grids.items():
         grid.fill(outline)
@@ -150,8 +150,8 @@ def finished_load(
         busy = [part for part in parts if part.mean_running >= rule.min_running]
         judged = max(judged, math.fsum(part.seconds for part in busy))
         worst = max([worst, *(part.factor for part in busy)])
-        found += _onsets(parts, rule, grid, group)
-    ordered = tuple(sorted(found, key=lambda onset: onset.time))
+        onsets += _onsets(parts, rule, grid, group)
+    ordered = tuple(sorted(onsets, key=lambda onset: onset.time))
     firsts, lasts = zip(*outline.spans.values(), strict=True)
     return FinishedLoad(ordered, judged, worst, (min(firsts), max(lasts)))
 
@@ -294,12 +294,12 @@ class _Part:
         self.factor = max(running) / self.mean_running if self.mean_running else 1.0
 
     def kinds(self, rule: OnsetRule) -> dict[Kind, float]:
-        found = excess(self.loads, rule)
+        factors = imbalances(self.loads, rule)
         running = [load.running for load in self.loads]
         far = max(running) - min(running) >= rule.min_gap
         if self.mean_running >= rule.min_running and far and idle_ranks(self.loads, NEARLY):
-            found["starved"] = self.factor
-        return found
+            factors["starved"] = self.factor
+        return factors
 
 
 def _onsets(parts: Sequence[_Part], rule: OnsetRule, grid: _Grid, group: str) -> Iterator[Onset]:
@@ -319,7 +319,7 @@ def _onset(
     main = max((part for part in parts if part.kinds(rule)), key=lambda part: part.seconds)
     kinds = main.kinds(rule)
     kind = next(kind for kind in KINDS if kind in kinds)
-    found = Onset(
+    onset = Onset(
         time=parts[0].begin,
         declared=parts[0].begin + rule.hold,
         kind=kind,
@@ -330,4 +330,4 @@ def _onset(
         group=group,
         ended=None if after is None else after.begin,
     )
-    return replace(found, sentence=sentence(found))
+    return replace(onset, sentence=sentence(onset))

@@ -18,9 +18,9 @@ from pytest_sglprof.analysis.unequal import (
     Onset,
     OnsetRule,
     average_factor,
-    excess,
     gap,
     imbalance,
+    imbalances,
     sentence,
 )
 from pytest_sglprof.values import BalanceSample, LoadSample
@@ -84,8 +84,8 @@ class GroupDetector:
                         look.loads = tuple(
                             silent if load.rank == silent.rank else load for load in look.loads
                         )
-                        look.shown = excess(look.loads, self.rule)
-        self._looks.append(_Look(now, loads, excess(loads, self.rule)))
+                        look.shown = imbalances(look.loads, self.rule)
+        self._looks.append(_Look(now, loads, imbalances(loads, self.rule)))
         oldest = now - REMEMBERED * self.rule.hold - self.board.patience
         while self._looks[0].time < oldest:
             self._looks.popleft()
@@ -104,7 +104,7 @@ class GroupDetector:
             averages = self._averages(began)
             if (factor := average_factor(kind, averages, self.rule)) is None:
                 continue
-            found = Onset(
+            onset = Onset(
                 time=began,
                 declared=now,
                 kind=kind,
@@ -114,7 +114,7 @@ class GroupDetector:
                 ranks=averages,
                 group=self._group,
             )
-            self.open = replace(found, sentence=sentence(found))
+            self.open = replace(onset, sentence=sentence(onset))
             self._calm = None
             return self.open
         return None
@@ -137,7 +137,7 @@ class GroupDetector:
         """
         looks = [look for look in self._looks if look.time >= began - self.rule.hold]
         gaps = [gap(kind, look.loads) for look in looks]
-        total, best, found = math.fsum(gaps), 0.0, began
+        total, best, change = math.fsum(gaps), 0.0, began
         before = 0.0
         for at in range(1, len(looks)):
             before += gaps[at - 1]
@@ -145,8 +145,8 @@ class GroupDetector:
             rise = after / (len(looks) - at) - before / at
             gain = rise * rise * at * (len(looks) - at)
             if rise > 0 and gain > best:
-                best, found = gain, looks[at].time
-        return max(began, found)
+                best, change = gain, looks[at].time
+        return max(began, change)
 
     def _unseen_before(self, began: float) -> float:
         """Seconds between the look that showed it first and the one before that.
@@ -161,7 +161,7 @@ class GroupDetector:
         looks = [look for look in self._looks if look.time >= began]
         newest = looks[-1]
         seconds = newest.time - looks[0].time
-        found = []
+        averages = []
         for at, load in enumerate(newest.loads):
             figures = []
             for name in ("running", "waiting", "tokens", "usage"):
@@ -172,7 +172,7 @@ class GroupDetector:
                 )
                 figures.append(math.fsum(held) / seconds if seconds > 0 else getattr(load, name))
             running, waiting, tokens, usage = figures
-            found.append(
+            averages.append(
                 replace(
                     load,
                     running=running,
@@ -181,11 +181,11 @@ class GroupDetector:
                     usage=None if load.usage is None else usage,
                 )
             )
-        return tuple(found)
+        return tuple(averages)
 
     def _keep_or_end(self, loads: Sequence[RankLoad], now: float) -> None:
         assert self.open is not None
-        if excess(loads, self.rule.released()):
+        if imbalances(loads, self.rule.released()):
             self._calm = None
             return
         self._calm = now if self._calm is None else self._calm
@@ -226,10 +226,10 @@ class OnsetDetector:
     @property
     def onsets(self) -> tuple[Onset, ...]:
         """Those that were declared, in order (the newest of very many); the last may go on."""
-        found = [onset for group in self.groups for onset in group.closed]
-        found += [group.open for group in self.groups if group.open is not None]
-        found += [onset for balance in self._balance.values() for onset in balance.declared]
-        return tuple(sorted(found, key=lambda onset: onset.time))
+        onsets = [onset for group in self.groups for onset in group.closed]
+        onsets += [group.open for group in self.groups if group.open is not None]
+        onsets += [onset for balance in self._balance.values() for onset in balance.declared]
+        return tuple(sorted(onsets, key=lambda onset: onset.time))
 
     @property
     def judged_s(self) -> float:
@@ -259,8 +259,8 @@ class OnsetDetector:
 
     def _group(self, name: str) -> GroupDetector:
         if name not in self._groups:
-            mine = [rank for rank in self._ranks if group_of(rank) == name]
-            board = RankBoard(mine, falls_silent=self.source == "log", stamp=self._stamp)
+            ranks = [rank for rank in self._ranks if group_of(rank) == name]
+            board = RankBoard(ranks, falls_silent=self.source == "log", stamp=self._stamp)
             self._groups[name] = GroupDetector(self.rule, board, self.source, name)
         return self._groups[name]
 
@@ -286,7 +286,7 @@ class _Balance:
         first = self._since[0]
         if sample.time - first.time < self._rule.hold:
             return []
-        found = Onset(
+        onset = Onset(
             time=first.time,
             declared=sample.time,
             kind=sample.kind,
@@ -295,5 +295,5 @@ class _Balance:
             source=sample.source,
         )
         self._since.clear()
-        self.declared.append(replace(found, sentence=sentence(found)))
+        self.declared.append(replace(onset, sentence=sentence(onset)))
         return [self.declared[-1]]

@@ -91,25 +91,25 @@ def imbalance(values: Sequence[float]) -> float:
     return max(values) * len(values) / total if total > 0 else 1.0
 
 
-def excess(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
+def imbalances(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
     """The kinds of imbalance that these loads show by `rule`, each with its λ."""
     running = [load.running for load in loads]
     if len(loads) < 2 or sum(running) / len(running) < rule.min_running:
         return {}
-    found: dict[Kind, float] = {}
+    factors: dict[Kind, float] = {}
     if idle_ranks(loads, 0.0) and max(running) >= rule.min_gap:
-        found["starved"] = imbalance(running)
+        factors["starved"] = imbalance(running)
     if (factor := _over(running, rule.min_gap, rule.factor)) is not None:
-        found["running"] = factor
+        factors["running"] = factor
     usage = [load.usage for load in loads]
     tokens = [load.tokens for load in loads]
     if None not in usage and None not in tokens:
         wide = _over([u or 0.0 for u in usage], rule.min_gap_usage, rule.factor)
         if wide is not None:
-            found["tokens"] = imbalance([t or 0.0 for t in tokens])
+            factors["tokens"] = imbalance([t or 0.0 for t in tokens])
     if (factor := _over([load.waiting for load in loads], rule.min_gap, rule.factor)) is not None:
-        found["queue"] = factor
-    return found
+        factors["queue"] = factor
+    return factors
 
 
 def seem_unequal(samples: Sequence[LoadSample]) -> bool:
@@ -157,7 +157,7 @@ def average_factor(kind: Kind, averages: Sequence[RankLoad], rule: OnsetRule) ->
     if kind == "starved":
         idle = idle_ranks(averages, NEARLY)
         return imbalance([load.running for load in averages]) if idle else None
-    return excess(averages, rule).get(kind)
+    return imbalances(averages, rule).get(kind)
 
 
 def sentence(onset: Onset) -> str:

@@ -20,14 +20,9 @@ class LoadState:
 
     @property
     def driven(self) -> tuple[int, threading.Event]:
-        """`target` and `ended` of one and the same load."""
+        """`target`, and the event that is set at the end, of one and the same load."""
         with self._changed:
             return self._target, self._ended
-
-    @property
-    def ended(self) -> threading.Event:
-        """Set when the load that is driven now (or was last) is over."""
-        return self.driven[1]
 
     @property
     def load_index(self) -> int:

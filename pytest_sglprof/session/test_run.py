@@ -54,7 +54,7 @@ class TestRun:
         self.windows: list[Window] = []
         self.verdict: VerdictWord | None = None
         self.reason = ""
-        self.told = False  # the test's own failure message shows the windows
+        self.message_shows_windows = False  # the test's own failure message shows the windows
         self._settings = settings
         self._folder = folder
         self._marked = marked
@@ -223,7 +223,7 @@ class TestRun:
         """The bad verdict as a tired engineer wants to read it."""
         from pytest_sglprof.report.terminal import rank_table
 
-        self.told = True
+        self.message_shows_windows = True
         bad = [doc for doc in self.documents() if doc["verdict"] != "pass"]
         shown = [rank_table(doc) for doc in bad if _is_shown(doc)]
         parts = [f"profile window verdict: {self.verdict}"]

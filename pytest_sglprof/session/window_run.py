@@ -17,7 +17,6 @@ from pytest_sglprof.capture.life import POLL, LifeWatch
 from pytest_sglprof.capture.steady import steady_load
 from pytest_sglprof.errors import (
     Inconclusive,
-    ServerDied,
     SglprofError,
     WindowError,
     WindowRefused,
@@ -186,11 +185,6 @@ class Window:
     def _raise_death(self) -> None:
         if death := self._life.death():
             raise death
-
-    @property
-    def death(self) -> ServerDied | None:
-        """What the server died of since the window was made; None while it lives."""
-        return self._life.death()
 
     def saw_load(self, problem: str | None) -> None:
         """One look at the load before it opens; why there was no answer, None where there was."""
