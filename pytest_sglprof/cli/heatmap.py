@@ -50,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
     file = results_file(args.results)
     document = load_results(file)
     refuse_inputs(args.output, recorded(file, document))
-    windows = document["windows"]
+    windows = document.windows
     if args.window:
-        windows = [window for window in windows if window["id"] == args.window]
+        windows = tuple(window for window in windows if window.id == args.window)
     window = worst_window(windows)
     if window is None:
-        known = ", ".join(found["id"] for found in document["windows"]) or "none"
+        known = ", ".join(each.id for each in document.windows) or "none"
         raise SglprofError(
             f"{args.results} has no window to draw"
             + (f" with the id {args.window}" if args.window else ""),

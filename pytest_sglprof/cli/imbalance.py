@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.format == "csv":
         text = to_csv(_rank_records(document), _CSV_KEYS)
     else:
-        text = _table_text(document)
+        text = _table_text(document, verdict)
     sys.stdout.write(text)
     return EXIT_STATUS[verdict.word]
 
@@ -222,7 +222,7 @@ def _rank_records(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**group, **figure} for group in document["groups"] for figure in group["ranks"]]
 
 
-def _table_text(document: dict[str, Any]) -> str:
+def _table_text(document: dict[str, Any], verdict: Verdict) -> str:
     from pytest_sglprof.gate.wording import milliseconds, percent
     from pytest_sglprof.report.terminal import contributor_lines, imbalance_line
 
@@ -234,11 +234,12 @@ def _table_text(document: dict[str, Any]) -> str:
         Column("slowest_share", "slowest in", percent),
     )
     text = f"{document['verdict']}: {document['reason']}\n"
-    for group in document["groups"]:
-        title = f"{group['group']}: " if group["group"] else ""
+    findings = [judgement.finding for judgement in verdict.judgements if judgement.finding]
+    for finding, group in zip(findings, document["groups"], strict=True):
+        title = f"{finding.group}: " if finding.group else ""
         shown = columns if _overlaps(group) else (columns[0], *columns[2:])
-        text += f"\n{title}{imbalance_line(group)}\n\n{render(group['ranks'], shown, 'table')}"
-        text += "".join(f"{line}\n" for line in contributor_lines(group))
+        text += f"\n{title}{imbalance_line(finding)}\n\n{render(group['ranks'], shown, 'table')}"
+        text += "".join(f"{line}\n" for line in contributor_lines(finding))
     return text + "".join(f"note: {note}\n" for note in document["notes"])
 
 

@@ -91,9 +91,9 @@ def straggler_command_document(
     table: KernelTable, found: Sequence[StragglerFinding]
 ) -> dict[str, Any]:
     """The JSON of the command: at the top the group that decided, under `groups` all."""
-    from pytest_sglprof.report.stragglers import straggler_document
+    from pytest_sglprof.report.window import finding_document
 
-    groups = [straggler_document(finding) for finding in found]
+    groups = [finding_document(finding) for finding in found]
     top: dict[str, Any] = min(
         groups,
         key=lambda group: (WORST_FIRST.index(group["verdict"]), -(group["lateness"] or 0.0)),

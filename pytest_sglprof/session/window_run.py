@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_sglprof.analysis.unequal import Onset
+    from pytest_sglprof.report.model import RecordedWindow
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.load_state import LoadState
     from pytest_sglprof.settings import Settings
@@ -335,8 +336,8 @@ class WindowRun:
             self._measured = replace(measured, verdict=verdict)
         return verdict.of(threshold)
 
-    def document(self, **about: Any) -> dict[str, Any]:
-        """The window as plain data for results.json; from now on it takes no check."""
+    def document(self, **about: Any) -> RecordedWindow:
+        """The window as results hold it; from now on it takes no check."""
         from pytest_sglprof.report.results import window_document
 
         self._is_recorded = True

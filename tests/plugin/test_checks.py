@@ -152,8 +152,8 @@ def test_fault_19_every_check_stays_with_its_window(ran, name):
     assert (ran.test(name)["outcome"], ran.test(name)["verdict"]) == (outcome, verdict)
     (window,) = ran.windows(name)
     assert window["verdict"] == verdict
-    kept = [j for j in window["judgements"] if j["origin"] == "check"]
-    assert [(j["limit"], j["verdict"]) for j in kept] == checks
+    kept = [j for j in window["judgements"] if j["threshold"]["origin"] == "check"]
+    assert [(j["threshold"]["limit"], j["verdict"]) for j in kept] == checks
     assert all(j["reason"] for j in kept)
 
 
@@ -187,7 +187,7 @@ def test_fault_19_a_check_of_windows_that_were_repeated_is_in_all_of_them(ran, n
     windows = ran.windows(name)
     assert len(windows) == 2
     for window in windows:
-        (check,) = [j for j in window["judgements"] if j["origin"] == "check"]
+        (check,) = [j for j in window["judgements"] if j["threshold"]["origin"] == "check"]
         assert check["verdict"] == word
         assert word in [spread["verdict"] for spread in window["repeats"]["spread"]]
         assert window["verdict"] == word
@@ -224,5 +224,5 @@ def test_it(drive, profile_window):
     first, second = ran.windows("test_it")
     assert second["retry_of"] == first["id"]
     for window, word in ((first, "inconclusive"), (second, "pass")):
-        (check,) = [j for j in window["judgements"] if j["origin"] == "check"]
+        (check,) = [j for j in window["judgements"] if j["threshold"]["origin"] == "check"]
         assert (check["verdict"], window["verdict"]) == (word, word)
