@@ -24,6 +24,8 @@ import psutil
 
 from pytest_sglprof.gate.judge import judge
 from pytest_sglprof.report.html import SCRIPTS, STYLES, write_page
+from pytest_sglprof.report.model import Run
+from pytest_sglprof.report.plain import utc
 from pytest_sglprof.report.results import load_results, run_document, write_results
 from pytest_sglprof.report.window import window_document
 from pytest_sglprof.trace.table import KernelTable
@@ -109,8 +111,16 @@ def make_page(folder: Path, ranks: int, steps: int, kernels: int) -> Path:
         standin=False,
         load=None,
     )
-    versions = {"pytest_sglprof": "", "python": ""}
-    header = {"id": "large", "started": 1.79e9, "ended": 1.79e9, "host": "", "versions": versions}
+    header = Run(
+        id="large",
+        started=utc(1.79e9),
+        ended=utc(1.79e9),
+        host="",
+        command=(),
+        versions={},
+        min_steps=30,
+        exit_status=0,
+    )
     write_results(run_document(header, [], [document], [], []), folder / "results.json")
     written = time.perf_counter()
     write_page([load_results(folder / "results.json")], [folder], folder / "report.html")

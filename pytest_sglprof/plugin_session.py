@@ -17,10 +17,10 @@ from pytest_sglprof.markers import concerns, marked_window, server_spec
 from pytest_sglprof.options import OPTIONS, shows_config
 from pytest_sglprof.progress import TerminalProgress
 from pytest_sglprof.records import (
-    NOTHING,
     attach,
     attach_servers,
     hide_secrets,
+    record_of_servers,
     set_properties,
     take_record,
 )
@@ -35,6 +35,7 @@ from pytest_sglprof.values import ServerSpec
 from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
 
 if TYPE_CHECKING:
+    from pytest_sglprof.report.model import RecordedServer
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.window_run import ProfileWindow
 
@@ -68,7 +69,7 @@ class PluginSession:
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
         self._in_test = False
-        self._left: list[dict[str, Any]] = []  # servers that left something, not reported yet
+        self._left: list[RecordedServer] = []  # servers that left something, not reported yet
         facts = run_facts(config, self.settings)
         self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
 
@@ -116,7 +117,7 @@ class PluginSession:
         """In the process that reports: keeps what travelled with the report."""
         record = None if self.worker else take_record(report)
         if record is not None:
-            new = (line for line in record.pop("problems") if line not in self._book.problems)
+            new = (line for line in record.problems if line not in self._book.problems)
             self._book.problems.extend(new)
             self._book.add(record)
 
@@ -129,7 +130,7 @@ class PluginSession:
             return
         try:
             if self._left:  # an interrupted run stops its servers without a report
-                self._book.add({**NOTHING, "servers": self._left})
+                self._book.add(record_of_servers(self._left))
             self._book.finish(int(exitstatus))
             prune(
                 self.settings.output,
@@ -144,7 +145,7 @@ class PluginSession:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """One section, when there is something to say."""
-        if not self.worker and (self._book.results or self._book.problems):
+        if not self.worker and (self._book.results is not None or self._book.problems):
             write_summary(terminalreporter, self._book)
 
     # ---- collection ----------------------------------------------------------------------

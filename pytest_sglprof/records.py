@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from pytest_sglprof.redact import redact, redact_text
 
 if TYPE_CHECKING:
+    from pytest_sglprof.report.model import Outcome, Record, RecordedServer
     from pytest_sglprof.session.test_run import TestRun
 
-Record = dict[str, Any]
-
 PROPERTIES = pytest.StashKey[dict[str, str]]()
-# A record that tells of servers alone.
-NOTHING: Record = {"attempt": None, "windows": [], "servers": [], "loads": [], "problems": []}
 
 
 def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -31,31 +28,61 @@ def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 def take_record(report: pytest.TestReport) -> Record | None:
     """The record that came with the report, which pytest keeps, and keeps without it."""
-    if not hasattr(report, "sglprof"):
+    from msgspec.structs import replace
+
+    record = _carried(report)
+    if record is None:
         return None
-    record = dict(report.sglprof)
     del report.sglprof
-    if record["attempt"] is not None:
-        record["attempt"] = {**record["attempt"], "outcome": _outcome(report)}
+    if record.attempt is not None:
+        record = replace(record, attempt=replace(record.attempt, outcome=_outcome(report)))
     return record
 
 
-def attach_servers(report: pytest.TestReport, servers: Sequence[Record]) -> None:
+def attach_servers(report: pytest.TestReport, servers: Sequence[RecordedServer]) -> None:
     """Lets the report tell of servers that are over, besides what it carries already."""
     if servers:
-        record = getattr(report, "sglprof", NOTHING)
-        record = {**record, "servers": [*record["servers"], *servers]}
-        report.sglprof = record  # type: ignore[attr-defined]
+        _carry(report, record_of_servers(servers, _carried(report)))
 
 
-def _outcome(report: pytest.TestReport) -> str:
+def record_of_servers(servers: Sequence[RecordedServer], record: Record | None = None) -> Record:
+    """`record` (None: one of no attempt) with servers that are over."""
+    from msgspec.structs import replace
+
+    from pytest_sglprof.report.model import NOTHING
+
+    record = record or NOTHING
+    return replace(record, servers=(*record.servers, *servers))
+
+
+def _carry(report: pytest.TestReport, record: Record) -> None:
+    """Sets the record on the report, with which it travels from a worker: pytest's own way.
+
+    As text, which xdist and plugins that write reports as JSON can take.
+    """
+    import msgspec
+
+    report.sglprof = msgspec.json.encode(record).decode()  # type: ignore[attr-defined]
+
+
+def _carried(report: pytest.TestReport) -> Record | None:
+    if not hasattr(report, "sglprof"):
+        return None
+    import msgspec
+
+    from pytest_sglprof.report.model import Record
+
+    return msgspec.json.decode(report.sglprof, type=Record)
+
+
+def _outcome(report: pytest.TestReport) -> Outcome:
     """The word of results.json; an attempt that is followed by another is called "rerun"."""
     if hasattr(report, "wasxfail"):
         return "xfailed" if report.skipped else "xpassed"
     bad = report.failed or str(report.outcome) == "rerun"
     if bad:
         return "failed" if report.when == "call" else "error"
-    return str(report.outcome)
+    return cast("Outcome", report.outcome)
 
 
 def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
@@ -65,9 +92,9 @@ def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
     """
     from pytest_sglprof.report.junit import attachments, properties_of_test
 
-    documents = test.documents()
-    repeated = {document["retry_of"] for document in documents}
-    ours = dict(properties_of_test([d for d in documents if d["id"] not in repeated]))
+    windows = test.documents()
+    repeated = {window.retry_of for window in windows}
+    ours = dict(properties_of_test([w for w in windows if w.id not in repeated]))
     if test.verdict is not None and ours.get("verdict") != test.verdict:
         ours |= {"verdict": test.verdict, "reason": test.reason}
     problems = []
@@ -87,10 +114,7 @@ def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> Non
     from pytest_sglprof.report.terminal import rank_table
 
     test.drop_artifacts()
-    # pytest's own way for plugins: what is set on a report travels with it from a worker.
-    record = test.record(str(report.outcome))
-    report.sglprof = {**record, "problems": problems}  # type: ignore[attr-defined]
-    for document in test.documents():
-        if document["verdict"] != "pass" and not test.message_shows_windows:
-            title = f"sglprof {document['name']}"
-            report.sections.append((title, "\n".join(rank_table(document))))
+    _carry(report, test.record(_outcome(report), problems))
+    for window in test.documents():
+        if window.verdict != "pass" and not test.message_shows_windows:
+            report.sections.append((f"sglprof {window.name}", "\n".join(rank_table(window))))

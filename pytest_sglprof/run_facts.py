@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:
-    """The constant part of the document's `run`."""
+    """The constant part of `report.model.Run`."""
     return {
-        "command": redact_command(["pytest", *map(str, config.invocation_params.args)]),
+        "command": tuple(redact_command(["pytest", *map(str, config.invocation_params.args)])),
         "host": platform.node(),
         "versions": {
             "pytest_sglprof": __version__,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_sglprof.session.run import RunBook
 
+if TYPE_CHECKING:
+    from pytest_sglprof.report.model import Results
+
 
 def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
     """Writes the section, and the Markdown summary of a CI job where it is asked for."""
     reporter.section("sglprof")
-    if book.results:
+    if book.results is not None:
         with book.writing("the summary"):
             _write_verdicts(reporter, book.results)
         if path := os.environ.get("GITHUB_STEP_SUMMARY"):
@@ -28,14 +30,14 @@ def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
         reporter.write_line(line, red=True)
 
 
-def _write_verdicts(reporter: pytest.TerminalReporter, document: Mapping[str, Any]) -> None:
+def _write_verdicts(reporter: pytest.TerminalReporter, document: Results) -> None:
     from pytest_sglprof.report.terminal import summary_lines
 
     for line in summary_lines(document):
         reporter.write_line(line)
 
 
-def _append(path: str, document: Mapping[str, Any]) -> None:
+def _append(path: str, document: Results) -> None:
     from pytest_sglprof.report.markdown import step_summary
 
     with open(path, "a", encoding="utf-8") as stream:  # noqa: PTH123 – appended to

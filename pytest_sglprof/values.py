@@ -17,7 +17,7 @@ SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
 STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
 
 
-def worst_word(words: Container[str]) -> VerdictWord | None:
+def worst_word(words: Container[str | None]) -> VerdictWord | None:
     """The word that decides among several; None where there is none."""
     return next((word for word in WORST_FIRST if word in words), None)
 

@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from pytest_sglprof.analysis.busy import Ints, Mask
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.statistics import Certainty, Interval, certainty
 from pytest_sglprof.analysis.steps import steps_per_rank
-from pytest_sglprof.analysis.work import UNKNOWN_WORK, StepInputs, Work, compare_work
+from pytest_sglprof.analysis.work import (
+    UNKNOWN_WORK,
+    Measure,
+    StepInputs,
+    Work,
+    WorkWord,
+    compare_work,
+)
+from pytest_sglprof.figures import Amount, Count, Share
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
 
 __all__ = [
     "ImbalanceFinding",
+    "KernelTime",
     "RankFigure",
     "all_findings",
     "group_findings",
@@ -34,11 +44,17 @@ __all__ = [
 # Below half, the steps no longer speak for the window.
 MIN_ASSIGNED_SHARE = 0.5
 MIN_MATCHED_SHARE = 0.5
-MAX_CONTRIBUTORS = 20
+MAX_CONTRIBUTORS = 5
 
 
-@dataclass(frozen=True)
-class RankFigure:
+class KernelTime(msgspec.Struct, frozen=True):
+    """A kernel or category, and ns of kernel time by which a rank exceeds its peers in it."""
+
+    name: str
+    ns: float
+
+
+class RankFigure(msgspec.Struct, frozen=True):
     """One rank's time in the compared steps.
 
     total_ns: kernel time, sum of durations, ns. busy_ns: busy time, Σ over the steps of the
@@ -48,13 +64,17 @@ class RankFigure:
     """
 
     rank: str
-    total_ns: int
-    busy_ns: int
-    slowest_share: float | None
+    total_ns: Count
+    busy_ns: Count
+    slowest_share: Share | None
 
 
-@dataclass(frozen=True)
-class ImbalanceFinding:
+class ImbalanceFinding(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    rename={"work_word": "work"},
+):
     """How unequal the ranks of one work group are in one scope.
 
     scope: "compute", "communication", "all" or a category; kernel: a regular expression
@@ -65,54 +85,66 @@ class ImbalanceFinding:
     lost_share: lost_ns / Σ max. Figures are None where `reason` says why.
     slowest: label of the rank with the largest total; None when two share it.
     share_of_compute: Σ total of the scope / the same of compute, same group.
-    contributors: kernel name -> ns of kernel time by which the slowest exceeds the median of the
-    others, largest first; category_contributors: the same by category.
+    contributors: the kernels in which the slowest exceeds the median of the others most, largest
+    first; category_contributors: the same by category.
     others_ns: median total of the others, ns. group: label of the work group, "" if only
-    one. steps: compared steps with activity of the scope (0: the table knows no steps,
+    one. steps: compared steps with activity of the scope (None: the table knows no steps,
     totals are compared). compared_steps: all that are compared. dropped_steps: seen on
     some rank, not on all, or cut by the window's edge. interval, factor_interval,
     lost_share_interval: 95 % of slowdown, factor and lost_share; p_value: of totals as unequal by
     chance (None without steps). factor_sync: λ over sync segments, None where no collectives
     are matched. cv: standard deviation / mean of the ranks' totals. lost_ns_per_step:
     lost_ns / steps. share_of_step: Σ total / Σ busy time of the ranks in these steps.
-    work: the input of the slowest rank beside that of its peers. other_input_steps: compared
+    work_*: the input of the slowest rank beside that of its peers, as in `Work`, None where it
+    is not known. other_input_steps: compared
     steps in which ranks had other input or ran another graph. output_tokens: of the compared
     decode steps; ns_per_token, lost_ns_per_token: Σ max and Σ (max − mean) of those steps /
     output_tokens, ns. None where they are not known.
     """
 
+    group: str
     scope: str
     kernel: str
     stage: str
-    ranks: tuple[RankFigure, ...]
     slowdown: float | None
     factor: float | None
-    lost_ns: int
-    lost_share: float | None
+    lost_ns: Count
+    lost_share: Share | None
     slowest: str | None
-    share_of_compute: float
-    contributors: tuple[tuple[str, float], ...] = ()
-    category_contributors: tuple[tuple[str, float], ...] = ()
-    others_ns: float | None = None
-    group: str = ""
-    steps: int = 0
-    compared_steps: int = 0
-    dropped_steps: int = 0
-    has_steps: bool = True
-    reason: str = ""
-    interval: Interval | None = None
-    factor_interval: Interval | None = None
-    lost_share_interval: Interval | None = None
-    p_value: float | None = None
-    factor_sync: float | None = None
-    cv: float | None = None
-    lost_ns_per_step: float | None = None
-    share_of_step: float | None = None
-    work: Work = UNKNOWN_WORK
-    other_input_steps: int = 0
-    output_tokens: float | None = None
-    ns_per_token: float | None = None
-    lost_ns_per_token: float | None = None
+    others_ns: Amount | None
+    share_of_compute: Amount
+    interval: Interval | None
+    factor_interval: Interval | None
+    lost_share_interval: Interval | None
+    p_value: Share | None
+    factor_sync: float | None
+    cv: Amount | None
+    lost_ns_per_step: Amount | None
+    share_of_step: Amount | None
+    work_word: WorkWord | None
+    work_ratio: Amount | None
+    work_by: Measure | None
+    other_input_steps: Count
+    output_tokens: Amount | None
+    ns_per_token: Amount | None
+    lost_ns_per_token: Amount | None
+    steps: Count | None
+    compared_steps: Count | None
+    dropped_steps: Count
+    reason: str
+    ranks: tuple[RankFigure, ...]
+    contributors: tuple[KernelTime, ...]
+    category_contributors: tuple[KernelTime, ...]
+
+    @property
+    def has_steps(self) -> bool:
+        """False where the table knows no steps, so that totals of the window are compared."""
+        return self.steps is not None
+
+    @property
+    def work(self) -> Work:
+        """The input of the slowest rank beside that of its peers."""
+        return Work(self.work_word, self.work_ratio, self.work_by)
 
     @property
     def one_sided(self) -> bool:
@@ -152,9 +184,11 @@ def worst(
 ) -> ImbalanceFinding:
     """The finding with the largest slowdown, then lost time; an empty one of none."""
     if not findings:
-        return ImbalanceFinding(
-            scope, kernel, stage, (), None, None, 0, None, None, 0.0, reason="no rank at all"
-        )
+        nothing: dict[str, Any] = dict.fromkeys(ImbalanceFinding.__struct_fields__)
+        nothing |= dict.fromkeys(("lost_ns", "other_input_steps", "dropped_steps"), 0)
+        nothing |= dict.fromkeys(("ranks", "contributors", "category_contributors"), ())
+        nothing |= {"group": "", "share_of_compute": 0.0, "reason": "no rank at all"}
+        return ImbalanceFinding(**nothing | {"scope": scope, "kernel": kernel, "stage": stage})
 
     def badness(found: ImbalanceFinding) -> tuple[float, int]:
         return (math.inf if found.one_sided else found.slowdown or 0.0, found.lost_ns)
@@ -202,8 +236,8 @@ def _finding(
     steps = len(live) if cells.has_steps else 0
     certain = Certainty() if reason or not steps else certainty(live)
     busy = cells.busy_ns(stage)
-    by_kernel: tuple[tuple[str, float], ...] = ()
-    by_category: tuple[tuple[str, float], ...] = ()
+    by_kernel: tuple[KernelTime, ...] = ()
+    by_category: tuple[KernelTime, ...] = ()
     if slowest is not None and top is not None:
         by_kernel, by_category = _contributors(cells, chosen, stage, top)
     slowdown = float(totals.max() / others) if others and not reason else None
@@ -222,10 +256,9 @@ def _finding(
         category_contributors=by_category,
         others_ns=None if reason else others,
         group=cells.group.label,
-        steps=steps,
-        compared_steps=len(matrix) if cells.has_steps else 0,
+        steps=steps if cells.has_steps else None,
+        compared_steps=len(matrix) if cells.has_steps else None,
         dropped_steps=cells.steps.dropped,
-        has_steps=cells.has_steps,
         reason=reason,
         interval=certain.slowdown,
         factor_interval=certain.factor,
@@ -235,6 +268,13 @@ def _finding(
         cv=None if reason else float(totals.std() / totals.mean()),
         lost_ns_per_step=float(lost / steps) if steps and not reason else None,
         share_of_step=float(totals.sum() / busy) if busy and not reason else None,
+        work_word=None,
+        work_ratio=None,
+        work_by=None,
+        other_input_steps=0,
+        output_tokens=None,
+        ns_per_token=None,
+        lost_ns_per_token=None,
     )
     if cells.inputs is None or reason:
         return found
@@ -260,7 +300,13 @@ def _with_inputs(
         work = compare_work(inputs, rows, top, found.slowdown, attention=attention)
     decodes = matrix[(np.array(cells.steps.stages, object) == "decode")[rows]]
     tokens = float(inputs.output_tokens[rows].sum())  # NaN where one step does not tell
-    found = replace(found, work=work, other_input_steps=int(inputs.other[rows].sum()))
+    found = replace(
+        found,
+        work_word=work.word,
+        work_ratio=work.ratio,
+        work_by=work.by,
+        other_input_steps=int(inputs.other[rows].sum()),
+    )
     if not tokens > 0:
         return found
     peak = float(decodes.max(axis=1).sum())
@@ -332,7 +378,7 @@ def _rank_figures(
 
 def _contributors(
     cells: GroupCells, chosen: Mask, stage: str, top: int
-) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
+) -> tuple[tuple[KernelTime, ...], tuple[KernelTime, ...]]:
     """By kernel and by category: how much longer the slowest took than the others' median."""
     totals = cells.kernel_totals(chosen, stage)[chosen]
     names = [cells.kernels[at] for at in np.flatnonzero(chosen)]
@@ -340,11 +386,11 @@ def _contributors(
     return by_kernel, _over_others([category for category, _ in names], totals, top)
 
 
-def _over_others(keys: Sequence[str], totals: Ints, top: int) -> tuple[tuple[str, float], ...]:
+def _over_others(keys: Sequence[str], totals: Ints, top: int) -> tuple[KernelTime, ...]:
     """totals: shape (keys, ranks); those of equal keys are added up."""
     places = {key: at for at, key in enumerate(dict.fromkeys(keys))}
     sums = np.zeros((len(places), totals.shape[1]), np.int64)
     np.add.at(sums, [places[key] for key in keys], totals)
     over = sums[:, top] - np.median(np.delete(sums, top, axis=1), axis=1)
     ordered = sorted(zip(places, over, strict=True), key=lambda item: (-item[1], item[0]))
-    return tuple((key, float(ns)) for key, ns in ordered[:MAX_CONTRIBUTORS] if ns > 0)
+    return tuple(KernelTime(key, float(ns)) for key, ns in ordered[:MAX_CONTRIBUTORS] if ns > 0)

@@ -6,18 +6,21 @@ Definitions, units and formulas of every figure stand in docs/metrics.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from msgspec.structs import replace
 
 from pytest_sglprof.analysis.busy import busy_parts
+from pytest_sglprof.analysis.imbalance import KernelTime
 from pytest_sglprof.analysis.segments import Segments, segments, sync_factor
 from pytest_sglprof.analysis.statistics import MAX_P, Interval, excess_certainty
 from pytest_sglprof.analysis.waits import Method, Waits, waits
 from pytest_sglprof.analysis.work import compare_work, step_inputs
+from pytest_sglprof.figures import Amount, Count, Share
 from pytest_sglprof.metrics import MIN_STEPS
 from pytest_sglprof.trace.kernels import NOT_COMPUTE
 from pytest_sglprof.values import GpuClocks, VerdictWord
@@ -34,8 +37,7 @@ CAUSE_SHARE = 0.5
 MAX_KERNELS = 10
 
 
-@dataclass(frozen=True)
-class RankLateness:
+class RankLateness(msgspec.Struct, frozen=True, kw_only=True):
     """One rank of a sync group, over its matched collectives. Times in ns.
 
     compute_ns: busy time of compute between them (without any: of the whole window);
@@ -47,18 +49,17 @@ class RankLateness:
     """
 
     rank: str
-    compute_ns: int
-    wait_ns: int
-    slowest_share: float | None
-    explained_share: float
-    kernels: tuple[tuple[str, float], ...]
-    late_ns: int = 0
-    idle_ns: int = 0
-    total_ns: int = 0
+    compute_ns: Count
+    idle_ns: Count
+    wait_ns: Count
+    late_ns: Count
+    total_ns: Count
+    slowest_share: Share | None
+    explained_share: Share
+    kernels: tuple[KernelTime, ...]
 
 
-@dataclass(frozen=True)
-class StragglerFinding:
+class StragglerFinding(msgspec.Struct, frozen=True, kw_only=True, rename={"method": "waits_by"}):
     """Who is late in one sync group.
 
     straggler: label, None for nobody. verdict: "fail" when somebody is, "pass" when surely
@@ -73,22 +74,22 @@ class StragglerFinding:
     verdict: VerdictWord
     reason: str
     cause: Cause | None
+    latest: str | None
+    lateness: float | None
+    interval: Interval | None
+    p_value: Share | None
+    limit: Amount
+    factor_sync: float | None
+    totals_difference: Share | None
+    steps: Count
+    collectives: Count
+    unmatched: Count
+    transfer_ns: float | None
+    skew_ns: float | None
+    method: Method | None
+    clock_offsets_ns: tuple[float, ...] | None
+    clock_uncertainty_ns: Amount | None
     ranks: tuple[RankLateness, ...]
-    latest: str | None = None
-    lateness: float | None = None
-    interval: Interval | None = None
-    p_value: float | None = None
-    limit: float = DEFAULT_LATENESS
-    factor_sync: float | None = None
-    totals_difference: float | None = None
-    steps: int = 0
-    collectives: int = 0
-    unmatched: int = 0
-    transfer_ns: float | None = None
-    skew_ns: float | None = None
-    method: Method = ""
-    clock_offsets_ns: tuple[float, ...] | None = None
-    clock_uncertainty_ns: float | None = None
 
 
 def stragglers(
@@ -129,6 +130,10 @@ def _finding(
         verdict="inconclusive",
         reason="",
         cause=None,
+        latest=None,
+        lateness=None,
+        interval=None,
+        p_value=None,
         ranks=ranks,
         limit=limit,
         factor_sync=sync_factor(parts.compute),
@@ -243,7 +248,7 @@ def _cause(
             if clock.rank == group.ranks[top] and clock.throttled:
                 return "throttled", f"its GPU was throttled ({clock.reason})"
         kernels = _kernels(table, parts)[top]
-        first = f", most of all {kernels[0][0]}" if kernels else ""
+        first = f", most of all {kernels[0].name}" if kernels else ""
         return "kernel", f"it computes {slower:.2f}x as long at the same work{first}"
     if idles >= CAUSE_SHARE * excess:
         return "host_late", f"it is idle {_percent(idles / excess)} of that time: its host is late"
@@ -293,7 +298,7 @@ def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.
     return np.array([ns[owner == at].sum() for at in range(len(ranks))], np.int64)
 
 
-def _kernels(table: KernelTable, parts: Segments) -> list[tuple[tuple[str, float], ...]]:
+def _kernels(table: KernelTable, parts: Segments) -> list[tuple[KernelTime, ...]]:
     """For each rank, kernels by which it exceeds the median of the others."""
     size = len(parts.waits.group.ranks)
     if not len(parts.rows) or size < 2:
@@ -307,7 +312,8 @@ def _kernels(table: KernelTable, parts: Segments) -> list[tuple[tuple[str, float
     for at in range(size):
         over = sums[:, at] - np.median(np.delete(sums, at, axis=1), axis=1)
         pairs = sorted(zip(names.cat.categories, over, strict=True), key=lambda p: (-p[1], p[0]))
-        found.append(tuple((str(n), float(ns)) for n, ns in pairs[:MAX_KERNELS] if ns > 0))
+        longer = [KernelTime(str(n), float(ns)) for n, ns in pairs[:MAX_KERNELS] if ns > 0]
+        found.append(tuple(longer))
     return found
 
 

@@ -4,14 +4,15 @@ window with another mix of batches can be compared stratum by stratum."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof.analysis.cells import GroupCells
+from pytest_sglprof.figures import Amount, Count, Share
 from pytest_sglprof.trace.arrays import Ints, first_of
 
 if TYPE_CHECKING:
@@ -23,14 +24,14 @@ MIN_KERNELS = 20
 # Strata x kernels of a window: 64 replicas of 32 strata keep 29 kernels each.
 MAX_CELLS = 60_000
 UNKNOWN = -1
+DIGITS = 3  # decimals of a mean, ns
 _ROWS = 1_000_000  # of the table at once
 _DECODE = "decode"
 
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, order=True)
-class StepWork:
+class StepWork(msgspec.Struct, frozen=True, order=True):
     """What a step does. Steps of equal work are compared. -1 where the source does not tell.
 
     batch: requests, padded as for the graph that ran, where that is told. kv_bucket:
@@ -39,14 +40,13 @@ class StepWork:
     """
 
     stage: str
-    substage: str = ""
-    batch: int = UNKNOWN
-    kv_bucket: int = UNKNOWN
-    token_bucket: int = UNKNOWN
+    substage: str
+    batch: int
+    kv_bucket: int
+    token_bucket: int
 
 
-@dataclass(frozen=True)
-class Stratum:
+class Stratum(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of equal work; kernel times are means over these steps and the group's ranks, ns.
 
     steps: how many. kernels: of each of `GroupStrata.kernels`. categories, compute_ns: of all
@@ -54,14 +54,13 @@ class Stratum:
     """
 
     work: StepWork
-    steps: int
-    compute_ns: float
-    categories: Mapping[str, float]
-    kernels: tuple[float, ...]
+    steps: Count
+    compute_ns: Amount
+    categories: dict[str, Amount]
+    kernels: tuple[Amount, ...]
 
 
-@dataclass(frozen=True)
-class GroupStrata:
+class GroupStrata(msgspec.Struct, frozen=True, kw_only=True):
     """The strata of one work group, the one with the most steps first.
 
     steps: compared steps by stage, also those of strata that are left out; None where the source
@@ -72,13 +71,13 @@ class GroupStrata:
 
     group: str
     ranks: tuple[str, ...]
-    steps: Mapping[str, int] | None
-    assigned_share: float
+    steps: dict[str, Count] | None
+    assigned_share: Share
     kernels: tuple[tuple[str, str], ...]
     strata: tuple[Stratum, ...]
-    left_out_strata: int = 0
-    left_out_kernels: int = 0
-    calls: tuple[float, ...] = field(default=())
+    left_out_strata: Count
+    left_out_kernels: Count
+    calls: tuple[Amount, ...]
 
 
 def strata(table: KernelTable, groups: Sequence[GroupCells]) -> tuple[GroupStrata, ...]:
@@ -103,16 +102,16 @@ def _group(table: KernelTable, cells: GroupCells, room: int) -> GroupStrata:
     return GroupStrata(
         group=cells.group.label,
         ranks=cells.group.ranks,
-        steps=Counter(cells.steps.stages) if cells.has_steps else None,
+        steps=dict(Counter(cells.steps.stages)) if cells.has_steps else None,
         assigned_share=cells.assigned_share,
         kernels=tuple(cells.kernels[k] for k in order[:room]),
         strata=tuple(
             Stratum(
                 work=work,
                 steps=int(steps[at]),
-                compute_ns=float(means[at][cells.select("compute")].sum()),
-                categories={name: float(means[at][mask].sum()) for name, mask in scopes.items()},
-                kernels=tuple(float(ns) for ns in means[at][order[:room]]),
+                compute_ns=_mean(means[at][cells.select("compute")].sum()),
+                categories={name: _mean(means[at][mask].sum()) for name, mask in scopes.items()},
+                kernels=tuple(map(_mean, means[at][order[:room]])),
             )
             for at, work in enumerate(shown)
         ),
@@ -156,7 +155,7 @@ def _sums(
 def _works(table: KernelTable, cells: GroupCells) -> list[StepWork]:
     """The work of each compared step; of a table without steps one for the whole window."""
     if not cells.has_steps:
-        return [StepWork("")]
+        return [StepWork("", "", UNKNOWN, UNKNOWN, UNKNOWN)]
     mine = table.steps[table.steps["rank"].isin(list(cells.group.ranks))]
     numbers = cells.steps.numbers
 
@@ -189,6 +188,10 @@ def _works(table: KernelTable, cells: GroupCells) -> list[StepWork]:
             )
         )
     return found
+
+
+def _mean(ns: float) -> float:
+    return round(float(ns), DIGITS)
 
 
 def _bucket(tokens: int) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Method = Literal["arrival", "duration", ""]
+Method = Literal["arrival", "duration"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Waits:
     on each rank's own clock, shape (instances, ranks), int64 ns. wait: ns, same shape; 0
     below the uncertainty. transfer, skew: shortest duration and latest - earliest start,
     shape (instances,), ns. method: "arrival", or "duration" where the clocks could not be
-    brought together (then skew is the largest wait), "" when nothing is matched. offsets:
+    brought together (then skew is the largest wait), None when nothing is matched. offsets:
     median of each rank's clock offset, ns. uncertainty_ns: of an arrival. unmatched:
     collectives that are not on every rank. kinds: activities of each kind. reason: why
     there are no waits; "" when there are.
@@ -47,7 +47,7 @@ class Waits:
     wait: Floats
     transfer: Floats
     skew: Floats
-    method: Method
+    method: Method | None
     offsets: tuple[float, ...] | None
     uncertainty_ns: float | None
     unmatched: int
@@ -168,7 +168,7 @@ def _nothing(group: RankGroup, kinds: dict[str, int], unmatched: int, reason: st
         wait=none.astype(np.float64),
         transfer=line,
         skew=line,
-        method="",
+        method=None,
         offsets=None,
         uncertainty_ns=None,
         unmatched=unmatched,

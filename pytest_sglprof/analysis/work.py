@@ -13,8 +13,8 @@ import pandas as pd
 from pytest_sglprof.analysis.busy import Ints, Mask
 
 Floats = npt.NDArray[np.float64]
-WorkWord = Literal["more_work", "same_work", ""]
-Measure = Literal["tokens", "requests", "padded batch", "KV tokens", ""]
+WorkWord = Literal["more_work", "same_work"]
+Measure = Literal["tokens", "requests", "padded batch", "KV tokens"]
 
 # What explains at least half of a difference is its cause.
 EXPLAINED_SHARE = 0.5
@@ -28,13 +28,13 @@ class Work:
     """The input of one rank beside that of its peers.
 
     word: "more_work" where it explains at least half of how much longer the rank took,
-    "same_work" where it does not, "" where no source tells it. ratio: of the rank's input /
+    "same_work" where it does not, None where no source tells it. ratio: of the rank's input /
     the median of the others', None where not known. by: in what the input was counted.
     """
 
-    word: WorkWord = ""
+    word: WorkWord | None = None
     ratio: float | None = None
-    by: Measure = ""
+    by: Measure | None = None
 
 
 UNKNOWN_WORK = Work()
@@ -105,9 +105,9 @@ def compare_work(
     return next(iter([*more, *other, *known]), UNKNOWN_WORK)
 
 
-def _word(ratio: float, slowdown: float | None) -> WorkWord:
+def _word(ratio: float, slowdown: float | None) -> WorkWord | None:
     if slowdown is None:
-        return ""
+        return None
     explains = ratio > 1.0 and ratio - 1.0 >= EXPLAINED_SHARE * (slowdown - 1.0)
     return "more_work" if explains else "same_work"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from pytest_sglprof.spelling import did_you_mean
 from pytest_sglprof.values import WORST_FIRST, Threshold
 
 if TYPE_CHECKING:
+    from pytest_sglprof.analysis.imbalance import ImbalanceFinding
     from pytest_sglprof.analysis.straggler import StragglerFinding
     from pytest_sglprof.cli.recorded import Recorded
     from pytest_sglprof.gate.judge import Verdict
@@ -71,11 +72,13 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if args.metric == LATENESS:
         _check_lateness(args, settings)
         table = read_table(recorded, args, settings)
+        findings: list[ImbalanceFinding] = []
         document = check_document(table, (), None, _late(table, args, settings), args.limit)
     else:
         thresholds = _thresholds(args, settings, recorded)
         table = read_table(recorded, args, settings)
         verdict = _judged(table, thresholds, settings, recorded)
+        findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
         late = None if _is_selected(args) else _late(table, args, settings)
         document = check_document(table, thresholds, verdict, late, None)
     if args.format == "json":
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     elif args.format == "csv":
         text = _csv_text(document)
     else:
-        text = _table_text(document)
+        text = _table_text(document, findings)
     write_text(text, args.output, [*recorded.paths, *args.paths])
     return STATUS[document["verdict"]]
 
@@ -126,16 +129,16 @@ def _judged(
 ) -> Verdict:
     from pytest_sglprof.gate.judge import judge
 
-    window: Mapping[str, Any] = recorded.window or {}
-    is_complete = window.get("state", "complete") == "complete"
+    window = recorded.window
+    is_complete = window is None or window.state == "complete"
     return judge(
         table,
         thresholds,
         min_steps=settings.min_steps,
         min_share=settings.min_share,
-        expected_ranks=window.get("expected_ranks", ()),
-        missing_ranks=window.get("missing_ranks", ()),
-        incomplete_reason=None if is_complete else window["state_reason"],
+        expected_ranks=window.expected_ranks if window else (),
+        missing_ranks=window.missing_ranks if window else (),
+        incomplete_reason=None if window is None or is_complete else window.state_reason,
     )
 
 
@@ -166,12 +169,10 @@ def _thresholds(
     """
     if _is_selected(args):
         return (_selected(args, settings),)
-    judged = (recorded.window or {}).get("judgements", ())
+    judged = recorded.window.judgements if recorded.window else ()
     is_changed = any(assignment.startswith("threshold") for assignment in args.set or ())
     if judged and args.config is None and not is_changed:
-        names = ("metric", "limit", "scope", "kernel", "stage", "origin")
-        of_run = (Threshold(**{name: found[name] for name in names}) for found in judged)
-        thresholds = tuple(dict.fromkeys(of_run))
+        thresholds = tuple(dict.fromkeys(judgement.threshold for judgement in judged))
     else:
         thresholds = settings.thresholds
     return tuple(
@@ -227,6 +228,10 @@ def _check_lateness(args: argparse.Namespace, settings: Settings) -> None:
         raise SettingsError(f"--min-steps {settings.min_steps}: must be 1 or more for {LATENESS}")
 
 
+def _findings(verdict: Verdict) -> list[ImbalanceFinding]:
+    return [each.finding for each in verdict.judgements if each.finding is not None]
+
+
 # ---- documents -------------------------------------------------------------------------------
 
 
@@ -239,9 +244,9 @@ def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
         return verdict if is_given else MEASURED
 
     groups = [
-        {**finding_document(found.finding), "verdict": word(found.verdict), "reason": found.reason}
-        for found in verdict.judgements
-        if found.finding is not None
+        {**finding_document(each.finding), "verdict": word(each.verdict), "reason": each.reason}
+        for each in verdict.judgements
+        if each.finding is not None
     ]
     worst = verdict.worst
     deciding = worst.finding if worst is not None else None
@@ -262,9 +267,9 @@ def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
 
 def _stragglers(late: Sequence[StragglerFinding], limit: float | None) -> dict[str, Any]:
     """The group that decided, and all of them; of a limit that nobody gave nothing is said."""
-    from pytest_sglprof.report.stragglers import straggler_document
+    from pytest_sglprof.report.window import finding_document
 
-    groups = [straggler_document(finding) for finding in late]
+    groups = [finding_document(finding) for finding in late]
     top: dict[str, Any] = min(
         groups,
         key=lambda group: (WORST_FIRST.index(group["verdict"]), -(group["lateness"] or 0.0)),
@@ -331,12 +336,14 @@ def _csv_text(document: dict[str, Any]) -> str:
     )
 
 
-def _table_text(document: dict[str, Any]) -> str:
+def _table_text(document: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
+    """findings: of all checks, in the order of their groups."""
     text = f"{document['verdict']}: {document['reason']}\n"
+    following = iter(findings)
     for check in document["checks"]:
         if len(document["checks"]) > 1:
             text += f"\n{check['verdict']}: {check['reason']}\n"
-        text += _check_text(check)
+        text += _check_text(check, [next(following) for _ in check["groups"]])
     stragglers = document["stragglers"]
     if stragglers is not None:
         if document["checks"]:
@@ -346,7 +353,7 @@ def _table_text(document: dict[str, Any]) -> str:
     return text + "".join(f"note: {note}\n" for note in document["notes"])
 
 
-def _check_text(check: dict[str, Any]) -> str:
+def _check_text(check: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
     from pytest_sglprof.gate.wording import milliseconds, percent
     from pytest_sglprof.report.terminal import contributor_lines, imbalance_line
 
@@ -358,11 +365,11 @@ def _check_text(check: dict[str, Any]) -> str:
         Column("slowest_share", "slowest in", percent),
     )
     text = ""
-    for group in check["groups"]:
+    for group, finding in zip(check["groups"], findings, strict=True):
         title = f"{group['group']}: " if group["group"] else ""
         shown = columns if _overlaps(group) else (columns[0], *columns[2:])
-        text += f"\n{title}{imbalance_line(group)}\n\n{render(group['ranks'], shown, 'table')}"
-        text += "".join(f"{line}\n" for line in contributor_lines(group))
+        text += f"\n{title}{imbalance_line(finding)}\n\n{render(group['ranks'], shown, 'table')}"
+        text += "".join(f"{line}\n" for line in contributor_lines(finding))
     return text
 
 

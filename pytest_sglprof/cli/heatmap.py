@@ -30,12 +30,12 @@ def write_picture(args: argparse.Namespace) -> None:
     file = results_file(Path(args.paths[0]))
     document = load_results(file)
     refuse_inputs(args.output, recorded(file, document))
-    windows = document["windows"]
+    windows = document.windows
     if args.window:
-        windows = [window for window in windows if window["id"] == args.window]
+        windows = tuple(window for window in windows if window.id == args.window)
     window = worst_window(windows)
     if window is None:
-        known = ", ".join(each["id"] for each in document["windows"]) or "none"
+        known = ", ".join(each.id for each in document.windows) or "none"
         raise SglprofError(
             f"{args.paths[0]} has no window to draw"
             + (f" with the id {args.window}" if args.window else ""),

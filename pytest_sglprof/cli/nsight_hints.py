@@ -27,7 +27,8 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
 
     recorded = recorded_by(args)
     files = window_files(recorded.paths)
-    known = {int(pid): rank for pid, rank in (recorded.window or {}).get("pid_ranks", {}).items()}
+    recorded_ranks = recorded.window.pid_ranks if recorded.window else {}
+    known = {int(pid): rank for pid, rank in recorded_ranks.items()}
     pid_ranks = {**known, **dict(args.rank)}
     nsys = settings.nsys or None
     traces = [file for file in files if not is_nsys(file)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.errors import SglprofError, TraceError
 
 if TYPE_CHECKING:
+    from pytest_sglprof.report.model import RecordedWindow, Results
     from pytest_sglprof.settings import Settings
     from pytest_sglprof.trace.table import KernelTable
 
@@ -22,7 +23,7 @@ class Recorded:
     """Files of one window. window: its part of results.json, None for files alone."""
 
     paths: tuple[Path, ...]
-    window: Mapping[str, Any] | None = None
+    window: RecordedWindow | None = None
 
 
 def recorded_by(args: argparse.Namespace) -> Recorded:
@@ -48,17 +49,17 @@ def results_file(path: Path) -> Path:
 
 
 def choose_window(
-    documents: Sequence[Mapping[str, Any]], folders: Sequence[Path], window_id: str
-) -> tuple[dict[str, Any], Path]:
+    documents: Sequence[Results], folders: Sequence[Path], window_id: str
+) -> tuple[RecordedWindow, Path]:
     """The window with that id, or the only one; and its run's folder."""
     chosen = [
         (window, folder)
         for document, folder in zip(documents, folders, strict=True)
-        for window in document["windows"]
-        if window_id in ("", window["id"])
+        for window in document.windows
+        if window_id in ("", window.id)
     ]
     if len(chosen) != 1:
-        every = [window["id"] for document in documents for window in document["windows"]]
+        every = [window.id for document in documents for window in document.windows]
         what = f"no window {window_id}" if window_id else f"{len(chosen)} windows"
         raise SglprofError(
             f"there {'is' if window_id else 'are'} {what} in these results",
@@ -68,18 +69,18 @@ def choose_window(
     return chosen[0]
 
 
-def window_of_run(window: Mapping[str, Any], folder: Path) -> Recorded:
+def window_of_run(window: RecordedWindow, folder: Path) -> Recorded:
     """The files of a window of results.json; `TraceError` where they were not kept."""
-    kinds = {artifact["kind"] for artifact in window["artifacts"]}
+    kinds = {artifact.kind for artifact in window.artifacts}
     exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
     paths = [
-        folder / artifact["path"]
-        for artifact in window["artifacts"]
-        if not exported or artifact["kind"] in exported
+        folder / artifact.path
+        for artifact in window.artifacts
+        if not exported or artifact.kind in exported
     ]
     if not paths or not all(path.exists() for path in paths):
         raise TraceError(
-            f"the traces of window {window['id']} are not there",
+            f"the traces of window {window.id} are not there",
             expected="the files that results.json names, beside it",
             hint="keep the traces of windows that pass with --sglprof-set=output.keep=all",
         )
@@ -95,15 +96,15 @@ def read_table(
     """
     from pytest_sglprof.trace.read import read_window
 
-    window = recorded.window or {}
-    pid_ranks = {int(pid): rank for pid, rank in window.get("pid_ranks", {}).items()}
-    gpu_ranks = {int(gpu): rank for gpu, rank in window.get("gpu_ranks", {}).items()}
+    window = recorded.window
+    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()} if window else {}
+    gpu_ranks = {int(gpu): rank for gpu, rank in window.gpu_ranks.items()} if window else {}
     return read_window(
         recorded.paths,
         pid_ranks={**pid_ranks, **dict(args.rank)} or None,
         gpu_ranks=gpu_ranks or None,
         allow_partial=args.allow_partial,
-        settle_s=window.get("spec", {}).get("settle") or 0.0,
+        settle_s=window.spec.settle if window else 0.0,
         patterns=settings.categories,
         step_delimiter=settings.step_delimiter,
         nsys=settings.nsys or None,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.cli.options import input_options, settings_of, settings_options
 from pytest_sglprof.cli.output import refuse_foreign, refuse_inputs
 from pytest_sglprof.cli.recorded import choose_window, read_table, results_file, window_of_run
 from pytest_sglprof.errors import ExitStatus, SglprofError
 
-Document = Mapping[str, Any]
+if TYPE_CHECKING:
+    from pytest_sglprof.report.lanes import Lanes
+    from pytest_sglprof.report.model import RecordedWindow, Results
 
 PAGE = "report.html"
 
@@ -71,17 +73,17 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if not args.output:
         refuse_foreign(output, hint="say with -o where the page is to be written")
     if args.step:
-        _redraw(documents, folders, args)
+        documents = _redrawn(documents, folders, args)
     write_page(documents, folders, output.resolve(), baseline=baseline)
     sys.stdout.write(f"{output}\n")
     return ExitStatus.DONE
 
 
-def _baseline(path: Path) -> Document:
+def _baseline(path: Path) -> Results:
     from pytest_sglprof.report.results import load_results
 
     document = load_results(results_file(path))
-    if not document["windows"]:
+    if not document.windows:
         raise SglprofError(
             f"--baseline: {path} has no profile window",
             expected="the results of a run that recorded windows",
@@ -90,23 +92,35 @@ def _baseline(path: Path) -> Document:
     return document
 
 
-def recorded(results: Path, document: Document) -> list[Path]:
+def recorded(results: Path, document: Results) -> list[Path]:
     """What a run recorded: its results, the files that these name, and all beside them."""
     folder = results.resolve().parent
-    windows = document["windows"]
-    named = [folder / item["path"] for window in windows for item in window["artifacts"]]
+    named = [folder / item.path for window in document.windows for item in window.artifacts]
     return [results, folder, *named]
 
 
-def _redraw(
-    documents: Sequence[dict[str, Any]], folders: Sequence[Path], args: argparse.Namespace
-) -> None:
-    """Replaces the lanes of one window by those of `args.step`, from its own traces."""
-    from pytest_sglprof.analysis.cells import measure
-    from pytest_sglprof.report.lanes import lanes
-    from pytest_sglprof.report.plain import plain
+def _redrawn(
+    documents: Sequence[Results], folders: Sequence[Path], args: argparse.Namespace
+) -> list[Results]:
+    """The documents with the lanes of one window replaced by those of `args.step`."""
+    from msgspec.structs import replace
 
     window, folder = choose_window(documents, folders, args.window)
+    redrawn = replace(window, lanes=_lanes(window, folder, args))
+    return [
+        replace(run, windows=tuple(redrawn if one is window else one for one in run.windows))
+        for run in documents
+    ]
+
+
+def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> Lanes:
+    """The lanes of `args.step`, from the window's own traces."""
+    from msgspec.structs import replace
+
+    from pytest_sglprof.analysis.cells import measure
+    from pytest_sglprof.report.lanes import lanes
+    from pytest_sglprof.report.plain import storable
+
     table = read_table(window_of_run(window, folder), args, settings_of(args, args.paths))
     steps = list(dict.fromkeys(args.step))
     known = {int(step) for step in table.steps["step"]}
@@ -114,15 +128,13 @@ def _redraw(
     if unknown:
         span = f"{min(known)} to {max(known)}" if known else "none: its source tells no steps"
         raise SglprofError(
-            f"window {window['id']} has no step {unknown[0]}",
+            f"window {window.id} has no step {unknown[0]}",
             expected=f"one of its steps, {span}",
             hint="the page shows the number of each step under Lanes and When",
         )
     drawn = lanes(table, measure(table), steps=steps)
     # As the run named them: its folder may come without its run.json, and with it the patterns.
-    recorded_as = {row["name"]: row["category"] for row in window["table"]}
-    drawn["categories"] = [
-        recorded_as.get(name, category)
-        for name, category in zip(drawn["names"], drawn["categories"], strict=True)
-    ]
-    window["lanes"] = plain(drawn)
+    recorded_categories = {row.name: row.category for row in window.table}
+    pairs = zip(drawn.names, drawn.categories, strict=True)
+    categories = tuple(recorded_categories.get(name, category) for name, category in pairs)
+    return storable(replace(drawn, categories=categories))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from pytest_sglprof.analysis.cells import GroupCells, measure
 from pytest_sglprof.analysis.imbalance import ImbalanceFinding, imbalance_of_groups
 from pytest_sglprof.analysis.statistics import MAX_P
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True):
     """One threshold applied to one work group.
 
     finding: None when there was nothing to measure. value: the metric's figure, None
@@ -174,7 +175,8 @@ def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int)
     prefix = group_prefix(finding)
     if finding.reason:
         return f"{prefix}{finding.reason}"
-    if finding.steps >= min_steps:
+    steps = finding.steps or 0
+    if steps >= min_steps:
         return None
     if not finding.has_steps:
         return (
@@ -182,7 +184,7 @@ def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int)
             f"verdict on {subject(threshold)} requires"
         )
     return (
-        f"{prefix}{count(finding.steps, 'step')} with {subject(threshold)}, "
+        f"{prefix}{count(steps, 'step')} with {subject(threshold)}, "
         f"{min_steps} are needed for a verdict{_lost_steps(finding)}"
     )
 

@@ -13,7 +13,7 @@ def uncertain_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
     metric = METRICS[threshold.metric]
     interval = metric.read_interval(finding)
     if interval is None or finding.p_value is None:
-        return f"{count(finding.steps, 'step')} cannot tell whether that is chance"
+        return f"{count(finding.steps or 0, 'step')} cannot tell whether that is chance"
     low, high = (metric.format(end, finer=1) for end in interval)
     by_chance = ""
     if metric.needs_p:
@@ -109,13 +109,13 @@ def cause(finding: ImbalanceFinding) -> str:
     slowest = finding.figure(finding.slowest)
     if slowest is None or finding.others_ns is None or not finding.contributors:
         return ""
-    kernel, ns = finding.contributors[0]
+    kernel, ns = finding.contributors[0].name, finding.contributors[0].ns
     alone = f"{kernel} alone makes {duration(ns)} of it"
     if ns > slowest.busy_ns - finding.others_ns:
         alone = f"{kernel} alone takes {duration(ns)} longer"
     if finding.kernel or finding.scope not in ("compute", "all"):
         return "" if kernel == finding.kernel else f"; {alone}"
-    category, _ = finding.category_contributors[0]
+    category = finding.category_contributors[0].name
     return f"; most of all in {category}: {alone}"
 
 
@@ -128,12 +128,12 @@ def _longer(finding: ImbalanceFinding) -> str:
 
 def _share_of_steps(finding: ImbalanceFinding) -> str:
     slowest = finding.figure(finding.slowest)
-    if slowest is None or slowest.slowest_share is None or finding.steps < 2:
+    if slowest is None or slowest.slowest_share is None or (finding.steps or 0) < 2:
         return ""
     return f", slowest in {percent(slowest.slowest_share)} of the steps"
 
 
 def _over(finding: ImbalanceFinding) -> str:
-    if not finding.has_steps:
+    if finding.steps is None:
         return " over the whole window"
-    return f" over {count(finding.steps, 'step')}"
+    return f" over {count(finding.steps or 0, 'step')}"

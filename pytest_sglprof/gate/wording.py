@@ -67,7 +67,7 @@ def count(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def work_words(word: str, ratio: float | None, by: str) -> str:
+def work_words(word: str | None, ratio: float | None, by: str | None) -> str:
     """`at the same work`, `with 1.50x the tokens: more work`; "" where it is not known.
 
     Of a rank that has more to do, but not by as much as it is slower, both are told.

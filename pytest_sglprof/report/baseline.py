@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pytest_sglprof.analysis.strata import UNKNOWN, StepWork
@@ -15,11 +15,9 @@ from pytest_sglprof.analysis.stratum_change import (
 )
 from pytest_sglprof.gate.wording import duration, percent, ratio, signed_duration
 from pytest_sglprof.report.environment import environment, load_figures, load_options
-from pytest_sglprof.report.page_figures import MAX_NAME
-from pytest_sglprof.report.strata import strata_of
+from pytest_sglprof.report.model import RecordedLoad, RecordedWindow, Results
+from pytest_sglprof.report.page_figures import shortened
 from pytest_sglprof.trace.kernels import NOT_COMPUTE
-
-Document = Mapping[str, Any]
 
 SHOWN_KERNELS = 20  # of a stage, those that change compute most
 # What is recorded besides kernels slows a server down, each in its own way.
@@ -27,7 +25,7 @@ RECORDED = ("with_stack", "record_shapes", "activities", "detailed_annotations")
 MIN_CHANGE = 0.0005  # of a figure; smaller ones have no bar
 
 
-def against_baseline(baseline: Document, runs: Sequence[Document]) -> dict[str, Any]:
+def against_baseline(baseline: Results, runs: Sequence[Results]) -> dict[str, Any]:
     """The part "Against the baseline" of a page of `runs`, ready to be placed.
 
     environment: versions, GPUs and commands of all runs beside each other. pairs: for each run
@@ -42,66 +40,65 @@ def against_baseline(baseline: Document, runs: Sequence[Document]) -> dict[str, 
             if key in old:
                 pairs.append(_pair(old[key], window, baseline, run))
             else:
-                unpaired.append((window, f"only in {run['run']['id']}"))
+                unpaired.append((window, f"only in {run.run.id}"))
         unpaired += [(w, "only in the baseline") for key, w in old.items() if key not in new]
     return {
-        "run": baseline["run"],
+        "run": baseline.run,
         "warnings": _run_warnings(baseline, runs),
         "environment": environment([baseline, *runs]),
         "pairs": pairs,
         "unpaired": [
-            {"nodeid": window["nodeid"], "name": window["name"], "where": where}
+            {"nodeid": window.nodeid, "name": window.name, "where": where}
             for window, where in unpaired
         ],
     }
 
 
-def paired_by(run: Document) -> dict[tuple[str, str, int], Document]:
+def paired_by(run: Results) -> dict[tuple[str, str, int], RecordedWindow]:
     """The windows of a run that are compared with those of other runs.
 
     By test, name, and how many windows of that name the test had before. Of attempts the last
     one, of windows that were opened again the last one, of repeats the typical one.
     """
-    last = {test["nodeid"]: max(a["number"] for a in test["attempts"]) for test in run["tests"]}
-    windows = run["windows"]
-    replaced = {window["retry_of"] for window in windows}
-    found: dict[tuple[str, str, int], Document] = {}
-    for window in windows:
-        repeats = window["repeats"]
+    last = {test.nodeid: max(one.number for one in test.attempts) for test in run.tests}
+    replaced = {window.retry_of for window in run.windows}
+    paired: dict[tuple[str, str, int], RecordedWindow] = {}
+    for window in run.windows:
         if (
-            window["attempt"] != last.get(window["nodeid"], window["attempt"])
-            or window["id"] in replaced
-            or (repeats is not None and repeats["typical"] != window["id"])
+            window.attempt != last.get(window.nodeid, window.attempt)
+            or window.id in replaced
+            or (window.repeats is not None and window.repeats.typical != window.id)
         ):
             continue
-        test, name = window["nodeid"], window["name"]
-        earlier = sum(key[:2] == (test, name) for key in found)
-        found[test, name, earlier] = window
-    return found
+        earlier = sum(key[:2] == (window.nodeid, window.name) for key in paired)
+        paired[window.nodeid, window.name, earlier] = window
+    return paired
 
 
-def _run_warnings(baseline: Document, runs: Sequence[Document]) -> list[str]:
+def _run_warnings(baseline: Results, runs: Sequence[Results]) -> list[str]:
     found = []
-    if baseline["summary"]["standin"]:
+    if baseline.summary.standin:
         found.append("The baseline has stand-in windows: they say nothing about SGLang.")
     for run in runs:
-        name = run["run"]["id"]
-        if name == baseline["run"]["id"]:
+        name = run.run.id
+        if name == baseline.run.id:
             found.append(f"{name} is the baseline itself.")
-        elif (run["run"]["started"] or "") < (baseline["run"]["started"] or ""):
+        elif (run.run.started or "") < (baseline.run.started or ""):
             found.append(f"{name} is older than the baseline.")
     return found
 
 
-def _pair(old: Document, new: Document, baseline: Document, run: Document) -> dict[str, Any]:
+def _pair(
+    old: RecordedWindow, new: RecordedWindow, baseline: Results, run: Results
+) -> dict[str, Any]:
     reason = not_comparable(old, new)
-    stages = () if reason else compare_strata(strata_of(old), strata_of(new))
-    loads = [_load(old, baseline), _load(new, run)]
+    stages = () if reason else compare_strata(old.strata, new.strata)
+    loads = (load_of(old, baseline), load_of(new, run))
     return {
         "window": new,
-        "run": run["run"]["id"],
-        "nodeid": new["nodeid"],
-        "name": new["name"],
+        "run": run.run.id,
+        "nodeid": new.nodeid,
+        "name": new.name,
         "reason": reason,
         "warnings": [*_warnings(old, new), *load_options(*loads)],
         "stages": [_stage(stage) for stage in stages],
@@ -109,44 +106,45 @@ def _pair(old: Document, new: Document, baseline: Document, run: Document) -> di
     }
 
 
-def _load(window: Document, run: Document) -> Document | None:
-    return next((load for load in run["loads"] if load["id"] == window["load"]), None)
+def load_of(window: RecordedWindow, run: Results) -> RecordedLoad | None:
+    """The load that ran during a window."""
+    return next((load for load in run.loads if load.id == window.load), None)
 
 
-def not_comparable(old: Document, new: Document) -> str:
+def not_comparable(old: RecordedWindow, new: RecordedWindow) -> str:
     """Why two windows tell nothing about each other; "" where they may."""
-    if old["standin"] != new["standin"]:
-        which = "the baseline" if old["standin"] else "this run"
+    if old.standin != new.standin:
+        which = "the baseline" if old.standin else "this run"
         return f"{which} ran on the stand-in, whose times say nothing about SGLang"
-    if old["backend"] != new["backend"]:
-        return f"recorded by {old['backend']} before and by {new['backend']} now"
+    if old.backend != new.backend:
+        return f"recorded by {old.backend} before and by {new.backend} now"
     for which, window in (("the baseline's window", old), ("this window", new)):
-        if window["source"] is None:
-            return f"{which} has no kernels: {window['state_reason'] or window['reason']}"
-        if window["partial"]:
+        if window.source is None:
+            return f"{which} has no kernels: {window.state_reason or window.reason}"
+        if window.partial:
             return f"{which} was read from a truncated trace"
-        hot = [gpu["rank"] for gpu in window["gpus"] if gpu["throttled"]]
+        hot = [gpu.rank for gpu in window.gpus if gpu.throttled]
         if hot:
             return f"{which} ran on throttled GPUs: {', '.join(hot)}"
-        if not window.get("strata"):
+        if not window.strata:
             return f"{which} is of a version of pytest-sglprof that did not sort steps by work"
-    if old["source"] != new["source"]:
-        return f"times of {old['source']} before and of {new['source']} now"
+    if old.source != new.source:
+        return f"times of {old.source} before and of {new.source} now"
     return ""
 
 
-def _warnings(old: Document, new: Document) -> Iterator[str]:
+def _warnings(old: RecordedWindow, new: RecordedWindow) -> Iterator[str]:
     """What makes the baseline's window a doubtful one to compare with."""
-    if old["verdict"] != "pass":
-        word = "failed" if old["verdict"] == "fail" else "was inconclusive"
-        yield f"The baseline's window {word}: {old['reason']}"
+    if old.verdict != "pass":
+        word = "failed" if old.verdict == "fail" else "was inconclusive"
+        yield f"The baseline's window {word}: {old.reason}"
     for name in RECORDED:
-        before, now = (json.dumps(window["spec"].get(name)) for window in (old, new))
+        before, now = (json.dumps(getattr(window.spec, name)) for window in (old, new))
         if before != now:
             yield f"Recorded with {name} {before} before and {now} now: that costs time of its own"
     for which, window in (("The baseline's window", old), ("This window", new)):
-        if window["state"] != "complete":
-            yield f"{which} is {window['state']}: {window['state_reason']}"
+        if window.state != "complete":
+            yield f"{which} is {window.state}: {window.state_reason}"
 
 
 def _stage(stage: StageChange) -> dict[str, Any]:
@@ -204,7 +202,7 @@ def _row(change: Change, widest: float) -> dict[str, Any]:
     elif change.before_ns is None or change.now_ns is None:
         word = "not listed " + ("before" if change.before_ns is None else "now")
     return {
-        "name": change.name if len(change.name) <= MAX_NAME else f"{change.name[: MAX_NAME - 1]}…",
+        "name": shortened(change.name),
         "full": change.name,
         "category": change.category,
         "outside": _outside(change),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pytest_sglprof.gate.wording import ratio
-
-Document = Mapping[str, Any]
+from pytest_sglprof.report.model import RecordedLoad, RecordedServer, Results
 
 NOT_TOLD = "not recorded"
 # Options whose value changes with every run and says nothing about the load or the server.
@@ -21,25 +20,25 @@ _RATES = (
 )
 
 
-def environment(runs: Sequence[Document]) -> list[dict[str, Any]]:
+def environment(runs: Sequence[Results]) -> list[dict[str, Any]]:
     """One row a fact: `name`, its `values` in each run, and whether any `differs`.
 
     Only what some run tells. GPUs are those of the windows, where clocks were read.
     """
     rows: dict[str, list[str]] = {}
     for name in ("started", "host"):
-        rows[name] = [str(run["run"].get(name) or NOT_TOLD) for run in runs]
-    versions = [run["run"]["versions"] for run in runs]
+        rows[name] = [getattr(run.run, name) or NOT_TOLD for run in runs]
+    versions = [run.run.versions for run in runs]
     for name in dict.fromkeys(name for one in versions for name, value in one.items() if value):
-        rows[f"{name} version"] = [str(one.get(name) or NOT_TOLD) for one in versions]
+        rows[f"{name} version"] = [one.get(name) or NOT_TOLD for one in versions]
     rows["GPUs"] = [_gpus(run) for run in runs]
-    servers = [{server["key"]: server for server in run["servers"]} for run in runs]
+    servers = [{server.key: server for server in run.servers} for run in runs]
     for key in dict.fromkeys(key for one in servers for key in one):
-        found = [one.get(key) for one in servers]
-        rows[f"server {key}"] = [_server(server) for server in found]
-        rows[f"server {key}, model"] = [(s or {}).get("model") or NOT_TOLD for s in found]
+        lives = [one.get(key) for one in servers]
+        rows[f"server {key}"] = [_server(life) for life in lives]
+        rows[f"server {key}, model"] = [(life.model if life else "") or NOT_TOLD for life in lives]
         rows[f"server {key}, command"] = [
-            " ".join(stable((s or {}).get("command") or ())) or NOT_TOLD for s in found
+            " ".join(stable(life.command if life else ())) or NOT_TOLD for life in lives
         ]
     expected_to_differ = ("started",)
     return [
@@ -67,13 +66,13 @@ def stable(command: Sequence[str]) -> list[str]:
     return kept
 
 
-def load_options(old: Document | None, new: Document | None) -> list[str]:
+def load_options(old: RecordedLoad | None, new: RecordedLoad | None) -> list[str]:
     """A sentence where the two loads were not the same; none where they were."""
     if old is None and new is None:
         return []
     if old is None or new is None:
         return [f"Only {'this run' if old is None else 'the baseline'} has a load for it."]
-    before, now = _options(old["command"]), _options(new["command"])
+    before, now = _options(old.command), _options(new.command)
     changed = [
         f"{name} {before.get(name, 'absent')} before, {now.get(name, 'absent')} now"
         for name in sorted({*before, *now})
@@ -81,9 +80,9 @@ def load_options(old: Document | None, new: Document | None) -> list[str]:
     ]
     found = [f"The loads differ: {'; '.join(changed)}."] if changed else []
     for which, load in (("baseline's", old), ("run's", new)):
-        if load["completed"] < load["requested"]:
+        if load.completed < load.requested:
             found.append(
-                f"Of the {which} load {load['completed']} of {load['requested']} requests ended."
+                f"Of the {which} load {load.completed} of {load.requested} requests ended."
             )
     return found
 
@@ -103,15 +102,15 @@ def _options(command: Sequence[str]) -> dict[str, str]:
     return {name: " ".join(listed) or "set" for name, listed in found.items()}
 
 
-def load_figures(old: Document | None, new: Document | None) -> list[dict[str, Any]]:
+def load_figures(old: RecordedLoad | None, new: RecordedLoad | None) -> list[dict[str, Any]]:
     """TTFT, TPOT and throughput before and now; rows that neither run has are left out."""
     rows = []
     for key, title in _LATENCIES:
         for statistic in _STATISTICS:
-            values = [(load or {}).get(key, {}).get(statistic) for load in (old, new)]
+            values = [getattr(load, key).get(statistic) if load else None for load in (old, new)]
             rows.append(_figure(f"{title}, {statistic}, ms", values, better="less"))
     for key, title in _RATES:
-        values = [(load or {}).get(key) for load in (old, new)]
+        values = [getattr(load, key) if load else None for load in (old, new)]
         rows.append(_figure(title, values, better="more"))
     return [row for row in rows if row is not None]
 
@@ -130,22 +129,22 @@ def _figure(name: str, values: Sequence[float | None], *, better: str) -> dict[s
     }
 
 
-def _server(server: Document | None) -> str:
+def _server(server: RecordedServer | None) -> str:
     if server is None:
         return "none"
-    parts = [server["kind"], server["version"]]
-    if server["nsys"]:
-        parts.append(f"under nsys {server['nsys']}")
-    if server["attached"]:
+    parts: list[str] = [server.kind, server.version]
+    if server.nsys:
+        parts.append(f"under nsys {server.nsys}")
+    if server.attached:
         parts.append("attached")
     return " ".join(part for part in parts if part)
 
 
-def _gpus(run: Document) -> str:
-    found = {
-        gpu["uuid"]: f"{gpu['uuid']}"
-        + (f" ({gpu['power_limit_w']:.0f} W)" if gpu["power_limit_w"] is not None else "")
-        for window in run["windows"]
-        for gpu in window["gpus"]
+def _gpus(run: Results) -> str:
+    described = {
+        gpu.uuid: gpu.uuid
+        + (f" ({gpu.power_limit_w:.0f} W)" if gpu.power_limit_w is not None else "")
+        for window in run.windows
+        for gpu in window.gpus
     }
-    return ", ".join(found[uuid] for uuid in sorted(found)) or NOT_TOLD
+    return ", ".join(described[uuid] for uuid in sorted(described)) or NOT_TOLD

@@ -7,13 +7,18 @@ without seeing colours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from pytest_sglprof.report.jinja import template
+from pytest_sglprof.report.terminal import busy_totals, window_title
+from pytest_sglprof.report.text_table import shorten
 from pytest_sglprof.values import WORST_FIRST
 
-Document = Mapping[str, Any]
+if TYPE_CHECKING:
+    from pytest_sglprof.analysis.imbalance import ImbalanceFinding
+    from pytest_sglprof.report.model import RecordedWindow
 
 LIGHTEST, DARKEST = 1.0, 1.25  # over the mean: what is not slow has no shade
 MAX_TEXT = 120
@@ -46,18 +51,41 @@ class HeatMap:
     rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]
 
 
-def heat_map(window: Document) -> HeatMap:
+@dataclass(frozen=True)
+class ScopeTimes:
+    """The ranks of a work group in one scope. ns: by rank, busy time. mean: over them, ns."""
+
+    finding: ImbalanceFinding
+    ns: dict[str, int]
+    mean: float
+
+    def ratio(self, rank: str) -> float | None:
+        """The rank's time over the mean; None without any time."""
+        return self.ns[rank] / self.mean if self.mean else None
+
+
+def scope_times(window: RecordedWindow, group: str) -> list[ScopeTimes]:
+    """Compute, communication and each category of a work group, in this order."""
+    found = []
+    for finding in window.findings:
+        if finding.group == group and not finding.kernel:
+            ns = busy_totals(window, finding)
+            found.append(ScopeTimes(finding, ns, sum(ns.values()) / len(ns) if ns else 0.0))
+    return found
+
+
+def heat_map(window: RecordedWindow) -> HeatMap:
     """The cells of one window of a results document; no rows where nothing was found."""
-    scopes = [found for found in window["findings"] if not found["kernel"]]
-    columns = tuple(dict.fromkeys(found["scope"] for found in scopes))
-    slowest = {f["slowest"] for f in scopes if f["scope"] == "compute" and f["slowest"]}
-    cells: dict[tuple[str, str], Cell] = {}
-    for found in scopes:
-        totals = [figure["busy_ns"] for figure in found["ranks"]]
-        mean = sum(totals) / len(totals) if totals else 0.0
-        for figure in found["ranks"]:
-            cells[figure["rank"], found["scope"]] = _cell(figure["busy_ns"], mean)
-    ranks = [rank for rank in window["ranks"] if (rank, "compute") in cells]
+    computes = window.of_scope("compute")
+    slowest = {compute.slowest for compute in computes}
+    times = [each for compute in computes for each in scope_times(window, compute.group)]
+    columns = tuple(dict.fromkeys(each.finding.scope for each in times))
+    cells = {
+        (rank, each.finding.scope): _cell(each.ns[rank], each.ratio(rank))
+        for each in times
+        for rank in each.ns
+    }
+    ranks = [rank for rank in window.ranks if (rank, "compute") in cells]
     return HeatMap(
         columns,
         tuple(
@@ -67,16 +95,11 @@ def heat_map(window: Document) -> HeatMap:
     )
 
 
-def heat_map_svg(window: Document) -> str:
+def heat_map_svg(window: RecordedWindow) -> str:
     """A whole SVG document. All names are escaped; it refers to nothing outside."""
-    import jinja2
-
     drawn = heat_map(window)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pytest_sglprof.report"), autoescape=True
-    )
     title, verdict = captions(window)
-    return environment.get_template("heat_map.svg").render(
+    return template("heat_map.svg").render(
         map=drawn,
         title=title,
         verdict=verdict,
@@ -90,13 +113,10 @@ def heat_map_svg(window: Document) -> str:
     )
 
 
-def captions(window: Document, limit: int = MAX_TEXT) -> tuple[str, str]:
+def captions(window: RecordedWindow, limit: int = MAX_TEXT) -> tuple[str, str]:
     """What the window is, and its verdict and reason; short, without control characters."""
-    from pytest_sglprof.report.terminal import window_title
-    from pytest_sglprof.report.text_table import shorten
-
-    title = shorten(f"{window['nodeid']} {window_title(window)}", limit)
-    verdict = shorten(f"{window['verdict']}: {window['reason']}", limit)
+    title = shorten(f"{window.nodeid} {window_title(window)}", limit)
+    verdict = shorten(f"{window.verdict}: {window.reason}", limit)
     return _printable(title), _printable(verdict)
 
 
@@ -105,16 +125,16 @@ def cell_text(cell: Cell) -> str:
     return "–" if cell.ratio is None else f"{cell.ratio:.2f}×"
 
 
-def worst_window(windows: Sequence[Document]) -> Document | None:
-    """The first failed window, else the first inconclusive one, else the first; None of none."""
-    drawable = [window for window in windows if window["findings"]]
-    return min(drawable, key=lambda window: WORST_FIRST.index(window["verdict"]), default=None)
+def worst_window(windows: Sequence[RecordedWindow]) -> RecordedWindow | None:
+    """The first failed window, else the first inconclusive one, else the first; None
+    where there is none to draw."""
+    drawable = [window for window in windows if window.findings]
+    return min(drawable, key=lambda window: WORST_FIRST.index(window.verdict), default=None)
 
 
-def _cell(busy: int, mean: float) -> Cell:
-    if not mean:
+def _cell(busy: int, ratio: float | None) -> Cell:
+    if ratio is None:
         return Cell(None, busy)
-    ratio = busy / mean
     shade = min(1.0, max(0.0, (ratio - LIGHTEST) / (DARKEST - LIGHTEST)))
     mixed = [round(a + (b - a) * shade) for a, b in zip(_LIGHT, _DARK, strict=True)]
     ink = "#000000" if _luminance(mixed) > _INK_LUMINANCE else "#ffffff"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.errors import SettingsError
 from pytest_sglprof.report.heat_map import (
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-Document = Mapping[str, Any]
+    from pytest_sglprof.report.model import RecordedWindow
 
 SCALE = 2  # device pixels a unit of the SVG, so that text is sharp on a phone
 EDGE = "#767676"
@@ -34,7 +33,7 @@ _MAX_TEXT = 400
 _MAX_LINES = 3  # of the title, and of the reason
 
 
-def heat_map_png(window: Document) -> bytes:
+def heat_map_png(window: RecordedWindow) -> bytes:
     """A whole PNG file. Raises SettingsError where Pillow is not installed."""
     try:
         from PIL import Image, ImageDraw

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.values import WORST_FIRST
 
-Document = Mapping[str, Any]
+if TYPE_CHECKING:
+    from pytest_sglprof.report.model import RecordedWindow
 
 
-def properties(window: Document) -> list[tuple[str, str]]:
+def properties(window: RecordedWindow) -> list[tuple[str, str]]:
     """`verdict, reason, slowest_rank, slowdown, limit, ...` of one window.
 
     Figures that do not exist are left out; `limit` and `value` are those of `metric`.
     """
-    found: dict[str, Any] = {"verdict": window["verdict"], "reason": window["reason"]}
-    decisive = window["decisive"]
-    if decisive is not None:
-        judgement = window["judgements"][decisive]
-        finding = judgement["finding"] or {}
-        found |= {
-            "slowest_rank": finding.get("slowest"),
-            "slowdown": finding.get("slowdown"),
-            "metric": judgement["metric"],
-            "value": judgement["value"],
-            "limit": judgement["limit"],
-            "scope": f"/{judgement['kernel']}/" if judgement["kernel"] else judgement["scope"],
-            "stage": judgement["stage"] or None,
+    figures: dict[str, object] = {"verdict": window.verdict, "reason": window.reason}
+    if (judgement := window.deciding) is not None:
+        threshold, finding = judgement.threshold, judgement.finding
+        contributors = finding.contributors if finding else ()
+        figures |= {
+            "slowest_rank": finding.slowest if finding else None,
+            "slowdown": finding.slowdown if finding else None,
+            "metric": threshold.metric,
+            "value": judgement.value,
+            "limit": threshold.limit,
+            "scope": f"/{threshold.kernel}/" if threshold.kernel else threshold.scope,
+            "stage": threshold.stage or None,
+            "slowest_kernel": contributors[0].name if contributors else None,
         }
-        found["slowest_kernel"] = next(
-            (item["name"] for item in finding.get("contributors", [])), None
-        )
-    found |= {"window": window["id"], "standin": window["standin"]}
-    return [(name, _text(value)) for name, value in found.items() if value is not None]
+    figures |= {"window": window.id, "standin": window.standin}
+    return [(name, _text(value)) for name, value in figures.items() if value is not None]
 
 
-def properties_of_test(windows: Sequence[Document]) -> list[tuple[str, str]]:
+def properties_of_test(windows: Sequence[RecordedWindow]) -> list[tuple[str, str]]:
     """Those of the worst window by their plain names, of the others as `name[window]`.
 
     So that `verdict` is the test's, whatever the number of windows.
     """
-    ordered = sorted(windows, key=lambda window: WORST_FIRST.index(window["verdict"]))
+    ordered = sorted(windows, key=lambda window: WORST_FIRST.index(window.verdict))
     found: list[tuple[str, str]] = []
     for at, window in enumerate(ordered):
-        suffix = f"[{window['id']}]" if at else ""
+        suffix = f"[{window.id}]" if at else ""
         found.extend((f"{name}{suffix}", value) for name, value in properties(window))
     return found
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from pytest_sglprof.analysis.cells import GroupCells
 from pytest_sglprof.analysis.collectives import matched_collectives
+from pytest_sglprof.figures import Count
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -22,21 +24,61 @@ NO_MATCH = -1
 EDGE_NS = 2_000_000_000  # ns of a window without steps that are shown, from its middle
 
 
+class Lane(msgspec.Struct, frozen=True, kw_only=True):
+    """The activities of one stream of a rank, in order of time, one item of each list a piece.
+
+    name: index into `Lanes.names`. start_ns: from the picture's origin. match: the number of
+    the collective, the same on all ranks; -1 where there is none.
+    """
+
+    rank: str
+    stream: int
+    name: list[int]
+    start_ns: list[int]
+    dur_ns: list[int]
+    match: list[int]
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of a work group, or the whole window (step: None).
+
+    why: why it is shown. origin_ns: the earliest start. dropped: activities left out.
+    """
+
+    group: str
+    ranks: tuple[str, ...]
+    step: int | None
+    stage: str
+    why: tuple[str, ...]
+    origin_ns: int
+    dropped: Count
+    lanes: tuple[Lane, ...]
+
+
+class Lanes(msgspec.Struct, frozen=True, kw_only=True):
+    """names, categories: of the kernels in all pictures. left_out: steps that did not fit."""
+
+    names: tuple[str, ...]
+    categories: tuple[str, ...]
+    left_out: Count
+    steps: tuple[Picture, ...]
+
+
 def lanes(
     table: KernelTable,
     groups: Sequence[GroupCells],
     *,
     onset_ns: int | None = None,
     steps: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Events of up to 8 chosen steps, as parallel integer lists; see results.schema.json.
+) -> Lanes:
+    """Events of up to 8 chosen steps, as parallel integer lists.
 
     Of each work group: the steps in which its ranks differ most in compute, the median one,
     and the first that begins after `onset_ns`; or exactly `steps`, where given. A table
     without steps gives one picture of the whole window (its middle, where that is long).
     """
     names: dict[tuple[str, str], int] = {}
-    pictures: list[dict[str, Any]] = []
+    pictures: list[Picture] = []
     room = MAX_EVENTS
     left_out = 0
     for cells, number, why in _chosen(groups, _first_after(table, onset_ns), steps):
@@ -44,15 +86,14 @@ def lanes(
         if len(rows) > room and pictures:
             left_out += 1
             continue
-        picture = _picture(table, cells, rows, number, names, room)
+        pictures.append(_picture(table, cells, rows, number, why, names, room))
         room -= len(rows)
-        pictures.append({**picture, "why": why})
-    return {
-        "names": [name for name, _ in names],
-        "categories": [category for _, category in names],
-        "left_out": left_out,
-        "steps": pictures,
-    }
+    return Lanes(
+        names=tuple(name for name, _ in names),
+        categories=tuple(category for _, category in names),
+        left_out=left_out,
+        steps=tuple(pictures),
+    )
 
 
 def _chosen(
@@ -116,9 +157,10 @@ def _picture(
     cells: GroupCells,
     rows: pd.DataFrame,
     number: int | None,
+    why: Sequence[str],
     names: dict[tuple[str, str], int],
     room: int,
-) -> dict[str, Any]:
+) -> Picture:
     """One step. More than `room` events: the shortest are left out."""
     dropped = max(0, len(rows) - room)
     matched = matched_collectives(_slice(table, rows), cells.group.ranks)["match"]
@@ -135,25 +177,26 @@ def _picture(
             pairs = zip(events["name"], events["category"], strict=True)
             start = events["start_ns"].to_numpy(np.int64) - origin
             found.append(
-                {
-                    "rank": rank,
-                    "stream": int(stream),
-                    "name": [names.setdefault((str(n), str(c)), len(names)) for n, c in pairs],
-                    "start_ns": start.tolist(),
-                    "dur_ns": events["dur_ns"].tolist(),
-                    "match": events["match"].tolist(),
-                }
+                Lane(
+                    rank=rank,
+                    stream=int(stream),
+                    name=[names.setdefault((str(n), str(c)), len(names)) for n, c in pairs],
+                    start_ns=start.tolist(),
+                    dur_ns=events["dur_ns"].tolist(),
+                    match=events["match"].tolist(),
+                )
             )
     spans = table.steps[table.steps["step"] == number] if number is not None else table.steps[:0]
-    return {
-        "group": cells.group.label,
-        "ranks": list(cells.group.ranks),
-        "step": number,
-        "stage": str(spans["stage"].iloc[0]) if len(spans) else "",
-        "origin_ns": origin,
-        "dropped": dropped,
-        "lanes": found,
-    }
+    return Picture(
+        group=cells.group.label,
+        ranks=tuple(cells.group.ranks),
+        step=number,
+        stage=str(spans["stage"].iloc[0]) if len(spans) else "",
+        why=tuple(why),
+        origin_ns=origin,
+        dropped=dropped,
+        lanes=tuple(found),
+    )
 
 
 def _slice(table: KernelTable, rows: pd.DataFrame) -> KernelTable:

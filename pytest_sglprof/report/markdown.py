@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.gate.wording import milliseconds, percent, ratio
 from pytest_sglprof.metrics import METRICS
 from pytest_sglprof.report.terminal import STANDIN_NOTE, rank_table, window_title
 from pytest_sglprof.report.text_table import shorten
 
-Document = Mapping[str, Any]
+if TYPE_CHECKING:
+    from pytest_sglprof.report.model import RecordedWindow, Results
 
 _SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&~$])")
@@ -23,24 +23,24 @@ MAX_REASON = 1000
 MAX_KERNELS = 10
 
 
-def step_summary(run: Document) -> str:
+def step_summary(run: Results) -> str:
     """The run's windows in one table, then details of each that did not pass: the rank
     table, and the kernels of which balance would save most.
 
     At most 900 kB; rank tables that do not fit are left out, and that is said.
     """
     lines = ["## SGLang profile windows", ""]
-    if run["summary"]["standin"]:
+    if run.summary.standin:
         lines += [f"> **Stand-in.** Measured on the {escape(STANDIN_NOTE)}.", ""]
-    if not run["windows"]:
+    if not run.windows:
         return "\n".join([*lines, "No profile window was opened.", ""])
     lines += ["| verdict | test | window | slowest rank | metric | value | limit |"]
     lines += ["| --- | --- | --- | --- | --- | ---: | ---: |"]
-    lines += [_row(window) for window in run["windows"]]
+    lines += [_row(window) for window in run.windows]
     text = "\n".join([*lines, ""])
     left_out = 0
-    for window in run["windows"]:
-        details = "" if window["verdict"] == "pass" else _details(window)
+    for window in run.windows:
+        details = "" if window.verdict == "pass" else _details(window)
         if len((text + details).encode()) > MAX_BYTES:
             left_out += 1
         else:
@@ -55,44 +55,44 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def kernel_table(window: Document) -> list[str]:
+def kernel_table(window: RecordedWindow) -> list[str]:
     """Markdown lines: the kernels with most lost time over all steps; none without any.
 
     Columns: kernel, category, slowest rank, slowdown, lost ms, share of the compute time.
     """
-    found = [item for item in window["findings"] if item["kernel"] and item["lost_ns"] > 0]
-    found.sort(key=lambda item: (-item["lost_ns"], item["kernel"]))
-    if not found:
+    costly = [finding for finding in window.findings if finding.kernel and finding.lost_ns > 0]
+    costly.sort(key=lambda finding: (-finding.lost_ns, finding.kernel))
+    if not costly:
         return []
     lines = ["| kernel | category | slowest rank | slowdown | lost ms | share of compute |"]
     lines += ["| --- | --- | --- | ---: | ---: | ---: |"]
-    for item in found[:MAX_KERNELS]:
+    for finding in costly[:MAX_KERNELS]:
         cells = [
-            escape(shorten(item["kernel"], MAX_TEXT)),
-            escape(item["scope"]),
-            escape(item["slowest"] or "-"),
-            ratio(item["slowdown"]),
-            milliseconds(item["lost_ns"]),
-            percent(item["share_of_compute"]),
+            escape(shorten(finding.kernel, MAX_TEXT)),
+            escape(finding.scope),
+            escape(finding.slowest or "-"),
+            ratio(finding.slowdown),
+            milliseconds(finding.lost_ns),
+            percent(finding.share_of_compute),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _row(window: Document) -> str:
-    texts = (shorten(text, MAX_TEXT) for text in (window["nodeid"], window_title(window)))
-    cells = [_SIGNS[window["verdict"]], *map(escape, texts)]
-    if window["decisive"] is None:
+def _row(window: RecordedWindow) -> str:
+    texts = (shorten(text, MAX_TEXT) for text in (window.nodeid, window_title(window)))
+    cells = [_SIGNS[window.verdict], *map(escape, texts)]
+    judgement = window.deciding
+    if judgement is None:
         return f"| {' | '.join((*cells, '-', '-', '-', '-'))} |"
-    judgement = window["judgements"][window["decisive"]]
-    metric, finding = METRICS[judgement["metric"]], judgement["finding"] or {}
-    cells += [escape(finding.get("slowest") or "-"), metric.label]
-    cells += [metric.format(judgement["value"]), metric.format(judgement["limit"])]
+    metric, finding = METRICS[judgement.threshold.metric], judgement.finding
+    cells += [escape((finding and finding.slowest) or "-"), metric.label]
+    cells += [metric.format(judgement.value), metric.format(judgement.threshold.limit)]
     return f"| {' | '.join(cells)} |"
 
 
-def _details(window: Document) -> str:
-    texts = (shorten(window["nodeid"], MAX_TEXT), shorten(window["reason"], MAX_REASON))
+def _details(window: RecordedWindow) -> str:
+    texts = (shorten(window.nodeid, MAX_TEXT), shorten(window.reason, MAX_REASON))
     head = html.escape(" ".join(": ".join(texts).split()))
     # A fence longer than any run of backticks inside cannot be closed by the content.
     body = "\n".join(rank_table(window))
@@ -100,6 +100,6 @@ def _details(window: Document) -> str:
     fence = "`" * max(3, longest + 1)
     kernels = "".join(f"\n{line}" for line in kernel_table(window))
     kernels = f"{kernels}\n" if kernels else ""
-    return f"\n<details><summary>{_SIGNS[window['verdict']]} {head}</summary>\n\n" + (
+    return f"\n<details><summary>{_SIGNS[window.verdict]} {head}</summary>\n\n" + (
         f"{fence}text\n{body}\n{fence}\n{kernels}\n</details>\n"
     )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_sglprof.files import atomic_write
+from pytest_sglprof.report.jinja import template
 
 NAME = "open.html"
 EMBED_BYTES = 24 * 2**20  # a larger trace is chosen by hand, or fetched where a server is
@@ -23,15 +24,10 @@ _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
 
 def write_open_page(trace: Path, ranks: Sequence[str], *, gpu: bool = True) -> Path:
     """Writes the page beside `trace`; its path. gpu: pin kernel rows, else summary rows."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pytest_sglprof.report"), autoescape=True
-    )
     embedded = ""
     if trace.stat().st_size <= EMBED_BYTES:
         embedded = base64.b64encode(trace.read_bytes()).decode()
-    html = environment.get_template("open.html").render(
+    html = template("open.html").render(
         name=trace.name,
         perfetto=PERFETTO,
         commands=json.dumps(startup_commands(ranks, gpu=gpu)),

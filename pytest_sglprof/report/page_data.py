@@ -4,66 +4,131 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pytest_sglprof.report.plain import unix_ns
-from pytest_sglprof.trace.kernels import CATEGORIES
+import msgspec
 
-Document = Mapping[str, Any]
+from pytest_sglprof.report.lanes import Lane, Lanes, Picture
+from pytest_sglprof.report.load import LoadSeries
+from pytest_sglprof.report.model import RecordedWindow
+from pytest_sglprof.report.page_figures import ShownKernel
+from pytest_sglprof.report.plain import unix_ns
+from pytest_sglprof.report.series import StepSeries
+from pytest_sglprof.report.spread import KernelSpread
+from pytest_sglprof.trace.kernels import CATEGORIES
 
 COLOURS = {row.name: row.colour for row in CATEGORIES}
 DIGITS = 4  # significant ones of a time; the page shows three
 
 
+class DrawnKernel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A kernel's figures, as in `KernelSpread`."""
+
+    name: str
+    quantiles: list[list[int] | None]
+    by_step: list[list[int]] | None = None
+    by_call: list[list[int]] | None = None
+
+
+class DrawnKernels(msgspec.Struct, frozen=True):
+    """The kernels of one work group, as in `KernelGroup`."""
+
+    ranks: tuple[str, ...]
+    numbers: list[int]
+    rows: tuple[DrawnKernel, ...]
+
+
+class DrawnLane(msgspec.Struct, frozen=True):
+    """A lane. gap_ns: from the end of the activity before, exactly."""
+
+    rank: str
+    stream: int
+    name: list[int]
+    gap_ns: list[int]
+    dur_ns: list[int]
+    match: list[int]
+
+
+class DrawnPicture(msgspec.Struct, frozen=True):
+    """A step, as in `Picture`."""
+
+    group: str
+    ranks: tuple[str, ...]
+    step: int | None
+    stage: str
+    why: tuple[str, ...]
+    origin_ns: int
+    dropped: int
+    lanes: tuple[DrawnLane, ...]
+
+
+class DrawnLanes(msgspec.Struct, frozen=True):
+    """As `Lanes`. colours: of each category, see `Category`."""
+
+    names: tuple[str, ...]
+    categories: tuple[str, ...]
+    colours: dict[str, tuple[int, int]]
+    left_out: int
+    steps: tuple[DrawnPicture, ...]
+
+
+class DrawnOnset(msgspec.Struct, frozen=True):
+    """ms: Unix time of the onset."""
+
+    ms: float
+    sentence: str
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """Steps, kernels, lanes and load of a window. more: rows that are made when asked for."""
+
+    id: str
+    series: tuple[StepSeries, ...]
+    kernels: tuple[DrawnKernels, ...]
+    lanes: DrawnLanes | None
+    onset: DrawnOnset | None
+    load: tuple[LoadSeries, ...]
+    more: list[list[ShownKernel]]
+
+
 def embedded(value: Any) -> str:
     """JSON, packed by gzip, as base64: no letter of a name can end the element that holds it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode("ascii")
+    packed = gzip.compress(msgspec.json.encode(value), 9, mtime=0)
+    return base64.b64encode(packed).decode("ascii")
 
 
 def unpacked(text: str) -> Any:
     """The value that `embedded` packed."""
-    return json.loads(gzip.decompress(base64.b64decode(text)))
+    return msgspec.json.decode(gzip.decompress(base64.b64decode(text)))
 
 
-def drawn(window: Document) -> dict[str, Any]:
-    """Steps, kernels and lanes of a window, times cut after four significant digits.
+def drawn(window: RecordedWindow, more: Sequence[Sequence[ShownKernel]] = ()) -> Drawn:
+    """What scripts draw of a window, times cut after four significant digits.
 
     Starts in lanes stand as gaps, ns from the end of the activity before, exactly.
     """
-    return {
-        "id": window["id"],
-        "series": [
-            {
-                **series,
-                "compute_ns": _short(series["compute_ns"]),
-                "wait_ns": _short(series["wait_ns"]),
-            }
-            for series in window.get("step_times") or ()
-        ],
-        "kernels": [
-            {
-                "ranks": group["ranks"],
-                "numbers": group["numbers"],
-                "rows": [
-                    {
-                        "name": row["name"],
-                        **{key: _short(row[key]) for key in _MATRICES if key in row},
-                    }
-                    for row in group["rows"]
-                ],
-            }
-            for group in window.get("kernels") or ()
-        ],
-        "lanes": _lanes(window.get("lanes")),
-        "onset": _onset(window),
-        "load": window.get("load_samples") or [],
-    }
+    return Drawn(
+        id=window.id,
+        series=tuple(
+            msgspec.structs.replace(
+                series, compute_ns=_short(series.compute_ns), wait_ns=_short(series.wait_ns)
+            )
+            for series in window.step_times
+        ),
+        kernels=tuple(
+            DrawnKernels(group.ranks, group.numbers, tuple(map(_kernel, group.rows)))
+            for group in window.kernels
+        ),
+        lanes=None if window.lanes is None else _lanes(window.lanes),
+        onset=_onset(window),
+        load=window.load_samples,
+        more=[list(rows) for rows in more],
+    )
 
 
-_MATRICES = ("quantiles", "by_step", "by_call")
+def _kernel(row: KernelSpread) -> DrawnKernel:
+    return DrawnKernel(row.name, _short(row.quantiles), _short(row.by_step), _short(row.by_call))
 
 
 def _short(value: Any) -> Any:
@@ -79,24 +144,27 @@ def _short(value: Any) -> Any:
     return value - value % size
 
 
-def _lanes(lanes: Document | None) -> dict[str, Any] | None:
-    if lanes is None:
-        return None
-    steps = []
-    for picture in lanes["steps"]:
-        packed = [
-            {
-                "rank": lane["rank"],
-                "stream": lane["stream"],
-                "name": lane["name"],
-                "gap_ns": _gaps(lane["start_ns"], lane["dur_ns"]),
-                "dur_ns": lane["dur_ns"],
-                "match": lane["match"],
-            }
-            for lane in picture["lanes"]
-        ]
-        steps.append({**picture, "lanes": packed})
-    return {**lanes, "colours": COLOURS, "steps": steps}
+def _lanes(lanes: Lanes) -> DrawnLanes:
+    pictures = tuple(map(_picture, lanes.steps))
+    return DrawnLanes(lanes.names, lanes.categories, COLOURS, lanes.left_out, pictures)
+
+
+def _picture(picture: Picture) -> DrawnPicture:
+    return DrawnPicture(
+        group=picture.group,
+        ranks=picture.ranks,
+        step=picture.step,
+        stage=picture.stage,
+        why=picture.why,
+        origin_ns=picture.origin_ns,
+        dropped=picture.dropped,
+        lanes=tuple(map(_lane, picture.lanes)),
+    )
+
+
+def _lane(lane: Lane) -> DrawnLane:
+    gaps = _gaps(lane.start_ns, lane.dur_ns)
+    return DrawnLane(lane.rank, lane.stream, lane.name, gaps, lane.dur_ns, lane.match)
 
 
 def _gaps(starts: Sequence[int], durations: Sequence[int]) -> list[int]:
@@ -104,9 +172,6 @@ def _gaps(starts: Sequence[int], durations: Sequence[int]) -> list[int]:
     return [start - end for start, end in zip(starts, ends, strict=False)]
 
 
-def _onset(window: Document) -> dict[str, Any] | None:
-    """Unix time of the onset in ms, and its sentence."""
-    onset = window.get("onset")
-    if not onset or onset.get("time") is None:
-        return None
-    return {"ms": unix_ns(onset["time"]) / 1e6, "sentence": onset.get("sentence") or ""}
+def _onset(window: RecordedWindow) -> DrawnOnset | None:
+    onset = window.onset
+    return None if onset is None else DrawnOnset(unix_ns(onset.time) / 1e6, onset.sentence)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -21,23 +22,40 @@ if TYPE_CHECKING:
 # in which the ranks differ most.
 MAX_CELLS = 200_000
 ABSENT = -1
+State = Literal["compared", "cut", "unmatched"]
+
+
+class StepSeries(msgspec.Struct, frozen=True, kw_only=True):
+    """The steps of one work group, in order. Times in ns, -1 where a figure is not there.
+
+    compute_ns, wait_ns: rows are steps, columns ranks; wait_ns is None without collectives.
+    state: "compared", "cut" (a rank has a part only) or "unmatched" (a rank lacks it).
+    every: 1, or k when each row stands for k consecutive steps.
+    """
+
+    group: str
+    ranks: tuple[str, ...]
+    every: int
+    numbers: list[int]
+    stages: list[str]
+    state: list[State]
+    batch_size: list[int]
+    tokens: list[int]
+    start_ns: list[int]
+    compute_ns: list[list[int]]
+    wait_ns: list[list[int]] | None
 
 
 def step_times(
     table: KernelTable, groups: Sequence[GroupCells], waited: Sequence[Waits]
-) -> list[dict[str, Any]]:
-    """One series for each work group whose table knows steps; see results.schema.json.
-
-    compute_ns, wait_ns: rows are steps, columns ranks, -1 where the rank lacks the step.
-    state: "compared", "cut" (a rank has a part only) or "unmatched" (a rank lacks it).
-    every: 1, or k when each row stands for k consecutive steps.
-    """
+) -> tuple[StepSeries, ...]:
+    """One series for each work group whose table knows steps."""
     spans = step_spans(table)
     if spans.empty:
-        return []
+        return ()
     compute = _compute_sums(table)
     series = (_series(table, group, spans, compute, waited) for group in groups)
-    return [found for found in series if found]
+    return tuple(one for one in series if one is not None)
 
 
 def _series(
@@ -46,11 +64,11 @@ def _series(
     spans: pd.DataFrame,
     compute: pd.DataFrame,
     waited: Sequence[Waits],
-) -> dict[str, Any]:
+) -> StepSeries | None:
     ranks = cells.group.ranks
     mine = spans[spans["rank"].isin(ranks)]
     if mine.empty:
-        return {}
+        return None
     numbers = np.unique(mine["step"].to_numpy(np.int64))
     present = _wide(mine.assign(n=1), "n", numbers, ranks, 0) > 0
     ns = _wide(compute[compute["rank"].isin(ranks)], "ns", numbers, ranks, 0)
@@ -67,19 +85,19 @@ def _series(
     )
     first = first.reindex(numbers).fillna(ABSENT).astype(np.int64).iloc[kept]
     stages = mine.groupby("step")["stage"].first().reindex(numbers)
-    return {
-        "group": cells.group.label,
-        "ranks": list(ranks),
-        "every": every,
-        "numbers": numbers[kept].tolist(),
-        "stages": [str(stage) for stage in stages.iloc[kept]],
-        "state": _states(cells, numbers, present.all(axis=1), kept),
-        "batch_size": first["batch_size"].tolist(),
-        "tokens": first["tokens"].tolist(),
-        "start_ns": first["start_ns"].tolist(),
-        "compute_ns": ns[kept].tolist(),
-        "wait_ns": None if wait is None else wait[kept].tolist(),
-    }
+    return StepSeries(
+        group=cells.group.label,
+        ranks=tuple(ranks),
+        every=every,
+        numbers=numbers[kept].tolist(),
+        stages=[str(stage) for stage in stages.iloc[kept]],
+        state=_states(cells, numbers, present.all(axis=1), kept),
+        batch_size=first["batch_size"].tolist(),
+        tokens=first["tokens"].tolist(),
+        start_ns=first["start_ns"].tolist(),
+        compute_ns=ns[kept].tolist(),
+        wait_ns=None if wait is None else wait[kept].tolist(),
+    )
 
 
 def _compute_sums(table: KernelTable) -> pd.DataFrame:
@@ -116,9 +134,9 @@ def _kept(ns: Any, present: Any) -> tuple[Any, int]:
     return np.array([at + int(spread[at : at + every].argmax()) for at in starts]), every
 
 
-def _states(cells: GroupCells, numbers: Any, common: Any, kept: Any) -> list[str]:
+def _states(cells: GroupCells, numbers: Any, common: Any, kept: Any) -> list[State]:
     compared = set(cells.steps.numbers)
-    words = []
+    words: list[State] = []
     for at in kept:
         if int(numbers[at]) in compared:
             words.append("compared")

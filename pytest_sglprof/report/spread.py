@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from pytest_sglprof.analysis.busy import Ints
 from pytest_sglprof.analysis.cells import GroupCells
+from pytest_sglprof.figures import Count
 
 if TYPE_CHECKING:
     from pytest_sglprof.trace.table import KernelTable
@@ -26,18 +28,43 @@ _DUR_BITS = 40  # 18 minutes in ns; longer calls count as that
 _DUR_MASK = (1 << _DUR_BITS) - 1
 
 
-def kernel_spread(table: KernelTable, groups: Sequence[GroupCells]) -> list[dict[str, Any]]:
-    """For each work group its kernels, the largest lost time first.
+class KernelSpread(msgspec.Struct, frozen=True, kw_only=True):
+    """One kernel over the compared steps; lists are by rank.
 
-    A kernel has `name, category, lost_ns`, and by rank `total_ns`, `count` and `quantiles`
-    (0, 25, 50, 75, 100 %, of single calls, ns; null without a call) over the compared steps.
-    The first ones also have `by_step` (steps x ranks, kernel time, ns; numbers: `numbers`)
-    and `by_call` (k-th call in a step x ranks, mean duration, ns; -1 without one).
+    quantiles: 0, 25, 50, 75, 100 % of single calls, ns; None without a call. by_step: steps x
+    ranks, kernel time, ns. by_call: k-th call in a step x ranks, mean duration, ns; -1 without
+    one. Both are None but for the kernels with the largest lost time.
     """
-    return [_group(table, cells) for cells in groups]
+
+    name: str
+    category: str
+    lost_ns: Count
+    total_ns: list[int]
+    count: list[int]
+    quantiles: list[list[int] | None]
+    by_step: list[list[int]] | None
+    by_call: list[list[int]] | None
 
 
-def _group(table: KernelTable, cells: GroupCells) -> dict[str, Any]:
+class KernelGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """The kernels of one work group, the largest lost time first.
+
+    numbers: the steps of `by_step`. left_out: kernels that are not listed.
+    """
+
+    group: str
+    ranks: tuple[str, ...]
+    numbers: list[int]
+    left_out: Count
+    rows: tuple[KernelSpread, ...]
+
+
+def kernel_spread(table: KernelTable, groups: Sequence[GroupCells]) -> tuple[KernelGroup, ...]:
+    """The kernels of each work group. groups: as `cells.measure(table)` returns them."""
+    return tuple(_group(table, cells) for cells in groups)
+
+
+def _group(table: KernelTable, cells: GroupCells) -> KernelGroup:
     ranks = cells.group.ranks
     lost, totals = _lost(cells)
     order = sorted(range(len(lost)), key=lambda k: (-lost[k], -int(totals[k].sum()), k))
@@ -48,27 +75,31 @@ def _group(table: KernelTable, cells: GroupCells) -> dict[str, Any]:
     for at, k in enumerate(shown):
         category, name = cells.kernels[k]
         count, quantiles = calls.quantiles(k)
-        row: dict[str, Any] = {
-            "name": name,
-            "category": category,
-            "lost_ns": round(float(lost[k])),
-            "total_ns": totals[k].tolist(),
-            "count": count,
-            "quantiles": quantiles,
-        }
+        by_step = by_call = None
         room -= len(cells.steps.numbers) * len(ranks)
         if cells.has_steps and room >= 0 and at < MAX_DETAILED:
-            row["by_step"] = cells.kernel_matrix(_only(k, len(lost))).tolist()
-            row["by_call"] = calls.by_call(k)
-            room -= sum(len(line) for line in row["by_call"])
-        rows.append(row)
-    return {
-        "group": cells.group.label,
-        "ranks": list(ranks),
-        "numbers": list(cells.steps.numbers) if cells.has_steps else [],
-        "left_out": len(order) - len(shown),
-        "rows": rows,
-    }
+            by_step = cells.kernel_matrix(_only(k, len(lost))).tolist()
+            by_call = calls.by_call(k)
+            room -= sum(len(line) for line in by_call)
+        rows.append(
+            KernelSpread(
+                name=name,
+                category=category,
+                lost_ns=round(float(lost[k])),
+                total_ns=totals[k].tolist(),
+                count=count,
+                quantiles=quantiles,
+                by_step=by_step,
+                by_call=by_call,
+            )
+        )
+    return KernelGroup(
+        group=cells.group.label,
+        ranks=tuple(ranks),
+        numbers=list(cells.steps.numbers) if cells.has_steps else [],
+        left_out=len(order) - len(shown),
+        rows=tuple(rows),
+    )
 
 
 def _lost(cells: GroupCells) -> tuple[list[float], Ints]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-Record = dict[str, Any]
+import msgspec
+
+if TYPE_CHECKING:
+    from pytest_sglprof.report.model import Record
+
 _Place = tuple[int, int]  # offset and length of a line, in bytes
 
 
@@ -30,7 +33,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Appends a record; raises OSError when the disk refuses it, and keeps it in memory."""
-        line = json.dumps(record).encode() + b"\n"
+        line = msgspec.json.encode(record) + b"\n"
         start = self._file.seek(0, os.SEEK_END)
         try:
             rest = memoryview(line)
@@ -45,9 +48,11 @@ class Journal:
 
     def records(self) -> Iterator[Record]:
         """All records in the order in which they were added, one at a time."""
+        from pytest_sglprof.report.model import Record
+
         for place in self._records:
             if isinstance(place, tuple):
-                yield json.loads(self._read(*place))
+                yield msgspec.json.decode(self._read(*place), type=Record)
             else:
                 yield place
 

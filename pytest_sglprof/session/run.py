@@ -13,9 +13,9 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof.errors import SettingsError, SglprofError
 from pytest_sglprof.files import safe_name
@@ -28,6 +28,9 @@ from pytest_sglprof.session.prune import (
     prune,
     write_run_file,
 )
+
+if TYPE_CHECKING:
+    from pytest_sglprof.report.model import Record, Results
 
 __all__ = ["RunBook", "RunFolder", "new_run_id", "prune"]
 
@@ -94,7 +97,7 @@ class RunBook:
     ) -> None:
         self.folder = output / run_id
         self.run_id = run_id
-        self.results: dict[str, Any] = {}
+        self.results: Results | None = None
         self.file: Path | None = None
         self.page: Path | None = None
         self.problems: list[str] = []
@@ -129,8 +132,8 @@ class RunBook:
                 hint="choose another one with --sglprof-output",
             ) from error
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Keeps one attempt of one test (plain data, as it travelled with its report)."""
+    def add(self, record: Record) -> None:
+        """Keeps one attempt of one test, as it travelled with its report."""
         if self._journal is not None:
             with self.writing(JOURNAL):
                 self._journal.add(record)
@@ -193,26 +196,35 @@ class RunBook:
         with self.writing(str(self.folder / PAGE)):
             self._write_page()
 
-    def _document(self, records: list[dict[str, Any]], exit_status: int) -> dict[str, Any]:
-        """The run as the one JSON document that every view is made of."""
+    def _document(self, records: Sequence[Record], exit_status: int) -> Results:
+        """The run as the one document that every view is made of."""
+        from pytest_sglprof.report.model import Run
+        from pytest_sglprof.report.plain import utc
         from pytest_sglprof.report.results import run_document
 
-        run = {**self._facts, "id": self.run_id, "started": self._started, "ended": time.time()}
-        run["exit_status"] = exit_status
-        run["versions"] = {**run["versions"], **_server_versions(records)}
-        servers = {(s["log"], s["url"]): s for record in records for s in record["servers"]}
+        facts = dict(self._facts)
+        versions = {**facts.pop("versions"), **_server_versions(records)}
+        run = Run(
+            id=self.run_id,
+            started=utc(self._started),
+            ended=utc(time.time()),
+            exit_status=exit_status,
+            versions=versions,
+            **facts,
+        )
+        servers = {(s.log, s.url): s for record in records for s in record.servers}
         return run_document(
             run,
-            [record["attempt"] for record in records if record["attempt"] is not None],
-            [window for record in records for window in record["windows"]],
+            [record.attempt for record in records if record.attempt is not None],
+            [window for record in records for window in record.windows],
             list(servers.values()),
-            [load for record in records for load in record["loads"]],
+            [load for record in records for load in record.loads],
         )
 
     def _write_page(self) -> None:
         from pytest_sglprof.report.html import write_page
 
-        if self.results.get("windows"):
+        if self.results is not None and self.results.windows:
             write_page([self.results], [self.folder], self.folder / PAGE)
             self.page = self.folder / PAGE
 
@@ -239,11 +251,11 @@ class RunBook:
                 self.folder.parent.rmdir()
 
 
-def _server_versions(records: list[dict[str, Any]]) -> dict[str, str]:
+def _server_versions(records: Sequence[Record]) -> dict[str, str]:
     """Versions of SGLang and nsys that the run's servers told; the stand-in is no SGLang."""
-    servers = [server for record in records for server in record["servers"]]
-    sglang = {str(s["version"]) for s in servers if not s["standin"]}
-    nsys = {str(s["nsys"]) for s in servers if s["nsys"]}
+    servers = [server for record in records for server in record.servers]
+    sglang = {server.version for server in servers if not server.standin}
+    nsys = {server.nsys for server in servers if server.nsys}
     return {"sglang": ", ".join(sorted(sglang)), "nsys": ", ".join(sorted(nsys))}
 
 

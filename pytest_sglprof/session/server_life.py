@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.errors import ServerDied, ServerError
 from pytest_sglprof.server import lease as leases
@@ -15,6 +15,7 @@ from pytest_sglprof.server.address import server_name
 from pytest_sglprof.values import ServerSpec
 
 if TYPE_CHECKING:
+    from pytest_sglprof.report.model import RecordedServer
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.run import RunFolder
     from pytest_sglprof.settings import Settings
@@ -104,8 +105,8 @@ def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Itera
         lease.release()
 
 
-def describe_server(server: Server, root: Path) -> dict[str, Any]:
-    """The server as plain data for results.json; its log's path is relative to `root`."""
+def describe_server(server: Server, root: Path) -> RecordedServer:
+    """The server as results hold it; its log's path is relative to `root`."""
     from pytest_sglprof.report.results import server_document
 
     return server_document(

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_sglprof.capture.life import in_thread
 from pytest_sglprof.errors import Inconclusive, SglprofError, do_every
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pytest_sglprof.bench_serving.load import BenchServing
     from pytest_sglprof.gate.repeats import RepeatedVerdict
+    from pytest_sglprof.report.model import Outcome, Record, RecordedLoad, RecordedWindow
     from pytest_sglprof.report.window import Repeat
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.session.run import RunFolder
@@ -66,7 +67,7 @@ class TestRun:
         self._window: Window | None = None  # the marked one
         self._opening: Future[None] | None = None  # of it, beside the body
         self._body_is_over = threading.Event()
-        self._documents: list[dict[str, Any]] | None = None
+        self._documents: list[RecordedWindow] | None = None
         self._started = time.monotonic()
         self._load_watch: LoadWatch | None = None
 
@@ -198,34 +199,36 @@ class TestRun:
         if self.verdict != "fail":
             self.verdict, self.reason = "inconclusive", reason
 
-    def record(self, outcome: str) -> dict[str, Any]:
-        """This attempt as plain data, which travels with the test's report."""
+    def record(self, outcome: Outcome, problems: Sequence[str]) -> Record:
+        """This attempt, which travels with the test's report. problems: what was not written."""
+        from pytest_sglprof.report.model import Record
         from pytest_sglprof.report.results import attempt_document
 
         windows = self.documents()
-        return {
-            "attempt": attempt_document(
+        return Record(
+            attempt=attempt_document(
                 nodeid=self.nodeid,
                 number=self.attempt,
                 outcome=outcome,
                 verdict=self.verdict,
                 reason=self.reason,
                 duration_s=time.monotonic() - self._started,
-                windows=[window["id"] for window in windows],
+                windows=[window.id for window in windows],
                 worker=self._folder.worker,
             ),
-            "windows": windows,
-            "servers": [describe_server(self.server, self._folder.path)] if self.server else [],
-            "loads": self._load_documents(),
-        }
+            windows=tuple(windows),
+            servers=(describe_server(self.server, self._folder.path),) if self.server else (),
+            loads=self._load_documents(),
+            problems=tuple(problems),
+        )
 
     def message(self) -> str:
         """The bad verdict as a tired engineer wants to read it."""
         from pytest_sglprof.report.terminal import rank_table
 
         self.message_shows_windows = True
-        bad = [doc for doc in self.documents() if doc["verdict"] != "pass"]
-        shown = [rank_table(doc) for doc in bad if _is_shown(doc)]
+        bad = [window for window in self.documents() if window.verdict != "pass"]
+        shown = [rank_table(window) for window in bad if _is_shown(window)]
         parts = [f"profile window verdict: {self.verdict}"]
         if not shown:
             parts.append(self.reason)
@@ -233,8 +236,8 @@ class TestRun:
             parts += ["", *lines]
         return "\n".join(parts)
 
-    def documents(self) -> list[dict[str, Any]]:
-        """The windows as plain data; made once, since tables are large."""
+    def documents(self) -> list[RecordedWindow]:
+        """The windows as results hold them; made once, since tables are large."""
         if self._documents is None or len(self._documents) != len(self.windows):
             self._documents = [self._document(window) for window in self.windows]
         return self._documents
@@ -245,24 +248,25 @@ class TestRun:
         from pytest_sglprof.report.heat_map import heat_map_svg
 
         paths = []
-        for document in self.documents():
-            if document["verdict"] != "pass" and document["findings"]:
-                name = safe_name(f"heat-map-{document['id']}")
+        for window in self.documents():
+            if window.verdict != "pass" and window.findings:
+                name = safe_name(f"heat-map-{window.id}")
                 paths.append(self._folder.path / f"{name}.svg")
-                atomic_write(paths[-1], heat_map_svg(document))
+                atomic_write(paths[-1], heat_map_svg(window))
         return paths
 
     def drop_artifacts(self) -> None:
         """Deletes the windows' traces where `output.keep` says so."""
         import shutil
 
+        from msgspec.structs import replace
+
         keep = self._settings.keep
         if keep == "all" or (keep == "failed" and self.verdict != "pass"):
             return
         for window in self.windows:
             shutil.rmtree(window.folder, ignore_errors=True)
-        for document in self.documents():
-            document["artifacts"] = []
+        self._documents = [replace(window, artifacts=()) for window in self.documents()]
 
     def forget(self) -> None:
         """After the report: lets go of windows and documents, whoever keeps this object.
@@ -339,7 +343,7 @@ class TestRun:
         typical = closed[verdict.typical].id
         return Repeat(window.windows[0].id, window.repeat_index, typical, verdict)
 
-    def _document(self, window: Window) -> dict[str, Any]:
+    def _document(self, window: Window) -> RecordedWindow:
         return window.document(
             nodeid=self.nodeid,
             attempt=self.attempt,
@@ -350,11 +354,11 @@ class TestRun:
             repeat=self._repeat(window),
         )
 
-    def _load_documents(self) -> list[dict[str, Any]]:
+    def _load_documents(self) -> tuple[RecordedLoad, ...]:
         from pytest_sglprof.report.results import load_document
 
         results = self._bench.results if self._bench is not None else []
-        return [
+        return tuple(
             load_document(
                 result,
                 load_id=self._load_id(number),
@@ -364,7 +368,7 @@ class TestRun:
                 standin=self._standin,
             )
             for number, result in enumerate(results, start=1)
-        ]
+        )
 
     def _load_id(self, number: int) -> str:
         return f"{self.nodeid}#{self.attempt}.{number}"
@@ -384,7 +388,6 @@ def _unless_ours(step: Callable[[], object]) -> None:
         step()
 
 
-def _is_shown(document: dict[str, Any]) -> bool:
+def _is_shown(window: RecordedWindow) -> bool:
     """Of windows that were opened together, the one in the middle speaks for all."""
-    repeated = document["repeats"]
-    return repeated is None or document["id"] == repeated["typical"]
+    return window.repeats is None or window.id == window.repeats.typical

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_sglprof.analysis.unequal import Onset
+    from pytest_sglprof.report.model import RecordedWindow
     from pytest_sglprof.server.server import Server
     from pytest_sglprof.trace.table import KernelTable
     from pytest_sglprof.watch.watcher import LoadWatch
@@ -489,8 +490,8 @@ class Window:
             self._measured = replace(measured, verdict=verdict)
         return verdict.of(threshold)
 
-    def document(self, **about: Any) -> dict[str, Any]:
-        """The window as plain data for results.json; from now on it takes no check."""
+    def document(self, **about: Any) -> RecordedWindow:
+        """The window as results hold it; from now on it takes no check."""
         from pytest_sglprof.report.results import window_document
 
         self._is_documented = True

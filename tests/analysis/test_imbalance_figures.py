@@ -11,6 +11,7 @@ from kernel_tables import KERNELS, build, slow, table_of
 
 from pytest_sglprof.analysis.cells import measure
 from pytest_sglprof.analysis.imbalance import (
+    KernelTime,
     all_findings,
     imbalance,
     imbalance_of_groups,
@@ -31,7 +32,7 @@ def test_a_slow_category_is_found_with_its_exact_figures() -> None:
     assert moe.lost_share == pytest.approx(120 / 840)
     assert [figure.total_ns for figure in moe.ranks] == [50 * 600_000, 50 * 840_000]
     assert [figure.slowest_share for figure in moe.ranks] == [0.0, 1.0]
-    assert moe.contributors == (("fused_moe_kernel", 50 * 240_000.0),)
+    assert moe.contributors == (KernelTime("fused_moe_kernel", 50 * 240_000.0),)
     assert moe.share_of_compute == pytest.approx(1_440_000 / (2 * COMPUTE_NS + 240_000))
     assert (moe.steps, moe.compared_steps, moe.dropped_steps) == (50, 50, 0)
 
@@ -71,8 +72,11 @@ def test_contributors_are_ordered_and_split_by_category() -> None:
     factors = {"moe": 1.1, "gemm": 1.5}
     table = build(scale=lambda rank, c, step: factors.get(c, 1.0) if rank == "TP1" else 1.0)
     found = imbalance(table)
-    assert found.contributors == (("gemm_kernel", 7_500_000.0), ("fused_moe_kernel", 3_000_000.0))
-    assert [name for name, _ in found.category_contributors] == ["gemm", "moe"]
+    assert [(item.name, item.ns) for item in found.contributors] == [
+        ("gemm_kernel", 7_500_000.0),
+        ("fused_moe_kernel", 3_000_000.0),
+    ]
+    assert [item.name for item in found.category_contributors] == ["gemm", "moe"]
 
 
 def test_a_stage_is_measured_on_its_own_steps() -> None:
@@ -133,7 +137,7 @@ def test_a_step_of_two_stages_is_not_compared() -> None:
 def test_without_steps_totals_are_compared_and_that_is_said() -> None:
     found = imbalance(build(with_steps=False, scale=slow("TP1", "moe", 1.4)))
     assert not found.has_steps
-    assert (found.steps, found.compared_steps) == (0, 0)
+    assert (found.steps, found.compared_steps) == (None, None)
     assert found.slowdown == pytest.approx(1_340 / 1_100)
     assert found.lost_ns == 50 * 120_000
     assert {figure.slowest_share for figure in found.ranks} == {None}

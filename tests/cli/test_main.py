@@ -14,7 +14,7 @@ from pytest_sglprof.cli import main as entry
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.errors import Inconclusive, SglprofError
 from pytest_sglprof.report.results import write_results
-from tests.report.windows import SLOW, window
+from tests.report.windows import SLOW, as_run, window
 from tests.report.windows import run as results_of
 
 
@@ -131,7 +131,7 @@ def run_words(*words: str, stdout: object = subprocess.PIPE, stderr: object = su
 def test_fault_1_a_picture_that_cannot_be_written_is_no_verdict(tmp_path: Path, place: str) -> None:
     (tmp_path / "folder.svg" / "in").mkdir(parents=True)
     (tmp_path / "file").touch()
-    write_results(results_of([window(SLOW)]), tmp_path / "results.json")
+    write_results(as_run(results_of([window(SLOW)])), tmp_path / "results.json")
     output = place.format(tmp=tmp_path)
     done = run_words("export", "--to", "svg", str(tmp_path / "results.json"), "-o", output)
     assert done.returncode == 2
@@ -145,7 +145,7 @@ def test_fault_1_output_on_a_full_disk_is_2_and_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
 ) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    write_results(results_of([window(SLOW)]), tmp_path / "results.json")
+    write_results(as_run(results_of([window(SLOW)])), tmp_path / "results.json")
     with Path("/dev/full").open("w") as full:
         done = run_words("report", str(tmp_path), stdout=full)
         assert done.returncode == 2
@@ -168,7 +168,7 @@ def test_fault_1_messages_that_nobody_reads_change_no_status(
 
 
 def test_fault_1_a_name_that_is_no_text_is_printed_all_the_same(tmp_path: Path) -> None:
-    write_results(results_of([window(SLOW)]), tmp_path / "results.json")
+    write_results(as_run(results_of([window(SLOW)])), tmp_path / "results.json")
     output = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.svg")
     done = run_words("export", "--to", "svg", str(tmp_path), "-o", output)
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,7 @@ from pytest_sglprof.cli.output import GENERATOR
 from pytest_sglprof.cli.record import _fresh
 from pytest_sglprof.report.results import write_results
 from tests.cli.test_perfetto_command import trace
-from tests.report.windows import BALANCED, SLOW, run, window
+from tests.report.windows import BALANCED, SLOW, as_run, run, window
 
 MERGE = ("export", "--to", "perfetto")
 Output = pytest.CaptureFixture[str]
@@ -41,7 +41,7 @@ def recorded_run(folder: Path) -> Path:
         {"path": "windows/w1/p-1-TP-0.trace.json.gz", "kind": "torch", "rank": "TP0"},
         {"path": "windows/w1/odd.bin", "kind": "torch", "rank": "TP1"},
     ]
-    write_results(document, folder / "results.json")
+    write_results(as_run(document), folder / "results.json")
     for name in RECORDED[1:]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"precious {name}")
@@ -239,5 +239,5 @@ def test_fault_f_a_window_that_nobody_named_goes_into_a_folder_of_its_own(tmp_pa
 def test_fault_f_the_pages_that_pytest_writes_carry_the_mark_too(tmp_path: Path) -> None:
     from pytest_sglprof.report.html import write_page
 
-    write_page([run([window(BALANCED)])], [tmp_path], tmp_path / "report.html")
+    write_page([as_run(run([window(BALANCED)]))], [tmp_path], tmp_path / "report.html")
     assert GENERATOR in (tmp_path / "report.html").read_bytes()[:1000]

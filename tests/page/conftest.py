@@ -14,7 +14,7 @@ from pytest_sglprof import read_window
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.report.html import write_page
 from tests.plugin.project import Project
-from tests.report.windows import run, window
+from tests.report.windows import as_run, run, window
 
 from .browser import Browser, chromium
 
@@ -127,7 +127,7 @@ def gpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         document["run"]["id"] = word
         document["windows"][0]["opened"] = f"2026-11-2{at}T00:00:00.000Z"
         documents.append(json.loads(json.dumps(document)))
-    write_page(documents, [folder, folder], folder / "report.html")
+    write_page([*map(as_run, documents)], [folder, folder], folder / "report.html")
     both = {**documents[0], "windows": [w for d in documents for w in d["windows"]]}
     return RunPage(folder / "report.html", both)
 
@@ -142,7 +142,7 @@ def cpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         "tp2dp2": read_window(torch / "sglang-cpu-tp2dp2"),
     }
     document = run([window(table, window_id=name) for name, table in tables.items()])
-    write_page([document], [folder], folder / "report.html")
+    write_page([as_run(document)], [folder], folder / "report.html")
     return RunPage(folder / "report.html", document)
 
 
@@ -182,5 +182,5 @@ def gpu_pair(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pai
         document["run"]["id"] = word
         documents.append(json.loads(json.dumps(document)))
     page = folder / "report.html"
-    write_page([documents[1]], [folder], page, baseline=documents[0])
+    write_page([as_run(documents[1])], [folder], page, baseline=as_run(documents[0]))
     return PairPage(page, documents[1], documents[0], (folder, folder))

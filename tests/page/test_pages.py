@@ -10,7 +10,7 @@ import pytest
 
 from pytest_sglprof.report.html import write_page
 from tests.kernel_tables import build, slow
-from tests.report.windows import run, window
+from tests.report.windows import as_run, run, window
 
 from .browser import Browser
 from .conftest import RunPage
@@ -62,7 +62,7 @@ def hostile_page(folder: Path) -> RunPage:
     document["windows"][0]["notes"] = list(HOSTILE)
     earlier = copy.deepcopy(document)
     earlier["run"]["id"] = HOSTILE[0]
-    write_page([document], [folder], folder / "report.html", baseline=earlier)
+    write_page([as_run(document)], [folder], folder / "report.html", baseline=as_run(earlier))
     return RunPage(folder / "report.html", document)
 
 
@@ -218,23 +218,31 @@ def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(
     series["start_ns"] = [1_700_000_000_000_000_000 + step * 2_000_000 for step in range(50)]
     series["state"][3] = "unmatched"
     series["compute_ns"][3][0] = -1
-    found["onset"] = {"time": "2023-11-14T22:13:20.020Z", "sentence": "TP1 got the long ones."}
+    moment = "2023-11-14T22:13:20.020Z"
+    found["onset"] = {
+        "time": moment, "declared": moment, "kind": "running", "factor": 1.5, "resolution_s": 0.5,
+        "source": "log", "ranks": [], "sentence": "TP1 got the long ones.", "correlation": None,
+    }  # fmt: skip
     times = [1_700_000_000 + at * 0.01 for at in range(10)]
     found["load_samples"] = [
         {"rank": rank, "source": "log", "time": times, "running": [4, *[running] * 9],
          "waiting": [0] * 10, "tokens": [100] * 10}
         for rank, running in (("TP0", 4), ("TP1", 12))
     ]  # fmt: skip
-    found["gpus"] = [{"rank": "TP1", "median_sm_mhz": 1410.0, "throttled": True}]
-    found["stragglers"] = [
-        {"group": "", "straggler": "TP1", "verdict": "fail", "cause": "host_late",
-         "reason": "TP1 arrives last", "ranks": [
-             {"rank": "TP0", "wait_ns": 9_000_000, "kernels": []},
-             {"rank": "TP1", "wait_ns": 0, "kernels": [{"name": "idle", "ns": 2e6}]}]}
+    found["gpus"] = [
+        {"rank": "TP1", "uuid": "GPU-1", "median_sm_mhz": 1410.0, "power_limit_w": None,
+         "throttled": True}
     ]  # fmt: skip
+    found["stragglers"][0] |= {
+        "straggler": "TP1", "verdict": "fail", "cause": "host_late", "reason": "TP1 arrives last",
+        "collectives": 50,
+    }  # fmt: skip
+    first, second = found["stragglers"][0]["ranks"]
+    first |= {"wait_ns": 9_000_000, "kernels": []}
+    second |= {"wait_ns": 0, "kernels": [{"name": "idle", "ns": 2e6}]}
     found["judgements"][0]["finding"]["interval"] = [1.35, 1.44]
     found["judgements"][found["decisive"]]["finding"]["interval"] = [1.35, 1.44]
-    write_page([document], [tmp_path], tmp_path / "report.html")
+    write_page([as_run(document)], [tmp_path], tmp_path / "report.html")
     browser.open(tmp_path / "report.html")
     browser.draw_all()
     text = browser.js("return document.body.innerText")
@@ -251,7 +259,7 @@ def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(
 def test_of_many_kernels_the_rest_is_asked_for(browser: Browser, tmp_path: Path) -> None:
     kernels = [(f"kernel_{at:02}", "gemm", 100_000) for at in range(45)]
     document = run([window(build(kernels=kernels, steps=30))])
-    write_page([document], [tmp_path], tmp_path / "report.html")
+    write_page([as_run(document)], [tmp_path], tmp_path / "report.html")
     visible = (
         "return [...document.querySelectorAll('.kernels tbody tr')]"
         ".filter((r) => r.checkVisibility()).length"

@@ -138,8 +138,8 @@ def test_fault_19_every_check_stays_with_its_window(ran, name):
     assert (ran.test(name)["outcome"], ran.test(name)["verdict"]) == (outcome, verdict)
     (window,) = ran.windows(name)
     assert window["verdict"] == verdict
-    kept = [j for j in window["judgements"] if j["origin"] == "check"]
-    assert [(j["limit"], j["verdict"]) for j in kept] == checks
+    kept = [j for j in window["judgements"] if j["threshold"]["origin"] == "check"]
+    assert [(j["threshold"]["limit"], j["verdict"]) for j in kept] == checks
     assert all(j["reason"] for j in kept)
 
 
@@ -197,5 +197,5 @@ def test_it(drive, profile_window):
     first, second = ran.windows("test_it")
     assert (first["attempt"], second["attempt"]) == (1, 2)
     for window, word in ((first, "inconclusive"), (second, "pass")):
-        (check,) = [j for j in window["judgements"] if j["origin"] == "check"]
+        (check,) = [j for j in window["judgements"] if j["threshold"]["origin"] == "check"]
         assert (check["verdict"], window["verdict"]) == (word, word)

@@ -98,7 +98,7 @@ def test_the_spread_is_that_of_the_windows_own_figures(outcome_of):
         assert spread["values"] == values
         assert (spread["min"], spread["max"]) == (min(values), max(values))
         assert spread["median"] == sorted(values)[1]
-    moe = next(s for s in found[0]["repeats"]["spread"] if s["scope"] == "moe")
+    moe = next(s for s in found[0]["repeats"]["spread"] if s["threshold"]["scope"] == "moe")
     assert moe["median"] == pytest.approx(1.4, rel=0.02)
     assert all(window["repeats"] == {**found[0]["repeats"], "own_reason": own(window)}
                for window in found)  # fmt: skip

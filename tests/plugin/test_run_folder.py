@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sglprof.report.model import Record
 from pytest_sglprof.session.prune import write_run_file
 from pytest_sglprof.session.run import RunBook, RunFolder, new_run_id, prune
 
@@ -27,7 +28,10 @@ FACTS = {
 }
 
 
-def record(nodeid: str = "test_a.py::test_a", outcome: str = "passed") -> dict:
+def record(nodeid: str = "test_a.py::test_a", outcome: str = "passed", padding: int = 0) -> Record:
+    from msgspec.structs import replace
+
+    from pytest_sglprof.report.model import NOTHING
     from pytest_sglprof.report.results import attempt_document
 
     attempt = attempt_document(
@@ -40,7 +44,7 @@ def record(nodeid: str = "test_a.py::test_a", outcome: str = "passed") -> dict:
         windows=[],
         worker="",
     )
-    return {"attempt": attempt, "windows": [], "servers": [], "loads": [], "outcome": outcome}
+    return replace(NOTHING, attempt=attempt, problems=("x" * padding,))
 
 
 def run_folders(output: Path) -> list[str]:

@@ -207,7 +207,7 @@ def test_a_failed_verdict_is_told_at_once(ran):
     assert "rank  compute ms  communication ms" in " ".join(text.split("\n"))
     assert "plugin_session.py" not in text
     window = ran.windows("test_fail")[0]
-    judged = {j["scope"]: j for j in window["judgements"]}
+    judged = {j["threshold"]["scope"]: j for j in window["judgements"]}
     assert judged["moe"]["value"] == pytest.approx(1.4, rel=0.02)
     properties = dict(ran.properties("test_fail"))
     assert (properties["slowest_rank"], properties["scope"]) == ("TP1", "moe")
@@ -234,7 +234,8 @@ def test_windows_of_skipped_bodies_are_discarded(ran):
 def test_windows_by_hand_are_all_judged(ran):
     one, two = ran.windows("test_checks")
     assert [(w["name"], w["verdict"]) for w in (one, two)] == [("one", "pass"), ("two", "fail")]
-    assert [(j["origin"], j["limit"]) for j in one["judgements"] if j["origin"] == "check"] == [
+    thresholds = [judgement["threshold"] for judgement in one["judgements"]]
+    assert [(t["origin"], t["limit"]) for t in thresholds if t["origin"] == "check"] == [
         ("check", 1.5)
     ]
     text = ran.section("test_checks")

@@ -18,7 +18,7 @@ from pytest_sglprof.report.environment import environment, load_figures, load_op
 from pytest_sglprof.report.html import page
 from pytest_sglprof.report.results import write_results
 
-from .windows import BALANCED, SLOW, run, window
+from .windows import BALANCED, SLOW, as_load, as_run, run, window
 
 Documents = dict[str, Any]
 
@@ -32,7 +32,7 @@ def document(*windows: Documents, name: str = "now", **more: Any) -> Documents:
 
 
 def only_pair(before: Documents, now: Documents) -> Documents:
-    (pair,) = against_baseline(before, [now])["pairs"]
+    (pair,) = against_baseline(as_run(before), [as_run(now)])["pairs"]
     found: Documents = pair
     return found
 
@@ -77,9 +77,11 @@ def test_kernels_of_one_run_only() -> None:
 def test_windows_are_pairs_by_test_name_and_order() -> None:
     first, second = window(build(), window_id="a"), window(build(), window_id="b")
     other = {**window(build(), window_id="c"), "name": "other"}
-    keys = list(paired_by(document(first, second, other)))
+    keys = list(paired_by(as_run(document(first, second, other))))
     assert [(name, at) for _, name, at in keys] == [("steady", 0), ("steady", 1), ("other", 0)]
-    found = against_baseline(document(first, other, name="before"), [document(first, second)])
+    found = against_baseline(
+        as_run(document(first, other, name="before")), [as_run(document(first, second))]
+    )
     assert len(found["pairs"]) == 1
     assert [(u["name"], u["where"]) for u in found["unpaired"]] == [
         ("steady", "only in now"),
@@ -91,20 +93,29 @@ def test_earlier_attempts_and_replaced_windows_are_not_compared() -> None:
     again = document(
         window(build(), window_id="a"), window(build(), window_id="b", retry_of="a")
     )  # fmt: skip
-    assert [w["id"] for w in paired_by(again).values()] == ["b"]
+    assert [w.id for w in paired_by(as_run(again)).values()] == ["b"]
     again = document(window(build(), window_id="a"), window(build(), window_id="b", attempt=2))
     again["tests"][0]["attempts"].append({**again["tests"][0]["attempts"][0], "number": 2})
-    assert [w["id"] for w in paired_by(again).values()] == ["b"]
+    assert [w.id for w in paired_by(as_run(again)).values()] == ["b"]
+
+
+REPEATS = {"count": 3, "typical": "c", "own_verdict": "pass", "own_reason": "", "spread": []}
 
 
 def test_of_repeats_the_typical_one() -> None:
     windows = [window(build(), window_id=name) for name in "abc"]
     for at, one in enumerate(windows):
-        one |= {"repeat_of": "a", "repeat_index": at + 1, "repeats": {"typical": "c"}}
-    assert [w["id"] for w in paired_by(document(*windows)).values()] == ["c"]
+        one |= {"repeat_of": "a", "repeat_index": at + 1, "repeats": REPEATS}
+    assert [w.id for w in paired_by(as_run(document(*windows))).values()] == ["c"]
 
 
-GPU = {"rank": "TP1", "uuid": "GPU-1", "power_limit_w": 700.0, "throttled": False}
+GPU = {
+    "rank": "TP1",
+    "uuid": "GPU-1",
+    "median_sm_mhz": 1400.0,
+    "power_limit_w": 700.0,
+    "throttled": False,
+}
 
 
 def changed(**values: Any) -> Documents:
@@ -157,14 +168,14 @@ def test_windows_that_record_other_things_are_warned_of() -> None:
 
 
 def test_runs_that_are_no_baseline_of_this_one_are_warned_of() -> None:
-    found = against_baseline(BEFORE, [changed()])
+    found = against_baseline(as_run(BEFORE), [as_run(changed())])
     assert found["warnings"] == ["before is the baseline itself."]
     newer = copy.deepcopy(BEFORE)
     newer["run"]["started"] = "2030-01-01T00:00:00.000Z"
-    found = against_baseline(newer, [document(window(build()))])
+    found = against_baseline(as_run(newer), [as_run(document(window(build())))])
     assert found["warnings"] == ["now is older than the baseline."]
     standin = document(window(build(), standin=True), name="before", standin=True)
-    found = against_baseline(standin, [document(window(build(), standin=True))])
+    found = against_baseline(as_run(standin), [as_run(document(window(build(), standin=True)))])
     assert "they say nothing about SGLang" in found["warnings"][0]
     assert found["pairs"][0]["stages"]
 
@@ -177,7 +188,7 @@ def test_what_differs_is_marked() -> None:
     now["run"]["versions"]["sglang"] = "0.5.24"
     now["servers"][0]["version"] = "0.5.24"
     now["windows"][0]["gpus"] = [GPU, {**GPU, "rank": "TP0", "uuid": "GPU-0"}]
-    rows = {row["name"]: row for row in environment([BEFORE, now])}
+    rows = {row["name"]: row for row in environment([as_run(BEFORE), as_run(now)])}
     assert rows["sglang version"]["values"] == ["not recorded", "0.5.24"]
     assert rows["GPUs"]["values"] == ["not recorded", "GPU-0 (700 W), GPU-1 (700 W)"]
     marked = {name for name, row in rows.items() if row["differs"]}
@@ -192,31 +203,31 @@ def test_places_are_no_difference() -> None:
 def test_load_figures_and_options() -> None:
     old = copy.deepcopy(BEFORE["loads"][0]) | {"output_throughput": 100.0, "completed": 10}
     new = copy.deepcopy(old) | {"output_throughput": 80.0, "ttft": {"mean": 3.0}}
-    rows = {row["name"]: row for row in load_figures(old, new)}
+    rows = {row["name"]: row for row in load_figures(as_load(old), as_load(new))}
     assert rows["Output tokens/s"]["ratio"] == "0.800"
     assert rows["TTFT, mean, ms"]["ratio"] == "2.000"
     assert "TPOT, mean, ms" not in rows
-    assert load_options(old, new) == []
+    assert load_options(as_load(old), as_load(new)) == []
     new["command"] = ["bench", "--num-prompts", "20", "--flush"]
     new["completed"] = 9
-    differ, ended = load_options(old, new)
+    differ, ended = load_options(as_load(old), as_load(new))
     assert "--num-prompts absent before, 20 now" in differ
     assert "--flush absent before, set now" in differ
     assert ended == "Of the run's load 9 of 10 requests ended."
-    assert load_options(None, new) == ["Only this run has a load for it."]
+    assert load_options(None, as_load(new)) == ["Only this run has a load for it."]
 
 
 @pytest.mark.parametrize(
     ("work", "words"),
     [
         (
-            StepWork("decode", "DECODE", 8, 9),
+            StepWork("decode", "DECODE", 8, 9, -1),
             "decode, batch 8, KV cache 512 to 1,023 tokens a request",
         ),
-        (StepWork("decode", "TARGET_VERIFY", 8), "decode (target verify), batch 8"),
+        (StepWork("decode", "TARGET_VERIFY", 8, -1, -1), "decode (target verify), batch 8"),
         (StepWork("prefill", "EXTEND", 2, -1, 13), "prefill, batch 2, 8,192 to 16,383 new tokens"),
-        (StepWork("unknown"), "unknown, batch unknown"),
-        (StepWork("decode", "", 1, 0), "decode, batch 1, KV cache 0 to 1 tokens a request"),
+        (StepWork("unknown", "", -1, -1, -1), "unknown, batch unknown"),
+        (StepWork("decode", "", 1, 0, -1), "decode, batch 1, KV cache 0 to 1 tokens a request"),
     ],
 )  # fmt: skip
 def test_work_in_words(work: StepWork, words: str) -> None:
@@ -234,7 +245,7 @@ def test_shares_have_a_sign_only_where_there_is_a_change() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, one in (("old", BEFORE), ("new", document(window(SLOW))), ("empty", run([]))):
         (tmp_path / name).mkdir()
-        write_results(one, tmp_path / name / "results.json")
+        write_results(as_run(one), tmp_path / name / "results.json")
     new = str(tmp_path / "new")
     assert main(["report", new]) == 0
     assert 'id="baseline"' not in (tmp_path / "new" / "report.html").read_text()
@@ -251,8 +262,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_several_runs_against_one_baseline_and_nothing_to_compare() -> None:
     runs = [document(window(build()), name=f"night-{at}") for at in range(2)]
-    text = page(runs, baseline=BEFORE)
+    text = page([*map(as_run, runs)], baseline=as_run(BEFORE))
     assert text.count('class="pair"') == 2
     other = copy.deepcopy(BEFORE)
     other["windows"][0]["nodeid"] = "tests/test_z.py::test_z"
-    assert "No window of this run has a window of the same test" in page(runs, baseline=other)
+    assert "No window of this run has a window of the same test" in page(
+        [*map(as_run, runs)], baseline=as_run(other)
+    )

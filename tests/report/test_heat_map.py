@@ -14,7 +14,7 @@ from kernel_tables import build, slow
 from pytest_sglprof.cli.main import main
 from pytest_sglprof.report.heat_map import heat_map, heat_map_svg, worst_window
 
-from .windows import BALANCED, SLOW, run, window
+from .windows import BALANCED, SLOW, as_window, run, window
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert(1)</script>\"'&\x00\x1b 🦥 " + "z" * 10_000
@@ -35,28 +35,30 @@ def contrast(one: str, other: str) -> float:
 def test_the_slow_ranks_cell_is_the_darkest_and_every_figure_is_text() -> None:
     ranks = tuple(f"TP{at}" for at in range(8))
     document = window(build(ranks, scale=slow("TP3", "moe", 1.4)))
-    drawn = heat_map(document)
+    drawn = heat_map(as_window(document))
     assert drawn.columns[:2] == ("compute", "communication")
     moe = drawn.columns.index("moe")
     shades = {rank: luminance(cells[moe].fill) for rank, _, cells in drawn.rows}
     assert min(shades, key=lambda rank: shades[rank]) == "TP3"
     assert [rank for rank, slowest, _ in drawn.rows if slowest] == ["TP3"]
     assert drawn.rows[3][2][moe].ratio == pytest.approx(1.4 / (8.4 / 8))
-    texts = [text.text for text in ET.fromstring(heat_map_svg(document)).iter(f"{SVG}text")]
+    texts = [
+        text.text for text in ET.fromstring(heat_map_svg(as_window(document))).iter(f"{SVG}text")
+    ]
     assert "1.33×" in texts
     assert "▶ TP3" in texts
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 3.0])
 def test_every_figure_has_contrast(factor: float) -> None:
-    for _, _, cells in heat_map(window(build(scale=slow("TP1", "moe", factor)))).rows:
+    for _, _, cells in heat_map(as_window(window(build(scale=slow("TP1", "moe", factor))))).rows:
         assert all(contrast(cell.fill, cell.ink) >= 4.5 for cell in cells)
 
 
 def test_hostile_names_are_text_and_the_picture_stays_small() -> None:
     document = window(SLOW)
     document["nodeid"] = document["reason"] = HOSTILE
-    svg = heat_map_svg(document)
+    svg = heat_map_svg(as_window(document))
     root = ET.fromstring(svg)
     assert not list(root.iter(f"{SVG}script"))
     assert "<script" not in svg
@@ -67,16 +69,16 @@ def test_hostile_names_are_text_and_the_picture_stays_small() -> None:
 
 def test_ranks_of_several_groups_and_a_window_without_findings() -> None:
     four = ("DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1")
-    drawn = heat_map(window(build(four, scale=slow("DP1 TP1", "moe", 1.4))))
+    drawn = heat_map(as_window(window(build(four, scale=slow("DP1 TP1", "moe", 1.4)))))
     assert [rank for rank, _, _ in drawn.rows] == list(four)
-    assert "No rank could be compared" in heat_map_svg(window(None, reason="it died"))
+    assert "No rank could be compared" in heat_map_svg(as_window(window(None, reason="it died")))
 
 
 def test_the_worst_window_is_chosen() -> None:
     windows = [window(BALANCED, window_id="a"), window(SLOW, window_id="b")]
-    found = worst_window(windows)
-    assert found is not None and found["id"] == "b"
-    assert worst_window([window(None)]) is None
+    found = worst_window([*map(as_window, windows)])
+    assert found is not None and found.id == "b"
+    assert worst_window([as_window(window(None))]) is None
 
 
 @pytest.fixture

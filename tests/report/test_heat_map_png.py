@@ -16,7 +16,7 @@ from pytest_sglprof.report import heat_map_png as module
 from pytest_sglprof.report.heat_map import CELL_HEIGHT, CELL_WIDTH, heat_map, label_width
 from pytest_sglprof.report.heat_map_png import SCALE, heat_map_png
 
-from .windows import SLOW, run, window
+from .windows import SLOW, as_window, run, window
 
 PIL = pytest.importorskip("PIL", reason="the extra png is not installed")
 EIGHT = tuple(f"TP{at}" for at in range(8))
@@ -26,7 +26,7 @@ MOE = window(build(EIGHT, scale=slow("TP3", "moe", 1.4)))
 def picture(document: dict[str, Any]) -> Any:
     from PIL import Image
 
-    found = Image.open(io.BytesIO(heat_map_png(document)))
+    found = Image.open(io.BytesIO(heat_map_png(as_window(document))))
     assert found.format == "PNG"
     found.load()  # every chunk and checksum
     return found.convert("RGB")
@@ -46,7 +46,7 @@ def hexadecimal(pixel: tuple[int, int, int]) -> str:
 
 
 def test_every_cell_has_its_colour_and_ink_on_it() -> None:
-    drawn, image = heat_map(MOE), picture(MOE)
+    drawn, image = heat_map(as_window(MOE)), picture(MOE)
     assert image.width == (label_width(EIGHT) + len(drawn.columns) * CELL_WIDTH + 16) * SCALE
     for row, (_, _, cells) in enumerate(drawn.rows):
         for column, truth in enumerate(cells):
@@ -58,7 +58,7 @@ def test_every_cell_has_its_colour_and_ink_on_it() -> None:
 
 
 def test_the_slow_rank_s_cell_is_the_darkest_and_marked() -> None:
-    drawn, image = heat_map(MOE), picture(MOE)
+    drawn, image = heat_map(as_window(MOE)), picture(MOE)
     moe = drawn.columns.index("moe")
     light = [sum(cell(image, row, moe, 8).getpixel((0, 0))) for row in range(8)]
     assert light.index(min(light)) == 3
@@ -105,7 +105,7 @@ def results(tmp_path: Path) -> Path:
 def test_the_command_takes_a_folder(results: Path) -> None:
     out = results / "heat.PNG"
     assert main(["export", "--to", "png", str(results), "-o", str(out)]) == 0
-    assert out.read_bytes() == heat_map_png(json.loads(json.dumps(MOE)))
+    assert out.read_bytes() == heat_map_png(as_window(json.loads(json.dumps(MOE))))
 
 
 def test_without_pillow_the_extra_is_named(

@@ -6,13 +6,14 @@ import copy
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from kernel_tables import build
 
 from pytest_sglprof.report.html import page
 from pytest_sglprof.trace.table import KernelTable
 
-from .windows import run, window
+from .windows import as_run, run, window
 
 
 def night(at: int, table: KernelTable | None, **load: Any) -> dict[str, Any]:
@@ -37,15 +38,17 @@ def at_factor(factor: float, *, batches: tuple[int, ...] = (8,), **more: Any) ->
 
 
 def drawn(nights: list[dict[str, Any]]) -> dict[str, Any]:
-    from pytest_sglprof.report.history import history
+    from pytest_sglprof.report.history import PlacedWindow, history
 
+    runs = [*map(as_run, nights)]
     windows = [
-        {"doc": w, "run": document, "anchor": f"a{at}", "load": document["loads"][0]}
-        for at, document in enumerate(nights)
-        for w in document["windows"]
+        PlacedWindow(doc=w, run=document, anchor=f"a{at}", load=document.loads[0])
+        for at, document in enumerate(runs)
+        for w in document.windows
     ]
-    (found,) = history(nights, windows)
-    return found
+    (found,) = history(runs, windows)
+    plain: dict[str, Any] = msgspec.to_builtins(found)
+    return plain
 
 
 def charts(found: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def test_other_work_and_dead_windows_are_gaps() -> None:
     )
     (line,) = charts(found)["Compute of equal work / first run"]
     assert [value is None for value in line["values"]] == [False, True, True, False]
-    assert found["points"][2]["rows"] == []
+    assert found["points"][2]["rows"] == ()
 
 
 def test_stages_are_lines_of_their_own_and_the_oldest_run_is_the_first() -> None:
@@ -87,7 +90,7 @@ def test_stages_are_lines_of_their_own_and_the_oldest_run_is_the_first() -> None
 
     found = drawn([night(2, at_factor(1.2, stage=stage)), night(1, at_factor(1.0, stage=stage))])
     assert [point["run"] for point in found["points"]] == ["night-1", "night-2"]
-    assert found["stages"] == ["decode", "prefill"]
+    assert found["stages"] == ("decode", "prefill")
     assert {line["label"] for line in charts(found)["Compute of equal work / first run"]} == {
         "decode",
         "prefill",
@@ -101,8 +104,8 @@ def test_figures_of_the_load_are_drawn_where_two_runs_have_them() -> None:
             night(2, at_factor(1.0), tpot={"mean": 5.0}),
         ]
     )
-    assert charts(found)["TPOT, mean, ms"] == [{"label": "", "values": [4.0, 5.0]}]
-    assert charts(found)["TTFT, mean, ms"] == [{"label": "", "values": [1.5, 1.5]}]
+    assert charts(found)["TPOT, mean, ms"] == ({"label": "", "values": [4.0, 5.0]},)
+    assert charts(found)["TTFT, mean, ms"] == ({"label": "", "values": [1.5, 1.5]},)
     assert "Output tokens/s" not in charts(found)
 
 
@@ -112,14 +115,14 @@ def test_a_stand_in_is_no_reference_and_old_results_have_a_history() -> None:
     found = drawn(nights)
     assert [point["work"] for point in found["points"]] == [{"decode": 1.0}, {}, {"decode": 1.0}]
     for one in nights:
-        del one["windows"][0]["strata"]
+        one["windows"][0]["strata"] = []
     assert "Compute of equal work / first run" not in charts(drawn(nights))
-    assert 'id="history-data"' in page(nights)
+    assert 'id="history-data"' in page([*map(as_run, nights)])
 
 
 def test_one_run_alone_has_no_history() -> None:
     one = night(1, at_factor(1.0))
-    assert 'id="history"' not in page([one])
+    assert 'id="history"' not in page([as_run(one)])
     other = copy.deepcopy(one)
     other["windows"][0]["name"] = "other"
-    assert '<section id="history"' not in page([one, other])
+    assert '<section id="history"' not in page([as_run(one), as_run(other)])

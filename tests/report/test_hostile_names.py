@@ -14,7 +14,7 @@ from pytest_sglprof.report.junit import attachments, properties
 from pytest_sglprof.report.markdown import kernel_table, step_summary
 from pytest_sglprof.report.terminal import rank_table
 
-from .windows import run, window
+from .windows import as_run, as_window, run, window
 
 NAMES = (
     "<script>alert(1)</script>",
@@ -35,14 +35,14 @@ def document() -> dict[str, Any]:
 
 
 def test_markdown_shows_every_name_as_text(document: dict[str, Any]) -> None:
-    lines = kernel_table(document)
+    lines = kernel_table(as_window(document))
     assert len(lines) == 2 + len(NAMES)
     for line in lines:
         assert "\n" not in line
         assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 7
         assert MARKUP.search(line) is None, line
         assert len(line) < 500
-    text = step_summary(run([document]))
+    text = step_summary(as_run(run([document])))
     assert "<script" not in text.replace("\\<script", "")
     fenced = re.search(r"\n(`{3,})text\n(.*?)\n\1\n", text, re.DOTALL)
     assert fenced is not None
@@ -52,9 +52,9 @@ def test_markdown_shows_every_name_as_text(document: dict[str, Any]) -> None:
 def test_junit_takes_every_name(
     document: dict[str, Any], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hostile = [*properties(document), *(("name", name) for name in NAMES)]
+    hostile = [*properties(as_window(document)), *(("name", name) for name in NAMES)]
     picture = pytester.path / "a <b>.svg"
-    picture.write_text(heat_map_svg(document))
+    picture.write_text(heat_map_svg(as_window(document)))
     hostile += attachments([picture, pytester.path / "absent.svg"])
     body = "".join(f"    record_property({name!r}, {value!r})\n" for name, value in hostile)
     pytester.makepyfile(f"def test_it(record_property):\n{body}")
@@ -70,6 +70,6 @@ def test_junit_takes_every_name(
 
 
 def test_the_terminal_and_the_picture_stay_small(document: dict[str, Any]) -> None:
-    assert max(map(len, rank_table(document))) < 1000
-    assert len(heat_map_svg(document)) < 20_000
-    ET.fromstring(heat_map_svg(document))
+    assert max(map(len, rank_table(as_window(document)))) < 1000
+    assert len(heat_map_svg(as_window(document))) < 20_000
+    ET.fromstring(heat_map_svg(as_window(document)))

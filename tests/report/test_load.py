@@ -14,7 +14,7 @@ from pytest_sglprof.report.load import load_strip, onset_document
 from pytest_sglprof.report.results import validate
 from pytest_sglprof.values import LoadSample
 
-from .windows import run, window
+from .windows import plain, run, window
 
 ONSET = Onset(
     1_700_000_000.0,
@@ -82,13 +82,13 @@ def test_what_cannot_be_joined_has_no_number() -> None:
 
 def test_a_document_with_load_is_valid() -> None:
     document = window(SLOW)
-    document["onset"] = onset_document(ONSET, join_load(ONSET, SLOW))
+    document["onset"] = plain(onset_document(ONSET, join_load(ONSET, SLOW)))
     samples = [
         LoadSample(t / 2, f"DP{r}", t % 9, 0, 5, source="loads")
         for t in range(3000)
         for r in (0, 1)
     ]
-    document["load_samples"] = load_strip(samples, "loads", 100.0, 1400.0)
+    document["load_samples"] = [*map(plain, load_strip(samples, "loads", 100.0, 1400.0))]
     validate(run([document]))
     for rank in document["load_samples"]:
         assert len(rank["time"]) == len(rank["running"]) == len(rank["waiting"]) == 600
@@ -98,6 +98,6 @@ def test_a_document_with_load_is_valid() -> None:
 
 def test_only_the_samples_of_one_source_are_kept() -> None:
     samples = [LoadSample(1.0, "DP0", 1, 0), LoadSample(1.0, "DP0", 2, 0, source="loads")]
-    assert [rank["running"] for rank in load_strip(samples, "log", 0.0, 2.0)] == [[1]]
-    assert load_strip([], "log", 0.0, 2.0) == []
+    assert [rank.running for rank in load_strip(samples, "log", 0.0, 2.0)] == [[1]]
+    assert load_strip([], "log", 0.0, 2.0) == ()
     assert onset_document(None) is None

@@ -1,32 +1,65 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 from kernel_tables import KERNELS, build
 
+import pytest_sglprof
 from pytest_sglprof.errors import SettingsError, SglprofError
-from pytest_sglprof.report.plain import plain, utc
+from pytest_sglprof.report.model import RecordedSpec, Results
+from pytest_sglprof.report.plain import plain, storable, utc
 from pytest_sglprof.report.results import (
     attempt_document,
     load_results,
-    results_schema,
     validate,
     write_results,
 )
+from pytest_sglprof.values import WindowSpec
 
-from .windows import BALANCED, SHORT, SLOW, run, window
+from .windows import BALANCED, SHORT, SLOW, as_run, run, window
+from .windows import plain as as_plain
+
+PACKAGE = Path(pytest_sglprof.__file__).parent
+SCHEMA = json.loads((PACKAGE / "schemas" / "results.schema.json").read_text())
 
 
 def test_the_schema_is_a_valid_schema() -> None:
-    Draft202012Validator.check_schema(results_schema())
-    assert results_schema()["$schema"].endswith("2020-12/schema")
+    Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$schema"].endswith("2020-12/schema")
+    assert SCHEMA["$id"]
+
+
+def test_the_schemas_are_those_of_the_types() -> None:
+    command = [sys.executable, "-m", "ci.schemas", "--check"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"run python -m ci.schemas: {done.stderr}"
+
+
+def test_documents_satisfy_the_schema_and_every_field_is_required() -> None:
+    windows = [window(SLOW), window(None, window_id="w4", state="failed", reason="it died")]
+    Draft202012Validator(SCHEMA).validate(run(windows))
+    for definition in SCHEMA["$defs"].values():
+        assert definition.get("required", []) == list(definition.get("properties", {}))
+        assert definition.get("additionalProperties", True) is not False
+
+
+def test_a_spec_is_recorded_whole() -> None:
+    recorded = {field.name for field in dataclasses.fields(WindowSpec)} - {"thresholds"}
+    assert set(RecordedSpec.__struct_fields__) == recorded
 
 
 def test_a_run_is_written_validated_and_read_back(tmp_path: Path) -> None:
@@ -39,9 +72,11 @@ def test_a_run_is_written_validated_and_read_back(tmp_path: Path) -> None:
         window(build(("DP0 TP0", "DP1 TP1")), window_id="w6"),
     ]
     path = tmp_path / "out" / "results.json"
-    write_results(run(windows), path)
-    document = load_results(path)
-    assert document == run(windows)
+    write_results(as_run(run(windows)), path)
+    read = load_results(path)
+    assert read == as_run(run(windows))
+    document = as_plain(read)
+    assert document == json.loads(path.read_text()) == run(windows)
     assert document["summary"] == {
         "verdict": "fail",
         "tests": 1,
@@ -71,7 +106,8 @@ def test_a_window_document_holds_what_was_measured() -> None:
         "total_ns": 50 * 840_000,
     }
     decisive = found["judgements"][found["decisive"]]
-    assert (decisive["scope"], decisive["verdict"], decisive["limit"]) == ("moe", "fail", 1.1)
+    threshold = decisive["threshold"]
+    assert (threshold["scope"], decisive["verdict"], threshold["limit"]) == ("moe", "fail", 1.1)
     assert decisive["finding"]["contributors"] == [{"name": "fused_moe_kernel", "ns": 12e6}]
     scopes = [item["scope"] for item in found["findings"] if not item["kernel"]]
     assert scopes[:3] == ["compute", "communication", "moe"]
@@ -86,7 +122,7 @@ def test_kernels_beyond_the_twenty_longest_have_no_finding_but_a_row() -> None:
 
 
 def test_every_attempt_is_kept_and_the_last_one_decides(tmp_path: Path) -> None:
-    def attempt(number: int, outcome: str, verdict: str | None) -> dict[str, Any]:
+    def attempt(number: int, outcome: Any, verdict: Any) -> Any:
         return attempt_document(
             nodeid="t", number=number, outcome=outcome, verdict=verdict, reason="", duration_s=-1
         )
@@ -118,40 +154,142 @@ def _wrong_word(document: dict[str, Any]) -> None:
     document["windows"][0]["verdict"] = "ok"
 
 
-def _unknown(document: dict[str, Any]) -> None:
-    document["windows"][0]["surprise"] = 1
-
-
 def _negative(document: dict[str, Any]) -> None:
     document["windows"][0]["table"][3]["total_ns"] = -1
 
 
-def _version(document: dict[str, Any]) -> None:
-    document["schema_version"] = 2
+def _deep(document: dict[str, Any]) -> None:
+    document["windows"][0]["judgements"][1]["finding"]["ranks"][0]["busy_ns"] = "many"
+
+
+def _no_object(document: dict[str, Any]) -> None:
+    document["summary"] = []
 
 
 @pytest.mark.parametrize(
     ("spoil", "path"),
     [
-        (_drop, "$.windows[0]: 'verdict' is a required property"),
-        (_wrong_word, "$.windows[0].verdict"),
-        (_unknown, "'surprise' was unexpected"),
-        (_negative, "$.windows[0].table[3].total_ns"),
-        (_version, "$.schema_version"),
+        (_drop, "$.windows[0]: Object missing required field `verdict`"),
+        (_wrong_word, "$.windows[0].verdict: Invalid enum value 'ok'"),
+        (_negative, "$.windows[0].table[3].total_ns: Expected `int` >= 0"),
+        (_deep, "$.windows[0].judgements[1].finding.ranks[0].busy_ns: Expected `int`, got `str`"),
+        (_no_object, "$.summary: Expected `object`, got `array`"),
     ],
 )
-def test_a_violation_is_named_and_nothing_is_written(
+def test_a_violation_is_named_with_its_place(
     tmp_path: Path, spoil: Callable[[dict[str, Any]], None], path: str
 ) -> None:
     document = copy.deepcopy(run([window(SLOW)]))
     spoil(document)
     with pytest.raises(SettingsError) as caught:
-        write_results(document, tmp_path / "results.json")
+        validate(document)
     assert path in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
     (tmp_path / "old.json").write_text(json.dumps(document))
-    with pytest.raises(SglprofError, match=r"old\.json: results document"):
+    with pytest.raises(SglprofError, match=r"old\.json: results document") as read:
         load_results(tmp_path / "old.json")
+    assert path in str(read.value)
+
+
+def test_what_none_can_read_is_not_written(tmp_path: Path) -> None:
+    made = as_run(run([window(SLOW)]))
+    spoilt = msgspec.structs.replace(made.windows[0], verdict="ok")
+    with pytest.raises(SettingsError, match=r"\$\.windows\[0\]\.verdict"):
+        write_results(msgspec.structs.replace(made, windows=(spoilt,)), tmp_path / "results.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_newer_minor_version_is_read_and_a_newer_major_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    document = run([window(SLOW)])
+    document["schema_version"] = {"major": 1, "minor": 7}
+    document["windows"][0]["surprise"] = 1
+    path.write_text(json.dumps(document))
+    assert load_results(path).windows == as_run(run([window(SLOW)])).windows
+    document["schema_version"] = {"major": 2, "minor": 3}
+    document["windows"] = "another thing altogether"
+    path.write_text(json.dumps(document))
+    with pytest.raises(SglprofError, match=r"of format 2\.3, .*cannot read") as caught:
+        load_results(path)
+    assert "format 1, this version writes 1.0" in str(caught.value)
+    document["schema_version"] = 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(SglprofError, match=r"\$\.schema_version: Expected `object`, got `int`"):
+        load_results(path)
+
+
+# ---- what JSON cannot hold ---------------------------------------------------------------------
+
+
+def full_of(value: float, kind: Any) -> Any:
+    """A value of this type in which every float that may be absent is `value`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return "log" if arguments[1].pattern else full_of(value, arguments[0])
+    if origin in (Union, UnionType):
+        inner = next(one for one in arguments if one is not NoneType)
+        return value if _is_float(inner) else full_of(value, inner)
+    if origin is Literal:
+        return arguments[0]
+    if origin is tuple and arguments == (float, float):  # an interval, which may be absent
+        return (value, 1.0)
+    if origin is tuple:
+        return tuple(full_of(value, one) for one in arguments if one is not Ellipsis)
+    if origin is list:
+        return [full_of(value, arguments[0])]
+    if origin is dict:
+        return {"key": full_of(value, arguments[1])}
+    if kind is Any:
+        return [value, {"deep": value}]
+    if kind in (int, float, str, bool):
+        return kind(1)
+    hints = get_type_hints(kind, include_extras=True)
+    return kind(**{name: full_of(value, hint) for name, hint in hints.items()})
+
+
+def _is_float(kind: Any) -> bool:
+    return kind is float or (get_origin(kind) is Annotated and get_args(kind)[0] is float)
+
+
+def numbers_of(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in numbers_of(item)]
+    return [value] if isinstance(value, float) else []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_document_full_of_what_json_cannot_hold_is_read_back(
+    value: float, tmp_path: Path
+) -> None:
+    document = full_of(value, Results)
+    (finding,) = document.windows[0].findings
+    assert repr(finding.slowdown) == repr(finding.interval[0]) == repr(value)
+    stored = storable(document)
+    write_results(stored, tmp_path / "results.json")
+    read = load_results(tmp_path / "results.json")
+    assert read == stored
+    (finding,) = read.windows[0].findings
+    assert (finding.slowdown, finding.interval, finding.p_value) == (None, None, None)
+    (load,) = read.loads
+    assert (load.ttft, load.raw) == ({"key": None}, {"key": [None, {"deep": None}]})
+    assert numbers_of(as_plain(read)) and all(map(math.isfinite, numbers_of(as_plain(read))))
+
+
+def test_a_figure_that_must_exist_is_refused_where_it_is_not_finite(tmp_path: Path) -> None:
+    made = as_run(run([window(SLOW)]))
+    (first, *others) = made.windows[0].findings
+    spoilt = msgspec.structs.replace(first, share_of_compute=math.nan)
+    spoilt_window = msgspec.structs.replace(made.windows[0], findings=(spoilt, *others))
+    document = storable(msgspec.structs.replace(made, windows=(spoilt_window,)))
+    with pytest.raises(SettingsError, match=r"\$\.windows\[0\]\.findings\[0\]\.share_of_compute"):
+        write_results(document, tmp_path / "results.json")
+
+
+def test_what_holds_nothing_to_hide_is_not_copied() -> None:
+    made = as_run(run([window(SLOW)]))
+    assert storable(made.windows[0]) is made.windows[0]
+    assert storable({"token": "abc", "n": [1, 2]}) == {"token": "<redacted>", "n": [1, 2]}
 
 
 def test_what_is_no_results_document_is_refused_by_name(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from pytest_sglprof.report.results import attempt_document
 from pytest_sglprof.report.terminal import STANDIN_NOTE, rank_table, summary_lines
 from pytest_sglprof.report.text_table import shorten, text_table
 
-from .windows import BALANCED, SHORT, SLOW, run, window
+from .windows import BALANCED, SHORT, SLOW, as_run, as_window, run, window
 
 
 def test_the_rank_table_of_a_failing_window() -> None:
-    lines = rank_table(window(SLOW, standin=True))
+    lines = rank_table(as_window(window(SLOW, standin=True)))
     assert lines[0] == 'window "steady" (torch, 50 steps, stand-in): fail'
     assert lines[1].startswith("TP1 is 1.40x slower than its peers in moe (limit 1.10)")
     assert lines[2:] == [
@@ -28,7 +28,9 @@ def test_the_rank_table_of_a_failing_window() -> None:
 
 
 def test_a_window_without_data_shows_its_reason_and_the_servers_own_words() -> None:
-    lines = rank_table(window(None, state="failed", reason="it died", log=["OOM", "bye"]))
+    lines = rank_table(
+        as_window(window(None, state="failed", reason="it died", log=["OOM", "bye"]))
+    )
     assert lines == ['window "steady" (torch): inconclusive', "it died", "  | OOM", "  | bye"]
 
 
@@ -36,7 +38,7 @@ def test_a_window_without_common_steps_shows_the_whole_window() -> None:
     table = build(steps=20, scale=slow("TP1", "gemm", 2.0))
     table.steps.loc[table.steps["rank"] == "TP1", "step"] += 100
     table.frame.loc[table.frame["rank"] == "TP1", "step"] += 100
-    lines = rank_table(window(table))
+    lines = rank_table(as_window(window(table)))
     assert "TP0         22.0              3.00           -" in lines
     assert "TP1         28.0              3.00           -" in lines
     assert lines[-1] == "no step could be compared: times are kernel times of the whole window"
@@ -44,43 +46,45 @@ def test_a_window_without_common_steps_shows_the_whole_window() -> None:
 
 def test_kernels_and_stages_get_a_column_of_their_own() -> None:
     kernel = window(SLOW, keywords={"slowdown": {"/fused.*/": 1.1}})
-    assert "/fused.*/ ms" in rank_table(kernel)[3]
+    assert "/fused.*/ ms" in rank_table(as_window(kernel))[3]
     stage = window(SLOW, keywords={"slowdown": {"compute in decode": 1.1}})
-    assert "compute in decode ms" in rank_table(stage)[3]
+    assert "compute in decode ms" in rank_table(as_window(stage))[3]
     both = window(SLOW, keywords={"slowdown": {"compute": 1.1}})
-    assert rank_table(both)[3] == "rank  compute ms  communication ms  slowest in"
+    assert rank_table(as_window(both))[3] == "rank  compute ms  communication ms  slowest in"
 
 
 def test_several_groups_stand_in_one_table_and_many_ranks_are_cut() -> None:
     four = ("DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1")
-    lines = rank_table(window(build(four, scale=slow("DP1 TP1", "moe", 1.4))))
+    lines = rank_table(as_window(window(build(four, scale=slow("DP1 TP1", "moe", 1.4)))))
     assert any(line.startswith("DP0 TP0 ") and "-" in line for line in lines)
     assert any(line.startswith("DP1 TP1 ") and "42.0" in line for line in lines)
     many = tuple(f"TP{at}" for at in range(64))
     table = build(many, steps=30, scale=lambda rank, c, s: 1 + int(rank[2:]) / 100)
-    shown = [line.split()[0] for line in rank_table(window(table)) if line.startswith("TP")]
+    shown = [
+        line.split()[0] for line in rank_table(as_window(window(table))) if line.startswith("TP")
+    ]
     assert shown[1:] == [f"TP{at}" for at in (*range(8), *range(56, 64))]
 
 
 def test_other_sources_attempts_and_repeats_are_named() -> None:
     document = window(BALANCED, attempt=2, retry_of="w0")
     document["source"] = "cpu_op"
-    head = rank_table(document)[0]
+    head = rank_table(as_window(document))[0]
     assert head == 'window "steady" (torch, 50 steps, CPU operators, attempt 2, repeated): pass'
     document["source"] = "nvtx"
-    assert "NVTX ranges" in rank_table(document)[0]
+    assert "NVTX ranges" in rank_table(as_window(document))[0]
 
 
 def test_an_incomplete_window_that_was_read_says_so() -> None:
     document = window(SLOW, state="incomplete", reason="TP3 wrote nothing")
-    assert rank_table(document)[1] == "TP3 wrote nothing"
+    assert rank_table(as_window(document))[1] == "TP3 wrote nothing"
     document["reason"] = "something else"
-    assert rank_table(document)[2] == "window incomplete: TP3 wrote nothing"
+    assert rank_table(as_window(document))[2] == "window incomplete: TP3 wrote nothing"
 
 
 def test_the_summary_counts_and_names_what_did_not_pass() -> None:
     windows = [window(SLOW), window(SHORT, window_id="w2"), window(BALANCED, window_id="w3")]
-    lines = summary_lines(run(windows, left_behind=["process 17"]))
+    lines = summary_lines(as_run(run(windows, left_behind=["process 17"])))
     assert lines[0] == "3 profile windows: 1 pass, 1 fail, 1 inconclusive"
     assert lines[1] == 'FAIL tests/test_a.py::test_b[x|y] window "steady" (torch, 50 steps)'
     assert lines[2].startswith("  TP1 is 1.40x slower")
@@ -96,17 +100,17 @@ def test_the_summary_marks_the_stand_in_and_shows_every_attempt() -> None:
         )
         for at, word in enumerate(("inconclusive", "fail", None), start=1)
     ]
-    lines = summary_lines(run([window(BALANCED)], tests=attempts, standin=True))
+    lines = summary_lines(as_run(run([window(BALANCED)], tests=attempts, standin=True)))
     assert lines == [
         "1 profile window: 1 pass",
         STANDIN_NOTE,
         "t: 3 attempts: inconclusive, fail, failed",
     ]
-    assert summary_lines(run([])) == []
+    assert summary_lines(as_run(run([]))) == []
 
 
 def test_junit_properties_tell_the_verdict_and_its_figures() -> None:
-    found = dict(properties(window(SLOW, standin=True)))
+    found = dict(properties(as_window(window(SLOW, standin=True))))
     assert found.pop("reason").startswith("TP1 is 1.40x slower")
     assert found == {
         "verdict": "fail",
@@ -120,18 +124,20 @@ def test_junit_properties_tell_the_verdict_and_its_figures() -> None:
         "window": "w1",
         "standin": "true",
     }
-    nothing = dict(properties(window(None, reason="it died")))
+    nothing = dict(properties(as_window(window(None, reason="it died"))))
     assert (nothing["verdict"], nothing["reason"]) == ("inconclusive", "it died")
     assert "slowdown" not in nothing
-    staged = dict(properties(window(SLOW, keywords={"slowdown": {"/fused/ in decode": 1.1}})))
+    staged = dict(
+        properties(as_window(window(SLOW, keywords={"slowdown": {"/fused/ in decode": 1.1}})))
+    )
     assert (staged["scope"], staged["stage"]) == ("/fused/", "decode")
-    unjudged = dict(properties(window(SLOW, keywords={})))
+    unjudged = dict(properties(as_window(window(SLOW, keywords={}))))
     assert "limit" not in unjudged
 
 
 def test_the_worst_window_of_a_test_gives_the_plain_properties() -> None:
     windows = [window(BALANCED, window_id="a"), window(SLOW, window_id="b")]
-    found = properties_of_test(windows)
+    found = properties_of_test([*map(as_window, windows)])
     names = [name for name, _ in found]
     assert len(names) == len(set(names))
     assert dict(found)["verdict"] == "fail"
@@ -142,7 +148,7 @@ def test_the_step_summary_is_markdown_that_no_name_can_break() -> None:
     document = window(SLOW, standin=True)
     document["reason"] += " <script> ``` "
     document["log"] = ["````"]
-    text = step_summary(run([document, window(BALANCED)], standin=True))
+    text = step_summary(as_run(run([document, window(BALANCED)], standin=True)))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 7
     assert [line.replace("\\|", "").count("|") for line in rows] == [8] * 4 + [7] * 3
@@ -159,15 +165,15 @@ def test_the_step_summary_is_markdown_that_no_name_can_break() -> None:
 def test_the_step_summary_stays_below_the_limit_of_its_host() -> None:
     windows = [window(SLOW)]
     windows[0]["log"] = ["x" * 1000] * 300
-    text = step_summary(run(windows * 5))
+    text = step_summary(as_run(run(windows * 5)))
     assert len(text.encode()) < MAX_BYTES + 1000
     assert "3 more windows did not pass" in text
-    assert "No profile window" in step_summary(run([]))
+    assert "No profile window" in step_summary(as_run(run([])))
     assert escape("a\n|b") == r"a \|b"
 
 
 def test_a_window_that_judged_nothing_has_dashes() -> None:
-    text = step_summary(run([window(None, keywords={}, reason="it died")]))
+    text = step_summary(as_run(run([window(None, keywords={}, reason="it died")])))
     assert "| - | - | - | - |" in text
 
 

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from kernel_tables import build, slow
 
 from pytest_sglprof.gate.judge import judge
 from pytest_sglprof.gate.thresholds import thresholds_from_keywords
+from pytest_sglprof.redact import redact_command
+from pytest_sglprof.report.model import Attempt, RecordedLoad, RecordedWindow, Results, Run
+from pytest_sglprof.report.plain import utc
 from pytest_sglprof.report.results import (
     attempt_document,
     load_document,
     run_document,
     server_document,
+    validate,
     window_document,
 )
 from pytest_sglprof.trace.table import KernelTable
@@ -24,6 +29,24 @@ KEYWORDS: dict[str, Any] = {"slowdown": {"compute": 1.1, "moe": 1.1}}
 SLOW = build(scale=slow("TP1", "moe", 1.4))
 BALANCED = build(scale=slow("TP1", "moe", 1.02))
 SHORT = build(steps=3)
+
+
+def plain(value: msgspec.Struct) -> dict[str, Any]:
+    """As it stands in results.json, so that a test can change it."""
+    document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(value))
+    return document
+
+
+def as_window(document: dict[str, Any]) -> RecordedWindow:
+    return msgspec.convert(document, RecordedWindow)
+
+
+def as_load(document: dict[str, Any]) -> RecordedLoad:
+    return msgspec.convert(document, RecordedLoad)
+
+
+def as_run(document: dict[str, Any]) -> Results:
+    return validate(document)
 
 
 def window(
@@ -58,7 +81,7 @@ def window(
         incomplete_reason=reason,
         expected_ranks=expected,
     )
-    return window_document(
+    made = window_document(
         capture,
         table,
         verdict,
@@ -70,6 +93,7 @@ def window(
         root=Path("/run"),
         retry_of=retry_of,
     )
+    return plain(made)
 
 
 LOAD = LoadResult(
@@ -92,7 +116,7 @@ LOAD = LoadResult(
 def run(
     windows: Sequence[dict[str, Any]],
     *,
-    tests: Sequence[dict[str, Any]] | None = None,
+    tests: Sequence[Attempt] | None = None,
     left_behind: Sequence[str] = (),
     standin: bool = False,
 ) -> dict[str, Any]:
@@ -119,12 +143,15 @@ def run(
     load = load_document(
         LOAD, load_id="l1", nodeid="t", attempt=1, server_key="default", standin=standin
     )
-    header = {
-        "id": "r1",
-        "started": 1_700_000_000.0,
-        "ended": 1_700_000_100.25,
-        "host": "node",
-        "versions": {"pytest_sglprof": "0.1.0", "python": "3.11.2", "nsys": ""},
-        "admin_token": "sk-very-secret",
-    }
-    return run_document(header, [one] if tests is None else tests, windows, [server], [load])
+    header = Run(
+        id="r1",
+        started=utc(1_700_000_000.0),
+        ended=utc(1_700_000_100.25),
+        host="node",
+        command=tuple(redact_command(["pytest", "--api-key", "sk-very-secret"])),
+        versions={"pytest_sglprof": "0.1.0", "python": "3.11.2", "nsys": ""},
+        min_steps=30,
+        exit_status=1,
+    )
+    attempts = [one] if tests is None else tests
+    return plain(run_document(header, attempts, [*map(as_window, windows)], [server], [load]))
