@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from jsonschema import Draft202012Validator
 
 from pytest_sglprof.report.model import FORMAT, Results
 
 FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schemas() -> dict[str, str]:
@@ -26,7 +26,7 @@ def schemas() -> dict[str, str]:
 
 def _text(kind: type, name: str, title: str) -> str:
     schema: dict[str, Any] = {
-        "$schema": DIALECT,
+        "$schema": Draft202012Validator.META_SCHEMA["$id"],
         "$id": f"urn:pytest-sglprof:schema:{name}",
         "title": f"pytest-sglprof: {title}",
         **msgspec.json.schema(kind),

@@ -8,6 +8,7 @@ a session's state is read before it is told anything, and a report is where the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -24,7 +25,6 @@ from pytest_sglprof.errors import (
     SettingsError,
 )
 from pytest_sglprof.nsys_command import NsysTool, run, started
-from pytest_sglprof.nsys_export import export, import_again
 from pytest_sglprof.nsys_output import StopOutput, read_sessions
 from pytest_sglprof.process import which
 
@@ -33,7 +33,6 @@ __all__ = [
     "GONE",
     "NsysSession",
     "NsysTool",
-    "export",
     "find_nsys",
     "profile_prefix",
 ]
@@ -225,7 +224,7 @@ class NsysSession:
             )
         stream = output.stream()
         if stream is not None:
-            return import_again(self.tool, stream, timeout, output.tail())
+            return _import_again(self.tool, stream, timeout, output.tail())
         return output.report(process.returncode)
 
     def _checked(self, words: Sequence[str], timeout: float) -> str:
@@ -275,3 +274,27 @@ def _quick(path: str, words: Sequence[str]) -> str:
     except NsysError as error:
         raise NsysMissing(error.what, hint=_INSTALL_HINT, log=error.log) from error
     return process.stdout
+
+
+def _import_again(tool: NsysTool, stream: Path, timeout: float, said: Sequence[str]) -> Path:
+    """Makes the report of a raw ``.qdstrm`` whose import failed; returns its path.
+
+    On a loaded machine the importer of 2023.4 now and then stumbles over a race of its
+    own and works the second time; where it is broken it fails again. said: what it printed.
+    """
+    report = stream.with_suffix(".nsys-rep")
+    importer = Path(tool.path).resolve().parent.parent / "host-linux-x64" / "QdstrmImporter"
+    words = [str(importer), "--input-file", str(stream), "--output-file", str(report)]
+    with contextlib.suppress(NsysError):
+        if importer.is_file() and run([*words, "--force-overwrite"], timeout).returncode == 0:
+            stream.unlink(missing_ok=True)
+            if report.is_file() and report.stat().st_size:
+                return report
+    raise NsysError(
+        f"nsys left only {stream}, no report: its importer did not work",
+        expected="a .nsys-rep file",
+        hint="the importer is in nsys's host-linux-x64 folder, which must lie beside "
+        "target-linux-x64, and needs libssh.so.4 (Debian: libssh-4, linked as "
+        "host-linux-x64/libssh.so)",
+        log=said,
+    )

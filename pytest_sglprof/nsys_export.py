@@ -7,7 +7,6 @@ import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,30 +93,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def import_again(tool: NsysTool, stream: Path, timeout: float, said: Sequence[str]) -> Path:
-    """Makes the report of a raw ``.qdstrm`` whose import failed; returns its path.
-
-    On a loaded machine the importer of 2023.4 now and then stumbles over a race of its
-    own and works the second time; where it is broken it fails again. said: what it printed.
-    """
-    report = stream.with_suffix(".nsys-rep")
-    importer = Path(tool.path).resolve().parent.parent / "host-linux-x64" / "QdstrmImporter"
-    words = [str(importer), "--input-file", str(stream), "--output-file", str(report)]
-    with contextlib.suppress(NsysError):
-        if importer.is_file() and run([*words, "--force-overwrite"], timeout).returncode == 0:
-            stream.unlink(missing_ok=True)
-            if report.is_file() and report.stat().st_size:
-                return report
-    raise NsysError(
-        f"nsys left only {stream}, no report: its importer did not work",
-        expected="a .nsys-rep file",
-        hint="the importer is in nsys's host-linux-x64 folder, which must lie beside "
-        "target-linux-x64, and needs libssh.so.4 (Debian: libssh-4, linked as "
-        "host-linux-x64/libssh.so)",
-        log=said,
-    )
 
 
 def hide_credentials(database: Path) -> int:

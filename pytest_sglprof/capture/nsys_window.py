@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof import nsys
 from pytest_sglprof.capture.backends import BACKENDS, Progress
 from pytest_sglprof.capture.life import POLL, LifeWatch
 from pytest_sglprof.errors import (
@@ -27,6 +26,7 @@ from pytest_sglprof.errors import (
     WindowRefused,
 )
 from pytest_sglprof.nsys import COLLECTING, GONE, NsysSession
+from pytest_sglprof.nsys_export import export
 from pytest_sglprof.values import Artifact, WindowCapture, WindowSpec
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class NsysRecording:
             self._progress("exporting the report")
         try:
             left = max(_left(deadline), EXPORT_FLOOR)
-            exported = nsys.export(self._session.tool, kept.path, "sqlite", target, left)
+            exported = export(self._session.tool, kept.path, "sqlite", target, left)
         except NsysError as error:
             return (kept,), f"its report cannot be exported: {error.what}"
         return (kept, Artifact(exported, "sqlite")), ""

@@ -43,7 +43,8 @@ SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of c
 # torch.distributed describes a collective in an operator of this name; Kineto copies its
 # process group, not its sequence number, to the kernel that it launched.
 ANNOUNCEMENT = "record_param_comms"
-PROCESS_GROUP, SEQUENCE = "Process Group Name", "Seq"
+PROCESS_GROUP: str = "Process Group Name"
+SEQUENCE: str = "Seq"
 
 
 def communicates(kernel: str) -> bool:

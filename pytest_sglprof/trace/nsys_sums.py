@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sglprof.ranks import rank_order
-from pytest_sglprof.trace.kernels import category, normalise
+from pytest_sglprof.trace.kernel_names import normalise
+from pytest_sglprof.trace.kernels import category
 from pytest_sglprof.trace.nsys_counted import Counted
 from pytest_sglprof.trace.nsys_database import open_database
 from pytest_sglprof.trace.nsys_files import readable

@@ -14,7 +14,8 @@ from pytest_sglprof.trace.arrays import Ints
 from pytest_sglprof.trace.collect import Interner
 from pytest_sglprof.trace.collective_calls import collective_frame
 from pytest_sglprof.trace.join import joined, one_source
-from pytest_sglprof.trace.kernels import category, normalise
+from pytest_sglprof.trace.kernel_names import normalise
+from pytest_sglprof.trace.kernels import category
 from pytest_sglprof.trace.kineto import COMMUNICATION
 from pytest_sglprof.trace.repetition import with_repetition
 from pytest_sglprof.trace.steps import StepIndex

@@ -17,7 +17,8 @@ import numpy as np
 
 from pytest_sglprof.patterns import compiled
 from pytest_sglprof.trace.arrays import Ints
-from pytest_sglprof.trace.kernels import normalise, words
+from pytest_sglprof.trace.kernel_names import normalise
+from pytest_sglprof.trace.kernels import words
 from pytest_sglprof.trace.steps import StepIndex
 from pytest_sglprof.trace.table import UNKNOWN_STAGE, RankActivities, Step
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from string import Formatter
@@ -23,7 +22,7 @@ from pytest_sglprof.gate.repeats import judge_repeats
 from pytest_sglprof.gate.thresholds import check_limit, thresholds_from_keywords
 from pytest_sglprof.metrics import METRICS, UNITS, Metric, metrics_of
 from pytest_sglprof.report.page_figures import heat_maps, numbers
-from pytest_sglprof.report.results import results_schema, validate
+from pytest_sglprof.report.results import validate
 from pytest_sglprof.report.terminal import imbalance_line
 from pytest_sglprof.settings import Settings
 from pytest_sglprof.values import Threshold, WindowSpec
@@ -45,12 +44,10 @@ SLOW = build(scale=slow("TP1", "moe", 1.4))
 
 
 @pytest.fixture
-def evenness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metric]:
+def evenness(monkeypatch: pytest.MonkeyPatch) -> Metric:
     """A metric that is a row of the table and stands nowhere else."""
     monkeypatch.setitem(METRICS, EVENNESS.name, EVENNESS)
-    results_schema.cache_clear()
-    yield EVENNESS
-    results_schema.cache_clear()
+    return EVENNESS
 
 
 def finding() -> ImbalanceFinding:
@@ -127,13 +124,13 @@ def test_a_new_row_of_which_higher_is_better_fails_below_its_limit(evenness: Met
 def test_a_new_row_stands_in_results_on_the_terminal_and_on_the_page(evenness: Metric) -> None:
     document = window(SLOW, keywords={"evenness": 1.01, "slowdown": 1.1})
     whole = json.loads(json.dumps(run([document])))
-    validate(whole)
-    assert "evenness" in results_schema()["$defs"]["judgement"]["properties"]["metric"]["enum"]
-    assert "evenness 1.10" in imbalance_line(document["judgements"][0]["finding"])
-    judged = next(each for each in document["judgements"] if each["metric"] == "evenness")
+    (recorded,) = validate(whole).windows
+    judged = next(each for each in recorded.judgements if each.threshold.metric == "evenness")
+    assert judged.finding is not None
+    assert "evenness 1.10" in imbalance_line(judged.finding)
     assert numbers(judged)[0] == "evenness 1.10 (limit 1.01)"
-    (heat_map,) = heat_maps(document)
-    labels = [figure["label"] for figure in heat_map["figures"]]
+    (heat_map,) = heat_maps(recorded)
+    labels = [figure.label for figure in heat_map.figures]
     assert labels == [row.label.capitalize() for row in metrics_of("ranks")]
     assert labels[-1] == "Evenness"
 

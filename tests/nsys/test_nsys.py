@@ -16,8 +16,8 @@ from pytest_sglprof.errors import (
     NsysTooOld,
     SettingsError,
 )
-from pytest_sglprof.nsys import NsysSession, NsysTool, export, find_nsys, profile_prefix
-from pytest_sglprof.nsys_export import hide_credentials
+from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys, profile_prefix
+from pytest_sglprof.nsys_export import export, hide_credentials
 from pytest_sglprof.nsys_output import StopOutput, read_sessions
 
 from .fake_nsys import HELP, calls, fake_nsys, listed

@@ -16,8 +16,8 @@ import pytest
 from real_env import real_nsys
 
 from pytest_sglprof.errors import NsysSessionError
-from pytest_sglprof.nsys import NsysSession, NsysTool, export, find_nsys, profile_prefix
-from pytest_sglprof.nsys_export import can_export_parquet, digest_of, exported_from
+from pytest_sglprof.nsys import NsysSession, NsysTool, find_nsys, profile_prefix
+from pytest_sglprof.nsys_export import can_export_parquet, digest_of, export, exported_from
 from pytest_sglprof.trace.nsys_report import read_report
 
 pytestmark = pytest.mark.real_nsys

@@ -38,7 +38,7 @@ def test_fault_19_a_check_of_windows_that_were_repeated_is_in_all_of_them(make_p
     windows = ran.windows(name)
     assert len(windows) == 2
     for window in windows:
-        (check,) = [j for j in window["judgements"] if j["origin"] == "check"]
+        (check,) = [j for j in window["judgements"] if j["threshold"]["origin"] == "check"]
         assert check["verdict"] == word
         assert word in [spread["verdict"] for spread in window["repeats"]["spread"]]
         assert window["verdict"] == word

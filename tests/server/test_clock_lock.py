@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pytest_sglprof.errors import ClockLockError, ServerDied
+from pytest_sglprof.report.model import LockedClock
 from pytest_sglprof.server import command
 from pytest_sglprof.server.clock_lock import ClockLock, open_nvml
 from pytest_sglprof.server.server import Server, launch
@@ -104,10 +105,10 @@ def test_locked_while_the_server_lives_and_recorded(
     assert calls.asked == LOCKED
     assert calls.pids.isdisjoint({os.getpid(), server.pid})
     assert server.locked_clocks == {"GPU-b": 1410, "GPU-c": 1410}
-    assert describe_server(server, tmp_path)["locked_clocks"] == [
-        {"uuid": "GPU-b", "mhz": 1410},
-        {"uuid": "GPU-c", "mhz": 1410},
-    ]
+    assert describe_server(server, tmp_path).locked_clocks == (
+        LockedClock(uuid="GPU-b", mhz=1410),
+        LockedClock(uuid="GPU-c", mhz=1410),
+    )
     assert server.stop() == ()
     assert calls.asked == LOCKED + RESET
     assert server.stop() == ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pytest_sglprof.errors import SettingsError
-from pytest_sglprof.trace.kernels import CATEGORY_NAMES, category, normalise
+from pytest_sglprof.trace.kernel_names import normalise
+from pytest_sglprof.trace.kernels import CATEGORY_NAMES, category
 
 BF16 = "__nv_bfloat16"
 NAMES = {

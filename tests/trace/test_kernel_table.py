@@ -17,7 +17,8 @@ from pathlib import Path
 import plain_traces as plain
 import pytest
 
-from pytest_sglprof.trace.kernels import CATEGORY_NAMES, category, normalise, words
+from pytest_sglprof.trace.kernel_names import normalise
+from pytest_sglprof.trace.kernels import CATEGORY_NAMES, category, words
 
 TABLE = [
     tuple(line.split("\t"))

@@ -70,7 +70,8 @@ def test_fault_16_a_large_report_is_not_read_again(tmp_path: Path, types: str) -
 def test_fault_16_a_window_beside_its_report_is_found_without_reading_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pytest_sglprof.nsys import NsysTool, export
+    from pytest_sglprof.nsys import NsysTool
+    from pytest_sglprof.nsys_export import export
 
     fake = ExportingNsys(tmp_path)
     with fake.report.open("r+b") as stream:

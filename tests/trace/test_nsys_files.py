@@ -19,7 +19,8 @@ from nsys_exports import (
 )
 
 from pytest_sglprof.errors import NotATrace, NsysMissing, TraceError
-from pytest_sglprof.nsys import NsysTool, export
+from pytest_sglprof.nsys import NsysTool
+from pytest_sglprof.nsys_export import export
 from pytest_sglprof.trace.nsys_report import read_report
 from pytest_sglprof.trace.read import read_window
 from pytest_sglprof.trace.window_files import reader_of, window_files
