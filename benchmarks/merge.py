@@ -29,13 +29,13 @@ from benchmarks.generate import torch_window
 
 
 def with_summary(folder: Path, out: Path) -> None:
-    from pytest_sglprof.cli.main import main
+    from pytest_sglprof._cli.main import main
 
     assert main(["export", "--to", "perfetto", str(folder), "-o", str(out)]) == 0
 
 
 def events_only(folder: Path, out: Path) -> None:
-    from pytest_sglprof.trace.merge_files import merge_files
+    from pytest_sglprof._trace.merge.files import merge_files
 
     merge_files(sorted(folder.glob("*.json.gz")), out)
 

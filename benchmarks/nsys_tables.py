@@ -87,7 +87,7 @@ def nsys_stats(folder: Path) -> Sums:
 
 
 def _ours(path: Path) -> Sums:
-    from pytest_sglprof.trace.nsys_sums import read_sums
+    from pytest_sglprof._trace.nsys.sums import read_sums
 
     found = read_sums(path)
     keys = zip(found.rank, found.full_name, found.kind, strict=True)

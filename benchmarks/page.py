@@ -22,22 +22,21 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from pytest_sglprof.gate.judge import judge
-from pytest_sglprof.report.html import SCRIPTS, STYLES, write_page
-from pytest_sglprof.report.model import Run
-from pytest_sglprof.report.plain import utc
-from pytest_sglprof.report.results import load_results, run_document, write_results
-from pytest_sglprof.report.window import window_document
-from pytest_sglprof.trace.table import KernelTable
-from pytest_sglprof.values import Threshold, WindowCapture, WindowSpec
-from tests.page.browser import Browser, chromium
+from pytest_sglprof._config.model import Threshold, WindowCapture, WindowSpec
+from pytest_sglprof._report.build import window_document
+from pytest_sglprof._report.model import Run, utc
+from pytest_sglprof._report.page.page import SCRIPTS, STYLES, write_page
+from pytest_sglprof._report.results import load_results, run_document, write_results
+from pytest_sglprof._trace.table import KernelTable
+from pytest_sglprof._verdict.judge import judge
+from tests.support.browser import Browser, chromium
 
 CATEGORIES = ("attention", "gemm", "moe", "norm", "activation", "elementwise", "communication",
               "memory")  # fmt: skip
 BASE_NS = 1_790_857_026_000_000_000
 STEP_NS = 12_000_000
 LOADS = 5
-ASSETS = Path("pytest_sglprof/report/assets")
+ASSETS = Path("pytest_sglprof/_report/page/assets")
 # Sets window.interactive in the page, whatever page it is.
 CLOCK = """
 addEventListener("load", () => requestAnimationFrame(() => requestAnimationFrame(() => {

@@ -32,7 +32,7 @@ HEAVY = (
 LIST_IMPORTED = f"""
 import sys, pytest
 pytest.main({list(COLLECT)!r})
-assert "pytest_sglprof.plugin" in sys.modules, "the plugin is not loaded"
+assert "pytest_sglprof._plugin.hooks" in sys.modules, "the plugin is not loaded"
 print("imported:", *(name for name in {HEAVY!r} if name in sys.modules))
 """
 

@@ -87,7 +87,7 @@ def tracelens(folder: Path) -> Sums:
 
 def floor(folder: Path) -> Sums:
     """Inflating, and one pass of `bytes.find` for each needle, in one process. No sums."""
-    from pytest_sglprof.trace.inflate import pieces
+    from pytest_sglprof._trace.torch.stream import pieces
 
     for path in sorted(folder.glob("*.gz")):
         for piece in pieces(path):
@@ -100,8 +100,7 @@ def floor(folder: Path) -> Sums:
 
 def fast_floor(folder: Path) -> Sums:
     """The same with the search that we use."""
-    from pytest_sglprof.trace.inflate import pieces
-    from pytest_sglprof.trace.needles import offsets
+    from pytest_sglprof._trace.torch.stream import offsets, pieces
 
     for path in sorted(folder.glob("*.gz")):
         for piece in pieces(path):

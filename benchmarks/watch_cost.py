@@ -32,9 +32,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from pytest_sglprof.server.server import Server, launch
-from pytest_sglprof.values import ServerSpec
-from pytest_sglprof.watch.watcher import server_watch
+from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._load.watcher import server_watch
+from pytest_sglprof._server.launch import Server, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 IDLE_S = 4.0  # of the server alone, whose own cost is taken off
@@ -200,7 +200,7 @@ def spec(real: bool) -> ServerSpec:
     if not real:
         return ServerSpec(kind="standin", args=("--dp", "2"), standin_args=("--step-ms", "4"))
     sys.path.insert(0, str(ROOT))
-    from tests.real_env import CPU_ARGUMENTS, RealSglang
+    from tests.support.real_env import CPU_ARGUMENTS, RealSglang
 
     python = os.environ["SGLPROF_REAL_PYTHON"]
     sglang = RealSglang(python, Path(os.environ["SGLPROF_REAL_MODELS"]))

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.page.browser import Browser, chromium
-from tests.plugin.project import Project
+from tests.support.browser import Browser, chromium
+from tests.support.project import Project
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 MADE_BY = "python -m ci.pictures"  # stands in every picture, as its `Source`

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
-from pytest_sglprof.report.model import FORMAT, Results
+from pytest_sglprof._report.model import FORMAT, Results
 
 FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
 

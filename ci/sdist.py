@@ -18,7 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # What depends on the place of the package: commands, files of the package, whole runs.
-TESTS = ("tests/ci", "tests/report", "tests/cli/test_main.py", "tests/plugin/test_runs.py")
+TESTS = (
+    "tests/unit/ci",
+    "tests/unit/report",
+    "tests/integration/cli/test_main.py",
+    "tests/integration/plugin/test_runs.py",
+)
 
 
 def main(options: list[str]) -> int:

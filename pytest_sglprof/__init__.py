@@ -1,7 +1,7 @@
 """pytest-sglprof: profile windows on a running SGLang server, and a verdict.
 
 The public names are imported only when they are used, since this package is loaded by
-every pytest run of whoever installed it.
+every pytest run of whoever installed it. All other modules are private (docs/stability.md).
 """
 
 from __future__ import annotations
@@ -9,63 +9,59 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_sglprof.analysis.triggers import ImbalanceOnset, QueueGrowth, ThroughputDrop
-    from pytest_sglprof.bench_serving.shapes import (
-        balanced_load,
-        one_rank_load,
-        routing_key_load,
-        uneven_load,
-    )
-    from pytest_sglprof.errors import Inconclusive, SglprofError
-    from pytest_sglprof.trace.read import read_window
-    from pytest_sglprof.trace.table import KernelTable
-    from pytest_sglprof.values import LoadResult, LoadSample, ServerSpec, Threshold, WindowSpec
-    from pytest_sglprof.verdict_failed import VerdictFailed, VerdictInconclusive
+    from pytest_sglprof._bench_serving.bench import BenchServing as BenchServing
+    from pytest_sglprof._bench_serving.command import balanced_load as balanced_load
+    from pytest_sglprof._bench_serving.command import one_rank_load as one_rank_load
+    from pytest_sglprof._bench_serving.command import routing_key_load as routing_key_load
+    from pytest_sglprof._bench_serving.command import uneven_load as uneven_load
+    from pytest_sglprof._config.model import LoadResult as LoadResult
+    from pytest_sglprof._config.model import LoadSample as LoadSample
+    from pytest_sglprof._config.model import ServerSpec as ServerSpec
+    from pytest_sglprof._config.model import Threshold as Threshold
+    from pytest_sglprof._config.model import WindowSpec as WindowSpec
+    from pytest_sglprof._errors import Inconclusive as Inconclusive
+    from pytest_sglprof._errors import SglprofError as SglprofError
+    from pytest_sglprof._load.triggers import ImbalanceOnset as ImbalanceOnset
+    from pytest_sglprof._load.triggers import QueueGrowth as QueueGrowth
+    from pytest_sglprof._load.triggers import ThroughputDrop as ThroughputDrop
+    from pytest_sglprof._load.watcher import LoadWatch as LoadWatch
+    from pytest_sglprof._plugin.verdicts import VerdictFailed as VerdictFailed
+    from pytest_sglprof._plugin.verdicts import VerdictInconclusive as VerdictInconclusive
+    from pytest_sglprof._run.window import ProfileWindow as ProfileWindow
+    from pytest_sglprof._run.window import Window as Window
+    from pytest_sglprof._server.launch import Server as Server
+    from pytest_sglprof._trace.read import read_window as read_window
+    from pytest_sglprof._trace.table import KernelTable as KernelTable
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ImbalanceOnset": "analysis.triggers",
-    "Inconclusive": "errors",
-    "KernelTable": "trace.table",
-    "LoadResult": "values",
-    "LoadSample": "values",
-    "QueueGrowth": "analysis.triggers",
-    "ServerSpec": "values",
-    "SglprofError": "errors",
-    "Threshold": "values",
-    "ThroughputDrop": "analysis.triggers",
-    "VerdictFailed": "verdict_failed",
-    "VerdictInconclusive": "verdict_failed",
-    "WindowSpec": "values",
-    "balanced_load": "bench_serving.shapes",
-    "one_rank_load": "bench_serving.shapes",
-    "read_window": "trace.read",
-    "routing_key_load": "bench_serving.shapes",
-    "uneven_load": "bench_serving.shapes",
+    "BenchServing": "_bench_serving.bench",
+    "ImbalanceOnset": "_load.triggers",
+    "Inconclusive": "_errors",
+    "KernelTable": "_trace.table",
+    "LoadResult": "_config.model",
+    "LoadSample": "_config.model",
+    "LoadWatch": "_load.watcher",
+    "ProfileWindow": "_run.window",
+    "QueueGrowth": "_load.triggers",
+    "Server": "_server.launch",
+    "ServerSpec": "_config.model",
+    "SglprofError": "_errors",
+    "Threshold": "_config.model",
+    "ThroughputDrop": "_load.triggers",
+    "VerdictFailed": "_plugin.verdicts",
+    "VerdictInconclusive": "_plugin.verdicts",
+    "Window": "_run.window",
+    "WindowSpec": "_config.model",
+    "balanced_load": "_bench_serving.command",
+    "one_rank_load": "_bench_serving.command",
+    "read_window": "_trace.read",
+    "routing_key_load": "_bench_serving.command",
+    "uneven_load": "_bench_serving.command",
 }
 
-__all__ = [
-    "ImbalanceOnset",
-    "Inconclusive",
-    "KernelTable",
-    "LoadResult",
-    "LoadSample",
-    "QueueGrowth",
-    "ServerSpec",
-    "SglprofError",
-    "Threshold",
-    "ThroughputDrop",
-    "VerdictFailed",
-    "VerdictInconclusive",
-    "WindowSpec",
-    "__version__",
-    "balanced_load",
-    "one_rank_load",
-    "read_window",
-    "routing_key_load",
-    "uneven_load",
-]
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

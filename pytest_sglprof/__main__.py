@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pytest_sglprof.cli.main import main
+from pytest_sglprof._cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

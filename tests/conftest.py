@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-import real_env
-from page.browser import find_chromium
+
+from tests.support import real_env
+from tests.support.browser import find_chromium
 
 # Before numpy is loaded, here and in what tests start: its threads wait for each other in
 # small products, which costs several times the work itself where workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from pytest_sglprof import redact
+from pytest_sglprof import _redact as redact
 
 pytest_plugins = ["pytester"]
 

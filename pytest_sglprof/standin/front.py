@@ -11,12 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_sglprof.standin.batching import Lane, Request
-from pytest_sglprof.standin.engine import Engine, Order
-from pytest_sglprof.standin.logs import log, web
-from pytest_sglprof.standin.options import Options
+from pytest_sglprof.standin.engine import Engine, Lane, Order, Request
+from pytest_sglprof.standin.model import places
+from pytest_sglprof.standin.options import Options, log, web
 from pytest_sglprof.standin.ranks import RankGone, RankProcess, end_all
-from pytest_sglprof.standin.topology import places
 
 READY = "The server is fired up and ready to roll!"
 

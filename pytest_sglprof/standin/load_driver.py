@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-
-from pytest_sglprof.standin.load_metrics import Outcome, measure
-from pytest_sglprof.standin.load_options import PATHS, base_url, parse
 
 VOCABULARY = 32_000
 WARM_UP_TOKENS = 32
@@ -297,3 +296,180 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# From what each request saw to the fields of SGLang's load driver.
+
+
+@dataclass
+class Outcome:
+    """One request. Times in seconds; start on the clock of `time.perf_counter`."""
+
+    prompt_len: int
+    output_len: int
+    success: bool = False
+    start: float = 0.0
+    latency: float = 0.0
+    ttft: float = 0.0
+    itl: list[float] = field(default_factory=list)
+    text: str = ""
+    error: str = ""
+
+
+def measure(outcomes: Sequence[Outcome], duration: float) -> dict[str, Any]:
+    """Throughputs and latency statistics, in the driver's own names and order."""
+    good = [outcome for outcome in outcomes if outcome.success]
+    inputs = sum(outcome.prompt_len for outcome in good)
+    outputs = sum(outcome.output_len for outcome in good)
+    latencies = [outcome.latency for outcome in good]
+    peak_tokens, peak_requests = _peaks(good)
+    return {
+        "duration": duration,
+        "completed": len(good),
+        "total_input_tokens": inputs,
+        "total_input_text_tokens": inputs,
+        "total_input_vision_tokens": 0,
+        "total_output_tokens": outputs,
+        "total_output_tokens_retokenized": outputs,
+        "request_throughput": len(good) / duration,
+        "input_throughput": inputs / duration,
+        "output_throughput": outputs / duration,
+        "total_throughput": (inputs + outputs) / duration,
+        **_statistics("e2e_latency", latencies),
+        **_statistics("ttft", [outcome.ttft for outcome in good]),
+        **_statistics("tpot", [_tpot(o) for o in good if o.output_len > 1]),
+        **_statistics("itl", [gap for outcome in good for gap in outcome.itl]),
+        "concurrency": sum(latencies) / duration,
+        "accept_length": None,
+        "max_output_tokens_per_s": peak_tokens,
+        "max_concurrent_requests": peak_requests,
+    }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the two nearest, as numpy's default."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _statistics(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    values = [value * 1000 for value in seconds] or [0.0]
+    return {
+        f"mean_{name}_ms": statistics.fmean(values),
+        f"median_{name}_ms": statistics.median(values),
+        f"std_{name}_ms": statistics.pstdev(values),
+        **{f"p{p}_{name}_ms": percentile(values, p) for p in (90, 95, 99)},
+    }
+
+
+def _tpot(outcome: Outcome) -> float:
+    return (outcome.latency - outcome.ttft) / (outcome.output_len - 1)
+
+
+def _peaks(good: Sequence[Outcome]) -> tuple[float, int]:
+    """Most tokens, and most requests in flight, in any second since the first start."""
+    if not good:
+        return 0.0, 0
+    first = min(outcome.start for outcome in good)
+    last = max(outcome.start + outcome.latency for outcome in good)
+    tokens = [0] * (math.ceil(last - first) + 1)
+    flying = list(tokens)
+    for outcome in good:
+        moment = outcome.start + outcome.ttft - first
+        for gap in (0.0, *outcome.itl):
+            moment += gap
+            if 0 <= int(moment) < len(tokens):
+                tokens[int(moment)] += 1
+        begin, end = int(outcome.start - first), int(outcome.start + outcome.latency - first)
+        for second in range(begin, min(end + 1, len(flying))):
+            flying[second] += 1
+    return float(max(tokens)), max(flying)
+
+
+# Options of the load driver: those of `python -m sglang.benchmark.serving` that matter.
+
+
+PATHS = {
+    "sglang": "/generate",
+    "sglang-native": "/generate",
+    "sglang-oai": "/v1/completions",
+    "sglang-oai-chat": "/v1/chat/completions",
+    "vllm": "/v1/completions",
+    "vllm-chat": "/v1/chat/completions",
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line; SystemExit (2) for what this driver cannot do.
+
+    `extra` of the result is `--extra-request-body` as a dictionary, `headers` the
+    dictionary of `--header`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pytest_sglprof.standin.load_driver",
+        description="Sends requests with random prompts and appends what it measured, as one "
+        "JSON object, to a file. Options and fields are those of SGLang's own driver.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--backend", choices=sorted(PATHS), default="sglang")
+    add("--base-url", default=None)
+    add("--host", default="0.0.0.0")
+    add("--port", type=int, default=30000)
+    add("--ready-check-timeout-sec", type=int, default=60)
+    add("--dataset-name", choices=("random", "random-ids"), default="random-ids")
+    add("--dataset-path", default="")
+    add("--model", default=None)
+    add("--served-model-name", default=None)
+    add("--tokenizer", default=None)
+    add("--num-prompts", type=int, default=1000)
+    add("--sharegpt-output-len", type=int, default=None)
+    add("--random-input-len", type=int, default=1024)
+    add("--random-output-len", type=int, default=1024)
+    add("--random-range-ratio", type=float, default=0.0)
+    add("--request-rate", type=float, default=float("inf"))
+    add("--max-concurrency", type=int, default=None)
+    add("--output-file", default=None)
+    add("--output-details", action="store_true")
+    add("--print-requests", action="store_true")
+    add("--disable-tqdm", action="store_true")
+    add("--disable-stream", action="store_true")
+    add("--return-logprob", action="store_true")
+    add("--seed", type=int, default=42)
+    add("--disable-ignore-eos", action="store_true")
+    add("--temperature", type=float, default=0.0)
+    add("--top-p", type=float, default=1.0)
+    add("--extra-request-body", default=None, metavar="JSON")
+    add("--apply-chat-template", action="store_true")
+    add("--flush-cache", action="store_true")
+    add("--warmup-requests", type=int, default=1)
+    add("--tokenize-prompt", action="store_true")
+    add("--tag", default=None)
+    add("--header", nargs="+", default=None, metavar="NAME=VALUE")
+    options = parser.parse_args(list(argv))
+    try:
+        options.extra = _extra(options.extra_request_body)
+    except ValueError as error:
+        parser.error(f"--extra-request-body: {error}")
+    options.headers = dict(text.split("=", 1) for text in options.header or () if "=" in text)
+    if options.tokenize_prompt and options.backend != "sglang":
+        parser.error("--tokenize-prompt works with --backend sglang only")
+    if not 0 <= options.random_range_ratio <= 1:
+        parser.error("--random-range-ratio must lie between 0 and 1")
+    return options
+
+
+def base_url(options: argparse.Namespace) -> str:
+    """`--base-url`, else of host and port."""
+    given = options.base_url or f"http://{options.host}:{options.port}"
+    return str(given).rstrip("/")
+
+
+def _extra(text: str | None) -> dict[str, Any]:
+    value = json.loads(text) if text else {}
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value

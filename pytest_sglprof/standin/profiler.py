@@ -17,12 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_sglprof.standin.kernels import Batch
-from pytest_sglprof.standin.logs import log, raw
-from pytest_sglprof.standin.merge import merge_traces
-from pytest_sglprof.standin.options import Options
-from pytest_sglprof.standin.topology import Place, places, stage_peers
-from pytest_sglprof.standin.trace_file import Recorded, Recording, write
+from pytest_sglprof.standin.model import Batch, Place, places, stage_peers
+from pytest_sglprof.standin.options import Options, log, raw
+from pytest_sglprof.standin.traces import Recorded, Recording, merge_traces, write
 
 NOT_RUNNING = "Profiling is not in progress. Call /start_profile first."
 RUNNING = "Profiling is already in progress. Call /stop_profile first."

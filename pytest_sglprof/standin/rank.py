@@ -18,12 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pytest_sglprof.standin.kernels import Batch
-from pytest_sglprof.standin.logs import env_flag, log
-from pytest_sglprof.standin.options import Options, parse
+from pytest_sglprof.standin.model import Batch, Place, places
+from pytest_sglprof.standin.options import Options, env_flag, log, parse
 from pytest_sglprof.standin.profiler import Profiler
-from pytest_sglprof.standin.topology import Place, places
-from pytest_sglprof.standin.trace_file import Recorded
+from pytest_sglprof.standin.traces import Recorded
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pytest_sglprof.standin.topology import Place
+from pytest_sglprof.standin.model import Place
 
 
 class RankGone(Exception):

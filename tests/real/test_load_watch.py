@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from pytest_sglprof.analysis.change_points import finished_load
-from pytest_sglprof.analysis.onset import OnsetDetector
-from pytest_sglprof.analysis.unequal import OnsetRule
-from pytest_sglprof.values import LoadSample
-from pytest_sglprof.watch.log_file import read_log
-from tests.real.project import Outcome, left_over, run_project, write_project
-from tests.real_env import real_sglang
+from pytest_sglprof._config.model import LoadSample
+from pytest_sglprof._load.change_points import finished_load
+from pytest_sglprof._load.onset import OnsetDetector, OnsetRule
+from pytest_sglprof._load.sources import read_log
+from tests.support.real_env import real_sglang
+from tests.support.real_project import Outcome, left_over, run_project, write_project
 
 pytestmark = pytest.mark.real_server
 

@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.drawn_secrets import Secrets
-from tests.real.project import Outcome, left_over, run_project, write_project
-from tests.real_env import real_nsys, real_sglang
+from tests.support.drawn_secrets import Secrets
+from tests.support.real_env import real_nsys, real_sglang
+from tests.support.real_project import Outcome, left_over, run_project, write_project
 
 pytestmark = [pytest.mark.real_server, pytest.mark.real_nsys]
 

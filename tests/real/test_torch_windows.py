@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.real.project import Outcome, left_over, run_project, write_project
-from tests.real_env import real_sglang
+from tests.support.real_env import real_sglang
+from tests.support.real_project import Outcome, left_over, run_project, write_project
 
 pytestmark = pytest.mark.real_server
 

@@ -1,0 +1,309 @@
+"""Keyword arguments of `bench_serving(...)` → the load driver's command line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_sglprof._config.model import LoadResult
+from pytest_sglprof._errors import LoadError, SettingsError
+from pytest_sglprof._redact import redact
+from pytest_sglprof._server.command import load_driver
+
+DEFAULT_NUM_PROMPTS = 1000  # the driver's own default
+# The driver's default data set is a download; this one is made from random token ids.
+DEFAULT_DATASET = "random-ids"
+WARM_UP_LIMIT = 64
+
+_OWNED = {
+    "host": "the address is that of the server fixture",
+    "port": "the address is that of the server fixture",
+    "base_url": "the address is that of the server fixture",
+    "output_file": "the result is what bench_serving() returns",
+}
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Refuses keywords that cannot be options of the driver, or that are not the user's.
+
+    Names that only the driver can judge pass; see `usage_error`. Raises SettingsError.
+    """
+    for name, value in keywords.items():
+        if name in _OWNED:
+            raise SettingsError(
+                f"bench_serving({name}=…) is not yours to set", expected=_OWNED[name]
+            )
+        if name == "profile" or name.startswith("profile_"):
+            raise SettingsError(
+                f"bench_serving({name}=…) would start the driver's own profiling",
+                expected="windows are opened by this plugin",
+                hint="use the profile_window marker or fixture: the driver sends no key to the "
+                "profiler and hides its failures",
+            )
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise SettingsError(
+                f"bench_serving({name}=…) is not an option of the load driver",
+                expected="lower-case names with _ for -, such as num_prompts",
+            )
+        if name in ("num_prompts", "max_concurrency") and not _is_count(value):
+            raise SettingsError(
+                f"bench_serving({name}={value!r})", expected="a whole number of at least 1"
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def num_prompts(keywords: Mapping[str, Any]) -> int:
+    """How many prompts these keywords ask for."""
+    return int(keywords.get("num_prompts", DEFAULT_NUM_PROMPTS))
+
+
+def target_concurrency(keywords: Mapping[str, Any]) -> int:
+    """How many requests run at once when the load is steady."""
+    return min(int(keywords.get("max_concurrency", num_prompts(keywords))), num_prompts(keywords))
+
+
+def warm_up_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The same shape of load with just enough prompts to fill the batch once."""
+    return {**keywords, "num_prompts": min(target_concurrency(keywords), WARM_UP_LIMIT)}
+
+
+def bench_command(
+    python: str,
+    kind: Literal["sglang", "standin"],
+    url: str,
+    model: str,
+    keywords: Mapping[str, Any],
+    output_file: Path,
+) -> list[str]:
+    """The driver's command for one run against the server at `url`.
+
+    python: the server's interpreter (of an SGLang server; the stand-in's driver runs in
+    ours). model: "" lets the driver ask the server. True becomes a bare flag, False and
+    None leave the option out, lists become several words, dicts JSON.
+    Raises SettingsError for unusable keywords, ServerMissing when `python` has no driver.
+    """
+    check_keywords(keywords)
+    command = [*_driver(python, kind), "--base-url", url, "--output-file", str(output_file)]
+    defaults = {"backend": "sglang", "dataset_name": DEFAULT_DATASET}
+    if model:
+        defaults["model"] = model
+    for name, value in {**defaults, **keywords}.items():
+        command += _option(name, value)
+    return command
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [flag, *map(str, value)]
+    text = str(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _driver(python: str, kind: str) -> list[str]:
+    if kind == "standin":
+        return [sys.executable, "-m", "pytest_sglprof.standin.load_driver"]
+    return [python, "-m", load_driver(python)]
+
+
+def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | None:
+    """The driver's complaint about its command line (argparse), in the user's terms.
+
+    Names like the unknown ones are taken from the usage that the driver itself printed,
+    so they are right for every version. None when `output` holds no such complaint.
+    """
+    complaint = re.search(r"^usage: (?:.*\n)*?.+: error: (.+)$", output, re.M)
+    if not complaint:
+        return None
+    flags = re.findall(r"--([a-z][a-z0-9-]+)", output)
+    unknown = re.findall(r"--([a-z0-9-]+)", complaint[1]) if "unrecognized" in complaint[1] else []
+    names = [name.replace("-", "_") for name in unknown]
+    known = sorted({flag.replace("-", "_") for flag in flags} - set(names))
+    near = [match for name in names for match in difflib.get_close_matches(name, known, n=3)]
+    hint = f"did you mean {_or(near)}?" if near else f"it was given {_or(sorted(keywords))}"
+    asked = ", ".join(f"{name}=…" for name in names) or "…"
+    return SettingsError(
+        f"the load driver does not accept bench_serving({asked})", hint=hint, log=[complaint[1]]
+    )
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(dict.fromkeys(names)) or "no keywords"
+
+
+# The load driver's record (one line of JSON) → `LoadResult`.
+
+
+STATISTICS = ("mean", "median", "p90", "p95", "p99")
+_REASON_LINES = 12
+_BAR = re.compile(r"(\d+)/(\d+) \[")
+
+
+def parse_result(
+    line: str,
+    *,
+    requested: int,
+    command: tuple[str, ...] = (),
+    warmed_up: bool = True,
+    cache_flushed: bool = True,
+    started: float | None = None,
+) -> LoadResult:
+    """One line of the driver's output file, as a result.
+
+    Python's JSON dialect is read, in which the driver writes `Infinity` and `NaN`.
+    `raw` is the record as plain JSON: secrets hidden, non-finite numbers as text, without
+    `server_info` (hundreds of settings that are recorded with the server already).
+    requested: how many requests were asked for; a driver that completed more (several
+    turns a prompt) had more to do. Raises LoadError when `line` is not such a record.
+    """
+    try:
+        record = json.loads(line)
+        completed, duration = int(record["completed"]), float(record["duration"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(
+            f"the load driver's result cannot be read: {error!r}",
+            expected='a line of JSON with at least "completed" and "duration"',
+            log=[line[:200]],
+        ) from None
+    return LoadResult(
+        requested=max(requested, completed),
+        completed=completed,
+        duration=duration,
+        request_throughput=_figure(record, "request_throughput"),
+        output_throughput=_figure(record, "output_throughput"),
+        total_throughput=_figure(record, "total_throughput"),
+        concurrency=_figure(record, "concurrency"),
+        ttft=_statistics(record, "ttft"),
+        tpot=_statistics(record, "tpot"),
+        itl=_statistics(record, "itl"),
+        e2e=_statistics(record, "e2e_latency"),
+        command=command,
+        warmed_up=warmed_up,
+        cache_flushed=cache_flushed,
+        started=started,
+        raw={key: plain(value) for key, value in redact(record).items() if key != "server_info"},
+    )
+
+
+def _statistics(record: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    return {statistic: _figure(record, f"{statistic}_{name}_ms") for statistic in STATISTICS}
+
+
+def _figure(record: Mapping[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def plain(value: Any) -> Any:
+    """`value` with every infinite or undefined number as text, as strict JSON needs it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value
+
+
+def redact_record(text: str) -> str:
+    """The driver's output file with the values of secret keys hidden; other lines are dropped."""
+    kept = []
+    for line in text.splitlines():
+        # A driver that was killed may have left half a line: nothing to keep, and not redactable.
+        with contextlib.suppress(ValueError):
+            kept.append(json.dumps(redact(json.loads(line))) + "\n")
+    return "".join(kept)
+
+
+def requested_of(output: str, asked: int) -> int:
+    """How many requests the driver had: the total of its last progress bar, else `asked`.
+
+    A data set may hold fewer prompts than were asked for; that is not a failed request.
+    """
+    bars = _BAR.findall(output)
+    return int(bars[-1][1]) if bars else asked
+
+
+def reason(output: str) -> list[str]:
+    """The lines of the driver's output that say why it failed: its last traceback, or its end."""
+    lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
+    if not starts:
+        return lines[-6:]
+    block = lines[starts[-1] :]
+    # The exception stands after the last indented line; whatever follows is tidying up.
+    last = max((i for i, line in enumerate(block) if line.startswith(" ")), default=0)
+    return block[: last + 2][-_REASON_LINES:]
+
+
+# Loads that are equal or unequal on purpose, as keywords of `bench_serving`.
+
+
+def balanced_load(
+    *, concurrency: int = 32, requests: int = 256, input_len: int = 256, output_len: int = 256
+) -> dict[str, Any]:
+    """Requests of one length: the server's own balancing gives each DP rank as many.
+
+    concurrency: in flight, over all ranks. input_len, output_len: tokens.
+    """
+    return {
+        "num_prompts": requests,
+        "max_concurrency": concurrency,
+        "random_input_len": input_len,
+        "random_output_len": output_len,
+        "random_range_ratio": 1.0,
+    }
+
+
+def one_rank_load(rank: int = 0, *, field: str = "routed_dp_rank", **shape: int) -> dict[str, Any]:
+    """All requests to one DP rank. shape: keywords of `balanced_load`.
+
+    field: how the request names the rank; servers before 0.5.23 know `data_parallel_rank`.
+    """
+    return {**balanced_load(**shape), "extra_request_body": {field: rank}}
+
+
+def uneven_load(**shape: int) -> dict[str, Any]:
+    """Lengths evenly spread from 1 to the full one: ranks get as many requests in turn, and
+    different work. The driver shuffles what it sends, so long and short ones alternate by
+    chance only. shape: keywords of `balanced_load`.
+    """
+    return {**balanced_load(**shape), "random_range_ratio": 0.0}
+
+
+def routing_key_load(
+    *, groups: int = 16, requests: int = 256, concurrency: int = 32, skew: float = 1.5
+) -> dict[str, Any]:
+    """Requests of few users, most from one, each with its user as routing key.
+
+    For a server behind SGLang's router, which sends a key always to the same rank; needs
+    SGLang's own load driver. skew: exponent of the Zipf distribution of users, above 0.
+    """
+    return {
+        "dataset_name": "generated-shared-prefix",
+        "num_prompts": requests,
+        "max_concurrency": concurrency,
+        "gsp_num_groups": groups,
+        "gsp_prompts_per_group": max(1, requests // groups),
+        "gsp_group_distribution": "zipf",
+        "gsp_zipf_alpha": skew,
+        "gsp_send_routing_key": True,
+    }

@@ -1,0 +1,153 @@
+"""One run of the load driver: a process group of its own that never outlives its owner."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytest_sglprof._bench_serving import guard
+from pytest_sglprof._server.command import EXEC_STEP, split_secret_words
+
+_TAIL_BYTES = 4096
+_POLL_S = 0.25
+
+
+@contextlib.contextmanager
+def _in_memory(given: Mapping[str, Any]) -> Iterator[int]:
+    """A file of JSON that has no name and is in no folder: its descriptor."""
+    handle = os.memfd_create("sglprof")
+    try:
+        with open(handle, "w", encoding="utf-8", closefd=False) as stream:
+            json.dump(given, stream)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+class DriverProcess:
+    """A running load driver; its output goes to `log`.
+
+    command: `PYTHON -m MODULE ARG …`. private: variables for the driver's Python alone.
+    Neither they nor the values of secret options appear in lists of processes, such as those
+    in nsys reports.
+    on_end is called once, from another thread, as soon as the driver has ended. started: Unix
+    time in s.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        private: Mapping[str, str] | None = None,
+        log: Path,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.log = log
+        self.started = time.time()
+        self._started = time.monotonic()
+        python, _, module, *words = command
+        shown, hidden = split_secret_words(words)
+        given = {"private": dict(private or {}), "args": hidden}
+        with log.open("wb") as output, _in_memory(given) as secrets:
+            target = ["module", module, *shown]
+            step = [python, "-u", str(EXEC_STEP), f"/dev/fd/{secrets}", *target]
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, *step],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                pass_fds=[secrets],
+                start_new_session=True,
+            )
+        self._on_end = on_end
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="sglprof-load", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        end = None
+        with contextlib.suppress(ChildProcessError):  # someone else has waited for it
+            end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        # A guard, or a driver, that was killed took nobody along. No stranger is met: the
+        # number of the group stays taken until its leader is waited for.
+        if end is not None and (end.si_code != os.CLD_EXITED or end.si_status > 128):
+            self._kill_group()
+        self._process.wait()
+        self._ended.set()
+        if self._on_end:
+            self._on_end()
+
+    @property
+    def pid(self) -> int:
+        """Leader of the driver's process group."""
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """Exit status (128 + signal when it was killed), None while it runs."""
+        code: int | None = self._process.returncode  # set by the watcher, which alone waits
+        return 128 - code if code is not None and code < 0 else code
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def wait(self, check: Callable[[], None]) -> int:
+        """Waits for the end and returns the exit status.
+
+        `check` is called four times a second; the driver is ended when it raises, and
+        also on KeyboardInterrupt.
+        """
+        try:
+            while (status := self.status) is None:
+                if not self._ended.wait(_POLL_S):
+                    check()
+            self._watcher.join()
+            self._close_pipe()
+            return status
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends the driver and all that it started; harmless when it is over already."""
+        self._close_pipe()
+        if not self._ended.wait(guard.GRACE_S + 2):
+            self._kill_group()
+            self._ended.wait()
+        self._watcher.join(timeout=1)
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _close_pipe(self) -> None:
+        if self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def output(self) -> str:
+        """Everything that the driver has written so far."""
+        return self.log.read_text("utf-8", "replace")
+
+    def last_line(self) -> str:
+        """The newest line of its output; of a progress bar the newest state."""
+        with self.log.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _TAIL_BYTES))
+            text = stream.read().decode("utf-8", "replace")
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+        return lines[-1].strip() if lines else ""

@@ -1,0 +1,290 @@
+"""`NsysRecording`: a window through ``nsys start`` and ``nsys stop`` on a named session.
+
+One report holds every rank of the node. It tells processes and devices, not ranks: which
+process is which rank is read from the live command lines while the window is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_sglprof._capture.recording import POLL, LifeWatch
+from pytest_sglprof._config.backends import BACKENDS, Progress
+from pytest_sglprof._config.model import Artifact, WindowCapture, WindowSpec
+from pytest_sglprof._errors import (
+    NsysError,
+    ServerDied,
+    ServerError,
+    ServerRefused,
+    WindowError,
+    WindowRefused,
+)
+from pytest_sglprof._nsys import COLLECTING, GONE, NsysSession
+from pytest_sglprof._nsys_export import export
+
+if TYPE_CHECKING:
+    from pytest_sglprof._server.launch import Server
+
+FRESH = "DelayedCollection"  # state of a session that never had a window
+RANGE = "cudaProfilerApi"
+EXPORT_FLOOR = 60.0  # s that an export gets even when the window's own time is over
+LAST_WORDS = 10.0  # s for nsys to write the report of a server that died
+ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
+
+
+class NsysRecording:
+    """One nsys window of `server`; its report and export end up in `folder`."""
+
+    def __init__(
+        self,
+        server: Server,
+        spec: WindowSpec,
+        *,
+        window_id: str,
+        folder: Path,
+        life: LifeWatch,
+        progress: Progress | None = None,
+    ) -> None:
+        self._server = server
+        self._spec = spec
+        self._life = life
+        self._progress = progress
+        self._report = folder.absolute() / f"{window_id}.nsys-rep"
+        self._pid_ranks: dict[int, str] = {}
+        self._notes: list[str] = []
+
+    @property
+    def _session(self) -> NsysSession:
+        session = self._server.nsys
+        if session is None:
+            raise WindowRefused(
+                f"an nsys window of a server that does not run under nsys ({self._server.url})",
+                expected="a server that was started under `nsys profile --start-later`",
+                hint="mark the test sglang_server(nsys=True); for a server that somebody else "
+                "started give --sglprof-nsys-session=NAME",
+            )
+        return session
+
+    def refuse(self) -> None:
+        """Raises `WindowRefused` when there is no session, or steps cannot be counted."""
+        self._session.name  # noqa: B018 - raises where there is none
+        spec, server = self._spec, self._server
+        by_torch = {
+            "profile_by_stage": spec.profile_by_stage,
+            "merge_profiles": spec.merge_profiles,
+            "start_step": spec.start_step is not None,
+            "activities": spec.activities is not None,
+        }
+        if given := [name for name, value in by_torch.items() if value]:
+            raise WindowRefused(
+                f"{', '.join(given)} with backend='nsys'",
+                expected="options of nsys windows: num_steps, duration, delay, settle, timeout",
+                hint="use backend='torch', or leave them out",
+            )
+        if spec.num_steps is None:
+            return
+        if spec.num_steps < 1:
+            raise WindowRefused(f"num_steps={spec.num_steps}", expected="1 or more")
+        if server.sizes.is_cpu and server.kind != "standin":
+            raise WindowRefused(
+                "an nsys window by steps on a CPU server: its steps are told to nsys through "
+                "cudaProfilerStart, which kills a server without CUDA",
+                expected="a GPU server, or a duration",
+                hint="give duration instead of num_steps",
+            )
+
+    def start(self, deadline: float) -> None:
+        """Starts the session's next window."""
+        session = self._session
+        self._end_leftover(deadline)
+        if self._spec.num_steps is None:
+            session.start(self._report, timeout=_left(deadline))
+        else:
+            self._start_by_steps(session, self._spec.num_steps, deadline)
+        self._map_pids()
+
+    def _start_by_steps(self, session: NsysSession, steps: int, deadline: float) -> None:
+        if session.state() == FRESH:  # a session's first window ignores the capture range
+            burnt = self._report.with_name("burnt.nsys-rep")
+            session.start(burnt, timeout=_left(deadline))
+            session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
+            self._notes.append("one window was thrown away: a session's first has no range")
+        session.start(self._report, capture_range=RANGE, timeout=_left(deadline))
+        body = {"activities": ["CUDA_PROFILER"], "num_steps": steps}
+        try:
+            self._life.call(
+                lambda left: self._server.client.start_profile(body, left),
+                deadline,
+                "/start_profile",
+            )
+        except ServerRefused as error:
+            raise WindowError(
+                f"the server refused to count the steps: {error.what}",
+                expected="200 Start profiling.",
+                hint=error.hint,
+            ) from error
+
+    def _end_leftover(self, deadline: float) -> None:
+        """Ends a window that an earlier run left open: ours is the only one, by lock."""
+        if self._session.state() not in COLLECTING:
+            return
+        with contextlib.suppress(NsysError):
+            self._session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
+        self._notes.append("the session still collected for an earlier window: ended first")
+
+    def _map_pids(self) -> None:
+        for pid, rank in self._server.scheduler_ranks().items():
+            self._pid_ranks.setdefault(pid, rank.label)
+
+    def is_done(self) -> bool:
+        """True when the asked-for steps have ended the range by themselves."""
+        if self._spec.num_steps is None:
+            return False
+        try:
+            return self._session.state() not in COLLECTING
+        except NsysError:
+            return False  # nsys is busy writing
+
+    def stop(
+        self, capture: WindowCapture, deadline: float, *, unfinished: str | None
+    ) -> WindowCapture:
+        """Ends the window, and exports its report to SQLite beside it."""
+        reason, still_open = unfinished, False
+        log: tuple[str, ...] = ()
+        report: Path | None = None
+        death = self._life.death()
+        if death is None:
+            self._map_pids()
+        try:
+            report = self._stop(deadline) if death is None else self._last_words()
+        except (NsysError, ServerError) as error:
+            death = self._life.death()
+            if death is None:
+                reason, log = error.what, error.log
+                still_open = self._collects()
+            else:
+                report = self._last_words()
+        if death := death or self._life.death():
+            reason, log = death.what, death.log
+        artifacts, fault = self._export(report, deadline)
+        reason = "; ".join(text for text in (reason, fault) if text)
+        failed = death is not None or report is None
+        return replace(
+            capture,
+            state="failed" if failed else "incomplete" if reason else "complete",
+            reason=reason,
+            artifacts=artifacts,
+            pid_ranks=dict(self._pid_ranks),
+            gpu_ranks=self._gpu_ranks(),
+            log=log,
+            notes=(*self._notes, *self._remarks()),
+            is_still_open=still_open,
+        )
+
+    def _stop(self, deadline: float) -> Path:
+        session = self._session
+        if self._spec.num_steps is not None:
+            self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
+        if self._spec.num_steps is not None and session.state() not in COLLECTING:
+            return self._ended_report(deadline)
+        if self._progress:
+            self._progress("nsys writes the report")
+        left = _left(deadline)
+        return session.stop(timeout=left, progress=self._progress)
+
+    def _ended_report(self, deadline: float) -> Path:
+        """The report of a range that ended by itself: nobody prints where it is."""
+        size = -1
+        while time.monotonic() < deadline and not self._life.death():
+            now = self._report.stat().st_size if self._report.is_file() else -1
+            if 0 < now == size:
+                return self._report
+            size = now
+            time.sleep(5 * POLL)
+        raise NsysError(
+            f"the range of {self._spec.num_steps} steps ended, but {self._report} is not there",
+            expected="the report, written when the range ends",
+            hint="look for it in the temporary folder of nsys; use duration instead",
+        )
+
+    def _last_words(self) -> Path | None:
+        """The report that nsys writes when its target dies inside a window, if it comes."""
+        first = self._server.folder / "nsys"
+        opened = self._life.began
+        over = time.monotonic() + LAST_WORDS
+        while time.monotonic() < over:
+            for path in [self._report, *sorted(first.glob("*.nsys-rep"))]:
+                if path.is_file() and path.stat().st_size and path.stat().st_mtime >= opened:
+                    return self._moved(path)
+            if self._is_gone():
+                over = min(over, time.monotonic() + 1.0)
+            time.sleep(POLL)
+        return None
+
+    def _moved(self, path: Path) -> Path:
+        if path != self._report:
+            self._report.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, self._report)
+        return self._report
+
+    def _collects(self) -> bool:
+        with contextlib.suppress(NsysError):
+            return self._session.state() in COLLECTING
+        return True
+
+    def _is_gone(self) -> bool:
+        with contextlib.suppress(NsysError):
+            return self._session.state() in GONE
+        return True
+
+    def _export(self, report: Path | None, deadline: float) -> tuple[tuple[Artifact, ...], str]:
+        if report is None:
+            return (), ""
+        kept = Artifact(self._moved(report), "nsys-rep")
+        target = self._report.with_suffix(".sqlite")
+        if self._progress:
+            self._progress("exporting the report")
+        try:
+            left = max(_left(deadline), EXPORT_FLOOR)
+            exported = export(self._session.tool, kept.path, "sqlite", target, left)
+        except NsysError as error:
+            return (kept,), f"its report cannot be exported: {error.what}"
+        return (kept, Artifact(exported, "sqlite")), ""
+
+    def _gpu_ranks(self) -> Mapping[int, str]:
+        env = {**({} if self._server.attached else os.environ), **dict(self._server.spec.env)}
+        if env.get(ONE_DEVICE, "").lower() in ("1", "true", "yes", "y"):
+            return {}  # every rank calls its device 0 then
+        return self._server.sizes.gpu_ranks()
+
+    def _remarks(self) -> list[str]:
+        sizes = self._server.sizes
+        here = [rank for rank in sizes.ranks() if sizes.node_of(rank) == sizes.node_rank]
+        if len(self._pid_ranks) >= len(here):
+            return []
+        return [
+            f"the pids of {len(self._pid_ranks)} of {len(here)} ranks are known: the others are "
+            "told apart by their devices"
+        ]
+
+    def abort(self) -> None:
+        """Ends the window and drops its report."""
+        deadline = time.monotonic() + BACKENDS["nsys"].abort_seconds
+        with contextlib.suppress(NsysError, ServerError):
+            if self._spec.num_steps is not None:
+                self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
+        with contextlib.suppress(NsysError, ServerDied, OSError):
+            if self._session.state() in COLLECTING:
+                self._session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
+            self._report.unlink(missing_ok=True)
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 1.0)

@@ -1,0 +1,358 @@
+"""The body of ``/start_profile``, and the requests that would kill the server or the data."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._config.model import WindowSpec
+from pytest_sglprof._errors import Inconclusive, WindowRefused, did_you_mean
+from pytest_sglprof._files import safe_name
+from pytest_sglprof._server.sizes import ServerSizes
+
+if TYPE_CHECKING:
+    from pytest_sglprof._server.launch import Server
+
+
+ACTIVITIES = ("CPU", "GPU", "MEM", "RPD", "CUDA_PROFILER", "XPU")
+TRACING = frozenset({"CPU", "GPU", "RPD", "XPU"})  # those that leave a trace of kernels
+STAGES = {"prefill": "EXTEND", "extend": "EXTEND", "decode": "DECODE"}
+NAME_LIMIT = 80  # characters of an id or a prefix: rank, stage and suffix follow in the name
+KNOWS_ANNOTATIONS = (0, 5, 23)  # the first version read that has detailed_annotations
+# Arming a plain window at a step that never comes takes away the trigger of an earlier one.
+FAR_STEP = 10**15
+DISARM: Mapping[str, Any] = {"start_step": FAR_STEP, "num_steps": 1}
+
+
+def default_activities(device: str) -> tuple[str, ...]:
+    """CPU alone on a CPU server, else CPU and the accelerator."""
+    if device == "cpu":
+        return ("CPU",)
+    return ("CPU", "XPU") if device == "xpu" else ("CPU", "GPU")
+
+
+def request_body(
+    spec: WindowSpec, *, profile_id: str, output_dir: str, sizes: ServerSizes
+) -> dict[str, Any]:
+    """The parameters of `spec` as ``/start_profile`` wants them; unset ones are left out."""
+    activities = (
+        spec.activities if spec.activities is not None else default_activities(sizes.device)
+    )
+    body: dict[str, Any] = {
+        "output_dir": output_dir,
+        "profile_id": profile_id,
+        "activities": list(activities),
+        "with_stack": spec.with_stack,
+        "record_shapes": spec.record_shapes,
+    }
+    if spec.num_steps is not None:
+        body["num_steps"] = spec.num_steps
+    if spec.start_step is not None:
+        body["start_step"] = spec.start_step
+    if spec.profile_by_stage:
+        body["profile_by_stage"] = True
+        if spec.profile_stages:
+            body["profile_stages"] = list(spec.profile_stages)
+    if spec.merge_profiles:
+        body["merge_profiles"] = True
+    if spec.profile_prefix:
+        body["profile_prefix"] = safe_name(spec.profile_prefix, limit=NAME_LIMIT)
+    if spec.detailed_annotations and knows_annotations(sizes.version):
+        body["detailed_annotations"] = True
+    return body
+
+
+def knows_annotations(version: str) -> bool:
+    """True for servers that are known to take ``detailed_annotations``."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return match is not None and tuple(map(int, match.groups())) >= KNOWS_ANNOTATIONS
+
+
+def wanted_stages(spec: WindowSpec) -> tuple[str, ...]:
+    """Suffixes of the files of a by-stage window; empty for a plain one."""
+    if not spec.profile_by_stage:
+        return ()
+    stages = [STAGES[stage.lower()] for stage in spec.profile_stages or ("prefill", "decode")]
+    return tuple(dict.fromkeys(stages))
+
+
+def refuse_request(
+    spec: WindowSpec,
+    sizes: ServerSizes,
+    *,
+    under_nsys: bool,
+    standin: bool,
+    env: Mapping[str, str],
+    last_step: int | None,
+) -> None:
+    """Raises `WindowRefused` for a request that is known to break the server or the data.
+
+    under_nsys: the server runs below nsys. env: of the server, as far as known.
+    last_step: the highest step that its log has shown; None when unknown.
+    """
+    if env.get("SGLANG_PROFILE_V2", "").lower() in ("1", "true", "yes", "y"):
+        raise WindowRefused(
+            "the server runs with SGLANG_PROFILE_V2, and there a plain start, and every stop, "
+            "kills it",
+            expected="a server without SGLANG_PROFILE_V2",
+            hint="take the variable out of the server's env",
+        )
+    if under_nsys and not sizes.is_cpu and not standin:
+        raise WindowRefused(
+            "a torch window on a GPU server that runs under nsys: CUPTI takes one subscriber",
+            expected="backend='nsys', or a server that was started without nsys",
+            hint="mark the test sglang_server(nsys=False), or the window backend='nsys'",
+        )
+    _refuse_activities(spec, sizes)
+    _refuse_stages(spec, sizes)
+    _refuse_steps(spec, last_step)
+
+
+def _refuse_activities(spec: WindowSpec, sizes: ServerSizes) -> None:
+    if spec.activities is None:
+        return
+    unknown = [name for name in spec.activities if name not in ACTIVITIES]
+    if unknown or not TRACING.intersection(spec.activities):
+        raise WindowRefused(
+            f"activities={list(spec.activities)} would record no kernel: the server accepts "
+            "it, records nothing, and then refuses to stop",
+            expected=f"one or more of {', '.join(ACTIVITIES)}, and CPU or GPU among them",
+            hint="for CUDA_PROFILER use backend='nsys' with num_steps"
+            if "CUDA_PROFILER" in spec.activities
+            else did_you_mean(unknown, ACTIVITIES, "names are upper case"),
+        )
+    deadly = [name for name in spec.activities if name not in ("CPU",)]
+    if sizes.is_cpu and deadly:
+        raise WindowRefused(
+            f"activities {', '.join(deadly)} on a CPU server: its torch has no such device, "
+            "and the request kills it",
+            expected="activities=['CPU'] (the default there)",
+            hint="leave activities out",
+        )
+
+
+def _refuse_stages(spec: WindowSpec, sizes: ServerSizes) -> None:
+    if not spec.profile_by_stage:
+        if spec.profile_stages:
+            raise WindowRefused(
+                "profile_stages without profile_by_stage",
+                expected="profile_by_stage=True beside it",
+            )
+        return
+    if spec.num_steps is None:
+        raise WindowRefused(
+            "profile_by_stage without num_steps: the server dies at its next batch",
+            expected="a number of steps",
+            hint="give num_steps",
+        )
+    if sizes.dp_attention and sizes.attn_dp > 1:
+        raise WindowRefused(
+            "profile_by_stage under DP attention: each rank counts its stages alone, so their "
+            "files hold different steps",
+            expected="a plain window",
+            hint="leave profile_by_stage out; kernels are divided by stage when they are read",
+        )
+    unknown = [stage for stage in spec.profile_stages or () if stage.lower() not in STAGES]
+    if unknown:
+        raise WindowRefused(
+            f"profile_stages has {', '.join(unknown)}",
+            expected="prefill, decode, or both",
+            hint=did_you_mean(unknown, STAGES),
+        )
+
+
+def _refuse_steps(spec: WindowSpec, last_step: int | None) -> None:
+    if spec.num_steps is not None and spec.num_steps < 1:
+        raise WindowRefused(f"num_steps={spec.num_steps}", expected="1 or more")
+    if spec.start_step is None:
+        return
+    if spec.start_step < 1 or (last_step is not None and spec.start_step <= last_step):
+        seen = f"; the server is at {last_step}" if last_step is not None else ""
+        raise WindowRefused(
+            f"start_step={spec.start_step} is past{seen}",
+            expected="a step that is still to come, counted from the server's start",
+            hint="leave start_step out and use delay, which counts from now",
+        )
+
+
+# Where a torch window is written: one folder, as the server and as this machine name it.
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """server: the path that the server is told. local: the same folder as we reach it.
+
+    ours: made for this window alone, so that it is emptied and removed afterwards.
+    """
+
+    server: str
+    local: Path
+    ours: bool
+
+    def prepare(self, *, shared: bool) -> None:
+        """Makes the folder and writes into it: an unwritable one would kill the server.
+
+        shared: a server that may run as another user writes here as well.
+        """
+        try:
+            self.local.mkdir(parents=True, exist_ok=True)
+            if shared and self.ours:
+                self.local.chmod(0o777)
+            with tempfile.TemporaryFile(dir=self.local):
+                pass
+        except OSError as error:
+            raise WindowRefused(
+                f"{self.local} cannot be written: {error.strerror or error}",
+                expected="a folder that the server can write its traces into",
+                hint="choose another output_dir; a server that cannot write there dies",
+            ) from error
+
+    def collect(self, files: list[Path], target: Path) -> dict[Path, Path]:
+        """Brings `files` into `target`; old path -> new path.
+
+        Files in a folder of ours are moved, in the user's own folder they stay as well.
+        """
+        target.mkdir(parents=True, exist_ok=True)
+        moved = {}
+        for path in files:
+            new = target / path.name
+            if self.ours:
+                shutil.move(path, new)
+            else:
+                _copy(path, new)
+            moved[path] = new
+        self.remove()
+        return moved
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it, if it is ours."""
+        if self.ours:
+            shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _copy(path: Path, new: Path) -> None:
+    """A second name for the same bytes where the file system can, else a copy."""
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copy2(path, new)
+
+
+def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFolder:
+    """The folder of a window. Raises `WindowRefused` when its files could not be read here."""
+    if not server.attached:
+        if spec.output_dir:
+            local = Path(spec.output_dir).expanduser().absolute()
+            return OutputFolder(str(local), local, ours=False)
+        local = server.trace_root.absolute() / _fresh(server.trace_root, window_id)
+        return OutputFolder(str(local), local, ours=True)
+    if server.server_dir is None:
+        raise WindowRefused(
+            f"the server at {server.url} was started by somebody else, and nothing tells which "
+            "of its folders can be read from here",
+            expected="one folder that both machines (or containers) see",
+            hint="give --sglprof-server-dir SERVER:LOCAL",
+        )
+    theirs, ours = PurePosixPath(server.server_dir[0]), Path(server.server_dir[1]).absolute()
+    if not spec.output_dir:
+        name = _fresh(ours, window_id)
+        return OutputFolder(str(theirs / name), ours / name, ours=True)
+    wanted = PurePosixPath(spec.output_dir)
+    try:
+        below = wanted.relative_to(theirs)
+    except ValueError:
+        raise WindowRefused(
+            f"output_dir {spec.output_dir} is a folder of the server's machine that cannot be "
+            "read from here",
+            expected=f"a folder below {theirs}",
+            hint="leave output_dir out, or name another pair with --sglprof-server-dir",
+        ) from None
+    return OutputFolder(str(wanted), ours / below, ours=False)
+
+
+def _fresh(root: Path, window_id: str) -> str:
+    """A name below `root` that nobody has used: every file in a folder of ours is ours."""
+    name = safe_name(window_id)
+    number = 1
+    while (root / name).exists():
+        number += 1
+        name = safe_name(f"{window_id}-{number}")
+    return name
+
+
+# How large a torch window may become, against the disk and the server's watchdog.
+
+
+# Uncompressed JSON of one step of one rank: about 3,000 GPU activities and their launches,
+# which is what a decode step of a large model without stacks has.
+STEP_BYTES = 4_000_000
+STACK_FACTOR = 5.0  # measured: stacks make a trace 3 to 6 times larger
+SHAPES_FACTOR = 1.5
+STEPS_BY_HAND = 100  # a window without a number of steps is reckoned as this many
+STEPS_PER_SECOND = 50  # and one of a duration as this many a second
+EXPORT_BYTES_PER_SECOND = 20_000_000  # one rank writes its own file: serialise and compress
+
+
+class TooLittleSpace(WindowRefused, Inconclusive):
+    """The disk is too full for the window's traces: not opened, so nothing can be said."""
+
+    exit_status = Inconclusive.exit_status
+
+
+def bytes_per_rank(spec: WindowSpec) -> int:
+    """Estimate of one rank's trace before compression."""
+    if spec.num_steps is not None:
+        steps = spec.num_steps * (2 if spec.profile_by_stage else 1)
+    elif spec.duration is not None:
+        steps = max(int(spec.duration * STEPS_PER_SECOND), 1)
+    else:
+        steps = STEPS_BY_HAND
+    factor = (STACK_FACTOR if spec.with_stack else 1.0) * (
+        SHAPES_FACTOR if spec.record_shapes else 1.0
+    )
+    return int(steps * STEP_BYTES * factor)
+
+
+def check_space(spec: WindowSpec, sizes: ServerSizes, folders: Iterable[Path]) -> None:
+    """Raises `TooLittleSpace` when a folder's disk cannot hold the traces of all ranks.
+
+    Torch writes uncompressed JSON into the server's TMPDIR before it compresses.
+    """
+    needed = bytes_per_rank(spec) * len(sizes.ranks())
+    for folder in folders:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise TooLittleSpace(
+                f"{folder} has {_gigabytes(free)} free, the window is estimated at "
+                f"{_gigabytes(needed)} before compression",
+                expected="room for the traces of all ranks",
+                hint="take fewer steps, turn with_stack and record_shapes off, or free space",
+            )
+
+
+def check_watchdog(spec: WindowSpec, limit: float | None) -> None:
+    """Refuses a window whose export may outlast half of ``--watchdog-timeout`` (s).
+
+    The export runs inside the scheduler's loop: one that outlasts the watchdog kills the
+    server.
+    """
+    seconds = bytes_per_rank(spec) / EXPORT_BYTES_PER_SECOND
+    if limit and limit > 0 and seconds > limit / 2:
+        raise WindowRefused(
+            f"writing this window is estimated at {seconds:.0f} s, and the server's watchdog "
+            f"kills it after {limit:.0f} s without progress",
+            expected="an export of less than half of the watchdog's limit",
+            hint="take fewer steps or no stacks, or start the server with a larger "
+            "--watchdog-timeout",
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,414 @@
+"""`sglprof check PATH…`: how unequal the ranks are and for whom they wait, against limits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._cli.options import (
+    LATENESS,
+    input_options,
+    output_options,
+    select_options,
+    settings_of,
+    settings_options,
+)
+from pytest_sglprof._cli.tables import Column, render, to_csv, to_json, write_text
+from pytest_sglprof._config.model import WORST_FIRST, Threshold
+from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    from pytest_sglprof._analysis.imbalance import ImbalanceFinding
+    from pytest_sglprof._analysis.straggler import StragglerFinding
+    from pytest_sglprof._cli.options import Recorded
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._trace.table import KernelTable
+    from pytest_sglprof._verdict.judge import Verdict
+
+MEASURED = "measured"  # the word of figures that nobody set a limit for
+STATUS = {
+    "pass": ExitStatus.DONE,
+    MEASURED: ExitStatus.DONE,
+    "fail": ExitStatus.EXCEEDED,
+    "inconclusive": ExitStatus.INCONCLUSIVE,
+}
+MAX_SHOWN_KERNELS = 3
+SMALL_DIFFERENCE = 0.15
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser(
+        "check",
+        help="how unequal the ranks are and for whom they wait, against limits",
+        description="Compares the ranks that get the same input, step by step, and matches "
+        "collectives across the ranks that meet in them. It judges by the thresholds that "
+        "pytest has (of the run, or of sglprof.toml), or by one --limit. Without a limit it "
+        "says what it measured.",
+        epilog="exit status: 0 pass or measured, 1 a given limit is exceeded, 2 usage or "
+        "unreadable input, 3 inconclusive",
+        parents=[
+            input_options("a trace, a report, an export, a window's folder, or a run"),
+            select_options(),
+            output_options(),
+            settings_options(),
+        ],
+    )
+    parser.add_argument(
+        "--exit-zero", action="store_true", help="print the verdict and answer 0 all the same"
+    )
+
+
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Prints what was found; the exit status of the verdict."""
+    from pytest_sglprof._cli.options import read_table, recorded_by
+
+    settings = settings_of(args, args.paths)
+    recorded = recorded_by(args)
+    if args.metric == LATENESS:
+        _check_lateness(args, settings)
+        table = read_table(recorded, args, settings)
+        findings: list[ImbalanceFinding] = []
+        document = check_document(table, (), None, _late(table, args, settings), args.limit)
+    else:
+        thresholds = _thresholds(args, settings, recorded)
+        table = read_table(recorded, args, settings)
+        verdict = _judged(table, thresholds, settings, recorded)
+        findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
+        late = None if _is_selected(args) else _late(table, args, settings)
+        document = check_document(table, thresholds, verdict, late, None)
+    if args.format == "json":
+        text = to_json(document)
+    elif args.format == "csv":
+        text = _csv_text(document)
+    else:
+        text = _table_text(document, findings)
+    write_text(text, args.output, [*recorded.paths, *args.paths])
+    return STATUS[document["verdict"]]
+
+
+def check_document(
+    table: KernelTable,
+    thresholds: Sequence[Threshold],
+    verdict: Verdict | None,
+    late: Sequence[StragglerFinding] | None,
+    late_limit: float | None,
+) -> dict[str, Any]:
+    """The JSON of the command.
+
+    checks: one object a threshold. stragglers: the sync group whose rank is the latest, all of
+    them under its `groups`; None where they were not asked for. At the top the verdict over
+    everything that a limit was given for. Times in ns.
+    """
+    checks = [_check(each, verdict.of(each)) for each in thresholds] if verdict else []
+    stragglers = None if late is None else _stragglers(late, late_limit)
+    if verdict is None and stragglers is not None:
+        given = late_limit is not None or stragglers["verdict"] == "inconclusive"
+        word, reason = stragglers["verdict"] if given else MEASURED, stragglers["reason"]
+    else:
+        words = [check["verdict"] for check in checks]
+        word = next((word for word in (*WORST_FIRST, "pass") if word in words), MEASURED)
+        deciding = [check["reason"] for check in checks if check["verdict"] == word]
+        reason = "; ".join(dict.fromkeys(deciding)) if word == "fail" else deciding[0]
+    return {
+        "verdict": word,
+        "reason": reason,
+        "source": table.source,
+        "notes": list(table.notes),
+        "checks": checks,
+        "stragglers": stragglers,
+    }
+
+
+def _judged(
+    table: KernelTable, thresholds: Sequence[Threshold], settings: Settings, recorded: Recorded
+) -> Verdict:
+    from pytest_sglprof._verdict.judge import judge
+
+    window = recorded.window
+    is_complete = window is None or window.state == "complete"
+    return judge(
+        table,
+        thresholds,
+        min_steps=settings.min_steps,
+        min_share=settings.min_share,
+        expected_ranks=window.expected_ranks if window else (),
+        missing_ranks=window.missing_ranks if window else (),
+        incomplete_reason=None if window is None or is_complete else window.state_reason,
+    )
+
+
+def _late(
+    table: KernelTable, args: argparse.Namespace, settings: Settings
+) -> tuple[StragglerFinding, ...]:
+    from pytest_sglprof._analysis.straggler import DEFAULT_LATENESS, stragglers
+
+    given = args.metric == LATENESS and args.limit is not None
+    limit = args.limit if given else DEFAULT_LATENESS
+    return stragglers(table, limit=limit, min_steps=settings.min_steps)
+
+
+# ---- what is judged --------------------------------------------------------------------------
+
+
+def _is_selected(args: argparse.Namespace) -> bool:
+    options = (args.metric, args.limit, args.scope, args.kernel, args.stage)
+    return any(option is not None for option in options)
+
+
+def _thresholds(
+    args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> tuple[Threshold, ...]:
+    """The one of the options; else what the window was judged by, else the configuration's.
+
+    A limit that nobody gave is infinite.
+    """
+    if _is_selected(args):
+        return (_selected(args, settings),)
+    judged = recorded.window.judgements if recorded.window else ()
+    is_changed = any(assignment.startswith("threshold") for assignment in args.set or ())
+    if judged and args.config is None and not is_changed:
+        thresholds = tuple(dict.fromkeys(judgement.threshold for judgement in judged))
+    else:
+        thresholds = settings.thresholds
+    return tuple(
+        replace(each, limit=math.inf) if each.origin == "default" else each for each in thresholds
+    )
+
+
+def _selected(args: argparse.Namespace, settings: Settings) -> Threshold:
+    from pytest_sglprof._config.thresholds import (
+        check_kernel,
+        check_limit,
+        check_metric,
+        check_stage,
+    )
+
+    origin = "sglprof check"
+    metric = check_metric(args.metric or "slowdown", origin)
+    scope, stage = args.scope or "compute", args.stage or ""
+    _check_scope(scope, settings, origin)
+    check_stage(stage, origin, "--stage")
+    limit = math.inf
+    if args.limit is not None:
+        limit = check_limit(metric, args.limit, origin, "--limit")
+    if args.kernel:
+        check_kernel(args.kernel, origin, "--kernel")
+    kernel = args.kernel or ""
+    return Threshold(metric, limit, scope, kernel, stage, origin="command line")
+
+
+def _check_scope(scope: str, settings: Settings, origin: str) -> None:
+    """Refuses a mistyped one.
+
+    One that is near no other may be a category of a configuration that is not here.
+    """
+    from pytest_sglprof._config.thresholds import SCOPES, check_scope
+
+    known = (*SCOPES, *settings.category_names)
+    if scope not in known and did_you_mean([scope], known):
+        check_scope(scope, settings.category_names, origin, "--scope")
+
+
+def _check_lateness(args: argparse.Namespace, settings: Settings) -> None:
+    subject = next((name for name in ("scope", "kernel", "stage") if getattr(args, name)), "")
+    if subject:
+        raise SettingsError(
+            f"--{subject} with --metric {LATENESS}",
+            expected=f"one of the two: {LATENESS} is that of all work between collectives",
+            hint=f"leave --{subject} out, or choose another metric",
+        )
+    if args.limit is not None and not 0 <= args.limit < 1:
+        raise SettingsError(f"--limit {args.limit:g}: must be a share from 0 to below 1")
+    if settings.min_steps < 1:
+        raise SettingsError(f"--min-steps {settings.min_steps}: must be 1 or more for {LATENESS}")
+
+
+def _findings(verdict: Verdict) -> list[ImbalanceFinding]:
+    return [each.finding for each in verdict.judgements if each.finding is not None]
+
+
+# ---- documents -------------------------------------------------------------------------------
+
+
+def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
+    """One threshold: at the top the work group that decided, under `groups` all of them."""
+    from pytest_sglprof._report.build import finding_document
+
+    def word(verdict: str) -> str:
+        is_given = math.isfinite(threshold.limit) or verdict == "inconclusive"
+        return verdict if is_given else MEASURED
+
+    groups = [
+        {**finding_document(each.finding), "verdict": word(each.verdict), "reason": each.reason}
+        for each in verdict.judgements
+        if each.finding is not None
+    ]
+    worst = verdict.worst
+    deciding = worst.finding if worst is not None else None
+    top = finding_document(deciding) if deciding is not None else _NO_RANK
+    return {
+        **top,
+        "scope": threshold.scope,
+        "kernel": threshold.kernel,
+        "stage": threshold.stage,
+        "metric": threshold.metric,
+        "value": worst.value if worst is not None else None,
+        "limit": threshold.limit if math.isfinite(threshold.limit) else None,
+        "verdict": word(verdict.word),
+        "reason": verdict.reason,
+        "groups": groups,
+    }
+
+
+def _stragglers(late: Sequence[StragglerFinding], limit: float | None) -> dict[str, Any]:
+    """The group that decided, and all of them; of a limit that nobody gave nothing is said."""
+    from pytest_sglprof._report.build import finding_document
+
+    groups = [finding_document(finding) for finding in late]
+    top: dict[str, Any] = min(
+        groups,
+        key=lambda group: (WORST_FIRST.index(group["verdict"]), -(group["lateness"] or 0.0)),
+        default=_NO_SYNC_GROUP,
+    )
+    if limit is None and top["verdict"] == "pass":
+        lateness = f"{100 * (top['lateness'] or 0.0):.1f} % of the work"
+        top["reason"] = f"nobody waits for one rank: the latest arrives {lateness} after the others"
+    return {**top, "groups": groups}
+
+
+_NO_RANK: dict[str, Any] = {
+    "group": "",
+    "ranks": [],
+    "contributors": [],
+    "lost_ns": 0,
+    "other_input_steps": 0,
+    **dict.fromkeys(
+        (
+            *("slowdown", "factor", "lost_share", "slowest", "interval", "factor_interval"),
+            *("lost_share_interval", "p_value", "factor_sync", "cv", "lost_ns_per_step"),
+            *("share_of_step", "work", "work_ratio", "work_by", "output_tokens"),
+            *("ns_per_token", "lost_ns_per_token", "steps"),
+        )
+    ),
+}
+_NO_SYNC_GROUP: dict[str, Any] = {
+    "group": "",
+    "straggler": None,
+    "verdict": "inconclusive",
+    "reason": "the window has no rank",
+    "cause": None,
+    "lateness": None,
+    "ranks": [],
+}
+
+
+# ---- texts -----------------------------------------------------------------------------------
+
+_CHECK_KEYS = (
+    *("group", "rank", "total_ns", "busy_ns", "slowest_share", "scope", "kernel", "stage"),
+    *("slowdown", "factor", "lost_ns", "lost_share", "slowest", "work", "work_ratio"),
+    *("lost_ns_per_token", "metric", "limit", "verdict"),
+)
+_STRAGGLER_KEYS = (
+    *("group", "rank", "compute_ns", "idle_ns", "wait_ns", "late_ns", "total_ns"),
+    *("slowest_share", "explained_share", "straggler", "verdict", "cause"),
+)
+
+
+def _csv_text(document: dict[str, Any]) -> str:
+    """One row a rank of every check; of stragglers only where nothing else was asked for."""
+    if document["checks"]:
+        records = [
+            {**check, **group, **rank}
+            for check in document["checks"]
+            for group in check["groups"]
+            for rank in group["ranks"]
+        ]
+        return to_csv(records, _CHECK_KEYS)
+    groups = document["stragglers"]["groups"]
+    return to_csv(
+        [{**group, **rank} for group in groups for rank in group["ranks"]], _STRAGGLER_KEYS
+    )
+
+
+def _table_text(document: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
+    """findings: of all checks, in the order of their groups."""
+    text = f"{document['verdict']}: {document['reason']}\n"
+    following = iter(findings)
+    for check in document["checks"]:
+        if len(document["checks"]) > 1:
+            text += f"\n{check['verdict']}: {check['reason']}\n"
+        text += _check_text(check, [next(following) for _ in check["groups"]])
+    stragglers = document["stragglers"]
+    if stragglers is not None:
+        if document["checks"]:
+            is_known = stragglers["verdict"] != "inconclusive"
+            text += f"\n{MEASURED if is_known else 'inconclusive'}: {stragglers['reason']}\n"
+        text += _straggler_text(stragglers)
+    return text + "".join(f"note: {note}\n" for note in document["notes"])
+
+
+def _check_text(check: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
+    from pytest_sglprof._report.terminal import contributor_lines, imbalance_line
+    from pytest_sglprof._verdict.wording import milliseconds, percent
+
+    subject = f"/{check['kernel']}/" if check["kernel"] else check["scope"]
+    columns = (
+        Column("rank", left=True),
+        Column("total_ns", "summed ms", milliseconds),
+        Column("busy_ns", f"{subject} ms", milliseconds),
+        Column("slowest_share", "slowest in", percent),
+    )
+    text = ""
+    for group, finding in zip(check["groups"], findings, strict=True):
+        title = f"{group['group']}: " if group["group"] else ""
+        shown = columns if _overlaps(group) else (columns[0], *columns[2:])
+        text += f"\n{title}{imbalance_line(finding)}\n\n{render(group['ranks'], shown, 'table')}"
+        text += "".join(f"{line}\n" for line in contributor_lines(finding))
+    return text
+
+
+def _overlaps(group: dict[str, Any]) -> bool:
+    """Whether kernels ran at the same time, so that their sums say another thing."""
+    return any(figure["total_ns"] != figure["busy_ns"] for figure in group["ranks"])
+
+
+def _straggler_text(stragglers: dict[str, Any]) -> str:
+    from pytest_sglprof._verdict.wording import duration, milliseconds, percent
+
+    columns = (
+        Column("rank", left=True),
+        Column("compute_ns", "compute ms", milliseconds),
+        Column("idle_ns", "idle ms", milliseconds),
+        Column("wait_ns", "waits ms", milliseconds),
+        Column("slowest_share", "latest in", percent),
+        Column("explained_share", "explains", percent),
+        Column("total_ns", "all kernels ms", milliseconds),
+    )
+    text = ""
+    for group in stragglers["groups"]:
+        title = (
+            f"{group['group']}: {group['verdict']}: {group['reason']}\n" if group["group"] else ""
+        )
+        text += f"\n{title}{render(group['ranks'], columns, 'table')}"
+        text += _totals_line(group)
+        late = next((rank for rank in group["ranks"] if rank["rank"] == group["straggler"]), None)
+        for kernel in late["kernels"][:MAX_SHOWN_KERNELS] if late else ():
+            text += f"{kernel['name']}: {duration(kernel['ns'])} more than on the others\n"
+        if group["clock_uncertainty_ns"] is not None:
+            text += f"clocks agree within {duration(group['clock_uncertainty_ns'])}\n"
+    return text
+
+
+def _totals_line(group: dict[str, Any]) -> str:
+    if group["straggler"] is None or group["totals_difference"] is None:
+        return ""
+    most = max(group["ranks"], key=lambda rank: rank["total_ns"])["rank"]
+    small = group["totals_difference"] < SMALL_DIFFERENCE
+    text = f"sums of all kernels differ by {100 * group['totals_difference']:.1f} %"
+    text += " only" if small else f" and are largest on {most}"
+    return f"{text}: who is early waits inside the collective\n"

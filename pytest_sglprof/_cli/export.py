@@ -1,0 +1,296 @@
+"""`sglprof export PATH… --to KIND`: what was recorded, for other programs and for chats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._cli.options import (
+    Recorded,
+    input_options,
+    output_options,
+    read_table,
+    recorded_by,
+    settings_of,
+    settings_options,
+)
+from pytest_sglprof._cli.tables import Column, milliseconds, render, write_text
+from pytest_sglprof._config.load import Settings
+from pytest_sglprof._errors import (
+    ExitStatus,
+    NotATrace,
+    SettingsError,
+    SglprofError,
+    TraceError,
+    TraceTruncated,
+)
+
+if TYPE_CHECKING:
+    from pytest_sglprof._trace.table import KernelTable
+
+
+KINDS = ("perfetto", "nsight", "svg", "png")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser(
+        "export",
+        help="traces merged for Perfetto, rows to pin in Nsight Systems, a picture",
+        description="perfetto: every event of the torch traces of all ranks in one file "
+        "(*.json.gz or *.json), ranks labelled and sorted, summary rows of all ranks first, "
+        "findings as instant events; beside it an open.html opens it in the Perfetto UI with the "
+        "ranks' kernel rows pinned. nsight: the streams with kernels of every process in nsys "
+        "reports, which are the rows to pin in Nsight Systems. svg, png: busy time of each rank "
+        "and category of a run's worst window (or of --window), over the mean of its work group.",
+        epilog="exit status: 0 written, 2 usage, unreadable input or unwritable output",
+        parents=[
+            input_options("traces, reports, exports, a window's folder, or a run"),
+            output_options(),
+            settings_options(),
+        ],
+    )
+    parser.add_argument("--to", choices=KINDS, required=True, help="what is written")
+    parser.add_argument(
+        "--only",
+        choices=("kernels",),
+        help="perfetto: a small file of kernels, copies and summary rows; also for nsys reports",
+    )
+    parser.set_defaults(exit_zero=True)
+
+
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Writes it."""
+    if args.output is None and args.to != "nsight":
+        raise SettingsError(
+            f"--to {args.to} without -o",
+            expected="-o FILE",
+            hint="for example -o merged.json.gz" if args.to == "perfetto" else f"-o heat.{args.to}",
+        )
+    if args.to in ("svg", "png"):
+        write_picture(args)
+    elif args.to == "nsight":
+        write_hints(args, settings_of(args, args.paths))
+    else:
+        write_perfetto(args, settings_of(args, args.paths))
+    return ExitStatus.DONE
+
+
+# `sglprof export --to perfetto`: traces of many ranks as one file for Perfetto.
+
+
+BATCH = 10_000  # events that are encoded at once
+PROGRESS_S = 1.0  # between two lines of progress
+
+
+def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
+    """Writes the merged trace and a page that opens it, and says what they hold."""
+    from pytest_sglprof._cli.tables import refuse_foreign, refuse_inputs
+    from pytest_sglprof._report.perfetto import NAME, write_open_page
+    from pytest_sglprof._trace.paths import is_nsys, window_files
+
+    if not args.output.name.endswith((".json", ".json.gz")):
+        raise SettingsError(
+            f"-o {args.output}: unknown kind of file",
+            expected="a name that ends in .json.gz or .json",
+            hint="for example -o merged.json.gz",
+        )
+    recorded = recorded_by(args)
+    files = window_files(recorded.paths)
+    reports = [file for file in files if is_nsys(file)]
+    if reports and args.only != "kernels":
+        raise TraceError(
+            f"{reports[0]} is a report of nsys, whose events are no torch trace's",
+            expected="torch traces (*.trace.json.gz), or --only kernels",
+            hint="add --only kernels: it makes a file of any report's kernels",
+        )
+    refuse_inputs(args.output, [*files, *args.paths], which="to merge")
+    refuse_foreign(args.output.parent / NAME, hint="write OUT into another folder, with its page")
+    events, notes, ranks, gpu = (_kernels if args.only else _everything)(
+        args, settings, replace(recorded, paths=tuple(files))
+    )
+    page = write_open_page(args.output, ranks, gpu=gpu)
+    for rank, count in events.items():
+        sys.stdout.write(f"{rank}: {count} events\n")
+    sys.stdout.write(f"{args.output}\n{page}\n")
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+
+
+Outcome = tuple[dict[str, int], Sequence[str], Sequence[str], bool]
+
+
+def _everything(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
+    from pytest_sglprof._report.perfetto import streams_of, summary_events
+    from pytest_sglprof._trace.merge.files import merge_files
+
+    table, notes = _table(args, settings, recorded)
+    merged = merge_files(
+        recorded.paths,
+        args.output,
+        ranks=table.ranks if table is not None else (),
+        streams=streams_of(table) if table is not None else {},
+        extra=lambda base: summary_events(table, base) if table is not None else (),
+        allow_partial=args.allow_partial,
+        progress=_progress(),
+    )
+    ranks = tuple(merged.events)
+    gpu = table is None or table.is_timeline
+    return merged.events, (*notes, *merged.notes), ranks, gpu
+
+
+def _table(
+    args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> tuple[KernelTable | None, Sequence[str]]:
+    """The kernel table for the summary; None, and why, when only that cannot be made."""
+    try:
+        table = read_table(recorded, args, settings)
+    except (NotATrace, TraceTruncated):
+        raise
+    except TraceError as error:
+        return None, [f"no summary rows: {error.what}"]
+    return table, table.notes
+
+
+def _kernels(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
+    import msgspec
+
+    from pytest_sglprof._report.perfetto import kernel_events, summary_events
+    from pytest_sglprof._trace.merge.files import TraceWriter
+
+    table = read_table(recorded, args, settings)
+    starts = table.frame["start_ns"]
+    base = int(starts.min()) if len(starts) else 0
+    counts = table.frame["rank"].value_counts()
+    events = {rank: int(counts.get(rank, 0)) for rank in table.ranks}
+    with TraceWriter(args.output, base_ns=base) as writer:
+        for found in (summary_events(table, base), kernel_events(table, base)):
+            for batch in _batches(found):
+                writer.add(msgspec.json.encode(batch)[1:-1])
+        writer.close({"sglprof": {"ranks": events, "notes": list(table.notes)}})
+    return events, table.notes, table.ranks, table.is_timeline
+
+
+def _batches(events: Iterator[Any]) -> Iterator[list[Any]]:
+    from itertools import islice
+
+    while batch := list(islice(events, BATCH)):
+        yield batch
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """A line on the terminal, by bytes; none where nobody looks."""
+    if not sys.stderr.isatty():
+        return None
+    last = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_S or done == total:
+            last = now
+            end = "\n" if done == total else ""
+            sys.stderr.write(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB{end}")
+            sys.stderr.flush()
+
+    return tell
+
+
+# `sglprof export --to svg|png`: rank × category of a window as a picture.
+
+
+def write_picture(args: argparse.Namespace) -> None:
+    """Draws `args.window`, or the worst window of the run."""
+    from pytest_sglprof._cli.options import results_file
+    from pytest_sglprof._cli.report import recorded
+    from pytest_sglprof._cli.tables import refuse_inputs
+    from pytest_sglprof._files import atomic_write
+    from pytest_sglprof._report.heat_map import heat_map_png, heat_map_svg, worst_window
+    from pytest_sglprof._report.results import load_results
+
+    kind = args.output.suffix.lower()
+    if kind != f".{args.to}":
+        raise SettingsError(
+            f"-o {args.output} with --to {args.to}: pictures are written as SVG or PNG",
+            expected="a name that ends in .svg or .png, as --to says",
+        )
+    if len(args.paths) != 1:
+        raise SettingsError(f"--to {args.to} with {len(args.paths)} paths", expected="one run")
+    file = results_file(Path(args.paths[0]))
+    document = load_results(file)
+    refuse_inputs(args.output, recorded(file, document))
+    windows = document.windows
+    if args.window:
+        windows = tuple(window for window in windows if window.id == args.window)
+    window = worst_window(windows)
+    if window is None:
+        known = ", ".join(each.id for each in document.windows) or "none"
+        raise SglprofError(
+            f"{args.paths[0]} has no window to draw"
+            + (f" with the id {args.window}" if args.window else ""),
+            expected=f"a window with findings; its windows: {known}",
+            hint="look at the reasons in results.json",
+        )
+    atomic_write(args.output, heat_map_png(window) if kind == ".png" else heat_map_svg(window))
+    sys.stdout.write(f"{args.output}\n")
+
+
+# `sglprof export --to nsight`: which rows to pin in Nsight Systems, and how.
+
+
+HOW = """\
+To pin them: open the report in Nsight Systems, unfold each row's path in the timeline,
+right-click the stream's name and choose "Pin row" (or click the pin beside the name).
+Pinned rows stay on top in the order in which they were pinned: take the streams of the same
+place of all ranks one after the other.
+"""
+
+
+def write_hints(args: argparse.Namespace, settings: Settings) -> None:
+    """Prints the rows, or writes them to `args.output`."""
+    from pytest_sglprof._trace.nsys.report import stream_rows
+    from pytest_sglprof._trace.paths import is_nsys, window_files
+
+    recorded = recorded_by(args)
+    files = window_files(recorded.paths)
+    recorded_ranks = recorded.window.pid_ranks if recorded.window else {}
+    known = {int(pid): rank for pid, rank in recorded_ranks.items()}
+    pid_ranks = {**known, **dict(args.rank)}
+    nsys = settings.nsys or None
+    traces = [file for file in files if not is_nsys(file)]
+    if traces:
+        raise NotATrace(
+            f"{traces[0]} is a torch trace, which Nsight Systems does not open",
+            expected="*.nsys-rep, *.sqlite or a folder of them",
+            hint="for torch traces: sglprof export --to perfetto, whose open.html pins the rows",
+        )
+    records: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for file in files:
+        for row in stream_rows(file, pid_ranks=pid_ranks, nsys=nsys, notes=notes):
+            record = {"file": file.name, **asdict(row)}
+            records.append({**record, "row": _row(row.pid, row.device, row.stream)})
+    columns: tuple[Column, ...] = (
+        Column("rank", left=True),
+        Column("row", "row in the timeline", left=True),
+        Column("kernels"),
+        Column("total_ns", "total ms", milliseconds),
+        Column("file", left=True),
+    )
+    if args.format != "table":
+        keys = ("file", "rank", "pid", "device", "stream", "kernels", "total_ns", "row")
+        columns = tuple(Column(key) for key in keys)
+    how = f"\n{HOW}" if args.format == "table" and records else ""
+    write_text(render(records, columns, args.format) + how, args.output, [*files, *args.paths])
+    if not records:
+        notes.append(f"no kernels in {', '.join(path.name for path in files)}")
+    sys.stderr.write("".join(f"note: {note}\n" for note in dict.fromkeys(notes)))
+
+
+def _row(pid: int, device: int, stream: int) -> str:
+    return f"Processes > [{pid}] > CUDA HW (device {device}) > Stream {stream}"

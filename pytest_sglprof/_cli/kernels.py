@@ -1,0 +1,163 @@
+"""`sglprof kernels`: kernel time of every rank and kernel in traces, reports and windows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._cli.options import (
+    Recorded,
+    count,
+    input_options,
+    output_options,
+    read_table,
+    recorded_by,
+    settings_of,
+    settings_options,
+)
+from pytest_sglprof._cli.tables import Column, milliseconds, render, write_text
+from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._trace.nsys.sums import KernelSums
+    from pytest_sglprof._trace.table import KernelTable
+
+KEYS = ("rank", "name", "full_name", "category", "kind", "stage", "step", "stream")
+TEXT_COLUMNS = frozenset(KEYS) - {"step", "stream"}
+DEFAULT_KEYS = ("rank", "name", "category")
+UNCATEGORISED_KEYS = ("name", "full_name")
+
+_Answer = tuple[list[dict[str, Any]], list[str]]  # records, notes
+
+
+def add_parser(subparsers: Any) -> None:
+    """Registers the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "kernels",
+        help="kernel time of every rank and kernel",
+        description="Count and total time by rank, kernel and category.",
+        epilog="exit status: 0 printed, 2 usage or unreadable input",
+        parents=[
+            input_options("a torch trace, an nsys report or export, a window's folder, or a run"),
+            output_options(),
+            settings_options(),
+        ],
+    )
+    parser.set_defaults(exit_zero=True)
+    parser.add_argument(
+        "--by",
+        metavar="KEY,…",
+        help=f"one row for each combination of these: {', '.join(KEYS)} (default: "
+        f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
+    )
+    parser.add_argument("--top", type=count, metavar="N", help="only the N largest rows")
+    parser.add_argument(
+        "--uncategorised",
+        action="store_true",
+        help="only what no category pattern matches, with its share of all kernel time",
+    )
+
+
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Prints the table. Unreadable input raises `TraceError` (exit status 2)."""
+    default = UNCATEGORISED_KEYS if args.uncategorised else DEFAULT_KEYS
+    keys = _keys(args.by) if args.by is not None else list(default)
+    settings, recorded = settings_of(args, args.paths), recorded_by(args)
+    records, notes = _from_sums(keys, args, settings, recorded) or _from_rows(
+        keys, args, settings, recorded
+    )
+    columns = [Column(key, left=key in TEXT_COLUMNS) for key in (*keys, "count")]
+    columns.append(Column("total_ns", "total ms", milliseconds))
+    if args.uncategorised:
+        columns.append(Column("share", cell=_percent))
+    if args.top is not None:
+        records = sorted(records, key=lambda record: -int(record["total_ns"]))[: args.top]
+    text = render(records, columns, args.format)
+    write_text(text, args.output, [*recorded.paths, *args.paths])
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+    return ExitStatus.DONE
+
+
+def _from_sums(
+    keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> _Answer | None:
+    """The answer where totals of one nsys report are enough: its rows are not read then."""
+    from pytest_sglprof._trace.paths import is_nsys, window_files
+
+    files = window_files(recorded.paths)
+    if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
+        return None
+    from pytest_sglprof._trace.nsys.sums import KEYS as SUMMED
+    from pytest_sglprof._trace.nsys.sums import read_sums
+
+    if not set(keys) <= set(SUMMED):
+        return None
+    sums = read_sums(files[0], nsys=settings.nsys or None, patterns=settings.categories)
+    records = sum_records(sums, keys, uncategorised=args.uncategorised)
+    return records, _notes(sums.notes, bool(len(sums)), args)
+
+
+def _from_rows(
+    keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> _Answer:
+    table = read_table(recorded, args, settings, sequences=False)
+    records = kernel_records(table, keys, uncategorised=args.uncategorised)
+    return records, _notes(table.notes, bool(len(table.frame)), args)
+
+
+def _notes(notes: Sequence[str], activity: bool, args: argparse.Namespace) -> list[str]:
+    none = f"no activity in {', '.join(map(str, args.paths))}"
+    return [*notes, *([] if activity else [none])]
+
+
+def sum_records(
+    sums: KernelSums, keys: Sequence[str], *, uncategorised: bool = False
+) -> list[dict[str, Any]]:
+    """`kernel_records` of sums that were added up already."""
+    every = sum(sums.total_ns)
+    chosen = sums.of("category", "other") if uncategorised else sums
+    records: list[dict[str, Any]] = [dict(record) for record in chosen.by(*keys)]
+    return _with_share(records, every) if uncategorised else records
+
+
+def kernel_records(
+    table: KernelTable, keys: Sequence[str], *, uncategorised: bool = False
+) -> list[dict[str, Any]]:
+    """One record for each combination of `keys`: the keys, `count` and `total_ns`.
+
+    uncategorised: only category `other`, and `share`, `total_ns` of the kernel time of the
+    whole table (all ranks and categories), 0 to 1.
+    """
+    every = int(table.frame["dur_ns"].sum())
+    if uncategorised:
+        table = replace(table, frame=table.frame.loc[table.frame["category"] == "other"])
+    rows = table.by(*keys).astype(object).to_dict("records")
+    records = [{str(key): value for key, value in row.items()} for row in rows]
+    return _with_share(records, every) if uncategorised else records
+
+
+def _with_share(records: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
+    return [
+        {**record, "share": int(record["total_ns"]) / every if every else 0.0} for record in records
+    ]
+
+
+def _keys(text: str) -> list[str]:
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    unknown = [key for key in keys if key not in KEYS]
+    if unknown or not keys:
+        raise SettingsError(
+            f"--by {text}: unknown key {', '.join(unknown) or '(none given)'}",
+            expected="keys out of " + ", ".join(KEYS),
+            hint=did_you_mean(unknown, KEYS, "for example --by rank,category"),
+        )
+    return keys
+
+
+def _percent(share: Any) -> str:
+    return f"{100 * float(share):.2f} %"

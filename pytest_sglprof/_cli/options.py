@@ -1,0 +1,278 @@
+"""Options that commands share, as parents of argparse, and the settings that follow from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pytest_sglprof._config.options import OPTIONS
+from pytest_sglprof._errors import SglprofError, TraceError
+from pytest_sglprof._metrics import METRICS
+
+if TYPE_CHECKING:
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._report.model import RecordedWindow, Results
+    from pytest_sglprof._trace.table import KernelTable
+
+
+Format = Literal["table", "csv", "json"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+LATENESS = "lateness"  # of the rank that the others wait for; the metric of sync groups
+RUN_FILE = "run.json"
+_RUN_DEPTH = 4  # a trace lies in RUN/windows/ID, and its own folder may lie in there
+
+
+def input_options(paths: str) -> argparse.ArgumentParser:
+    """What is read, and how. paths: the help of PATH."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=paths)
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--window", default="", metavar="ID", help="of a run with several windows: this one"
+    )
+    group.add_argument(
+        "--rank",
+        action="append",
+        default=[],
+        type=_pid_and_label,
+        metavar="PID=LABEL",
+        help="the rank of a process in nsys reports, for example 31205=TP0; may be given again",
+    )
+    group.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="read what a truncated trace still holds; a verdict on it is inconclusive",
+    )
+    add_rows(group, "nsys", "step_delimiter")
+    return parser
+
+
+def select_options() -> argparse.ArgumentParser:
+    """What is compared, and the limit that it is held against."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("selection (default: the thresholds of the configuration)")
+    group.add_argument(
+        "--metric",
+        choices=(*METRICS, LATENESS),
+        help=f"default: slowdown; {LATENESS}: by how much the others wait for one rank",
+    )
+    group.add_argument(
+        "--limit",
+        type=float,
+        metavar="X",
+        help="fail above it: a ratio (slowdown, imbalance_factor: 1 or more) or a share (0 to 1)",
+    )
+    group.add_argument(
+        "--scope",
+        help="compute (all but communication and memory; default), communication, all, or a "
+        "category such as moe",
+    )
+    group.add_argument("--kernel", metavar="REGEX", help="kernels by name instead of a scope")
+    group.add_argument("--stage", help="only steps of it: decode, prefill, mixed or idle")
+    add_rows(group, "min_steps", "min_share")
+    return parser
+
+
+def output_options() -> argparse.ArgumentParser:
+    """Where the answer goes, and in which form."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("output")
+    add_output_file(group)
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="table",
+        help="table for people, csv or json for programs (default: table)",
+    )
+    return parser
+
+
+def settings_options() -> argparse.ArgumentParser:
+    """Where the configuration comes from, and what is changed in it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_rows(parser.add_argument_group("settings"), "config", "set")
+    return parser
+
+
+def add_output_file(parser: argparse._ActionsContainer) -> None:
+    """`-o FILE`."""
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write it there (default: print it)"
+    )
+
+
+def add_rows(parser: argparse._ActionsContainer, *names: str) -> None:
+    """The rows of the option table that have these names."""
+    for option in OPTIONS:
+        if option.name in names:
+            assert option.command, f"{option.name} is no option of a command"
+            action = "append" if option.kind == "list" else "store"
+            parser.add_argument(
+                option.flag,
+                dest=option.name,
+                action=action,
+                metavar=option.metavar,
+                help=option.help.replace("%", "%%"),
+            )
+
+
+def settings_of(args: argparse.Namespace, paths: Iterable[str | Path] = ()) -> Settings:
+    """The settings of a command that reads `paths`.
+
+    `--config`, else what the run stored that wrote the paths, else the nearest configuration
+    file of the working folder; the options and the environment change it.
+    """
+    from pytest_sglprof._config.load import read_settings
+
+    here = Path.cwd()
+    return read_settings(
+        {option.name: getattr(args, option.name, None) for option in OPTIONS if option.command},
+        os.environ,
+        start=[here],
+        rootdir=here,
+        invocation_dir=here,
+        of_pytest=False,
+        stored=stored_configuration(paths),
+    )
+
+
+def stored_configuration(paths: Iterable[str | Path]) -> tuple[Path, dict[str, Any]] | None:
+    """The run.json above the first of `paths` that has one, and the configuration in it."""
+    for path in paths:
+        place = Path(os.path.realpath(path))
+        for folder in (place, *place.parents)[: _RUN_DEPTH + 1]:
+            try:
+                content = json.loads((folder / RUN_FILE).read_bytes())
+            except (OSError, ValueError, RecursionError):
+                continue
+            if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+                return folder / RUN_FILE, content["settings"]
+    return None
+
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number above 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _pid_and_label(text: str) -> tuple[int, str]:
+    pid, _, label = text.partition("=")
+    if not pid.isdigit() or not label:
+        raise argparse.ArgumentTypeError("must be PID=LABEL, for example 31205=TP0")
+    return int(pid), label
+
+
+# What a command reads: files of a window as they are given, or a window of a run.
+
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Files of one window. window: its part of results.json, None for files alone."""
+
+    paths: tuple[Path, ...]
+    window: RecordedWindow | None = None
+
+
+def recorded_by(args: argparse.Namespace) -> Recorded:
+    """What the paths of a command name: a run's window, or traces, reports and exports."""
+    results = [results_file(Path(path)) for path in args.paths]
+    if len(results) != 1 or results[0].name != RESULTS or not results[0].is_file():
+        if args.window:
+            raise SglprofError(
+                f"--window {args.window}: {args.paths[0]} is not the folder of one run",
+                expected=f"one path, a {RESULTS} or the folder that holds it",
+                hint="leave --window out: traces and reports are read as they are",
+            )
+        return Recorded(tuple(Path(path) for path in args.paths))
+    from pytest_sglprof._report.results import load_results
+
+    window, folder = choose_window([load_results(results[0])], [results[0].parent], args.window)
+    return window_of_run(window, folder)
+
+
+def results_file(path: Path) -> Path:
+    """The results of a run, given as that file or as the run's folder."""
+    return path / RESULTS if path.is_dir() else path
+
+
+def choose_window(
+    documents: Sequence[Results], folders: Sequence[Path], window_id: str
+) -> tuple[RecordedWindow, Path]:
+    """The window with that id, or the only one; and its run's folder."""
+    chosen = [
+        (window, folder)
+        for document, folder in zip(documents, folders, strict=True)
+        for window in document.windows
+        if window_id in ("", window.id)
+    ]
+    if len(chosen) != 1:
+        every = [window.id for document in documents for window in document.windows]
+        what = f"no window {window_id}" if window_id else f"{len(chosen)} windows"
+        raise SglprofError(
+            f"there {'is' if window_id else 'are'} {what} in these results",
+            expected="one window",
+            hint=f"choose with --window: {', '.join(every) or 'there is none'}",
+        )
+    return chosen[0]
+
+
+def window_of_run(window: RecordedWindow, folder: Path) -> Recorded:
+    """The files of a window of results.json; `TraceError` where they were not kept."""
+    kinds = {artifact.kind for artifact in window.artifacts}
+    exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
+    paths = [
+        folder / artifact.path
+        for artifact in window.artifacts
+        if not exported or artifact.kind in exported
+    ]
+    if not paths or not all(path.exists() for path in paths):
+        raise TraceError(
+            f"the traces of window {window.id} are not there",
+            expected="the files that results.json names, beside it",
+            hint="keep the traces of windows that pass with --sglprof-set=output.keep=all",
+        )
+    return Recorded(tuple(paths), window)
+
+
+def read_table(
+    recorded: Recorded, args: argparse.Namespace, settings: Settings, *, sequences: bool = True
+) -> KernelTable:
+    """The kernel table of it, with the user's categories and step delimiter.
+
+    sequences: see `read_window`. Raises `TraceError`.
+    """
+    from pytest_sglprof._trace.read import read_window
+
+    window = recorded.window
+    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()} if window else {}
+    gpu_ranks = {int(gpu): rank for gpu, rank in window.gpu_ranks.items()} if window else {}
+    return read_window(
+        recorded.paths,
+        pid_ranks={**pid_ranks, **dict(args.rank)} or None,
+        gpu_ranks=gpu_ranks or None,
+        allow_partial=args.allow_partial,
+        settle_s=window.spec.settle if window else 0.0,
+        patterns=settings.categories,
+        step_delimiter=settings.step_delimiter,
+        nsys=settings.nsys or None,
+        sequences=sequences,
+    )

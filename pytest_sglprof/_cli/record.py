@@ -1,0 +1,192 @@
+"""`sglprof record URL`: one profile window of a running server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_sglprof._cli.options import add_rows, count, positive, settings_of, settings_options
+from pytest_sglprof._cli.watch import add_rule, is_url, rule_of
+from pytest_sglprof._config.backends import BACKENDS, readable
+from pytest_sglprof._config.model import WindowCapture, WindowSpec
+from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
+
+if TYPE_CHECKING:
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._load.onset import Onset, OnsetRule
+    from pytest_sglprof._server.launch import Server
+
+FOLDER = "sglprof-window"
+STEADY_WAIT = 300.0  # s; without --for
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser(
+        "record",
+        help="one profile window of a running server: now, at steady load, or at an onset",
+        description="Opens a profile window of a server that runs, and closes it after its "
+        "steps or seconds. onset: watches as `sglprof watch` does, opens it when load became "
+        "unequal, and says whether the trace confirms that. Keys come from SGLPROF_API_KEY and "
+        "SGLPROF_ADMIN_API_KEY.",
+        epilog="exit status: 0 recorded, 2 usage or a server that refuses, 3 the window is not "
+        "complete, or its moment did not come, 130 interrupted",
+        parents=[settings_options()],
+    )
+    add = parser.add_argument
+    add("target", metavar="URL", help="http://HOST:PORT")
+    add(
+        "--when",
+        choices=("now", "steady", "onset"),
+        default="now",
+        help="steady: requests have run for 2 s (default: now)",
+    )
+    add("--for", dest="seconds", type=positive, metavar="S", help="wait at most S s for it")
+    add("--backend", choices=tuple(BACKENDS), default="torch", help="default: torch")
+    add("--steps", type=count, metavar="N", help="close it after N steps")
+    add(
+        "--seconds",
+        dest="window_s",
+        type=positive,
+        default=2.0,
+        metavar="S",
+        help="or after S s (default: 2)",
+    )
+    add(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="its files (default: sglprof-window, or -2 and so on)",
+    )
+    add_rows(parser, "server_dir", "nsys_session", "nsys", "step_delimiter")
+    add_rule(parser)
+
+
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Waits for the moment and records."""
+    settings = settings_of(args)
+    rule = rule_of(args)
+    if not is_url(args.target):
+        raise SettingsError(
+            f"record {args.target}",
+            expected="the URL of a running server",
+            hint="a log names no server: give its URL instead",
+        )
+    if args.when == "onset":
+        return _record_at_onset(args, settings, rule)
+    return _record(args, settings, _say, wait_for_load=args.when == "steady")
+
+
+def _record_at_onset(args: argparse.Namespace, settings: Settings, rule: OnsetRule) -> ExitStatus:
+    from pytest_sglprof._cli.watch import JsonLines, watch_live
+
+    onsets: list[Onset] = []
+
+    def record(onset: Onset, say: Callable[[str], None]) -> ExitStatus:
+        onsets.append(onset)
+        return _record(args, settings, say, onset=onset)
+
+    with JsonLines(None) as lines:
+        status = watch_live(args, rule, lines, sys.stdout, on_first=record)
+    return status if onsets else ExitStatus.INCONCLUSIVE
+
+
+def _record(
+    args: argparse.Namespace,
+    settings: Settings,
+    say: Callable[[str], None],
+    *,
+    onset: Onset | None = None,
+    wait_for_load: bool = False,
+) -> ExitStatus:
+    """Opens the window, waits for its end; `INCONCLUSIVE` where it is not complete."""
+    from pytest_sglprof._cli.watch import onset_line
+    from pytest_sglprof._run.window import Window
+
+    folder = Path(args.output or _fresh(Path(FOLDER))).absolute()
+    window_id = _fresh(folder / ("onset" if onset else "window")).name
+    spec = WindowSpec(
+        name="onset" if onset else "window",
+        backend=args.backend,
+        num_steps=args.steps,
+        duration=None if args.steps else args.window_s,
+    )
+    if onset is not None:
+        say(onset_line(onset))
+    server = _attached(args, settings, folder)
+    try:
+        if wait_for_load:
+            _wait_for_load(server, args.seconds or STEADY_WAIT)
+        with Window(server, spec, folder, window_id=window_id) as window:
+            window.wait()
+        capture = window.close()
+    finally:
+        server.client.close()
+    say(f"window: {capture.state}, {capture.closed - capture.opened:.1f} s, in {folder}")
+    if capture.reason:
+        say(capture.reason)
+    if not capture.artifacts:
+        return ExitStatus.INCONCLUSIVE
+    if onset is not None:
+        say(_confirmation(onset, capture, settings))
+    is_complete = capture.state == "complete"
+    return ExitStatus.DONE if is_complete else ExitStatus.INCONCLUSIVE
+
+
+def _wait_for_load(server: Server, timeout: float) -> None:
+    from pytest_sglprof._run.opening import steady_load
+
+    if not steady_load(server, 1, timeout=timeout, stop=threading.Event()):
+        raise Inconclusive(
+            f"the server had no steady load within {timeout:g} s, so nothing was recorded",
+            expected="a request in flight for 2 s",
+            hint="send requests meanwhile, wait longer with --for, or take --when now",
+        )
+
+
+def _confirmation(onset: Onset, capture: WindowCapture, settings: Settings) -> str:
+    """Whether the trace shows what the load showed."""
+    from pytest_sglprof._analysis.load import join_load
+    from pytest_sglprof._trace.read import read_window
+
+    table = read_window(
+        [artifact.path for artifact in readable(capture.artifacts)],
+        pid_ranks=capture.pid_ranks or None,
+        gpu_ranks=capture.gpu_ranks or None,
+        patterns=settings.categories,
+        step_delimiter=settings.step_delimiter,
+        nsys=settings.nsys or None,
+    )
+    return join_load(onset, table).sentence
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _fresh(path: Path) -> Path:
+    """`path`, or `path-2` and so on: the first of which nothing is there, with any ending."""
+    names = [path.name, *(f"{path.name}-{number}" for number in range(2, 1000))]
+    there = {entry.name.partition(".")[0] for entry in path.parent.glob(f"{path.name}*")}
+    return path.with_name(next(name for name in names if name not in there))
+
+
+def _attached(args: argparse.Namespace, settings: Settings, folder: Path) -> Server:
+    from pytest_sglprof._run.attempt import ADMIN_KEY_ENV, API_KEY_ENV
+    from pytest_sglprof._server.launch import attach
+
+    return attach(
+        args.target,
+        api_key=os.environ.get(API_KEY_ENV, ""),
+        admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
+        server_dir=settings.server_dir,
+        nsys_session=settings.nsys_session or None,
+        nsys_path=settings.nsys or None,
+        folder=folder / "server",
+    )

@@ -1,0 +1,471 @@
+"""`sglprof watch URL|LOG`: load of the ranks, live or from a finished log, and its onsets."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_sglprof._cli.options import positive
+from pytest_sglprof._config.model import BalanceSample, LoadSample
+from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
+from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetRule, imbalance
+from pytest_sglprof._load.sources import LogFollower
+from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
+from pytest_sglprof._report.model import plain
+from pytest_sglprof._report.terminal import text_table
+from pytest_sglprof._server.client import SglangClient, patiently
+from pytest_sglprof._server.sizes import ServerSizes
+from pytest_sglprof._verdict.wording import percent
+
+if TYPE_CHECKING:
+    from pytest_sglprof._load.change_points import LoadOutline
+    from pytest_sglprof._load.samples import RankLoad
+    from pytest_sglprof._load.sources import Sample
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser(
+        "watch",
+        help="load of the ranks, live or from a log, and when it became unequal",
+        description="Watches a running server (URL), or reads a log: a finished one whole, "
+        "with --follow one that grows. Keys come from SGLPROF_API_KEY and "
+        "SGLPROF_ADMIN_API_KEY.",
+        epilog="exit status: 0 watched, 2 usage or unreadable input, 130 interrupted; with --check "
+        "1 an onset, 3 it cannot be known (one DP rank, or too little load)",
+    )
+    add = parser.add_argument
+    add("target", metavar="URL|LOG", help="http://HOST:PORT, or the server's log")
+    add_rule(parser)
+    add("--follow", action="store_true", help="the log still grows: watch it")
+    add("--for", dest="seconds", type=positive, metavar="S", help="end a live watch after S s")
+    add("--jsonl", metavar="FILE", help="a JSON object a sample and an onset; - is the output")
+    add(
+        "--check",
+        dest="exit_zero",
+        action="store_false",
+        help="answer with the exit status whether there was an onset",
+    )
+
+
+def add_rule(parser: argparse.ArgumentParser) -> None:
+    """The options that say what an onset is."""
+    add = parser.add_argument_group("what counts as an onset").add_argument
+    add("--factor", type=positive, default=1.5, metavar="X", help="max / mean (default: 1.5)")
+    add("--hold", type=positive, default=2.0, metavar="S", help="it has to last (default: 2)")
+    add(
+        "--min-running",
+        type=positive,
+        default=8.0,
+        metavar="N",
+        help="mean requests a rank below which nothing is declared (default: 8)",
+    )
+    add(
+        "--min-gap",
+        type=positive,
+        default=4.0,
+        metavar="N",
+        help="requests of the fullest rank above the mean (default: 4)",
+    )
+
+
+def rule_of(args: argparse.Namespace) -> OnsetRule:
+    """The rule that the options give; `SettingsError` for one that everything breaks."""
+    from pytest_sglprof._load.onset import OnsetRule
+
+    if args.factor <= 1.0:
+        raise SettingsError(f"--factor {args.factor:g}", expected="more than 1: max / mean")
+    return OnsetRule(args.factor, args.hold, args.min_running, args.min_gap)
+
+
+def is_url(target: str) -> bool:
+    """Whether `target` names a server, not a file."""
+    return "://" in target and not Path(target).exists()
+
+
+def run(args: argparse.Namespace) -> ExitStatus:
+    """Watches or reads; `EXCEEDED` where there was an onset."""
+    from pytest_sglprof._cli.tables import refuse_inputs
+
+    rule = rule_of(args)
+    is_live = is_url(args.target)
+    if args.jsonl not in (None, "-") and not is_live:
+        refuse_inputs(Path(args.jsonl), [args.target], option="--jsonl")
+    with JsonLines(args.jsonl) as lines:
+        # Rows for people must not stand among lines for programs.
+        out = sys.stderr if args.jsonl == "-" else sys.stdout
+        if is_live or args.follow:
+            return watch_live(args, rule, lines, out)
+        return _finished(Path(args.target), rule, lines, out)
+
+
+def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> ExitStatus:
+    """Every onset of a finished log with its period, and what each rank had on average.
+
+    The log is read anew for each look, so that none of its samples must be held.
+    """
+    from pytest_sglprof._config.model import LoadSample
+    from pytest_sglprof._load.change_points import LoadOutline, finished_load
+    from pytest_sglprof._load.onset import CANNOT_KNOW, OnsetDetector
+    from pytest_sglprof._load.sources import FinishedLog
+
+    if not path.is_file():
+        raise SettingsError(
+            f"{path} is no log", expected="a file, or http://HOST:PORT", hint="check the path"
+        )
+    log = FinishedLog(path)
+    outline = LoadOutline()
+    has_balances = False
+    for block in log:
+        lines.samples(block)
+        for sample in block:
+            if isinstance(sample, LoadSample):
+                outline.add(sample)
+            else:
+                has_balances = True
+    if not outline.ranks and not has_balances:
+        raise Inconclusive(
+            f"{path} holds no Prefill or Decode line",
+            expected="the log of an SGLang server that had requests",
+            hint="SGLang writes them to its standard error",
+        )
+    if not has_balances and not any(outline.ranks):
+        raise Inconclusive(CANNOT_KNOW)
+    loads = (sample for block in log for sample in block if isinstance(sample, LoadSample))
+    found = finished_load(loads, rule, milliseconds=log.has_milliseconds, outline=outline)
+    measured = OnsetDetector(rule, source="log")  # for what the server measures itself
+    for block in log if has_balances else ():
+        for sample in block:
+            measured.add([sample], sample.time)
+    balanced = [onset for onset in measured.onsets if onset.kind in ("experts", "dp_tokens")]
+    onsets = sorted((*found.onsets, *balanced), key=lambda onset: onset.time)
+    for onset in onsets:
+        lines.onset(onset)
+        out.write(f"{onset_line(onset)}\n")
+    out.write("".join(f"{line}\n" for line in _rank_lines(outline)))
+    if onsets:
+        return ExitStatus.EXCEEDED
+    judged = max(found.judged_s, measured.judged_s)
+    if judged < rule.hold:
+        raise Inconclusive(
+            f"the load had {rule.min_running:g} requests a rank for {judged:.0f} s only",
+            expected=f"at least {rule.hold:g} s: few requests cannot be spread evenly",
+            hint="lower --min-running, and --min-gap with it",
+        )
+    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.worst:.2f}\n")
+    return ExitStatus.DONE
+
+
+def _rank_lines(outline: LoadOutline) -> list[str]:
+    from pytest_sglprof._report.terminal import text_table
+
+    rows = []
+    for label, rank in sorted(outline.ranks.items()):
+        running, waiting = rank.running / rank.lines, rank.waiting / rank.lines
+        mean = f"{rank.tokens / rank.with_tokens:.0f}" if rank.with_tokens else "-"
+        rows.append([label or ONE_RANK, str(rank.lines), f"{running:.1f}", f"{waiting:.1f}", mean])
+    head = ["rank", "lines", "running a line", "waiting a line", "tokens a line"]
+    return text_table(head, rows, left=[0])
+
+
+# Samples and onsets as JSON lines.
+
+
+class JsonLines:
+    """Writes to `target`: a file, "-" for standard output, None for nowhere.
+
+    A sample is an object with the fields of `LoadSample`. Other objects say what they are
+    in `event`: "onset", "end" (of an onset), or "balance" (the fields of `BalanceSample`).
+    Each line is written out at once, so that a program behind a pipe sees it.
+    """
+
+    def __init__(self, target: str | None) -> None:
+        self._owned = False
+        self._stream: IO[str] | None = None
+        if target == "-":
+            self._stream = sys.stdout
+        elif target is not None:
+            try:
+                self._stream = open(target, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+            except OSError as error:
+                raise SettingsError(
+                    f"--jsonl {target}: {error.strerror or error}", expected="a file to write"
+                ) from error
+            self._owned = True
+
+    def samples(self, samples: Iterable[Sample]) -> None:
+        """One object a sample."""
+        if self._stream is None:
+            return
+        for sample in samples:
+            event = {"event": "balance"} if isinstance(sample, BalanceSample) else {}
+            self._write({**event, **dataclasses.asdict(sample)})
+        self._stream.flush()
+
+    def onset(self, onset: Onset) -> None:
+        """One object; times in Unix s."""
+        if self._stream is not None:
+            self._write({"event": "onset", **plain(onset), "lost_share": onset.lost_share})
+            self._stream.flush()
+
+    def end(self, onset: Onset) -> None:
+        """The end of an onset that was told before."""
+        if self._stream is not None:
+            self._write({"event": "end", "time": onset.ended, "onset": onset.time})
+            self._stream.flush()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._owned and self._stream is not None:
+            self._stream.close()
+
+    def _write(self, value: dict[str, Any]) -> None:
+        assert self._stream is not None
+        self._stream.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# The table of `sglprof watch`: a row a rank, and onsets as lines.
+
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 30  # moments in a sparkline
+ONE_RANK = "all"  # shown where the server has one DP rank, and logs no tag
+
+
+class LoadHistory:
+    """The newest running requests of each rank, for sparklines."""
+
+    def __init__(self) -> None:
+        self._running: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=WIDTH))
+
+    def add(self, samples: Iterable[Sample], source: str) -> None:
+        """Takes the load samples of `source`."""
+        for sample in samples:
+            if isinstance(sample, LoadSample) and sample.source == source:
+                self._running[sample.rank].append(sample.running)
+
+    def sparkline(self, rank: str) -> str:
+        """Bars of one height scale for all ranks."""
+        top = max((max(values) for values in self._running.values()), default=0)
+        return sparkline(self._running.get(rank, ()), top)
+
+
+def sparkline(values: Iterable[float], top: float) -> str:
+    """One character a value, from 0 to `top`."""
+    return "".join(BARS[round((len(BARS) - 1) * min(1.0, v / top)) if top else 0] for v in values)
+
+
+def load_table(loads: Sequence[RankLoad], history: LoadHistory) -> list[str]:
+    """Lines: rank, running, waiting, tokens, λ so far as that rank makes it, sparkline."""
+    running = [load.running for load in loads]
+    mean = sum(running) / len(running) if running else 0.0
+    rows = [
+        [
+            load.rank or ONE_RANK,
+            f"{load.running:.0f}",
+            f"{load.waiting:.0f}",
+            "-" if load.tokens is None else f"{load.tokens:.0f}",
+            "-" if load.usage is None else percent(load.usage),
+            "-" if not mean or len(loads) < 2 else f"{load.running / mean:.2f}",
+            "silent" if load.silent_since is not None else history.sparkline(load.rank),
+        ]
+        for load in loads
+    ]
+    head = ["rank", "running", "waiting", "tokens", "KV", "of mean", "running requests"]
+    lines = text_table(head, rows, left=[0, 6])
+    if len(loads) > 1:
+        lines.append(f"λ {imbalance(running):.2f}")
+    return lines
+
+
+def onset_line(onset: Onset) -> str:
+    """`2026-11-24 03:13:51 (± 0.5 s, loads) to 03:14:02: DP1 is starved …`."""
+    begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(onset.time))
+    period = begin
+    if onset.ended is not None:
+        end = time.strftime("%H:%M:%S", time.localtime(onset.ended))
+        period = f"{begin} to {end} ({onset.ended - onset.time:.0f} s)"
+    group = f"{onset.group}: " if onset.group else ""
+    return (
+        f"onset {period}, known to {onset.resolution_s:.1f} s from the {onset.source}: {group}"
+        f"{onset.sentence}; λ {onset.factor:.2f}, {percent(onset.lost_share)} lost"
+    )
+
+
+# `sglprof watch` on what still runs: a table that follows it, onsets as they come.
+
+
+REDRAW = 0.5  # s
+
+
+def watch_live(
+    args: argparse.Namespace,
+    rule: OnsetRule,
+    lines: JsonLines,
+    out: IO[str],
+    *,
+    on_first: Callable[[Onset, Callable[[str], None]], ExitStatus] | None = None,
+) -> ExitStatus:
+    """Watches until `--for` is over, or Ctrl-C; `EXCEEDED` where there was an onset.
+
+    on_first: called with the first onset and with what shows a line to the user; its answer
+    ends the watch.
+    """
+    log = None
+    if is_url(args.target):
+        watch, detector = _server(args.target, rule)
+    else:
+        path = Path(args.target)
+        detector = OnsetDetector(rule, source="log", milliseconds=_has_milliseconds(path))
+        log = LogSource(path, from_end=False)
+        watch = LoadWatch([log], keep=0)
+    screen = _Screen(out, detector, lines, log)
+    watch.listen(screen.take)
+    with watch:
+        began = time.monotonic()
+        while args.seconds is None or time.monotonic() - began < args.seconds:
+            watch.check()
+            if screen.cannot_know:
+                raise Inconclusive(CANNOT_KNOW)
+            screen.onset.wait(REDRAW)
+            screen.onset.clear()  # before the look: an onset after it ends the next wait
+            first = screen.first()
+            if first is not None and on_first is not None:
+                screen.clear()
+                return on_first(first, screen.say)
+            screen.draw()
+        screen.clear()
+        return _conclusion(screen, detector)
+
+
+def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
+    if detector.onsets:
+        return ExitStatus.EXCEEDED
+    if detector.judged_s < detector.rule.hold:
+        screen.say(
+            f"nothing can be said: the load had {detector.rule.min_running:g} requests a rank "
+            f"for {detector.judged_s:.0f} s only (--min-running)"
+        )
+        return ExitStatus.INCONCLUSIVE
+    screen.say(f"no onset: balanced for {detector.judged_s:.0f} s, λ at most {detector.worst:.2f}")
+    return ExitStatus.DONE
+
+
+def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
+    from pytest_sglprof._run.attempt import API_KEY_ENV
+    from pytest_sglprof._run.opening import records_experts
+    from pytest_sglprof._server.client import checked_url
+
+    key = os.environ.get(API_KEY_ENV, "")
+    url = checked_url(url)
+    client = SglangClient(url, api_key=key)
+    try:
+        info = patiently(client.server_info)
+    finally:
+        client.close()
+    count = ServerSizes.from_info(info).dp_ranks
+    if count < 2 and not records_experts(info):
+        raise Inconclusive(CANNOT_KNOW)
+    watch = server_watch(url, api_key=key, metrics=bool(info.get("enable_metrics")), keep=0)
+    return watch, OnsetDetector(rule, ranks=[f"DP{number}" for number in range(count)])
+
+
+def _has_milliseconds(path: Path) -> bool:
+    with LogFollower(path) as log:
+        for _ in log.blocks():
+            return log.lines.has_milliseconds
+    return False
+
+
+class _Screen:
+    """Fed by the watching thread, drawn by the main one."""
+
+    def __init__(
+        self, out: IO[str], detector: OnsetDetector, lines: JsonLines, log: LogSource | None
+    ) -> None:
+        self.onset = threading.Event()
+        self.cannot_know = False
+        self._log = log
+        self._has_untagged = self._has_balance = False
+        self._out = out
+        self._detector = detector
+        self._lines = lines
+        self._history = LoadHistory()
+        self._lock = threading.Lock()
+        self._new: list[Onset] = []
+        self._first: Onset | None = None
+        self._ended: set[float] = set()
+        self._drawn = 0
+        self._is_terminal = out.isatty()
+
+    def take(self, samples: Sequence[Sample], now: float) -> None:
+        """New samples, in the watching thread."""
+        with self._lock:
+            self._lines.samples(samples)
+            self._history.add(samples, self._detector.source)
+            found = self._detector.add(samples, now)
+            self._has_untagged |= any(s.source == "log" and not s.rank for s in samples)
+            self._has_balance |= any(isinstance(sample, BalanceSample) for sample in samples)
+            self.cannot_know = self._is_one_rank(now)
+            for onset in found:
+                self._lines.onset(onset)
+            onsets = self._detector.onsets
+            self._ended &= {onset.time for onset in onsets}
+            for onset in onsets:
+                if onset.ended is not None and onset.time not in self._ended:
+                    self._ended.add(onset.time)
+                    self._lines.end(onset)
+            self._new += found
+            self._first = self._first or next(iter(found), None)
+        if found:
+            self.onset.set()
+
+    def first(self) -> Onset | None:
+        """The first onset that was declared, if any was."""
+        with self._lock:
+            return self._first
+
+    def _is_one_rank(self, now: float) -> bool:
+        """Whether all that was read so far came of one DP rank; not before the log's end."""
+        if self._log is not None and not self._log.delay:
+            return False
+        tagged = any(len(group.board.loads(now)) > 1 for group in self._detector.groups)
+        return self._has_untagged and not tagged and not self._has_balance
+
+    def draw(self) -> None:
+        """New onsets; on a terminal the table below them, over the one before."""
+        with self._lock:
+            new, self._new = self._new, []
+            tables: list[str] = []
+            if self._is_terminal:
+                for group in self._detector.groups:
+                    tables += load_table(group.board.loads(time.time()), self._history)
+        self.clear()
+        for onset in new:
+            self.say(onset_line(onset))
+        if tables:
+            self._out.write("".join(f"{line}\n" for line in tables))
+            self._drawn = len(tables)
+        self._out.flush()
+
+    def clear(self) -> None:
+        """Takes the table away."""
+        if self._drawn:
+            self._out.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._out.write(f"{text}\n")
+        self._out.flush()

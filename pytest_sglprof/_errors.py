@@ -1,0 +1,235 @@
+"""Every error that pytest-sglprof raises on purpose, as one tree.
+
+SglprofError                 exit status 2 of the command line
+├── SettingsError            an option, a marker or sglprof.toml is wrong
+├── ServerError              the server under test
+│   ├── ServerMissing        SGLang is not installed in the chosen interpreter
+│   ├── ServerDied           it ended; carries the reason found in its log
+│   ├── ServerNotReady       it did not become ready in time
+│   ├── ServerUnreachable    nothing answers at its address
+│   │   └── ServerSilent     it is there, but did not answer in time
+│   ├── ServerRefused        it answered with an HTTP error
+│   ├── LeaseError           a port, a GPU or the window of a server is taken
+│   └── ClockLockError       the clocks of its GPUs cannot be locked, or given back
+├── LoadError                the load driver failed, or requests failed
+├── NsysError                the nsys command or one of its sessions
+│   ├── NsysMissing          no nsys was found
+│   ├── NsysTooOld           this nsys lacks --start-later
+│   └── NsysSessionError     a session is gone, busy, or in another state than needed
+├── WindowError              a profile window
+│   └── WindowRefused        asked for something that would break the server or the data
+├── TraceError               a trace, report or export cannot be read
+│   ├── TraceTruncated       it ends too early
+│   └── NotATrace            it is something else
+└── Inconclusive             too little data for an answer      exit status 3
+
+All of them say three things: what happened, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound="SglprofError")
+
+
+class ExitStatus(IntEnum):
+    """How a `sglprof` command ends; docs/exit-status.md says it to users."""
+
+    DONE = 0  # done, or nothing is above its limit
+    EXCEEDED = 1  # a limit that somebody gave (an option, sglprof.toml) is exceeded
+    UNUSABLE = 2  # wrong usage, unreadable input, unwritable output
+    INCONCLUSIVE = 3  # too little data, or data that cannot be compared
+    BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would be read as a verdict
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141  # whoever read the output went away
+
+
+class SglprofError(Exception):
+    """Base of all errors of this package.
+
+    what: what happened, one sentence. expected: what should have been there.
+    hint: what to do next. log: lines of the server's (or tool's) own output that
+    are the reason.
+    """
+
+    exit_status = ExitStatus.UNUSABLE
+
+    def __init__(
+        self, what: str, *, expected: str = "", hint: str = "", log: Sequence[str] = ()
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.expected = expected
+        self.hint = hint
+        self.log = tuple(log)
+
+    @classmethod
+    def restored(cls: type[_Error], fields: Mapping[str, Any]) -> _Error:
+        """An error with these fields, whatever more its class asks for when it is made."""
+        error = cls.__new__(cls, fields["what"])
+        vars(error).update(fields)
+        return error
+
+    def __reduce__(self) -> tuple[Callable[..., SglprofError], tuple[dict[str, Any]]]:
+        return type(self).restored, (vars(self),)
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.expected:
+            parts.append(f"  expected: {self.expected}")
+        if self.log:
+            parts.append("  its own words:")
+            parts.extend(f"  | {line}" for line in self.log)
+        if self.hint:
+            parts.append(f"  next: {self.hint}")
+        return "\n".join(parts)
+
+
+class SettingsError(SglprofError):
+    """An option, a marker or a configuration file is wrong."""
+
+
+class ServerError(SglprofError):
+    """The server under test misbehaved."""
+
+
+class ServerMissing(ServerError):
+    """SGLang is not installed in the chosen interpreter."""
+
+
+class ServerDied(ServerError):
+    """The server ended; ``log`` holds the reason found in its log."""
+
+
+class ServerNotReady(ServerError):
+    """The server did not become ready within its limit."""
+
+
+class ServerUnreachable(ServerError):
+    """Nothing answers at the server's address."""
+
+
+class ServerSilent(ServerUnreachable):
+    """The server did not answer in time."""
+
+
+class ServerRefused(ServerError):
+    """The server answered with an HTTP error; ``status`` is its code."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        status: int,
+        expected: str = "",
+        hint: str = "",
+        log: Sequence[str] = (),
+    ) -> None:
+        super().__init__(what, expected=expected, hint=hint, log=log)
+        self.status = status
+
+
+class LeaseError(ServerError):
+    """A port, a GPU or the profile window of a server is taken by someone else."""
+
+
+class ClockLockError(ServerError):
+    """The clocks of a server's GPUs cannot be locked, or given back."""
+
+
+class LoadError(SglprofError):
+    """The load driver failed, or some of its requests did."""
+
+
+class NsysError(SglprofError):
+    """The nsys command or one of its sessions misbehaved."""
+
+
+class NsysMissing(NsysError):
+    """No nsys command was found."""
+
+
+class NsysTooOld(NsysError):
+    """This nsys cannot start a session later (``--start-later``)."""
+
+
+class NsysSessionError(NsysError):
+    """An nsys session is gone, busy, or in another state than needed."""
+
+
+class WindowError(SglprofError):
+    """A profile window could not be opened, closed or read."""
+
+
+class WindowRefused(WindowError):
+    """A window asks for something that would break the server or its own data."""
+
+
+class TraceError(SglprofError):
+    """A trace, report or export cannot be read."""
+
+
+class TraceTruncated(TraceError):
+    """A trace ends too early."""
+
+
+class NotATrace(TraceError):
+    """A file is readable but is not a trace."""
+
+
+class Inconclusive(SglprofError):
+    """There is too little data for an answer."""
+
+    exit_status = ExitStatus.INCONCLUSIVE
+
+
+def note(error: BaseException, text: str) -> None:
+    """Shows `text` below `error`, as `add_note` does, which Python 3.10 lacks."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
+def described(error: BaseException) -> str:
+    """All that is known of it: the words and notes of ours, the traceback of any other."""
+    if isinstance(error, SglprofError):
+        return "\n".join((str(error), *getattr(error, "__notes__", ())))
+    import traceback
+
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def do_every(steps: Iterable[Callable[[], object]]) -> None:
+    """Takes every step, whatever another one raises; then raises the first error.
+
+    The others are its notes. An interrupt goes before any other error.
+    """
+    errors: list[BaseException] = []
+    for step in steps:
+        try:
+            step()
+        except BaseException as error:
+            errors.append(error)
+    if not errors:
+        return
+    first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
+    for other in errors:
+        if other is not first:
+            note(first, f"and besides: {described(other)}")
+    raise first
+
+
+# What a mistyped name may have been meant to be.
+
+
+def did_you_mean(given: Iterable[object], known: Iterable[str], otherwise: str = "") -> str:
+    """`did you mean moe?`, of the known names nearest to those given; else `otherwise`."""
+    import difflib  # only where something is wrong
+
+    by_folded = {name.casefold(): name for name in known}
+    nearest: dict[str, None] = {}
+    for name in given:
+        close = difflib.get_close_matches(str(name).strip().casefold(), by_folded, n=1)
+        nearest.update(dict.fromkeys(by_folded[folded] for folded in close))
+    return f"did you mean {' and '.join(nearest)}?" if nearest else otherwise

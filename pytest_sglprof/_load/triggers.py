@@ -1,0 +1,300 @@
+"""What opens a window while a test's load runs: `ImbalanceOnset` and its kin, and a callable.
+
+Cheap to import: test modules name these in their markers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
+
+from pytest_sglprof._config.model import BalanceSample, LoadSample
+from pytest_sglprof._errors import SettingsError, did_you_mean
+from pytest_sglprof._load.onset import Onset, OnsetDetector, OnsetRule
+from pytest_sglprof._load.samples import RankLoad
+
+Samples = Iterable[LoadSample | BalanceSample]
+NoOnset = Literal["pass", "inconclusive", "fail"]
+Made = TypeVar("Made")
+_WORDS = {"source": ("loads", "log"), "on_no_onset": ("pass", "inconclusive", "fail")}
+WITHIN = 120.0  # s that a trigger waits by default, from the start of the test's load
+BEST_OVER = 5.0  # s; the best throughput is a mean over so long
+
+
+class Detector(Protocol):
+    """Fed by the watching thread; see `OnsetDetector`."""
+
+    @property
+    def judged_s(self) -> float: ...
+    @property
+    def worst(self) -> float: ...
+    def add(self, samples: Samples, now: float) -> list[Onset]: ...
+
+
+class Trigger(Protocol):
+    """within: s to wait for it. on_no_onset: the verdict when it never comes.
+
+    compares_ranks: True for what a server with one DP rank cannot show.
+    """
+
+    @property
+    def within(self) -> float: ...
+    @property
+    def on_no_onset(self) -> NoOnset: ...
+    @property
+    def compares_ranks(self) -> bool: ...
+    def detector(self, ranks: Sequence[str]) -> Detector: ...
+
+
+@dataclass(frozen=True, repr=False)
+class _Trigger:
+    """What all triggers of ours have; see `Trigger`. source: "loads" (`/v1/loads`) or "log"."""
+
+    within: float = field(default=WITHIN, kw_only=True)
+    source: Literal["loads", "log"] = field(default="loads", kw_only=True)
+    on_no_onset: NoOnset = field(default="pass", kw_only=True)
+
+    compares_ranks: ClassVar[bool] = False
+    above: ClassVar[Mapping[str, float]] = {}  # what an argument must exceed
+
+    def __new__(cls: type[Made], *args: object, **keywords: object) -> Made:
+        """Names the nearest argument of a wrong one, which Python's own error does not."""
+        known = [item.name for item in fields(cls)]  # type: ignore[arg-type]  # a dataclass
+        if unknown := [name for name in keywords if name not in known]:
+            raise SettingsError(
+                f"{cls.__name__}: unknown argument {', '.join(unknown)}",
+                expected="one of " + ", ".join(known),
+                hint=did_you_mean(unknown, known, "correct the spelling"),
+            )
+        made: Made = object.__new__(cls)
+        return made
+
+    def __post_init__(self) -> None:
+        limits = {"hold": 0.0, "within": 0.0, **self.above}
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), type(self).__name__, limits)
+
+    def __repr__(self) -> str:
+        """As it is written: its own arguments first."""
+        arguments = sorted(fields(self), key=lambda item: item.kw_only is True)
+        written = (f"{item.name}={getattr(self, item.name)!r}" for item in arguments)
+        return f"{type(self).__name__}({', '.join(written)})"
+
+
+@dataclass(frozen=True, repr=False)
+class ImbalanceOnset(_Trigger, OnsetRule):
+    """Opens when the load of DP ranks has been unequal for `hold` seconds.
+
+    factor, hold, min_running, min_gap, min_gap_usage: see `OnsetRule`. within: s, from the
+    start of the test's load. source: "loads" (`/v1/loads`) or "log". on_no_onset: the
+    verdict when the load stays balanced.
+    """
+
+    compares_ranks = True
+    above: ClassVar[Mapping[str, float]] = {"factor": 1.0}
+
+    def detector(self, ranks: Sequence[str]) -> OnsetDetector:
+        """Looks for it among these ranks."""
+        return OnsetDetector(self, ranks=ranks, source=self.source)
+
+
+@dataclass(frozen=True, repr=False)
+class _SumTrigger(_Trigger):
+    """Judges sums over all ranks. kind: the name of its onsets."""
+
+    kind: ClassVar[str]
+
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """The ratio that it looks at and a sentence, or None while there is nothing."""
+        raise NotImplementedError
+
+    def detector(self, ranks: Sequence[str]) -> Detector:
+        """Looks for it over all ranks."""
+        return _SumDetector(self, hold=getattr(self, "hold", 0.0))
+
+
+@dataclass(frozen=True, repr=False)
+class QueueGrowth(_SumTrigger):
+    """Opens when the queues of all ranks together have grown by `requests` for `hold` s.
+
+    Growth is counted from the shortest queue that was seen since the load began.
+    """
+
+    requests: int = 16
+    hold: float = 2.0
+
+    above: ClassVar[Mapping[str, float]] = {"requests": 0}
+    kind = "queue_growth"
+
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """See `_SumTrigger`."""
+        waiting = load.sums[-1].waiting
+        fewest = min(moment.waiting for moment in load.sums)
+        if waiting - fewest < self.requests:
+            return None
+        text = f"{waiting:.0f} requests wait, {waiting - fewest:.0f} more than the fewest before"
+        return waiting / max(fewest, 1.0), text
+
+
+@dataclass(frozen=True, repr=False)
+class ThroughputDrop(_SumTrigger):
+    """Opens when all ranks together have generated `share` less than before for `hold` s.
+
+    Compared with the best mean over 5 s so far; only while at least half as many requests
+    run as then, so that the end of a load is no drop. share: 0 to 1.
+    """
+
+    share: float = 0.3
+    hold: float = 3.0
+
+    above: ClassVar[Mapping[str, float]] = {"share": 0.0}
+    kind = "throughput_drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share >= 1.0:
+            raise SettingsError(f"ThroughputDrop(share={self.share})", expected="0 < share < 1")
+
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """See `_SumTrigger`."""
+        rate = load.sums[-1].throughput or 0.0
+        best_rate, running_then = load.best
+        if best_rate <= 0 or load.sums[-1].running < running_then / 2:
+            return None
+        if rate > (1.0 - self.share) * best_rate:
+            return None
+        text = f"{rate:.0f} tokens/s are generated, {best_rate:.0f} were before"
+        return best_rate / max(rate, 1e-9), text
+
+
+@dataclass(frozen=True, repr=False)
+class CallableTrigger(_SumTrigger):
+    """Opens when `function(newest sample of each rank)` is true. Errors in it are raised."""
+
+    function: Callable[[Mapping[str, LoadSample]], object]
+
+    kind = "custom"
+
+    def judge(self, load: SummedLoad) -> tuple[float, str] | None:
+        """Asks the function, at each look that brought samples."""
+        is_true = self.function(dict(load.newest))
+        return (1.0, f"{describe_trigger(self)} was true") if is_true else None
+
+    def __repr__(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
+
+
+def as_trigger(given: Any) -> Trigger:
+    """A trigger, or a callable as one. Raises `SettingsError` for anything else."""
+    if callable(getattr(given, "detector", None)) and not isinstance(given, type):
+        parts = ("within", "on_no_onset", "compares_ranks")
+        if missing := [name for name in parts if not hasattr(given, name)]:
+            raise SettingsError(
+                f"trigger={given!r} has no {', '.join(missing)}",
+                expected="the attributes of pytest_sglprof._load.triggers.Trigger",
+            )
+        return cast("Trigger", given)
+    if callable(given) and not isinstance(given, type):
+        return CallableTrigger(given)
+    raise SettingsError(
+        f"trigger={given!r}",
+        expected="ImbalanceOnset(…), QueueGrowth(…), ThroughputDrop(…), or a function of the "
+        "newest samples",
+        hint="from pytest_sglprof import ImbalanceOnset",
+    )
+
+
+def describe_trigger(given: Any) -> str | None:
+    """A trigger as text for results; None for none."""
+    if given is None:
+        return None
+    return repr(as_trigger(given))
+
+
+def _check(name: str, value: Any, trigger: str, limits: Mapping[str, float]) -> None:
+    what = f"{trigger}({name}={value!r})"
+    if words := _WORDS.get(name):
+        if value not in words:
+            expected = " or ".join(f'"{word}"' for word in words)
+            raise SettingsError(what, expected=expected, hint=did_you_mean([value], words))
+    elif not callable(value):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise SettingsError(what, expected="a number, 0 or more")
+        if name in limits and value <= limits[name]:
+            raise SettingsError(what, expected=f"more than {limits[name]:g}")
+
+
+class SummedLoad:
+    """The load of all ranks together since it began.
+
+    newest: of each rank, by label. sums: over the ranks at each look. best: the highest mean
+    throughput over `BEST_OVER` s, and the mean number of running requests then; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.newest: dict[str, LoadSample] = {}
+        self.sums: deque[LoadSample] = deque(maxlen=10_000)
+        self.best = (0.0, 0.0)
+
+    def add(self, samples: Sequence[LoadSample], now: float) -> None:
+        """Takes what one look brought."""
+        for sample in samples:
+            before = self.newest.get(sample.rank)
+            if sample.throughput is None and before is not None:  # a prefill line
+                sample = replace(sample, throughput=before.throughput)
+            self.newest[sample.rank] = sample
+        loads = self.newest.values()
+        throughput = math.fsum(load.throughput or 0.0 for load in loads)
+        running = sum(load.running for load in loads)
+        waiting = sum(load.waiting for load in loads)
+        self.sums.append(LoadSample(now, "", running, waiting, throughput=throughput))
+        if now - self.sums[0].time < BEST_OVER:
+            return  # not so much has been seen yet
+        recent = [moment for moment in self.sums if moment.time > now - BEST_OVER]
+        rate = math.fsum(moment.throughput or 0.0 for moment in recent) / len(recent)
+        if rate > self.best[0]:
+            self.best = (rate, sum(moment.running for moment in recent) / len(recent))
+
+
+class _SumDetector:
+    """Declares what its trigger has judged true for `hold` s; it ends when it is not any more."""
+
+    worst = 1.0
+
+    def __init__(self, trigger: _SumTrigger, *, hold: float) -> None:
+        self.judged_s = 0.0
+        self._trigger = trigger
+        self._hold = hold
+        self._load = SummedLoad()
+        self._since: float | None = None
+        self._declared = False
+
+    def add(self, samples: Samples, now: float) -> list[Onset]:
+        source = self._trigger.source
+        new = [s for s in samples if isinstance(s, LoadSample) and s.source == source]
+        if not new:
+            return []
+        if self._load.sums:
+            self.judged_s += max(0.0, now - self._load.sums[-1].time)
+        self._load.add(new, now)
+        judged = self._trigger.judge(self._load)
+        if judged is None:
+            self._since, self._declared = None, False
+            return []
+        self._since = now if self._since is None else self._since
+        if self._declared or now - self._since < self._hold:
+            return []
+        self._declared = True
+        factor, sentence = judged
+        ranks = tuple(
+            RankLoad(load.rank, load.running, load.waiting, load.tokens, load.token_usage)
+            for load in sorted(self._load.newest.values(), key=lambda load: load.rank)
+        )
+        resolution = 1.0 if source == "log" else 0.5
+        kind = self._trigger.kind
+        return [Onset(self._since, now, kind, factor, resolution, source, ranks, sentence=sentence)]

@@ -1,0 +1,254 @@
+"""`LoadWatch`: follows the load of one running server in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pytest_sglprof._config.model import BalanceSample, LoadSample
+from pytest_sglprof._load.sources import LogFollower, Sample
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOG_INTERVAL = 0.25  # s between two looks at a log; one costs a stat and a short read
+MAX_SAMPLES = 500_000  # kept; a week of two ranks at two samples a second is more
+
+Listener = Callable[[Sequence[Sample], float], None]
+
+
+class Source(Protocol):
+    """Where samples come from. delay: s until it wants to be asked again."""
+
+    @property
+    def delay(self) -> float: ...
+    async def poll(self) -> Sequence[Sample]: ...
+    async def close(self) -> None: ...
+
+
+class LogSource:
+    """The lines that are appended to a log from now on (or all of it).
+
+    delay: s until the next look; 0 while it is behind, since much has been written.
+    """
+
+    delay = LOG_INTERVAL
+
+    def __init__(self, path: Path, *, from_end: bool = True) -> None:
+        self._path = path
+        self._from_end = from_end
+        self._log: LogFollower | None = None
+        self._blocks: Iterator[list[Sample]] | None = None
+
+    async def poll(self) -> list[Sample]:
+        """What was written since the last call, at most two blocks of it.
+
+        The loop has other sources to ask, and nobody needs all lines of a night at once.
+        """
+        if self._log is None:
+            self._log = LogFollower(self._path, from_end=self._from_end)
+        if self._blocks is None:
+            self._blocks = self._log.blocks()
+        samples = next(self._blocks, None)
+        more = next(self._blocks, None) if samples is not None else None
+        if more is None:
+            self._blocks = None
+        self.delay = LOG_INTERVAL if more is None else 0.0
+        return [*(samples or ()), *(more or ())]
+
+    async def close(self) -> None:
+        """Closes the file."""
+        log, self._log, self._blocks = self._log, None, None
+        if log is not None:
+            log.close()
+
+
+class LoadWatch:
+    """Samples of all sources in the order in which they came, while it runs and after.
+
+    keep: how many samples; the oldest ones go. 0 where only listeners want them. An error in
+    its thread (of a source, or of a listener) ends it; `stop` and `check` raise it where they
+    are called. Use `start` and `stop`, or a `with` block.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        clock: Callable[[], float] = time.time,
+        keep: int = MAX_SAMPLES,
+    ) -> None:
+        self._sources = tuple(sources)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._samples: deque[Sample] = deque(maxlen=keep)
+        self._listeners: list[Listener] = []
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._halt: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def samples(self) -> tuple[LoadSample, ...]:
+        """All load samples so far."""
+        with self._lock:
+            return tuple(s for s in self._samples if isinstance(s, LoadSample))
+
+    @property
+    def balances(self) -> tuple[BalanceSample, ...]:
+        """The balances that the server measured itself."""
+        with self._lock:
+            return tuple(s for s in self._samples if isinstance(s, BalanceSample))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The load samples so far, a row each; columns are the fields of `LoadSample`."""
+        import pandas as pd
+
+        names = [field.name for field in dataclasses.fields(LoadSample)]
+        rows = [[getattr(sample, name) for name in names] for sample in self.samples]
+        return pd.DataFrame(rows, columns=names)
+
+    @property
+    def problem(self) -> str:
+        """Why a source that is asked again and again gives nothing now; "" where all do."""
+        problems = (getattr(source, "problem", "") for source in self._sources)
+        return next((problem for problem in problems if problem), "")
+
+    def listen(self, listener: Listener) -> None:
+        """From now on `listener` gets new samples and the time, in the watching thread.
+
+        It is called after every look at a source, also when there is nothing new.
+        """
+        with self._lock:
+            self._listeners.append(listener)
+
+    def unlisten(self, listener: Listener) -> None:
+        """Ends that; what is not listening is ignored."""
+        with self._lock:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+    def start(self) -> None:
+        """Begins to watch, or goes on after `stop`."""
+        if self._thread is None:
+            with self._lock:
+                self._stopping = False
+            self._thread = threading.Thread(target=self._run, name="sglprof-watch", daemon=True)
+            self._thread.start()
+
+    def check(self) -> None:
+        """Raises what ended the watching thread, if anything did."""
+        with self._lock:
+            error = self._error
+        if error is not None:
+            raise error
+
+    def stop(self) -> None:
+        """Ends the thread, closes its sources, and raises what went wrong in it."""
+        self._end()
+        with self._lock:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> LoadWatch:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.stop()
+        else:  # the block's own error matters more
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._stopping = True
+            if self._loop is not None and self._halt is not None:
+                self._loop.call_soon_threadsafe(self._halt.set)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._watch())
+        except BaseException as error:  # handed over by stop or check
+            with self._lock:
+                self._error = error
+
+    async def _watch(self) -> None:
+        halt = asyncio.Event()
+        with self._lock:
+            self._loop, self._halt = asyncio.get_running_loop(), halt
+            if self._stopping:
+                halt.set()
+        tasks = [asyncio.create_task(self._follow(source)) for source in self._sources]
+        ending = asyncio.create_task(halt.wait())
+        try:
+            await asyncio.wait([*tasks, ending], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            with self._lock:
+                self._loop = None
+            ending.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, ending, return_exceptions=True)
+            async with contextlib.AsyncExitStack() as closing:
+                for source in self._sources:
+                    closing.push_async_callback(source.close)
+
+    async def _follow(self, source: Source) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            self._publish(await source.poll())
+            await asyncio.sleep(max(0.0, source.delay - (loop.time() - began)))
+
+    def _publish(self, samples: Sequence[Sample]) -> None:
+        with self._lock:
+            self._samples.extend(samples)
+            listeners = list(self._listeners)
+        now = self._clock()
+        for listener in listeners:
+            listener(samples, now)
+
+
+def server_watch(
+    url: str,
+    *,
+    api_key: str = "",
+    log: Path | None = None,
+    metrics: bool = False,
+    keep: int = MAX_SAMPLES,
+) -> LoadWatch:
+    """A watch of a server that runs, not started yet.
+
+    log: its log, if it lies on this machine. metrics: whether it answers `/metrics`. keep:
+    as for `LoadWatch`.
+    """
+    from pytest_sglprof._load.sources import (
+        LOADS_INTERVAL,
+        METRICS_INTERVAL,
+        LoadsSource,
+        MetricsSource,
+    )
+
+    sources: list[Source] = [LoadsSource(url, api_key=api_key, interval=LOADS_INTERVAL)]
+    if log is not None:
+        sources.append(LogSource(log))
+    if metrics:
+        sources.append(MetricsSource(url, api_key=api_key, interval=METRICS_INTERVAL))
+    return LoadWatch(sources, keep=keep)

@@ -1,0 +1,452 @@
+"""Finds the nsys command, probes it, and drives its sessions by name.
+
+nsys answers many mistakes with exit status 0 (an unknown session, a missing folder) and
+writes its first report elsewhere than asked. So everything is checked before and after:
+a session's state is read before it is told anything, and a report is where the
+``Generated:`` lines say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_sglprof._errors import (
+    NsysError,
+    NsysMissing,
+    NsysSessionError,
+    NsysTooOld,
+    SettingsError,
+)
+from pytest_sglprof._process import which
+from pytest_sglprof._redact import is_secret_variable
+
+ENV_NAME = "SGLPROF_NSYS"
+QUICK = 30.0  # s; version, help and session lists answer within a tenth of a second
+COLLECTING = frozenset({"Collection", "RangeCollection", "StartRange"})
+GONE = frozenset({"", "Shutdown"})
+_VERSION = re.compile(r"version\s+v?(\d+(?:\.\d+)+)")
+_INSTALL_HINT = (
+    "install Nsight Systems 2023.4 or newer and put nsys on PATH, or name it with "
+    f"--sglprof-nsys or ${ENV_NAME}"
+)
+# Ours by necessity: a session that is named or started otherwise cannot be driven.
+_RESERVED = {"--session-new", "--session", "--start-later", "-Y", "--output", "-o"}
+_SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
+
+
+def find_nsys(path: str | None = None) -> NsysTool:
+    """The nsys at `path`, else at ``$SGLPROF_NSYS``, else on PATH.
+
+    A bare name is looked up on PATH; a path (with a slash) may also be the folder that holds
+    nsys. Raises `NsysMissing`, or `NsysTooOld` when ``profile --help`` knows no --start-later.
+    """
+    wanted = path or os.environ.get(ENV_NAME) or "nsys"
+    if os.sep in wanted and Path(wanted).is_dir():
+        wanted = str(Path(wanted) / "nsys")
+    found = which(wanted)
+    if found is None:
+        bare = os.sep not in wanted
+        beside = bare and Path(wanted).exists()
+        raise NsysMissing(
+            f"no nsys command: {wanted!r} is not an executable file{' on PATH' if bare else ''}",
+            expected="Nsight Systems' command line tool",
+            hint=_INSTALL_HINT + (f"; for the one beside you: ./{wanted}" if beside else ""),
+        )
+    answer = _quick(found, ["--version"])
+    match = _VERSION.search(answer)
+    if match is None:
+        raise NsysMissing(
+            f"{found} is not a working nsys: its --version names none",
+            expected="NVIDIA Nsight Systems version 2023.4 or newer",
+            hint=_INSTALL_HINT,
+            log=answer.splitlines()[-5:],
+        )
+    if "--start-later" not in _profile_help(found):
+        raise NsysTooOld(
+            f"{found} (version {match[1]}) cannot start a session later",
+            expected="an nsys whose `profile` has --start-later (2023.4 has it, 2022.4 has not)",
+            hint=_INSTALL_HINT,
+        )
+    return NsysTool(found, match[1])
+
+
+def profile_prefix(
+    tool: NsysTool, session: str, first_report: Path, extra: Sequence[str], *, gpu: bool
+) -> list[str]:
+    """The words before the server's command that put it under a session named `session`.
+
+    first_report: where the first window's report goes, whatever ``nsys start`` says.
+    extra: the user's options; one that we would give as well replaces ours.
+    gpu: records CUDA, with the kernels inside CUDA graphs.
+    """
+    taken = {_SHORT.get(name, name) for word in extra if (name := word.partition("=")[0])}
+    for name in taken & _RESERVED:
+        raise SettingsError(
+            f"nsys_args: {name} is set by pytest-sglprof itself",
+            expected="other options of `nsys profile`, such as --trace=cuda-sw,nvtx",
+            hint=f"remove {name} from nsys_args",
+        )
+    ours = {
+        "--trace": "cuda,nvtx" if gpu else "nvtx",
+        "--sample": "none",
+        "--cpuctxsw": "none",
+        "--trace-fork-before-exec": "true",
+        "--force-overwrite": "true",
+    }
+    if gpu:
+        ours["--cuda-graph-trace"] = "node"
+    if "--discard-environment" in _profile_help(tool.path):
+        ours["--discard-environment"] = "true"
+    return [
+        tool.path,
+        "profile",
+        "--start-later=true",
+        f"--session-new={session}",
+        f"--output={first_report}",
+        *(f"{name}={value}" for name, value in ours.items() if name not in taken),
+        *extra,
+    ]
+
+
+class NsysSession:
+    """One session, known by its name; it may also be one that somebody else started.
+
+    tmpdir: the TMPDIR that the session was started under. nsys keeps its sessions in
+    files there: a session of another TMPDIR is invisible.
+    """
+
+    def __init__(self, tool: NsysTool, name: str, *, tmpdir: Path | None = None) -> None:
+        self.tool = tool
+        self.name = name
+        self.tmpdir = tmpdir
+        self._output: Path | None = None
+
+    def state(self) -> str:
+        """What ``nsys sessions list`` says of it; "" when there is no such session."""
+        return self._sessions().get(self.name, "")
+
+    def require(self) -> str:
+        """Its state; raises `NsysSessionError` when there is no such session."""
+        sessions = self._sessions()
+        state = sessions.get(self.name, "")
+        if state in GONE:
+            raise self._gone(sessions)  # to start it would create a stray session
+        return state
+
+    def start(
+        self, output: Path, *, capture_range: str | None = None, timeout: float = 60.0
+    ) -> None:
+        """Opens a window whose report is to be at `output` (``….nsys-rep``).
+
+        capture_range: ``cudaProfilerApi`` to wait for the target's own start and stop;
+        ignored by a session's first window.
+        """
+        state = self.require()
+        if state in COLLECTING:
+            raise NsysSessionError(
+                f"nsys session {self.name!r} already collects (state {state})",
+                expected="a session without an open window",
+                hint="close the other window first (`nsys stop`)",
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)  # else the report goes elsewhere
+        words = ["start", f"--session={self.name}", f"--output={output}", "--force-overwrite=true"]
+        if capture_range:
+            words += [f"--capture-range={capture_range}", "--capture-range-end=stop"]
+        self._checked(words, timeout)
+        self._output = output
+        self._wait_for_state(lambda now: now in COLLECTING, "to collect", timeout)
+
+    def stop(self, *, timeout: float, progress: Callable[[str], None] | None = None) -> Path:
+        """Closes the window; returns its report, which is complete then.
+
+        The first report of a session is moved to where `start` was asked to put it.
+        Raises `NsysError` when there is no report, or only a ``.qdstrm``.
+        """
+        state = self.require()
+        if state not in COLLECTING:
+            raise NsysSessionError(
+                f"nsys session {self.name!r} has no open window (state {state})",
+                expected="state Collection",
+                hint="the window was closed by someone else, or never opened",
+            )
+        report = self._stop(timeout, progress)
+        report.chmod(0o600)  # it holds the environment of every process of this machine
+        wanted, self._output = self._output, None
+        if wanted is None or wanted == report:
+            return report
+        shutil.move(report, wanted)
+        return wanted
+
+    def shutdown(self, *, timeout: float = 60.0, discard: bool = False) -> None:
+        """Ends the session and its target (SIGTERM); nothing happens when it is gone.
+
+        An open window would lose its report: refused, unless `discard`.
+        """
+        state = self.state()
+        if state in GONE:
+            return
+        if state in COLLECTING and not discard:
+            raise NsysSessionError(
+                f"nsys session {self.name!r} still has an open window",
+                hint="stop it first: a shutdown now would lose the report",
+            )
+        self._checked(["shutdown", "--kill=sigterm", f"--session={self.name}"], timeout)
+        self._wait_for_state(lambda now: now in GONE, "to end", timeout)
+
+    def _stop(self, timeout: float, progress: Callable[[str], None] | None) -> Path:
+        output = StopOutput(progress)
+        words = [self.tool.path, "stop", f"--session={self.name}"]
+        with started(words, self.tmpdir) as process:
+            ended = output.follow(process, timeout)
+        if not ended:
+            raise NsysError(
+                f"`nsys stop` of session {self.name!r} did not end within {timeout:g} s",
+                expected="the report, which takes about as long as the window is large",
+                hint="take a smaller window or raise its timeout",
+                log=output.tail(),
+            )
+        stream = output.stream()
+        if stream is not None:
+            return _import_again(self.tool, stream, timeout, output.tail())
+        return output.report(process.returncode)
+
+    def _checked(self, words: Sequence[str], timeout: float) -> str:
+        process = run([self.tool.path, *words], timeout, self.tmpdir)
+        if process.returncode == 0:
+            return process.stdout
+        said = process.stdout.strip()
+        kind = NsysSessionError if "session" in said.lower() or "state" in said else NsysError
+        raise kind(
+            f"`nsys {words[0]}` of session {self.name!r} failed (exit {process.returncode})",
+            log=said.splitlines()[-8:],
+        )
+
+    def _sessions(self) -> dict[str, str]:
+        words = [self.tool.path, "sessions", "list", "--show-header=false"]
+        process = run(words, QUICK, self.tmpdir)
+        return read_sessions(process.stdout)
+
+    def _wait_for_state(self, wanted: Callable[[str], bool], what: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not wanted(state := self.state()):
+            if time.monotonic() >= deadline:
+                raise NsysSessionError(
+                    f"nsys session {self.name!r} was told {what}, but its state is "
+                    f"{state or 'gone'} after {timeout:g} s",
+                )
+            time.sleep(0.05)
+
+    def _gone(self, sessions: dict[str, str]) -> NsysSessionError:
+        others = ", ".join(sorted(sessions)) or "none"
+        return NsysSessionError(
+            f"there is no nsys session {self.name!r}",
+            expected=f"one of the sessions that nsys lists: {others}",
+            hint="start the server under `nsys profile --start-later=true "
+            "--session-new=NAME`; sessions are kept per user and TMPDIR",
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _profile_help(path: str) -> str:
+    return _quick(path, ["profile", "--help"])
+
+
+def _quick(path: str, words: Sequence[str]) -> str:
+    try:
+        process = run([path, *words], QUICK)
+    except NsysError as error:
+        raise NsysMissing(error.what, hint=_INSTALL_HINT, log=error.log) from error
+    return process.stdout
+
+
+def _import_again(tool: NsysTool, stream: Path, timeout: float, said: Sequence[str]) -> Path:
+    """Makes the report of a raw ``.qdstrm`` whose import failed; returns its path.
+
+    On a loaded machine the importer of 2023.4 now and then stumbles over a race of its
+    own and works the second time; where it is broken it fails again. said: what it printed.
+    """
+    report = stream.with_suffix(".nsys-rep")
+    importer = Path(tool.path).resolve().parent.parent / "host-linux-x64" / "QdstrmImporter"
+    words = [str(importer), "--input-file", str(stream), "--output-file", str(report)]
+    with contextlib.suppress(NsysError):
+        if importer.is_file() and run([*words, "--force-overwrite"], timeout).returncode == 0:
+            stream.unlink(missing_ok=True)
+            if report.is_file() and report.stat().st_size:
+                return report
+    raise NsysError(
+        f"nsys left only {stream}, no report: its importer did not work",
+        expected="a .nsys-rep file",
+        hint="the importer is in nsys's host-linux-x64 folder, which must lie beside "
+        "target-linux-x64, and needs libssh.so.4 (Debian: libssh-4, linked as "
+        "host-linux-x64/libssh.so)",
+        log=said,
+    )
+
+
+# Runs an nsys command: never in our process session, never with our credentials.
+
+
+@dataclass(frozen=True)
+class NsysTool:
+    """An nsys command that can start sessions later. version: such as "2023.4.4"."""
+
+    path: str
+    version: str
+
+
+def run(
+    words: Sequence[str], timeout: float, tmpdir: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs one command in a process session of its own: Ctrl-C must not cut a report."""
+    with started(words, tmpdir) as process:
+        try:
+            out, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise NsysError(
+                f"`{Path(words[0]).name} {words[1]}` did not answer within {timeout:g} s",
+                hint="an agent of an earlier session may hang: look for `nsys --start-agent`",
+            ) from None
+    text = out.decode("utf-8", errors="replace")
+    return subprocess.CompletedProcess(list(words), process.returncode, text, "")
+
+
+@contextlib.contextmanager
+def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command, both outputs in one pipe; it is killed when the body leaves early.
+
+    tmpdir: its TMPDIR. No credential of ours is in its environment: nsys stores that.
+    """
+    environment = {k: v for k, v in os.environ.items() if not is_secret_variable(k, v)}
+    if tmpdir is not None:
+        environment["TMPDIR"] = str(tmpdir)
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            umask=0o077,  # what nsys writes holds the environments of other processes
+        )
+    except OSError as error:
+        raise NsysError(f"{words[0]} could not be run: {error.strerror or error}") from error
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+# What nsys prints, read: its list of sessions, and the progress and result of `nsys stop`.
+
+
+_SESSION = re.compile(r"^\s*\d+\s+\S+\s+([A-Za-z]+)\s+\d+\s+(\S.*?)\s*$")
+_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]\s*\[\D*?(\d+)%\s*\]\s*(.*)$")
+_GENERATING = re.compile(r"^Generating '(.+)'")
+
+
+def read_sessions(text: str) -> dict[str, str]:
+    """Name -> state, from ``nsys sessions list`` (ID, TIME, STATE, LAUNCH, NAME).
+
+    A name is the last column and may hold blanks.
+    """
+    matches = (_SESSION.match(line) for line in text.splitlines())
+    return {match[2]: match[1] for match in matches if match}
+
+
+class StopOutput:
+    """Collects what ``nsys stop`` prints while it runs."""
+
+    def __init__(self, progress: Callable[[str], None] | None = None) -> None:
+        self._progress = progress
+        self._text = ""
+        self._unread = ""
+
+    def follow(self, process: subprocess.Popen[bytes], timeout: float) -> bool:
+        """Reads until the command ends; False when `timeout` s were not enough."""
+        assert process.stdout is not None
+        stream = process.stdout.fileno()
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([stream], [], [], left)[0]:
+                return False
+            data = os.read(stream, 65536)
+            if not data:
+                return self._ends(process, deadline)
+            self.feed(data.decode("utf-8", errors="replace"))
+        return False
+
+    def feed(self, text: str) -> None:
+        """Takes the next piece of output; tells the progress that stands in it."""
+        self._text += text
+        # A progress bar redraws its line with a carriage return.
+        *lines, self._unread = re.split(r"[\r\n]", self._unread + text)
+        for line in lines:
+            if self._progress is not None and (match := _PROGRESS.match(line)):
+                self._progress(f"{match[4]}: {match[3]} %")
+
+    def tail(self) -> tuple[str, ...]:
+        """The last lines that are no progress bars."""
+        return tuple(line for line in self._lines() if not _PROGRESS.match(line))[-8:]
+
+    def stream(self) -> Path | None:
+        """The raw ``.qdstrm`` that was left instead of a report: its import failed."""
+        named = [*self._generated(), *self._streams()]
+        return next((path for path in named if path.suffix == ".qdstrm" and path.exists()), None)
+
+    def report(self, status: int | None) -> Path:
+        """The report that was generated, from the ``Generated:`` lines."""
+        for path in self._generated():
+            if path.suffix in (".nsys-rep", ".qdrep") and _has_content(path):
+                return path
+        raise NsysError(
+            f"`nsys stop` named no report that exists (exit {status})",
+            expected="a path ending in .nsys-rep below its line `Generated:`",
+            hint="check the free space of the report's folder and of TMPDIR",
+            log=self.tail(),
+        )
+
+    def _ends(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _lines(self) -> list[str]:
+        return [line for line in re.split(r"[\r\n]+", self._text) if line.strip()]
+
+    def _generated(self) -> list[Path]:
+        # The head may follow a progress bar on its line: importer and command write at once.
+        _, head, rest = self._text.rpartition("Generated:")
+        found = []
+        for line in rest.splitlines()[1:] if head else ():
+            if not line.startswith((" ", "\t")):
+                break
+            found.append(Path(line.strip()))
+        return found
+
+    def _streams(self) -> list[Path]:
+        matches = (_GENERATING.match(line) for line in self._lines())
+        return [Path(match[1]) for match in matches if match]
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False

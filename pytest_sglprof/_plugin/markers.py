@@ -1,0 +1,138 @@
+"""`@pytest.mark.sglang_server` and `@pytest.mark.profile_window`: read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._config.backends import BACKENDS
+from pytest_sglprof._errors import SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._config.model import ServerSpec, WindowSpec
+
+SERVER_MARK = "sglang_server"
+WINDOW_MARK = "profile_window"
+FIXTURES = ("sglang_server", "bench_serving", "profile_window", "load_watch")
+TRIGGER_SECONDS = 2.0  # after which a triggered torch window closes
+MARKER_HELP = (
+    f'{SERVER_MARK}(name="default", nsys=None): the server of this test: a [servers.NAME] of '
+    "sglprof.toml; nsys=True starts it under nsys profile --start-later",
+    f"{WINDOW_MARK}(**options): opens a profile window while the test's load is steady and judges "
+    "it; options such as backend, num_steps, duration, delay, whole_body, trigger, slowdown=1.10 "
+    "(docs/windows.md)",
+)
+
+
+def concerns(item: pytest.Item) -> bool:
+    """True for a test that uses one of our fixtures or carries one of our markers."""
+    names = getattr(item, "fixturenames", ())
+    return any(name in names for name in FIXTURES) or any(
+        item.get_closest_marker(mark) is not None for mark in (SERVER_MARK, WINDOW_MARK)
+    )
+
+
+def server_spec(node: Any, servers: Mapping[str, ServerSpec]) -> ServerSpec:
+    """The server that a test (or a test function about to be parametrised) asks for."""
+    mark = node.get_closest_marker(SERVER_MARK)
+    name, nsys = _server_arguments(mark.args, mark.kwargs) if mark else ("default", None)
+    if name not in servers:
+        raise SettingsError(
+            f'@pytest.mark.{SERVER_MARK}("{name}"): there is no such server',
+            expected="one of " + ", ".join(sorted(servers)),
+            hint=did_you_mean([name], servers, f"add [servers.{name}] to sglprof.toml"),
+        )
+    if nsys is None:
+        nsys = servers[name].nsys or _needs_session(node)
+    return replace(servers[name], name=name, nsys=nsys)
+
+
+def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
+    """The window that the closest marker asks for; it wins whole."""
+    from pytest_sglprof._config.windows import refuse_too_few_steps, window_spec
+
+    mark = item.get_closest_marker(WINDOW_MARK)
+    if mark is None:
+        return None
+    keywords = dict(mark.kwargs)
+    if len(mark.args) > 1:
+        raise SettingsError(
+            f"@pytest.mark.{WINDOW_MARK} got {len(mark.args)} positional arguments",
+            expected="at most one, the window's name",
+            hint="give the others by keyword",
+        )
+    if mark.args:
+        if "name" in keywords:
+            raise SettingsError(
+                f"@pytest.mark.{WINDOW_MARK} got its name twice",
+                expected="the name alone or name=",
+                hint="remove one of the two",
+            )
+        keywords["name"] = mark.args[0]
+    spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
+    refuse_too_few_steps(spec.num_steps, settings, f"@pytest.mark.{WINDOW_MARK}")
+    default_steps = BACKENDS[spec.backend].default_steps
+    if spec.num_steps or spec.duration or spec.whole_body or default_steps is None:
+        return spec
+    if spec.trigger is not None:  # a starved rank runs no steps, and would never end the window
+        return replace(spec, duration=TRIGGER_SECONDS)
+    return replace(spec, num_steps=max(default_steps, settings.min_steps))
+
+
+def check_item(item: pytest.Item, settings: Settings) -> str | None:
+    """What is wrong with the markers of one test, or None."""
+    try:
+        server = server_spec(item, settings.servers)
+        window = marked_window(item, settings)
+        if window is not None:
+            _check_pair(item, server, window, attached=bool(settings.server))
+    except SettingsError as error:
+        return f"{item.name}: {error}"
+    return None
+
+
+def _check_pair(
+    item: pytest.Item, server: ServerSpec, window: WindowSpec, *, attached: bool
+) -> None:
+    if not any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
+        raise SettingsError(
+            f"@pytest.mark.{WINDOW_MARK} on a test without a server",
+            expected="the fixture sglang_server or bench_serving among its arguments",
+            hint="add sglang_server to the test's arguments",
+        )
+    if BACKENDS[window.backend].needs_session and not server.nsys and not attached:
+        raise SettingsError(
+            f'backend="{window.backend}" on a server that is not started under nsys',
+            expected=f"@pytest.mark.{SERVER_MARK}(nsys=True) on the test",
+            hint="remove nsys=False, or use the torch backend",
+        )
+
+
+def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, bool | None]:
+    unknown = sorted(set(kwargs) - {"name", "nsys"})
+    name = kwargs.get("name", args[0] if args else "default")
+    nsys = kwargs.get("nsys")
+    if unknown or len(args) > 1 or (args and "name" in kwargs):
+        found = ", ".join(unknown) or f"{len(args)} positional arguments and {sorted(kwargs)}"
+        raise SettingsError(
+            f"@pytest.mark.{SERVER_MARK}: unexpected {found}",
+            expected=f'{SERVER_MARK}("NAME", nsys=True)',
+            hint=did_you_mean(unknown, ("name", "nsys"), "correct the marker"),
+        )
+    if not isinstance(name, str) or not isinstance(nsys, bool | None):
+        raise SettingsError(
+            f"@pytest.mark.{SERVER_MARK}: name={name!r}, nsys={nsys!r}",
+            expected="a string and True or False",
+            hint="correct the marker",
+        )
+    return name, nsys
+
+
+def _needs_session(node: Any) -> bool:
+    mark = node.get_closest_marker(WINDOW_MARK)
+    backend = mark.kwargs.get("backend") if mark else None  # anything: it is checked later
+    return any(row.name == backend and row.needs_session for row in BACKENDS.values())

@@ -1,0 +1,485 @@
+"""`PluginSession`: the hooks of a run with `--sglprof`, each delegating to the conductor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sglprof import __version__
+from pytest_sglprof._config.load import Settings, read_settings
+from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._config.options import OPTIONS, shows_config
+from pytest_sglprof._errors import (
+    Inconclusive,
+    ServerMissing,
+    SettingsError,
+    SglprofError,
+    described,
+    note,
+)
+from pytest_sglprof._plugin import xdist
+from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
+from pytest_sglprof._plugin.verdicts import (
+    TerminalProgress,
+    VerdictFailed,
+    VerdictInconclusive,
+    attach,
+    attach_servers,
+    hide_secrets,
+    record_of_servers,
+    set_properties,
+    take_record,
+    write_summary,
+)
+from pytest_sglprof._redact import learn_command, learn_environment, redact_command, redact_text
+from pytest_sglprof._run.attempt import TestRun, close_server, describe_server, open_server
+from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune
+
+if TYPE_CHECKING:
+    from pytest_sglprof._report.model import RecordedServer
+    from pytest_sglprof._run.window import ProfileWindow
+    from pytest_sglprof._server.launch import Server
+
+
+TEST_RUN = pytest.StashKey[TestRun]()
+ATTEMPTS = pytest.StashKey[int]()
+# After these nobody asks for the windows of a body.
+DISCARDING = (
+    *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
+    *(KeyboardInterrupt, SystemExit),
+)
+WORKER_INPUT = "sglprof_run_id"
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+class PluginSession:
+    """State of one pytest process: settings, the run's folder and book, the live server."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from pytest_sglprof._server.command import keep_secrets
+
+        self.config = config
+        learn_environment(os.environ)
+        learn_command(map(str, config.invocation_params.args))
+        self.settings = _settings(config)
+        keep_secrets(self.settings.servers.values())
+        self._show_config = shows_config(config)
+        self.worker = xdist.worker_name(config)
+        workerinput: dict[str, Any] = getattr(config, "workerinput", {})
+        self.run_id = str(workerinput.get(WORKER_INPUT) or new_run_id())
+        self.folder = RunFolder(self.settings.output, self.run_id, worker=self.worker)
+        self.progress = TerminalProgress(config, silent=bool(self.worker))
+        self.server: Server | None = None
+        self._in_test = False
+        self._left: list[RecordedServer] = []  # servers that left something, not reported yet
+        facts = run_facts(config, self.settings)
+        self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
+
+    # ---- the run -------------------------------------------------------------------------
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """xdist: workers write into the controller's run."""
+        node.workerinput[WORKER_INPUT] = self.run_id
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """xdist: a loadgroup that goes on after a worker crashed."""
+        if config.getoption("dist") != "loadgroup":
+            return None
+        from pytest_sglprof._plugin.xdist_scheduler import CrashSafeScheduling, is_needed
+
+        return CrashSafeScheduling(config, log) if is_needed() else None
+
+    def pytest_report_header(self) -> list[str]:
+        """The effective settings in a line or two."""
+
+        lines = header_lines(self.settings, self._book.folder)
+        warning = xdist.mode_warning(self.config)
+        if self._show_config:
+            lines += self.settings.describe()
+        return [*lines, warning] if warning else lines
+
+    def pytest_sessionstart(self) -> None:
+        """Opens the run's folder, unless tests are only collected."""
+        option = self.config.option
+        if not (self.worker or option.collectonly or self._show_config):
+            try:
+                self._book.open()
+            except SettingsError as error:
+                raise pytest.UsageError(redact_text(str(error))) from None
+
+    def pytest_collection(self) -> None:
+        """`--sglprof-show-config` ends the run after the header, which shows the settings."""
+        if self._show_config:
+            pytest.exit("the effective settings of pytest-sglprof are shown above", returncode=0)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """In the process that reports: keeps what travelled with the report."""
+        record = None if self.worker else take_record(report)
+        if record is not None:
+            new = (line for line in record.problems if line not in self._book.problems)
+            self._book.problems.extend(new)
+            self._book.add(record)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int | pytest.ExitCode
+    ) -> None:
+        """Writes results.json and removes old runs; the tests' own status is that of the run."""
+        if self.worker:
+            return
+        try:
+            if self._left:  # an interrupted run stops its servers without a report
+                self._book.add(record_of_servers(self._left))
+            self._book.finish(int(exitstatus))
+            prune(
+                self.settings.output,
+                keep_runs=self.settings.keep_runs,
+                keep_bytes=self.settings.keep_bytes,
+            )
+        except KeyboardInterrupt:
+            # Raised from here, it would take pytest's summary of the tests along.
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+            session.shouldstop = "KeyboardInterrupt while results were written"
+            self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """One section, when there is something to say."""
+        if not self.worker and (self._book.results is not None or self._book.problems):
+            write_summary(terminalreporter, self._book)
+
+    # ---- collection ----------------------------------------------------------------------
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Gives the session fixture its server as a parameter, so that it is known now."""
+        if "sglang_server" not in metafunc.fixturenames:
+            return
+        spec = self._server_spec(metafunc.definition)
+        metafunc.parametrize(
+            "sglang_server", [spec], indirect=True, ids=[pytest.HIDDEN_PARAM], scope="session"
+        )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Fails a module with wrong markers as a whole, naming all of them."""
+        report = yield
+        hide_secrets(report)
+        if report.passed:
+            problems = collection_problems(report.result, self.settings)
+            if problems:
+                report.outcome = "failed"
+                report.longrepr = problems
+                report.result = []
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keeps tests of one server together, here and among xdist's workers."""
+        servers = {item: self._server_spec(item) for item in items if concerns(item)}
+        items[:] = sort_by_server(items, servers)
+        if self.worker or xdist.is_distributed(self.config):
+            for item, spec in servers.items():
+                xdist.add_group(item, spec)
+
+    # ---- tests ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
+        """Knows whether a test is there to report what happens."""
+        self._in_test = True
+        try:
+            return (yield)
+        finally:
+            self._in_test = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Before the fixtures: the attempt. After them: its preparation."""
+        if not concerns(item):
+            return (yield)
+        attempt = item.stash.get(ATTEMPTS, 0) + 1
+        item.stash[ATTEMPTS] = attempt
+        test = item.stash[TEST_RUN] = TestRun(
+            xdist.plain_nodeid(item.nodeid),
+            attempt,
+            self.settings,
+            self.folder,
+            marked_window(item, self.settings),
+            drives_load="bench_serving" in getattr(item, "fixturenames", ()),
+            progress=self.progress,
+        )
+        with _shown_plainly():
+            result = yield
+            test.prepare(self.server)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Around the body: windows open and close, and a bad verdict fails the test."""
+        test = item.stash.get(TEST_RUN, None)
+        if test is None:
+            return (yield)
+        with contextlib.ExitStack() as measuring:
+            with _shown_plainly():
+                measuring.enter_context(test.measuring())
+                test.begin()
+            try:
+                with _body(item, test):
+                    yield
+            finally:
+                self.progress.clear()
+        self._raise_verdict(test)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attaches the attempt's record, its properties and its rank table."""
+        test = item.stash.get(TEST_RUN, None)
+        problems = []
+        if test is not None and call.when == "call":
+            problems = set_properties(item, test)
+        report = yield
+        if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
+            attach(report, test, problems)
+        attach_servers(report, self._left)
+        self._left = []
+        if test is not None and call.when == "teardown":
+            del item.stash[TEST_RUN]  # pytest keeps the item until its own end
+            test.forget()
+        hide_secrets(report)
+        return report
+
+    def _raise_verdict(self, test: TestRun) -> None:
+        if test.verdict == "fail":
+            raise VerdictFailed(test.message())
+        if test.verdict == "inconclusive":
+            if self.settings.allow_inconclusive:
+                raise pytest.skip.Exception(f"inconclusive: {test.reason}", _use_item_location=True)
+            raise VerdictInconclusive(test.message())
+
+    # ---- what fixtures ask for -----------------------------------------------------------
+
+    @contextlib.contextmanager
+    def serve(self, spec: ServerSpec) -> Iterator[Server]:
+        """The server of `spec`, alive as long as the block; errors are shown plainly."""
+        with _shown_plainly():
+            server = open_server(spec, self.settings, self.folder, self.progress)
+        self.progress.clear()
+        self.server = server
+        try:
+            yield server
+        finally:
+            self.server = None
+            self._close(server)
+
+    def _close(self, server: Server) -> None:
+        try:
+            with _shown_plainly():
+                close_server(server)
+        except (pytest.fail.Exception, KeyboardInterrupt) as error:
+            if self._in_test:
+                raise
+            # After Ctrl-C no test reports it: it would take pytest's summary along.
+            what = str(error).partition("\n")[0] or "interrupted while it was stopped"
+            self._book.problems.append(f"server {server.spec.key}: {what}")
+        finally:
+            if server.left_behind:
+                self._left.append(describe_server(server, self.folder.path))
+
+    def test_run(self, item: pytest.Item) -> TestRun:
+        """The running attempt of `item`, with its server."""
+        test = item.stash[TEST_RUN]
+        test.server = self.server
+        return test
+
+    def profile_window(self, item: pytest.Item) -> ProfileWindow:
+        """The fixture of that name."""
+        from pytest_sglprof._run.window import ProfileWindow
+
+        return ProfileWindow(self.settings, self.test_run(item).new_window)
+
+    def _server_spec(self, node: Any) -> ServerSpec:
+        try:
+            return server_spec(node, self.settings.servers)
+        except SettingsError:
+            return ServerSpec()  # reported with the module, see pytest_make_collect_report
+
+
+@contextlib.contextmanager
+def _shown_plainly() -> Iterator[None]:
+    """Our own errors say all that is needed: pytest shows them without our traceback."""
+    try:
+        yield
+    except SglprofError as error:
+        raise pytest.fail.Exception(described(error), pytrace=False) from None
+
+
+@contextlib.contextmanager
+def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
+    """Around one run of the body: its windows close and are judged, whatever happens in it."""
+    try:
+        yield
+    except Inconclusive as error:
+        try:
+            test.abandon(discard=False)
+        except SglprofError as also:
+            note(error, f"and besides: {also}")
+        finally:
+            test.inconclusive(described(error))
+    except BaseException as error:
+        _abandon(error, test)
+        if isinstance(error, SglprofError):
+            _cut_traceback(error, item)
+        raise
+    else:
+        with _shown_plainly():
+            test.end()
+
+
+def _abandon(error: BaseException, test: TestRun) -> None:
+    """After a body that raised `error`: what goes wrong now is shown beside it."""
+    try:
+        test.abandon(discard=isinstance(error, DISCARDING))
+    except Exception as also:
+        if isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception)):
+            raise  # a test that is skipped shows no notes
+        note(error, f"and besides: {described(also)}")
+
+
+def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:
+    """Leaves the lines of the test and its helpers; what ours called says the error itself."""
+    in_test, last = False, None
+    entry = error.__traceback__
+    while entry is not None:
+        file = entry.tb_frame.f_code.co_filename
+        in_test = in_test or file == str(item.path)
+        if in_test and file.startswith(PACKAGE):
+            break
+        last, entry = entry, entry.tb_next
+    if in_test and last is not None:
+        last.tb_next = None
+        error.__cause__, error.__suppress_context__ = None, True
+
+
+def _settings(config: pytest.Config) -> Settings:
+    invocation = config.invocation_params.dir
+    tests = [invocation / arg.split("::")[0] for arg in config.args]
+    try:
+        extra: dict[str, Any] = {}
+        for answer in config.hook.pytest_sglprof_servers(config=config):
+            extra.update(answer or {})
+        return read_settings(
+            {option.name: config.getoption(option.dest) for option in OPTIONS if option.pytest},
+            os.environ,
+            start=[test for test in tests if test.exists()],
+            rootdir=config.rootpath,
+            invocation_dir=invocation,
+            of_pytest=True,
+            extra_servers=extra,
+        )
+    except SettingsError as error:
+        raise pytest.UsageError(redact_text(str(error))) from None
+
+
+# Collection: mistakes of a module are told at once, and tests of one server stay together.
+
+
+def collection_problems(nodes: Sequence[Any], settings: Settings) -> str:
+    """All mistakes in the markers of the tests among `nodes`; "" when there are none."""
+    problems = []
+    for node in nodes:
+        if isinstance(node, pytest.Item) and concerns(node):
+            problem = check_item(node, settings)
+            if problem is not None:
+                problems.append(problem)
+    return "\n".join(problems)
+
+
+def sort_by_server(
+    items: Sequence[pytest.Item], servers: Mapping[pytest.Item, ServerSpec]
+) -> list[pytest.Item]:
+    """Orders the tests that use a server by it, stably; all other tests keep their places."""
+    order: dict[str, int] = {}
+    for item in items:
+        if item in servers:
+            order.setdefault(servers[item].key, len(order))
+    sorted_items = iter(
+        sorted((item for item in items if item in servers), key=lambda i: order[servers[i].key])
+    )
+    return [next(sorted_items) if item in servers else item for item in items]
+
+
+# The lines of pytest's header: what will run, on what, and where the results go.
+
+
+def header_lines(settings: Settings, folder: Path) -> list[str]:
+    """One line of settings, and one that shouts where the stand-in takes SGLang's place."""
+    config = _short(settings.config_file) if settings.config_file else "none"
+    lines = [f"sglprof: {_servers(settings)}; config {config}; results {_short(folder)}"]
+    if settings.server:
+        lines.append(
+            "sglprof: it is never stopped; while it exports a profile its requests stall, and "
+            "/health answers 503"
+        )
+    elif stand_ins := _stand_ins(settings):
+        names = ", ".join(stand_ins)
+        lines.append(
+            f"sglprof: STAND-IN server for {names}: no SGLang, no GPU; the numbers are synthetic"
+        )
+    return lines
+
+
+def _servers(settings: Settings) -> str:
+    if settings.server:
+        return f"attached to {settings.server}"
+    return "servers " + ", ".join(f"{name} ({_kind(settings, name)})" for name in settings.servers)
+
+
+def _kind(settings: Settings, name: str) -> str:
+    """Its resolved kind; a missing SGLang is told when the server is to be started."""
+    from pytest_sglprof._server.command import find_entry
+
+    try:
+        return find_entry(settings.servers[name]).kind
+    except ServerMissing:
+        return "sglang, which is missing"
+
+
+def _stand_ins(settings: Settings) -> list[str]:
+    return [name for name in settings.servers if _kind(settings, name) == "standin"]
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+# Facts about a run that results.json carries: who ran what, where, with which versions.
+
+
+def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:
+    """The constant part of `report.model.Run`."""
+    return {
+        "command": tuple(redact_command(["pytest", *map(str, config.invocation_params.args)])),
+        "host": platform.node(),
+        "versions": {
+            "pytest_sglprof": __version__,
+            "python": platform.python_version(),
+            "pytest": pytest.__version__,
+            "pandas": metadata.version("pandas"),
+            "sglang": "",
+            "nsys": "",
+        },
+        "min_steps": settings.min_steps,
+    }

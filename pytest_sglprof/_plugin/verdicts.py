@@ -1,0 +1,232 @@
+"""The exceptions by which a bad verdict reaches pytest.
+
+They are two classes that do not inherit from each other, so that
+`xfail(raises=VerdictFailed)` is not satisfied by a window with too little data.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from pytest_sglprof._redact import redact, redact_text
+from pytest_sglprof._run.folder import RunBook
+
+if TYPE_CHECKING:
+    from pytest_sglprof._report.model import Outcome, Record, RecordedServer, Results
+    from pytest_sglprof._run.attempt import TestRun
+
+
+class VerdictFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # a variable to mypy
+    """A test whose body passed, but one of whose profile windows failed.
+
+    For `@pytest.mark.xfail(raises=VerdictFailed, strict=True)`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, pytrace=False)
+
+
+class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # likewise
+    """A test whose body passed, but whose profile windows hold too little for a verdict."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, pytrace=False)
+
+
+# What travels with the report of a test to the process that reports: the record of its attempt.
+
+
+PROPERTIES = pytest.StashKey[dict[str, str]]()
+
+
+def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """In all that a report shows at the terminal and in JUnit files, but for the test's name."""
+    report.sections[:] = [(title, redact_text(text)) for title, text in report.sections]
+    if isinstance(report, pytest.TestReport):
+        report.user_properties[:] = [(name, redact(v)) for name, v in report.user_properties]
+    text = "" if report.longrepr is None else str(report.longrepr)
+    if (shown := redact_text(text)) != text:
+        report.longrepr = shown
+
+
+def take_record(report: pytest.TestReport) -> Record | None:
+    """The record that came with the report, which pytest keeps, and keeps without it."""
+    from msgspec.structs import replace
+
+    record = _carried(report)
+    if record is None:
+        return None
+    del report.sglprof
+    if record.attempt is not None:
+        record = replace(record, attempt=replace(record.attempt, outcome=_outcome(report)))
+    return record
+
+
+def attach_servers(report: pytest.TestReport, servers: Sequence[RecordedServer]) -> None:
+    """Lets the report tell of servers that are over, besides what it carries already."""
+    if servers:
+        _carry(report, record_of_servers(servers, _carried(report)))
+
+
+def record_of_servers(servers: Sequence[RecordedServer], record: Record | None = None) -> Record:
+    """`record` (None: one of no attempt) with servers that are over."""
+    from msgspec.structs import replace
+
+    from pytest_sglprof._report.model import NOTHING
+
+    record = record or NOTHING
+    return replace(record, servers=(*record.servers, *servers))
+
+
+def _carry(report: pytest.TestReport, record: Record) -> None:
+    """Sets the record on the report, with which it travels from a worker: pytest's own way.
+
+    As text, which xdist and plugins that write reports as JSON can take.
+    """
+    import msgspec
+
+    report.sglprof = msgspec.json.encode(record).decode()  # type: ignore[attr-defined]
+
+
+def _carried(report: pytest.TestReport) -> Record | None:
+    if not hasattr(report, "sglprof"):
+        return None
+    import msgspec
+
+    from pytest_sglprof._report.model import Record
+
+    return msgspec.json.decode(report.sglprof, type=Record)
+
+
+def _outcome(report: pytest.TestReport) -> Outcome:
+    """The word of results.json; an attempt that is followed by another is called "rerun"."""
+    if hasattr(report, "wasxfail"):
+        return "xfailed" if report.skipped else "xpassed"
+    bad = report.failed or str(report.outcome) == "rerun"
+    if bad:
+        return "failed" if report.when == "call" else "error"
+    return cast("Outcome", report.outcome)
+
+
+def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
+    """Those of this attempt's windows, but for windows that were repeated.
+
+    Returns what could not be written, a line each.
+    """
+    from pytest_sglprof._report.ci import attachments, properties_of_test
+
+    windows = test.documents()
+    repeated = {window.retry_of for window in windows}
+    ours = dict(properties_of_test([w for w in windows if w.id not in repeated]))
+    if test.verdict is not None and ours.get("verdict") != test.verdict:
+        ours |= {"verdict": test.verdict, "reason": test.reason}
+    problems = []
+    try:
+        ours |= dict(attachments(test.pictures()))
+    except OSError as error:
+        problems.append(f"heat maps could not be written: {error.strerror or error}")
+    earlier = item.stash.get(PROPERTIES, {})
+    theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
+    item.user_properties[:] = [*theirs, *ours.items()]
+    item.stash[PROPERTIES] = ours
+    return problems
+
+
+def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> None:
+    """Gives the report the attempt's record, and what could not be written."""
+    from pytest_sglprof._report.terminal import rank_table
+
+    test.drop_artifacts()
+    _carry(report, test.record(_outcome(report), problems))
+    for window in test.documents():
+        if window.verdict != "pass" and not test.message_shows_windows:
+            report.sections.append((f"sglprof {window.name}", "\n".join(rank_table(window))))
+
+
+# The section of pytest's summary: what was found, where it is written, and what is not.
+
+
+def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
+    """Writes the section, and the Markdown summary of a CI job where it is asked for."""
+    reporter.section("sglprof")
+    if book.results is not None:
+        with book.writing("the summary"):
+            _write_verdicts(reporter, book.results)
+        if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with book.writing(f"GITHUB_STEP_SUMMARY {path}"):
+                _append(path, book.results)
+    if book.file is not None:
+        reporter.write_line(f"results: {book.file}")
+    if book.page is not None:
+        reporter.write_line(f"report:  {book.page}")
+    for line in book.problems:
+        reporter.write_line(line, red=True)
+
+
+def _write_verdicts(reporter: pytest.TerminalReporter, document: Results) -> None:
+    from pytest_sglprof._report.terminal import summary_lines
+
+    for line in summary_lines(document):
+        reporter.write_line(line)
+
+
+def _append(path: str, document: Results) -> None:
+    from pytest_sglprof._report.ci import step_summary
+
+    with open(path, "a", encoding="utf-8") as stream:  # noqa: PTH123 – appended to
+        stream.write(step_summary(document))
+
+
+# Progress of long work, written to the terminal past pytest's capturing.
+
+
+PLAIN_INTERVAL = 15.0  # s between lines where the terminal cannot overwrite one (CI logs)
+
+
+class TerminalProgress:
+    """Callable with one line of progress; overwrites itself on a terminal.
+
+    Silent in xdist workers, whose output nobody sees.
+    """
+
+    def __init__(self, config: pytest.Config, *, silent: bool = False) -> None:
+        self._capture = config.pluginmanager.getplugin("capturemanager")
+        self._silent = silent or config.getoption("verbose", 0) < 0
+        self._last = 0.0
+        self._dirty = False
+
+    def __call__(self, line: str) -> None:
+        """Shows `line`, at most once a second (every 15 s in a plain log)."""
+        now = time.monotonic()
+        live = sys.__stderr__ is not None and sys.__stderr__.isatty()
+        if self._silent or now - self._last < (1.0 if live else PLAIN_INTERVAL):
+            return
+        self._last = now
+        text = " ".join(line.split())[:150]
+        self._write(f"\r\x1b[K{text}" if live else f"\nsglprof: {text}")
+        self._dirty = live
+
+    def clear(self) -> None:
+        """Removes the line again, once the work is over."""
+        if self._dirty:
+            self._write("\r\x1b[K")
+            self._dirty = False
+
+    def _write(self, text: str) -> None:
+        if self._capture is None:
+            self._emit(text)
+        else:
+            with self._capture.global_and_fixture_disabled():
+                self._emit(text)
+
+    @staticmethod
+    def _emit(text: str) -> None:
+        if sys.__stderr__ is not None:
+            sys.__stderr__.write(text)
+            sys.__stderr__.flush()

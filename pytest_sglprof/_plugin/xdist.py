@@ -1,0 +1,63 @@
+"""What the plugin does under pytest-xdist; nothing here imports it.
+
+Grouping tests by server only saves server starts. Correctness rests on the leases of
+servers, GPUs and windows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_sglprof._config.model import ServerSpec
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """True in a worker process of xdist."""
+    return hasattr(config, "workerinput")
+
+
+def is_distributed(config: pytest.Config) -> bool:
+    """True in a controller that hands its tests to workers."""
+    return not is_worker(config) and bool(config.getoption("numprocesses", None))
+
+
+def worker_name(config: pytest.Config) -> str:
+    """`gw0` in a worker, else ""."""
+    workerinput: dict[str, Any] = getattr(config, "workerinput", {})
+    return str(workerinput.get("workerid", ""))
+
+
+def prefer_loadgroup(config: pytest.Config) -> None:
+    """`-n` without `--dist` means loadgroup: tests of one server go to one worker."""
+    if is_worker(config) or config.getoption("numprocesses", None) is None:
+        return
+    if config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
+def mode_warning(config: pytest.Config) -> str | None:
+    """A warning for a mode that scatters the tests of one server over workers."""
+    if not is_distributed(config):
+        return None
+    mode = config.getoption("dist", "no")
+    if mode in ("loadgroup", "no"):
+        return None
+    return (
+        f"sglprof: --dist={mode} may give tests of one server to several workers, and each "
+        "starts its own; --dist=loadgroup keeps them together"
+    )
+
+
+def add_group(item: pytest.Item, server: ServerSpec) -> None:
+    """Puts a test into the group of its server, unless the user grouped it already."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(name=f"sglprof-{server.key}"))
+
+
+def plain_nodeid(nodeid: str) -> str:
+    """A node id without the `@group` that xdist appends under loadgroup."""
+    head, at, group = nodeid.rpartition("@")
+    return head if at and "::" in head and "]" not in group else nodeid

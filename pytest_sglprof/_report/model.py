@@ -1,0 +1,551 @@
+"""The results document of a run, composed of what analysis, gate and report make.
+
+`python -m ci.schemas` writes `schemas/results.schema.json` from these types. Readers ignore
+keys that they do not know, so that a document of a newer minor version can be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
+
+import msgspec
+
+from pytest_sglprof._analysis.compare import GroupStrata
+from pytest_sglprof._analysis.imbalance import ImbalanceFinding
+from pytest_sglprof._analysis.straggler import StragglerFinding
+from pytest_sglprof._config.model import Backend, GpuClocks, LoadSample, Threshold, VerdictWord
+from pytest_sglprof._figures import Amount, Count, Share
+from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
+from pytest_sglprof._report.series import KernelGroup, Lanes, StepSeries
+from pytest_sglprof._verdict.judge import Judgement
+
+if TYPE_CHECKING:
+    from pytest_sglprof._analysis.load import LoadJoin
+    from pytest_sglprof._load.onset import Onset
+
+
+Outcome = Literal["passed", "failed", "skipped", "error", "xfailed", "xpassed"]
+Statistics = dict[str, float | None]  # "mean", "median", "p90", "p95", "p99" -> ms
+
+
+class Version(msgspec.Struct, frozen=True):
+    """Of the document's format: a minor one adds, a major one changes what was there."""
+
+    major: Count
+    minor: Count
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """Who ran what, where and when. versions: of programs, "" where one is absent."""
+
+    id: str
+    started: str | None
+    ended: str | None
+    host: str
+    command: tuple[str, ...]
+    versions: dict[str, str]
+    min_steps: Count
+    exit_status: int
+
+
+class WindowCounts(msgspec.Struct, frozen=True, kw_only=True, rename={"passed": "pass"}):
+    """How many windows have each verdict."""
+
+    fail: Count
+    inconclusive: Count
+    passed: Count
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The worst verdict (None where nothing was judged), and how many there are.
+
+    standin: whether anything was measured on the stand-in.
+    """
+
+    verdict: VerdictWord | None
+    tests: Count
+    windows: WindowCounts
+    standin: bool
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of one test; a rerun is another one. windows: ids."""
+
+    nodeid: str
+    number: Count
+    outcome: Outcome
+    verdict: VerdictWord | None
+    reason: str
+    duration_s: Amount
+    windows: tuple[str, ...]
+    worker: str
+
+
+class RecordedTest(msgspec.Struct, frozen=True, kw_only=True):
+    """One test with the outcome and the verdict of its last attempt."""
+
+    nodeid: str
+    outcome: Outcome
+    verdict: VerdictWord | None
+    reason: str
+    attempts: tuple[Attempt, ...]
+
+
+class RecordedArtifact(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of a window. path: relative to the document."""
+
+    path: str
+    kind: str
+    rank: str
+
+
+class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of a window, as in `WindowSpec`; its thresholds stand in the judgements.
+
+    trigger: as text. timeout: None where there is no limit.
+    """
+
+    name: str
+    backend: Backend
+    start_step: int | None
+    num_steps: int | None
+    delay: float
+    duration: float | None
+    settle: float
+    activities: tuple[str, ...] | None
+    profile_by_stage: bool
+    profile_stages: tuple[str, ...] | None
+    with_stack: bool
+    record_shapes: bool
+    merge_profiles: bool
+    profile_prefix: str | None
+    profile_id: str | None
+    detailed_annotations: bool
+    output_dir: str | None
+    timeout: float | None
+    whole_body: bool
+    repeat: int | None
+    trigger: str | None
+
+
+class RecordedSpread(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one threshold over windows that were opened together.
+
+    values: of each window in their order, None where one gives no figure.
+    """
+
+    threshold: Threshold
+    group: str
+    values: tuple[float | None, ...]
+    min: float | None
+    median: float | None
+    max: float | None
+    verdict: VerdictWord
+
+
+class Repeats(msgspec.Struct, frozen=True, kw_only=True):
+    """A window among those that it was opened with. count: as many were meant to be opened.
+
+    typical: id of the one in the middle. own_verdict, own_reason: of this window alone.
+    """
+
+    count: Count
+    typical: str
+    own_verdict: VerdictWord
+    own_reason: str
+    spread: tuple[RecordedSpread, ...]
+
+
+class StepCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many steps of a work group are compared, by stage, and why others are not.
+
+    compared: None where the source tells no steps. assigned_share: of compute, in known steps.
+    """
+
+    group: str
+    ranks: tuple[str, ...]
+    compared: Count | None
+    by_stage: dict[str, Count]
+    seen: Count
+    unmatched: Count
+    cut: Count
+    excluded: Count
+    other_input: Count
+    assigned_share: Share
+
+
+class WindowSteps(msgspec.Struct, frozen=True, kw_only=True):
+    """The steps of a window. settled: left out at its front."""
+
+    per_rank: dict[str, Count]
+    settled: Count
+    groups: tuple[StepCounts, ...]
+
+
+class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The calls of one kernel on one rank over the whole window."""
+
+    rank: str
+    name: str
+    category: str
+    count: Count
+    total_ns: Count
+
+
+class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """One profile window: what was recorded, measured and judged.
+
+    retry_of: id of the inconclusive window that this one repeats. repeat_of: id of the first of
+    the windows that it was opened with; then `verdict` and `reason` are those over all of them.
+    load: id of the load that ran meanwhile. decisive: index of the judgement that decided.
+    source: None where there was nothing to read. partial: a trace is truncated.
+    """
+
+    id: str
+    name: str
+    backend: Backend
+    nodeid: str
+    attempt: Count
+    retry_of: str | None
+    repeat_of: str | None
+    repeat_index: Count
+    repeats: Repeats | None
+    server: str
+    standin: bool
+    load: str | None
+    spec: RecordedSpec
+    opened: str
+    closed: str
+    duration_s: Amount
+    state: Literal["complete", "incomplete", "failed"]
+    state_reason: str
+    log: tuple[str, ...]
+    notes: tuple[str, ...]
+    expected_ranks: tuple[str, ...]
+    missing_ranks: tuple[str, ...]
+    artifacts: tuple[RecordedArtifact, ...]
+    gpus: tuple[GpuClocks, ...]
+    verdict: VerdictWord
+    reason: str
+    pid_ranks: dict[str, str]
+    gpu_ranks: dict[str, str]
+    judgements: tuple[Judgement, ...]
+    decisive: Count | None
+    onset: RecordedOnset | None
+    load_samples: tuple[LoadSeries, ...]
+    source: str | None
+    partial: bool
+    ranks: tuple[str, ...]
+    steps: WindowSteps
+    findings: tuple[ImbalanceFinding, ...]
+    stragglers: tuple[StragglerFinding, ...]
+    table: tuple[KernelRow, ...]
+    step_times: tuple[StepSeries, ...]
+    kernels: tuple[KernelGroup, ...]
+    strata: tuple[GroupStrata, ...]
+    lanes: Lanes | None
+
+    @property
+    def deciding(self) -> Judgement | None:
+        """The judgement that decided; None when there is none."""
+        return None if self.decisive is None else self.judgements[self.decisive]
+
+    def of_scope(self, scope: str, group: str | None = None) -> tuple[ImbalanceFinding, ...]:
+        """The findings of a scope or category as a whole, of all work groups or of one."""
+        return tuple(
+            finding
+            for finding in self.findings
+            if finding.scope == scope and not finding.kernel and group in (None, finding.group)
+        )
+
+
+class LockedClock(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU whose clocks were held."""
+
+    uuid: str
+    mhz: Count
+
+
+class RecordedServer(msgspec.Struct, frozen=True, kw_only=True):
+    """One server life. log: relative to the document. nsys: its version, "" without.
+
+    started, ready_s (s until it was ready): None where somebody else started it.
+    """
+
+    key: str
+    kind: Literal["sglang", "standin"]
+    standin: bool
+    attached: bool
+    url: str
+    command: tuple[str, ...]
+    version: str
+    model: str
+    sizes: dict[str, int | bool | str]
+    nsys: str
+    started: str | None
+    ready_s: Amount | None
+    log: str
+    left_behind: tuple[str, ...]
+    locked_clocks: tuple[LockedClock, ...]
+
+
+class RecordedLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """One load that ran against a server; figures as in `LoadResult`."""
+
+    id: str
+    nodeid: str
+    attempt: Count
+    server: str
+    standin: bool
+    started: str | None
+    requested: Count
+    completed: Count
+    duration_s: Amount
+    request_throughput: float | None
+    output_throughput: float | None
+    total_throughput: float | None
+    concurrency: float | None
+    ttft: Statistics
+    tpot: Statistics
+    itl: Statistics
+    e2e: Statistics
+    command: tuple[str, ...]
+    warmed_up: bool
+    cache_flushed: bool
+    raw: dict[str, Any]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What travels with the report of a test: its attempt, and what belongs to it.
+
+    attempt: None where servers alone ended. problems: what could not be written, a line each.
+    """
+
+    attempt: Attempt | None
+    windows: tuple[RecordedWindow, ...]
+    servers: tuple[RecordedServer, ...]
+    loads: tuple[RecordedLoad, ...]
+    problems: tuple[str, ...]
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """The document of a run, of which every view is made."""
+
+    schema_version: Version
+    run: Run
+    summary: Summary
+    tests: tuple[RecordedTest, ...]
+    windows: tuple[RecordedWindow, ...]
+    servers: tuple[RecordedServer, ...]
+    loads: tuple[RecordedLoad, ...]
+
+
+FORMAT = Version(major=1, minor=0)
+NOTHING = Record(attempt=None, windows=(), servers=(), loads=(), problems=())
+
+
+# An onset and the load around a window, as a document holds them.
+
+
+MAX_POINTS = 600  # of a rank in a document; a strip on a page is no wider
+_Correlation = Annotated[float, msgspec.Meta(ge=-1.000001, le=1.000001)]
+_Source = Annotated[str, msgspec.Meta(pattern="^(loads|log|metrics)$")]
+
+
+class LoadAtOnset(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one rank when an imbalance was declared: requests, and KV tokens held."""
+
+    rank: str
+    running: Amount
+    waiting: Amount
+    tokens: Amount | None
+
+
+class RecordedOnset(msgspec.Struct, frozen=True, kw_only=True):
+    """What opened a window; fields as in `analysis.unequal.Onset`, times as text.
+
+    sentence: with what the trace says about it. correlation: as in `LoadJoin`.
+    """
+
+    time: str
+    declared: str
+    kind: str
+    factor: Amount
+    resolution_s: Amount
+    source: _Source
+    ranks: tuple[LoadAtOnset, ...]
+    sentence: str
+    correlation: _Correlation | None
+
+
+class LoadSeries(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one rank over time, one item of each list a moment. time: Unix time, s."""
+
+    rank: str
+    source: _Source
+    time: list[float]
+    running: list[Count]
+    waiting: list[Count]
+    tokens: list[Count | None]
+
+
+def onset_document(onset: Onset | None, join: LoadJoin | None = None) -> RecordedOnset | None:
+    """`onset` of a window; None where none was looked for or found."""
+    if onset is None:
+        return None
+    return RecordedOnset(
+        time=utc(onset.time),
+        declared=utc(onset.declared),
+        kind=onset.kind,
+        factor=onset.factor,
+        resolution_s=onset.resolution_s,
+        source=onset.source,
+        ranks=tuple(
+            LoadAtOnset(
+                rank=load.rank, running=load.running, waiting=load.waiting, tokens=load.tokens
+            )
+            for load in onset.ranks
+        ),
+        sentence=onset.sentence if join is None else f"{onset.sentence}; {join.sentence}",
+        correlation=None if join is None else join.correlation,
+    )
+
+
+def load_strip(
+    samples: Iterable[LoadSample], source: str, begin: float, end: float
+) -> tuple[LoadSeries, ...]:
+    """The load of each rank in at most 600 points.
+
+    Samples of `source` between `begin` and `end` (Unix s). Where there are more, points are
+    left out at even distances and the last one stays.
+    """
+    by_rank: dict[str, list[LoadSample]] = {}
+    for sample in samples:
+        if sample.source == source and begin <= sample.time <= end:
+            by_rank.setdefault(sample.rank, []).append(sample)
+    return tuple(_series(rank, _thinned(of_rank)) for rank, of_rank in sorted(by_rank.items()))
+
+
+def _thinned(samples: list[LoadSample]) -> list[LoadSample]:
+    if len(samples) <= MAX_POINTS:
+        return samples
+    last = len(samples) - 1
+    return [samples[round(at * last / (MAX_POINTS - 1))] for at in range(MAX_POINTS)]
+
+
+def _series(rank: str, samples: list[LoadSample]) -> LoadSeries:
+    return LoadSeries(
+        rank=rank,
+        source=samples[0].source,
+        time=[round(sample.time, 3) for sample in samples],
+        running=[sample.running for sample in samples],
+        waiting=[sample.waiting for sample in samples],
+        tokens=[sample.tokens for sample in samples],
+    )
+
+
+# Values as a stored document may hold them, and times as text.
+
+
+T = TypeVar("T")
+
+
+def storable(value: T) -> T:
+    """`value` without secrets, and with None for each NaN or ±inf, which JSON cannot hold.
+
+    Walks Structs, dataclasses, dicts, lists and tuples. What holds nothing of the kind comes
+    back as it is, not copied: a window has millions of numbers. An interval (a field of that
+    name) with an end that is not finite is None as a whole.
+    """
+    stored: T = _storable(value)
+    return stored
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        text = redact_text(value)
+        return value if text == value else text
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, msgspec.Struct):
+        changes = _changes(value, value.__struct_fields__)
+        return msgspec.structs.replace(value, **changes) if changes else value
+    if isinstance(value, list | tuple):
+        if all(type(item) is int for item in value):
+            return value
+        items = [_storable(item) for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else type(value)(items)
+    if isinstance(value, dict):
+        entries = {key: _storable_item(str(key), item) for key, item in value.items()}
+        return value if all(entries[key] is item for key, item in value.items()) else entries
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = _changes(value, tuple(field.name for field in dataclasses.fields(value)))
+        return dataclasses.replace(value, **changes) if changes else value
+    return value
+
+
+def _changes(value: object, names: tuple[str, ...]) -> dict[str, Any]:
+    changes = {}
+    for name in names:
+        old = getattr(value, name)
+        new = _storable(old)
+        if name.endswith("interval") and new is not None and None in new:
+            new = None
+        if new is not old:
+            changes[name] = new
+    return changes
+
+
+def _storable_item(key: str, item: Any) -> Any:
+    hidden = item and isinstance(item, str) and is_secret_name(key)
+    return HIDDEN if hidden else _storable(item)
+
+
+def plain(value: Any) -> Any:
+    """A copy that JSON can hold: str keys, lists, finite numbers; NaN and ±inf become None.
+
+    Takes dataclasses, mappings, sequences, sets, paths and numpy scalars. Raises TypeError
+    for anything else, so that nothing enters a document by its `repr`.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value if not isinstance(value, int) or type(value) in (bool, int) else int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in value), key=str)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} has no place in a results document")
+
+
+def unix_ns(text: str) -> int:
+    """The Unix time in ns of what `utc` wrote."""
+    return round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000) * 10**6
+
+
+@overload
+def utc(moment: float | str) -> str: ...
+@overload
+def utc(moment: float | str | None) -> str | None: ...
+def utc(moment: float | str | None) -> str | None:
+    """Unix time in seconds as `2026-11-24T06:08:42.123Z`; text and None stay as they are."""
+    if moment is None or isinstance(moment, str):
+        return moment
+    text = datetime.fromtimestamp(moment, timezone.utc).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")

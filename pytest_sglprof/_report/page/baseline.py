@@ -1,0 +1,405 @@
+"""What the page shows of runs against a baseline: one run against one run, never a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pytest_sglprof._analysis.compare import (
+    UNKNOWN,
+    Change,
+    StageChange,
+    StepWork,
+    StratumChange,
+    compare_strata,
+)
+from pytest_sglprof._report.model import RecordedLoad, RecordedServer, RecordedWindow, Results
+from pytest_sglprof._report.page.figures import shortened
+from pytest_sglprof._trace.categories import NOT_COMPUTE
+from pytest_sglprof._verdict.wording import duration, percent, ratio, signed_duration
+
+SHOWN_KERNELS = 20  # of a stage, those that change compute most
+# What is recorded besides kernels slows a server down, each in its own way.
+RECORDED = ("with_stack", "record_shapes", "activities", "detailed_annotations")
+MIN_CHANGE = 0.0005  # of a figure; smaller ones have no bar
+
+
+def against_baseline(baseline: Results, runs: Sequence[Results]) -> dict[str, Any]:
+    """The part "Against the baseline" of a page of `runs`, ready to be placed.
+
+    environment: versions, GPUs and commands of all runs beside each other. pairs: for each run
+    its windows with the baseline's of the same test and name: `reason` why they are not
+    compared, `warnings`, `stages`, `load`. unpaired: windows that stand in one run only.
+    """
+    old = paired_by(baseline)
+    pairs, unpaired = [], []
+    for run in runs:
+        new = paired_by(run)
+        for key, window in new.items():
+            if key in old:
+                pairs.append(_pair(old[key], window, baseline, run))
+            else:
+                unpaired.append((window, f"only in {run.run.id}"))
+        unpaired += [(w, "only in the baseline") for key, w in old.items() if key not in new]
+    return {
+        "run": baseline.run,
+        "warnings": _run_warnings(baseline, runs),
+        "environment": environment([baseline, *runs]),
+        "pairs": pairs,
+        "unpaired": [
+            {"nodeid": window.nodeid, "name": window.name, "where": where}
+            for window, where in unpaired
+        ],
+    }
+
+
+def paired_by(run: Results) -> dict[tuple[str, str, int], RecordedWindow]:
+    """The windows of a run that are compared with those of other runs.
+
+    By test, name, and how many windows of that name the test had before. Of attempts the last
+    one, of windows that were opened again the last one, of repeats the typical one.
+    """
+    last = {test.nodeid: max(one.number for one in test.attempts) for test in run.tests}
+    replaced = {window.retry_of for window in run.windows}
+    paired: dict[tuple[str, str, int], RecordedWindow] = {}
+    for window in run.windows:
+        if (
+            window.attempt != last.get(window.nodeid, window.attempt)
+            or window.id in replaced
+            or (window.repeats is not None and window.repeats.typical != window.id)
+        ):
+            continue
+        earlier = sum(key[:2] == (window.nodeid, window.name) for key in paired)
+        paired[window.nodeid, window.name, earlier] = window
+    return paired
+
+
+def _run_warnings(baseline: Results, runs: Sequence[Results]) -> list[str]:
+    found = []
+    if baseline.summary.standin:
+        found.append("The baseline has stand-in windows: they say nothing about SGLang.")
+    for run in runs:
+        name = run.run.id
+        if name == baseline.run.id:
+            found.append(f"{name} is the baseline itself.")
+        elif (run.run.started or "") < (baseline.run.started or ""):
+            found.append(f"{name} is older than the baseline.")
+    return found
+
+
+def _pair(
+    old: RecordedWindow, new: RecordedWindow, baseline: Results, run: Results
+) -> dict[str, Any]:
+    reason = not_comparable(old, new)
+    stages = () if reason else compare_strata(old.strata, new.strata)
+    loads = (load_of(old, baseline), load_of(new, run))
+    return {
+        "window": new,
+        "run": run.run.id,
+        "nodeid": new.nodeid,
+        "name": new.name,
+        "reason": reason,
+        "warnings": [*_warnings(old, new), *load_options(*loads)],
+        "stages": [_stage(stage) for stage in stages],
+        "load": load_figures(*loads),
+    }
+
+
+def load_of(window: RecordedWindow, run: Results) -> RecordedLoad | None:
+    """The load that ran during a window."""
+    return next((load for load in run.loads if load.id == window.load), None)
+
+
+def not_comparable(old: RecordedWindow, new: RecordedWindow) -> str:
+    """Why two windows tell nothing about each other; "" where they may."""
+    if old.standin != new.standin:
+        which = "the baseline" if old.standin else "this run"
+        return f"{which} ran on the stand-in, whose times say nothing about SGLang"
+    if old.backend != new.backend:
+        return f"recorded by {old.backend} before and by {new.backend} now"
+    for which, window in (("the baseline's window", old), ("this window", new)):
+        if window.source is None:
+            return f"{which} has no kernels: {window.state_reason or window.reason}"
+        if window.partial:
+            return f"{which} was read from a truncated trace"
+        hot = [gpu.rank for gpu in window.gpus if gpu.throttled]
+        if hot:
+            return f"{which} ran on throttled GPUs: {', '.join(hot)}"
+        if not window.strata:
+            return f"{which} is of a version of pytest-sglprof that did not sort steps by work"
+    if old.source != new.source:
+        return f"times of {old.source} before and of {new.source} now"
+    return ""
+
+
+def _warnings(old: RecordedWindow, new: RecordedWindow) -> Iterator[str]:
+    """What makes the baseline's window a doubtful one to compare with."""
+    if old.verdict != "pass":
+        word = "failed" if old.verdict == "fail" else "was inconclusive"
+        yield f"The baseline's window {word}: {old.reason}"
+    for name in RECORDED:
+        before, now = (json.dumps(getattr(window.spec, name)) for window in (old, new))
+        if before != now:
+            yield f"Recorded with {name} {before} before and {now} now: that costs time of its own"
+    for which, window in (("The baseline's window", old), ("This window", new)):
+        if window.state != "complete":
+            yield f"{which} is {window.state}: {window.state_reason}"
+
+
+def _stage(stage: StageChange) -> dict[str, Any]:
+    listed = [c for c in stage.kernels if abs(c.share or 0.0) >= MIN_CHANGE][:SHOWN_KERNELS]
+    only = [c for c in stage.kernels if _is_one_sided(c) and c not in listed][:SHOWN_KERNELS]
+    shown = [*listed, *only]
+    rest = [c for c in stage.kernels if c not in shown]
+    slower = (c for c in listed if not _outside(c) and (c.share or 0.0) > 0)
+    most = max(slower, key=lambda c: c.share or 0.0, default=None)
+    whole = "Whole window" if stage.unit == "call" else "All ranks"
+    return {
+        "title": " ".join(part for part in (stage.group, stage.stage) if part) or whole,
+        "unit": stage.unit,
+        "reason": stage.reason,
+        "matched": [percent(stage.matched_before), percent(stage.matched_now)],
+        "cautions": list(stage.cautions),
+        "compute": None if stage.compute is None else _row(stage.compute, 0.0),
+        "most": None if most is None else _row(most, 0.0),
+        "strata": _strata(stage.strata),
+        "categories": _rows(stage.categories),
+        "kernels": _rows(shown),
+        "others": _others(rest),
+    }
+
+
+def _others(rest: Sequence[Change]) -> str:
+    if not rest:
+        return ""
+    most = max(abs(change.share or 0.0) for change in rest)
+    limit = "less than 0.05 %" if most < MIN_CHANGE else f"at most {percent(most, 1)}"
+    subject = "1 more kernel differs" if len(rest) == 1 else f"{len(rest)} more kernels differ"
+    return f"{subject} by {limit} of compute"
+
+
+def _is_one_sided(change: Change) -> bool:
+    """Whether one run surely does not have it."""
+    return 0.0 in (change.before_ns, change.now_ns)
+
+
+def _outside(change: Change) -> bool:
+    return change.category in NOT_COMPUTE
+
+
+def _rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
+    widest = max((abs(change.share or 0.0) for change in changes), default=0.0)
+    return [_row(change, widest) for change in changes]
+
+
+def _row(change: Change, widest: float) -> dict[str, Any]:
+    """bar: -1 to 1, of the longest bar of the table; slower is to the right."""
+    share = change.share or 0.0
+    word = ""
+    if _is_one_sided(change):
+        word = "new" if change.before_ns == 0.0 else "gone"
+    elif change.before_ns is None or change.now_ns is None:
+        word = "not listed " + ("before" if change.before_ns is None else "now")
+    return {
+        "name": shortened(change.name),
+        "full": change.name,
+        "category": change.category,
+        "outside": _outside(change),
+        "before": _time(change.before_ns),
+        "now": _time(change.now_ns),
+        "ratio": word or ratio(change.ratio, 3),
+        "difference": signed_duration(change.difference_ns, none="–"),
+        "share": percent(change.share, 1, sign=True, none="–"),
+        "bar": share / widest if widest and abs(share) >= MIN_CHANGE else 0.0,
+        "direction": "" if abs(share) < MIN_CHANGE else "slower" if share > 0 else "faster",
+    }
+
+
+def _strata(strata: Sequence[StratumChange]) -> list[dict[str, Any]]:
+    ratios = {
+        at: one.now_ns / one.before_ns
+        for at, one in enumerate(strata)
+        if one.now_ns is not None and one.before_ns
+    }
+    widest = max((abs(value - 1) for value in ratios.values()), default=0.0)
+    return [
+        {
+            "work": work_words(one.work),
+            "before_steps": one.before_steps,
+            "now_steps": one.now_steps,
+            "before": _time(one.before_ns),
+            "now": _time(one.now_ns),
+            "ratio": ratio(ratios[at], 3) if at in ratios else "no match",
+            "bar": (ratios[at] - 1) / widest
+            if at in ratios and abs(ratios[at] - 1) >= MIN_CHANGE
+            else 0.0,
+        }
+        for at, one in enumerate(strata)
+    ]
+
+
+def work_words(work: StepWork) -> str:
+    """`decode, batch 8, KV cache 1,024 to 2,047 tokens a request`."""
+    stage = work.stage or "unknown"
+    if work.substage and work.substage.lower() not in (stage, "extend"):
+        stage += f" ({work.substage.lower().replace('_', ' ')})"
+    parts = [stage, f"batch {work.batch}" if work.batch != UNKNOWN else "batch unknown"]
+    if work.token_bucket != UNKNOWN:
+        parts.append(f"{_span(work.token_bucket)} new tokens")
+    if work.kv_bucket != UNKNOWN:
+        parts.append(f"KV cache {_span(work.kv_bucket)} tokens a request")
+    return ", ".join(parts)
+
+
+def _span(bucket: int) -> str:
+    return f"{2**bucket:,} to {2 ** (bucket + 1) - 1:,}" if bucket else "0 to 1"
+
+
+def _time(ns: float | None) -> str:
+    return "–" if ns is None else duration(ns) if ns else "0"
+
+
+# What runs were made with, beside each other: versions, GPUs, commands, load figures.
+
+
+NOT_TOLD = "not recorded"
+# Options whose value changes with every run and says nothing about the load or the server.
+_PLACES = ("--port", "--host", "--base-url", "--output-file", "--nccl-port", "--dist-init-addr")
+_LATENCIES = (("ttft", "TTFT"), ("tpot", "TPOT"))
+_STATISTICS = ("mean", "median", "p99")
+_RATES = (
+    ("request_throughput", "Requests/s"),
+    ("output_throughput", "Output tokens/s"),
+    ("total_throughput", "All tokens/s"),
+)
+
+
+def environment(runs: Sequence[Results]) -> list[dict[str, Any]]:
+    """One row a fact: `name`, its `values` in each run, and whether any `differs`.
+
+    Only what some run tells. GPUs are those of the windows, where clocks were read.
+    """
+    rows: dict[str, list[str]] = {}
+    for name in ("started", "host"):
+        rows[name] = [getattr(run.run, name) or NOT_TOLD for run in runs]
+    versions = [run.run.versions for run in runs]
+    for name in dict.fromkeys(name for one in versions for name, value in one.items() if value):
+        rows[f"{name} version"] = [one.get(name) or NOT_TOLD for one in versions]
+    rows["GPUs"] = [_gpus(run) for run in runs]
+    servers = [{server.key: server for server in run.servers} for run in runs]
+    for key in dict.fromkeys(key for one in servers for key in one):
+        lives = [one.get(key) for one in servers]
+        rows[f"server {key}"] = [_server(life) for life in lives]
+        rows[f"server {key}, model"] = [(life.model if life else "") or NOT_TOLD for life in lives]
+        rows[f"server {key}, command"] = [
+            " ".join(stable(life.command if life else ())) or NOT_TOLD for life in lives
+        ]
+    expected_to_differ = ("started",)
+    return [
+        {
+            "name": name.replace("_", "-"),
+            "values": values,
+            "differs": name not in expected_to_differ and len(set(values)) > 1,
+        }
+        for name, values in rows.items()
+    ]
+
+
+def stable(command: Sequence[str]) -> list[str]:
+    """A command without the places that change from run to run (ports, addresses, files)."""
+    kept: list[str] = []
+    skip = False
+    for at, word in enumerate(command):
+        name, given, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in _PLACES:
+            skip = not given
+        else:
+            kept.append(word.rpartition("/")[2] if at == 0 else word)
+    return kept
+
+
+def load_options(old: RecordedLoad | None, new: RecordedLoad | None) -> list[str]:
+    """A sentence where the two loads were not the same; none where they were."""
+    if old is None and new is None:
+        return []
+    if old is None or new is None:
+        return [f"Only {'this run' if old is None else 'the baseline'} has a load for it."]
+    before, now = _options(old.command), _options(new.command)
+    changed = [
+        f"{name} {before.get(name, 'absent')} before, {now.get(name, 'absent')} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    found = [f"The loads differ: {'; '.join(changed)}."] if changed else []
+    for which, load in (("baseline's", old), ("run's", new)):
+        if load.completed < load.requested:
+            found.append(
+                f"Of the {which} load {load.completed} of {load.requested} requests ended."
+            )
+    return found
+
+
+def _options(command: Sequence[str]) -> dict[str, str]:
+    """By option its values; "set" where it has none. What stands before the options is left out."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in stable(command):
+        if word.startswith("--"):
+            name, given, value = word.partition("=")
+            values = found.setdefault(name, [])
+            if given:
+                values.append(value)
+        else:
+            values.append(word)
+    return {name: " ".join(listed) or "set" for name, listed in found.items()}
+
+
+def load_figures(old: RecordedLoad | None, new: RecordedLoad | None) -> list[dict[str, Any]]:
+    """TTFT, TPOT and throughput before and now; rows that neither run has are left out."""
+    rows = []
+    for key, title in _LATENCIES:
+        for statistic in _STATISTICS:
+            values = [getattr(load, key).get(statistic) if load else None for load in (old, new)]
+            rows.append(_figure(f"{title}, {statistic}, ms", values, better="less"))
+    for key, title in _RATES:
+        values = [getattr(load, key) if load else None for load in (old, new)]
+        rows.append(_figure(title, values, better="more"))
+    return [row for row in rows if row is not None]
+
+
+def _figure(name: str, values: Sequence[float | None], *, better: str) -> dict[str, Any] | None:
+    before, now = values
+    if before is None and now is None:
+        return None
+    quotient = now / before if before and now is not None else None
+    return {
+        "name": name,
+        "before": "–" if before is None else f"{before:,.2f}",
+        "now": "–" if now is None else f"{now:,.2f}",
+        "ratio": ratio(quotient, 3),
+        "better": better,
+    }
+
+
+def _server(server: RecordedServer | None) -> str:
+    if server is None:
+        return "none"
+    parts: list[str] = [server.kind, server.version]
+    if server.nsys:
+        parts.append(f"under nsys {server.nsys}")
+    if server.attached:
+        parts.append("attached")
+    return " ".join(part for part in parts if part)
+
+
+def _gpus(run: Results) -> str:
+    described = {
+        gpu.uuid: gpu.uuid
+        + (f" ({gpu.power_limit_w:.0f} W)" if gpu.power_limit_w is not None else "")
+        for window in run.windows
+        for gpu in window.gpus
+    }
+    return ", ".join(described[uuid] for uuid in sorted(described)) or NOT_TOLD

@@ -1,0 +1,64 @@
+"""The templates of pages and pictures, with what all of them may call."""
+
+from __future__ import annotations
+
+import re
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+from pytest_sglprof._metrics import METRICS, Metric, metrics_of
+from pytest_sglprof._verdict.wording import count, duration, milliseconds, percent, ratio
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
+NONE = "–"  # where there is no figure
+SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+
+
+def template(name: str) -> Template:
+    """A file of `templates/`. What is put into it is escaped."""
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("pytest_sglprof._report.page", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "ms": milliseconds,
+        "duration": duration,
+        "percent": partial(percent, none=NONE),
+        "ratio": partial(ratio, none=NONE),
+        "column": _column,
+        "moment": _moment,
+    }
+    environment.globals |= {
+        "signs": SIGNS,
+        "count": count,
+        "metrics": METRICS,
+        "metrics_of": metrics_of,
+        "figure": _figure,
+    }
+    return environment
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    return metric.format(value, finer=1, none=NONE)
+
+
+def _moment(text: str | None) -> str:
+    """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
+    return f"{match[1]} {match[2]} UTC" if match else text or ""
+
+
+def _column(text: str) -> str:
+    """`text` as wide as five digits, so that figures beside each other line up."""
+    return text.rjust(5, "\u2007")

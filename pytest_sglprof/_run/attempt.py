@@ -1,0 +1,513 @@
+"""What happens around one attempt of one test: its windows, its loads, its verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_sglprof._capture.recording import in_thread
+from pytest_sglprof._config.model import WORST_FIRST, ServerSpec, VerdictWord, WindowSpec
+from pytest_sglprof._config.windows import repeats
+from pytest_sglprof._errors import Inconclusive, ServerDied, ServerError, SglprofError, do_every
+from pytest_sglprof._run.opening import LoadState, open_in_time
+from pytest_sglprof._run.window import Window
+from pytest_sglprof._server import lease as leases
+from pytest_sglprof._server.client import server_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Future
+
+    from pytest_sglprof._bench_serving.bench import BenchServing
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._load.watcher import LoadWatch
+    from pytest_sglprof._report.build import Repeat
+    from pytest_sglprof._report.model import (
+        Outcome,
+        Record,
+        RecordedLoad,
+        RecordedServer,
+        RecordedWindow,
+    )
+    from pytest_sglprof._run.folder import RunFolder
+    from pytest_sglprof._server.launch import Server
+    from pytest_sglprof._verdict.repeats import RepeatedVerdict
+
+
+class TestRun:
+    """One attempt. Its life: prepare (setup), begin, end (call), record (report)."""
+
+    __test__ = False  # pytest must not collect it
+
+    def __init__(
+        self,
+        nodeid: str,
+        attempt: int,
+        settings: Settings,
+        folder: RunFolder,
+        marked: WindowSpec | None,
+        *,
+        drives_load: bool,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.nodeid = nodeid
+        self.attempt = attempt
+        self.server: Server | None = None
+        self.windows: list[Window] = []
+        self.verdict: VerdictWord | None = None
+        self.reason = ""
+        self.message_shows_windows = False  # the test's own failure message shows the windows
+        self._settings = settings
+        self._folder = folder
+        self._marked = marked
+        self._drives_load = drives_load
+        self._progress = progress
+        self._load = LoadState()
+        self._bench: BenchServing | None = None
+        self._asked: list[Window] = []  # whether opened or not; `windows` are the closed ones
+        self._window: Window | None = None  # the marked one
+        self._opening: Future[None] | None = None  # of it, beside the body
+        self._body_is_over = threading.Event()
+        self._documents: list[RecordedWindow] | None = None
+        self._started = time.monotonic()
+        self._load_watch: LoadWatch | None = None
+
+    def prepare(self, server: Server | None) -> None:
+        """After the fixtures: the server must live; a window of the whole body opens now."""
+        self.server = server
+        if server is None:
+            return
+        check_alive(server)
+        self._open_whole_body()
+        if self._window is None and self._marked is not None:
+            self._window = self.new_window(self._marked)
+            with contextlib.suppress(Inconclusive):  # a full disk may be emptier by then
+                self._window.refuse()
+
+    def new_window(self, spec: WindowSpec) -> Window:
+        """A window of this test, not opened yet."""
+        return self._make_window(replace(spec, repeat=repeats(spec, self._settings)))
+
+    def _make_window(self, spec: WindowSpec) -> Window:
+        assert self.server is not None, "a window needs the server fixture"
+        window = Window(
+            self.server,
+            spec,
+            self._folder.window(spec.name, self.nodeid),
+            settings=self._settings,
+            load=self._load,
+            make_next=self._make_window,
+            progress=self._progress,
+        )
+        window.watch = self._load_watch
+        self._asked.append(window)
+        return window
+
+    def bench_serving(self) -> BenchServing:
+        """The load driver, telling the watching window when its load begins and ends."""
+        from pytest_sglprof._bench_serving.bench import BenchServing
+
+        if self._bench is None:
+            assert self.server is not None
+            self._bench = BenchServing(
+                self.server,
+                folder=self._folder.load(self.nodeid),
+                progress=self._show_load,
+                on_start=self._load.start,
+                on_end=self._load.end,
+            )
+        return self._bench
+
+    def load_watch(self) -> LoadWatch:
+        """Watches the load of the server's ranks from now to the end of the test."""
+        if self._load_watch is None:
+            from pytest_sglprof._load.watcher import server_watch
+
+            server = self.server
+            assert server is not None, "load is that of the server fixture"
+            self._load_watch = server_watch(
+                server.url,
+                api_key=server.client.api_key,
+                log=server.log.path if server.log is not None else None,
+                metrics=bool(server.info.get("enable_metrics")),
+            )
+            self._load_watch.start()
+        return self._load_watch
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around the body and its windows: nobody else measures on the same hardware."""
+        if self.server is None:
+            yield
+            return
+        with undisturbed(self.server, self._progress):
+            yield
+
+    def begin(self) -> None:
+        """Before the body: a marked window begins to wait for steady load."""
+        if self._marked is None or self._marked.whole_body or self.server is None:
+            return
+        window = self._window
+        assert window is not None, "prepare comes first"
+        if window.spec.trigger is not None:
+            window.watch = self.load_watch()
+        self._opening = in_thread(
+            "sglprof-window",
+            lambda: open_in_time(
+                window, self._load, self._body_is_over, drives_load=self._drives_load
+            ),
+        )
+
+    def end(self) -> None:
+        """After the body: closes and judges every window; raises what went wrong in them."""
+        do_every(self._ending())
+
+    def abandon(self, *, discard: bool) -> None:
+        """After a body that failed (or was skipped: `discard`): nothing stays open.
+
+        Raises what went wrong in it, which is no reason to forget the body's own error.
+        Windows of a skipped body are forgotten, but for those that it has checked.
+        """
+        do_every(self._abandoning(discard))
+
+    def _ending(self) -> Iterator[Callable[[], object]]:
+        yield self._end_opening
+        for window in self._asked:
+            if window.was_opened or window.repeat_index == 1:
+                yield partial(self._close, window)
+        yield self._conclude
+        yield self._end_load_watch
+
+    def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
+        for step in (self._end_opening, self._end_load_watch):
+            yield partial(_unless_ours, step) if discard else step
+        for window in self._asked:
+            is_kept = window.was_checked or not discard
+            if window.was_opened and is_kept:
+                yield partial(self._close, window)
+            else:
+                yield window.discard
+        yield self._conclude
+
+    def _close(self, window: Window) -> None:
+        if window.was_opened or window is self._window:
+            window.close()
+            self.windows.append(window)
+        _ = window.capture  # an error for one that was asked for and never opened
+
+    def inconclusive(self, reason: str) -> None:
+        """The body itself found too little data; a window that fails is still worse."""
+        if self.verdict != "fail":
+            self.verdict, self.reason = "inconclusive", reason
+
+    def record(self, outcome: Outcome, problems: Sequence[str]) -> Record:
+        """This attempt, which travels with the test's report. problems: what was not written."""
+        from pytest_sglprof._report.model import Record
+        from pytest_sglprof._report.results import attempt_document
+
+        windows = self.documents()
+        return Record(
+            attempt=attempt_document(
+                nodeid=self.nodeid,
+                number=self.attempt,
+                outcome=outcome,
+                verdict=self.verdict,
+                reason=self.reason,
+                duration_s=time.monotonic() - self._started,
+                windows=[window.id for window in windows],
+                worker=self._folder.worker,
+            ),
+            windows=tuple(windows),
+            servers=(describe_server(self.server, self._folder.path),) if self.server else (),
+            loads=self._load_documents(),
+            problems=tuple(problems),
+        )
+
+    def message(self) -> str:
+        """The bad verdict as a tired engineer wants to read it."""
+        from pytest_sglprof._report.terminal import rank_table
+
+        self.message_shows_windows = True
+        bad = [window for window in self.documents() if window.verdict != "pass"]
+        shown = [rank_table(window) for window in bad if _is_shown(window)]
+        parts = [f"profile window verdict: {self.verdict}"]
+        if not shown:
+            parts.append(self.reason)
+        for lines in shown:
+            parts += ["", *lines]
+        return "\n".join(parts)
+
+    def documents(self) -> list[RecordedWindow]:
+        """The windows as results hold them; made once, since tables are large."""
+        if self._documents is None or len(self._documents) != len(self.windows):
+            self._documents = [self._document(window) for window in self.windows]
+        return self._documents
+
+    def pictures(self) -> list[Path]:
+        """Writes the heat map of each window that did not pass; the files' paths."""
+        from pytest_sglprof._files import atomic_write, safe_name
+        from pytest_sglprof._report.heat_map import heat_map_svg
+
+        paths = []
+        for window in self.documents():
+            if window.verdict != "pass" and window.findings:
+                name = safe_name(f"heat-map-{window.id}")
+                paths.append(self._folder.path / f"{name}.svg")
+                atomic_write(paths[-1], heat_map_svg(window))
+        return paths
+
+    def drop_artifacts(self) -> None:
+        """Deletes the windows' traces where `output.keep` says so."""
+        import shutil
+
+        from msgspec.structs import replace
+
+        keep = self._settings.keep
+        if keep == "all" or (keep == "failed" and self.verdict != "pass"):
+            return
+        for window in self.windows:
+            shutil.rmtree(window.folder, ignore_errors=True)
+        self._documents = [replace(window, artifacts=()) for window in self.documents()]
+
+    def forget(self) -> None:
+        """After the report: lets go of windows and documents, whoever keeps this object.
+
+        Python, pytest and its plugins keep exceptions, and with them the frames of a test.
+        """
+        self.windows, self._asked, self._documents = [], [], []
+        self._window = self._opening = self._load_watch = self._bench = None
+
+    def _show_load(self, elapsed: float, line: str) -> None:
+        if self._progress is not None:
+            self._progress(f"load: {elapsed:.0f} s: {line}")
+
+    def _end_opening(self) -> None:
+        opening, self._opening = self._opening, None
+        self._body_is_over.set()
+        if opening is None:
+            return
+        try:
+            opening.result()
+        except BaseException:
+            # Its error says more than that a window of it was never opened.
+            self._asked = [window for window in self._asked if window.was_opened]
+            raise
+
+    def _end_load_watch(self) -> None:
+        """Raises what ended the watching thread; its samples stay readable."""
+        if self._load_watch is not None:
+            self._load_watch.stop()
+
+    def _open_whole_body(self) -> None:
+        if self._marked is not None and self._marked.whole_body:
+            self._window = self.new_window(self._marked)
+            self._window.open()
+
+    def _conclude(self) -> None:
+        """The worst verdict of this run of the body; each window is read, whatever another does."""
+        closed = [window for window in self._asked if window in self.windows]
+        try:
+            do_every(partial(getattr, window, "verdict") for window in closed)
+        finally:
+            self._conclude_from(closed)
+
+    def _conclude_from(self, windows: Sequence[Window]) -> None:
+        judged = []
+        for window in windows:
+            repeated = self._repeated(window)
+            if repeated is None:
+                judged.append((window.verdict.word, window.spec.name, window.verdict.reason))
+            elif window.repeat_index == 1:
+                judged.append((repeated.word, window.spec.name, repeated.reason))
+        for word in WORST_FIRST:
+            reasons = [f"{name}: {reason}" for found, name, reason in judged if found == word]
+            if reasons:
+                self.verdict, self.reason = word, "\n".join(reasons)
+                return
+
+    def _repeated(self, window: Window) -> RepeatedVerdict | None:
+        """The verdict over the windows that this one was opened with; None for a single one."""
+        from pytest_sglprof._verdict.repeats import judge_repeats
+
+        if window.spec.repeat == 1:
+            return None
+        verdicts = [one.verdict for one in window.windows if one in self.windows]
+        return judge_repeats(verdicts, window.spec.repeat or 1)
+
+    def _repeat(self, window: Window) -> Repeat | None:
+        from pytest_sglprof._report.build import Repeat
+
+        verdict = self._repeated(window)
+        if verdict is None:
+            return None
+        closed = [one for one in window.windows if one in self.windows]
+        typical = closed[verdict.typical].id
+        return Repeat(window.windows[0].id, window.repeat_index, typical, verdict)
+
+    def _document(self, window: Window) -> RecordedWindow:
+        return window.document(
+            nodeid=self.nodeid,
+            attempt=self.attempt,
+            server_key=self._server_key,
+            standin=self._standin,
+            load=self._load_id(window.load_index) if window.load_index else None,
+            root=self._folder.path,
+            repeat=self._repeat(window),
+        )
+
+    def _load_documents(self) -> tuple[RecordedLoad, ...]:
+        from pytest_sglprof._report.results import load_document
+
+        results = self._bench.results if self._bench is not None else []
+        return tuple(
+            load_document(
+                result,
+                load_id=self._load_id(number),
+                nodeid=self.nodeid,
+                attempt=self.attempt,
+                server_key=self._server_key,
+                standin=self._standin,
+            )
+            for number, result in enumerate(results, start=1)
+        )
+
+    def _load_id(self, number: int) -> str:
+        return f"{self.nodeid}#{self.attempt}.{number}"
+
+    @property
+    def _server_key(self) -> str:
+        return self.server.spec.key if self.server is not None else ""
+
+    @property
+    def _standin(self) -> bool:
+        return self.server is not None and self.server.kind == "standin"
+
+
+def _unless_ours(step: Callable[[], object]) -> None:
+    """Takes a step whose own errors, unlike bugs, matter no more."""
+    with contextlib.suppress(SglprofError):
+        step()
+
+
+def _is_shown(window: RecordedWindow) -> bool:
+    """Of windows that were opened together, the one in the middle speaks for all."""
+    return window.repeats is None or window.id == window.repeats.typical
+
+
+# The one server that a worker has alive: started or attached, recorded, stopped.
+
+
+ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
+TEST_LEASE_TIMEOUT = 3600.0  # s; another test may be long, and it ends by its own limits
+API_KEY_ENV = "SGLPROF_API_KEY"
+
+
+def open_server(
+    spec: ServerSpec,
+    settings: Settings,
+    folder: RunFolder,
+    progress: Callable[[str], None] | None,
+) -> Server:
+    """Starts the server of `spec`, or attaches to `--sglprof-server`.
+
+    An attached server's keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    """
+    from pytest_sglprof._server import launch as servers
+
+    if settings.server:
+        return servers.attach(
+            settings.server,
+            api_key=os.environ.get(API_KEY_ENV, ""),
+            admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
+            server_dir=settings.server_dir,
+            nsys_session=settings.nsys_session or None,
+            nsys_path=settings.nsys or None,
+            python=settings.python,
+            folder=folder.server("attached"),
+        )
+    return servers.launch(
+        spec,
+        folder=folder.server(spec.key),
+        nsys_path=settings.nsys or None,
+        progress=progress,
+    )
+
+
+def close_server(server: Server) -> None:
+    """Stops a server that is ours; raises `ServerError` when something is left of it."""
+    left = server.stop()
+    if server.keeper_fault:
+        # The tests have passed, and nothing is left: a warning, since something is amiss here.
+        warnings.warn(f"{server.keeper_fault}; its server was ended without it", stacklevel=2)
+    if left:
+        raise ServerError(
+            f"the server {server.url} was stopped, but this is left: {', '.join(left)}",
+            expected="no process, nsys session, agent, lock or GPU memory",
+            hint=f"end it by hand; {server.folder / 'keeper.log'} tells what was tried",
+        )
+
+
+def check_alive(server: Server) -> None:
+    """Raises `ServerDied` when an earlier test's server is gone."""
+    if server.attached or server.is_alive():
+        return
+    reason = server.exit_reason()
+    if reason is not None:
+        raise reason
+    raise ServerDied(
+        f"the server {server.url} is gone",
+        expected="a running server",
+        hint=f"look at {server.folder / 'server.log'}",
+    )
+
+
+@contextlib.contextmanager
+def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Iterator[None]:
+    """While a test measures, no other test of this machine measures on the same hardware.
+
+    A server's GPUs are leased for its whole life; what is left to share are the cores of
+    CPU servers, and an attached server. The stand-in's figures do not depend on the machine.
+    """
+    if server.attached:
+        name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
+    elif server.kind == "sglang" and server.sizes.is_cpu:
+        name, what = "test-cpu", "the processor, by a test of another CPU server"
+    else:
+        yield
+        return
+    lease = leases.acquire(name, timeout=TEST_LEASE_TIMEOUT, what=what, progress=progress)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def describe_server(server: Server, root: Path) -> RecordedServer:
+    """The server as results hold it; its log's path is relative to `root`."""
+    from pytest_sglprof._report.results import server_document
+
+    return server_document(
+        key=server.spec.key,
+        kind=server.kind,
+        url=server.url,
+        command=server.command,
+        version=server.sizes.version,
+        sizes=server.sizes,
+        attached=server.attached,
+        nsys=server.nsys.tool.version if server.nsys is not None else "",
+        standin=server.kind == "standin",
+        model=server.spec.model_path or str(server.info.get("model_path", "")),
+        log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
+        started=server.started,
+        ready_s=server.ready_s,
+        left_behind=server.left_behind,
+        locked_clocks=server.locked_clocks,
+    )

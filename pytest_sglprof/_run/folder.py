@@ -1,0 +1,466 @@
+"""One run: its folder, the journal of its tests, and the document that is made of it.
+
+Every record is appended to `journal.jsonl` as soon as its test ended, so that a killed run
+loses only the test that was running; `finish` writes `results.json` and removes the journal.
+What cannot be written is told in `RunBook.problems`: it never ends a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import platform
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pytest_sglprof import _process as process
+from pytest_sglprof._errors import SettingsError, SglprofError
+from pytest_sglprof._files import atomic_write, safe_name
+from pytest_sglprof._redact import redact, redact_text
+from pytest_sglprof._report.model import utc
+
+if TYPE_CHECKING:
+    from pytest_sglprof._report.model import Record, Results
+
+
+JOURNAL = "journal.jsonl"
+PAGE = "report.html"
+LATEST = "latest"
+
+
+def new_run_id() -> str:
+    """`run-20261124-031351-3f9a`: sorts by time, unique on a shared disk."""
+    return f"{RUN_PREFIX}{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+class RunFolder:
+    """Where one process of a run puts its servers and windows. worker: "" or "gw0"."""
+
+    def __init__(self, output: Path, run_id: str, *, worker: str = "") -> None:
+        self.path = output / run_id
+        self.run_id = run_id
+        self.worker = worker
+        self._numbers: dict[str, Iterator[int]] = {}
+
+    def server(self, key: str) -> Path:
+        """A new folder for one server life."""
+        return self._new("servers", safe_name(key, limit=60))
+
+    def window(self, name: str, nodeid: str) -> Path:
+        """A new folder for one window; its name is the window's id."""
+        return self._new("windows", safe_name(redact_text(f"{nodeid}-{name}")))
+
+    def load(self, nodeid: str) -> Path:
+        """A new folder for what the load driver writes."""
+        return self._new("loads", safe_name(redact_text(nodeid)))
+
+    def _new(self, kind: str, name: str) -> Path:
+        stem = f"{self.worker}-{name}" if self.worker else name
+        numbers = self._numbers.setdefault(f"{kind}/{stem}", itertools.count(1))
+        folder = self.path / kind / f"{stem}.{next(numbers)}"
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise SglprofError(
+                f"{folder} cannot be made: {error.strerror or error}",
+                expected="a folder for results on a disk with free space",
+                hint="free space there, or choose another folder with --sglprof-output",
+            ) from error
+        return folder
+
+
+class RunBook:
+    """All records of a run, kept by the process that reports (the controller under xdist).
+
+    results: the document of the run, once it is finished; every view is made of it.
+    file, page: results.json and the HTML page; None where they are not (yet) written.
+    problems: what could not be written, and why; a line each.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        run_id: str,
+        facts: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = output / run_id
+        self.run_id = run_id
+        self.results: Results | None = None
+        self.file: Path | None = None
+        self.page: Path | None = None
+        self.problems: list[str] = []
+        self._facts = dict(facts)
+        self._settings = settings
+        self._started = time.time()
+        self._journal: Journal | None = None
+        self._lock: int | None = None  # of the folder itself, so that no file is left
+        self._made_output = False
+
+    def open(self) -> None:
+        """Makes the folder and marks it as ours and in use, so that no other run prunes it.
+
+        Raises `SettingsError` when results cannot be written there.
+        """
+        output = self.folder.parent
+        self._made_output = not os.path.lexists(output)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Before run.json is there: a run that prunes now takes the folder for a stranger's.
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # a disk without locks: nobody prunes there
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write_run_file()
+            self._journal = Journal(self.folder / JOURNAL)
+        except OSError as error:
+            self._release()
+            self._remove_if_bare()
+            raise SettingsError(
+                f"results cannot be written into {output}: {error.strerror or error}",
+                expected="a folder that can be written, or the name of a new one",
+                hint="choose another one with --sglprof-output",
+            ) from error
+
+    def add(self, record: Record) -> None:
+        """Keeps one attempt of one test, as it travelled with its report."""
+        if self._journal is not None:
+            with self.writing(JOURNAL):
+                self._journal.add(record)
+
+    def finish(self, exit_status: int) -> Path | None:
+        """Writes `results.json` and the page; a run without records leaves no folder.
+
+        Returns the path of results.json. Where that cannot be written the journal stays.
+        """
+        if self._journal is None:
+            return None
+        try:
+            if self._journal.count:
+                self._write(self._journal, exit_status)
+        finally:
+            self._journal.close()
+            bare = not self._journal.count
+            self._journal = None
+            self._release()
+        if bare:
+            with contextlib.suppress(OSError):
+                (self.folder / JOURNAL).unlink()
+            self._remove_if_bare()
+        return self.file
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Around a step that may fail without taking the run along: tells what went wrong."""
+        try:
+            yield
+        except Exception as error:
+            self.tell(name, error)
+
+    def tell(self, name: str, error: Exception) -> None:
+        """Notes that the file `name` could not be written; the same line is told once."""
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            first = (str(error).splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {first} (a bug of pytest-sglprof: please report it)"
+        line = f"{name} could not be written: {reason}"
+        if line not in self.problems:
+            self.problems.append(line)
+
+    def _write(self, journal: Journal, exit_status: int) -> None:
+        from pytest_sglprof._report.results import write_results
+
+        file = self.folder / "results.json"
+        with self.writing(str(file)):
+            self.results = self._document(list(journal.records()), exit_status)
+            self._write_run_file()  # somebody may have removed the folder meanwhile
+            write_results(self.results, file)
+            self.file = file
+        if self.file is None:
+            self.problems.append(f"the records of its tests stay in {self.folder / JOURNAL}")
+        else:
+            _point_latest(self.folder)
+            with contextlib.suppress(OSError):
+                (self.folder / JOURNAL).unlink()
+        with self.writing(str(self.folder / PAGE)):
+            self._write_page()
+
+    def _document(self, records: Sequence[Record], exit_status: int) -> Results:
+        """The run as the one document that every view is made of."""
+        from pytest_sglprof._report.model import Run, utc
+        from pytest_sglprof._report.results import run_document
+
+        facts = dict(self._facts)
+        versions = {**facts.pop("versions"), **_server_versions(records)}
+        run = Run(
+            id=self.run_id,
+            started=utc(self._started),
+            ended=utc(time.time()),
+            exit_status=exit_status,
+            versions=versions,
+            **facts,
+        )
+        servers = {(s.log, s.url): s for record in records for s in record.servers}
+        return run_document(
+            run,
+            [record.attempt for record in records if record.attempt is not None],
+            [window for record in records for window in record.windows],
+            list(servers.values()),
+            [load for record in records for load in record.loads],
+        )
+
+    def _write_page(self) -> None:
+        from pytest_sglprof._report.page.page import write_page
+
+        if self.results is not None and self.results.windows:
+            write_page([self.results], [self.folder], self.folder / PAGE)
+            self.page = self.folder / PAGE
+
+    def _write_run_file(self) -> None:
+        if not (self.folder / RUN_FILE).exists():
+            version = self._facts["versions"]["pytest_sglprof"]
+            write_run_file(
+                self.folder, started=self._started, version=version, settings=self._settings
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _remove_if_bare(self) -> None:
+        """Removes the folder when only run.json is in it, and the output folder if we made it."""
+        with contextlib.suppress(OSError):
+            if list(self.folder.iterdir()) == [self.folder / RUN_FILE]:
+                (self.folder / RUN_FILE).unlink()
+            self.folder.rmdir()
+        if self._made_output:
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()
+
+
+def _server_versions(records: Sequence[Record]) -> dict[str, str]:
+    """Versions of SGLang and nsys that the run's servers told; the stand-in is no SGLang."""
+    servers = [server for record in records for server in record.servers]
+    sglang = {server.version for server in servers if not server.standin}
+    nsys = {server.nsys for server in servers if server.nsys}
+    return {"sglang": ", ".join(sorted(sglang)), "nsys": ", ".join(sorted(nsys))}
+
+
+def _point_latest(folder: Path) -> None:
+    """Makes the link `latest` point at the run, unless something of that name is not ours."""
+    link = folder.parent / LATEST
+    temporary = folder.parent / f".{LATEST}.{folder.name}"
+    with contextlib.suppress(OSError):  # a disk without symlinks: the run is there all the same
+        if os.path.lexists(link) and not _points_at_a_run(link):
+            return
+        temporary.symlink_to(folder.name)
+        try:
+            temporary.replace(link)
+        except OSError:
+            temporary.unlink()
+
+
+def _points_at_a_run(link: Path) -> bool:
+    """Whether this is a link that we made; the run may be gone meanwhile."""
+    target = str(link.readlink())
+    folder = link.parent / target
+    is_name = target.startswith(RUN_PREFIX) and "/" not in target
+    return is_name and (is_run_folder(folder) or not os.path.lexists(folder))
+
+
+# `Journal`: the records of a run on disk, so that memory does not grow with their number.
+
+
+_Place = tuple[int, int]  # offset and length of a line, in bytes
+
+
+class Journal:
+    """One line of JSON a record. count: how many were added.
+
+    Read through the open file, which is there even when somebody removed its name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+b", buffering=0)
+        self._records: list[_Place | Record] = []
+
+    @property
+    def count(self) -> int:
+        """How many records were added."""
+        return len(self._records)
+
+    def add(self, record: Record) -> None:
+        """Appends a record; raises OSError when the disk refuses it, and keeps it in memory."""
+        line = msgspec.json.encode(record) + b"\n"
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except BaseException:  # Ctrl-C as well: no half line stays
+            self._records.append(record)
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            raise
+        self._records.append((start, len(line)))
+
+    def records(self) -> Iterator[Record]:
+        """All records in the order in which they were added, one at a time."""
+        from pytest_sglprof._report.model import Record
+
+        for place in self._records:
+            if isinstance(place, tuple):
+                yield msgspec.json.decode(self._read(*place), type=Record)
+            else:
+                yield place
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _read(self, offset: int, length: int) -> bytes:
+        self._file.seek(offset)
+        pieces = []
+        while length and (piece := self._file.read(length)):
+            pieces.append(piece)
+            length -= len(piece)
+        return b"".join(pieces)
+
+
+# `run.json`, by which a run's folder is known to be ours, and `prune`, which removes old ones.
+
+
+RUN_PREFIX = "run-"
+RUN_FILE = "run.json"
+FORMAT = "pytest-sglprof run"
+FORMAT_VERSION = 1
+_MAX_RUN_FILE = 1 << 20  # bytes; what is larger is not ours
+
+
+def write_run_file(
+    folder: Path, *, started: float, version: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Marks the folder of a run as ours. started: Unix time in s. settings: `Settings.stored`."""
+    born = process.create_time(os.getpid())
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "id": folder.name,
+        "started": utc(started),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "process_started": utc(born),
+        "version": version,
+        "settings": redact(dict(settings or {})),
+    }
+    atomic_write(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:
+    """Removes the oldest ended runs beyond `keep_runs` or `keep_bytes`; names them.
+
+    Only folders that a run marked as its own, never the newest. What cannot be read or
+    removed stays, and so does a run that another process holds: nothing is raised. Of runs
+    that end at once one prunes.
+    """
+    output = Path(os.path.realpath(output))  # it may be a link; a run's folder may not
+    with _locked(output) as alone:
+        return _prune(output, keep_runs, keep_bytes) if alone else []
+
+
+def _prune(output: Path, keep_runs: int, keep_bytes: int) -> list[str]:
+    runs = _runs(output)
+    sizes = {path: _size(path) for path in runs}
+    removed = []
+    for path in runs[:-1]:
+        too_many = len(sizes) > keep_runs
+        too_large = sum(sizes.values()) > keep_bytes
+        if not (too_many or too_large):
+            break
+        with _locked(path) as ended:
+            if ended and _remove(path):
+                removed.append(path.name)
+                del sizes[path]
+    return removed
+
+
+def _runs(output: Path) -> list[Path]:
+    """The folders of runs, oldest first."""
+    try:
+        folders = sorted(output.glob(f"{RUN_PREFIX}*"))
+    except OSError:
+        return []
+    return [folder for folder in folders if is_run_folder(folder)]
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run made this very folder: not a link to it, nor a copy under another name."""
+    file = folder / RUN_FILE
+    try:
+        if folder.is_symlink() or file.is_symlink() or not file.is_file():
+            return False
+        if file.stat().st_size > _MAX_RUN_FILE:
+            return False
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return (
+        isinstance(content, dict)
+        and content.get("format") == FORMAT
+        and content.get("id") == folder.name
+    )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder; False where another process does, or it cannot be had."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> bool:
+    """Whether all of the folder is gone. run.json goes last: what is left stays ours."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != RUN_FILE:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        if list(folder.iterdir()) == [folder / RUN_FILE]:
+            (folder / RUN_FILE).unlink()
+            folder.rmdir()
+            return True
+    return False
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below; what cannot be read counts as nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(place) / name).lstat().st_size
+    return total

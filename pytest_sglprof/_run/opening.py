@@ -1,0 +1,262 @@
+"""When a marked window opens: at steady load, or when its trigger fires, beside the test's body."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._config.model import LoadSample, VerdictWord
+from pytest_sglprof._errors import ServerError
+from pytest_sglprof._load.onset import CANNOT_KNOW, Onset
+from pytest_sglprof._load.triggers import Detector, Trigger, as_trigger
+from pytest_sglprof._server.client import is_transient
+
+if TYPE_CHECKING:
+    from pytest_sglprof._load.sources import Sample
+    from pytest_sglprof._run.window import Window
+    from pytest_sglprof._server.launch import Server
+
+
+POLL = 0.05  # s; the window has to open within a second of the onset
+# The verdict of a window that does not open, None for that of its thresholds; and the reason.
+NotOpened = tuple[VerdictWord | None, str]
+
+
+def open_in_time(
+    window: Window, load: LoadState, body_is_over: threading.Event, *, drives_load: bool
+) -> None:
+    """Opens, waits for and closes `window` and those that repeat it, each when it is time.
+
+    drives_load: the test has a load of `bench_serving`, so that nothing is looked at before.
+    """
+    following: Window | None = window
+    while following is not None:
+        if following.spec.trigger is not None:
+            not_opened = _await_trigger(following, load, body_is_over, drives_load)
+        else:
+            not_opened = _await_steady_load(following, load, body_is_over, drives_load)
+        if not_opened is not None:
+            following.conclude_unopened(*not_opened)
+            return
+        following.open()
+        try:
+            following.wait(body_is_over)
+        finally:
+            following.close()
+        following = None if body_is_over.is_set() else following.next()
+
+
+def _await_steady_load(
+    window: Window, load: LoadState, body_is_over: threading.Event, drives_load: bool
+) -> NotOpened | None:
+    if window.spec.delay > 0:
+        return None  # opening waits for it
+    while not drives_load or load.wait_for_start(body_is_over):
+        is_steady = steady_load(
+            window.server,
+            load.target or 1,
+            timeout=window.spec.timeout,
+            stop=body_is_over,
+            on_look=window.saw_load,
+        )
+        if is_steady:
+            return None
+        if not drives_load:
+            break
+    if window.load_problem is not None:
+        why = f"the load could not be seen, so the window never opened: {window.load_problem}"
+        return None, why
+    return None, (
+        "the test's body was over before the load was steady, so the window never "
+        "opened: drive a longer load, or use whole_body=True"
+    )
+
+
+def _await_trigger(
+    window: Window, load: LoadState, body_is_over: threading.Event, drives_load: bool
+) -> NotOpened | None:
+    trigger, watch = as_trigger(window.spec.trigger), window.watch
+    assert watch is not None, "a window with a trigger has a watch"
+    if trigger.compares_ranks and not can_compare(window.server):
+        return "inconclusive", CANNOT_KNOW
+    if drives_load and not load.wait_for_start(body_is_over):
+        return "inconclusive", "the test drove no load by bench_serving"
+    detector = trigger.detector(load_ranks(window.server))
+    onsets: list[Onset] = []
+    fired = threading.Event()
+    heard = 0
+
+    def listen(samples: Sequence[Sample], now: float) -> None:
+        """In a watching thread: what is raised here ends it, and is raised in the test."""
+        nonlocal heard
+        heard += sum(isinstance(sample, LoadSample) for sample in samples)
+        onsets.extend(detector.add(samples, now))
+        if onsets:
+            fired.set()
+
+    began = time.monotonic()
+    watch.listen(listen)
+    try:
+        while not fired.wait(POLL):
+            watch.check()
+            seconds = time.monotonic() - began
+            if body_is_over.is_set() or seconds >= trigger.within:
+                if not heard:
+                    why = f" ({watch.problem})" if watch.problem else ""
+                    nothing = f"no load was told for {seconds:.0f} s, so nothing was watched{why}"
+                    return "inconclusive", nothing
+                return _without_onset(trigger, detector, seconds)
+    finally:
+        watch.unlisten(listen)
+    window.onset = onsets[0]
+    return None
+
+
+def _without_onset(trigger: Trigger, detector: Detector, seconds: float) -> NotOpened:
+    if not trigger.compares_ranks:
+        return trigger.on_no_onset, f"the trigger did not fire in {seconds:.0f} s"
+    judged = detector.judged_s
+    if judged < getattr(trigger, "hold", 0.0):
+        least = getattr(trigger, "min_running", 0.0)
+        return "inconclusive", (
+            f"the load had {least:g} requests a rank for {judged:.0f} s only: too little to "
+            "tell whether it was balanced (drive more at once, or lower min_running)"
+        )
+    return trigger.on_no_onset, (
+        f"balanced for {judged:.0f} s (λ of running requests at most "
+        f"{detector.worst:.2f}, without an onset)"
+    )
+
+
+def load_ranks(server: Server) -> list[str]:
+    """Labels of the DP ranks that the server has, as samples name them."""
+    count = server.sizes.dp_ranks
+    return [f"DP{number}" for number in range(count)] if count > 1 else []
+
+
+def can_compare(server: Server) -> bool:
+    """True where load or a balance of several ranks can be seen from outside."""
+    return server.sizes.dp_ranks > 1 or records_experts(server.info)
+
+
+def records_experts(info: Mapping[str, Any]) -> bool:
+    """True for a server that tells how evenly its experts are used."""
+    if not info.get("expert_distribution_recorder_mode"):
+        return False
+    return str(info.get("expert_balancedness_report_mode") or "off") != "off"
+
+
+# What a window must know of its test's load: how much is meant to run, and since when.
+
+
+class LoadState:
+    """Set by `bench_serving` around its measured load (not its warm-up).
+
+    Everything in it is read and written under one lock, since a load begins in the test's
+    thread, ends in the driver's, and is asked about in the window's.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._target = 0
+        self._started = 0
+        self._ended = threading.Event()
+
+    @property
+    def driven(self) -> tuple[int, threading.Event]:
+        """`target`, and the event that is set at the end, of one and the same load."""
+        with self._changed:
+            return self._target, self._ended
+
+    @property
+    def load_index(self) -> int:
+        """Which of the test's loads is driven now, 1 for the first; 0 while none is."""
+        with self._changed:
+            return self._started if self._target else 0
+
+    @property
+    def target(self) -> int:
+        """Requests that are meant to run at once now; 0 while none is driven."""
+        return self.driven[0]
+
+    def start(self, target: int) -> None:
+        """The measured load begins."""
+        with self._changed:
+            self._started += 1
+            self._ended = threading.Event()
+            self._target = max(1, target)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """The measured load is over."""
+        with self._changed:
+            self._ended.set()
+            self._target = 0
+            self._changed.notify_all()
+
+    def wait_for_start(self, stop: threading.Event, poll: float = 0.1) -> bool:
+        """Waits until a load is driven; False when `stop` was set first."""
+        with self._changed:
+            while not self._target:
+                if stop.is_set():
+                    return False
+                self._changed.wait(poll)
+            return True
+
+
+# `steady_load`: waits for the moment at which a window shows what it is meant to show.
+
+
+INTERVAL = 0.2  # s between two looks; the server refreshes its figures every few steps
+
+
+def steady_load(
+    server: Server,
+    target: int,
+    *,
+    share: float = 0.8,
+    hold: float = 2.0,
+    timeout: float,
+    stop: threading.Event,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] | None = None,
+    on_look: Callable[[str | None], object] = lambda problem: None,
+) -> bool:
+    """True once the server has run at least ``share * target`` requests for `hold` seconds.
+
+    target: requests that the load keeps in flight, over all DP ranks together. False when
+    `timeout` seconds passed without it, when `stop` was set, or when the server died. A
+    server that does not answer for a moment only interrupts the `hold`; `ServerRefused` for
+    what waiting does not mend. clock, sleep: for tests; by default time passes, and `stop` ends
+    a pause at once. on_look: gets after each look why there was no answer, None where there was.
+    """
+    pause = sleep or stop.wait
+    deadline = clock() + timeout
+    since: float | None = None
+    while not stop.is_set():
+        running, problem = running_requests(server)
+        on_look(problem)
+        if running >= share * target:
+            since = clock() if since is None else since
+            if clock() - since >= hold:
+                return True
+        else:
+            since = None
+            if not server.is_alive():
+                return False
+        if clock() >= deadline:
+            return False
+        pause(INTERVAL)
+    return False
+
+
+def running_requests(server: Server) -> tuple[int, str | None]:
+    """Requests in the running batches of all DP ranks, or -1 and why they are not known now."""
+    try:
+        return sum(load.running for load in server.client.loads()), None
+    except ServerError as error:
+        if not is_transient(error):
+            raise
+        return -1, error.what

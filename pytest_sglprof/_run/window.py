@@ -1,0 +1,531 @@
+"""`Window`: one profile window of a server: opened, waited for, closed, measured, checked."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_sglprof._capture.recording import POLL, LifeWatch
+from pytest_sglprof._config.backends import BACKENDS, Progress
+from pytest_sglprof._config.load import Settings
+from pytest_sglprof._config.model import (
+    GpuClocks,
+    Threshold,
+    VerdictWord,
+    WindowCapture,
+    WindowSpec,
+)
+from pytest_sglprof._config.thresholds import check_threshold
+from pytest_sglprof._config.windows import window_by_hand
+from pytest_sglprof._errors import Inconclusive, SglprofError, WindowError, WindowRefused
+from pytest_sglprof._files import safe_name
+from pytest_sglprof._run.measure import Measured, judge_table, measure
+from pytest_sglprof._run.opening import LoadState, steady_load
+from pytest_sglprof._server.nvml import ClockWatch, watch_clocks
+from pytest_sglprof._verdict.judge import Verdict, undecided
+from pytest_sglprof._verdict.repeats import RepeatedVerdict, judge_repeats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_sglprof._load.onset import Onset
+    from pytest_sglprof._load.watcher import LoadWatch
+    from pytest_sglprof._report.model import RecordedWindow
+    from pytest_sglprof._server.launch import Server
+    from pytest_sglprof._trace.table import KernelTable
+
+CLOSE_SECONDS = 30.0  # to close a window that has used up its time; never more than `timeout`
+ENDING_SECONDS = 3.0  # a window that is closed while its last files are being written
+STRIP_BEFORE = 120.0  # s of load before the window that its document keeps
+STRIP_AFTER = 15.0
+
+
+class Window:
+    """What `profile_window(...)` gives: open it by `with`, or by `open` and `close`.
+
+    Only one window of a server is open at a time, across processes. After it is closed,
+    `table`, `verdict` and `check` answer from its files. Every window of a test is judged
+    against its thresholds at the test's end, whether asked here or not.
+
+    folder: where its files end up. window_id: unique within a run (default: the folder's
+    name). settings: of its verdict. load: of its test. make_next: makes another window of the
+    same spec, of those that `repeat` asks for. progress: is told what is going on.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        spec: WindowSpec,
+        folder: Path,
+        *,
+        window_id: str | None = None,
+        settings: Settings | None = None,
+        load: LoadState | None = None,
+        make_next: Callable[[WindowSpec], Window] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.server = server
+        self.spec = spec
+        self.folder = Path(folder)
+        self.id = window_id or self.folder.name
+        self.state: Literal["new", "open", "closed"] = "new"
+        self.windows: list[Window] = [self]  # shared by those that are opened together
+        self.load_index = 0
+        self.load_problem: str | None = None  # why the last look at the load had no answer
+        self.onset: Onset | None = None  # what opened it, where its spec has a trigger
+        self.watch: LoadWatch | None = None  # which has the load around it
+        self._settings = settings or Settings(self.folder)
+        self._load = load or LoadState()
+        self._make_next = make_next
+        self._progress = progress
+        self._opened = 0.0  # Unix time, s
+        self._opened_at = 0.0  # monotonic, as is the deadline
+        self._deadline = 0.0
+        self._timed_out = False
+        self._log_start = 0
+        self._clocks: ClockWatch | None = None
+        self._not_opened: tuple[VerdictWord | None, str] | None = None
+        self._held = ExitStack()
+        self._closing = threading.Lock()  # held through an export: for another close alone
+        self._recorded: WindowCapture | None = None
+        self._capture: WindowCapture | None = None
+        self._judging = threading.Lock()  # of `_measured` and `_checks`
+        self._measured: Measured | None = None
+        self._checks: list[Threshold] = []
+        self._is_documented = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._backend = BACKENDS[self.spec.backend]
+        self._life = LifeWatch(self.server)
+        self._recording = self._backend.load()(
+            self.server,
+            self.spec,
+            window_id=safe_name(self.id),
+            folder=self.folder,
+            life=self._life,
+            progress=self._progress,
+        )
+
+    @property
+    def was_opened(self) -> bool:
+        """True once the server began to profile."""
+        return self.state != "new"
+
+    @property
+    def repeat_index(self) -> int:
+        """Its place among those that are opened together, 1 for the first."""
+        return 1 + self.windows.index(self)
+
+    # ---- opening -------------------------------------------------------------------------
+
+    def refuse(self) -> None:
+        """Raises now what opening would refuse, without touching the server's profiler."""
+        self._recording.refuse()
+
+    def open(self) -> None:
+        """Starts to record, after `delay` seconds.
+
+        Raises `WindowRefused` for what would break the server or the data, `LeaseError`
+        when another window of this server is open, `ServerDied`, `NsysError` or
+        `WindowError` when it does not start.
+        """
+        if self.state != "new":
+            raise WindowError(
+                f"window {self.id!r} is {self.state} already",
+                expected="a new window: each is opened once",
+            )
+        start = time.monotonic()
+        log = self.server.log
+        self._log_start = log.position() if log is not None else 0
+        self._recording.refuse()
+        self._delay()
+        self._deadline = start + self.spec.delay + self.spec.timeout
+        self._held.enter_context(self.server.window_lock())
+        try:
+            self._prepare()  # the log of this window begins here
+            self.server.announce_window(self.spec.backend)
+            self._raise_death()
+            self._opened = time.time()
+            self._recording.start(self._deadline)
+        except BaseException as error:
+            self.state = "closed"
+            what = error.what if isinstance(error, SglprofError) else type(error).__name__
+            lines = error.log if isinstance(error, SglprofError) else ()
+            with ExitStack() as ending:  # each of these happens, whatever the one before raises
+                ending.callback(self._release, still_open=False)
+                if not isinstance(error, WindowRefused):
+                    ending.callback(self._recording.abort)
+                failed = self._failed(f"it did not open: {what}", self._opened)
+                self._recorded = self._describe(replace(failed, log=lines))
+            raise
+        self._opened_at = time.monotonic()
+        self.state = "open"
+        self._clocks = watch_clocks(self.server)
+        self.load_index = self._load.load_index
+
+    def _delay(self) -> None:
+        over = time.monotonic() + self.spec.delay
+        while (left := over - time.monotonic()) > 0:
+            self._raise_death()
+            time.sleep(min(POLL, left))
+
+    def _raise_death(self) -> None:
+        if death := self._life.death():
+            raise death
+
+    def saw_load(self, problem: str | None) -> None:
+        """One look at the load before it opens; why there was no answer, None where there was."""
+        self.load_problem = problem
+
+    def conclude_unopened(self, word: VerdictWord | None, reason: str) -> None:
+        """Its moment did not come. word: its verdict, None for that of its thresholds."""
+        self._not_opened = (word, reason)
+
+    # ---- waiting and closing -------------------------------------------------------------
+
+    def wait(self, stop: threading.Event | None = None) -> None:
+        """Returns when the window's steps or duration are over, its `timeout` has passed,
+        the server has died, or `stop` is set; `close` tells which.
+        """
+        if self.state != "open":
+            return
+        duration = self._duration()
+        if duration is None and self.spec.num_steps is None:
+            raise WindowError(
+                f"window {self.id!r} has neither num_steps nor duration: to wait for it "
+                "would never end",
+                hint="give one of them, or close the window yourself",
+            )
+        over = None if duration is None else self._opened_at + duration
+        pause = stop or threading.Event()
+        while not self._life.death():
+            now = time.monotonic()
+            if over is not None and now >= over:
+                return
+            if self._recording.is_done():
+                return
+            if now >= self._deadline:
+                self._timed_out = True
+                return
+            until = min(self._deadline, over) if over is not None else self._deadline
+            if pause.wait(max(min(POLL, until - now), 0.001)):
+                return
+
+    def _duration(self) -> float | None:
+        if self.spec.duration is not None or self.spec.num_steps is not None:
+            return self.spec.duration
+        return self._backend.default_seconds
+
+    def close(self) -> WindowCapture:
+        """Closes the window (once) and returns what it left; a second call waits for the first.
+
+        A window that is merely incomplete does not raise: `state` and `reason` say so.
+        """
+        if self._capture is None:
+            with self._closing:
+                if self._capture is None:
+                    self._capture = self._close()
+        return self._capture
+
+    def _close(self) -> WindowCapture:
+        if self._not_opened is not None and not self.was_opened:
+            word, reason = self._not_opened
+            unopened = self._failed(reason, time.time())
+            return replace(unopened, state="complete") if word == "pass" else unopened
+        clocks: tuple[GpuClocks, ...] = ()
+        notes: tuple[str, ...] = ()
+        try:
+            clocks, notes = self._end_clocks()  # before the export, in which GPUs are idle
+        finally:
+            recorded = self._recorded or self._end_recording()
+        if self.load_problem:
+            notes += (f"it opened although its load could not be seen: {self.load_problem}",)
+        return self._with_facts(replace(recorded, gpus=clocks, notes=(*recorded.notes, *notes)))
+
+    def _end_clocks(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
+        watch, self._clocks = self._clocks, None
+        return watch.stop() if watch is not None else ((), ())
+
+    def _end_recording(self) -> WindowCapture:
+        if self.state != "open":
+            raise WindowError(
+                f"window {self.id!r} was never open", expected="open() before close()"
+            )
+        interrupted = self._failed("closing was interrupted", self._opened)
+        capture = replace(interrupted, is_still_open=True)
+        try:
+            unfinished = self._unfinished()
+            floor = time.monotonic() + min(self.spec.timeout, CLOSE_SECONDS)
+            deadline = max(self._deadline, floor)
+            capture = self._recording.stop(interrupted, deadline, unfinished=unfinished)
+        finally:
+            self.state = "closed"
+            try:
+                self._recorded = self._describe(capture)
+            finally:
+                self._release(still_open=capture.is_still_open)
+        return self._recorded
+
+    def _unfinished(self) -> str | None:
+        """Why the window closes before its steps are over; None when it does not."""
+        steps = self.spec.num_steps
+        if steps is None or self._life.death():
+            return None
+        patience = time.monotonic() + (0.0 if self._timed_out else ENDING_SECONDS)
+        while not self._recording.is_done():
+            if time.monotonic() >= patience:
+                seconds = time.monotonic() - self._opened_at
+                how = "not over within" if self._timed_out else "not over when it closed after"
+                return f"its {steps} steps were {how} {seconds:.0f} s"
+            time.sleep(POLL)
+        return None
+
+    def _failed(self, reason: str, opened: float) -> WindowCapture:
+        return WindowCapture(self.id, self.spec, "failed", opened, time.time(), reason=reason)
+
+    def _describe(self, capture: WindowCapture) -> WindowCapture:
+        """With the time at which it closed, and the ranks that it should hold."""
+        sizes = self.server.sizes
+        ranks = sizes.ranks()
+        if self._backend.is_per_node:
+            ranks = tuple(rank for rank in ranks if sizes.node_of(rank) == sizes.node_rank)
+        labels = tuple(rank.label for rank in ranks)
+        return replace(capture, closed=time.time(), expected_ranks=labels)
+
+    def _with_facts(self, capture: WindowCapture) -> WindowCapture:
+        """With what the log told meanwhile; an attached server's log is not known."""
+        log = self.server.log
+        if log is None:
+            return capture
+        from pytest_sglprof._server.log_lines import read_log_facts
+        from pytest_sglprof._server.sizes import graph_batches
+
+        facts = read_log_facts(log.each(self._log_start), capture.closed)
+        facts = replace(facts, graph_batches=graph_batches(self.server.info))
+        return replace(capture, facts=facts)
+
+    def _release(self, *, still_open: bool) -> None:
+        try:
+            if not still_open:  # else a teardown of the server has to try once more
+                self.server.announce_window(None)
+        finally:
+            self._held.close()
+
+    def discard(self) -> None:
+        """Ends the window and drops what it recorded; nothing happens to a closed one."""
+        with self._closing, ExitStack() as ending:
+            was_open, self.state = self.state == "open", "closed"
+            if was_open:
+                ending.callback(self._release, still_open=False)
+                ending.callback(self._recording.abort)
+            self._end_clocks()
+
+    # ---- as a block, once or several times -----------------------------------------------
+
+    def __enter__(self) -> Window:
+        self._await_steady_load()
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+        while error is None and (following := self.next()) is not None:
+            following._await_steady_load()
+            following.open()
+            try:
+                target, ended = following._load.driven
+                following.wait(ended if target else None)
+            finally:
+                following.close()
+
+    def _await_steady_load(self) -> None:
+        """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
+        target, ended = self._load.driven
+        if target and not self.spec.delay:
+            if self._progress is not None:
+                self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
+            steady_load(
+                self.server,
+                target,
+                timeout=self.spec.timeout,
+                stop=ended,
+                on_look=self.saw_load,
+            )
+
+    def next(self) -> Window | None:
+        """The window to open after the last of these; None when all were opened."""
+        if self._make_next is None or len(self.windows) >= (self.spec.repeat or 1):
+            return None
+        following = self._make_next(self.spec)
+        self.windows.append(following)
+        following.windows = self.windows
+        return following
+
+    # ---- measuring -----------------------------------------------------------------------
+
+    @property
+    def capture(self) -> WindowCapture:
+        """The closed window: its files, ranks and times."""
+        if self._capture is None:
+            raise WindowError(
+                f"the window {self.spec.name} is not closed yet",
+                expected="a closed window",
+                hint="use it after its with block",
+            )
+        return self._capture
+
+    @property
+    def measured(self) -> Measured:
+        """Table and verdict; the files are read at the first use."""
+        capture = self.capture
+        with self._judging:
+            word, reason = self._not_opened or (None, "")
+            if self._measured is None and word is not None:
+                self._measured = Measured(None, Verdict(word, reason), reason)
+            if self._measured is None:
+                try:
+                    self._measured = measure(capture, self._settings, self._checks)
+                except Exception as error:
+                    # Raised once, in the test; its report then tells the rest.
+                    reason = f"reading or judging the window failed: {error!r}"
+                    verdict = undecided((*self.spec.thresholds, *self._checks), reason)
+                    self._measured = Measured(None, verdict, reason)
+                    raise
+            return self._measured
+
+    @property
+    def table(self) -> KernelTable:
+        """The kernel table; `Inconclusive` when the window left nothing to read."""
+        table = self.measured.table
+        if table is None:
+            raise Inconclusive(
+                f"the window {self.spec.name} has no kernel table: {self.measured.verdict.reason}",
+                expected="a complete window",
+                hint="see the reason above",
+            )
+        return table
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of its thresholds so far."""
+        return self.measured.verdict
+
+    @property
+    def was_checked(self) -> bool:
+        """True once `check` was asked something about the closed window."""
+        return bool(self._checks)
+
+    def check(
+        self,
+        metric: str,
+        limit: float,
+        *,
+        scope: str = "compute",
+        kernel: str = "",
+        stage: str = "",
+    ) -> float:
+        """Judges one more threshold and returns the figure that it judges.
+
+        The test fails at its end when the figure is above `limit`; it is infinite where only
+        one rank has any of the scope. Too little data for a figure raises `Inconclusive` at
+        once. Either way the judgement stays with the window. Windows that were opened
+        together are judged together, and the figure is their median. `SettingsError` for
+        names that do not exist.
+        """
+        threshold = check_threshold(
+            Threshold(metric, limit, scope, kernel, stage, origin="check"),
+            self._settings.category_names,
+            f"check({metric!r}, {limit!r})",
+        )
+        if self._is_documented:
+            raise WindowError(
+                f"check({metric!r}, {limit!r}): the results of this window's test are written",
+                expected="a check in the body of the test",
+                hint="fixtures that are torn down are too late for a verdict",
+            )
+        for window in self.windows:
+            _ = window.capture  # all of them are closed, before the first of them is judged
+        verdicts = [window._judge_also(threshold) for window in self.windows]
+        together: Verdict | RepeatedVerdict = verdicts[0]
+        if len(verdicts) > 1:
+            together = judge_repeats(verdicts, self.spec.repeat or 1)
+        if together.word == "inconclusive":
+            raise Inconclusive(
+                f"{threshold.describe()}: {together.reason}",
+                expected=f"at least {self._settings.min_steps} steps of every rank",
+                hint="give the window more steps, or the server a longer load",
+            )
+        return median(_figure(verdict) for verdict in verdicts if verdict.word != "inconclusive")
+
+    def _judge_also(self, threshold: Threshold) -> Verdict:
+        """The verdict of this window on one more threshold, which it keeps."""
+        _ = self.measured  # its files are read
+        with self._judging:
+            measured = self._measured
+            assert measured is not None
+            if threshold not in self._checks:
+                self._checks.append(threshold)
+            verdict = judge_table(
+                self.capture, measured.table, measured.doubt, self._settings, self._checks
+            )
+            self._measured = replace(measured, verdict=verdict)
+        return verdict.of(threshold)
+
+    def document(self, **about: Any) -> RecordedWindow:
+        """The window as results hold it; from now on it takes no check."""
+        from pytest_sglprof._report.results import window_document
+
+        self._is_documented = True
+        table = self.measured.table
+        return window_document(
+            self.capture, table, self.verdict, **about, **self._load_document(table)
+        )
+
+    def _load_document(self, table: KernelTable | None) -> dict[str, Any]:
+        """What opened it and the load around it, joined with its kernels."""
+        from pytest_sglprof._analysis.load import join_load
+        from pytest_sglprof._report.model import load_strip, onset_document
+
+        if self.watch is None:
+            return {}
+        capture, onset = self.capture, self.onset
+        source = getattr(self.spec.trigger, "source", "loads")
+        begin = min(capture.opened, onset.time if onset else capture.opened) - STRIP_BEFORE
+        samples = self.watch.samples
+        strip = load_strip(samples, source, begin, capture.closed + STRIP_AFTER)
+        join = join_load(onset, table) if onset is not None and table is not None else None
+        return {"onset": onset_document(onset, join), "load_samples": strip}
+
+
+def _figure(verdict: Verdict) -> float:
+    """The figure that decided; infinite for what only one rank has."""
+    value = verdict.worst.value if verdict.worst is not None else None
+    return math.inf if value is None else value
+
+
+class ProfileWindow:
+    """The fixture `profile_window`: makes a window that is opened by hand.
+
+    Options are those of docs/windows.md; `SettingsError` for what no window can do.
+    """
+
+    def __init__(self, settings: Settings, make: Callable[[WindowSpec], Window]) -> None:
+        self._settings = settings
+        self._make = make
+
+    def __call__(self, name: str = "window", **options: Any) -> Window:
+        """A window of the running test, not opened yet."""
+        return self._make(window_by_hand(self._settings, name, options))

@@ -1,0 +1,425 @@
+"""`SglangClient`: the few HTTP endpoints of an SGLang server that this project needs.
+
+Failures become three errors: nothing answers (`ServerUnreachable`), nothing answers *in
+time* (`ServerSilent`), and an answer that is no success (`ServerRefused`, with its status).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+import httpx
+
+from pytest_sglprof._errors import (
+    ServerError,
+    ServerRefused,
+    ServerSilent,
+    ServerUnreachable,
+    SettingsError,
+)
+from pytest_sglprof._redact import learn, redact, redact_text
+
+PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
+LOADS = "/v1/loads?include=core"  # what it says without `include` costs the server more
+SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
+
+
+@dataclass(frozen=True)
+class DpLoad:
+    """Load of one DP rank. running, waiting: requests; tokens, token_usage: of its KV cache.
+
+    token_usage: 0 to 1. throughput: generated tokens / s. What a server leaves out is 0.
+    """
+
+    dp_rank: int
+    running: int
+    waiting: int = 0
+    tokens: int = 0
+    token_usage: float = 0.0
+    throughput: float = 0.0
+
+
+def read_loads(answer: Any) -> list[DpLoad]:
+    """The load of each DP rank from an answer of `LOADS`; ValueError for any other answer."""
+    try:
+        return [
+            DpLoad(
+                dp_rank=int(load["dp_rank"]),
+                running=int(load["num_running_reqs"]),
+                waiting=int(load.get("num_waiting_reqs") or 0),
+                tokens=int(load.get("num_used_tokens") or 0),
+                token_usage=float(load.get("token_usage") or 0.0),
+                throughput=float(load.get("gen_throughput") or 0.0),
+            )
+            for load in answer["loads"]
+        ]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"it tells no number of requests of each DP rank ({error!r})") from error
+
+
+class SglangClient:
+    """Talks to one server. Not for use by several threads that also close it.
+
+    url: ``http://HOST:PORT``. api_key: the server's ``--api-key``. admin_key: its
+    ``--admin-api-key``, which the profile endpoints want where one is set.
+    timeout: s, for the quick endpoints.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str = "", admin_key: str = "", timeout: float = 30.0
+    ) -> None:
+        learn((api_key, admin_key))
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self._admin_key = admin_key
+        self._stop_path = "/stop_profile"
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=timeout,
+            # A proxy from the environment must not stand between us and this machine.
+            trust_env=not is_local_url(url),
+            # The server closes idle connections after 5 s: a request that meets that moment
+            # is reset, and /start_profile must not be sent twice.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+
+    @property
+    def api_key(self) -> str:
+        """The key for plain requests, "" for none: for a load driver, never to be stored."""
+        return self._api_key or self._admin_key
+
+    def is_ready(self) -> bool:
+        """True when the server takes requests; never raises for a server that is starting.
+
+        Asks ``/ready``, which costs nothing; servers without it answer 404 and are asked
+        ``/health``, which runs a one-token batch: do not poll it inside a window. Raises
+        `ServerRefused` for what waiting does not mend: a wrong key, neither of the two.
+        """
+        try:
+            for path in ("/ready", "/health"):
+                response = self._http.get(
+                    path, headers=self._headers(admin=False), timeout=PROBE_TIMEOUT
+                )
+                if is_transient_status(response.status_code):
+                    return response.status_code == HTTPStatus.OK
+        except httpx.RequestError:
+            return False
+        raise self._refusal(path, response, admin=False)
+
+    def server_info(self) -> dict[str, Any]:
+        """All resolved arguments of the server, flat, with keys and tokens hidden."""
+        response = self._request("GET", "/server_info", allow=(HTTPStatus.NOT_FOUND,))
+        if response.status_code == HTTPStatus.NOT_FOUND:
+            response = self._request("GET", "/get_server_info")
+        info = redact(self._json_object(response, "/server_info"))
+        assert isinstance(info, dict)
+        return info
+
+    def loads(self) -> list[DpLoad]:
+        """Load of each DP rank now."""
+        response = self._request("GET", LOADS)
+        try:
+            return read_loads(response.json())
+        except ValueError as error:
+            raise self._not_understood(response, "/v1/loads", f"its load: {error}") from error
+
+    def start_profile(self, params: Mapping[str, Any], timeout: float) -> None:
+        """Opens a torch profile; `params` is the body of ``/start_profile``.
+
+        A refusal is a ``ServerRefused``; its reason stands in the server's log only.
+        """
+        self._request("POST", "/start_profile", admin=True, timeout=timeout, json=dict(params))
+
+    def stop_profile(self, timeout: float) -> bool:
+        """Ends the profile: True when it ended now, False when none was running.
+
+        Returns when the files of all ranks are written. A server without
+        ``/stop_profile`` is asked ``/end_profile``, and that is remembered.
+        """
+        status = self._stop(timeout)
+        if status == HTTPStatus.NOT_FOUND and self._stop_path == "/stop_profile":
+            self._stop_path = "/end_profile"
+            status = self._stop(timeout)
+            if status == HTTPStatus.NOT_FOUND:
+                self._stop_path = "/stop_profile"
+                raise ServerRefused(
+                    f"{self.url} knows neither /stop_profile nor /end_profile",
+                    status=status,
+                    expected="an SGLang server, which has one of the two",
+                    hint="check that the URL is that of the server itself, not of a gateway",
+                )
+        return status == HTTPStatus.OK
+
+    def _stop(self, timeout: float) -> int:
+        allowed = (HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR)
+        response = self._request(
+            "POST", self._stop_path, admin=True, timeout=timeout, allow=allowed
+        )
+        return response.status_code
+
+    def flush_cache(self) -> bool:
+        """Empties the prefix cache; False when requests are running, which prevents it."""
+        allowed = (HTTPStatus.BAD_REQUEST,)
+        response = self._request("POST", "/flush_cache", admin=True, allow=allowed)
+        return response.status_code == HTTPStatus.OK
+
+    def close(self) -> None:
+        """Closes the connections; the client is of no use afterwards."""
+        self._http.close()
+
+    def _headers(self, admin: bool) -> dict[str, str]:
+        key = (self._admin_key or self._api_key) if admin else (self._api_key or self._admin_key)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        admin: bool = False,
+        timeout: float | None = None,
+        json: Mapping[str, Any] | None = None,
+        allow: tuple[int, ...] = (),
+    ) -> httpx.Response:
+        limit = self._http.timeout if timeout is None else httpx.Timeout(timeout)
+        target, path = path, path.partition("?")[0]
+        try:
+            response = self._http.request(
+                method, target, headers=self._headers(admin), timeout=limit, json=json
+            )
+        except httpx.TimeoutException as error:
+            seconds = limit.read or 0.0
+            raise ServerSilent(
+                f"{self.url}{path} did not answer within {seconds:g} s",
+                hint="an export of a profile stalls the server: take a smaller window, "
+                "or give more time",
+            ) from error
+        except httpx.RequestError as error:
+            raise ServerUnreachable(
+                f"{self.url}{path}: {error or type(error).__name__}",
+                expected="an SGLang server at this address",
+            ) from error
+        if response.is_success or response.status_code in allow:
+            return response
+        raise self._refusal(path, response, admin)
+
+    def _refusal(self, path: str, response: httpx.Response, admin: bool) -> ServerRefused:
+        status = response.status_code
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            option = "admin_api_key_env (or api_key_env)" if admin else "api_key_env"
+            return ServerRefused(
+                f"{self.url}{path} answered {status}: the server wants a key",
+                status=status,
+                expected="the key that the server was started with",
+                hint=f"name the environment variable that holds it in {option}",
+            )
+        body = redact_text(response.text).strip()
+        return ServerRefused(
+            f"{self.url}{path} answered {status}: {body[:SHOWN_BODY]}",
+            status=status,
+            hint="the reason stands in the server's log" if status >= 500 else "",
+        )
+
+    def _json_object(self, response: httpx.Response, path: str) -> dict[str, Any]:
+        try:
+            document = response.json()
+        except ValueError:
+            document = None
+        if isinstance(document, dict):
+            return document
+        raise self._not_understood(response, path, "a JSON object")
+
+    def _not_understood(self, response: httpx.Response, path: str, wanted: str) -> ServerRefused:
+        return ServerRefused(
+            f"{self.url}{path} did not answer with {wanted}",
+            status=response.status_code,
+            expected="an SGLang server",
+            hint="check the URL: something else may be listening there",
+        )
+
+
+# Addresses of servers: one spelling for one server, and which are on this machine.
+
+
+_PORTS = {"http": 80, "https": 443}
+_LOCALHOST = frozenset({"localhost", "localhost.localdomain"})
+_LOCAL_NAMES = _LOCALHOST | {"ip6-localhost", "ip6-loopback"}
+
+
+def checked_url(url: str) -> str:
+    """``http://HOST:PORT`` in its one spelling; raises `SettingsError` for anything else.
+
+    Lower case, no final dot, no default port; ``localhost`` and addresses that mean "all of
+    this machine" become the loopback address.
+    """
+    full = url.strip() if "://" in url else f"http://{url.strip()}"
+    try:
+        parts = urlsplit(full)
+        host, port = plain_host(parts.hostname or ""), port_of(parts)
+        valid = parts.scheme in _PORTS and bool(host) and port > 0 and "@" not in parts.netloc
+    except ValueError:
+        valid = False
+    if not valid or parts.path.strip("/") or parts.query or parts.fragment:
+        raise SettingsError(
+            f"--sglprof-server {url!r} is not the address of a server",
+            expected="http://HOST:PORT",
+            hint="give no path; keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY",
+        )
+    return url_to(parts.scheme, host, port)
+
+
+def url_to(scheme: str, host: str, port: int) -> str:
+    """The address at which this machine reaches a server that listens on `host`."""
+    name = plain_host(host)
+    shown = f"[{name}]" if ":" in name else name
+    return f"{scheme}://{shown}" + ("" if _PORTS.get(scheme) == port else f":{port}")
+
+
+def server_name(url: str) -> str:
+    """``HOST:PORT``, the same for every address of one server: what its locks go by."""
+    parts = urlsplit(url)
+    host = "127.0.0.1" if is_local_url(url) else plain_host(parts.hostname or "")
+    return f"{host}:{port_of(parts)}"
+
+
+def is_local_url(url: str) -> bool:
+    """True when `url` names this very machine."""
+    host = plain_host(urlsplit(url).hostname or "")
+    address = _address(host)
+    return host in _LOCAL_NAMES or (address is not None and address.is_loopback)
+
+
+def plain_host(host: str) -> str:
+    """One spelling of a host, without brackets; "" for none."""
+    name = host.strip("[]").lower().rstrip(".")
+    if name in _LOCALHOST:
+        return "127.0.0.1"
+    address = _address(name)
+    if address is None:
+        return name
+    if address.is_unspecified:
+        # A server that listens on :: need not listen on 127.0.0.1 (asyncio's do not).
+        return "127.0.0.1" if address.version == 4 else "::1"
+    return str(address)
+
+
+def port_of(parts: SplitResult) -> int:
+    """The port of an address, that of its scheme where it names none."""
+    return _PORTS.get(parts.scheme, 0) if parts.port is None else parts.port
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# Which failures of a server are for a moment only, so that it is asked once more.
+#
+# A server that starts, exports a profile or is restarted behind a gateway answers 503, resets
+# connections or sends half an answer; a wrong key or a missing endpoint stays wrong.
+
+
+PATIENCE = 10.0  # s for one answer that is needed to go on
+PAUSE = 0.25  # s between two tries
+WAITED_FOR = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+
+Answer = TypeVar("Answer")
+
+
+def is_transient(error: ServerError) -> bool:
+    """True for a failure that the next request may not meet."""
+    if isinstance(error, ServerRefused):
+        return is_transient_status(error.status)
+    return isinstance(error, ServerUnreachable)
+
+
+def is_transient_status(status: int) -> bool:
+    """The same of an HTTP status; a success is one whose content makes no sense yet."""
+    is_ours = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+    return not is_ours or status in WAITED_FOR
+
+
+def patiently(ask: Callable[[], Answer], limit: float = PATIENCE) -> Answer:
+    """What `ask` answers; asked again for `limit` s while failures are transient.
+
+    Raises the last error then, and at once what is not transient, or that nothing listens.
+    """
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return ask()
+        except ServerError as error:
+            is_gone = isinstance(error.__cause__, httpx.ConnectError)
+            if is_gone or not is_transient(error) or time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE)
+
+
+# Whether a server that somebody else runs is still there, at no cost to it.
+#
+# It is asked ten times a second inside a window, and each connection is work for the process
+# that is being measured.
+
+
+LOOK_EVERY = 5.0  # s between two connections to a server whose port cannot be looked up
+CONNECT_LIMIT = 5.0  # s
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_LISTEN = "0A"
+
+
+class Presence:
+    """Of the server at `url`, which answered just now.
+
+    On this machine the kernel's own list of listening ports is read. A server elsewhere, or
+    one in a container whose port is only forwarded, gets a connection every `LOOK_EVERY` s.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", port_of(parts)
+        self._is_listed = is_local_url(url) and is_listening(self._port)
+        self._looked = time.monotonic()
+        self._answered = True
+
+    def is_there(self) -> bool:
+        """False once nothing listens there any more."""
+        if self._is_listed:
+            return is_listening(self._port)
+        if time.monotonic() - self._looked >= LOOK_EVERY:
+            self._answered = self._answers()
+            self._looked = time.monotonic()
+        return self._answered
+
+    def _answers(self) -> bool:
+        address = (self._host, self._port)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(address, timeout=CONNECT_LIMIT),
+        ):
+            return True
+        return False
+
+
+def is_listening(port: int) -> bool:
+    """True while some process of this machine listens on the TCP port."""
+    ending = f":{port:04X}"
+    for table in _TABLES:
+        # Listening sockets stand first: the rest, which may be long, is seldom read.
+        with contextlib.suppress(OSError), table.open() as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[3] == _LISTEN and fields[1].endswith(ending):
+                    return True
+    return False

@@ -1,0 +1,311 @@
+"""The command of a server: what the chosen interpreter has, its words, its environment."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pytest_sglprof import _process as process
+from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._errors import ServerMissing, SettingsError
+from pytest_sglprof._redact import (
+    is_secret_variable,
+    learn_command,
+    learn_environment,
+    redact_command,
+)
+from pytest_sglprof._server.client import url_to
+
+WATCHDOG = "1800"  # s; an export of a profile that outlasts it would kill the server
+HOST = "127.0.0.1"
+EXEC_STEP = Path(__file__).parent / "keeper" / "exec_step.py"
+PACKAGE_ROOT = Path(__file__).parents[2]
+PROBE_LIMIT = 120.0  # s; interpreters in containers and on network disks start slowly
+
+# Looks only at files: importing sglang would import torch.
+_PROBE = """
+import importlib.metadata, importlib.util, json, os, sys
+if sys.path[0] == "":  # a folder called sglang beside us is not an installation
+    del sys.path[0]
+spec = importlib.util.find_spec("sglang")
+places = list(spec.submodule_search_locations or []) if spec else []
+has = lambda name: any(os.path.isfile(os.path.join(p, *name.split(".")) + ".py") for p in places)
+first = lambda *names: next(("sglang." + name for name in names if has(name)), "")
+try:
+    version = importlib.metadata.version("sglang") if places else ""
+except importlib.metadata.PackageNotFoundError:
+    version = ""
+print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
+                  "driver": first("benchmark.serving", "bench_serving"), "version": version}))
+"""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What of SGLang an interpreter has. server, driver: modules that it can run, "" for none.
+
+    serve: it knows `sglang serve`. version: "" if unknown. problem: lines that say
+    why the interpreter does not work.
+    """
+
+    serve: bool = False
+    server: str = ""
+    driver: str = ""
+    version: str = ""
+    problem: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How an interpreter starts a server.
+
+    mode: "serve" (`sglang serve`), or "module" (`python -m MODULE`).
+    version: SGLang's, "" if unknown.
+    """
+
+    kind: Literal["sglang", "standin"]
+    python: str
+    mode: Literal["serve", "module"]
+    module: str = ""
+    version: str = ""
+
+
+def find_entry(spec: ServerSpec) -> Entry:
+    """The server that `spec` means. "auto" is SGLang where it is installed.
+
+    Raises `ServerMissing` when SGLang is wanted and the interpreter has none.
+    """
+    if spec.kind == "standin":
+        return _standin()
+    # As a path, since the keeper and nsys would look a bare name up on their own.
+    python = (process.which(spec.python) or spec.python) if spec.python else sys.executable
+    try:
+        return _sglang(python)
+    except ServerMissing:
+        if spec.kind == "auto":
+            return _standin()
+        raise
+
+
+def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | None) -> list[str]:
+    """The arguments of the server; what the user gave is never given again."""
+    given = {word.partition("=")[0] for word in spec.args}
+    words: list[str] = []
+
+    def add(name: str, value: str, *also: str) -> None:
+        if value and not given & {name, *also}:
+            words.extend((name, value))
+
+    if entry.kind == "sglang":
+        add("--model-path", spec.model_path, "--model")
+    add("--host", HOST)
+    add("--port", str(port))
+    if entry.kind == "sglang":
+        # Plain DP replicas look for a port each; a fixed one would be shared by all.
+        if nccl_port and not has_replicas(spec.args):
+            add("--nccl-port", str(nccl_port))
+        add("--watchdog-timeout", WATCHDOG)
+    words.extend(spec.args)
+    if entry.kind == "standin":
+        words.extend(spec.standin_args)
+    return words
+
+
+def has_replicas(args: Sequence[str]) -> bool:
+    """True for plain data parallelism: several groups of ranks that share no collective."""
+    sizes = (option(args, name) for name in ("--dp", "--dp-size", "--data-parallel-size"))
+    wide = any(size not in (None, "1") for size in sizes)
+    return wide and "--enable-dp-attention" not in args
+
+
+def option(args: Sequence[str], name: str) -> str | None:
+    """The value of `name` in a command line, in either spelling; the last one counts."""
+    value = None
+    for number, word in enumerate(args):
+        if word == name and number + 1 < len(args):
+            value = args[number + 1]
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def local_url(host: str, port: int) -> str:
+    """The address at which this machine reaches a server that listens on `host`."""
+    return url_to("http", host or HOST, port)
+
+
+def user_port(spec: ServerSpec) -> int | None:
+    """The port that the user asked for, by `port` or among `args`."""
+    text = option(spec.args, "--port")
+    if text is None:
+        return spec.port
+    if not text.isdigit():
+        raise SettingsError(f"server {spec.name!r}: --port {text!r} is not a number")
+    return int(text)
+
+
+def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
+    """The arguments that hand over the server's keys, where `args` does not."""
+    given = {word.partition("=")[0] for word in spec.args}
+    words: list[str] = []
+    if api_key and "--api-key" not in given:
+        words += ["--api-key", api_key]
+    if admin_key and "--admin-api-key" not in given:
+        words += ["--admin-api-key", admin_key]
+    return words
+
+
+def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line, apart: what may be seen, and options whose values may not.
+
+    An option keeps all of its values: `--lora-paths a https://user:PASSWORD@hub/b` is hidden
+    as a whole.
+    """
+    options: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            options.append([])
+        options[-1].append(word)
+    shown: list[str] = []
+    hidden: list[str] = []
+    for option_words in options:
+        secret = redact_command(option_words) != option_words
+        (hidden if secret else shown).extend(option_words)
+    return shown, hidden
+
+
+def exec_command(entry: Entry, fifo: Path, words: Sequence[str]) -> list[str]:
+    """The command that is really started: the exec step, which becomes the server."""
+    start = [entry.python, "-u", str(EXEC_STEP), str(fifo)]
+    target = ["serve"] if entry.mode == "serve" else ["module", entry.module]
+    return [*start, *target, *words]
+
+
+def shown_command(entry: Entry, words: Sequence[str]) -> list[str]:
+    """The command as a user would type it."""
+    if entry.mode == "serve":
+        return [str(Path(entry.python).with_name("sglang")), "serve", *words]
+    return [entry.python, "-m", entry.module, *words]
+
+
+def server_environment(
+    spec: ServerSpec, entry: Entry, base: Mapping[str, str], tmpdir: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The server's variables, apart: those that may be seen, and the secret ones.
+
+    base: the environment of the caller. A secret is what `secret_variables` says.
+    """
+    merged = dict(base)
+    merged["PYTHONUNBUFFERED"] = "1"
+    merged["TMPDIR"] = str(tmpdir)
+    merged.setdefault("SGLANG_LOG_FORWARD_ITERS", "1")
+    merged.setdefault("SGLANG_LOG_MS", "1")
+    if spec.nsys:
+        merged.setdefault("SGLANG_ENABLE_NVTX_SCHEDULER", "1")
+    if entry.kind == "standin":
+        paths = [str(PACKAGE_ROOT), *merged.get("PYTHONPATH", "").split(os.pathsep)]
+        merged["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    merged.update(spec.env)
+    secret = secret_variables(spec, merged)
+    # The server's keys are handed over as arguments; it has no use for our variables.
+    unused = {spec.api_key_env, spec.admin_api_key_env} - {name for name, _ in spec.env}
+    visible = {k: v for k, v in merged.items() if k not in secret}
+    return visible, {k: v for k, v in secret.items() if k not in unused}
+
+
+def secret_variables(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
+    """Those that `spec` declares, credentials by name, and all that hold a known secret."""
+    declared = _declared(spec)
+    return {k: v for k, v in environment.items() if k in declared or is_secret_variable(k, v)}
+
+
+def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
+    """From now on this process hides the secrets of a server wherever it writes.
+
+    environment: the variables that its declarations refer to. Its keys: see `server_keys`.
+    """
+    learn_environment({**environment, **dict(spec.env)}, _declared(spec))
+    learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
+
+
+def keep_secrets(specs: Iterable[ServerSpec]) -> dict[str, str]:
+    """Learns the secrets of these servers and blanks them in our own environment block.
+
+    Returns the secret ones among our variables.
+    """
+    secret: dict[str, str] = {}
+    for spec in specs:
+        learn_secrets(spec, os.environ)
+        secret |= secret_variables(spec, os.environ)
+    process.blank_variables(secret)
+    return secret
+
+
+def _declared(spec: ServerSpec) -> set[str]:
+    return {name for name in (*spec.secrets, spec.api_key_env, spec.admin_api_key_env) if name}
+
+
+def _standin() -> Entry:
+    return Entry("standin", sys.executable, "module", "pytest_sglprof.standin")
+
+
+def _sglang(python: str) -> Entry:
+    sglang = installation(python)
+    if sglang.serve:
+        return Entry("sglang", python, "serve", version=sglang.version)
+    if sglang.server:
+        return Entry("sglang", python, "module", sglang.server, version=sglang.version)
+    raise ServerMissing(
+        f"SGLang is not installed in {python}",
+        expected="an interpreter that has the package sglang",
+        hint="install SGLang there, name another interpreter with --sglprof-python, or "
+        'say kind = "standin" to run against the embedded stand-in server',
+    )
+
+
+def load_driver(python: str) -> str:
+    """The module of SGLang's load driver; raises `ServerMissing` where there is none."""
+    if driver := installation(python).driver:
+        return driver
+    raise ServerMissing(
+        f"{python} has no load driver of SGLang",
+        expected="sglang.benchmark.serving or sglang.bench_serving",
+        hint="set --sglprof-python to the interpreter of your SGLang",
+    )
+
+
+def installation(python: str) -> Installation:
+    """What of SGLang an interpreter has; raises `ServerMissing` when it does not work."""
+    sglang = _probe(python)
+    if sglang.problem is not None:
+        raise ServerMissing(
+            f"{python} is not a working Python interpreter",
+            expected="the interpreter that has SGLang",
+            hint="check --sglprof-python (or `python` of the server)",
+            log=sglang.problem,
+        )
+    return sglang
+
+
+@functools.lru_cache(maxsize=8)  # of failures, too: each look starts a Python
+def _probe(python: str) -> Installation:
+    try:
+        answer = subprocess.run(
+            [python, "-c", _PROBE],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_LIMIT,
+            check=True,
+        )
+        return Installation(**json.loads(answer.stdout.strip().splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return Installation(problem=tuple(str(output).strip().splitlines()[-5:]))

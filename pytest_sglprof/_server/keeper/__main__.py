@@ -1,0 +1,180 @@
+"""``python -m pytest_sglprof._server.keeper``; its messages are those of `protocol`.
+
+It runs in a process session of its own and ignores Ctrl-C. When pytest stops it, dies, or
+closes the pipe, it tears the server down by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+
+from pytest_sglprof import _process as process
+from pytest_sglprof._config.model import Backend
+from pytest_sglprof._errors import SglprofError
+from pytest_sglprof._redact import learn, redact_text
+from pytest_sglprof._server.command import learn_secrets
+from pytest_sglprof._server.keeper.life import ServerLife, log_gpus
+from pytest_sglprof._server.keeper.protocol import (
+    Clocks,
+    Event,
+    Exited,
+    Launch,
+    Order,
+    Plan,
+    ProgressEvent,
+    Started,
+    Stop,
+    Stopped,
+    Window,
+    decode_order,
+    encode,
+    error_message,
+)
+from pytest_sglprof._server.keeper.teardown import tear_down
+
+log = logging.getLogger("sglprof.keeper")
+
+TICK = 0.25  # s between two looks at the server
+ALONE_LIMIT = 20.0  # s for closing a window when nobody waits for it any more
+
+
+class _Formatter(logging.Formatter):
+    """Hides what is secret, also in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
+class Keeper:
+    """The keeper's loop: messages in, events out, the server in between."""
+
+    def __init__(self) -> None:
+        self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._alone = False
+        self._window: Backend | None = None
+        self._opened = 0.0
+        self._parent = 0
+
+    def run(self) -> int:
+        """Serves one server; returns the exit status."""
+        process.adopt_orphans()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self._end_alone())
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+        first = self._inbox.get()
+        if not isinstance(first, Launch):
+            return 2
+        plan = first.plan
+        learn((plan.api_key, plan.admin_key))
+        learn_secrets(plan.spec, {**os.environ, **plan.private})
+        self._log_to(plan)
+        self._parent = plan.parent
+        os.environ.pop("PYTHONPATH", None)
+        if plan.pythonpath:
+            os.environ["PYTHONPATH"] = plan.pythonpath
+        life = ServerLife(
+            plan,
+            cancelled=self._is_ending,
+            progress=lambda text: self._say(ProgressEvent(text)),
+            locked=lambda clocks: self._say(Clocks(dict(clocks))),
+        )
+        left: list[str] = []
+        try:
+            if self._start(life):
+                self._loop(life)
+        except Exception:
+            log.exception("the keeper failed; it tears down")
+        finally:
+            limit = plan.spec.stop_timeout
+            limit = min(limit, ALONE_LIMIT) if self._alone else limit
+            left = tear_down(life, self._window, self._opened, limit)
+            self._say(Stopped(tuple(left)))
+        return 1 if left else 0
+
+    def _start(self, life: ServerLife) -> bool:
+        try:
+            life.start()
+        except SglprofError as error:
+            log.warning("not started: %s", error)
+            self._say(error_message(error))
+            return False
+        self._say(
+            Started(
+                pid=life.pid,
+                created=life.created,
+                host=life.host,
+                port=life.port,
+                command=tuple(life.words),
+                session=life.session.name if life.session else "",
+                tmpdir=life.tmpdir,
+            )
+        )
+        return True
+
+    def _loop(self, life: ServerLife) -> None:
+        while not self._is_ending():
+            with contextlib.suppress(queue.Empty):
+                self._take(self._inbox.get(timeout=TICK))
+            if not life.is_alive():
+                life.remember()
+                life.end_ranks()
+                status = life.exit_status()
+                log.warning("the server ended by itself, status %s", status)
+                self._say(Exited(status))
+                return
+            if life.launcher is not None and life.launcher.poll() is not None:
+                process.reap_orphans()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._take(self._inbox.get_nowait())
+
+    def _take(self, order: Order | None) -> None:
+        if isinstance(order, Window):
+            self._window, self._opened = order.backend, order.opened
+            log.info("window: %s", self._window)
+
+    def _is_ending(self) -> bool:
+        """Also true when pytest has died while somebody else holds the pipe open."""
+        if os.getppid() != self._parent:
+            self._end_alone()
+        return self._ending.is_set()
+
+    def _read(self) -> None:
+        for line in sys.stdin:  # as text: who waits in its buffer aborts the interpreter's end
+            with contextlib.suppress(ValueError):
+                order = decode_order(line)
+                self._inbox.put(order)
+                if isinstance(order, Stop):
+                    self._ending.set()
+        self._end_alone()
+        self._inbox.put(None)
+
+    def _end_alone(self) -> None:
+        self._alone = True
+        self._ending.set()
+
+    def _say(self, event: Event) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody may listen any more
+            sys.stdout.buffer.write(encode(event))
+            sys.stdout.buffer.flush()
+
+    def _log_to(self, plan: Plan) -> None:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(plan.folder / "keeper.log", encoding="utf-8")
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.info("keeper %d of process %d; %s", os.getpid(), plan.parent, log_gpus())
+
+
+if __name__ == "__main__":
+    sys.exit(Keeper().run())

@@ -1,0 +1,486 @@
+"""`ServerLife`: one server, with its nsys and its leases, from start to end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_sglprof import _nsys as nsys
+from pytest_sglprof import _process as process
+from pytest_sglprof._errors import LeaseError, ServerDied, ServerNotReady, SettingsError
+from pytest_sglprof._redact import (
+    known_values,
+    longest_spelling,
+    redact_bytes,
+    redact_command,
+    redact_text,
+)
+from pytest_sglprof._server import command, lease
+from pytest_sglprof._server.keeper.protocol import (
+    HURRIED_WAIT,
+    INJECTION,
+    PORT_WAIT,
+    PUMP_WAIT,
+    RANK_GRACE,
+    START_LIMIT,
+    STATUS_WAIT,
+    Plan,
+    remove_injection,
+)
+from pytest_sglprof._server.nvml import ClockLock, Nvml
+
+log = logging.getLogger("sglprof.keeper")
+
+SOCKET_ROOM = 60  # bytes of a folder's path; SGLang puts sockets (107 bytes at most) into it
+
+Say = Callable[[str], None]
+
+
+class ServerLife:
+    """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`.
+
+    clocks: the lock on its GPUs' clocks, None without. locked: called as soon
+    as they are locked.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        cancelled: Callable[[], bool],
+        progress: Say,
+        locked: Callable[[Mapping[str, int]], None] = lambda clocks: None,
+    ) -> None:
+        self.plan = plan
+        self.folder = plan.folder
+        self.host = command.option(plan.spec.args, "--host") or command.HOST
+        self.port = 0
+        self.pid = 0
+        self.created = 0.0
+        self.words: list[str] = []
+        self.session: nsys.NsysSession | None = None
+        self.launcher: subprocess.Popen[bytes] | None = None
+        self.pump: LogPump | None = None
+        self.tmpdir = self.folder / "tmp"
+        self.seen: set[int] = set()
+        self.shared: set[Path] = set()
+        self.clocks: ClockLock | None = None
+        self._leases: list[lease.Lease] = []
+        self._link: Path | None = None
+        self._injection = ""
+        self._began = time.time()
+        self._cancelled = cancelled
+        self._progress = progress
+        self._locked = locked
+
+    def start(self) -> None:
+        """Leases, then starts; returns when the server's process runs (not: is ready)."""
+        lease.sweep()
+        for name in ("tmp", "traces", "nsys"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        # A log of an earlier life would explain the death of this one.
+        (self.folder / "server.log").unlink(missing_ok=True)
+        gpus = self._lease_gpus()
+        self.port, nccl_port = self._lease_ports()
+        self._shorten_tmpdir()
+        plan = self.plan
+        words = command.server_words(plan.spec, plan.entry, self.port, nccl_port)
+        shown, hidden = command.split_secret_words(words)
+        hidden += command.key_words(plan.spec, plan.api_key, plan.admin_key)
+        self.words = redact_command(command.shown_command(plan.entry, [*shown, *hidden]))
+        environment, private = command.server_environment(
+            plan.spec, plan.entry, {**os.environ, **plan.private}, self.tmpdir
+        )
+        if gpus is not None:
+            environment[VISIBLE] = ",".join(gpus)
+        fifo = self.folder / "tmp" / "handover.fifo"
+        os.mkfifo(fifo, 0o600)
+        line = [*self._nsys_words(), *command.exec_command(plan.entry, fifo, shown)]
+        log.info("starting %s", " ".join(redact_command(line)))
+        if known_values():
+            self.pump = LogPump(self.folder / "tmp" / "log.fifo", self.folder / "server.log")
+        self._spawn(line, environment)
+        self._hand_over(fifo, self._secrets(hidden, private))
+        self._wait_for_pid()
+
+    def is_alive(self) -> bool:
+        """True while the server's own process runs, whatever became of nsys."""
+        return bool(self.pid) and process.is_alive(self.pid, self.created)
+
+    def end_ranks(self) -> None:
+        """After the server's death: its ranks can linger for a minute, and nsys with them."""
+        process.kill_all(process.wait_gone(process.of_session(self.pid), RANK_GRACE))
+
+    def exit_status(self) -> int | None:
+        """The server's exit status after its end; None if unknown.
+
+        Below nsys it is known only when the report of the open window is written.
+        """
+        if self.launcher is None:
+            return None
+        deadline = time.monotonic() + STATUS_WAIT
+        while (status := self.launcher.poll()) is None:
+            if time.monotonic() > deadline:
+                return None
+            if self._cancelled():
+                deadline = min(deadline, time.monotonic() + HURRIED_WAIT)
+            time.sleep(0.05)
+        # An nsys that was killed did not live to tell the status of its target.
+        return None if self.plan.nsys and status < 0 else status
+
+    def remember(self) -> None:
+        """Notes who belongs to the server, and what a kill of them would leave."""
+        members = process.descendants(os.getpid())
+        self.seen.update(member.pid for member in members)
+        self.shared |= process.shared_memory(members, self._began)
+
+    def free(self) -> None:
+        """Removes the temporary folder and frees the leases; for after the end."""
+        if self.pump is not None:
+            self.pump.close()
+        if self._link is not None:
+            self._link.unlink(missing_ok=True)
+        remove_injection(self._injection)
+        process.remove_shared_memory(self.shared)
+        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        for held in self._leases:
+            held.release()
+        self._leases.clear()
+        with contextlib.suppress(LeaseError):  # there is no folder, so there are no leases
+            lease.sweep()  # a pytest that was killed left the lock of its window
+
+    def _lease_gpus(self) -> list[str] | None:
+        """Leases the devices; returns them when the server is to see only these."""
+        spec = self.plan.spec
+        if not self._on_gpu:
+            return None
+        visible = visible_gpus({**os.environ, **dict(spec.env)})
+        chosen = choose_gpus(spec.gpus, visible)
+        for name in sorted(chosen):  # in one order for everybody, so that nobody deadlocks
+            self._leases.append(
+                lease.acquire(
+                    f"gpu-{name}",
+                    timeout=spec.ready_timeout,
+                    what=f"GPU {name}",
+                    progress=self._progress,
+                    cancelled=self._cancelled,
+                )
+            )
+        if spec.lock_clocks:
+            order = {**os.environ, **dict(spec.env)}.get("CUDA_DEVICE_ORDER")
+            by_bus = order == "PCI_BUS_ID"
+            self.clocks = ClockLock(chosen, spec.lock_clocks, by_bus=by_bus)
+            self._locked(self.clocks.held)
+            log.info("locked at %d MHz: %s", spec.lock_clocks, ", ".join(self.clocks.held))
+        if spec.gpus == "all" or VISIBLE in dict(spec.env):
+            return None
+        return None if command.option(spec.args, "--base-gpu-id") else chosen
+
+    def _lease_ports(self) -> tuple[int, int | None]:
+        wanted = command.user_port(self.plan.spec)
+        if wanted is None:
+            port, leases = lease.free_server_ports()
+            self._leases += leases
+        else:
+            port = wanted
+            self._lease_wanted_port(port)
+        if command.option(self.plan.spec.args, "--nccl-port") is not None:
+            return port, None
+        nccl_port, held = lease.free_port()
+        self._leases.append(held)
+        return port, nccl_port
+
+    def _lease_wanted_port(self, port: int) -> None:
+        self._leases.append(
+            lease.acquire(
+                lease.port_name(port),
+                timeout=self.plan.spec.ready_timeout,
+                what=f"port {port}",
+                progress=self._progress,
+                cancelled=self._cancelled,
+            )
+        )
+        deadline = time.monotonic() + PORT_WAIT
+        while not lease.port_is_free(port):
+            pid = lease.listener_of(port)
+            if pid is not None or time.monotonic() > deadline or self._cancelled():
+                raise LeaseError(
+                    f"port {port} is in use by {f'process {pid}' if pid else 'another process'}",
+                    expected="a free port, since one was asked for",
+                    hint="end that process, give another port, or none: a free one is chosen then",
+                )
+            time.sleep(0.1)
+
+    def _shorten_tmpdir(self) -> None:
+        """A socket's path is short by law of the kernel: a link stands for a long folder."""
+        if len(os.fsencode(self.tmpdir)) <= SOCKET_ROOM:
+            return
+        link = self.plan.short_tmpdir
+        link.symlink_to(self.tmpdir.absolute(), target_is_directory=True)
+        self._link = self.tmpdir = link
+
+    def _nsys_words(self) -> list[str]:
+        plan = self.plan
+        if not plan.nsys:
+            return []
+        tool = nsys.NsysTool(plan.nsys, plan.nsys_version)
+        name = plan.session_name
+        self.session = nsys.NsysSession(tool, name, tmpdir=self.tmpdir)
+        return nsys.profile_prefix(
+            tool,
+            name,
+            self.folder / "nsys" / "first.nsys-rep",
+            plan.spec.nsys_args,
+            gpu=self._on_gpu,
+        )
+
+    def _spawn(self, line: list[str], environment: dict[str, str]) -> None:
+        try:
+            with self._log_target.open("ab", buffering=0) as output:
+                self.launcher = subprocess.Popen(
+                    line,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ServerDied(
+                f"{line[0]} could not be started: {error.strerror or error}",
+                hint="check --sglprof-python and --sglprof-nsys",
+            ) from error
+
+    def _secrets(self, hidden: list[str], private: dict[str, str]) -> dict[str, Any]:
+        """What goes through the fifo; see `server/exec_step.py`."""
+        return {
+            # Below nsys every process's environment block ends up in the report.
+            "environ": {} if self.plan.nsys else private,
+            "private": private if self.plan.nsys else {},
+            "args": hidden,
+            "log": str(self._log_target),
+            "pid_file": str(self._pid_file),
+        }
+
+    @property
+    def _on_gpu(self) -> bool:
+        on_cpu = command.option(self.plan.spec.args, "--device") == "cpu"
+        return self.plan.entry.kind == "sglang" and not on_cpu
+
+    @property
+    def _log_target(self) -> Path:
+        """Where the server and what starts it write: the pump's fifo, if there is a pump."""
+        return self.pump.fifo if self.pump is not None else self.folder / "server.log"
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.folder / "tmp" / "server.pid"
+
+    def _hand_over(self, fifo: Path, given: dict[str, Any]) -> None:
+        launcher = self.launcher
+        assert launcher is not None
+
+        def alive() -> bool:
+            return launcher.poll() is None and not self._cancelled()
+
+        if not hand_over(fifo, given, alive=alive, timeout=START_LIMIT):
+            raise self._not_started()
+
+    def _wait_for_pid(self) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while not self._pid_file.exists():
+            assert self.launcher is not None
+            over = time.monotonic() > deadline or self._cancelled()
+            if over or self.launcher.poll() is not None:
+                raise self._not_started()
+            time.sleep(0.02)
+        self.pid = int(self._pid_file.read_text())
+        with contextlib.suppress(OSError):
+            self._pid_file.unlink()
+        created = process.create_time(self.pid)
+        if created is None:
+            raise self._not_started()
+        self.created = created
+        if self.session is not None:
+            self._injection = process.variable(self.pid, INJECTION)
+        log.info("server is process %d", self.pid)
+
+    def _not_started(self) -> ServerDied | ServerNotReady:
+        status = self.launcher.poll() if self.launcher else None
+        log_text = (self.folder / "server.log").read_text(errors="replace")
+        lines = redact_text(log_text).splitlines()
+        if self._cancelled():
+            return ServerNotReady(
+                f"the keeper process (pid {os.getpid()}) was told to end while it started the "
+                "server",
+                expected="to be left alone",
+                hint="look for whoever sends SIGTERM to it",
+                log=lines[-12:],
+            )
+        if status is None:
+            return ServerNotReady(
+                f"the server's process did not come up within {START_LIMIT:g} s",
+                hint=f"look at {self.folder / 'server.log'}",
+                log=lines[-12:],
+            )
+        return ServerDied(
+            f"the server's command ended with status {status} before the server ran",
+            expected="a command that starts",
+            hint=f"the whole log is {self.folder / 'server.log'}",
+            log=lines[-12:],
+        )
+
+
+# Hands secrets to the exec step, and writes the server's log without its keys.
+
+
+CHUNK = 65536
+MAX_LINE = 1 << 20  # bytes held back while a line is incomplete
+
+
+def hand_over(
+    fifo: Path, given: Mapping[str, Any], *, alive: Callable[[], bool], timeout: float
+) -> bool:
+    """Writes `given` as JSON once a reader is there; then the fifo is gone.
+
+    False when `alive` says no, or after `timeout` s.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            try:
+                handle = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # ENXIO: nobody reads yet
+                    raise
+                if not alive():
+                    return False
+                time.sleep(0.02)
+                continue
+            os.set_blocking(handle, True)
+            with os.fdopen(handle, "w", encoding="utf-8") as stream, contextlib.suppress(OSError):
+                json.dump(dict(given), stream)
+            return True
+        return False
+    finally:
+        fifo.unlink(missing_ok=True)
+
+
+class LogPump:
+    """Copies a fifo into a log file, line by line, with all known secrets hidden.
+
+    SGLang logs all its arguments at start, its keys among them, and requests when asked to;
+    so a server with secrets writes through here, one without writes its log itself. Where
+    the log cannot be written (a full disk) the pump goes on reading: a server must never
+    wait for its log.
+    """
+
+    def __init__(self, fifo: Path, log: Path) -> None:
+        self.fifo = fifo
+        self._log = log.open("ab", buffering=0)
+        os.mkfifo(fifo, 0o600)
+        # Opened for both, so that the pump neither blocks now nor ends between writers.
+        self._handle = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log pump", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Writes what is left and ends; for after the server's end."""
+        self._ending.set()
+        self._thread.join(timeout=PUMP_WAIT)
+        self.fifo.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        held = b""
+        with self._log:
+            while True:
+                ending = self._ending.is_set()
+                data = self._read()
+                head, newline, held = (held + data).rpartition(b"\n")
+                if newline:
+                    self._write(head + newline)
+                if len(held) > MAX_LINE:  # the rest may be the beginning of a secret
+                    held = redact_bytes(held)
+                    cut = max(len(held) - longest_spelling(), 0)
+                    self._write(held[:cut])
+                    held = held[cut:]
+                if ending and not data:
+                    self._write(held)
+                    break
+        os.close(self._handle)
+
+    def _read(self) -> bytes:
+        if not select.select([self._handle], [], [], 0.1)[0]:
+            return b""
+        try:
+            return os.read(self._handle, CHUNK)
+        except BlockingIOError:
+            return b""
+
+    def _write(self, data: bytes) -> None:
+        # surrogateescape: a log may hold any bytes, and they are kept
+        text = redact_text(data.decode("utf-8", errors="surrogateescape"))
+        with contextlib.suppress(OSError):
+            self._log.write(text.encode("utf-8", errors="surrogateescape"))
+
+
+# Which GPUs this machine shows, and which processes NVML sees on them.
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Names of the devices that a process would see: indices, or what the variable lists."""
+    listed = environment.get(VISIBLE)
+    if listed is not None:
+        return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
+    nodes = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+    return [str(number) for number in sorted(int(node[1]) for node in nodes if node)]
+
+
+def choose_gpus(wanted: Literal["all"] | Sequence[int], visible: Sequence[str]) -> list[str]:
+    """The devices of a server; `wanted` are indices into the visible ones."""
+    if wanted == "all":
+        return list(visible)
+    beyond = [index for index in wanted if int(index) >= len(visible)]
+    if beyond:
+        raise SettingsError(
+            f"gpus: device {beyond[0]} does not exist",
+            expected=f"indices below {len(visible)}, the number of visible GPUs",
+            hint=f"check nvidia-smi and ${VISIBLE}",
+        )
+    return [visible[int(index)] for index in wanted]
+
+
+def processes_on_gpus(pids: Iterable[int]) -> list[int]:
+    """Those of `pids` that NVML lists as having a context; [] where there is no NVML."""
+    try:
+        nvml = Nvml()
+    except (ImportError, OSError):
+        return []
+    try:
+        listed = {pid for uuid in nvml.uuids() for pid in nvml.pids(uuid)}
+    except OSError:
+        return []
+    finally:
+        nvml.close()
+    return sorted(listed & set(pids))
+
+
+def log_gpus() -> str:
+    """One line for the keeper's log."""
+    return f"visible GPUs: {', '.join(visible_gpus(os.environ)) or 'none'}"

@@ -1,0 +1,464 @@
+"""What pytest tells the keeper to start, and the messages that both exchange.
+
+Each is one line of JSON, in which `op` (to the keeper's stdin) or `event` (from its stdout)
+says which one it is. It goes by `json`, since a secret need not be a text: msgspec refuses to
+write what Python made of such bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from pytest_sglprof import _errors as errors
+from pytest_sglprof import _process as process
+from pytest_sglprof._config.model import Backend, ServerSpec
+from pytest_sglprof._errors import LeaseError, ServerError, SglprofError
+from pytest_sglprof._nsys import QUICK as NSYS_QUICK
+from pytest_sglprof._process import KILL_WAIT, TERM_WAIT
+from pytest_sglprof._server import lease
+from pytest_sglprof._server.command import PACKAGE_ROOT, Entry
+from pytest_sglprof._server.nvml import give_back
+
+if TYPE_CHECKING:
+    import psutil
+
+
+LIFE = "SGLPROF_LIFE"  # variable of all that a keeper starts; its value is the plan's `life`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a keeper must know. nsys: path of the command, "" for none.
+
+    parent: pid of pytest. pythonpath: pytest's PYTHONPATH; the keeper has a longer one,
+    which the server's interpreter must not inherit. private: pytest's secret variables,
+    which are not in the keeper's own environment: nsys stores that of every process.
+    life: names this server's life as no other; see `LIFE`.
+    """
+
+    spec: ServerSpec
+    entry: Entry
+    folder: Path
+    nsys: str = ""
+    nsys_version: str = ""
+    api_key: str = ""
+    admin_key: str = ""
+    parent: int = 0
+    pythonpath: str = ""
+    private: Mapping[str, str] = field(default_factory=dict)
+    life: str = field(default_factory=partial(secrets.token_hex, 6))
+
+    @property
+    def session_name(self) -> str:
+        """The name of its nsys session."""
+        return f"sglprof-{self.parent}-{self.life}"
+
+    @property
+    def short_tmpdir(self) -> Path:
+        """The link that stands for its temporary folder where that has a long path."""
+        return Path(tempfile.gettempdir()) / f"sglprof-{self.life}"
+
+
+class Launch(msgspec.Struct, frozen=True, tag_field="op", tag="launch"):
+    """First, once. It holds the keys: for a pipe, never for a file."""
+
+    plan: Plan
+
+
+class Window(msgspec.Struct, frozen=True, tag_field="op", tag="window"):
+    """A window is open, since the Unix time `opened` (s); backend None: none is open."""
+
+    backend: Backend | None
+    opened: float
+
+
+class Stop(msgspec.Struct, frozen=True, tag_field="op", tag="stop"):
+    """Tear down; the end of the pipe says the same."""
+
+
+class ProgressEvent(msgspec.Struct, frozen=True, tag_field="event", tag="progress"):
+    """How the start goes, for people."""
+
+    text: str
+
+
+class Clocks(msgspec.Struct, frozen=True, tag_field="event", tag="clocks"):
+    """GPUs whose clocks are locked: UUID -> MHz."""
+
+    clocks: dict[str, int]
+
+
+class Started(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
+    """The server's process runs. created: its start, Unix s. session: of nsys, "" for none."""
+
+    pid: int
+    created: float
+    host: str
+    port: int
+    command: tuple[str, ...]
+    session: str
+    tmpdir: Path
+
+
+class Failed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
+    """It does not run. error: the class; fields: what an error of that class holds."""
+
+    error: str
+    fields: dict[str, Any]
+
+
+class Exited(msgspec.Struct, frozen=True, tag_field="event", tag="exited"):
+    """The server ended by itself; status None: nobody knows it."""
+
+    status: int | None
+
+
+class Stopped(msgspec.Struct, frozen=True, tag_field="event", tag="stopped"):
+    """The last message. left: what the teardown could not remove."""
+
+    left: tuple[str, ...]
+
+
+class Closed(msgspec.Struct, frozen=True, tag_field="event", tag="closed"):
+    """Said by nobody: the pipe from the keeper has ended."""
+
+
+Order = Launch | Window | Stop
+Event = ProgressEvent | Clocks | Started | Failed | Exited | Stopped | Closed
+
+
+def encode(message: Order | Event) -> bytes:
+    """One message as a line."""
+    plain = msgspec.to_builtins(message, enc_hook=str)  # of all fields, paths alone need it
+    return json.dumps(plain).encode() + b"\n"
+
+
+def decode_order(line: bytes | str) -> Order:
+    """The inverse of `encode`; ValueError for what is none of these messages."""
+    order: Order = msgspec.convert(json.loads(line), Order, dec_hook=_path)
+    return order
+
+
+def decode_event(line: bytes | str) -> Event:
+    """The inverse of `encode`; ValueError for what is none of these messages."""
+    event: Event = msgspec.convert(json.loads(line), Event, dec_hook=_path)
+    return event
+
+
+def error_message(error: SglprofError) -> Failed:
+    """An error as a message, with every field of its class."""
+    return Failed(type(error).__name__, dict(vars(error)))
+
+
+def error_from(message: Failed) -> SglprofError:
+    """The error that a message tells of; `ServerError` for an unknown class."""
+    kind = getattr(errors, message.error, None)
+    if not (isinstance(kind, type) and issubclass(kind, SglprofError)):
+        kind = ServerError
+    blank = vars(ServerError("the keeper failed and did not say why"))
+    log = tuple(message.fields.get("log", ()))
+    return kind.restored({**blank, **message.fields, "log": log})
+
+
+def _path(kind: type[Path], text: str) -> Path:
+    return kind(text)
+
+
+# `KeeperLink`: pytest's end of the pipe to the process that owns the server.
+
+
+LOOK_EVERY = 0.5  # s between two looks at the keeper
+READ_LIMIT = 5.0  # s to read the last messages of a keeper that has ended
+
+_Event = TypeVar("_Event")
+
+
+class KeeperLink:
+    """Starts a keeper, talks to it, and ends what it leaves when it is killed.
+
+    Events are kept until somebody asks for them.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._log = plan.folder / "keeper.log"
+        self._closed = threading.Event()
+        self._ending = threading.Event()
+        self._fault: str | None = None
+        self.left: tuple[str, ...] = ()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._last: dict[type[Any], Any] = {}
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pytest_sglprof._server.keeper"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**_environment(plan.private), LIFE: plan.life},
+                start_new_session=True,
+            )
+        self._began = process.create_time(self.pid) or time.time()
+        threading.Thread(target=self._read, name="sglprof keeper", daemon=True).start()
+        self._watch = threading.Thread(
+            target=self._watch_over, name="sglprof keeper watch", daemon=True
+        )
+        self._watch.start()
+        self.send(Launch(plan))
+
+    @property
+    def pid(self) -> int:
+        """The keeper's pid."""
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        """True while the keeper's process runs."""
+        return self._process.poll() is None
+
+    def send(self, order: Order) -> None:
+        """Sends one message; silently ignored if the keeper has exited."""
+        stream = self._process.stdin
+        if stream is None or stream.closed:
+            return
+        with contextlib.suppress(OSError):
+            stream.write(encode(order))
+            stream.flush()
+
+    def next_event(self, timeout: float) -> Event | None:
+        """The next event that was not yet taken; None when there is none in `timeout` s."""
+        try:
+            return self._events.get(timeout=max(timeout, 0.0))
+        except queue.Empty:
+            return None
+
+    def last_event(self, kind: type[_Event]) -> _Event | None:
+        """The last event of this kind, taken or not."""
+        return self._last.get(kind)
+
+    def wait_for(self, kind: type[_Event], timeout: float) -> _Event | None:
+        """The same, waited for; ends early when the keeper does."""
+        deadline = time.monotonic() + timeout
+        while (event := self.last_event(kind)) is None and time.monotonic() < deadline:
+            if self.last_event(Closed) is not None:
+                return self.last_event(kind)
+            time.sleep(0.02)
+        return event
+
+    def death(self) -> str | None:
+        """How the keeper ended; None while it runs, or when that was asked for."""
+        status = self._process.poll()
+        if status is None and self.last_event(Closed) is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is about to end
+                status = self._process.wait(READ_LIMIT)
+        if status is None or (self._ending.is_set() and self.last_event(Stopped) is not None):
+            return None
+        who = f"the keeper process (pid {self.pid})"
+        if self._fault:
+            return f"{who} {self._fault}, so it was killed"
+        if self.last_event(Stopped) is not None:
+            return f"{who} was told to end by somebody else (SIGTERM)"
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"{who} {how}"
+
+    def close(self, timeout: float) -> bool:
+        """Asks for the teardown and waits for it; `left` then holds what it could not remove.
+
+        False for a keeper that was dead, stayed stopped or took more than `timeout` s: it
+        is killed, and what it leaves is ended from here.
+        """
+        self._ending.set()
+        self.send(Stop())
+        self._watch.join(timeout)
+        if self._watch.is_alive() and self.is_running():
+            self._kill(f"did not tear down within {timeout:.0f} s")
+        self._watch.join()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        return self.last_event(Stopped) is not None
+
+    def _watch_over(self) -> None:
+        """Until the keeper is gone, and all that it had with it."""
+        stopped = 0
+        while self.is_running():
+            # Looks are counted, not seconds: pytest itself may have been stopped as well.
+            stopped = stopped + 1 if process.is_stopped(self.pid) else 0
+            if stopped * LOOK_EVERY > FROZEN_LIMIT:
+                self._kill(f"was stopped and did not go on for {FROZEN_LIMIT:g} s")
+            if self._closed.wait(LOOK_EVERY):
+                time.sleep(0.02)  # it is about to end
+        self._closed.wait(READ_LIMIT)
+        if (teardown := self.last_event(Stopped)) is not None:
+            self.left = teardown.left
+            return
+        self._ending.wait(ORPHAN_GRACE)
+        started, locked = self.last_event(Started), self.last_event(Clocks)
+        self.left = end_orphans(
+            self._plan,
+            server=started.pid if started else 0,
+            since=self._began,
+            clocks=locked.clocks if locked else {},
+        )
+
+    def _kill(self, fault: str) -> None:
+        self._fault = fault
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        with stream:
+            for line in stream:
+                with contextlib.suppress(ValueError):
+                    self._take(decode_event(line))
+        self._take(Closed())
+        self._closed.set()
+
+    def _take(self, event: Event) -> None:
+        self._last[type(event)] = event
+        self._events.put(event)
+
+
+def _environment(private: Container[str]) -> dict[str, str]:
+    """Ours without secrets, this very package's folder first, wherever that may lie.
+
+    Nor with the name of the test that is running now: the server outlives it.
+    """
+    paths = [str(PACKAGE_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    ours = {k: v for k, v in os.environ.items() if k not in private}
+    ours.pop("PYTEST_CURRENT_TEST", None)
+    return {**ours, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def keeper_log_end(folder: Path, limit: int = 8) -> list[str]:
+    """The last lines of a keeper's log."""
+    with contextlib.suppress(OSError):
+        return (folder / "keeper.log").read_text(errors="replace").splitlines()[-limit:]
+    return []
+
+
+# Time limits that pytest and the keeper share, all in s.
+#
+# Whoever waits for the other waits as long as that may take: his limit is the sum of the
+# other's. It ends early when the other one ends.
+
+
+# The keeper starts a server.
+START_LIMIT = 120.0  # for nsys and the interpreter to take their secrets; once more for the pid
+PORT_WAIT = 10.0  # for a port to be free again after its last server
+SLACK = 15.0  # for files, NVML and a busy machine; no step of its own
+# It reports every second while it waits for a lease; nothing else takes longer than this.
+SILENCE_LIMIT = 2 * START_LIMIT + PORT_WAIT + NSYS_QUICK + SLACK
+
+# The server ended by itself; the keeper finds out its exit status.
+RANK_GRACE = 1.0  # for the ranks of a dead server to end by themselves
+STATUS_WAIT = 60.0  # for nsys to write the report of a dead target and pass on its status
+HURRIED_WAIT = 10.0  # for the same when everything is to end
+EXIT_LIMIT = RANK_GRACE + KILL_WAIT + STATUS_WAIT + SLACK
+
+# The keeper tears down.
+GRACE = 12.0  # after SIGTERM; SGLang needs about 5
+FINALISE = 10.0  # for nsys to end after its target
+LAUNCHER_GRACE = 2.0  # for a command that did not end by itself, after SIGTERM
+SHUTDOWN = 8.0  # for `nsys shutdown`, and for the session to be gone after it
+AGENT_WAIT = 2.0  # the agent of nsys ends a moment after its session
+GPU_WAIT = 10.0  # for the driver to drop the contexts of killed processes
+PUMP_WAIT = 5.0  # for the last lines of the log
+
+# Pytest looks after the keeper.
+FROZEN_LIMIT = 5.0  # for a keeper that was stopped (SIGSTOP) to go on
+ORPHAN_GRACE = 3.0  # for pytest itself to end, in order, a server whose keeper was killed
+ORPHAN_TERM = 5.0  # after SIGTERM to such a server: its promise is to be gone within 30
+
+
+def teardown_limit(stop_timeout: float, *, nsys: bool) -> float:
+    """The longest time that a keeper may take to stop.
+
+    stop_timeout: the spec's, for closing an open window. nsys: the server runs under it.
+    """
+    total = RANK_GRACE + KILL_WAIT + HURRIED_WAIT  # a death that was just being looked into
+    total += stop_timeout
+    total += min(GRACE, stop_timeout) + TERM_WAIT + KILL_WAIT
+    total += FINALISE + LAUNCHER_GRACE + TERM_WAIT + KILL_WAIT
+    total += AGENT_WAIT + KILL_WAIT
+    total += GPU_WAIT + PUMP_WAIT + SLACK
+    if nsys:
+        total += 2 * NSYS_QUICK + stop_timeout  # two looks at the session; a report read again
+        total += 3 * NSYS_QUICK + 2 * SHUTDOWN
+        total += NSYS_QUICK
+    return total
+
+
+# Ends what a keeper that was killed left behind, known by a mark that only it carries.
+#
+# No message of the keeper is needed: it may have been killed before it could send one. All
+# that it starts inherits the variable `plan.LIFE`, and the plan names its files.
+
+
+INJECTION = "QUADD_INJECTION_CONFIG"  # a file in /tmp that an nsys that was killed leaves
+
+
+def end_orphans(
+    plan: Plan, *, server: int, since: float, clocks: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Ends the processes, removes the files, gives back the clocks; returns what is left.
+
+    server: its pid, 0 if unknown. since: Unix time of the keeper's start.
+    clocks: UUID of a GPU -> MHz that it is locked at. The leases are free already.
+    """
+    family = _family(plan, server, since)
+    injections = {process.variable(member.pid, INJECTION) for member in family}
+    shared = process.shared_memory(family, since)
+    left = _end(plan, family, server, since)
+    process.remove_shared_memory(shared)
+    for name in injections:
+        remove_injection(name)
+    with contextlib.suppress(OSError):
+        plan.short_tmpdir.unlink()
+    shutil.rmtree(plan.folder / "tmp", ignore_errors=True)
+    with contextlib.suppress(LeaseError):  # there is no folder, so there are no leases
+        lease.sweep()
+    return (*(f"process {pid}" for pid in left), *give_back(clocks))
+
+
+def remove_injection(name: str) -> None:
+    """Removes the file that nsys leaves when it is killed; any other is left alone."""
+    if Path(name).name.startswith("injection_config_"):
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+
+
+def _end(plan: Plan, family: list[psutil.Process], server: int, since: float) -> list[int]:
+    """Ends the server first, so that nsys may end in order; returns who outlives it."""
+    pids = {member.pid for member in family}
+    first = [server] if server in pids else process.topmost(family)
+    process.terminate_tree(first, min(ORPHAN_TERM, plan.spec.stop_timeout))
+    patience = FINALISE if plan.nsys else AGENT_WAIT
+    process.wait_gone(_family(plan, server, since), patience)
+    deadline = time.monotonic() + process.KILL_WAIT
+    # Whoever is being started just now comes to light at the next look.
+    while (rest := _family(plan, server, since)) and time.monotonic() < deadline:
+        process.kill_all(rest, wait=deadline - time.monotonic())
+    return [member.pid for member in rest]
+
+
+def _family(plan: Plan, server: int, since: float) -> list[psutil.Process]:
+    return process.marked(LIFE, plan.life, leader=server, since=since)

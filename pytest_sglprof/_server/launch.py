@@ -1,0 +1,451 @@
+"""`launch`, `attach` and `Server`: a ready server, ours or somebody else's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pytest_sglprof import _process as process
+from pytest_sglprof._config.model import Backend, ServerSpec
+from pytest_sglprof._errors import (
+    ServerDied,
+    ServerNotReady,
+    ServerUnreachable,
+    SettingsError,
+    SglprofError,
+)
+from pytest_sglprof._nsys import NsysSession, NsysTool, find_nsys
+from pytest_sglprof._ranks import Rank
+from pytest_sglprof._server import command, lease
+from pytest_sglprof._server.client import (
+    Presence,
+    SglangClient,
+    checked_url,
+    is_local_url,
+    patiently,
+    port_of,
+)
+from pytest_sglprof._server.keeper.protocol import (
+    EXIT_LIMIT,
+    SILENCE_LIMIT,
+    Clocks,
+    Closed,
+    Exited,
+    Failed,
+    KeeperLink,
+    Plan,
+    ProgressEvent,
+    Started,
+    Window,
+    error_from,
+    keeper_log_end,
+    teardown_limit,
+)
+from pytest_sglprof._server.log import ServerLog
+from pytest_sglprof._server.sizes import ServerSizes
+
+Progress = Callable[[str], None]
+
+
+class Server:
+    """A server that was ready when this object was made.
+
+    spec: what it was started from (of an attached one only the name). kind: "sglang" or
+    "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
+    info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
+    the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
+    clock is held at. keeper_fault: after `stop`, what became of a keeper that did not tear
+    down itself; None if nothing did, or if the server's death has been reported already.
+    started: Unix time in s; ready_s: s from then until it was ready; both None for an attached
+    one.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: ServerSpec,
+        kind: Literal["sglang", "standin"],
+        url: str,
+        folder: Path,
+        python: str,
+        client: SglangClient,
+        info: Mapping[str, Any],
+        log: ServerLog | None = None,
+        nsys: NsysSession | None = None,
+        server_dir: tuple[str, str] | None = None,
+        shown_command: tuple[str, ...] = (),
+        keeper: KeeperLink | None = None,
+        pid: int = 0,
+        created: float = 0.0,
+        locked_clocks: Mapping[str, int] | None = None,
+        started: float | None = None,
+        ready_s: float | None = None,
+    ) -> None:
+        self.spec = spec
+        self.kind = kind
+        self.url = url
+        parts = urlsplit(url)
+        self.host = parts.hostname or ""
+        self.port = port_of(parts)
+        self.folder = folder
+        self.python = python
+        self.client = client
+        self.info = dict(info)
+        self.sizes = ServerSizes.from_info(info)
+        self.log = log
+        self.nsys = nsys
+        self.server_dir = server_dir
+        self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
+        self.command = shown_command
+        self.keeper_fault: str | None = None
+        self.pid = pid
+        self.attached = keeper is None
+        self.locked_clocks = dict(locked_clocks or {})
+        self._presence = Presence(url)
+        self.started = started
+        self.ready_s = ready_s
+        self._keeper = keeper
+        self._created = created
+        self._left: tuple[str, ...] | None = None
+
+    def is_alive(self) -> bool:
+        """True while the server's process runs; of an attached one, while something listens.
+
+        To ask costs the server nothing (one elsewhere: a connection every few seconds).
+        """
+        if self._keeper is None:
+            return self._presence.is_there()
+        return process.is_alive(self.pid, self._created)
+
+    def exit_reason(self) -> ServerDied | None:
+        """Why it is dead, with its exit status and its log's own words; None while it lives."""
+        if self.is_alive():
+            return None
+        if self._keeper is None:
+            return ServerDied(
+                f"nothing listens at {self.url} any more",
+                hint="the server was not ours: look at its own log",
+            )
+        exited = self._keeper.wait_for(Exited, EXIT_LIMIT)
+        if exited is None and self._keeper.death():
+            return lost_keeper(self._keeper, self.folder, "while the server ran")
+        return died(self.log, exited.status if exited else None)
+
+    def scheduler_ranks(self) -> dict[int, Rank]:
+        """pid -> rank, from live command lines; {} for a server on another machine."""
+        if self._keeper is not None:
+            return process.scheduler_ranks(self.pid)
+        if not is_local_url(self.url):
+            return {}
+        pid = lease.listener_of(self.port)
+        return process.scheduler_ranks(pid) if pid else {}
+
+    def window_lock(self) -> AbstractContextManager[None]:
+        """Held while a window is open; `LeaseError` when another process has one open."""
+        return lease.window_lock(self.url)
+
+    def announce_window(self, backend: Backend | None) -> None:
+        """Tells the keeper which window a teardown has to close first (None: none)."""
+        if self._keeper is not None:
+            self._keeper.send(Window(backend, time.time()))
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What `stop` could not remove; nothing while it lives."""
+        return self._left or ()
+
+    def stop(self) -> tuple[str, ...]:
+        """Ends a server of ours in order; returns what could not be removed. Idempotent.
+
+        An attached server is left alone.
+        """
+        if self._left is None:
+            self.client.close()
+            self._left = ()
+            if self._keeper is not None:
+                was_alive = self.is_alive()
+                self._keeper.close(_teardown(self.spec))
+                self._left = self._keeper.left
+                self.keeper_fault = self._keeper.death() if was_alive else None
+        return self._left
+
+
+def launch(
+    spec: ServerSpec,
+    *,
+    folder: Path,
+    nsys_path: str | None = None,
+    progress: Progress | None = None,
+) -> Server:
+    """Starts the server of `spec` and returns when it is ready.
+
+    folder: its own, made when missing. progress: called about once a second with a line of text.
+    Raises `ServerMissing`, `NsysError`, `LeaseError`, `ServerDied` or `ServerNotReady`;
+    nothing is left running then.
+    """
+    entry = command.find_entry(spec)
+    tool = find_nsys(nsys_path) if spec.nsys else None
+    api_key, admin_key = server_keys(spec)
+    plan = Plan(
+        spec=spec,
+        entry=entry,
+        folder=folder.absolute(),
+        nsys=tool.path if tool else "",
+        nsys_version=tool.version if tool else "",
+        api_key=api_key,
+        admin_key=admin_key,
+        parent=os.getpid(),
+        pythonpath=os.environ.get("PYTHONPATH", ""),
+        private=command.keep_secrets([spec]),
+    )
+    log = ServerLog(plan.folder / "server.log")
+    keeper = KeeperLink(plan)
+    try:
+        started = wait_started(keeper, plan, progress)
+        began, began_at = time.time(), time.monotonic()
+        url = command.local_url(started.host, started.port)
+        client = SglangClient(url, api_key=api_key, admin_key=admin_key)
+        try:
+            wait_until_ready(keeper, client, log, spec, progress)
+            ready_s = time.monotonic() - began_at
+            info = patiently(client.server_info)
+        except BaseException:
+            client.close()
+            raise
+    except BaseException as error:
+        keeper.close(_teardown(spec))
+        if keeper.left and isinstance(error, SglprofError):
+            left = f"left behind: {', '.join(keeper.left)}"
+            error.hint = f"{error.hint}; {left}" if error.hint else left
+        raise
+    locked = keeper.last_event(Clocks)
+    return Server(
+        spec=spec,
+        kind=entry.kind,
+        url=url,
+        folder=plan.folder,
+        python=entry.python,
+        client=client,
+        info=info,
+        log=log,
+        nsys=_own_session(tool, started),
+        shown_command=started.command,
+        keeper=keeper,
+        pid=started.pid,
+        created=started.created,
+        locked_clocks=locked.clocks if locked else {},
+        started=began,
+        ready_s=ready_s,
+    )
+
+
+def attach(
+    url: str,
+    *,
+    api_key: str = "",
+    admin_key: str = "",
+    server_dir: tuple[str, str] | None = None,
+    nsys_session: str | None = None,
+    nsys_path: str | None = None,
+    python: str = "",
+    folder: Path,
+) -> Server:
+    """A server that somebody else runs; it is never stopped.
+
+    python: an interpreter of this machine that has SGLang's load driver ("": this one).
+    server_dir: (a folder on the server's machine, the same folder here).
+    nsys_session: name of the session that it runs under, to be driven from here.
+    Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
+    `NsysError`.
+    """
+    url = checked_url(url)
+    session = None
+    if nsys_session:
+        session = NsysSession(find_nsys(nsys_path), nsys_session)
+        session.require()
+    client = SglangClient(url, api_key=api_key, admin_key=admin_key)
+    try:
+        info = patiently(client.server_info)
+    except ServerUnreachable as error:
+        client.close()
+        raise ServerUnreachable(
+            error.what,
+            expected="a running SGLang server",
+            hint="check --sglprof-server; without it a server is started",
+        ) from error
+    except BaseException:
+        client.close()
+        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    standin = str(info.get("version", "")).find("standin") >= 0 or bool(info.get("standin"))
+    return Server(
+        spec=ServerSpec(name="attached", nsys=session is not None),
+        kind="standin" if standin else "sglang",
+        url=url,
+        folder=folder.absolute(),
+        python=(process.which(python) or python) if python else sys.executable,
+        client=client,
+        info=info,
+        nsys=session,
+        server_dir=server_dir,
+    )
+
+
+def server_keys(spec: ServerSpec) -> tuple[str, str]:
+    """The API key and the admin key of a server, from the environment or its own arguments."""
+    keys = []
+    for name, option in (
+        (spec.api_key_env, "--api-key"),
+        (spec.admin_api_key_env, "--admin-api-key"),
+    ):
+        if name and not os.environ.get(name):
+            raise SettingsError(
+                f"server {spec.name!r}: the environment variable {name} is not set",
+                expected=f"the server's {option[2:]} in it",
+                hint=f"export {name}, or remove the setting that names it",
+            )
+        keys.append(command.option(spec.args, option) or (os.environ[name] if name else ""))
+    return keys[0], keys[1]
+
+
+def died(log: ServerLog | None, status: int | None) -> ServerDied:
+    """The error for a server that ended by itself."""
+    how = "its exit status is not known" if status is None else f"exit status {status}"
+    return ServerDied(
+        f"the server died ({how})",
+        expected="a running server",
+        hint=f"its whole log is {log.path}" if log else "",
+        log=log.reason() if log else (),
+    )
+
+
+def _teardown(spec: ServerSpec) -> float:
+    return teardown_limit(spec.stop_timeout, nsys=spec.nsys)
+
+
+def _own_session(tool: NsysTool | None, started: Started) -> NsysSession | None:
+    if tool is None:
+        return None
+    return NsysSession(tool, started.session, tmpdir=started.tmpdir)
+
+
+# Waits for a server to start and to be ready, and reports progress.
+
+
+TELL_EVERY = 1.0  # s between two lines of progress
+POLL = 0.25  # s between two looks at /ready
+CAP = 4.0  # times the limit, at most, while the log moves
+PATIENCE = 0.25  # of the limit: how long a moving log extends it each time
+
+Show = Callable[[str], None]
+
+
+def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Started:
+    """The keeper's answer; raises the error of a start that failed."""
+    deadline = time.monotonic() + SILENCE_LIMIT
+    while time.monotonic() < deadline:
+        event = keeper.next_event(TELL_EVERY)
+        if event is None:
+            continue
+        deadline = time.monotonic() + SILENCE_LIMIT
+        if isinstance(event, Started):
+            return event
+        if isinstance(event, Failed):
+            raise error_from(event)
+        if isinstance(event, ProgressEvent) and progress is not None:
+            progress(event.text)
+        if isinstance(event, Closed):
+            raise lost_keeper(keeper, plan.folder, "before it had started the server")
+    raise ServerNotReady(
+        f"the keeper process (pid {keeper.pid}) said nothing for {SILENCE_LIMIT:.0f} s",
+        expected="news of the server's start",
+        hint=f"look at {plan.folder / 'keeper.log'}",
+        log=keeper_log_end(plan.folder),
+    )
+
+
+def wait_until_ready(
+    keeper: KeeperLink,
+    client: SglangClient,
+    log: ServerLog,
+    spec: ServerSpec,
+    progress: Show | None,
+) -> None:
+    """Returns when the server takes requests.
+
+    Raises `ServerDied` when it ends, `ServerNotReady` after `spec.ready_timeout` s; a log
+    that moves extends that, four times at most.
+    """
+    clock = ReadyClock(spec.ready_timeout, time.monotonic())
+    shown = 0.0
+    while not client.is_ready():
+        now = time.monotonic()
+        clock.saw(log.position(), now)
+        if exited := keeper.last_event(Exited):
+            raise starting_death(log, exited.status, clock.elapsed(now))
+        if keeper.last_event(Closed):
+            raise lost_keeper(keeper, log.path.parent, "before the server was ready")
+        if clock.is_over(now):
+            raise ServerNotReady(
+                f"the server was not ready after {clock.elapsed(now):.0f} s",
+                expected=f"an answer 200 at {client.url}/ready within {spec.ready_timeout:g} s",
+                hint=f"raise ready_timeout; its whole log is {log.path}",
+                log=log.reason() or [log.last_line()],
+            )
+        if progress is not None and now - shown >= TELL_EVERY:
+            progress(f"server {spec.key}: {clock.elapsed(now):.0f} s, {log.last_line()}")
+            shown = now
+        time.sleep(POLL)
+
+
+class ReadyClock:
+    """When waiting is over. All times in s of one monotonic clock."""
+
+    def __init__(self, limit: float, now: float) -> None:
+        self._limit = limit
+        self._began = now
+        self._deadline = now + limit
+        self._size = -1
+
+    def saw(self, size: int, now: float) -> None:
+        """The log had `size` bytes at `now`."""
+        if size != self._size and self._size >= 0:
+            longest = self._began + CAP * self._limit
+            self._deadline = min(max(self._deadline, now + PATIENCE * self._limit), longest)
+        self._size = size
+
+    def is_over(self, now: float) -> bool:
+        """True when the server has had all its time."""
+        return now >= self._deadline
+
+    def elapsed(self, now: float) -> float:
+        """Time since the start."""
+        return now - self._began
+
+
+def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
+    """The error for a server that was ended, since its keeper is gone."""
+    return ServerDied(
+        f"{keeper.death()} {when}; the server was ended with it",
+        expected="a keeper that lives as long as its server",
+        hint=f"look for whoever ended it (the kernel's log tells of a lack of memory) and at "
+        f"{folder / 'keeper.log'}",
+        log=keeper_log_end(folder),
+    )
+
+
+def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:
+    """The error for a server that ended before it was ready."""
+    how = "of unknown status" if status is None else f"with exit status {status}"
+    return ServerDied(
+        f"the server ended {how} after {seconds:.0f} s, before it was ready",
+        expected="a server that becomes ready",
+        hint=f"its whole log is {log.path}",
+        log=log.reason(),
+    )

@@ -1,0 +1,320 @@
+"""Exclusive leases of ports, GPUs and profile windows, across processes.
+
+A lease is a `filelock.UnixFileLock` (an ``flock``) on a file of a per-user folder: the
+kernel frees it when its holder dies, however it dies. filelock leaves files where they are;
+here a file is removed, but only while its lock is held, so no two holders ever meet and no
+files pile up. No link is followed, and nothing that is not a lock file of ours is written to
+or removed: the folder is ours alone, and each file in it is looked at before it is locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import SystemRandom
+
+from filelock import Timeout, UnixFileLock
+
+from pytest_sglprof._errors import LeaseError
+from pytest_sglprof._files import safe_name
+from pytest_sglprof._server.client import server_name
+
+ENV_DIR = "SGLPROF_LEASE_DIR"
+# Not from TMPDIR or XDG_RUNTIME_DIR: a shell, cron and CI of one user have different ones.
+ROOT = Path("/tmp")
+POLL = 0.25  # s between two tries to get a lease
+FIRST_PORT = 20000
+EPHEMERAL = 32768  # ports from here on are handed out by the kernel to outgoing connections
+ZMQ_DELTA = 233  # SGLang's distance from the HTTP port to those of DP attention
+ZMQ_PORTS = 9  # init port, six derived ones, and room for the Rust server's
+PORT_TRIES = 200
+_OURS = re.compile(r"(port-\d+|gpu-(\d+|(GPU|MIG)-.+)|test-cpu|(window|test)-.+-[0-9a-f]{8})\.lock")
+_SIGNATURE = re.compile(r"sglprof (\d+)\n")
+_BARE_PID = re.compile(r"\d*\n?")
+_TEXT_BYTES = 64
+
+
+def lease_dir() -> Path:
+    """The folder of the lock files: ``$SGLPROF_LEASE_DIR``, else ``/tmp/sglprof-UID``.
+
+    Made with mode 0700; raises `LeaseError` when it is not a folder of ours alone.
+    """
+    chosen = os.environ.get(ENV_DIR)
+    path = Path(chosen) if chosen else ROOT / f"sglprof-{os.getuid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = path.lstat()
+    except OSError as error:
+        link = path.is_symlink()
+        raise _unusable(path, "it is a link" if link else error.strerror or str(error)) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise _unusable(path, "it is a link")
+    if status.st_uid != os.getuid():
+        raise _unusable(path, "it belongs to somebody else")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if chosen:
+            raise _unusable(path, "others may write to it", f"chmod go-w {path}, or ")
+        path.chmod(0o700)
+    return path
+
+
+class Lease:
+    """A held lease; `release` (or the end of the process) frees it."""
+
+    def __init__(self, name: str, path: Path, lock: UnixFileLock, file: os.stat_result) -> None:
+        self.name = name
+        self.path = path
+        self._lock = lock
+        self._file = file
+
+    def release(self) -> None:
+        """Frees the lease and removes its file; idempotent."""
+        if not self._lock.is_locked:
+            return
+        # While the lock is held: nobody else can hold it now. But a cleaner of /tmp may have
+        # taken our file away, and somebody else may hold the new one.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self.path.lstat(), self._file):
+                self.path.unlink()
+        self._lock.release()
+
+
+def try_acquire(name: str) -> Lease | None:
+    """The lease called `name`, or None when somebody holds it.
+
+    Raises `LeaseError` where its file cannot be made, or is not one of ours.
+    """
+    path = _path(name)
+    files: list[os.stat_result] = []
+
+    def sign(handle: int) -> None:
+        files.append(os.fstat(handle))
+        with contextlib.suppress(OSError):  # on a full disk a lock holds without its holder's name
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"sglprof {os.getpid()}\n".encode(), 0)
+
+    while True:
+        _read(path)
+        if lock := _try_lock(path, sign):
+            return Lease(name, path, lock, files[-1])
+        if path.exists():
+            return None  # else its holder has just removed it: try a new file
+
+
+def acquire(
+    name: str,
+    *,
+    timeout: float,
+    what: str = "",
+    progress: Callable[[str], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Lease:
+    """Waits up to `timeout` s for the lease; raises `LeaseError` that names its holder.
+
+    what: how messages call it ("GPU 0"). cancelled: asked often; True gives up.
+    """
+    deadline = time.monotonic() + timeout
+    shown = 0.0
+    while (lease := try_acquire(name)) is None:
+        now = time.monotonic()
+        held = f"{what or name} is held by {_holder_text(name)}"
+        if now >= deadline or (cancelled is not None and cancelled()):
+            raise LeaseError(
+                held,
+                expected=f"it to be free within {timeout:g} s" if timeout else "it to be free",
+                hint="wait for the other run to end, or choose another one",
+            )
+        if progress is not None and now - shown >= 1.0:
+            progress(f"waiting: {held}")
+            shown = now
+        time.sleep(min(POLL, max(deadline - now, 0.01)))
+    return lease
+
+
+def holder(name: str) -> int | None:
+    """The pid that holds the lease, None when nobody does, or it is not known who."""
+    path = _path(name)
+    text = _read(path)
+    if text is None:
+        return None
+    if lock := _try_lock(path):
+        lock.release()
+        return None
+    pid = _SIGNATURE.fullmatch(text)
+    return int(pid[1]) if pid else None
+
+
+def sweep() -> None:
+    """Removes lock files of ours whose holders were killed, and no other file."""
+    folder = lease_dir()
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            with contextlib.suppress(OSError, LeaseError):
+                if _is_signed(path) and (lock := _try_lock(path)):
+                    path.unlink(missing_ok=True)
+                    lock.release()
+
+
+@contextlib.contextmanager
+def window_lock(url: str) -> Iterator[None]:
+    """Held while a window of the server at `url` is open; `LeaseError` when one is."""
+    lease = acquire(f"window-{server_name(url)}", timeout=0, what=f"the profile window of {url}")
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def lease_server_ports(port: int) -> list[Lease] | None:
+    """Leases an HTTP port and those that SGLang derives from it; None when one is taken."""
+    leases: list[Lease] = []
+    for number in (port, *derived_ports(port)):
+        lease = try_acquire(port_name(number)) if port_is_free(number) else None
+        if lease is None:
+            for held in leases:
+                held.release()
+            return None
+        leases.append(lease)
+    return leases
+
+
+def derived_ports(port: int) -> range:
+    """The ports that DP attention takes beside the HTTP port."""
+    first = port + ZMQ_DELTA
+    if first + ZMQ_PORTS > 65535:
+        first = port - ZMQ_DELTA - ZMQ_PORTS
+    return range(first, first + ZMQ_PORTS)
+
+
+def free_server_ports() -> tuple[int, list[Lease]]:
+    """A free HTTP port below the ephemeral range, with all that belongs to it leased."""
+    for _ in range(PORT_TRIES):
+        port = SystemRandom().randrange(FIRST_PORT, EPHEMERAL - ZMQ_DELTA - ZMQ_PORTS)
+        leases = lease_server_ports(port)
+        if leases is not None:
+            return port, leases
+    raise _no_port()
+
+
+def free_port() -> tuple[int, Lease]:
+    """One free, leased port (for the ranks' rendezvous)."""
+    for _ in range(PORT_TRIES):
+        port = SystemRandom().randrange(FIRST_PORT, EPHEMERAL)
+        lease = try_acquire(port_name(port)) if port_is_free(port) else None
+        if lease is not None:
+            return port, lease
+    raise _no_port()
+
+
+def port_name(port: int) -> str:
+    """Name of a port's lease."""
+    return f"port-{port}"
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """True when a server could listen there now, on this address and on all of them."""
+    for address in {host, ""}:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError:
+                return False
+    return True
+
+
+def listener_of(port: int) -> int | None:
+    """The pid that listens on a TCP port; None if unknown."""
+    import psutil
+
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return None
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1:2] == (port,):
+            return int(connection.pid) if connection.pid else None
+    return None
+
+
+def _path(name: str) -> Path:
+    return lease_dir() / f"{safe_name(name)}.lock"
+
+
+def _try_lock(path: Path, sign: Callable[[int], None] | None = None) -> UnixFileLock | None:
+    lock = UnixFileLock(
+        path, mode=0o600, thread_local=False, fallback_to_soft=False, on_acquired=sign
+    )
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise _no_lock_file(path, error.strerror or str(error)) from error
+    return lock
+
+
+def _unusable(path: Path, why: str, remedy: str = "") -> LeaseError:
+    return LeaseError(
+        f"the lease folder {path} cannot be used: {why}",
+        expected="a folder (not a link) of your own, to which nobody else can write",
+        hint=f"{remedy}name another one in ${ENV_DIR}",
+    )
+
+
+def _read(path: Path) -> str | None:
+    """What a lock file holds, None where there is none; `LeaseError` when it is not one of ours."""
+    try:
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            why = "it is a link"
+        elif not stat.S_ISREG(status.st_mode):
+            why = "it is not a regular file"
+        elif status.st_uid != os.getuid():
+            why = "it belongs to somebody else"
+        elif status.st_nlink > 1:
+            why = "it has a second name"
+        else:
+            with path.open("rb") as stream:
+                text = stream.read(_TEXT_BYTES).decode("latin-1")
+            if _SIGNATURE.fullmatch(text) or _BARE_PID.fullmatch(text):
+                return text
+            why = "it holds something else than a process id"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise _no_lock_file(path, why)
+
+
+def _no_lock_file(path: Path, why: str) -> LeaseError:
+    return LeaseError(
+        f"the lock file {path} cannot be used: {why}",
+        expected="a file that only pytest-sglprof makes and removes",
+        hint=f"look what it is and move it away, or name another folder in ${ENV_DIR}",
+    )
+
+
+def _is_signed(path: Path) -> bool:
+    """Also true for a file whose maker was killed before it could sign."""
+    text = _read(path)
+    made_now = text == "" and stat.S_IMODE(path.lstat().st_mode) == 0o600
+    return made_now or _SIGNATURE.fullmatch(text or "") is not None
+
+
+def _holder_text(name: str) -> str:
+    pid = holder(name)
+    return f"process {pid}" if pid else "another process"
+
+
+def _no_port() -> LeaseError:
+    return LeaseError(
+        f"no free port between {FIRST_PORT} and {EPHEMERAL} after {PORT_TRIES} tries",
+        hint="end servers that are left over",
+    )

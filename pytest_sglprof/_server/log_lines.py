@@ -1,0 +1,259 @@
+"""The grammar of SGLang's log: stamps, the tags of ranks, and the entries that tell something.
+
+    [2026-11-24 03:13:51.250 DP1 TP0] Decode batch [7], #running-req: 3, #token: 70, …
+
+A further kind of entry is one row of `_HEADS`, a further figure of a batch one field of
+`Batch`. Known are the forms of SGLang 0.4 to 0.5.23. Only ranks with attention-TP rank 0
+log batches; all ranks log the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Iterable, Iterator
+from typing import Literal, cast
+
+import msgspec
+
+from pytest_sglprof._config.model import AcceptLength, ServerFacts
+from pytest_sglprof._ranks import Rank
+
+SECOND = 1.0  # resolution of a stamp without SGLANG_LOG_MS=1
+
+Kind = Literal[
+    "prefill", "decode", "experts", "rebalance_start", "rebalance_end", "capture",
+    "profile_start", "profile_end",
+]  # fmt: skip
+_HEADS: dict[Kind, str] = {
+    "prefill": r"Prefill batch",
+    "decode": r"Decode batch",
+    "experts": r"\[Expert Balancedness\]",
+    "rebalance_start": r"\[EPLBManager\] rebalance start",
+    "rebalance_end": r"\[EPLBManager\] rebalance end",
+    "capture": r"Capture \w[^\[]*? begin\b|Capture (?:cuda|cpu) graph",
+    "profile_start": r"Profiling starts",
+    "profile_end": r"Profiling done",
+}
+# These are also known where processes that share one pipe have glued entries together, so that
+# one has lost its stamp. Of the others each counts: text that merely quotes one must not.
+_ANYWHERE = frozenset({"prefill", "decode", "experts"})
+
+# It stands wherever it likes: Ray puts a head before it, and glued entries follow each other.
+_SECOND = r"\[(?P<second>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)"
+_STAMP = rf"{_SECOND}(?:[.,](?P<fraction>\d{{1,6}}))?(?P<tags>(?: [A-Z_]+\d{{1,18}})*)\]"
+_ITERATION = r" \[(\d{1,18})\]"
+_HEAD = "|".join(f"(?P<{kind}>{head})" for kind, head in _HEADS.items())
+_TOKEN = re.compile(f"(?P<stamp>{_STAMP})|{_HEAD}")
+_ENTRY = re.compile(rf"{_STAMP} (?:{_HEAD})(?: \[\d+\])?")
+_WORDS = (" batch", "[E", "Profiling ", "Capture ")  # each head has one of them
+_BEGIN = re.compile(_SECOND)
+_STEP = re.compile(  # of bytes, and with one group: a log of gigabytes is searched with it
+    rf"^{re.sub(r'[?]P<[a-z]+>', '?:', _STAMP)} (?:Prefill|Decode) batch{_ITERATION}".encode(), re.M
+)
+_BATCH_STEP = re.compile(_ITERATION)
+_PAIR = re.compile(r"[,.] ([#A-Za-z][^:,\[\]]*): (-?\d{1,18}(?:\.\d+)?)")
+_USAGES = ("token usage", "full token usage", "swa token usage", "mamba usage", "gpu token usage")
+_QUEUES = ("#queue-req", "#bootstrap-req", "#prealloc-req", "#transfer-req", "#retracted-req")
+_FIELD = re.compile(r"(\w+)=(-?\d{1,18}(?:\.\d+)?)")
+_PROFILE_ID = re.compile(r"\(with profile id: (.*)\)")
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One entry of the log.
+
+    time: Unix time in s; stamps are taken as this machine's local time, as the server
+    writes them. resolution: s that the moment may lie later; 0 with SGLANG_LOG_MS=1.
+    tags: of its rank, as they stand there (" DP1 TP0"), "" for none. text: what follows
+    the words that made out its kind.
+    """
+
+    kind: Kind
+    time: float
+    resolution: float
+    tags: str
+    text: str
+
+    @property
+    def rank(self) -> Rank | None:
+        """The rank that wrote it; None without tags, or with tags that are none of SGLang's."""
+        return _rank(self.tags)
+
+    @property
+    def profile_id(self) -> str | None:
+        """Of a "profile_start": the id of the window. Older servers log none."""
+        named = _PROFILE_ID.search(self.text)
+        return named[1] if named else None
+
+    @property
+    def is_batch(self) -> bool:
+        """True for a forward pass that was logged: a prefill, or each so many-th decode."""
+        return self.kind in ("prefill", "decode")
+
+
+class Batch(msgspec.Struct, frozen=True, gc=False):
+    """The figures of a batch entry; None where it leaves one out.
+
+    running: requests, of a prefill those that it adds as well. waiting: requests, in all
+    queues that `num_waiting_reqs` of /v1/loads counts. tokens: KV tokens held.
+    token_usage: share of the fullest KV pool, 0 to 1. throughput: generated tokens / s.
+    accept_length: tokens a verify step, mean since the rank's last line. iteration: the
+    rank's own forward pass, with SGLANG_LOG_FORWARD_ITERS=1.
+    """
+
+    running: int | None
+    waiting: int
+    tokens: int | None
+    token_usage: float | None
+    throughput: float | None
+    accept_length: float | None
+    iteration: int | None
+
+
+class ExpertBalance(msgspec.Struct, frozen=True, gc=False):
+    """An "experts" entry. balancedness: mean / max of the GPUs' tokens, above 0 to 1."""
+
+    balancedness: float
+    iteration: int | None
+
+
+class EntryReader:
+    """Reads line after line; never raises, and passes over what is no entry of ours.
+
+    An entry without a stamp of its own gets the newest one before it, that of another entry.
+    """
+
+    def __init__(self) -> None:
+        self._stamp: tuple[float, float, str] | None = None
+
+    def read(self, lines: Iterable[str]) -> Iterator[Entry]:
+        """The entries of these lines, in their order."""
+        for line in lines:
+            for word in _WORDS:
+                if word in line:
+                    break
+            else:
+                continue
+            entry = _ENTRY.match(line)
+            rest = line[entry.end() :] if entry else ""
+            # Most lines are one entry. Behind it there is another only where one of these is.
+            if entry is None or "]" in rest or " batch" in rest:
+                yield from self._glued(line)
+            elif stamp := _read_stamp(entry):
+                self._stamp = stamp
+                kind = cast("Kind", entry.lastgroup)
+                yield Entry(kind, *stamp, line[entry.end(kind) :])
+
+    def _glued(self, line: str) -> Iterator[Entry]:
+        tokens = [*_TOKEN.finditer(line)]
+        if all(token.lastgroup == "stamp" for token in tokens):
+            return
+        stamped = -1  # where the last stamp ends
+        for number, token in enumerate(tokens, start=1):
+            kind = cast("Kind | Literal['stamp']", token.lastgroup)
+            if kind == "stamp":
+                stamped = token.end()
+                self._stamp = _read_stamp(token) or self._stamp
+            elif self._stamp and (kind in _ANYWHERE or token.start() == stamped + 1):
+                end = tokens[number].start() if number < len(tokens) else len(line)
+                yield Entry(kind, *self._stamp, line[token.end() : end])
+
+
+def read_batch(entry: Entry) -> Batch:
+    """The figures of a "prefill" or "decode" entry."""
+    values = {key: float(value) for key, value in _PAIR.findall(entry.text)}
+    get = values.get
+    running, iteration = get("#running-req"), _BATCH_STEP.match(entry.text)
+    # Hybrid models hold a full pool and a window pool, sparse ones a GPU and a CPU pool.
+    tokens = get("#token", get("#full token"))
+    if tokens is None and "#gpu token" in values:
+        tokens = values["#gpu token"] + get("#cpu token", 0)
+    return Batch(
+        # Of a prefill the line counts what runs besides; its own requests run from now on.
+        running=None if running is None else int(running + get("#new-seq", 0)),
+        waiting=int(sum(get(name, 0) for name in _QUEUES)),
+        tokens=None if tokens is None else int(tokens),
+        token_usage=max((values[name] for name in _USAGES if name in values), default=None),
+        throughput=get("gen throughput (token/s)") if entry.kind == "decode" else None,
+        accept_length=get("accept len"),
+        iteration=int(iteration[1]) if iteration else None,
+    )
+
+
+def read_balance(entry: Entry) -> ExpertBalance | None:
+    """The figures of an "experts" entry; None where it has none that can be."""
+    values = dict(_FIELD.findall(entry.text))
+    balancedness = float(values.get("current_pass_balancedness", 0.0))
+    if not 0.0 < balancedness <= 1.0:
+        return None
+    iteration = values.get("forward_pass_id", "")
+    return ExpertBalance(balancedness, int(iteration) if iteration.isdigit() else None)
+
+
+def begins_entry(line: str) -> bool:
+    """True for a line that begins with a stamp."""
+    return _BEGIN.match(line) is not None
+
+
+def highest_iteration(lines: bytes) -> int | None:
+    """The highest forward pass that these whole lines show, at a hundredth of `read_batch`."""
+    return max((int(number) for number in _STEP.findall(lines)), default=None)
+
+
+def _read_stamp(token: re.Match[str]) -> tuple[float, float, str] | None:
+    second, fraction, tags = token.group("second", "fraction", "tags")
+    moment = _unix_second(second)
+    if moment is None:
+        return None
+    return (moment + float(f"0.{fraction}"), 0.0, tags) if fraction else (moment, SECOND, tags)
+
+
+@functools.lru_cache(maxsize=64)
+def _unix_second(text: str) -> float | None:
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%d %H:%M:%S"))
+    except (ValueError, OverflowError):
+        return None
+
+
+@functools.lru_cache(maxsize=4096)  # one text a rank, however many lines it writes
+def _rank(tags: str) -> Rank | None:
+    return Rank.parse(tags)
+
+
+# Facts about a window's forward passes from the server's log: rebalances, accept lengths.
+
+
+def read_log_facts(lines: Iterable[str], until: float) -> ServerFacts:
+    """The facts in `lines`, which were written until the Unix time `until` (s).
+
+    Rebalances of all ranks that overlap are one; one without an end lasts until `until`.
+    """
+    spans: list[tuple[float, float]] = []
+    running: dict[str, float] = {}
+    accepted: list[AcceptLength] = []
+    captures = 0
+    for entry in EntryReader().read(lines):
+        latest = entry.time + entry.resolution
+        if entry.kind == "rebalance_start":
+            running.setdefault(entry.tags, entry.time)
+        elif entry.kind == "rebalance_end":
+            spans.append((running.pop(entry.tags, entry.time), latest))
+        elif entry.kind == "capture":
+            captures += 1
+        elif entry.kind == "decode" and (length := read_batch(entry).accept_length) is not None:
+            rank = entry.rank
+            accepted.append(AcceptLength(latest, rank.dp if rank else None, length))
+    spans += [(begins, until) for begins in running.values()]
+    return ServerFacts(tuple(_merged(spans)), tuple(accepted), captures)
+
+
+def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    whole: list[tuple[float, float]] = []
+    for begins, ends in sorted(spans):
+        if whole and begins <= whole[-1][1]:
+            whole[-1] = (whole[-1][0], max(ends, whole[-1][1]))
+        else:
+            whole.append((begins, ends))
+    return whole

@@ -1,0 +1,368 @@
+"""`Nvml`: the GPUs of this machine, seen and set through NVML (nvidia-ml-py)."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_sglprof._config.model import GpuClocks
+from pytest_sglprof._errors import ClockLockError
+from pytest_sglprof._ranks import Rank
+
+if TYPE_CHECKING:
+    from pytest_sglprof._server.launch import Server
+
+
+class NvmlError(OSError):
+    """NVML refused or failed; `words` is its own message."""
+
+    @property
+    def words(self) -> str:
+        """NVML's message."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"NVML: {self.words}"
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """One look at one GPU. sm_mhz: its SM clock. reasons: NVML's bits. limit: W, None unknown."""
+
+    uuid: str
+    sm_mhz: int
+    power_limit_w: float | None
+    reasons: int
+
+
+class Nvml:
+    """NVML while it is open: without any client a driver may unload. Devices go by their UUIDs.
+
+    Making one raises ImportError where nvidia-ml-py is missing; that and every method raise
+    `NvmlError` where the driver, or a GPU, does not do it.
+    """
+
+    def __init__(self) -> None:
+        from tests.support.fake_nvml import pynvml
+
+        self._nvml: Any = pynvml
+        self._devices: dict[str, Any] = {}
+        with self._errors():
+            pynvml.nvmlInit()
+
+    def uuids(self) -> list[str]:
+        """Every GPU, in the order of the bus (CUDA counts by speed by default)."""
+        with self._errors():
+            count = self._nvml.nvmlDeviceGetCount()
+            devices = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+            self._devices = {_text(self._nvml.nvmlDeviceGetUUID(one)): one for one in devices}
+        return list(self._devices)
+
+    def pids(self, uuid: str) -> list[int]:
+        """The processes that have a context on a GPU; inside a container it may list none."""
+        with self._errors():
+            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device(uuid))
+            return [int(process.pid) for process in processes]
+
+    def reading(self, uuid: str) -> GpuReading:
+        """Its clock now, and what holds it down."""
+        nvml = self._nvml
+        with self._errors():
+            device = self._device(uuid)
+            try:
+                limit = nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000.0
+            except nvml.NVMLError:  # virtual GPUs have none
+                limit = None
+            return GpuReading(
+                uuid=uuid,
+                sm_mhz=int(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
+                power_limit_w=limit,
+                reasons=int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)),
+            )
+
+    def lock_clock(self, uuid: str, mhz: int) -> None:
+        """Holds the clock of its multiprocessors, until it is reset or the driver unloaded."""
+        with self._errors():
+            self._nvml.nvmlDeviceSetGpuLockedClocks(self._device(uuid), mhz, mhz)
+
+    def reset_clock(self, uuid: str) -> None:
+        """Lets it run as the driver chooses."""
+        with self._errors():
+            self._nvml.nvmlDeviceResetGpuLockedClocks(self._device(uuid))
+
+    def close(self) -> None:
+        """Ends the use of NVML; locks stay. Safe to call twice."""
+        with contextlib.suppress(self._nvml.NVMLError):
+            self._nvml.nvmlShutdown()
+
+    def _device(self, uuid: str) -> Any:
+        if uuid not in self._devices:
+            self._devices[uuid] = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+        return self._devices[uuid]
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._nvml.NVMLError as error:
+            raise NvmlError(str(error)) from error
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+# The clocks of a server's GPUs during a window, and whether heat or a power brake slowed them.
+#
+# A GPU that runs at its power limit lowers its clock all the time: that is normal and counts as
+# nothing. Thermal slowdown and an external power brake are faults of the machine.
+
+
+PERIOD = 0.1  # s between two readings; NVML's own figures change every 20 to 100 ms
+# Below this share of the readings a slowdown is a flicker that no figure of a window shows.
+THROTTLED_SHARE = 0.05
+# Bits of nvmlClocksEventReasons. Not among them: the software power cap (0x4), and the general
+# hardware slowdown (0x8), which also stands for a power draw that is merely high.
+REASONS = ((0x20, "thermal"), (0x40, "thermal"), (0x80, "power brake"))
+
+
+class GpuSampler:
+    """Reads the GPUs of a server's ranks. uuids: rank's label -> UUID of its GPU."""
+
+    def __init__(self, nvml: Nvml, ranks: Mapping[int, Rank]) -> None:
+        """Finds each rank's GPU by the processes (pid -> rank) that NVML lists on it.
+
+        Not by index: CUDA orders devices by speed and NVML by bus.
+        """
+        self._nvml = nvml
+        self.uuids = {
+            ranks[pid].label: uuid
+            for uuid in nvml.uuids()
+            for pid in nvml.pids(uuid)
+            if pid in ranks
+        }
+
+    def read(self) -> Mapping[str, GpuReading]:
+        """The GPU of each rank now, by the rank's label."""
+        return {label: self._nvml.reading(uuid) for label, uuid in self.uuids.items()}
+
+    def close(self) -> None:
+        """Ends the use of NVML."""
+        self._nvml.close()
+
+
+class ClockWatch:
+    """A thread that samples from its start to its `stop`."""
+
+    def __init__(self, sampler: GpuSampler, period: float = PERIOD) -> None:
+        self._sampler = sampler
+        self._period = period
+        self._readings: list[Mapping[str, GpuReading]] = []
+        self._failure = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sglprof-clocks", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
+        """Ends sampling; the clocks of each rank, and notes. Takes at most one reading."""
+        self._over.set()
+        self._thread.join()
+        notes = (f"reading GPU clocks ended early: {self._failure}",) if self._failure else ()
+        return clocks_of(self._readings), notes
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._readings.append(self._sampler.read())
+                if self._over.wait(self._period):
+                    return
+        except OSError as error:
+            self._failure = str(error)
+        finally:
+            self._sampler.close()
+
+
+def clocks_of(readings: Sequence[Mapping[str, GpuReading]]) -> tuple[GpuClocks, ...]:
+    """What the readings of a window say of each rank, in order of appearance."""
+    by_rank: dict[str, list[GpuReading]] = {}
+    for look in readings:
+        for rank, reading in look.items():
+            by_rank.setdefault(rank, []).append(reading)
+    return tuple(_clocks(rank, of_rank) for rank, of_rank in by_rank.items())
+
+
+def _clocks(rank: str, readings: Sequence[GpuReading]) -> GpuClocks:
+    slowed = [[word for bit, word in REASONS if one.reasons & bit] for one in readings]
+    share = sum(bool(words) for words in slowed) / len(readings)
+    throttled = share >= THROTTLED_SHARE
+    words = dict.fromkeys(word for each in slowed for word in each) if throttled else ()
+    return GpuClocks(
+        rank=rank,
+        uuid=readings[-1].uuid,
+        median_sm_mhz=float(statistics.median(one.sm_mhz for one in readings)),
+        power_limit_w=readings[-1].power_limit_w,
+        throttled=throttled,
+        reason=", ".join(words),
+        throttled_share=share,
+    )
+
+
+def watch_clocks(server: Server) -> ClockWatch | None:
+    """Begins to watch the GPUs of a server that was started here.
+
+    None where there is nothing to see: a CPU server, the stand-in, an attached server (its
+    devices are not known), no NVML, or GPUs that cannot be matched with ranks.
+    """
+    if server.attached or server.kind != "sglang" or server.sizes.is_cpu:
+        return None
+    try:
+        nvml = Nvml()
+    except (ImportError, OSError):
+        return None
+    try:
+        sampler = GpuSampler(nvml, server.scheduler_ranks())
+    except OSError:
+        nvml.close()
+        return None
+    if not sampler.uuids:
+        sampler.close()
+        return None
+    return ClockWatch(sampler)
+
+
+# GPU clocks that are held at one frequency while a server lives, and given back after it.
+#
+# A GPU that boosts as far as heat and power let it gives different timings every night. The
+# keeper holds the lock, since it outlives a pytest that dies. NVML holds a lock until it is reset
+# or the driver is unloaded, and does not say what a clock was locked at before.
+
+
+SETTING = "lock_clocks of [gpu]"
+
+
+class ClockLock:
+    """The GPUs of one server, locked. held: UUID -> MHz."""
+
+    def __init__(self, names: Sequence[str], mhz: int, *, by_bus: bool) -> None:
+        """Locks all of them or, with `ClockLockError`, none.
+
+        names: as in CUDA_VISIBLE_DEVICES. by_bus: indices count by the bus, as NVML does.
+        """
+        self._nvml = open_nvml()
+        self.held: dict[str, int] = {}
+        try:
+            for uuid in _find(self._nvml, names, by_bus=by_bus):
+                self.held[uuid] = mhz  # before: a lock that fails may have been set all the same
+                hint = "run as root, choose a clock of `nvidia-smi -q -d SUPPORTED_CLOCKS`, or"
+                with _explained(f"the clock of {uuid} cannot be locked at {mhz} MHz", hint):
+                    self._nvml.lock_clock(uuid, mhz)
+        except ClockLockError:
+            self.release()
+            raise
+
+    def release(self) -> list[str]:
+        """Resets them; returns what could not be. Idempotent."""
+        held, self.held = self.held, {}
+        left = _reset(self._nvml, held)
+        self._nvml.close()
+        return left
+
+
+def give_back(held: Mapping[str, int]) -> list[str]:
+    """Resets GPUs whose keeper died without doing so; returns what could not be."""
+    if not held:
+        return []
+    try:
+        nvml = open_nvml()
+    except ClockLockError as error:
+        return [f"clocks of {', '.join(held)}: {error.what}"]
+    try:
+        return _reset(nvml, held)
+    finally:
+        nvml.close()
+
+
+def open_nvml() -> Nvml:
+    """NVML of this machine; raises `ClockLockError` where there is none."""
+    try:
+        with _explained("NVML does not start", "check nvidia-smi; without an NVIDIA GPU there"):
+            return Nvml()
+    except ImportError:
+        raise ClockLockError(
+            f"{SETTING} needs nvidia-ml-py, which is not installed here",
+            expected="the extra `gpu` beside pytest-sglprof",
+            hint="pip install 'pytest-sglprof[gpu]', or remove lock_clocks",
+        ) from None
+
+
+def _reset(nvml: Nvml, held: Mapping[str, int]) -> list[str]:
+    """Resets every GPU, whatever becomes of the others; returns what could not be."""
+    left = []
+    for uuid, mhz in held.items():
+        try:
+            nvml.reset_clock(uuid)
+        except NvmlError as error:
+            left.append(
+                f"clock of {uuid}, locked at {mhz} MHz: it cannot be reset: {error.words} "
+                f"(nvidia-smi -i {uuid} --reset-gpu-clocks)"
+            )
+    return left
+
+
+def _find(nvml: Nvml, names: Sequence[str], *, by_bus: bool) -> list[str]:
+    """The UUIDs of the GPUs by their names."""
+    with _explained("NVML does not list the GPUs", "check nvidia-smi, or"):
+        present = nvml.uuids()
+    every = len(names) == len(present) and all(name.isdecimal() for name in names)
+    chosen = present if every else [_uuid(name, present, by_bus=by_bus) for name in names]
+    if not chosen:
+        raise ClockLockError(
+            f"{SETTING}: no GPU is visible whose clock could be locked",
+            expected="an NVIDIA GPU in the server's lease",
+            hint="check nvidia-smi and $CUDA_VISIBLE_DEVICES, or remove lock_clocks",
+        )
+    return chosen
+
+
+@contextlib.contextmanager
+def _explained(what: str, hint: str) -> Iterator[None]:
+    """NVML's errors as `ClockLockError`, with NVML's words."""
+    try:
+        yield
+    except NvmlError as error:
+        raise ClockLockError(
+            f"{SETTING}: {what}: {error.words}",
+            expected="a GPU whose clocks this process may set",
+            hint=f"{hint} remove lock_clocks",
+        ) from error
+
+
+def _uuid(name: str, present: Sequence[str], *, by_bus: bool) -> str:
+    """The UUID of a device by its name; CUDA takes any beginning of a UUID that is unique."""
+    if name.startswith("MIG-"):
+        raise ClockLockError(
+            f"{SETTING}: {name} is a part of a GPU, and clocks belong to the whole",
+            expected="whole GPUs",
+            hint="remove lock_clocks, or give the server whole GPUs",
+        )
+    if name.isdecimal() and not by_bus:
+        raise ClockLockError(
+            f"{SETTING}: which GPU CUDA calls {name} is not known",
+            expected="CUDA_DEVICE_ORDER=PCI_BUS_ID, UUIDs in CUDA_VISIBLE_DEVICES, or all GPUs",
+            hint="export CUDA_DEVICE_ORDER=PCI_BUS_ID: CUDA counts by speed, NVML by the bus",
+        )
+    if name.isdecimal():
+        matches = list(present[int(name) : int(name) + 1])
+    else:
+        matches = [uuid for uuid in present if uuid.startswith(name)]
+    if len(matches) != 1:
+        raise ClockLockError(
+            f"{SETTING}: NVML knows {len(matches) or 'no'} GPU{'s' * (len(matches) > 1)} {name}",
+            expected=f"one of {', '.join(present) or 'none'}",
+            hint="check nvidia-smi and $CUDA_VISIBLE_DEVICES, or remove lock_clocks",
+        )
+    return matches[0]

@@ -1,0 +1,229 @@
+"""nsys reports and their exports, one `RankActivities` a process and device.
+
+One report holds all ranks of a node on one clock. Where it has GPU activities, they are
+what is read; the report of a CPU server has NVTX ranges instead, of which each counts
+with its self time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pytest_sglprof._trace.nsys.files import readable
+from pytest_sglprof._trace.nsys.rows import (
+    RUN_BATCH,
+    GpuRows,
+    Owner,
+    Ranges,
+    label_owners,
+    launch_times,
+    not_recorded,
+    read_gpu_rows,
+    read_ranges,
+    read_whole_graphs,
+    run_batches,
+)
+from pytest_sglprof._trace.nsys.tables import (
+    KINDS,
+    MISSING,
+    ParquetTables,
+    ReportTables,
+    open_sqlite,
+    pid_of,
+)
+from pytest_sglprof._trace.steps import StepIndex, self_times, with_graph_share
+from pytest_sglprof._trace.table import GPU, NO_STEP, NVTX, Ints, RankActivities, Step
+
+_THREAD = 0xFFFFFF
+
+
+def read_report(
+    path: Path,
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    gpu_ranks: Mapping[int, str] | None = None,
+    nsys: str | None = None,
+) -> list[RankActivities]:
+    """The activities of each rank in a `.sqlite` export, a `.nsys-rep` or a Parquet folder.
+
+    pid_ranks, gpu_ranks: the rank of a process id, else of a device, as the server had
+    them; processes of pid_ranks come back even without any activity. nsys: the command
+    that exports a `.nsys-rep` (see `nsys_files.readable`).
+
+    Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
+    """
+    with opened(path, nsys) as tables:
+        return _read(tables, pid_ranks or {}, gpu_ranks or {})
+
+
+@contextlib.contextmanager
+def opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
+    """The tables of a report, an export or a Parquet folder. Raises as `read_report` does."""
+    with readable(path, nsys) as export:
+        if export.is_dir():
+            yield ParquetTables(export)
+        else:
+            with open_sqlite(export) as tables:
+                yield tables
+
+
+def _read(
+    tables: ReportTables, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
+) -> list[RankActivities]:
+    ranges = read_ranges(tables)
+    rows = read_gpu_rows(tables, correlated=RUN_BATCH in ranges.names)
+    graphs = read_whole_graphs(tables)
+    notes = [*rows.notes, *graphs.notes]
+    pairs = rows.owners() | graphs.owners
+    if not pairs and not len(ranges.start):
+        pairs = rows.unusable
+    on_gpu = {Owner(pid, device) for pid, device in pairs}
+    if on_gpu:
+        owners = sorted(on_gpu)
+    else:
+        owners, more = _without_strangers(ranges, pid_ranks)
+        notes += [*more, *ranges.notes]
+    recorded = _recorded(tables)
+    labels, how = label_owners(owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, recorded=recorded)
+    seen = recorded | {owner.pid for owner in owners}
+    notes += how
+    notes += not_recorded(pid_ranks, seen)
+    members: dict[str, list[Owner]] = {}
+    for owner in owners:
+        members.setdefault(labels[owner], []).append(owner)
+    pids = {label: {owner.pid for owner in own} for label, own in members.items()}
+    for pid, label in pid_ranks.items():
+        pids.setdefault(label, {pid})
+    own_ranges = {label: ranges.of_pids(own) for label, own in pids.items()}
+    if not on_gpu:
+        return [_of_ranges(label, own, notes) for label, own in own_ranges.items()]
+    steps = {label: run_batches(own) for label, own in own_ranges.items()}
+    launched = launch_times(tables, rows) if any(steps.values()) else None
+    return [
+        _of_gpu(label, rows, rows.of_owners(members.get(label, [])), launched, own, notes)
+        for label, own in steps.items()
+    ]
+
+
+def _recorded(tables: ReportTables) -> frozenset[int]:
+    (process,) = tables.integers("PROCESSES", ["globalPid"])
+    return frozenset(pid_of(process[process != MISSING]).tolist())
+
+
+def _without_strangers(
+    ranges: Ranges, pid_ranks: Mapping[int, str]
+) -> tuple[list[Owner], list[str]]:
+    """The processes with ranges; only the known ones where any of them is known."""
+    pids, counts = np.unique(pid_of(ranges.thread[ranges.nests]), return_counts=True)
+    ranges_of = dict(zip(pids.tolist(), counts.tolist(), strict=True))
+    known = [pid for pid in ranges_of if pid in pid_ranks]
+    strangers = [pid for pid in ranges_of if pid not in pid_ranks] if known else []
+    notes = [
+        f"left out {ranges_of[pid]} NVTX ranges of process {pid}, which is no rank"
+        for pid in strangers
+    ]
+    return [Owner(pid) for pid in ranges_of if pid not in strangers], notes
+
+
+def _of_gpu(
+    label: str,
+    rows: GpuRows,
+    chosen: Ints,
+    launched: Ints | None,
+    steps: tuple[Step, ...],
+    notes: Sequence[str],
+) -> RankActivities:
+    chosen = chosen[np.argsort(rows.start[chosen], kind="stable")]
+    step = np.full(len(chosen), NO_STEP, dtype=np.int64)
+    if launched is not None:
+        step = StepIndex(steps).of(launched[chosen])
+    steps = with_graph_share(steps, step, rows.kind[chosen] == 0, rows.graph[chosen])
+    return RankActivities(
+        rank=label,
+        names=rows.names,
+        name_codes=rows.name[chosen],
+        kinds=KINDS,
+        kind_codes=rows.kind[chosen],
+        start=rows.start[chosen],
+        dur=rows.dur[chosen],
+        stream=rows.stream[chosen],
+        step=step,
+        steps=steps,
+        source=GPU,
+        notes=notes,
+    )
+
+
+def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActivities:
+    steps = run_batches(ranges)
+    nested = ranges.take(ranges.nests)
+    nested = nested.take(np.argsort(nested.start, kind="stable"))
+    return RankActivities(
+        rank=label,
+        names=nested.names,
+        name_codes=nested.name,
+        kinds=("range",),
+        kind_codes=np.zeros(len(nested.start), dtype=np.int64),
+        start=nested.start,
+        dur=self_times(nested.start, nested.dur, nested.thread),
+        stream=nested.thread & _THREAD,
+        step=StepIndex(steps).of(nested.start),
+        steps=steps,
+        source=NVTX,
+        notes=notes,
+    )
+
+
+# The rows of an nsys report that hold kernels: process, device and stream.
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """One stream of one process. total_ns: sum of its kernels' durations."""
+
+    rank: str
+    pid: int
+    device: int
+    stream: int
+    kernels: int
+    total_ns: int
+
+
+def stream_rows(
+    path: Path,
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    nsys: str | None = None,
+    notes: list[str] | None = None,
+) -> list[StreamRow]:
+    """All streams with kernels, by process and device, the busiest stream first.
+
+    Counted are the kernels that the kernel table holds. pid_ranks: the rank of a process id;
+    without it a row is labelled as the kernel table labels it. notes: gets what was left
+    out. Raises what `read_report` raises.
+    """
+    with opened(path, nsys) as tables:
+        rows = read_gpu_rows(tables, correlated=False)
+    if notes is not None:
+        notes += rows.notes
+    kernels = rows.kind == KINDS.index("kernel")
+    columns = (pid_of(rows.process), rows.device, rows.stream)
+    keys = np.stack([column[kernels] for column in columns], axis=1)
+    distinct, place = np.unique(keys, axis=0, return_inverse=True)
+    counts = np.bincount(place.ravel(), minlength=len(distinct))
+    totals = np.zeros(len(distinct), np.int64)
+    np.add.at(totals, place.ravel(), rows.dur[kernels])
+    streams = distinct.tolist()
+    owners = sorted({Owner(pid, device) for pid, device, _ in streams})
+    recorded = {owner.pid for owner in owners}
+    labels, _ = label_owners(owners, pid_ranks=pid_ranks or {}, gpu_ranks={}, recorded=recorded)
+    summed = [
+        StreamRow(labels[Owner(pid, device)], pid, device, stream, int(count), int(total))
+        for (pid, device, stream), count, total in zip(streams, counts, totals, strict=True)
+    ]
+    return sorted(summed, key=lambda row: (row.pid, row.device, -row.total_ns, row.stream))

@@ -1,0 +1,346 @@
+"""GPU activities of an nsys report: kernels, copies and sets, with their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from pytest_sglprof._trace.nsys.tables import (
+    KINDS,
+    MISSING,
+    PREFIX,
+    ReportTables,
+    activity_name,
+    coded,
+    pid_of,
+    process_of,
+    skipped,
+    table_of,
+    usable,
+    whole_graphs,
+)
+from pytest_sglprof._trace.steps import contains_later, excluded
+from pytest_sglprof._trace.table import UNKNOWN_STAGE, Flags, Ints, Step, first_of
+
+_COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "graphNodeId")
+_NAMED = {"kernel": ("demangledName",), "memcpy": ("copyKind",), "memset": ()}
+
+
+@dataclass(frozen=True)
+class GpuRows:
+    """Activities, arrays of shape (rows,). Times in ns; MISSING, or -1 for stream and device.
+
+    process: globalPid. kind, name: codes into KINDS and names. correlation: the id that
+    the launch has as well. graph: a node of a CUDA graph. unusable: the (pid, device) pairs
+    of a report all of whose rows were left out, so that somebody is there to tell it of.
+    """
+
+    start: Ints
+    dur: Ints
+    device: Ints
+    stream: Ints
+    process: Ints
+    correlation: Ints
+    graph: Flags
+    kind: Ints
+    name: Ints
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    unusable: frozenset[tuple[int, int]] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def owners(self) -> frozenset[tuple[int, int]]:
+        """Every (pid, device) that has a row."""
+        return _owners(self.process, self.device)
+
+    def of_owners(self, owners: Iterable[Owner]) -> Ints:
+        """The indices of the rows of these owners."""
+        pid = pid_of(self.process)
+        chosen = np.zeros(len(self), dtype=bool)
+        for owner in owners:
+            chosen |= (pid == owner.pid) & (self.device == owner.device)
+        return np.flatnonzero(chosen)
+
+
+def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
+    """All GPU activities, without those that have no time or an impossible one.
+
+    correlated: whether correlation ids are asked for; they are MISSING where not.
+    """
+    code_of: dict[str, int] = {}
+    columns: list[list[Ints]] = [[] for _ in range(len(_COLUMNS) + 3)]
+    for number, kind in enumerate(KINDS):
+        asked = (*_COLUMNS, *(["correlationId"] if correlated else ()), *_NAMED[kind])
+        read = dict(zip(asked, tables.integers(table_of(kind), asked), strict=True))
+        count = len(read["start"])
+        correlation = read.get("correlationId", np.full(count, MISSING, dtype=np.int64))
+        kinds = np.full(count, number, dtype=np.int64)
+        keys = [read[column] for column in _NAMED[kind]] or [np.zeros(count, dtype=np.int64)]
+        names = _names(tables, kind, keys[0], code_of)
+        for parts, part in zip(
+            columns, (*(read[c] for c in _COLUMNS), correlation, kinds, names), strict=True
+        ):
+            parts.append(part)
+    start, end, device, stream, process, node, correlation, kinds, names = (
+        _joined(parts) for parts in columns
+    )
+    timed, untimed = usable(start, end)
+    notes = skipped(*untimed)
+    graph = (node != MISSING) & (node != 0)
+    group = np.zeros(len(start), dtype=np.int64)
+    for part in (process, device, stream):
+        distinct, codes = coded(part)
+        group = group * len(distinct) + codes
+    bad = impossible(start, end, group, (kinds == 0) & ~graph & timed)
+    if bad.any():
+        notes.append(excluded((end - start)[bad]))
+    device = np.maximum(device, -1)
+    keep = timed & ~bad
+    chosen = slice(None) if keep.all() else keep  # a slice copies nothing
+    return GpuRows(
+        start=start[chosen],
+        dur=(end - start)[chosen],
+        device=device[chosen],
+        stream=np.maximum(stream, -1)[chosen],
+        process=process[chosen],
+        correlation=correlation[chosen],
+        graph=graph[chosen],
+        kind=kinds[chosen],
+        name=names[chosen],
+        names=tuple(code_of),
+        notes=tuple(notes),
+        unusable=frozenset() if keep.any() else _owners(process, device),
+    )
+
+
+def _owners(process: Ints, device: Ints) -> frozenset[tuple[int, int]]:
+    pairs = np.unique((pid_of(process) << 32) + device + 1).tolist()
+    return frozenset((pair >> 32, (pair & 0xFFFFFFFF) - 1) for pair in pairs)
+
+
+def _joined(parts: list[Ints]) -> Ints:
+    """One column; the parts are given up, for memory's sake."""
+    filled = [part for part in parts if len(part)]
+    parts.clear()
+    return filled[0] if len(filled) == 1 else np.concatenate([*filled, np.empty(0, np.int64)])
+
+
+def impossible(start: Ints, end: Ints, group: Ints, candidate: Flags) -> Flags:
+    """Which candidates contain a whole candidate of their group that starts later.
+
+    Nodes of graphs run side by side, so they are no candidates.
+    """
+    bad = np.zeros(len(start), dtype=bool)
+    rows = np.flatnonzero(candidate)
+    rows = rows[np.lexsort((end[rows], start[rows], group[rows]))]
+    bad[rows] = contains_later(end[rows], group[rows])
+    return bad
+
+
+def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
+    """When the CPU launched each row (ns); MISSING where no launch was recorded."""
+    launched = np.full(len(rows), MISSING, dtype=np.int64)
+    columns = ("start", "globalTid", "correlationId")
+    start, thread, correlation = tables.integers(PREFIX + "RUNTIME", columns)
+    process = process_of(thread)
+    for one in np.unique(rows.process[rows.process != MISSING]):
+        known = (correlation != MISSING) & (start != MISSING)
+        calls = np.flatnonzero((process == process_of(one)) & known)
+        # A runtime call and the driver call inside it share their id: the first one counts.
+        calls = calls[np.lexsort((start[calls], correlation[calls]))]
+        mine = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
+        at = first_of(correlation[calls], rows.correlation[mine])
+        launched[mine[at >= 0]] = start[calls[at[at >= 0]]]
+    return launched
+
+
+@dataclass(frozen=True)
+class WholeGraphs:
+    """Launches of CUDA graphs without their kernels. owners: their (pid, device) pairs."""
+
+    owners: frozenset[tuple[int, int]] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def read_whole_graphs(tables: ReportTables) -> WholeGraphs:
+    """What `--cuda-graph-trace=graph` leaves instead of kernels."""
+    columns = ("start", "end", "globalPid", "deviceId")
+    start, end, process, device = tables.integers(PREFIX + "GRAPH_TRACE", columns)
+    if not len(start):
+        return WholeGraphs()
+    timed, _ = usable(start, end)
+    total = int((end - start)[timed].sum())
+    note = whole_graphs(len(start), total)
+    pairs = zip(pid_of(process).tolist(), np.where(device < 0, -1, device).tolist(), strict=True)
+    return WholeGraphs(frozenset(pairs), (note,))
+
+
+def _names(tables: ReportTables, kind: str, keys: Ints, code_of: dict[str, int]) -> Ints:
+    """One code a row; adds the names to `code_of`."""
+    if kind == "kernel" and (keys == MISSING).any():
+        (short,) = tables.integers(table_of(kind), ["shortName"])
+        keys = np.where(keys != MISSING, keys, short) if len(short) else keys
+    distinct, at = coded(keys)
+    numbers = [int(key) for key in distinct]
+    texts = tables.strings(n for n in numbers if n != MISSING) if kind == "kernel" else {}
+    names = [activity_name(kind, number, texts) for number in numbers]
+    codes = np.array([code_of.setdefault(name, len(code_of)) for name in names], dtype=np.int64)
+    return codes[at]
+
+
+# NVTX ranges of an nsys report: the scheduler's batches, and self times.
+
+
+RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
+PUSH_POP, START_END = 59, 60  # ENUM_NSYS_EVENT_TYPE
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Finished ranges, arrays of shape (ranges,). Times in ns.
+
+    thread: globalTid. nests: of push and pop, so it nests within its thread. name: codes
+    into names. notes: what was left out.
+    """
+
+    start: Ints
+    dur: Ints
+    thread: Ints
+    nests: Flags
+    name: Ints
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def take(self, chosen: Flags | Ints) -> Ranges:
+        """The ranges that `chosen` (a mask or indices) selects."""
+        return Ranges(
+            start=self.start[chosen],
+            dur=self.dur[chosen],
+            thread=self.thread[chosen],
+            nests=self.nests[chosen],
+            name=self.name[chosen],
+            names=self.names,
+        )
+
+    def of_pids(self, pids: Iterable[int]) -> Ranges:
+        """The ranges of these processes."""
+        return self.take(np.isin(pid_of(self.thread), list(pids)))
+
+
+def read_ranges(tables: ReportTables) -> Ranges:
+    """All push/pop and start/end ranges of a report; marks and domains are no ranges."""
+    columns = ("start", "end", "eventType", "globalTid", "textId")
+    start, end, kind, thread, text_id = tables.integers("NVTX_EVENTS", columns)
+    own, names = tables.texts("NVTX_EVENTS", "text")
+    wanted = (kind == PUSH_POP) | (kind == START_END)
+    done = wanted & usable(start, end)[0]
+    code = own if len(own) else np.full(len(start), -1, dtype=np.int64)
+    lost = int(wanted.sum() - done.sum())
+    registered = np.where(code < 0, text_id, MISSING)[done]
+    ids, at = coded(registered)
+    texts = tables.strings(int(number) for number in ids if number != MISSING)
+    code_of = {name: number for number, name in enumerate(names)}
+    codes = [code_of.setdefault(texts.get(int(number), ""), len(code_of)) for number in ids]
+    code = np.where(code[done] < 0, np.array(codes, dtype=np.int64)[at], code[done])
+    return Ranges(
+        start=start[done],
+        dur=end[done] - start[done],
+        thread=thread[done],
+        nests=kind[done] == PUSH_POP,
+        name=code,
+        names=tuple(name or "unnamed" for name in code_of),
+        notes=(f"skipped {lost} NVTX ranges without an end",) if lost else (),
+    )
+
+
+def run_batches(ranges: Ranges) -> tuple[Step, ...]:
+    """The steps of one rank: its outermost `scheduler.run_batch` ranges, in order of start."""
+    if RUN_BATCH not in ranges.names:
+        return ()
+    found = ranges.take(ranges.name == ranges.names.index(RUN_BATCH))
+    found = found.take(np.lexsort((-found.dur, found.start)))
+    steps: list[Step] = []
+    for start, dur in zip(found.start.tolist(), found.dur.tolist(), strict=True):
+        if not steps or start >= steps[-1].end_ns:
+            steps.append(Step(len(steps), UNKNOWN_STAGE, start, start + dur))
+    return tuple(steps)
+
+
+# Which rank a process of an nsys report is: the report itself has lost that.
+#
+# nsys cuts the title of a process to 15 characters, the same for every scheduler. So the
+# rank comes from what was known while the server lived, and whatever was used is said.
+
+
+NO_DEVICE = -1
+
+
+@dataclass(frozen=True, order=True)
+class Owner:
+    """One process on one device (`NO_DEVICE` for what ran on the CPU)."""
+
+    pid: int
+    device: int = NO_DEVICE
+
+
+def label_owners(
+    owners: Sequence[Owner],
+    *,
+    pid_ranks: Mapping[int, str],
+    gpu_ranks: Mapping[int, str],
+    recorded: Set[int],
+) -> tuple[dict[Owner, str], list[str]]:
+    """A label for each owner, and notes on how they were found.
+
+    By process id, else by device where exactly one unknown process uses it and its rank
+    is not one of a recorded process, else `GPU<device>` (`GPU<device> pid <pid>` where
+    processes share it) or `pid <pid>`. recorded: pids that stand in the report.
+    """
+    labels = {owner: pid_ranks[owner.pid] for owner in owners if owner.pid in pid_ranks}
+    notes = ["ranks of nsys activities: by process id"] if labels else []
+    unknown = [owner for owner in owners if owner not in labels]
+    if pid_ranks and unknown and not labels:
+        notes.append("none of the known process ids has an activity in the nsys report")
+    taken = {label for pid, label in pid_ranks.items() if pid in recorded}
+    by_device = {
+        owner: label
+        for owner in unknown
+        if (label := gpu_ranks.get(owner.device, "")) and label not in taken
+        if _alone(owner, unknown)
+    }
+    if by_device:
+        pairs = ", ".join(f"GPU{owner.device} is {by_device[owner]}" for owner in by_device)
+        notes.append(f"ranks of nsys activities: by device, no process id was known: {pairs}")
+    labels |= by_device
+    for owner in unknown:
+        if owner not in labels:
+            labels[owner], note = _unknown_rank(owner, _alone(owner, unknown))
+            notes.append(note)
+    return labels, notes
+
+
+def not_recorded(pid_ranks: Mapping[int, str], seen: Set[int]) -> list[str]:
+    """Notes on ranks whose process is not among those `seen` in the report."""
+    return [
+        f"process {pid} ({label}) is not in the nsys report"
+        for pid, label in pid_ranks.items()
+        if pid not in seen
+    ]
+
+
+def _alone(owner: Owner, unknown: Sequence[Owner]) -> bool:
+    return sum(other.device == owner.device for other in unknown) == 1
+
+
+def _unknown_rank(owner: Owner, alone: bool) -> tuple[str, str]:
+    if owner.device == NO_DEVICE:
+        return f"pid {owner.pid}", f"rank unknown: process {owner.pid} is named by its id"
+    if alone:
+        label = f"GPU{owner.device}"
+        return label, f"rank unknown: {label} is device {owner.device} of process {owner.pid}"
+    label = f"GPU{owner.device} pid {owner.pid}"
+    return label, f"rank unknown: {label} is one of several processes on that device number"

@@ -1,0 +1,473 @@
+"""Sums by rank and kernel of an nsys report, without a row in memory: `read_sums`.
+
+For what needs only totals. Neither pandas nor (for SQLite) numpy is imported.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pytest_sglprof._ranks import rank_order
+from pytest_sglprof._trace.categories import category
+from pytest_sglprof._trace.kernel_names import normalise
+from pytest_sglprof._trace.nsys.files import readable
+from pytest_sglprof._trace.nsys.rows import Owner, label_owners, not_recorded, read_whole_graphs
+from pytest_sglprof._trace.nsys.tables import (
+    KINDS,
+    MISSING,
+    PID_MASK,
+    PID_SHIFT,
+    PREFIX,
+    USABLE,
+    Counted,
+    Database,
+    Key,
+    ParquetTables,
+    activity_name,
+    open_database,
+    pid_of,
+    skipped,
+    table_of,
+    whole_graphs,
+    whole_number,
+)
+from pytest_sglprof._trace.table import LARGEST_NS, LONGEST_NS
+
+KEYS = ("rank", "name", "full_name", "category", "kind")
+
+_Labelled = dict[tuple[str, str, str], tuple[int, int]]  # (rank, full name, kind)
+
+
+@dataclass(frozen=True)
+class KernelSums:
+    """Count and total time of each rank, full name and kind: columns of one length.
+
+    rank: in rank order; within a rank the largest total first. name, full_name, category,
+    kind, source and notes: as in a `KernelTable`. total_ns: sum of durations, ns.
+    """
+
+    rank: tuple[str, ...]
+    name: tuple[str, ...]
+    full_name: tuple[str, ...]
+    category: tuple[str, ...]
+    kind: tuple[str, ...]
+    count: tuple[int, ...]
+    total_ns: tuple[int, ...]
+    source: str = "gpu"
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    def of(self, key: str, text: str) -> KernelSums:
+        """Only those whose `key` (out of `KEYS`) is `text`."""
+        chosen = [at for at, own in enumerate(getattr(self, key)) if own == text]
+        columns: dict[str, Any] = {
+            name: tuple(getattr(self, name)[at] for at in chosen)
+            for name in (*KEYS, "count", "total_ns")
+        }
+        return replace(self, **columns)
+
+    def by(self, *keys: str) -> list[dict[str, str | int]]:
+        """Count and total time for each combination of `keys` (out of `KEYS`).
+
+        Ordered as by `KernelTable.by`: by rank where that is a key, then by total, largest
+        first, then by the keys' texts.
+        """
+        columns = [getattr(self, key) for key in keys]
+        sums: dict[tuple[str, ...], tuple[int, int]] = {}
+        for *texts, count, total in zip(*columns, self.count, self.total_ns, strict=True):
+            before = sums.get(tuple(texts), (0, 0))
+            sums[tuple(texts)] = (before[0] + count, before[1] + total)
+        place = {rank: number for number, rank in enumerate(rank_order(set(self.rank)))}
+        at = keys.index("rank") if "rank" in keys else None
+
+        def order(texts: tuple[str, ...]) -> tuple[int, int, tuple[str, ...]]:
+            return (place[texts[at]] if at is not None else 0, -sums[texts][1], texts)
+
+        return [
+            {**dict(zip(keys, texts, strict=True)), "count": sums[texts][0],
+             "total_ns": sums[texts][1]}
+            for texts in sorted(sums, key=order)
+        ]  # fmt: skip
+
+
+def read_sums(
+    path: Path,
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    gpu_ranks: Mapping[int, str] | None = None,
+    patterns: Sequence[tuple[str, str]] = (),
+    nsys: str | None = None,
+) -> KernelSums:
+    """The sums of a `.sqlite` export, a `.nsys-rep` or a Parquet folder.
+
+    They are those of `read_report`, to the nanosecond, with the same arguments and errors;
+    patterns: (category, regex) tried before the built-in ones. A report without GPU
+    activities, or with kernels that may not be counted, is read row by row instead.
+    """
+    with readable(path, nsys) as export:
+        counted = _counted(export)
+        if counted is not None and counted.owners:
+            labelled, notes = _labelled(counted, pid_ranks or {}, gpu_ranks or {})
+            return _sums(labelled, patterns, "gpu", notes)
+        from pytest_sglprof._trace.nsys.report import read_report
+
+        found = read_report(export, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks)
+    sums: _Labelled = {}
+    for part in found:
+        rows = zip(part.name_codes.tolist(), part.kind_codes.tolist(), part.dur.tolist(),
+                   strict=True)  # fmt: skip
+        for name, kind, dur in rows:
+            _add(sums, (part.rank, part.names[name], part.kinds[kind]), 1, dur)
+    notes = list(dict.fromkeys(note for part in found for note in part.notes))
+    return _sums(sums, patterns, found[0].source if found else "gpu", notes)
+
+
+def _counted(export: Path) -> Counted | None:
+    if export.is_dir():
+        return count_folder(export)
+    with open_database(export) as database:
+        return count_database(database)
+
+
+def _labelled(
+    counted: Counted, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
+) -> tuple[_Labelled, list[str]]:
+    owners = sorted(Owner(pid, device) for pid, device in counted.owners)
+    labels, how = label_owners(
+        owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, recorded=counted.recorded
+    )
+    sums: _Labelled = {}
+    for (pid, device, kind, name), (count, total) in counted.sums.items():
+        _add(sums, (labels[Owner(pid, device)], name, kind), count, total)
+    seen = counted.recorded | {owner.pid for owner in owners}
+    return sums, [*counted.notes, *how, *not_recorded(pid_ranks, seen)]
+
+
+def _add(sums: _Labelled, key: tuple[str, str, str], count: int, total: int) -> None:
+    before = sums.get(key, (0, 0))
+    sums[key] = (before[0] + count, before[1] + total)
+
+
+def _sums(
+    labelled: _Labelled, patterns: Sequence[tuple[str, str]], source: str, notes: Sequence[str]
+) -> KernelSums:
+    place = {rank: at for at, rank in enumerate(rank_order({rank for rank, _, _ in labelled}))}
+    keys = sorted(labelled, key=lambda key: (place[key[0]], -labelled[key][1], key))
+    names = {full: normalise(full) for _, full, _ in keys}
+    categories = {full: category(full, patterns) for full in names}
+    return KernelSums(
+        rank=tuple(rank for rank, _, _ in keys),
+        name=tuple(names[full] for _, full, _ in keys),
+        full_name=tuple(full for _, full, _ in keys),
+        category=tuple(categories[full] for _, full, _ in keys),
+        kind=tuple(kind for _, _, kind in keys),
+        count=tuple(labelled[key][0] for key in keys),
+        total_ns=tuple(labelled[key][1] for key in keys),
+        source=source,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+# Sums of an nsys export in Parquet: batches of columns are added up one after the other.
+
+
+_COLUMNS = ("start", "end", "globalPid", "deviceId", "streamId", "graphNodeId")
+_PARQUET_NAMES: dict[str, tuple[str, ...]] = {
+    "kernel": ("demangledName", "shortName"),
+    "memcpy": ("copyKind",),
+    "memset": (),
+}
+
+_Sums = dict[tuple[int, int, int], tuple[int, int]]  # (process id, device, id of the name)
+
+
+def count_folder(folder: Path) -> Counted | None:
+    """As `count_database`, of a folder of Parquet files. Raises the errors of `ParquetTables`."""
+    tables = ParquetTables(folder)
+    sums: dict[Key, tuple[int, int]] = {}
+    missing = beyond = 0
+    for kind in KINDS:
+        order = _Order()
+        found: _Sums = {}
+        columns = (*_COLUMNS, *_PARQUET_NAMES[kind])
+        for batch in tables.batches(table_of(kind), columns):
+            known, timed = _timed(batch)
+            missing += batch.num_rows - known.num_rows
+            beyond += known.num_rows - timed.num_rows
+            _add_up_parquet(timed, _PARQUET_NAMES[kind], found)
+            if kind == "kernel" and not order.holds(timed):
+                return None
+        sums.update(_named(tables, kind, found))
+    graphs = read_whole_graphs(tables)
+    owners = graphs.owners | {(pid, device) for pid, device, _, _ in sums}
+    (recorded,) = tables.integers("PROCESSES", ["globalPid"])
+    pids = frozenset(pid_of(recorded[recorded != MISSING]).tolist())
+    notes = (*skipped(missing, beyond), *graphs.notes)
+    return Counted(sums, frozenset(owners), pids, notes)
+
+
+def _timed(batch: Any) -> tuple[Any, Any]:
+    """The rows that have times, and of these the ones whose times can be: see `usable`."""
+    import pyarrow.compute as pc
+
+    known = batch.filter(pc.greater_equal(batch["end"], batch["start"]))
+    inside = pc.and_(pc.greater(known["start"], -LARGEST_NS), pc.less(known["end"], LARGEST_NS))
+    timed = known.filter(inside)
+    short = pc.less(pc.subtract(timed["end"], timed["start"]), LONGEST_NS)
+    return known, timed.filter(short)
+
+
+def _add_up_parquet(rows: Any, names: tuple[str, ...], found: _Sums) -> None:
+    import pyarrow.compute as pc
+
+    keys = ["globalPid", "deviceId", *names]
+    table = rows.select(keys).append_column("dur", pc.subtract(rows["end"], rows["start"]))
+    summed = table.group_by(keys, use_threads=False).aggregate([("dur", "count"), ("dur", "sum")])
+    columns = [summed[name].to_pylist() for name in (*keys, "dur_count", "dur_sum")]
+    for process, device, *ids, count, total in zip(*columns, strict=True):
+        pid = (process or 0) >> PID_SHIFT & PID_MASK
+        number = next((one for one in ids if one is not None), MISSING)
+        key = (pid, -1 if device is None or device < 0 else device, number)
+        before = found.get(key, (0, 0))
+        found[key] = (before[0] + count, before[1] + total)
+
+
+def _named(tables: ParquetTables, kind: str, found: _Sums) -> Iterator[tuple[Key, Any]]:
+    """The sums under their names; two ids may stand for one text."""
+    texts = tables.strings(number for _, _, number in found) if kind == "kernel" and found else {}
+    merged: dict[Key, tuple[int, int]] = {}
+    for (pid, device, number), (count, total) in found.items():
+        key = (pid, device, kind, activity_name(kind, number, texts))
+        before = merged.get(key, (0, 0))
+        merged[key] = (before[0] + count, before[1] + total)
+    yield from merged.items()
+
+
+class _Order:
+    """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
+
+    Then none contains a later one (see `count_database`).
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[int, int]] = {}
+
+    def holds(self, rows: Any) -> bool:
+        """Whether this is so of these rows, which follow those of the calls before."""
+        import pyarrow.compute as pc
+
+        node = rows["graphNodeId"]
+        rows = rows.filter(pc.or_kleene(pc.is_null(node), pc.equal(node, 0)))
+        if not rows.num_rows:
+            return True
+        # Should two streams get one key, that can only look like disorder, never hide it.
+        parts = (pc.fill_null(rows[name], -1) for name in ("globalPid", "deviceId", "streamId"))
+        process, device, stream = parts
+        key = pc.add(process, pc.add(pc.shift_left(device, 16), stream))
+        coded = key.combine_chunks().dictionary_encode()
+        keys = coded.dictionary.to_pylist()
+        codes = coded.indices.to_numpy()
+        by_stream = np.argsort(codes.astype(np.uint16 if len(keys) < 2**16 else np.int64),
+                               kind="stable")  # fmt: skip
+        start, end = (rows[name].to_numpy()[by_stream] for name in ("start", "end"))
+        edges = np.flatnonzero(np.diff(codes[by_stream])) + 1
+        falls = (np.diff(start) < 0) | (np.diff(end) < 0)
+        falls[edges - 1] = False
+        if falls.any():
+            return False
+        firsts, lasts = [0, *edges.tolist()], [*(edges - 1).tolist(), len(codes) - 1]
+        for number, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+            before = self._last.get(keys[number], (MISSING, MISSING))
+            if start[first] < before[0] or end[first] < before[1]:
+                return False
+            self._last[keys[number]] = (int(start[last]), int(end[last]))
+        return True
+
+
+# Sums of an nsys export in SQLite: the engine adds them up, no row becomes an object.
+
+
+# A sum's key is one integer, so that looking it up is one comparison a level: process id,
+# device and id of the name, in 24, 8 and 31 bits. Rows that do not fit are not added.
+_DEVICE_BITS, _NAME_BITS = 8, 31
+_DEVICE_MASK, _NAME_MASK = (1 << _DEVICE_BITS) - 1, (1 << _NAME_BITS) - 1
+_SQLITE_NAMES = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind",), "memset": ()}
+
+
+def count_database(database: Database) -> Counted | None:
+    """All GPU activities, added up; None where only reading row by row gives the right sums.
+
+    That is when a row holds what no nsys writes (no process, an id of more than 31 bits),
+    or when kernels of a stream are not in order of start *and* of end: one of them may then
+    contain a whole later one, which is impossible and must not be counted.
+    """
+    sums: dict[Key, tuple[int, int]] = {}
+    missing = beyond = 0
+    for kind in KINDS:
+        if not database.columns(table_of(kind)):
+            continue
+        added = _add_up_sqlite(database, kind)
+        if added is None:
+            return None
+        found = _sqlite_sums(database, kind)
+        others = _rows(database, kind, added) - added
+        whole = all(isinstance(total, int) for _, total in found.values())
+        lost = _untimed(database, kind) if others else (0, 0)
+        if not whole or others != sum(lost):
+            return None
+        missing += lost[0]
+        beyond += lost[1]
+        sums.update(found)
+    if not _in_order(database, all_timed=not (missing or beyond)):
+        return None
+    owners, notes = _whole_graphs(database)
+    owners |= {(pid, device) for pid, device, _, _ in sums}
+    notes = [*skipped(missing, beyond), *notes]
+    return Counted(sums, frozenset(owners), _recorded(database), tuple(notes))
+
+
+def _add_up_sqlite(database: Database, kind: str) -> int | None:
+    """Makes the table `temp.sums`; how many rows are in it, None where columns are missing."""
+    table = table_of(kind)
+    columns = database.columns(table)
+    if not {"start", "end"} <= columns:
+        return None
+    fits = [USABLE]
+    parts = []
+    if "globalPid" in columns:
+        fits.append('"globalPid" IS NOT NULL')
+        shift = _DEVICE_BITS + _NAME_BITS - PID_SHIFT
+        parts.append(f'("globalPid" & {PID_MASK << PID_SHIFT}) << {shift}')
+    if "deviceId" in columns:
+        parts.append(f'"deviceId" << {_NAME_BITS}')
+        fits.append(f'"deviceId" BETWEEN 0 AND {_DEVICE_MASK}')
+    named = [column for column in _SQLITE_NAMES[kind] if column in columns]
+    if _SQLITE_NAMES[kind] and not named:
+        return None
+    if named:
+        parts.append(f'"{named[0]}"')
+        fits.append(f'"{named[0]}" BETWEEN 0 AND {_NAME_MASK}')
+    key = f"({') | ('.join(parts) or '0'})"
+    run = database.connection.execute
+    run("DROP TABLE IF EXISTS temp.sums")
+    run("CREATE TEMP TABLE sums (key INTEGER PRIMARY KEY, count, total)")
+    added = run(
+        f'INSERT INTO sums SELECT {key}, 1, "end" - "start" FROM "{table}" NOT INDEXED '
+        f"WHERE {' AND '.join(fits)} "
+        "ON CONFLICT (key) DO UPDATE SET count = count + 1, total = total + excluded.total"
+    )
+    return added.rowcount
+
+
+def _rows(database: Database, kind: str, at_least: int) -> int:
+    """Rows of a table. Counting them reads it all: where so many ids are in use, they are all."""
+    table = table_of(kind)
+    first, last = (
+        database.connection.execute(f'SELECT {end}(rowid) FROM "{table}"').fetchone()[0]
+        for end in ("MIN", "MAX")
+    )
+    if first is not None and last - first + 1 == at_least:
+        return at_least
+    return int(database.connection.execute(f'SELECT COUNT(*) FROM "{table}"').fetchone()[0])
+
+
+def _sqlite_sums(database: Database, kind: str) -> dict[Key, tuple[int, int]]:
+    """The sums under their names."""
+    rows = database.connection.execute("SELECT key, count, total FROM temp.sums").fetchall()
+    known_device = "deviceId" in database.columns(table_of(kind))
+    texts = database.strings({key & _NAME_MASK for key, _, _ in rows}) if kind == "kernel" else {}
+    merged: dict[Key, tuple[int, int]] = {}  # two ids may stand for one text
+    for key, count, total in rows:
+        pid = key >> (_DEVICE_BITS + _NAME_BITS)
+        device = key >> _NAME_BITS & _DEVICE_MASK if known_device else -1
+        whole = (pid, device, kind, activity_name(kind, key & _NAME_MASK, texts))
+        before = merged.get(whole, (0, 0))
+        merged[whole] = (before[0] + count, before[1] + total)
+    return merged
+
+
+def _untimed(database: Database, kind: str) -> tuple[int, int]:
+    """How many rows lack a time, and how many have one that cannot be."""
+    known = (
+        f"{whole_number('start')} AND {whole_number('end')} "
+        f'AND "start" <> {MISSING} AND "end" >= "start"'
+    )
+    lost, beyond = database.connection.execute(
+        f'SELECT COUNT(*), COUNT(*) FILTER (WHERE {known}) FROM "{table_of(kind)}" '
+        f"WHERE ({USABLE}) IS NOT TRUE"
+    ).fetchone()
+    return int(lost) - int(beyond), int(beyond)
+
+
+def _in_order(database: Database, *, all_timed: bool) -> bool:
+    """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
+
+    Then none contains a later one. Of two kernels of which one contains a later one, the
+    ends fall; so they fall somewhere between neighbours in order of start, too.
+    """
+    table = table_of("kernel")
+    columns = database.columns(table)
+    if not columns:
+        return True
+    # Should two streams get one key, that can only look like disorder, never hide it.
+    parts = ['"globalPid"'] if "globalPid" in columns else []
+    parts += ['("deviceId" << 16)'] if "deviceId" in columns else []
+    parts += ['COALESCE("streamId", -1)'] if "streamId" in columns else []
+    where = ['IFNULL("graphNodeId", 0) = 0'] if "graphNodeId" in columns else []
+    where += [] if all_timed else [USABLE]
+    run = database.connection.execute
+    run("DROP TABLE IF EXISTS temp.streams")
+    run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start" NOT NULL, "end")')
+    in_order = 'excluded."start" >= "start" AND excluded."end" >= "end"'
+    try:  # a row out of order would store a null, which ends the statement
+        run(
+            f'INSERT INTO streams SELECT {" + ".join(parts) or "0"}, "start", "end" '
+            f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where) or "TRUE"} ORDER BY rowid '
+            f'ON CONFLICT (key) DO UPDATE SET "start" = IIF({in_order}, excluded."start", NULL), '
+            '"end" = excluded."end"'
+        )
+    except sqlite3.IntegrityError:
+        return False
+    return True
+
+
+def _whole_graphs(database: Database) -> tuple[set[tuple[int, int]], list[str]]:
+    table = f"{PREFIX}GRAPH_TRACE"
+    columns = database.columns(table)
+    if not columns:
+        return set(), []
+    process, device = (
+        f'IIF(TYPEOF("{name}") = \'integer\', "{name}", {otherwise})'
+        if name in columns
+        else str(otherwise)
+        for name, otherwise in (("globalPid", 0), ("deviceId", -1))
+    )
+    usable = USABLE if {"start", "end"} <= columns else "FALSE"
+    length = 'CAST("end" AS INTEGER) - CAST("start" AS INTEGER)' if usable == USABLE else "0"
+    rows = database.connection.execute(
+        f"SELECT {process} >> {PID_SHIFT} & {PID_MASK}, MAX({device}, -1), COUNT(*), "
+        f'SUM({length}) FILTER (WHERE {usable}) FROM "{table}" GROUP BY 1, 2'
+    ).fetchall()
+    if not rows:
+        return set(), []
+    total = sum(ns or 0 for *_, ns in rows)
+    owners = {(pid, gpu) for pid, gpu, _, _ in rows}
+    return owners, [whole_graphs(sum(count for _, _, count, _ in rows), total)]
+
+
+def _recorded(database: Database) -> frozenset[int]:
+    if "globalPid" not in database.columns("PROCESSES"):
+        return frozenset()
+    found = database.connection.execute(
+        f'SELECT DISTINCT "globalPid" >> {PID_SHIFT} & {PID_MASK} FROM "PROCESSES" '
+        'WHERE "globalPid" IS NOT NULL'
+    )
+    return frozenset(int(pid) for (pid,) in found)

@@ -1,0 +1,448 @@
+"""What a reader of nsys exports asks of their tables, whatever file they are stored in."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pytest_sglprof._errors import NotATrace, TraceError
+from pytest_sglprof._trace.table import LARGEST_NS, LONGEST_NS, Flags, Ints
+
+
+class ReportTables(Protocol):
+    """Read access to the tables of one export. A table that is absent is an empty one."""
+
+    def integers(self, table: str, columns: Sequence[str]) -> Ints:
+        """Shape (columns, rows), in the order of the table; `MISSING` where there is no value."""
+        ...
+
+    def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
+        """One code a row, in the order of the table, and the text of each code; -1: NULL.
+
+        Without the table or the column there are no codes at all.
+        """
+        ...
+
+    def strings(self, ids: Iterable[int]) -> dict[int, str]:
+        """The texts of `StringIds` under these ids; unknown ids are left out."""
+        ...
+
+
+def usable(start: Ints, end: Ints) -> tuple[Flags, list[int]]:
+    """Which rows have times that can be, and how many lack one or have one that cannot be.
+
+    A time lies within `LARGEST_NS` of 0, an end not before its start, and less than
+    `LONGEST_NS` after it: what is beyond is a fault of the recording, and would spoil sums.
+    """
+    known = (start != MISSING) & (end != MISSING) & (end >= start)
+    inside = known & (start > -LARGEST_NS) & (end < LARGEST_NS)
+    fits = inside & (np.where(inside, end - start, 0) < LONGEST_NS)
+    count, there, left = len(start), int(known.sum()), int(fits.sum())
+    return fits, [count - there, there - left]
+
+
+def coded(values: Ints) -> tuple[Ints, Ints]:
+    """The distinct values, ascending, and the index of each value in them.
+
+    As `np.unique` with its inverse, which sorts all rows; here only distinct values are.
+    """
+    distinct = np.unique(values)
+    return distinct, np.searchsorted(distinct, values)
+
+
+def process_of(global_id: Ints) -> Ints:
+    """The process (globalPid) of a globalTid: nsys keeps the thread in the low 24 bits."""
+    return global_id & ~np.int64(0xFFFFFF)
+
+
+def pid_of(global_id: Ints) -> Ints:
+    """The operating system's process id in a globalPid or globalTid."""
+    return (global_id >> 24) & 0xFFFFFF
+
+
+# What the tables and columns of an nsys export are called, and what their numbers mean.
+
+
+KNOWN_TABLES = frozenset(
+    {
+        "META_DATA_EXPORT",
+        "EXPORT_META_DATA",  # its name up to schema 2
+        "StringIds",
+        "PROCESSES",
+        "NVTX_EVENTS",
+        "CUPTI_ACTIVITY_KIND_KERNEL",
+        "CUPTI_ACTIVITY_KIND_RUNTIME",
+    }
+)
+"""At least one of these stands in every export; nsys leaves out tables without rows."""
+
+KINDS = ("kernel", "memcpy", "memset")
+PREFIX = "CUPTI_ACTIVITY_KIND_"
+MISSING = -(2**63)
+"""Stands for NULL and for columns that this version of nsys does not write."""
+PID_SHIFT, PID_MASK = 24, 0xFFFFFF
+"""Where the operating system's process id stands in a globalPid or globalTid."""
+
+# ENUM_CUDA_MEMCPY_OPER; older exports do not bring it along.
+_COPIES = (
+    "Unknown",
+    "Host-to-Device",
+    "Device-to-Host",
+    "Host-to-Array",
+    "Array-to-Host",
+    "Array-to-Array",
+    "Array-to-Device",
+    "Device-to-Array",
+    "Device-to-Device",
+    "Host-to-Host",
+    "Peer-to-Peer",
+    "Unified Host-to-Device",
+    "Unified Device-to-Host",
+    "Unified Device-to-Device",
+)
+
+
+USABLE = (
+    f'+"start" > {-LARGEST_NS} AND +"end" >= +"start" AND +"end" < {LARGEST_NS} '
+    f'AND "end" - "start" < {LONGEST_NS}'
+)
+"""The rows whose times are used, in SQL: the same as `nsys_tables.usable`.
+
+A text is more than any number, so that it fails one of the comparisons; the plus keeps SQLite
+from comparing as the column's type would want it. Fractions pass.
+"""
+
+
+def whole_number(column: str) -> str:
+    """Whether a row has a whole number in this column, in SQL."""
+    return (
+        f"(TYPEOF(\"{column}\") = 'integer' OR "
+        f'(TYPEOF("{column}") = \'real\' AND CAST("{column}" AS INTEGER) = "{column}"))'
+    )
+
+
+def table_of(kind: str) -> str:
+    """The table of one of `KINDS`."""
+    return PREFIX + kind.upper()
+
+
+def activity_name(kind: str, key: int, texts: dict[int, str]) -> str:
+    """The full name of an activity. key: the id of a kernel's name, or a copy's kind."""
+    if kind == "kernel":
+        return texts.get(key, "") or "unnamed kernel"
+    if kind == "memset":
+        return "[CUDA memset]"
+    return f"[CUDA memcpy {_COPIES[key] if 0 <= key < len(_COPIES) else _COPIES[0]}]"
+
+
+def skipped(missing: int, beyond: int) -> list[str]:
+    """Notes on rows that are left out: without a time, and with one that cannot be."""
+    notes = []
+    if missing:
+        notes.append(f"skipped {missing} GPU activities with a missing or negative duration")
+    if beyond:
+        days = LONGEST_NS // (86_400 * 10**9)
+        notes.append(
+            f"skipped {beyond} GPU activities that last {days} days or lie outside of time"
+        )
+    return notes
+
+
+def whole_graphs(count: int, total_ns: int) -> str:
+    """The note on what `--cuda-graph-trace=graph` leaves instead of kernels."""
+    return (
+        f"{count} launches of CUDA graphs ({total_ns / 1e6:.3f} ms) were recorded as a whole, "
+        "their kernels are missing: nsys needs --cuda-graph-trace=node"
+    )
+
+
+# An nsys export in SQLite, opened for reading, with errors that say what is wrong.
+
+
+_IDS = 500  # in one statement; old SQLite allows 999 variables
+
+
+@contextlib.contextmanager
+def open_database(path: Path) -> Iterator[Database]:
+    """The export at `path`, whose file is only ever read.
+
+    Raises `NotATrace` when it is no export, `TraceError` when it cannot be read; also for
+    errors that show only while the body reads.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.text_factory = _text
+            connection.isolation_level = None
+            database = Database(connection)
+            if not KNOWN_TABLES & database.names:
+                raise _not_an_export(path, "it has none of an nsys export's tables")
+            yield database
+    except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
+        if "not a database" in str(error):
+            raise _not_an_export(path, "it is no SQLite database") from error
+        raise TraceError(
+            f"{path} cannot be read: {error}",
+            expected="a complete SQLite export of an nsys report",
+            hint="the file may be cut off: export the .nsys-rep again",
+        ) from error
+
+
+class Database:
+    """An open export. names: its tables; `temp` ones may be made, in memory."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA temp_store = MEMORY")
+        # Of temporary tables, in which a sum is then found within one page.
+        connection.execute("PRAGMA page_size = 16384")
+        self.connection = connection
+        found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        self.names = frozenset(str(name) for (name,) in found)
+
+    def columns(self, table: str) -> frozenset[str]:
+        """The columns of a table; none where there is no such table."""
+        if table not in self.names:
+            return frozenset()
+        found = self.connection.execute(f'PRAGMA table_info("{table}")')
+        return frozenset(str(row[1]) for row in found)
+
+    def strings(self, ids: Iterable[int]) -> dict[int, str]:
+        """The texts of `StringIds` under these ids; unknown ids are left out."""
+        found: dict[int, str] = {}
+        if not {"id", "value"} <= self.columns("StringIds"):
+            return found
+        left = iter(ids)
+        while some := list(islice(left, _IDS)):
+            marks = ", ".join("?" * len(some))
+            words = f'SELECT "id", "value" FROM "StringIds" WHERE "id" IN ({marks})'
+            for number, value in self.connection.execute(words, some):
+                found[int(number)] = "" if value is None else str(value)
+        return found
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", errors="replace")
+
+
+def _not_an_export(path: Path, why: str) -> NotATrace:
+    return NotATrace(
+        f"{path} is no export of an nsys report: {why}",
+        expected="what `nsys export --type=sqlite` writes",
+        hint="give the .nsys-rep itself, or export it",
+    )
+
+
+# Tables of an nsys report that was exported to SQLite.
+
+
+_SQLITE_ROWS = 4_096  # fetched at once: enough to hide the cost of a call, few enough for the cache
+
+
+@contextlib.contextmanager
+def open_sqlite(path: Path) -> Iterator[SqliteTables]:
+    """The tables of the export at `path`; errors are those of `open_database`."""
+    with open_database(path) as database:
+        yield SqliteTables(database)
+
+
+class SqliteTables:
+    """`ReportTables` of an open SQLite database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection = database.connection
+
+    def integers(self, table: str, columns: Sequence[str]) -> Ints:
+        """See `ReportTables.integers`."""
+        there = [column for column in columns if column in self._database.columns(table)]
+        if not there:
+            return np.empty((len(columns), 0), dtype=np.int64)
+        (count,) = self._connection.execute(f'SELECT COUNT(*) FROM "{table}"').fetchone()
+        read = np.empty((len(there), count), dtype=np.int64)
+        self._fill(read, table, [_or_missing(column) for column in there])
+        if len(there) == len(columns):
+            return read
+        values = np.full((len(columns), count), MISSING, dtype=np.int64)
+        for at, column in enumerate(there):
+            values[columns.index(column)] = read[at]
+        return values
+
+    def _fill(self, values: Ints, table: str, words: Sequence[str]) -> None:
+        cursor = self._scan(table, ", ".join(words))
+        at = 0
+        while rows := cursor.fetchmany(_SQLITE_ROWS):
+            flat = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * len(words))
+            values[:, at : at + len(rows)] = flat.reshape(-1, len(words)).T
+            at += len(rows)
+
+    def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
+        """See `ReportTables.texts`."""
+        if column not in self._database.columns(table):
+            return np.empty(0, dtype=np.int64), []
+        code_of: dict[str | None, int] = {None: -1}
+        codes = (
+            code_of.setdefault(None if text is None else str(text), len(code_of) - 1)
+            for (text,) in self._scan(table, f'"{column}"')
+        )
+        numbers = np.fromiter(codes, np.int64)
+        return numbers, [text for text in code_of if text is not None]
+
+    def strings(self, ids: Iterable[int]) -> dict[int, str]:
+        """See `ReportTables.strings`."""
+        return self._database.strings(ids)
+
+    def _scan(self, table: str, words: str) -> sqlite3.Cursor:
+        # Ordered, since an index that covers the columns would give its own order.
+        return self._connection.execute(f'SELECT {words} FROM "{table}" ORDER BY rowid')
+
+
+def _or_missing(column: str) -> str:
+    """The column's whole numbers in SQL; whatever else a row may hold there counts as NULL."""
+    otherwise = f'IIF({whole_number(column)}, CAST("{column}" AS INTEGER), {MISSING})'
+    return f'IIF(TYPEOF("{column}") = \'integer\', "{column}", {otherwise})'  # almost always
+
+
+# Tables of an nsys report that was exported to a folder of Parquet files.
+
+
+SUFFIX = ".parquet"
+_PARQUET_ROWS = 1 << 17  # of a batch: enough to hide the cost of a call, little memory
+
+
+class ParquetTables:
+    """`ReportTables` of a folder with one Parquet file a table.
+
+    Raises `TraceError` without pyarrow, and when a file cannot be read; `NotATrace` when
+    no file is a table of an nsys export.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise TraceError(
+                f"{folder} holds Parquet files, which need pyarrow to be read",
+                expected="the package pyarrow",
+                hint="pip install 'pytest-sglprof[parquet]', or export to SQLite",
+            ) from error
+        self._pyarrow: Any = pyarrow
+        self._files = {file.stem: file for file in sorted(folder.glob(f"*{SUFFIX}"))}
+        if not KNOWN_TABLES & self._files.keys():
+            raise NotATrace(
+                f"{folder} is no export of an nsys report: no file is named like its tables",
+                expected="what `nsys export --type=parquetdir` writes",
+                hint="give the .nsys-rep itself, or export it",
+            )
+
+    def integers(self, table: str, columns: Sequence[str]) -> Ints:
+        """See `ReportTables.integers`."""
+        read = self._read(table, columns)
+        if read is None:
+            return np.empty((len(columns), 0), dtype=np.int64)
+        values = np.full((len(columns), read.num_rows), MISSING, dtype=np.int64)
+        for at, column in enumerate(columns):
+            if column in read.column_names:
+                values[at] = self._integers(table, read[column])
+        return values
+
+    def batches(self, table: str, columns: Sequence[str]) -> Iterator[Any]:
+        """Arrow tables of the columns as int64, null where there is no value, row by row."""
+        file = self._files.get(table)
+        if file is None:
+            return
+        try:
+            stored = self._pyarrow.parquet.ParquetFile(file)
+            there = [column for column in columns if column in stored.schema_arrow.names]
+            if not there:
+                return
+            for batch in stored.iter_batches(_PARQUET_ROWS, columns=there):
+                missing = self._pyarrow.nulls(batch.num_rows, self._pyarrow.int64())
+                arrays = [
+                    self._whole(batch.column(column)) if column in there else missing
+                    for column in columns
+                ]
+                yield self._pyarrow.Table.from_arrays(arrays, names=list(columns))
+        except (OSError, self._pyarrow.ArrowException) as error:
+            raise _unreadable(file, str(error)) from error
+
+    def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
+        """See `ReportTables.texts`."""
+        read = self._read(table, [column])
+        if read is None:
+            return np.empty(0, dtype=np.int64), []
+        code_of: dict[str | None, int] = {None: -1}
+        codes = [code_of.setdefault(t, len(code_of) - 1) for t in read[column].to_pylist()]
+        return np.array(codes, dtype=np.int64), [text for text in code_of if text is not None]
+
+    def strings(self, ids: Iterable[int]) -> dict[int, str]:
+        """See `ReportTables.strings`."""
+        read = self._read("StringIds", ["id", "value"])
+        if read is None:
+            return {}
+        wanted = set(ids)
+        pairs = zip(read["id"].to_pylist(), read["value"].to_pylist(), strict=True)
+        return {number: value or "" for number, value in pairs if number in wanted}
+
+    def _read(self, table: str, columns: Sequence[str]) -> Any:
+        """The columns of `columns` that exist; None when there is none."""
+        file = self._files.get(table)
+        if file is None:
+            return None
+        try:
+            stored = self._pyarrow.parquet.read_schema(file).names
+            there = [column for column in columns if column in stored]
+            return self._pyarrow.parquet.read_table(file, columns=there) if there else None
+        except (OSError, self._pyarrow.ArrowException) as error:
+            raise _unreadable(file, str(error)) from error
+
+    def _integers(self, table: str, column: Any) -> Ints:
+        try:
+            whole = self._whole(column)
+        except self._pyarrow.ArrowException as error:
+            raise _unreadable(self._files[table], str(error)) from error
+        return np.asarray(whole.fill_null(MISSING).to_numpy(), dtype=np.int64)
+
+    def _whole(self, column: Any) -> Any:
+        """A column as int64; fractions and what is out of range are null, as in SQLite."""
+        import pyarrow.compute as pc
+
+        if self._pyarrow.types.is_floating(column.type):
+            fits = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**63))
+            column = pc.if_else(fits, column, self._pyarrow.scalar(None, column.type))
+        return column.cast(self._pyarrow.int64(), safe=False)  # 64-bit ids wrap, as in SQLite
+
+
+def _unreadable(file: Path, why: str) -> TraceError:
+    return TraceError(
+        f"{file} cannot be read: {why}",
+        expected="a complete Parquet export of an nsys report",
+        hint="the file may be cut off: export the .nsys-rep again",
+    )
+
+
+# GPU activities of an nsys report as the engine of a file format added them up.
+
+
+Key = tuple[int, int, str, str]
+"""Process id, device (-1: none), kind and full name."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """sums: count and total ns of each key. owners: every (process id, device) with an activity.
+
+    owners include those of whole graphs, which have no rows. recorded: process ids that
+    stand in the report. notes: what was left out.
+    """
+
+    sums: Mapping[Key, tuple[int, int]]
+    owners: frozenset[tuple[int, int]]
+    recorded: frozenset[int]
+    notes: tuple[str, ...] = ()

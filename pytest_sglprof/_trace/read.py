@@ -1,0 +1,311 @@
+"""Files of a window become one kernel table: `read_window`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pytest_sglprof._errors import TraceError
+from pytest_sglprof._ranks import rank_order
+from pytest_sglprof._trace.categories import category
+from pytest_sglprof._trace.kernel_names import normalise
+from pytest_sglprof._trace.paths import Reader, ReadOptions, reader_of, window_files
+from pytest_sglprof._trace.repetition import with_repetition
+from pytest_sglprof._trace.steps import DRAFTS, StepIndex, step_key
+from pytest_sglprof._trace.table import (
+    COLUMNS,
+    GPU,
+    NO_STEP,
+    UNKNOWN_STAGE,
+    Ints,
+    KernelTable,
+    RankActivities,
+    collective_frame,
+    step_frame,
+)
+from pytest_sglprof._trace.torch.collect import Interner
+from pytest_sglprof._trace.torch.events import COMMUNICATION
+
+
+def read_window(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    gpu_ranks: Mapping[int, str] | None = None,
+    allow_partial: bool = False,
+    settle_s: float = 0.0,
+    patterns: Sequence[tuple[str, str]] = (),
+    step_delimiter: str = "",
+    nsys: str | None = None,
+    processes: int | None = None,
+    sequences: bool = True,
+) -> KernelTable:
+    """Reads traces, reports, exports, or folders of them into one `KernelTable`.
+
+    pid_ranks, gpu_ranks: which process, else which device, is which rank, for nsys
+    reports. allow_partial: reads what a truncated trace still holds, and marks the table.
+    settle_s: seconds dropped from the front. patterns: (category, regex) tried before the
+    built-in ones. step_delimiter: regex of the kernel that begins a step, for sources that
+    tell no steps. nsys: command that exports `.nsys-rep`. processes: at most so many
+    readers at once. sequences: look for the numbers of collectives, which takes a second look
+    at large torch traces with NCCL kernels.
+
+    Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
+    """
+    options = ReadOptions(
+        pid_ranks=pid_ranks or {},
+        gpu_ranks=gpu_ranks or {},
+        allow_partial=allow_partial,
+        nsys=nsys,
+        processes=processes,
+        sequences=sequences,
+    )
+    files: dict[Reader, list[Path]] = {}
+    for file in window_files(paths):
+        files.setdefault(reader_of(file), []).append(file)
+    found = [part for reader, same in files.items() for part in reader.read(same, options)]
+    return build_table(found, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
+
+
+def build_table(
+    found: list[tuple[Path, RankActivities]],
+    *,
+    settle_s: float = 0.0,
+    patterns: Sequence[tuple[str, str]] = (),
+    step_delimiter: str = "",
+) -> KernelTable:
+    """Joins what was read of each rank; refuses a rank that stands in two files.
+
+    Empties `found`, so that no activity is held twice for longer than it must be.
+    """
+    files = tuple(dict.fromkeys(str(file) for file, _ in found))
+    merged = joined(found)
+    found.clear()
+    source, parts, left_out = one_source(merged)
+    parts, by_repetition = with_repetition(parts, step_delimiter)
+    ranks = rank_order({activities.rank for activities in merged})
+    parts.sort(key=lambda part: ranks.index(part.rank))
+    steps = [(part.rank, step) for part in parts for step in part.steps]
+    notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
+    notes += by_repetition
+    partial = any(part.partial for part in merged)
+    del merged
+    collectives = collective_frame([(len(part.start), part.calls) for part in parts])
+    frame = _frame(parts, ranks, patterns)
+    settled = 0
+    if settle_s > 0 and len(frame):
+        frame, steps, settled, note = _settle(frame, steps, settle_s)
+        notes.append(note)
+        left = pd.Series(np.arange(len(frame)), index=frame.index)
+        collectives = collectives.set_axis(left.reindex(collectives.index), axis=0)
+        collectives = collectives[collectives.index.notna()]
+        frame = frame.reset_index(drop=True)
+    return KernelTable(
+        frame=frame,
+        ranks=ranks,
+        steps=step_frame(steps, ranks),
+        source=source,
+        partial=partial,
+        notes=tuple(notes),
+        files=files,
+        collectives=collectives,
+        settled=settled,
+    )
+
+
+def _frame(
+    parts: list[RankActivities], ranks: Sequence[str], patterns: Sequence[tuple[str, str]]
+) -> pd.DataFrame:
+    """One row an activity. Empties `parts`: each is let go once its rows are copied."""
+    full_names, kinds, stages = Interner(), Interner(), Interner({UNKNOWN_STAGE: 0})
+    size = sum(len(part.start) for part in parts)
+    numbers = {key: np.empty(size, np.int64) for key in ("step", "stream", "start_ns", "dur_ns")}
+    rank = np.empty(size, np.int16)
+    full = np.empty(size, np.int32)
+    kind = np.empty(size, np.int8)
+    stage = np.empty(size, np.int16)
+    end = 0
+    while parts:
+        part = parts.pop(0)
+        rows = slice(end, end := end + len(part.start))
+        rank[rows] = ranks.index(part.rank)
+        full[rows] = _codes(full_names, part.names)[part.name_codes]
+        kind[rows] = _codes(kinds, part.kinds)[part.kind_codes]
+        stage[rows] = _stages(part, stages)
+        numbers["step"][rows], numbers["stream"][rows] = part.step, part.stream
+        numbers["start_ns"][rows], numbers["dur_ns"][rows] = part.start, part.dur
+    texts = {
+        "rank": pd.Categorical.from_codes(rank, categories=pd.Index(list(ranks)), ordered=True),
+        "name": _mapped_text(full, [normalise(name) for name in full_names]),
+        "full_name": pd.Categorical.from_codes(full, categories=pd.Index(list(full_names))),
+        "category": _mapped_text(full, [_category(name, patterns) for name in full_names]),
+        "kind": pd.Categorical.from_codes(kind, categories=pd.Index(list(kinds))),
+        "stage": pd.Categorical.from_codes(stage, categories=pd.Index(list(stages))),
+    }
+    columns: dict[str, Any] = {**texts, **numbers}
+    return pd.DataFrame({key: columns[key] for key in COLUMNS}, copy=False)
+
+
+def _codes(numbers: Interner, texts: Sequence[str]) -> Ints:
+    return np.array([numbers[text] for text in texts], dtype=np.int64)
+
+
+def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
+    return "communication" if name.startswith(COMMUNICATION) else category(name, patterns)
+
+
+def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
+    """Categorical of `texts[code]`, equal texts being one category."""
+    unique = Interner()
+    numbers = _codes(unique, texts).astype(np.int32)
+    return pd.Categorical.from_codes(numbers[codes], categories=pd.Index(list(unique)))
+
+
+def _stages(part: RankActivities, stages: Interner) -> Ints:
+    """The number of each activity's stage; that of "unknown" outside of steps."""
+    at = StepIndex(part.steps).numbered(part.step)
+    codes = np.full(len(part.step), stages[UNKNOWN_STAGE], dtype=np.int64)
+    codes[at >= 0] = _codes(stages, [step.stage for step in part.steps])[at[at >= 0]]
+    return codes
+
+
+def _settle(
+    frame: pd.DataFrame, steps: list[Any], seconds: float
+) -> tuple[Any, list[Any], int, str]:
+    """What is left, how many steps some rank lost, and a note."""
+    starts = [step.start_ns for _, step in steps] or [int(frame["start_ns"].min())]
+    edge = min(starts) + round(seconds * 1e9)
+    kept = [(rank, step) for rank, step in steps if step.start_ns >= edge]
+    early = {(rank, step.step) for rank, step in steps if step.start_ns < edge}
+    drop = frame["start_ns"] < edge
+    if early:
+        pairs = zip(frame["rank"], frame["step"], strict=True)
+        drop |= pd.Series([pair in early for pair in pairs], index=frame.index, dtype=bool)
+    settled = len({number for _, number in early})
+    note = f"settle: dropped the first {seconds:g} s, {settled} steps, {int(drop.sum())} activities"
+    return frame.loc[~drop], kept, settled, note
+
+
+# What several files tell of one window is made to fit: ranks, step numbers, one source.
+
+
+_STAGE_PART = re.compile(r"-(EXTEND|DECODE)(?=\.)")
+
+
+def joined(found: Sequence[tuple[Path, RankActivities]]) -> list[RankActivities]:
+    """All parts of a window, with step numbers that mean the same on every rank.
+
+    A by-stage window has two files a rank: the steps of the second stage are numbered after
+    those of the first. Raises `TraceError` for a rank that stands in two files.
+    """
+    refuse_twice([(file, part.rank) for file, part in found])
+    parts = _one_numbering([part for _, part in found])
+    stages = [_stage(file) for file, _ in found]
+    offsets = _offsets(parts, stages)
+    return [_moved(part, offsets[s]) for part, s in zip(parts, stages, strict=True)]
+
+
+def one_source(
+    parts: Sequence[RankActivities],
+) -> tuple[str, list[RankActivities], list[str]]:
+    """The table's source, the parts that have it (or nothing), and notes on the others.
+
+    GPU activities where any rank has them: idle ranks then have none, not CPU operators.
+    """
+    sources = {part.source for part in parts if len(part.start)}
+    source = GPU if GPU in sources or not sources else sorted(sources)[0]
+    kept = [part for part in parts if part.source == source or not len(part.start)]
+    notes = [
+        f"{part.rank}: no {source} activities; its {part.source} rows are left out"
+        for part in parts
+        if part.source != source and len(part.start)
+    ]
+    return source, kept, notes
+
+
+def _stage(file: Path) -> str:
+    match = _STAGE_PART.search(file.name)
+    return match[1] if match else ""
+
+
+def refuse_twice(found: Sequence[tuple[Path, str]]) -> None:
+    """Raises TraceError when a rank stands in two files that are not of different stages."""
+    seen: dict[str, dict[str, Path]] = {}
+    for file, rank in found:
+        stage = _stage(file)
+        files = seen.setdefault(rank, {})
+        other = files.get(stage) or files.get("")
+        if not stage and files:  # beside files by stage, one of all stages is another window's
+            other = next(iter(files.values()))
+        if other is not None:
+            where = (
+                f"is given twice: {file}"
+                if other == file
+                else f"stands in two files: {other.name} and {file.name}"
+            )
+            raise TraceError(
+                f"rank {rank} {where}",
+                expected="one file a rank, of one window",
+                hint="give the files of one window only, each once",
+            )
+        files[stage] = file
+
+
+def _one_numbering(parts: Sequence[RankActivities]) -> list[RankActivities]:
+    """Steps of all ranks by forward id, or of all by order: a mix means nothing."""
+    by_id = [all(s.step == step_key(s) for s in part.steps) for part in parts if part.steps]
+    if not any(by_id):
+        return list(parts)
+    if not all(by_id):
+        return [_by_order(part) for part in parts]
+    starts: dict[int, list[int]] = {}
+    for part in parts:
+        for step in part.steps:
+            starts.setdefault(step.step, []).append(step.start_ns)
+    if max(starts) < DRAFTS:
+        return list(parts)
+    # Target and draft take turns: numbered in the order in which they ran.
+    ordered = sorted(starts, key=lambda key: (sum(starts[key]) / len(starts[key]), key))
+    number_of = {key: number for number, key in enumerate(ordered)}
+    return [_renumbered(part, [number_of[step.step] for step in part.steps]) for part in parts]
+
+
+def _by_order(part: RankActivities) -> RankActivities:
+    return _renumbered(part, range(len(part.steps)))
+
+
+def _renumbered(part: RankActivities, new: Sequence[int]) -> RankActivities:
+    """The part with `new` as the numbers of its steps, in their order."""
+    if not part.steps:
+        return part
+    moved = np.array([*new, NO_STEP], dtype=np.int64)[StepIndex(part.steps).numbered(part.step)]
+    steps = [step.changed(step=number) for step, number in zip(part.steps, new, strict=True)]
+    return replace(part, steps=steps, step=moved)
+
+
+def _offsets(parts: Sequence[RankActivities], stages: Sequence[str]) -> dict[str, int]:
+    """How far the step numbers of each stage's files move, so that no two are the same."""
+    numbers: dict[str, set[int]] = {}
+    for part, stage in zip(parts, stages, strict=True):
+        numbers.setdefault(stage, set()).update(step.step for step in part.steps)
+    offsets: dict[str, int] = {}
+    taken: set[int] = set()
+    for stage in sorted(numbers, reverse=True):  # EXTEND before DECODE, as requests run
+        offsets[stage] = max(taken, default=-1) + 1 if taken & numbers[stage] else 0
+        taken |= {number + offsets[stage] for number in numbers[stage]}
+    return offsets
+
+
+def _moved(part: RankActivities, offset: int) -> RankActivities:
+    if not offset:
+        return part
+    steps = [step.changed(step=step.step + offset) for step in part.steps]
+    return replace(
+        part, steps=steps, step=np.where(part.step == NO_STEP, NO_STEP, part.step + offset)
+    )

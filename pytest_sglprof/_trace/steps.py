@@ -1,0 +1,467 @@
+"""Steps: which forward pass an activity belongs to, from SGLang's `step[...]` spans."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pytest_sglprof._config.model import AcceptLength, ServerFacts
+from pytest_sglprof._ranks import Rank
+from pytest_sglprof._trace.table import (
+    NO_STEP,
+    UNKNOWN_STAGE,
+    Flags,
+    Ints,
+    KernelTable,
+    Step,
+    first_of,
+    holding,
+)
+from pytest_sglprof._trace.torch.events import Annotation
+
+_STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
+_PAIR = re.compile(r"(\w+)=(-?\d{1,18})\b")
+STAGES = {
+    "DECODE": "decode",
+    "VERIFY": "decode",
+    "TARGET_VERIFY": "decode",
+    "DRAFT": "decode",
+    "DRAFT_LOOP": "decode",
+    "DRAFT_EXTEND": "decode",
+    "EXTEND": "prefill",
+    "PREFILL": "prefill",
+    "MIXED": "mixed",
+    "IDLE": "idle",
+}
+DRAFTS = 2**40  # beyond every forward id
+
+
+@dataclass(frozen=True)
+class StepSpans:
+    """Steps by the CPU's spans and, where the profiler projected them, by the GPU's."""
+
+    cpu: tuple[Step, ...]
+    gpu: tuple[Step, ...]
+
+
+def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
+    """The time of the first launch with each correlation id, -1 where there was none.
+
+    An id of 0 or less ties nothing.
+    """
+    order = np.argsort(ids, kind="stable")
+    at = np.where(correlation > 0, first_of(ids[order], correlation), -1)
+    return _taken(times[order], at, -1)
+
+
+class StepIndex:
+    """Finds the steps of one rank, by time or by number."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        times = [(step.start_ns, step.end_ns, step.step) for step in steps]
+        starts, ends, self._numbers = np.array(times, dtype=np.int64).reshape(-1, 3).T
+        self._by_start = np.argsort(starts, kind="stable")
+        self._starts = starts[self._by_start]
+        # A step without length holds the moment at which it stands.
+        self._ends = np.maximum(ends, starts + 1)[self._by_start]
+        self._by_number = np.argsort(self._numbers, kind="stable")
+
+    def holding(self, times: Ints) -> Ints:
+        """The index of the step that holds each time, -1 for none; of several the latest."""
+        return _taken(self._by_start, holding(self._starts, self._ends, times), -1)
+
+    def of(self, times: Ints) -> Ints:
+        """The number of the step that holds each time, -1 for none."""
+        return _taken(self._numbers, self.holding(times), NO_STEP)
+
+    def numbered(self, numbers: Ints) -> Ints:
+        """The index of the step with each number, -1 for none; of several the first."""
+        at = first_of(self._numbers[self._by_number], numbers)
+        return _taken(self._by_number, at, -1)
+
+
+def _taken(values: Ints, at: Ints, otherwise: int) -> Ints:
+    """`values[at]`, and `otherwise` where `at` is -1."""
+    taken = np.full(len(at), otherwise, dtype=np.int64)
+    taken[at >= 0] = values[at[at >= 0]]
+    return taken
+
+
+def step_spans(spans: Sequence[Annotation]) -> StepSpans:
+    """Numbers the `step[...]` spans: by `step_key` where all have distinct ones, else by order."""
+    cpu = _numbered([span for span in spans if not span.gpu])
+    gpu = _numbered([span for span in spans if span.gpu])
+    if cpu and gpu and len(cpu) != len(gpu) and not all(s.forward_id >= 0 for s in cpu + gpu):
+        gpu = ()  # without a key, spans of different number cannot be told to be the same step
+    return StepSpans(cpu, gpu)
+
+
+def _numbered(spans: Sequence[Annotation]) -> tuple[Step, ...]:
+    found = [step for span in spans if (step := parse_step(span)) is not None]
+    found.sort(key=lambda step: step.start_ns)
+    keys = [step_key(step) for step in found]
+    if found and min(keys) >= 0 and len(set(keys)) == len(keys):
+        return tuple(step.changed(step=key) for step, key in zip(found, keys, strict=True))
+    return tuple(step.changed(step=number) for number, step in enumerate(found))
+
+
+def is_step(name: str) -> bool:
+    """Whether a span of this name is a step."""
+    return _STEP.match(name) is not None
+
+
+def step_key(step: Step) -> int:
+    """The number that means the same forward pass on every rank; -1 without a forward id.
+
+    The target and the draft model of speculative decoding count their passes each by
+    itself, so a draft's number is moved out of the way.
+    """
+    if step.forward_id < 0:
+        return NO_STEP
+    return step.forward_id + (DRAFTS if step.substage.startswith("DRAFT") else 0)
+
+
+def parse_step(span: Annotation) -> Step | None:
+    """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise.
+
+    With detailed annotations `c_sk` and `g_sk` are the KV tokens of the batch's prefills and
+    decodes. `raw_bs` beside `bs` tells that `bs` is padded for a graph.
+    """
+    match = _STEP.match(span.name)
+    if match is None:
+        return None
+    values = {key: int(value) for key, value in _PAIR.findall(match[2])}
+    bs = values.get("raw_bs", values.get("bs", -1))
+    substage = match[1].upper()
+    stage = STAGES.get(substage, UNKNOWN_STAGE)
+    kv = [values[key] for key in ("c_sk", "g_sk") if key in values]
+    return Step(
+        step=NO_STEP,
+        stage=stage,
+        start_ns=span.start,
+        end_ns=span.start + span.dur,
+        batch_size=bs,
+        tokens=values.get("toks", bs if stage == "decode" else -1),
+        forward_id=values.get("forward_id", -1),
+        substage=substage,
+        padded_batch=values.get("bs", -1) if "raw_bs" in values else -1,
+        kv_tokens=sum(kv) if kv else -1,
+    )
+
+
+def with_graph_share(
+    steps: Sequence[Step], step: Ints, kernel: Flags, graph: Flags
+) -> tuple[Step, ...]:
+    """The steps with the share of their kernels that are nodes of a graph.
+
+    step, kernel, graph: the step of each activity, whether it is a kernel, and whether a
+    graph's node. A rank without any node tells nothing: old profilers, and those of AMD,
+    do not mark nodes.
+    """
+    if not steps or not graph.any():
+        return tuple(steps)
+    at = StepIndex(steps).numbered(step)
+    known = (at >= 0) & kernel
+    every = np.bincount(at[known], minlength=len(steps))
+    nodes = np.bincount(at[known & graph], minlength=len(steps))
+    shares = np.where(every > 0, nodes / np.maximum(every, 1), -1.0)
+    return tuple(
+        entry.changed(graph_share=share)
+        for entry, share in zip(steps, shares.tolist(), strict=True)
+    )
+
+
+# To which step a GPU activity belongs, by the best evidence that the trace has.
+#
+# Kineto projects a CPU annotation onto every stream that its kernels ran on; the two share
+# an `External id`. Where those projections exist they are the answer, and the launches need
+# not be read. Else the launch of an activity (same correlation id) lies in the step's span
+# on the CPU.
+
+
+PROJECTED_SHARE = 0.5  # of the steps; fewer projections mean that the profiler made none
+
+
+class TraceSteps:
+    """The steps of one rank of a torch trace, told by its annotations."""
+
+    def __init__(self, annotations: Sequence[Annotation]) -> None:
+        ordered = sorted((a for a in annotations if is_step(a.name)), key=lambda a: a.start)
+        cpu = [a for a in ordered if not a.gpu]
+        spans = step_spans(ordered)
+        self.steps = spans.cpu or spans.gpu
+        """All of them, in order of their start."""
+        self._by_launch = StepIndex(spans.cpu)
+        self._by_gpu_time = StepIndex(spans.gpu)
+        self._projections = Projections(spans.cpu, cpu, [a for a in ordered if a.gpu])
+
+    def of_time(self, start: Ints) -> Ints:
+        """The step whose span on the CPU holds `start`, else -1."""
+        return self._by_launch.of(start)
+
+    def of_gpu(self, start: Ints, stream: npt.NDArray[Any], launched: Ints) -> Ints:
+        """The step of each GPU activity, else -1. launched: when the CPU did it, -1 unknown."""
+        if self._projections.complete:
+            return self._projections.find(start, stream)
+        step = self._by_launch.of(launched)
+        left = step == NO_STEP
+        step[left] = self._by_gpu_time.of(start[left])
+        left = step == NO_STEP
+        step[left] = self._projections.find(start[left], stream[left])
+        return step
+
+
+class Projections:
+    """The steps' spans on the GPU's streams.
+
+    steps: numbered steps; annotations: the CPU annotation of each, in the same order.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], cpu: Sequence[Annotation], gpu: Sequence[Annotation]
+    ) -> None:
+        number_of = {
+            (span.external, span.name): step.step
+            for step, span in zip(steps, cpu, strict=True)
+            if span.external >= 0
+        }
+        streams: dict[int, list[tuple[int, int, int]]] = {}
+        for span in gpu:
+            number = number_of.get((span.external, span.name))
+            if number is not None and _on_stream(span):
+                entry = (span.start, span.start + span.dur, number)
+                streams.setdefault(int(span.thread), []).append(entry)
+        self.complete = projected(cpu, gpu)
+        self._streams = {
+            stream: np.array(sorted(entries), dtype=np.int64) for stream, entries in streams.items()
+        }
+
+    def find(self, start: Ints, stream: npt.NDArray[Any]) -> Ints:
+        """The step whose projection on the activity's own stream holds its start, else -1."""
+        found = np.full(len(start), NO_STEP, dtype=np.int64)
+        for number, spans in self._streams.items():
+            rows = np.flatnonzero(stream == number)
+            at = holding(spans[:, 0], spans[:, 1], start[rows])
+            found[rows[at >= 0]] = spans[at[at >= 0], 2]
+        return found
+
+
+def projected(cpu: Sequence[Annotation], gpu: Sequence[Annotation]) -> bool:
+    """Whether the profiler projected the CPU's steps onto the GPU, at least half of them."""
+    known = {(span.external, span.name) for span in cpu if span.external >= 0}
+    found = {(span.external, span.name) for span in gpu if _on_stream(span)}
+    return len(known & found) >= PROJECTED_SHARE * len(cpu) > 0
+
+
+def _on_stream(span: Annotation) -> bool:
+    return span.thread.lstrip("-").isdigit()
+
+
+# What makes a forward pass unlike its peers: kernels compiled, or graphs captured, inside it.
+#
+# Both show as calls of the driver. A step with one is excluded from comparison, since its
+# launches waited for the host, and the rank's notes count them.
+
+
+JIT = "jit compilation"
+CAPTURE = "graph capture"
+_CALLS = (
+    (CAPTURE, re.compile(r"(cuda|cu|hip)(StreamBeginCapture|GraphInstantiate)")),
+    (JIT, re.compile(r"(cuda|cu|hip)(Module|Library)Load|(cu|hip)LinkCreate|(nv|hip)rtc[A-Z]")),
+)
+
+Call = tuple[int, str]
+
+
+def interruption(call: str) -> str:
+    """ "jit compilation", "graph capture", or "" for any other call's name."""
+    return next((what for what, pattern in _CALLS if pattern.match(call)), "")
+
+
+def with_interruptions(
+    label: str, steps: Sequence[Step], calls: Sequence[Call]
+) -> tuple[tuple[Step, ...], list[str]]:
+    """The steps, those around one of `calls` excluded, and notes on them.
+
+    calls: (start in ns on the steps' clock, what), what being an answer of `interruption`.
+    """
+    if not calls:
+        return tuple(steps), []
+    listed = sorted(calls)
+    at = StepIndex(steps).holding(np.array([time for time, _ in listed], dtype=np.int64))
+    hit: dict[int, str] = {}
+    for place, (_, what) in zip(at.tolist(), listed, strict=True):
+        if place >= 0:
+            hit.setdefault(place, what)
+    marked = tuple(
+        step.changed(excluded=step.excluded or hit.get(place, ""))
+        for place, step in enumerate(steps)
+    )
+    in_steps = Counter(hit.values())
+    notes = [
+        f"{label}: {what} inside the window ({count} calls), in {in_steps[what]} steps, "
+        "which are not compared"
+        for what, count in sorted(Counter(what for _, what in listed).items())
+    ]
+    return marked, notes
+
+
+# Durations that cannot be true: a stream runs its kernels in order.
+#
+# A kernel that contains a whole later kernel of its stream was not measured but made up
+# (seen in real traces). Short overlaps are programmatic dependent launch and are fine.
+
+
+def timelines(device: npt.NDArray[Any], stream: npt.NDArray[Any]) -> Ints:
+    """A number for each stream of each device; -1 where one of them is not known."""
+    known = (device >= 0) & (device < 2**15) & (stream >= 0) & (stream < 2**32)
+    return np.where(known, (device.astype(np.int64) << 32) + stream, -1)
+
+
+def impossible_rows(start: Ints, dur: Ints, timeline: Ints, graph: Flags) -> Flags:
+    """Rows (sorted by timeline, then start) that contain a whole later row of their timeline.
+
+    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs, and
+    rows of no known timeline (-1).
+    """
+    return contains_later(start + dur, timeline) & (timeline >= 0) & ~graph
+
+
+def contains_later(end: Ints, stream: Ints) -> Flags:
+    """Rows (sorted by stream, then start) that contain a whole later row of their stream."""
+    bad = np.zeros(len(end), dtype=bool)
+    edges = np.flatnonzero(np.diff(stream)) + 1
+    for first, last in zip([0, *edges], [*edges, len(end)], strict=True):
+        if last - first > 1:
+            # The earliest end of all later rows: it lies inside when any of them does.
+            earliest = np.minimum.accumulate(end[first + 1 : last][::-1])[::-1]
+            bad[first : last - 1] = earliest < end[first : last - 1]
+    return bad
+
+
+def excluded(durations: Ints) -> str:
+    """The note on kernels that were left out, from their durations (ns)."""
+    return (
+        f"excluded {len(durations)} kernels ({int(durations.sum()) / 1e6:.3f} ms) that contain a "
+        "whole later kernel of their own stream, which is impossible"
+    )
+
+
+# Self time: what a nested span takes itself, without the spans inside it.
+#
+# CPU operators and NVTX ranges nest, so the sum of their durations counts time again and
+# again; the sum of their self times is the length of the union of the outermost ones.
+
+
+def self_times(start: Ints, dur: Ints, thread: Ints) -> Ints:
+    """Self time of each span, ns, shape (spans,).
+
+    Spans of one thread nest. Where one overlaps another without lying inside it (clocks are
+    not perfect), the time belongs to the one that began last, so that the sum of a thread
+    is always the length of its union.
+    """
+    order = np.lexsort((-dur, start, thread))
+    own = dur[order].tolist()
+    starts, ends = start[order].tolist(), (start + dur)[order].tolist()
+    threads = thread[order].tolist()
+    open_spans: list[int] = []
+    for at, (begin, end) in enumerate(zip(starts, ends, strict=True)):
+        if at and threads[at] != threads[at - 1]:
+            open_spans.clear()
+        while open_spans and ends[open_spans[-1]] <= begin:
+            open_spans.pop()
+        taken = begin  # up to here, the new span's time was taken from the spans around it
+        for outer in reversed(open_spans):
+            if taken >= end:
+                break
+            if ends[outer] > taken:
+                stop = min(end, ends[outer])
+                own[outer] -= stop - taken
+                taken = stop
+        open_spans.append(at)
+    times = np.empty(len(own), dtype=np.int64)
+    times[order] = own
+    return times
+
+
+# Joins what the server's log told of a window to the steps of its kernel table.
+
+
+REBALANCE = "eplb rebalance"
+GRAPH_SHARE = 0.5  # of a step's kernels; a replayed decode step has a few launched by hand
+_UNIX_NS = 10**18  # September 2001; clocks that count from a start are far below
+
+
+def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
+    """The table with steps inside a rebalance excluded, and accept lengths filled in.
+
+    Both need steps on the Unix clock, as torch traces have them. On another clock nobody
+    knows which steps a rebalance hit: then all of them are excluded.
+    """
+    if table.steps.empty or facts == ServerFacts():
+        return table
+    steps = table.steps.copy()
+    if facts.graph_batches:
+        steps["padded_batch"] = _padded(steps, facts.graph_batches)
+    notes = list(table.notes)
+    is_unix = bool((steps["start_ns"] > _UNIX_NS).all())
+    if facts.rebalances:
+        inside = _inside(steps, facts.rebalances) if is_unix else np.ones(len(steps), bool)
+        if inside.any():
+            marks = steps["excluded"].astype(object)
+            steps["excluded"] = pd.Categorical(marks.mask(inside & (marks == ""), REBALANCE))
+            count = steps.loc[inside, "step"].nunique()
+            how = "" if is_unix else " (all: their clock is not that of the log)"
+            notes.append(f"a rebalance of experts during the window: {count} steps{how} excluded")
+    if facts.captures:
+        notes.append("graphs were captured during the window, as the server's log says")
+    if facts.accepted and is_unix:
+        steps["accept_length"] = _accept_lengths(steps, facts.accepted)
+    return replace(table, steps=steps, notes=tuple(notes))
+
+
+def _padded(steps: pd.DataFrame, batches: Sequence[int]) -> np.ndarray:
+    """The batch size of the graph that each step replayed; only of steps made of graph nodes."""
+    known = np.array([*batches, -1], dtype=np.int64)
+    size = steps["batch_size"].to_numpy()
+    padded = steps["padded_batch"].to_numpy().copy()
+    replayed = (steps["stage"] == "decode") & (steps["graph_share"] > GRAPH_SHARE)
+    chosen = (padded < 0) & (size > 0) & replayed.to_numpy()
+    padded[chosen] = known[np.searchsorted(known[:-1], size[chosen])]
+    return padded
+
+
+def _inside(steps: pd.DataFrame, spans: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Which steps overlap one of the spans (Unix time, s)."""
+    start, end = steps["start_ns"].to_numpy() / 1e9, steps["end_ns"].to_numpy() / 1e9
+    inside = np.zeros(len(steps), bool)
+    for begins, ends in spans:
+        inside |= (start < ends) & (end > begins)
+    return inside
+
+
+def _accept_lengths(steps: pd.DataFrame, accepted: Sequence[AcceptLength]) -> np.ndarray:
+    """A line's figure is the mean since the line before: it holds for the steps between."""
+    lengths = steps["accept_length"].to_numpy(float).copy()
+    end = steps["end_ns"].to_numpy() / 1e9
+    drafts = steps["substage"].astype(str).str.startswith("DRAFT")
+    verifies = ((steps["stage"] == "decode") & ~drafts).to_numpy()
+    labels = steps["rank"].astype(str)
+    for label in labels.unique():
+        rank = Rank.parse(label)
+        mine = [a for a in accepted if a.dp is None or rank is None or rank.dp in (None, a.dp)]
+        if not mine:
+            continue
+        rows = np.flatnonzero((labels == label).to_numpy() & verifies)
+        mine.sort(key=lambda sample: sample.time)
+        at = np.searchsorted([sample.time for sample in mine], end[rows])
+        values = np.array([*(sample.length for sample in mine), -1.0])
+        lengths[rows] = values[at]
+    return lengths

@@ -1,0 +1,329 @@
+"""The kernel table: one row an activity, one clock, one rank label for each process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pytest_sglprof._trace.torch.events import Columns
+
+
+TEXT_COLUMNS = ("rank", "name", "full_name", "category", "kind", "stage")
+COLUMNS = (*TEXT_COLUMNS, "step", "stream", "start_ns", "dur_ns")
+STEP_COLUMNS = (
+    "rank",
+    "step",
+    "stage",
+    "start_ns",
+    "end_ns",
+    "batch_size",
+    "tokens",
+    "forward_id",
+    "substage",
+    "padded_batch",
+    "kv_tokens",
+    "graph_share",
+    "accept_length",
+    "excluded",
+)
+_STEP_TEXTS = ("stage", "substage", "excluded")
+_STEP_SHARES = ("graph_share", "accept_length")
+GPU, CPU_OPERATORS, NVTX = "gpu", "cpu_op", "nvtx"  # sources
+NO_STEP = -1
+_GROUPED = 131_072  # rows at once
+UNKNOWN_STAGE = "unknown"
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One forward pass of one rank. Times in ns; -1 where the source does not tell.
+
+    substage: SGLang's own word (DECODE, VERIFY, DRAFT, EXTEND, ...), "" where there is none.
+    padded_batch: the batch size that a graph was replayed for. kv_tokens: tokens of the KV
+    cache that the batch looks back on. graph_share: share of the step's kernels that are nodes
+    of a graph, 0 to 1. accept_length: mean tokens that a verify step accepts for a request.
+    excluded: why the step may not be compared ("jit compilation"), "" where it may.
+    """
+
+    step: int
+    stage: str
+    start_ns: int
+    end_ns: int
+    batch_size: int = -1
+    tokens: int = -1
+    forward_id: int = -1
+    substage: str = ""
+    padded_batch: int = -1
+    kv_tokens: int = -1
+    graph_share: float = -1.0
+    accept_length: float = -1.0
+    excluded: str = ""
+
+    def shifted(self, offset_ns: int) -> Step:
+        """The same step on a clock that is `offset_ns` ahead."""
+        return self.changed(start_ns=self.start_ns + offset_ns, end_ns=self.end_ns + offset_ns)
+
+    def changed(self, **values: float | str) -> Step:
+        """The same step with other values."""
+        return msgspec.structs.replace(self, **values)
+
+
+@dataclass(frozen=True)
+class RankActivities:
+    """What one reader found of one rank: parallel columns over its activities.
+
+    name_codes, kind_codes: indices into names (full, as recorded) and kinds. start, dur:
+    int64 ns. step: the number of a `Step` or -1. stream: -1 where there is none. calls: the
+    collectives whose process group is known.
+    """
+
+    rank: str
+    names: Sequence[str]
+    name_codes: NDArray[np.int64]
+    kinds: Sequence[str]
+    kind_codes: NDArray[np.int64]
+    start: NDArray[np.int64]
+    dur: NDArray[np.int64]
+    stream: NDArray[np.int64]
+    step: NDArray[np.int64]
+    steps: Sequence[Step] = ()
+    source: str = "gpu"
+    notes: Sequence[str] = ()
+    partial: bool = False
+    calls: CollectiveCalls | None = None
+
+    @property
+    def is_timeline(self) -> bool:
+        """See `KernelTable.is_timeline`."""
+        return self.source == GPU
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """All activities of a window.
+
+    frame: one row an activity with the columns `rank, name, full_name, category, kind,
+    stage` (categorical text), `step, stream, start_ns, dur_ns` (int64; ns). step is -1
+    outside of any step; equal numbers mean the same forward pass on every rank. kind is
+    "kernel", "memcpy", "memset", "op", "range" or "collective".
+    ranks: labels in rank order, also of ranks without any activity. steps: one row a rank
+    and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
+    time of NVTX ranges). partial: a truncated file was allowed. notes: what was skipped,
+    and which way of reading was taken. files: what was read. collectives: `process_group`
+    (categorical text) and `sequence` (int64, -1 unknown) of the activities of which the trace
+    tells them; its index holds labels of `frame`'s. settled: steps that were
+    dropped because they began in the window's settle time.
+    """
+
+    frame: pd.DataFrame
+    ranks: tuple[str, ...]
+    steps: pd.DataFrame
+    source: str = "gpu"
+    partial: bool = False
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = field(default=())
+    collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
+    settled: int = 0
+
+    @property
+    def is_timeline(self) -> bool:
+        """Whether activities are intervals on a GPU's timeline; else self times, to be summed."""
+        return self.source == GPU
+
+    @property
+    def has_idle_ranges(self) -> bool:
+        """Whether activities outside of steps are the scheduler's own loop, which also waits."""
+        return self.source == NVTX
+
+    def by(self, *keys: str) -> pd.DataFrame:
+        """Count and total time for each combination of `keys`.
+
+        Columns: the keys, `count`, `total_ns` (int64). Ordered by rank where that is a
+        key, then by total, largest first, then by the other keys.
+        """
+        sums = _sums(self.frame, list(keys))
+        first = [key for key in keys if key == "rank"]
+        rest = [key for key in keys if key != "rank"]
+        texts = {key: sums[key].astype(str) for key in rest if key in TEXT_COLUMNS}
+        ascending = [True] * len(first) + [False] + [True] * len(rest)
+        order = sums.assign(**texts).sort_values([*first, "total_ns", *rest], ascending=ascending)
+        result: pd.DataFrame = sums.loc[order.index].reset_index(drop=True)
+        return result
+
+
+def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The keys, `count` and `total_ns`: part by part, for grouping needs 50 bytes a row."""
+    parts = []
+    for at in range(0, max(len(frame), 1), _GROUPED):
+        grouped = frame.iloc[at : at + _GROUPED].groupby(keys, observed=True, sort=False)
+        parts.append(grouped["dur_ns"].agg(count="size", total_ns="sum").reset_index())
+    if len(parts) == 1:
+        return parts[0]
+    together = pd.concat(parts, ignore_index=True).groupby(keys, observed=True, sort=False)
+    sums: pd.DataFrame = together[["count", "total_ns"]].sum().reset_index()
+    return sums
+
+
+def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:
+    """The `steps` table: one row a rank and step."""
+    values: dict[str, object] = {
+        "rank": pd.Categorical([rank for rank, _ in steps], categories=list(ranks), ordered=True)
+    }
+    for name in STEP_COLUMNS[1:]:
+        listed = [getattr(step, name) for _, step in steps]
+        if name in _STEP_TEXTS:
+            values[name] = pd.Categorical(listed)
+        else:
+            values[name] = np.asarray(listed, np.float64 if name in _STEP_SHARES else np.int64)
+    return pd.DataFrame(values, columns=list(STEP_COLUMNS))
+
+
+# Array types of the readers, and the look-ups that all of them need.
+
+
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+
+def first_of(ids: Ints, wanted: Ints) -> Ints:
+    """Where each of `wanted` stands first in `ids` (ascending); -1 where it does not."""
+    if not len(ids):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    at = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
+    return np.where(ids[at] == wanted, at, -1)
+
+
+def holding(starts: Ints, ends: Ints, times: Ints) -> Ints:
+    """Which interval [start, end) holds each time; -1 for none.
+
+    starts: ascending. Of overlapping intervals only the last that began is looked at.
+    """
+    if not len(starts):
+        return np.full(len(times), -1, dtype=np.int64)
+    at = np.searchsorted(starts, times, side="right") - 1
+    inside = (at >= 0) & (times < ends[at.clip(min=0)])
+    return np.where(inside, at, -1)
+
+
+# Exact times from the text of a trace.
+
+
+_NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
+LARGEST_NS = 2**62  # two of them can be added in int64
+LONGEST_NS = 2**50  # of a duration, 13 days: thousands of them can be added in int64
+
+
+def unfit(start: int | None, dur: int | None) -> str:
+    """What is wrong with the time of an event, in ns; "" of one that is used."""
+    if start is None or dur is None:
+        return "a missing or unreadable"
+    if dur < 0:
+        return "a negative"
+    return "an impossible" if dur >= LONGEST_NS else ""
+
+
+def ns(raw: bytes) -> int | None:
+    """Exact ns of a time in µs from its JSON text (a number or a quoted one).
+
+    None when it is absent or not a finite number. Digits below 1 ns are rounded half up.
+    """
+    match = _NUMBER.match(bytes(raw).decode("ascii", "replace").strip())
+    if match is None:
+        return None
+    sign, whole, fraction, exponent = match.groups()
+    fraction = fraction or ""
+    shift = 3 + int(exponent or 0) - len(fraction)
+    if abs(shift) > 60:
+        return None
+    value: int = int(whole + fraction)
+    if shift >= 0:
+        value *= int(10**shift)
+    else:
+        value = (2 * value + 10**-shift) // (2 * 10**-shift)
+    if value >= LARGEST_NS:
+        return None
+    return -value if sign else value
+
+
+def base_time(path: Path, text: str) -> tuple[int, list[str]]:
+    """ns to add to every time, which newer files write relative to this; and notes.
+
+    text: the JSON text of `baseTimeNanoseconds`, "" for none.
+    """
+    number = text.strip('" ')
+    if number.isdecimal() and number.isascii() and len(number) <= 19 and int(number) < LARGEST_NS:
+        return int(number), []
+    if number in ("", "null"):
+        return 0, []
+    note = (
+        f"{path.name}: baseTimeNanoseconds {number[:40]} is no time; this rank's clock is its own"
+    )
+    return 0, [note]
+
+
+# Which collective each call of a rank is: its process group, and its number in that group.
+
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class CollectiveCalls:
+    """Activities of a rank whose process group is known; parallel to each other.
+
+    row: index of the activity. group: names of process groups, as torch.distributed numbers
+    them alike on every rank. sequence: the number of the collective in its group, -1 unknown.
+    """
+
+    row: Ints
+    group: Sequence[str]
+    sequence: Ints
+
+
+def calls_of(
+    columns: Columns, groups: Sequence[str], sequences: Mapping[int, int]
+) -> CollectiveCalls | None:
+    """Those of a file's columns; sequences: external id -> number, where kernels lack it."""
+    if columns.call is None or columns.calls is None:
+        return None
+    row = np.flatnonzero(columns.call >= 0).astype(np.int64)
+    at = columns.call[row]
+    told = columns.calls.sequence[at].tolist()
+    external = columns.calls.external[at].tolist()
+    return CollectiveCalls(
+        row=row,
+        group=[groups[code] for code in columns.calls.group[at].tolist()],
+        sequence=numbered(told, external, sequences),
+    )
+
+
+def numbered(told: Sequence[int], external: Sequence[int], sequences: Mapping[int, int]) -> Ints:
+    """The number of each collective: what its kernel told, else its announcement."""
+    pairs = zip(told, external, strict=True)
+    found = [own if own >= 0 else sequences.get(key, UNKNOWN) for own, key in pairs]
+    return np.array(found, np.int64)
+
+
+def collective_frame(parts: Sequence[tuple[int, CollectiveCalls | None]]) -> pd.DataFrame:
+    """The `collectives` of a table, of (rows of the rank, its calls), in the table's order."""
+    rows, sequences = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    groups: list[str] = []
+    before = 0
+    for size, calls in parts:
+        if calls is not None:
+            rows.append(calls.row + before)
+            groups += calls.group
+            sequences.append(calls.sequence)
+        before += size
+    values = {"process_group": pd.Categorical(groups), "sequence": np.concatenate(sequences)}
+    return pd.DataFrame(values, index=pd.Index(np.concatenate(rows)))

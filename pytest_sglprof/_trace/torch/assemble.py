@@ -1,0 +1,350 @@
+"""All torch traces of a window: large ones are scanned, in processes; small ones decoded.
+
+Scanning looks at the GPU's events only: fast, flat in memory, and blind for defects of
+everything else. Decoding reads every event and tells of each defect; a file below
+`SCAN_BYTES` is decoded in no time. A large file that holds no GPU activity, or whose
+layout cannot be scanned safely, is decoded too. Both give the same table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pytest_sglprof._trace.paths import rank_of_file, rank_of_pid
+from pytest_sglprof._trace.steps import (
+    Call,
+    TraceSteps,
+    excluded,
+    impossible_rows,
+    interruption,
+    launch_times,
+    projected,
+    self_times,
+    timelines,
+    with_graph_share,
+    with_interruptions,
+)
+from pytest_sglprof._trace.table import (
+    CPU_OPERATORS,
+    GPU,
+    Ints,
+    RankActivities,
+    base_time,
+    calls_of,
+)
+from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
+from pytest_sglprof._trace.torch.events import (
+    ANNOUNCEMENT,
+    KERNEL,
+    KIND_OF_CATEGORY,
+    KINDS,
+    LAUNCH,
+    OPERATOR,
+    Batch,
+    Columns,
+    FullEvent,
+    ProcessName,
+    joined,
+)
+from pytest_sglprof._trace.torch.pool import FileContent, read_here, read_in_processes
+from pytest_sglprof._trace.torch.salvage import Document, read_whole
+
+SCAN_BYTES = 2 * 2**20  # stored bytes of a file
+POOL_BYTES = 8 * 2**20  # of all files; below, starting processes costs more than it saves
+
+Jobs = Sequence[tuple[Path, ScanRequest]]
+
+
+def read_traces(
+    files: Sequence[Path],
+    *,
+    allow_partial: bool = False,
+    processes: int | None = None,
+    sequences: bool = True,
+) -> list[tuple[Path, RankActivities]]:
+    """The activities of each rank in each file, in the order of `files`.
+
+    processes: at most so many readers at once, by default one a processor; 1 reads in this
+    process. sequences: look for the numbers of collectives too.
+    Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
+    """
+    sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
+    large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
+    total = sum(sizes[path] for path in files)
+    readers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
+    request = ScanRequest(partial=allow_partial)
+    contents = {c.path: c for c in _read([(path, request) for path in large], readers)}
+    again = [
+        (path, _second_look(content, request, sequences)) for path, content in contents.items()
+    ]
+    seconds = {c.path: c for c in _read([(path, look) for path, look in again if look], readers)}
+    found: list[tuple[Path, RankActivities]] = []
+    for path in files:
+        content, second = contents.pop(path, None), seconds.pop(path, None)
+        unsafe = [c.facts.unsafe for c in (content, second) if c is not None and c.facts.unsafe]
+        if content is None or unsafe or not len(content.columns):
+            content = second = None  # their memory is needed
+            content, second = decode_file(path, allow_partial=allow_partial)
+            whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
+            content.facts.notes += whys
+        found += [(path, part) for part in _assembled(content, second)]
+    return found
+
+
+def _read(jobs: Jobs, processes: int) -> list[FileContent]:
+    workers = min(processes, len(jobs))
+    if workers < 2:
+        return [read_here(*job) for job in jobs]
+    return read_in_processes(jobs, workers)
+
+
+def _second_look(content: FileContent, request: ScanRequest, sequences: bool) -> ScanRequest | None:
+    """What a file must be read for once more; None for nothing."""
+    kinds = frozenset({LAUNCH} if _needs_launches(content) else ())
+    calls = content.columns.calls
+    sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
+    if not kinds and not sequences:
+        return None
+    return msgspec.structs.replace(request, kinds=kinds, sequences=sequences)
+
+
+def _needs_launches(content: FileContent) -> bool:
+    """Whether steps are known on the CPU, and the profiler did not project them."""
+    cpu = [a for a in content.facts.annotations if not a.gpu]
+    gpu = [a for a in content.facts.annotations if a.gpu]
+    if not cpu or not len(content.columns):
+        return False
+    return not all(
+        projected([a for a in cpu if a.owner == owner], [a for a in gpu if a.owner == owner])
+        for owner in {a.owner for a in cpu}
+    )
+
+
+def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
+    """The activities of each rank. Gives up the columns of `content`, for memory's sake."""
+    facts, path = content.facts, content.path
+    base, unclear = base_time(path, facts.base)
+    notes = [*facts.notes, *unclear]
+    if facts.truncated:
+        notes.append(f"{path.name}: truncated; only what stands before its end was read")
+    on_gpu = bool((content.columns.kind < LAUNCH).any())
+    pids: dict[str, set[str]] = {}  # rank -> the ranks that its processes name, "" of none
+    for pid in facts.owners:
+        named = label = rank_of_pid(pid.encode())
+        if not label:
+            label, contradiction = rank_of_file(path, facts.distributed.encode())
+            notes += contradiction
+        pids.setdefault(label, set()).add(named)
+    parts = []
+    for label, named_ranks in pids.items():
+        part = _of_processes(content, named_ranks)
+        launches = FileContent(path) if second is None else _of_processes(second, named_ranks)
+        parts.append(_activities(label, part, launches, base, notes, on_gpu=on_gpu))
+    content.columns = content.columns.take(np.zeros(0, np.int64))
+    return parts
+
+
+def _of_processes(content: FileContent, named_ranks: Set[str]) -> FileContent:
+    """Of a merged file's content, that of the processes that name one of these ranks."""
+    facts = content.facts
+    ranks = [rank_of_pid(pid.encode()) for pid in facts.owners]
+    owners = {number for number, rank in enumerate(ranks) if rank in named_ranks}
+    if len(owners) == len(ranks):
+        return content
+    return FileContent(
+        content.path,
+        columns=content.columns.take(np.isin(content.columns.owner, [*owners])),
+        facts=msgspec.structs.replace(
+            facts,
+            annotations=[span for span in facts.annotations if span.owner in owners],
+            sequences={key: n for key, n in facts.sequences.items() if key[0] in owners},
+            skipped={key: n for key, n in facts.skipped.items() if key[0] in owners},
+        ),
+    )
+
+
+def _interruptions(launches: FileContent) -> list[Call]:
+    """Calls that compile or capture; none where the launches were not read."""
+    columns = launches.columns
+    what = [interruption(name) for name in launches.facts.names]
+    codes = [code for code, word in enumerate(what) if word]
+    rows = np.flatnonzero(np.isin(columns.name, codes))
+    pairs = zip(columns.start[rows].tolist(), columns.name[rows].tolist(), strict=True)
+    return [(start, what[code]) for start, code in pairs]
+
+
+def _activities(
+    label: str,
+    part: FileContent,
+    launches: FileContent,
+    base: int,
+    notes: Sequence[str],
+    *,
+    on_gpu: bool,
+) -> RankActivities:
+    """on_gpu: the file has GPU activities; a rank of it without any did nothing there."""
+    facts, columns = part.facts, part.columns
+    skipped: Counter[str] = Counter()
+    for (_, what), count in facts.skipped.items():
+        skipped[what] += count
+    notes = [*notes, *(f"{label}: skipped {n} {what}" for what, n in skipped.items())]
+    steps = TraceSteps(facts.annotations)
+    entries = steps.steps
+    if on_gpu:
+        columns, impossible = _possible(label, columns)
+        notes += impossible
+        known = launches.columns
+        launched = launch_times(known.correlation, known.start, columns.correlation)
+        step = steps.of_gpu(columns.start, columns.stream, launched)
+        entries = with_graph_share(entries, step, columns.kind == KERNEL, columns.graph > 0)
+        kinds, dur, stream = KINDS[:LAUNCH], columns.dur, columns.stream
+    else:
+        step = steps.of_time(columns.start)
+        kinds, dur = KINDS[OPERATOR:], _cpu_times(columns)
+        stream = np.full(len(columns), -1, np.int64)
+    entries, interrupted = with_interruptions(label, entries, _interruptions(launches))
+    np.add(columns.start, base, out=columns.start)  # in place: it is the largest column
+    names, name_codes = _used(facts.names, columns.name)
+    sequences = {external: number for (_, external), number in launches.facts.sequences.items()}
+    return RankActivities(
+        rank=label,
+        names=names,
+        name_codes=name_codes,
+        kinds=kinds,
+        kind_codes=columns.kind if on_gpu else columns.kind - OPERATOR,
+        start=columns.start,
+        dur=dur,
+        stream=stream,
+        step=step,
+        steps=[entry.shifted(base) for entry in entries],
+        source=GPU if on_gpu else CPU_OPERATORS,
+        notes=[*notes, *interrupted],
+        partial=facts.truncated,
+        calls=calls_of(columns, facts.groups, sequences),
+    )
+
+
+def _used(names: Sequence[str], codes: npt.NDArray[Any]) -> tuple[Sequence[str], npt.NDArray[Any]]:
+    """The names that are used, and the codes in them: a file has others of other events."""
+    used = np.zeros(len(names), bool)
+    used[codes] = True
+    if used.all():
+        return names, codes
+    place = (np.cumsum(used) - 1).astype(codes.dtype)
+    return [name for name, is_used in zip(names, used, strict=True) if is_used], place[codes]
+
+
+def _cpu_times(columns: Columns) -> Ints:
+    """Self time of operators, whole time of collectives; ns."""
+    dur = columns.dur.astype(np.int64)
+    nests = columns.kind == OPERATOR
+    thread = columns.stream[nests].astype(np.int64)
+    dur[nests] = self_times(columns.start[nests], dur[nests], thread)
+    return dur
+
+
+def _possible(label: str, mine: Columns) -> tuple[Columns, list[str]]:
+    """Sorted by device, stream and start, without durations that cannot be true."""
+    where = timelines(mine.device, mine.stream)
+    if not _ascends(where, mine.start):
+        order = np.lexsort((-mine.dur, mine.start, where))
+        mine, where = mine.take(order), where[order]
+    bad = impossible_rows(mine.start, mine.dur, where, mine.graph > 0)
+    if not bad.any():
+        return mine, []
+    return mine.take(~bad), [f"{label}: {excluded(mine.dur[bad])}"]
+
+
+def _ascends(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> bool:
+    """Whether rows are ordered by `first`, then strictly by `second`."""
+    later = np.diff(first) > 0
+    return bool(np.all(later | ((np.diff(first) == 0) & (np.diff(second) > 0))))
+
+
+# Kineto traces of the torch profiler, read whole: every event is decoded, every defect told.
+#
+# Times are converted to integer ns from the text of the file; floats are never summed. A file
+# is used only when its end was reached and every checksum was right, unless `allow_partial`.
+
+
+_CATEGORIES = {name.lower(): name for name in KIND_OF_CATEGORY}
+_EVERYTHING = frozenset(range(len(KINDS)))
+
+
+class _Event(msgspec.Struct, gc=False):
+    ph: str | None = ""
+    cat: str | None = ""
+    name: str | int | float | bool | None = ""
+    ts: msgspec.Raw = msgspec.Raw(b"")
+    dur: msgspec.Raw = msgspec.Raw(b"")
+    pid: msgspec.Raw = msgspec.Raw(b"")
+    tid: msgspec.Raw = msgspec.Raw(b"")
+    args: msgspec.Raw = msgspec.Raw(b"")
+
+
+_DOCUMENT = msgspec.json.Decoder(Document[_Event])
+
+
+def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent, FileContent]:
+    """What scanning a file gives, by decoding all of it: its activities, and its launches.
+
+    The activities are the GPU's, or of a file without any those of the CPU: operators and
+    collectives. Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
+    """
+    trace = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
+    batches: list[Batch] = []
+    collector = Collector(ScanRequest(kinds=_EVERYTHING), batches.append)
+    pids: dict[bytes, str | None] = {}
+    for event in trace.events:
+        raw = bytes(event.pid)
+        if raw not in pids:
+            pids[raw] = _merged_pid(raw)
+            if rank_of_pid(raw):  # a rank of a merged file, even when it did nothing
+                collector.add_process(ProcessName(pids[raw]))
+        category = _CATEGORIES.get((event.cat or "").lower())
+        if event.ph == "X" and category is not None:
+            _add(collector, event, category, pids[raw])
+    facts = collector.finish()
+    facts.base, facts.distributed = trace.base, trace.distributed
+    facts.truncated = trace.truncated
+    if not trace.valid:
+        facts.notes.append(
+            f"{path.name}: invalid JSON; {trace.skipped} events that cannot be read were skipped"
+        )
+    columns = joined(batches)
+    on_gpu = columns.kind < LAUNCH
+    activities = columns.take(on_gpu if on_gpu.any() else columns.kind > LAUNCH)
+    launches = columns.take(columns.kind == LAUNCH)
+    return (
+        FileContent(path, columns=activities, facts=facts),
+        FileContent(path, columns=launches, facts=facts),
+    )
+
+
+def _merged_pid(raw: bytes) -> str | None:
+    """A process id that is a text, as those of merged files are; None for any other."""
+    return str(msgspec.json.decode(raw)) if raw.startswith(b'"') else None
+
+
+def _add(collector: Collector, event: _Event, category: str, pid: str | None) -> None:
+    full = FullEvent(
+        name=str(event.name),
+        ts=event.ts,
+        args=event.args,
+        dur=event.dur,
+        cat=category,
+        ph="X",
+        pid=pid,
+        tid=bytes(event.tid).decode("ascii", "replace").strip('"'),
+    )
+    collector.add_full(full)
+    if full.name == ANNOUNCEMENT:
+        collector.add_announced(full)

@@ -1,0 +1,337 @@
+"""What is taken from one event of a Kineto trace, and the batches it travels in.
+
+Times: a Kineto file writes µs with up to three decimals. While `ts` stays below 2**43 µs
+(files with `baseTimeNanoseconds`), the nearest float64 is off by less than 0.49 ns, so
+the integer part and the rounded fraction give exactly the ns of the text. Larger stamps
+(older files, absolute) are converted from the text itself.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pytest_sglprof._trace.table import Ints
+
+FLOAT_LIMIT = float(2**43)  # µs; beyond it float64 cannot hold three decimals
+KINDS = ("kernel", "memcpy", "memset", "launch", "op", "collective")
+KERNEL, MEMCPY, MEMSET, LAUNCH, OPERATOR, COLLECTIVE = range(len(KINDS))
+GPU_KINDS = frozenset({KERNEL, MEMCPY, MEMSET})
+CPU_SPAN, GPU_SPAN = "user_annotation", "gpu_user_annotation"
+
+# Of spans, only those on the CPU whose names begin with COMMUNICATION are activities.
+KIND_OF_CATEGORY = {
+    "kernel": KERNEL,
+    "Kernel": KERNEL,
+    "gpu_memcpy": MEMCPY,
+    "Memcpy": MEMCPY,
+    "gpu_memset": MEMSET,
+    "Memset": MEMSET,
+    "cuda_runtime": LAUNCH,
+    "cuda_driver": LAUNCH,
+    "hip_runtime": LAUNCH,
+    "Runtime": LAUNCH,
+    "Driver": LAUNCH,
+    "cpu_op": OPERATOR,
+    "Operator": OPERATOR,
+    CPU_SPAN: COLLECTIVE,
+    GPU_SPAN: COLLECTIVE,
+}
+COMMUNICATION = ("gloo:", "nccl:", "mpi:")
+SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
+# torch.distributed describes a collective in an operator of this name; Kineto copies its
+# process group, not its sequence number, to the kernel that it launched.
+ANNOUNCEMENT = "record_param_comms"
+PROCESS_GROUP: str = "Process Group Name"
+SEQUENCE: str = "Seq"
+
+
+def communicates(kernel: str) -> bool:
+    """Whether a kernel of this name is a collective where a process group is told of it.
+
+    A copy that torch.distributed launched beside its collective is told one, too.
+    """
+    return "nccl" in kernel.lower()
+
+
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class Args(msgspec.Struct, gc=False, frozen=True):
+    """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
+
+    device: _Int64 = -1
+    stream: _Int64 = -1
+    correlation: _Int64 = -1
+    graph_node: _Int64 = msgspec.field(name="graph node id", default=0)
+
+
+class CallArgs(Args, gc=False, frozen=True):
+    """With those that a kernel has which torch.distributed launched; absent ones are -1 or "".
+
+    sequence: mostly told by the `ANNOUNCEMENT` operator of the same `external` only.
+    """
+
+    external: _Int64 = msgspec.field(name="External id", default=-1)
+    group: str = msgspec.field(name=PROCESS_GROUP, default="")
+    sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
+
+
+class _OddArgs(msgspec.Struct, gc=False):
+    device: Any = None
+    stream: Any = None
+    correlation: Any = None
+    graph_node: Any = msgspec.field(name="graph node id", default=None)
+    external: Any = msgspec.field(name="External id", default=None)
+    group: Any = msgspec.field(name=PROCESS_GROUP, default=None)
+    sequence: Any = msgspec.field(name=SEQUENCE, default=None)
+
+
+_ARGS = msgspec.json.Decoder(CallArgs)
+_ODD_ARGS = msgspec.json.Decoder(_OddArgs)
+
+
+def arguments(text: bytes | msgspec.Raw) -> CallArgs:
+    """The arguments of an event by their text; each that is not of its type counts as absent."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return _ARGS.decode(text)
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        odd = _ODD_ARGS.decode(text)
+        return CallArgs(
+            device=_integer(odd.device, -1),
+            stream=_integer(odd.stream, -1),
+            correlation=_integer(odd.correlation, -1),
+            graph_node=_integer(odd.graph_node, 0),
+            external=_integer(odd.external, -1),
+            group=odd.group if isinstance(odd.group, str) else "",
+            sequence=_integer(odd.sequence, -1),
+        )
+    return CallArgs()
+
+
+def _integer(value: Any, otherwise: int) -> int:
+    fits = type(value) is int and -(2**63) <= value < 2**63
+    return value if fits else otherwise
+
+
+class Event(msgspec.Struct, gc=False, kw_only=True, tag_field="ph", tag="X"):
+    """A span whose times fit a float (see the module's text). `dur` -inf: absent."""
+
+    # In the order of the file, which msgspec decodes fastest.
+    cat: str = ""
+    name: str
+    ts: float
+    dur: float = float("-inf")
+    args: Args = Args()
+
+
+class CallEvent(Event, gc=False, kw_only=True, tag_field="ph", tag="X"):
+    """The same where process groups are told."""
+
+    args: CallArgs = CallArgs()
+
+
+def _no_span(phase: str) -> type[msgspec.Struct]:
+    return msgspec.defstruct("NoSpan", (), tag_field="ph", tag=phase, gc=False)
+
+
+# What else stands among the spans, flows for the most part; nothing of it is looked at. The
+# phases are all others of the "Trace Event Format".
+NO_SPANS = tuple(map(_no_span, "BEiICbneSTpFstfPNODMVvRc()"))
+
+
+class FullEvent(msgspec.Struct, gc=False):
+    """Any event by its text, with the fields whose type differs from file to file."""
+
+    name: str
+    ts: msgspec.Raw
+    args: msgspec.Raw = msgspec.Raw(b"{}")
+    dur: msgspec.Raw = msgspec.Raw(b"")
+    cat: str = ""
+    ph: str = ""
+    pid: int | str | float | None = None
+    tid: int | str | float | None = None
+
+
+class ProcessName(msgspec.Struct, gc=False):
+    """What names a process; every process of a trace has one."""
+
+    pid: int | str | float | None = None
+
+
+class Annotation(msgspec.Struct, frozen=True, gc=False):
+    """A span that names a step; ns. `gpu`: on the GPU's timeline, `thread` is its stream.
+
+    external: the id that the CPU's span and its projections onto the GPU share; -1: none.
+    """
+
+    owner: int
+    name: str
+    start: int
+    dur: int
+    gpu: bool
+    thread: str = ""
+    external: int = -1
+
+
+class Batch(msgspec.Struct):
+    """Columns of many activities; what a worker sends and the reader joins.
+
+    start and dur are µs as float64 when `exact` is false, else ns as int64. name and
+    owner are codes of the file's own tables; kind is one of KINDS. stream: of an operator,
+    the code of its thread. call_row: rows of which
+    the process group is known; parallel to it are call_group (a code of the file's own
+    table), call_sequence and call_external, -1 where they are not known.
+    """
+
+    exact: bool
+    start: array[float] | array[int]
+    dur: array[float] | array[int]
+    name: array[int]
+    kind: array[int]
+    stream: array[int]
+    correlation: array[int]
+    graph: array[int]
+    device: array[int]
+    owner: array[int]
+    call_row: array[int]
+    call_group: array[int]
+    call_sequence: array[int]
+    call_external: array[int]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+class FileFacts(msgspec.Struct):
+    """What a trace file says beside its activities.
+
+    owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". groups: names
+    of process groups. sequences: (code of the owner, external id) -> number of that
+    collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
+    of `distributedInfo`; "" for none. skipped: (code of the owner, what was left out) ->
+    count. unsafe: why the file must be read exactly, "" when it was read.
+    """
+
+    names: list[str] = msgspec.field(default_factory=list)
+    owners: list[str] = msgspec.field(default_factory=list)
+    groups: list[str] = msgspec.field(default_factory=list)
+    sequences: dict[tuple[int, int], int] = msgspec.field(default_factory=dict)
+    annotations: list[Annotation] = msgspec.field(default_factory=list)
+    base: str = ""
+    distributed: str = ""
+    skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
+    truncated: bool = False
+    unsafe: str = ""
+    notes: list[str] = msgspec.field(default_factory=list)
+
+
+# The activities of one file as numpy columns.
+
+
+_NARROW = (("name", "i4"), ("kind", "i1"), ("graph", "i1"), ("device", "i2"), ("owner", "i2"))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Collectives of which the process group is known; parallel arrays.
+
+    group: code of the file's own table. sequence: its number in the group; external: the
+    id that its announcement has; -1 where they are not known.
+    """
+
+    group: npt.NDArray[Any]
+    sequence: npt.NDArray[Any]
+    external: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Parallel arrays; start is int64 ns, dur ns, all but start the smallest integers that fit.
+
+    name, owner: codes of the file's own tables. kind: of `kineto.KINDS`. graph: 1 for the
+    node of a graph. call: index into `calls`, -1 for none; None when no row has one.
+    """
+
+    start: Ints
+    dur: npt.NDArray[Any]
+    name: npt.NDArray[Any]
+    kind: npt.NDArray[Any]
+    stream: npt.NDArray[Any]
+    correlation: npt.NDArray[Any]
+    graph: npt.NDArray[Any]
+    device: npt.NDArray[Any]
+    owner: npt.NDArray[Any]
+    call: npt.NDArray[np.int32] | None = None
+    calls: Calls | None = None
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def take(self, chosen: npt.NDArray[Any]) -> Columns:
+        """The rows that a mask or indices select."""
+        own = vars(self)
+        taken = {key: own[key][chosen] for key in own if key not in ("call", "calls")}
+        call = None if self.call is None else self.call[chosen]
+        return Columns(**taken, call=call, calls=self.calls)
+
+
+def joined(batches: Sequence[Batch]) -> Columns:
+    """All batches of a file in one."""
+    columns: dict[str, Any] = {}
+    for key in ("start", "dur"):
+        parts = [exact_ns(getattr(batch, key), batch.exact) for batch in batches]
+        columns[key] = np.concatenate([np.empty(0, np.int64), *parts])
+    columns["dur"] = _compact(columns["dur"])
+    for key, kind in _NARROW:
+        arrays = [np.asarray(getattr(batch, key)) for batch in batches]
+        columns[key] = np.concatenate([np.empty(0, kind), *arrays]).astype(kind, copy=False)
+    for key in ("stream", "correlation"):
+        arrays = [np.asarray(getattr(batch, key)) for batch in batches]
+        columns[key] = _compact(np.concatenate([np.empty(0, np.int64), *arrays]))
+    return Columns(**columns, **_calls(batches))
+
+
+def _calls(batches: Sequence[Batch]) -> dict[str, Any]:
+    """`call` and `calls` of the batches; nothing where no process group is known."""
+    if not any(len(batch.call_row) for batch in batches):
+        return {}
+    sizes = np.array([len(batch) for batch in batches])
+    calls = Calls(
+        *(
+            np.concatenate([np.asarray(getattr(batch, key)) for batch in batches])
+            for key in ("call_group", "call_sequence", "call_external")
+        )
+    )
+    before = (np.cumsum(sizes) - sizes).tolist()
+    rows = [np.asarray(b.call_row) + at for b, at in zip(batches, before, strict=True)]
+    call = np.full(int(sizes.sum()), -1, np.int32)
+    call[np.concatenate(rows)] = np.arange(len(calls.group))
+    return {"call": call, "calls": calls}
+
+
+def exact_ns(times: Any, exact: bool) -> Ints:
+    """Exact ns of a batch's `start` or `dur`.
+
+    See the module text of `kineto` for why the fraction rounds right.
+    """
+    values = np.asarray(times)
+    if exact:
+        return np.asarray(values, dtype=np.int64)
+    whole = np.floor(values)
+    fraction = np.rint((values - whole) * 1000.0)
+    ns: Ints = whole.astype(np.int64) * 1000 + fraction.astype(np.int64)
+    return ns
+
+
+def _compact(values: Ints) -> npt.NDArray[Any]:
+    small = np.iinfo(np.int32)
+    fits = not len(values) or (values.min() >= small.min and values.max() <= small.max)
+    return values.astype(np.int32) if fits else values

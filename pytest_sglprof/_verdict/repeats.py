@@ -1,0 +1,178 @@
+"""The verdict of a window that was opened several times: windows are the unit then.
+
+One window may be an outlier, also of fifty steps: what disturbs a server lasts for seconds.
+So a threshold fails when the *median* of the windows' figures is beyond the limit, and passes
+when it is not, whatever windows without a figure would have shown.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pytest_sglprof._config.model import Threshold, VerdictWord, worst_word
+from pytest_sglprof._metrics import METRICS
+from pytest_sglprof._verdict.judge import Judgement, Verdict, subject
+from pytest_sglprof._verdict.wording import beside_limit, count
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One threshold in one work group over all windows.
+
+    values: the metric's figure of each window that was meant to be, in their order; None
+    where a window was not opened, or gives no verdict.
+    """
+
+    threshold: Threshold
+    group: str
+    values: tuple[float | None, ...]
+    verdict: VerdictWord
+    reason: str
+
+    @property
+    def known(self) -> tuple[float, ...]:
+        """The figures that exist, ascending."""
+        return tuple(sorted(value for value in self.values if value is not None))
+
+    @property
+    def median(self) -> float | None:
+        """Of the known figures; of an even number the mean of the two in the middle."""
+        return statistics.median(self.known) if self.known else None
+
+
+@dataclass(frozen=True)
+class RepeatedVerdict:
+    """The verdict over all windows. count: as many were meant to be opened.
+
+    typical: index of the opened window whose figure is nearest to the median of the threshold
+    that decided.
+    """
+
+    word: VerdictWord
+    reason: str
+    spreads: tuple[Spread, ...]
+    count: int
+    typical: int
+
+
+def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
+    """Judges the windows that were opened together, out of `planned`.
+
+    verdicts: one a window, at least one. The word is fail if the median of any threshold is
+    beyond its limit for certain, else inconclusive if any is undecided, else pass.
+    """
+    spreads = tuple(_spread(key, verdicts, planned) for key in _keys(verdicts))
+    word = worst_word([spread.verdict for spread in spreads])
+    if word is None:
+        return _without_thresholds(verdicts, planned)
+    worst = max((spread for spread in spreads if spread.verdict == word), key=_severity)
+    typical = _typical(worst, len(verdicts))
+    reason = worst.reason
+    if word == "fail":
+        judgement = _judgement(verdicts[typical], (worst.threshold, worst.group))
+        reason += f"; the window in the middle: {judgement.reason}" if judgement else ""
+    return RepeatedVerdict(word, reason, spreads, planned, typical)
+
+
+def _without_thresholds(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
+    """Every window must be whole."""
+    if missing := planned - len(verdicts):
+        reason = f"{count(missing, 'window')} of {planned} never opened"
+        return RepeatedVerdict("inconclusive", reason, (), planned, 0)
+    doubtful = next((verdict for verdict in verdicts if verdict.word != "pass"), None)
+    if doubtful is not None:
+        return RepeatedVerdict("inconclusive", doubtful.reason, (), planned, 0)
+    return RepeatedVerdict("pass", verdicts[0].reason, (), planned, 0)
+
+
+_Key = tuple[Threshold, str]  # two limits of one figure are two
+
+
+def _key(judgement: Judgement) -> _Key:
+    group = judgement.finding.group if judgement.finding is not None else ""
+    return judgement.threshold, group
+
+
+def _keys(verdicts: Sequence[Verdict]) -> list[_Key]:
+    judgements = [judgement for verdict in verdicts for judgement in verdict.judgements]
+    measured = [judgement for judgement in judgements if judgement.finding is not None]
+    return list(dict.fromkeys(_key(judgement) for judgement in measured or judgements))
+
+
+def _judgement(verdict: Verdict, key: _Key) -> Judgement | None:
+    return next((each for each in verdict.judgements if _key(each) == key), None)
+
+
+def _spread(key: _Key, verdicts: Sequence[Verdict], planned: int) -> Spread:
+    judgements = [_judgement(verdict, key) for verdict in verdicts]
+    unopened = [None] * (planned - len(verdicts))
+    values = tuple(
+        each.value if each is not None and each.verdict != "inconclusive" else None
+        for each in (*judgements, *unopened)
+    )
+    limit = METRICS[key[0].metric].badness(key[0].limit)
+    # The median with every unknown window at its best, and at its worst.
+    best, worst = (
+        statistics.median(
+            unknown if badness is None else badness
+            for badness in map(_badness, (*judgements, *unopened))
+        )
+        for unknown in (-math.inf, math.inf)
+    )
+    word: VerdictWord = "fail" if best > limit else "pass" if worst <= limit else "inconclusive"
+    spread = Spread(*key, values, word, "")
+    reasons = [each.reason for each in judgements if each and each.verdict == "inconclusive"]
+    return replace(spread, reason=_reason(spread, len(unopened), reasons))
+
+
+def _badness(judgement: Judgement | None) -> float | None:
+    """How bad a window counts as; None when it gives no verdict.
+
+    As its figure is, but for verdicts that were not made by it: a kernel too small to fail
+    counts as on its limit, a scope that only one rank has as infinitely bad.
+    """
+    if judgement is None or judgement.verdict == "inconclusive":
+        return None
+    metric, limit = METRICS[judgement.threshold.metric], judgement.threshold.limit
+    badness = math.inf if judgement.value is None else metric.badness(judgement.value)
+    return min(badness, metric.badness(limit)) if judgement.verdict == "pass" else badness
+
+
+def _reason(spread: Spread, unopened: int, reasons: Sequence[str]) -> str:
+    """reasons: of the windows that are inconclusive. unopened: number of windows."""
+    prefix = f"{spread.group}: " if spread.group else ""
+    what = f"{prefix}{spread.threshold.metric} of {subject(spread.threshold)}"
+    known = spread.known
+    if spread.verdict == "inconclusive":
+        why = [f"{unopened} of them never opened"] if unopened else []
+        planned = count(len(spread.values), "window")
+        return (
+            f"{what}: only {len(known)} of {planned} can be judged "
+            f"({'; '.join((*why, *reasons[:1]))})"
+        )
+    if not known:
+        return f"{what}: {spread.verdict} in every window, without a figure"
+    metric = METRICS[spread.threshold.metric]
+    shown, limit = beside_limit(metric, spread.median or 0.0, spread.threshold.limit)
+    return (
+        f"{what} is {shown} in the median of {count(len(known), 'window')}{limit}, "
+        f"from {metric.format(known[0])} to {metric.format(known[-1])}"
+    )
+
+
+def _typical(spread: Spread, opened: int) -> int:
+    middle = spread.median
+    if middle is None:
+        return 0
+    metric, limit = METRICS[spread.threshold.metric], spread.threshold.limit
+    known = [(n, value) for n, value in enumerate(spread.values[:opened]) if value is not None]
+    failing = [(n, value) for n, value in known if metric.is_beyond(value, limit)]
+    among = failing if failing and spread.verdict == "fail" else known
+    return min(among, key=lambda pair: abs(pair[1] - middle))[0]
+
+
+def _severity(spread: Spread) -> tuple[float, float]:
+    return METRICS[spread.threshold.metric].severity(spread.median, spread.threshold.limit)

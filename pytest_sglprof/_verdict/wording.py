@@ -1,0 +1,93 @@
+"""How times, shares and ratios are written for people, everywhere the same."""
+
+from __future__ import annotations
+
+import math
+
+from pytest_sglprof._metrics import UNITS, Metric
+
+
+def duration(ns: float) -> str:
+    """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, never a bare number."""
+    for limit, unit, size in ((1e3, "ns", 1.0), (1e6, "µs", 1e3), (1e10, "ms", 1e6)):
+        if abs(ns) < limit:
+            return f"{_three(ns / size)} {unit}"
+    return f"{_three(ns / 1e9)} s"
+
+
+def signed_duration(ns: float | None, *, none: str = "-") -> str:
+    """`+1.20 µs`, `−340 ns`; `none` where there is none."""
+    return none if ns is None else f"{_sign(ns)}{duration(abs(ns))}"
+
+
+def milliseconds(ns: float) -> str:
+    """A figure for a column whose head says ms: `41.2`, `0.412`, `1234`."""
+    return _three(ns / 1e6)
+
+
+def percent(share: float | None, digits: int = 0, *, sign: bool = False, none: str = "-") -> str:
+    """`64 %`, of a change `+1.2 %`; `none` where there is none."""
+    if share is None:
+        return none
+    text = f"{100 * abs(share):.{digits}f}"
+    shown = _sign(share if float(text) else 0) if sign else "-" * (share < 0)
+    return f"{shown}{text} %"
+
+
+def ratio(value: float | None, digits: int = 2, *, none: str = "-") -> str:
+    """`1.39`; `none` where there is none."""
+    return none if value is None else f"{value:.{digits}f}"
+
+
+def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, str]:
+    """A value, and its limit in brackets: `("1.39", " (limit 1.10)")`.
+
+    With as many digits as it takes to see that they differ (1.104 against 1.10). An
+    infinite limit is none and gives "".
+    """
+    shown = f"{value:.2f}"
+    for digits in (3, 4, 5):
+        if value == limit or float(shown) != round(limit, digits - 1):
+            break
+        shown = f"{value:.{digits}f}"
+    if not math.isfinite(limit):
+        return f"{shown}{unit}", ""
+    text = f"{limit:.2f}" if round(limit, 2) == round(limit, 9) else f"{limit:g}"
+    return f"{shown}{unit}", f" (limit {text}{unit})"
+
+
+def beside_limit(metric: Metric, value: float, limit: float) -> tuple[str, str]:
+    """A metric's figure and its limit, as of `against_limit`, in the metric's unit."""
+    unit = UNITS[metric.unit]
+    return against_limit(value * unit.scale, limit * unit.scale, unit=unit.suffix)
+
+
+def count(number: int, singular: str, plural: str = "") -> str:
+    """`1 step`, `50 steps`."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def work_words(word: str | None, ratio: float | None, by: str | None) -> str:
+    """`at the same work`, `with 1.50x the tokens: more work`; "" where it is not known.
+
+    Of a rank that has more to do, but not by as much as it is slower, both are told.
+    """
+    if not word or ratio is None:
+        return ""
+    if word == "more_work":
+        return f"with {ratio:.2f}x the {by}: more work"
+    if f"{ratio:.2f}" == "1.00":
+        return "at the same work"
+    return f"which its {ratio:.2f}x the {by} do not explain"
+
+
+def _sign(value: float) -> str:
+    return "+" if value > 0 else "−" if value < 0 else ""
+
+
+def _three(value: float) -> str:
+    if value == 0:
+        return "0"
+    size = abs(value)
+    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
+    return f"{value:,.{digits}f}"

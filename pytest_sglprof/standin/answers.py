@@ -1,0 +1,565 @@
+"""Which path answers what: health, control and information. Generation has its own module."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pytest_sglprof import __version__
+from pytest_sglprof.standin.engine import Load, Request
+from pytest_sglprof.standin.front import Front
+from pytest_sglprof.standin.http import (
+    BadRequest,
+    Call,
+    Reply,
+    Route,
+    ServerFault,
+    as_json,
+    body_of,
+)
+from pytest_sglprof.standin.options import log
+
+# `/generate` and the OpenAI routes, streamed or not.
+
+
+_WORD = " stand"
+_EVENTS = "text/event-stream; charset=utf-8"
+DEFAULT_NEW_TOKENS = 128
+
+
+def generate(call: Call) -> Reply:
+    """SGLang's own route; text of a streamed answer is cumulative."""
+    body = body_of(call)
+    prompt = body.get("text") if body.get("input_ids") is None else body["input_ids"]
+    if prompt is None:
+        raise BadRequest("Either text, input_ids or input_embeds should be provided.")
+    sampling = body.get("sampling_params") or {}
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str):
+        requests = [_request(call.front, one, _limit(sampling), body) for one in prompt]
+        for request in requests:
+            _drain(request)
+        return as_json([_answer(request) for request in requests])
+    request = _request(call.front, prompt, _limit(sampling), body)
+    if not body.get("stream"):
+        _drain(request)
+        return as_json(_answer(request))
+    return Reply(200, content_type=_EVENTS, stream=_stream(request, _answer))
+
+
+def completions(call: Call) -> Reply:
+    """OpenAI's text completion."""
+    body = body_of(call)
+    request = _request(call.front, body.get("prompt", ""), _openai_limit(body), body)
+    name = f"cmpl-{uuid.uuid4().hex}"
+    if not body.get("stream"):
+        _drain(request)
+        text, usage = _WORD * request.made, _usage(request)
+        return as_json(_openai(call, name, "text_completion", {"text": text}, "length", usage))
+
+    def chunk(request: Request) -> dict[str, Any]:
+        reason = "length" if request.made >= request.max_new_tokens else None
+        usage = _usage(request) if reason else None
+        return _openai(call, name, "text_completion", {"text": _WORD}, reason, usage)
+
+    return Reply(200, content_type=_EVENTS, stream=_stream(request, chunk))
+
+
+def chat_completions(call: Call) -> Reply:
+    """OpenAI's chat completion."""
+    body = body_of(call)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages: Field required")
+    text = " ".join(str(message.get("content", "")) for message in messages)
+    request = _request(call.front, text, _openai_limit(body), body)
+    name = f"chatcmpl-{uuid.uuid4().hex}"
+    if not body.get("stream"):
+        _drain(request)
+        message = {"role": "assistant", "content": _WORD * request.made}
+        part = {"message": message}
+        return as_json(_openai(call, name, "chat.completion", part, "length", _usage(request)))
+
+    def chunk(request: Request) -> dict[str, Any]:
+        reason = "length" if request.made >= request.max_new_tokens else None
+        part = {"delta": {"role": "assistant", "content": _WORD}}
+        usage = _usage(request) if reason else None
+        return _openai(call, name, "chat.completion.chunk", part, reason, usage)
+
+    return Reply(200, content_type=_EVENTS, stream=_stream(request, chunk))
+
+
+def _request(front: Front, prompt: Any, limit: int, body: dict[str, Any]) -> Request:
+    words = tuple(prompt) if isinstance(prompt, list) else tuple(str(prompt).split() or [""])
+    if len(words) >= front.options.context_length:
+        raise BadRequest(
+            f"The input ({len(words)} tokens) is longer than the model's context length "
+            f"({front.options.context_length} tokens)."
+        )
+    rank = body.get("routed_dp_rank")
+    rank = body.get("data_parallel_rank") if rank is None else rank
+    lanes = len(front.lanes)
+    if rank is not None and lanes > 1 and not 0 <= int(rank) < lanes:
+        raise BadRequest(f"routed_dp_rank={rank} out of range [0, {lanes})")
+    rid = body.get("rid")
+    request = Request(words, limit, rid if isinstance(rid, str) else uuid.uuid4().hex)
+    front.submit(request, int(rank) if rank is not None and lanes > 1 else None)
+    return request
+
+
+def _limit(sampling: dict[str, Any]) -> int:
+    value = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    if not isinstance(value, int) or value < 0:
+        raise BadRequest(f"max_new_tokens must be at least 0, got {value}.")
+    return max(1, value)
+
+
+def _openai_limit(body: dict[str, Any]) -> int:
+    given = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+    return _limit({"max_new_tokens": given})
+
+
+def _drain(request: Request) -> None:
+    while request.tokens.get() is not None:
+        pass
+
+
+def _stream(request: Request, shape: Any) -> Iterator[bytes]:
+    """One event a token; a client that leaves ends the request."""
+    try:
+        while (made := request.tokens.get()) is not None:
+            view = Request(request.prompt, request.max_new_tokens, request.rid, made)
+            view.cached, view.dp_rank, view.created = (
+                request.cached,
+                request.dp_rank,
+                request.created,
+            )
+            yield b"data: " + json.dumps(shape(view)).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+    finally:
+        request.aborted = True
+
+
+def _answer(request: Request) -> dict[str, Any]:
+    finished = request.made >= request.max_new_tokens
+    return {
+        "text": _WORD * request.made,
+        "output_ids": list(range(request.made)),
+        "meta_info": {
+            "id": request.rid,
+            "finish_reason": {"type": "length", "length": request.made} if finished else None,
+            "prompt_tokens": len(request.prompt),
+            "weight_version": "default",
+            "weight_versions": [{"version": "default", "start": 0, "end": request.made}],
+            "num_retractions": 0,
+            "reasoning_tokens": 0,
+            "cached_tokens_details": {"device": request.cached, "host": 0},
+            "completion_tokens": request.made,
+            "cached_tokens": request.cached,
+            "dp_rank": request.dp_rank,
+            "e2e_latency": time.time() - request.created,
+            "response_sent_to_client_ts": time.time(),
+        },
+    }
+
+
+def _usage(request: Request) -> dict[str, Any]:
+    return {
+        "prompt_tokens": len(request.prompt),
+        "total_tokens": len(request.prompt) + request.made,
+        "completion_tokens": request.made,
+        "prompt_tokens_details": None,
+        "reasoning_tokens": 0,
+    }
+
+
+def _openai(
+    call: Call,
+    name: str,
+    kind: str,
+    part: dict[str, Any],
+    reason: str | None,
+    usage: dict[str, Any] | None,
+) -> dict[str, Any]:
+    choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason}
+    return {
+        "id": name,
+        "object": kind,
+        "created": int(time.time()),
+        "model": call.front.options.served_model_name,
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+# The documents that describe the server: arguments, model, load, metrics.
+
+
+SPEAKS_LIKE = "0.5.23"
+"""The SGLang whose answers the stand-in gives."""
+
+
+def server_info(call: Call) -> Reply:
+    """Resolved arguments, flat, with the keys in clear, as the real server has them.
+
+    One more key than the real one, `standin`, tells the two apart.
+    """
+    front = call.front
+    arguments = _arguments(front)
+    timings = {"load_weight": 0.0, "kv_cache_allocation": 0.0, "scheduler_e2e": 0.1}
+    state = {
+        **arguments,
+        "world_size": front.options.sizes.tp * front.options.sizes.pp,
+        "effective_max_running_requests_per_dp": front.options.max_running_requests,
+        "last_gen_throughput": max(load.throughput for load in _loads(front)),
+        "memory_usage": {"weight": 0.0, "kvcache": 0.0, "token_capacity": 0, "graph": {}},
+    }
+    return as_json(
+        {
+            **arguments,
+            "launch_command": front.options.launch_command,
+            "status": "ready" if front.ready else "starting",
+            "max_total_num_tokens": front.options.max_total_tokens,
+            "max_req_input_len": front.options.context_length - 6,
+            "startup_time": {**timings, "cuda_graph": {}, "tokenizer_e2e": 0.2},
+            "internal_states": [state for _ in front.lanes],
+            "version": SPEAKS_LIKE,
+            "frontend": "python",
+            "standin": __version__,
+        }
+    )
+
+
+def _arguments(front: Front) -> dict[str, Any]:
+    options, sizes = front.options, front.options.sizes
+    fixed = {
+        "model_path": options.model_path,
+        "tokenizer_path": options.model_path,
+        "served_model_name": options.served_model_name,
+        "tokenizer_mode": "auto",
+        "load_format": "dummy",
+        "dtype": "auto",
+        "quantization": None,
+        "kv_cache_dtype": "auto",
+        "context_length": options.context_length,
+        "host": options.host,
+        "port": options.port,
+        "nccl_port": None,
+        "api_key": options.api_key or None,
+        "admin_api_key": options.admin_api_key or None,
+        "device": options.device,
+        "tp_size": sizes.tp,
+        "pp_size": sizes.pp,
+        "dp_size": 1 if sizes.dp_attention else sizes.dp,
+        "attn_dp_size": sizes.dp if sizes.dp_attention else 1,
+        "attn_cp_size": 1,
+        "moe_dp_size": 1,
+        "ep_size": sizes.ep,
+        "enable_dp_attention": sizes.dp_attention,
+        "load_balance_method": "round_robin",
+        "nnodes": 1,
+        "node_rank": 0,
+        "base_gpu_id": 0,
+        "gpu_id_step": 1,
+        "disaggregation_mode": "null",
+        "max_running_requests": options.max_running_requests,
+        "max_total_tokens": options.max_total_tokens,
+        "chunked_prefill_size": options.chunked_prefill_size,
+        "disable_radix_cache": False,
+        "disable_cuda_graph": False,
+        "attention_backend": "flashinfer",
+        "sampling_backend": "flashinfer",
+        "speculative_algorithm": None,
+        "speculative_num_draft_tokens": None,
+        "decode_log_interval": options.decode_log_interval,
+        "enable_metrics": options.enable_metrics,
+        "expert_distribution_recorder_mode": None,
+        "random_seed": options.model.seed,
+        "watchdog_timeout": 300,
+        "sleep_on_idle": False,
+        "log_level": "info",
+    }
+    return {**fixed, **options.others}
+
+
+def model_info(call: Call) -> Reply:
+    """What the model is said to be."""
+    options = call.front.options
+    return as_json(
+        {
+            "model_path": options.model_path,
+            "served_model_name": options.served_model_name,
+            "tokenizer_path": options.model_path,
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "weight_version": "default",
+            "load_format": "dummy",
+            "reasoning_parser": None,
+            "tool_call_parser": None,
+            "disaggregation_mode": "null",
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "model_type": "standin_moe",
+            "architectures": ["StandinMoeForCausalLM"],
+        }
+    )
+
+
+def models(call: Call) -> Reply:
+    """The OpenAI list of models."""
+    return as_json({"object": "list", "data": [_card(call)]})
+
+
+def model_card(call: Call) -> Reply:
+    """One model of the list, 404 for another name."""
+    name = call.path.removeprefix("/v1/models/")
+    if name != call.front.options.served_model_name:
+        message = f"The model '{name}' does not exist"
+        error = {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+        return as_json({"error": error}, 404)
+    return as_json(_card(call))
+
+
+def _card(call: Call) -> dict[str, Any]:
+    options = call.front.options
+    return {
+        "id": options.served_model_name,
+        "object": "model",
+        "created": int(call.front.started),
+        "owned_by": "sglang",
+        "root": options.served_model_name,
+        "parent": None,
+        "max_model_len": options.context_length,
+    }
+
+
+def loads(call: Call) -> Reply:
+    """Load of each DP rank, as of its last refresh."""
+    options = call.front.options
+    shown = [_load(call.front, rank, load) for rank, load in enumerate(_loads(call.front))]
+    wanted = call.query.get("dp_rank")
+    return as_json(
+        {
+            "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "version": SPEAKS_LIKE,
+            "accelerator": None if options.device == "cpu" else "stand-in",
+            "num_accelerators": options.sizes.tp * options.sizes.pp // options.sizes.queues,
+            "loads": [load for load in shown if wanted in (None, str(load["dp_rank"]))],
+        }
+    )
+
+
+def _loads(front: Front) -> list[Load]:
+    return [load for engine in front.engines for load in engine.loads]
+
+
+def _load(front: Front, rank: int, load: Load) -> dict[str, Any]:
+    options = front.options
+    return {
+        "timestamp": load.timestamp,
+        "dp_rank": rank,
+        "num_running_reqs": load.running,
+        "num_waiting_reqs": load.waiting,
+        "num_waiting_uncached_tokens": load.waiting_tokens,
+        "num_used_tokens": load.tokens,
+        "num_total_tokens": load.tokens + load.waiting_tokens,
+        "num_active_tokens": load.tokens,
+        "num_prealloc_ready_tokens": 0,
+        "max_total_num_tokens": options.max_total_tokens,
+        "max_running_requests": options.max_running_requests,
+        "token_usage": round(load.tokens / options.max_total_tokens, 4),
+        "gen_throughput": round(load.throughput, 2),
+        "cache_hit_rate": 0.0,
+        "utilization": round(load.running / options.max_running_requests, 4),
+        "total_prefill_uncached_tokens": 0,
+        "total_prefill_busy_us": 0,
+        "decode_moments": None,
+        "memory": {
+            "weight_gb": 0.0,
+            "kv_cache_gb": 0.0,
+            "graph_gb": 0.0,
+            "token_capacity": options.max_total_tokens,
+        },
+        "disaggregation": {"mode": "null", **dict.fromkeys(_TRANSFERS, 0)},
+        "queues": {
+            "waiting": load.waiting,
+            "grammar": 0,
+            "paused": 0,
+            "retracted": 0,
+            "prealloc_ready": 0,
+        },
+    }
+
+
+_TRANSFERS = (
+    "prefill_bootstrap_queue_reqs",
+    "prefill_inflight_queue_reqs",
+    "decode_prealloc_queue_reqs",
+    "decode_transfer_queue_reqs",
+    "decode_retracted_queue_reqs",
+    "kv_transfer_speed_gb_s",
+    "kv_transfer_latency_ms",
+)
+
+
+def metrics(call: Call) -> Reply:
+    """A little Prometheus text; 404 without `--enable-metrics`."""
+    front = call.front
+    if not front.options.enable_metrics:
+        return as_json({"detail": "Not Found"}, 404)
+    lines: list[str] = []
+    for name, pick in (
+        ("num_running_reqs", lambda load: float(load.running)),
+        ("num_queue_reqs", lambda load: float(load.waiting)),
+        ("num_used_tokens", lambda load: float(load.tokens)),
+        ("gen_throughput", lambda load: load.throughput),
+    ):
+        lines += [f"# HELP sglang:{name} {name}", f"# TYPE sglang:{name} gauge"]
+        for rank, load in enumerate(_loads(front)):
+            labels = f'dp_rank="{rank}",model_name="{front.options.served_model_name}"'
+            lines.append(f"sglang:{name}{{{labels}}} {pick(load)}")
+    lines.append(f"sglang:uptime_seconds {time.time() - front.started:.3f}")
+    return Reply(200, "\n".join(lines).encode() + b"\n", "text/plain; version=0.0.4")
+
+
+HEALTH_TIMEOUT_S = 20.0
+
+_PROFILE_TYPES: Mapping[str, tuple[type, ...]] = {
+    "output_dir": (str,),
+    "start_step": (int,),
+    "num_steps": (int,),
+    "activities": (list,),
+    "profile_by_stage": (bool,),
+    "with_stack": (bool,),
+    "record_shapes": (bool,),
+    "profile_id": (str,),
+    "merge_profiles": (bool,),
+    "profile_prefix": (str,),
+    "profile_stages": (list,),
+    "detailed_annotations": (bool,),
+}
+_NEVER_NULL = ("profile_by_stage", "merge_profiles", "detailed_annotations")
+
+
+def find(path: str) -> Route | None:
+    """The route of a path, None for 404."""
+    if path.startswith("/v1/models/"):
+        return Route(("GET",), model_card)
+    return ROUTES.get(path)
+
+
+def ready(call: Call) -> Reply:
+    """200 once the server serves, 503 before."""
+    return Reply(200 if call.front.ready else 503)
+
+
+def health(call: Call) -> Reply:
+    """Runs a batch of one token when the server is idle, and takes a second or more."""
+    front = call.front
+    if not front.ready or front.stopping:
+        return Reply(503)
+    asked = time.time()
+    probe = Request(prompt=(0,), max_new_tokens=1)
+    if all(lane.is_empty for _, lane in front.lanes):
+        front.submit(probe)
+    while time.time() < asked + HEALTH_TIMEOUT_S:
+        time.sleep(1)
+        if any(engine.last_progress > asked for engine in front.engines):
+            return Reply(200)
+    probe.aborted = True
+    clock = time.strftime("%H:%M:%S", time.localtime(asked))
+    last = max(engine.last_progress for engine in front.engines)
+    log(
+        "Health check failed. Server couldn't get a response from detokenizer for last "
+        f"{HEALTH_TIMEOUT_S:.0f} seconds. tic start time: {clock}. last_heartbeat time: "
+        f"{time.strftime('%H:%M:%S', time.localtime(last))}"
+    )
+    return Reply(503)
+
+
+def start_profile(call: Call) -> Reply:
+    """Opens a window, or arms one; the reply comes at once."""
+    params = body_of(call) if call.body.strip() else {}
+    _check_profile(params)
+    params["profile_id"] = params.get("profile_id") or str(time.time())
+    _succeed(call.front.profile(params))
+    return Reply(200, b"Start profiling.\n")
+
+
+def stop_profile(call: Call) -> Reply:
+    """Closes the window; the reply comes once all files are written."""
+    _succeed(call.front.profile(None))
+    return Reply(200, b"Stop profiling. This will take some time.\n")
+
+
+def flush_cache(call: Call) -> Reply:
+    """Forgets prefixes of an idle server; 400 for a busy one."""
+    busy = [engine for engine in call.front.engines if not engine.flush()]
+    if busy:
+        waiting = sum(len(lane.waiting) for engine in busy for lane in engine.lanes)
+        running = sum(len(lane.running) for engine in busy for lane in engine.lanes)
+        log(
+            "Cache not flushed because there are pending requests. "
+            f"#queue-req: {waiting}, #running-req: {running}"
+        )
+        return Reply(400, b"Flush cache failed.\n")
+    return Reply(
+        200,
+        b"Cache flushed.\nPlease check backend logs for more details. (When there are running "
+        b"or waiting requests, the operation will not be performed.)\n",
+    )
+
+
+def slow_down(call: Call) -> Reply:
+    """Makes every forward pass of every rank sleep first; null ends it."""
+    seconds = body_of(call).get("forward_sleep_time")
+    if seconds is not None and not isinstance(seconds, int | float):
+        raise BadRequest("forward_sleep_time: Input should be a valid number")
+    for engine in call.front.engines:
+        engine.forward_sleep = seconds
+    return as_json(None)
+
+
+def _check_profile(params: Mapping[str, Any]) -> None:
+    for key, value in params.items():
+        kinds = _PROFILE_TYPES.get(key)
+        if kinds is None or (value is None and key not in _NEVER_NULL):
+            continue
+        wrong_bool = isinstance(value, bool) and bool not in kinds
+        if wrong_bool or not isinstance(value, kinds):
+            raise BadRequest(f"body -> {key}: Input should be a valid {kinds[0].__name__}")
+
+
+def _succeed(answer: Mapping[str, Any]) -> None:
+    if not answer["ok"]:
+        raise ServerFault(answer["message"])
+
+
+_BOTH = ("GET", "POST")
+ROUTES: Mapping[str, Route] = {
+    "/ready": Route(("GET",), ready),
+    "/health": Route(("GET",), health),
+    "/health_generate": Route(("GET",), health),
+    "/server_info": Route(("GET",), server_info),
+    "/get_server_info": Route(("GET",), server_info),
+    "/model_info": Route(("GET",), model_info),
+    "/get_model_info": Route(("GET",), model_info),
+    "/v1/models": Route(("GET",), models),
+    "/v1/loads": Route(("GET",), loads),
+    "/metrics": Route(("GET",), metrics),
+    "/start_profile": Route(_BOTH, start_profile, admin=True),
+    "/stop_profile": Route(_BOTH, stop_profile, admin=True),
+    "/flush_cache": Route(_BOTH, flush_cache, admin=True),
+    "/slow_down": Route(_BOTH, slow_down, admin=True),
+    "/generate": Route(("POST", "PUT"), generate),
+    "/v1/completions": Route(("POST",), completions),
+    "/v1/chat/completions": Route(("POST",), chat_completions),
+}

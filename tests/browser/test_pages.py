@@ -1,0 +1,275 @@
+"""What every page must be, whatever run it shows: whole, silent, readable."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_sglprof._report.page.page import write_page
+from tests.browser.conftest import RunPage
+from tests.support.browser import Browser
+from tests.support.kernel_tables import build, slow
+from tests.support.windows import as_run, run, window
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = (
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 2</script>",
+    "<!--<script>",
+    '" onmouseover="window.hacked = 3" x="',
+    "'><img src=x onerror='window.hacked = 4'>",
+    "{{ 7 * 7 }}",
+    "kernel 🔥 \u2028 \u202e ünï",
+    "long_" * 2000,
+)
+# Text whose contrast with what lies behind it is below 4.5 to 1 (WCAG AA).
+FAINT = """
+const channel = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const WEIGHTS = [0.2126, 0.7152, 0.0722];
+const light = (c) => WEIGHTS.reduce((sum, weight, at) => sum + weight * channel(c[at] / 255), 0);
+const behind = (element) => {
+  for (let at = element; at; at = at.parentElement) {
+    const colour = parse(getComputedStyle(at).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+};
+const faint = [];
+let seen = 0;
+for (const element of document.body.querySelectorAll("*")) {
+  const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  if (!own || !element.checkVisibility() || element.closest("script, style, svg")) continue;
+  seen += 1;
+  const [a, b] = [light(parse(getComputedStyle(element).color)), light(behind(element))];
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < 4.5) faint.push(`${ratio.toFixed(2)} ${element.outerHTML.slice(0, 120)}`);
+}
+return [seen, faint];
+"""
+
+
+def hostile_page(folder: Path) -> RunPage:
+    kernels = [(name, "moe", 100_000 + at) for at, name in enumerate(HOSTILE)]
+    kernels.append(("all_reduce", "communication", 50_000))
+    document = run([window(build(kernels=kernels, scale=slow("TP1", "moe", 1.4)))])
+    document["windows"][0]["reason"] = HOSTILE[1]
+    document["windows"][0]["notes"] = list(HOSTILE)
+    earlier = copy.deepcopy(document)
+    earlier["run"]["id"] = HOSTILE[0]
+    write_page([as_run(document)], [folder], folder / "report.html", baseline=as_run(earlier))
+    return RunPage(folder / "report.html", document)
+
+
+PAGES = {
+    "stand-in": "standin_run",
+    "two GPUs": "gpu_page",
+    "real CPU": "cpu_page",
+    "stand-in and baseline": "standin_pair",
+    "two GPUs and baseline": "gpu_pair",
+}
+
+
+@pytest.fixture(params=[*PAGES, "hostile"])
+def any_page(request: pytest.FixtureRequest, tmp_path: Path) -> RunPage:
+    if request.param == "hostile":
+        return hostile_page(tmp_path)
+    found: RunPage = request.getfixturevalue(PAGES[request.param])
+    return found
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_it_is_silent_readable_and_asks_for_nothing(
+    browser: Browser, any_page: RunPage, dark: bool
+) -> None:
+    browser.open(any_page.path, dark=dark)
+    browser.draw_all()
+    for button in ("button.opens", ".lanes .tools button"):
+        browser.js(f"document.querySelector({button!r})?.click()")
+    background = browser.js("return getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(15, 18, 22)" if dark else "rgb(255, 255, 255)")
+    seen, faint = browser.js(FAINT)
+    assert seen > 50
+    assert faint == []
+    assert browser.console() == []
+    assert browser.requests() == []
+    assert browser.axe() == []
+
+
+def test_a_phone_shows_it_without_scrolling_aside(browser: Browser, any_page: RunPage) -> None:
+    with browser.screen(390, 844):
+        browser.open(any_page.path)
+        browser.draw_all()
+        browser.js("document.querySelector('button.opens')?.click()")
+        wide = browser.js(
+            "return [...document.body.querySelectorAll('*')].filter((e) => e.checkVisibility()"
+            " && !e.closest('.scroll, .log') && e.getBoundingClientRect().right > 391)"
+            ".map((e) => e.outerHTML.slice(0, 100))"
+        )
+        assert wide == []
+        assert browser.js("return document.documentElement.scrollWidth") == 390
+
+
+def test_hostile_names_are_text(browser: Browser, tmp_path: Path) -> None:
+    page = hostile_page(tmp_path)
+    source = page.path.read_text()
+    assert "</script><script>window.hacked" not in source
+    browser.open(page.path)
+    browser.draw_all()
+    browser.js("document.querySelectorAll('button.opens').forEach((button) => button.click())")
+    assert browser.js("return window.hacked") is None
+    assert browser.js(
+        "return document.querySelectorAll('img, body script:not([type])').length"
+    ) == (len(source.split("<script>")) - 1)
+    opened = browser.js(
+        "return [...document.querySelectorAll('.detail .full')].map((p) => p.textContent)"
+    )
+    assert {name[:2000] for name in HOSTILE} <= set(opened)
+    options = browser.js("return [...document.querySelector('select').options].map((o) => o.text)")
+    assert any(HOSTILE[1] in option for option in options)
+
+
+def test_every_part_is_there(browser: Browser, standin_run: RunPage) -> None:
+    browser.open(standin_run.path)
+    browser.draw_all()
+    for test in ("test_clean", "test_slow", "test_too_short"):
+        anchor = standin_run.anchor(test)
+        heads = browser.js(
+            f"return [...document.querySelectorAll('#{anchor} h3')].map((h) => h.textContent)"
+        )
+        assert heads == ["Who", "When", "Which", "Lanes", "Load and evidence"]
+        canvases = browser.js(f"return document.querySelectorAll('#{anchor} canvas').length")
+        assert canvases == 4  # slowest and mean, batch, step x rank, lanes
+    rows = browser.js(
+        "return [...document.querySelectorAll('.verdicts tbody tr')].map("
+        "(r) => [r.querySelector('a').hash, r.querySelector('.word').textContent])"
+    )
+    words = {"test_clean": "✓ pass", "test_too_short": "? inconclusive", "test_slow": "✗ fail"}
+    assert dict(rows) == {f"#{standin_run.anchor(test)}": word for test, word in words.items()}
+    text = browser.js("return document.body.innerText")
+    assert "10 steps with compute, 30 are needed" in text
+    assert "Stand-in" in text
+    assert "TTFT" in text
+
+
+def test_the_worst_window_is_open_and_links_open_the_others(
+    browser: Browser, standin_run: RunPage
+) -> None:
+    is_open = "return [...document.querySelectorAll('.window[open]')].map((w) => w.id)"
+    assert browser.open(standin_run.path).js(is_open) == [standin_run.anchor("test_slow")]
+    clean = standin_run.anchor("test_clean")
+    browser.js(f"document.querySelector('a[href=\"#{clean}\"]').click()")
+    assert clean in browser.js(is_open)
+    assert clean in browser.open(standin_run.path, fragment=f"#{clean}").js(is_open)
+
+
+def test_raw_traces_are_one_click_away(browser: Browser, standin_run: RunPage) -> None:
+    links: list[Any] = browser.open(standin_run.path).js(
+        f"return [...document.querySelectorAll('#{standin_run.anchor('test_slow')} dd a')]"
+        ".map((a) => [a.textContent, a.getAttribute('href')])"
+    )
+    assert [rank for rank, _ in links] == [f"TP{at}" for at in range(8)]
+    for _, link in links:
+        assert (standin_run.path.parent / link).is_file()
+
+
+def test_it_prints_with_everything_open_and_in_light_colours(
+    browser: Browser, standin_run: RunPage
+) -> None:
+    browser.open(standin_run.path, dark=True)
+    pages = browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    assert len(pages["data"]) > 20_000
+    assert browser.js("return sglprof.allLoaded") is True
+    browser.js("window.dispatchEvent(new Event('beforeprint'))")
+    assert browser.js("return document.querySelectorAll('.window:not([open])').length") == 0
+    assert browser.js("return document.querySelectorAll('[data-part]:empty').length") == 0
+    assert browser.js("return document.documentElement.dataset.theme") == "light"
+    widths = "return [...document.querySelectorAll('.uplot')].map((u) => u.clientWidth)"
+    assert max(browser.js(widths)) <= 980  # a sheet across
+    browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert max(browser.js(widths)) > 980
+    assert browser.js("return document.querySelectorAll('.window[open]').length") == 1
+
+
+def test_runs_side_by_side(browser: Browser, gpu_page: RunPage) -> None:
+    browser.open(gpu_page.path)
+    rows = browser.js(
+        "return [...document.querySelectorAll('#history tbody tr')].map("
+        "(r) => [...r.cells].map((c) => c.textContent.trim()))"
+    )
+    assert [row[:2] for row in rows] == [["1", "before"], ["2", "after"]]
+    for row, document in zip(rows, gpu_page.results["windows"], strict=True):
+        finding = next(f for f in document["findings"] if f["scope"] == "compute")
+        assert row[5] == f"{finding['slowdown']:.3f}"
+    assert "tells no steps" in browser.js("return document.body.innerText")
+
+
+def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(
+    browser: Browser, tmp_path: Path
+) -> None:
+    document = run([window(build(scale=slow("TP1", "moe", 1.4)))])
+    found = document["windows"][0]
+    series = found["step_times"][0]
+    series["start_ns"] = [1_700_000_000_000_000_000 + step * 2_000_000 for step in range(50)]
+    series["state"][3] = "unmatched"
+    series["compute_ns"][3][0] = -1
+    moment = "2023-11-14T22:13:20.020Z"
+    found["onset"] = {
+        "time": moment, "declared": moment, "kind": "running", "factor": 1.5, "resolution_s": 0.5,
+        "source": "log", "ranks": [], "sentence": "TP1 got the long ones.", "correlation": None,
+    }  # fmt: skip
+    times = [1_700_000_000 + at * 0.01 for at in range(10)]
+    found["load_samples"] = [
+        {"rank": rank, "source": "log", "time": times, "running": [4, *[running] * 9],
+         "waiting": [0] * 10, "tokens": [100] * 10}
+        for rank, running in (("TP0", 4), ("TP1", 12))
+    ]  # fmt: skip
+    found["gpus"] = [
+        {"rank": "TP1", "uuid": "GPU-1", "median_sm_mhz": 1410.0, "power_limit_w": None,
+         "throttled": True}
+    ]  # fmt: skip
+    found["stragglers"][0] |= {
+        "straggler": "TP1", "verdict": "fail", "cause": "host_late", "reason": "TP1 arrives last",
+        "collectives": 50,
+    }  # fmt: skip
+    first, second = found["stragglers"][0]["ranks"]
+    first |= {"wait_ns": 9_000_000, "kernels": []}
+    second |= {"wait_ns": 0, "kernels": [{"name": "idle", "ns": 2e6}]}
+    found["judgements"][0]["finding"]["interval"] = [1.35, 1.44]
+    found["judgements"][found["decisive"]]["finding"]["interval"] = [1.35, 1.44]
+    write_page([as_run(document)], [tmp_path], tmp_path / "report.html")
+    browser.open(tmp_path / "report.html")
+    browser.draw_all()
+    text = browser.js("return document.body.innerText")
+    for part in ("TP1 arrives last", "host late", "idle (+2.00 ms)", "◀ straggler", "1410.0",
+                 "95 % interval 1.35 to 1.44", "TP1 got the long ones.", "step 10: onset",
+                 "50 steps, 1 excluded (hatched)", "Load of the ranks"):  # fmt: skip
+        assert part in text
+    waited = browser.js("return document.querySelector('[id$=waits] tbody').textContent")
+    assert "9.00" in waited
+    assert browser.console() == []
+    assert browser.axe() == []
+
+
+def test_of_many_kernels_the_rest_is_asked_for(browser: Browser, tmp_path: Path) -> None:
+    kernels = [(f"kernel_{at:02}", "gemm", 100_000) for at in range(45)]
+    document = run([window(build(kernels=kernels, steps=30))])
+    write_page([as_run(document)], [tmp_path], tmp_path / "report.html")
+    visible = (
+        "return [...document.querySelectorAll('.kernels tbody tr')]"
+        ".filter((r) => r.checkVisibility()).length"
+    )
+    browser.open(tmp_path / "report.html")
+    assert browser.js(visible) == 40
+    browser.js("document.querySelector('button.all').click()")
+    assert browser.js(visible) == 45
+    browser.open(tmp_path / "report.html")
+    browser.driver.find_element("css selector", "input[type=search]").send_keys("kernel_44")
+    assert browser.js(visible) == 1
+    browser.js("document.querySelector('.kernels tr:not([hidden]) button.opens').click()")
+    browser.js("return sglprof.allLoaded")
+    assert browser.js("return document.querySelector('.detail .full').textContent") == "kernel_44"

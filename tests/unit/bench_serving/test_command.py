@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_sglprof._bench_serving.command import (
+    bench_command,
+    target_concurrency,
+    usage_error,
+    warm_up_keywords,
+)
+from pytest_sglprof._errors import ServerMissing, SettingsError
+
+OUT = Path("out.jsonl")
+URL = "http://127.0.0.1:30000"
+
+
+def options(**keywords: Any) -> list[str]:
+    return bench_command("python", "standin", URL, "m", keywords, OUT)[3:]
+
+
+def test_keywords_become_options() -> None:
+    words = options(
+        num_prompts=20, disable_tqdm=True, disable_stream=False, tokenizer=None, request_rate=2.5
+    )
+    assert (
+        words
+        == (
+            f"--base-url {URL} --output-file out.jsonl --backend sglang --dataset-name random-ids "
+            "--model m --num-prompts 20 --disable-tqdm --request-rate 2.5"
+        ).split()
+    )
+
+
+def test_values_with_structure() -> None:
+    words = options(
+        goodput=["ttft:500", "tpot:50"], extra_request_body={"a": 1}, logprob_start_len=-1
+    )
+    tail = words[words.index("m") + 1 :]
+    assert tail == [
+        "--goodput", "ttft:500", "tpot:50", "--extra-request-body", '{"a": 1}',
+        "--logprob-start-len=-1",
+    ]  # fmt: skip
+
+
+def test_users_choice_replaces_our_defaults() -> None:
+    words = options(backend="sglang-oai", dataset_name="sharegpt", model="other")
+    assert words.count("--backend") == words.count("--model") == words.count("--dataset-name") == 1
+    assert words[words.index("--model") + 1] == "other"
+    assert words[words.index("--backend") + 1] == "sglang-oai"
+
+
+def test_unknown_model_is_left_to_the_driver() -> None:
+    assert "--model" not in bench_command("python", "standin", URL, "", {}, OUT)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"host": "x"}, "host"),
+        ({"output_file": "x"}, "output_file"),
+        ({"profile": True}, "profile_window"),
+        ({"profile_steps": 3}, "profile_window"),
+        ({"NumPrompts": 3}, "num_prompts"),
+        ({"num_prompts": 0}, "at least 1"),
+        ({"num_prompts": "20"}, "at least 1"),
+        ({"max_concurrency": True}, "at least 1"),
+    ],
+)
+def test_unusable_keywords_are_refused(keywords: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as caught:
+        options(**keywords)
+    assert next(iter(keywords)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "target", "warm_up"),
+    [
+        ({}, 1000, 64),
+        ({"num_prompts": 20}, 20, 20),
+        ({"num_prompts": 200, "max_concurrency": 16}, 16, 16),
+        ({"num_prompts": 4, "max_concurrency": 16}, 4, 4),
+    ],
+)
+def test_concurrency_and_warm_up(keywords: dict[str, Any], target: int, warm_up: int) -> None:
+    assert target_concurrency(keywords) == target
+    assert warm_up_keywords({**keywords, "seed": 3}) == {
+        **keywords,
+        "num_prompts": warm_up,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "module"),
+    [
+        (("benchmark", "serving.py"), "sglang.benchmark.serving"),
+        (("bench_serving.py",), "sglang.bench_serving"),
+    ],
+)
+def test_finds_the_driver_without_importing_sglang(
+    sglang_layout: Callable[..., Path], place: tuple[str, ...], module: str
+) -> None:
+    package = sglang_layout(*place)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    assert bench_command(sys.executable, "sglang", URL, "m", {}, OUT)[:3] == [
+        sys.executable,
+        "-m",
+        module,
+    ]
+
+
+def test_fault_4_a_folder_called_sglang_beside_us_is_no_driver(
+    sglang_layout: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sglang_layout("benchmark", "serving.py")
+    stray = tmp_path / "here" / "sglang"
+    stray.mkdir(parents=True)
+    for name in ("__init__.py", "bench_serving.py"):
+        (stray / name).write_text("raise SystemExit('the stray one')")
+    monkeypatch.chdir(stray.parent)
+    words = bench_command(sys.executable, "sglang", URL, "m", {}, OUT)
+    assert words[:3] == [sys.executable, "-m", "sglang.benchmark.serving"]
+
+
+def test_interpreter_without_sglang(sglang_layout: Callable[..., Path]) -> None:
+    package = sglang_layout("bench_serving.py")
+    (package / "bench_serving.py").unlink()
+    with pytest.raises(ServerMissing, match="no load driver of SGLang"):
+        bench_command(sys.executable, "sglang", URL, "m", {}, OUT)
+
+
+def test_interpreter_that_is_none(sglang_layout: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ServerMissing, match="is not a working Python interpreter"):
+        bench_command(str(tmp_path / "python"), "sglang", URL, "m", {}, OUT)
+
+
+USAGE = """usage: serving.py [-h] [--num-prompts NUM_PROMPTS] [--max-concurrency N]
+                  [--request-rate RATE]
+"""
+
+
+@pytest.mark.parametrize("program", ["serving.py", "python -m pytest_sglprof.standin.load_driver"])
+def test_unknown_option_names_its_neighbours(program: str) -> None:
+    output = f"{USAGE}{program}: error: unrecognized arguments: --max-concurency 3 --frob\n"
+    error = usage_error(output, {"max_concurency": 3, "frob": True})
+    assert isinstance(error, SettingsError)
+    assert "bench_serving(max_concurency=…, frob=…)" in error.what
+    assert error.hint == "did you mean max_concurrency?"
+    assert error.log == ("unrecognized arguments: --max-concurency 3 --frob",)
+
+
+def test_bad_value_shows_the_drivers_own_words() -> None:
+    output = f"{USAGE}serving.py: error: argument --request-rate: invalid float value: 'x'\n"
+    error = usage_error(output, {"request_rate": "x"})
+    assert error is not None
+    assert "invalid float value" in str(error)
+    assert "request_rate" in error.hint
+
+
+def test_other_output_is_no_usage_error() -> None:
+    assert usage_error("ValueError: error: something\n", {}) is None

@@ -1,0 +1,44 @@
+"""Documents that earlier versions wrote, as `tests/data/results-MAJOR.MINOR.json`, are read.
+
+1.0: two tests on the stand-in with `--slow rank=1,category=moe,factor=1.4`, a window of the whole
+body of one of them, `pytest --sglprof -n 2`; folders and host are renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+import pytest_sglprof
+from pytest_sglprof._report.ci import step_summary
+from pytest_sglprof._report.page.page import page
+from pytest_sglprof._report.results import load_results, write_results
+from pytest_sglprof._report.terminal import rank_table, summary_lines
+
+DATA = Path(__file__).parents[2] / "data"
+SCHEMA = Path(pytest_sglprof.__file__).parent / "schemas" / "results.schema.json"
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("results-*.json")), ids=lambda path: path.stem)
+def test_a_recorded_document_is_read_and_shown(path: Path, tmp_path: Path) -> None:
+    results = load_results(path)
+    (window,) = results.windows
+    assert (window.verdict, results.summary.verdict, results.summary.tests) == ("fail", "fail", 2)
+    (straggler,) = window.stragglers
+    assert (straggler.latest, straggler.verdict) == ("TP1", "inconclusive")
+    assert any(line.startswith("TP1") for line in rank_table(window))
+    assert "1 fail" in summary_lines(results)[0]
+    assert "fused\\_moe\\_kernel" in step_summary(results)
+    assert "fused_moe_kernel" in page([results])
+    write_results(results, tmp_path / "again.json")
+    assert load_results(tmp_path / "again.json") == results
+
+
+def test_the_first_one_satisfies_the_schema_and_is_written_the_same_today(tmp_path: Path) -> None:
+    path = DATA / "results-1.0.json"
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(json.loads(path.read_text()))
+    write_results(load_results(path), tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == path.read_text()
