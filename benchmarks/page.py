@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from pytest_sglprof._config.model import Threshold, WindowCapture, WindowSpec
+from pytest_sglprof._capture.recording import WindowCapture
+from pytest_sglprof._config.model import Threshold, WindowSpec
 from pytest_sglprof._report.build import window_document
 from pytest_sglprof._report.model import Run, utc
 from pytest_sglprof._report.page.page import SCRIPTS, STYLES, write_page

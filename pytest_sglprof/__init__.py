@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_sglprof._bench_serving.bench import BenchServing as BenchServing
+    from pytest_sglprof._bench_serving.command import LoadResult as LoadResult
     from pytest_sglprof._bench_serving.command import balanced_load as balanced_load
     from pytest_sglprof._bench_serving.command import one_rank_load as one_rank_load
     from pytest_sglprof._bench_serving.command import routing_key_load as routing_key_load
     from pytest_sglprof._bench_serving.command import uneven_load as uneven_load
-    from pytest_sglprof._config.model import LoadResult as LoadResult
-    from pytest_sglprof._config.model import LoadSample as LoadSample
     from pytest_sglprof._config.model import ServerSpec as ServerSpec
     from pytest_sglprof._config.model import Threshold as Threshold
     from pytest_sglprof._config.model import WindowSpec as WindowSpec
     from pytest_sglprof._errors import Inconclusive as Inconclusive
     from pytest_sglprof._errors import SglprofError as SglprofError
+    from pytest_sglprof._load.samples import LoadSample as LoadSample
     from pytest_sglprof._load.triggers import ImbalanceOnset as ImbalanceOnset
     from pytest_sglprof._load.triggers import QueueGrowth as QueueGrowth
     from pytest_sglprof._load.triggers import ThroughputDrop as ThroughputDrop
@@ -40,8 +40,8 @@ _HOMES = {
     "ImbalanceOnset": "_load.triggers",
     "Inconclusive": "_errors",
     "KernelTable": "_trace.table",
-    "LoadResult": "_config.model",
-    "LoadSample": "_config.model",
+    "LoadResult": "_bench_serving.command",
+    "LoadSample": "_load.samples",
     "LoadWatch": "_load.watcher",
     "ProfileWindow": "_run.window",
     "QueueGrowth": "_load.triggers",

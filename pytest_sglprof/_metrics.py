@@ -9,9 +9,20 @@ every pytest run, so nothing heavy is imported.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
+
+VerdictWord = Literal["pass", "fail", "inconclusive"]
+
+
+WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
+
+
+def worst_word(words: Container[str | None]) -> VerdictWord | None:
+    """The word that decides among several; None where there is none."""
+    return next((word for word in WORST_FIRST if word in words), None)
+
 
 MIN_STEPS = 30  # compared steps that a verdict needs, unless the settings say otherwise
 MIN_SHARE = 0.01  # of compute, below which a kernel fails nothing, likewise

@@ -26,9 +26,9 @@ from pytest_sglprof._analysis.collectives import (
 )
 from pytest_sglprof._analysis.imbalance import KernelTime
 from pytest_sglprof._analysis.work import compare_work, step_inputs
-from pytest_sglprof._config.model import GpuClocks, VerdictWord
 from pytest_sglprof._figures import Amount, Count, Share
-from pytest_sglprof._metrics import MIN_STEPS
+from pytest_sglprof._metrics import MIN_STEPS, VerdictWord
+from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
 if TYPE_CHECKING:

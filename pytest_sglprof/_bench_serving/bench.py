@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._bench_serving.command import (
+    LoadResult,
     bench_command,
     num_prompts,
     parse_result,
@@ -28,7 +29,6 @@ from pytest_sglprof._bench_serving.command import (
     warm_up_keywords,
 )
 from pytest_sglprof._bench_serving.driver import DriverProcess
-from pytest_sglprof._config.model import LoadResult
 from pytest_sglprof._errors import LoadError, ServerRefused, do_every
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._redact import HIDDEN, learn_command, redact_command, redact_text

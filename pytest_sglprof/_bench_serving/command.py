@@ -9,13 +9,42 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_sglprof._config.model import LoadResult
 from pytest_sglprof._errors import LoadError, SettingsError
 from pytest_sglprof._redact import redact
 from pytest_sglprof._server.command import load_driver
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What the load driver measured. Times in ms, rates per second, `duration` in s.
+
+    requested, completed: numbers of requests. ttft, tpot, itl, e2e: statistic name
+    ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver did not give,
+    or gave as infinite, is None. raw: the driver's own record, redacted. started: Unix time in
+    s at which the driver of the measured load was started; None for a record read elsewhere.
+    """
+
+    requested: int
+    completed: int
+    duration: float
+    request_throughput: float | None
+    output_throughput: float | None
+    total_throughput: float | None
+    concurrency: float | None
+    ttft: Mapping[str, float | None]
+    tpot: Mapping[str, float | None]
+    itl: Mapping[str, float | None]
+    e2e: Mapping[str, float | None]
+    command: tuple[str, ...] = ()
+    warmed_up: bool = True
+    cache_flushed: bool = True
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    started: float | None = None
+
 
 DEFAULT_NUM_PROMPTS = 1000  # the driver's own default
 # The driver's default data set is a download; this one is made from random token ids.

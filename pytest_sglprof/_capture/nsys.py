@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._capture.recording import POLL, LifeWatch
-from pytest_sglprof._config.backends import BACKENDS, Progress
-from pytest_sglprof._config.model import Artifact, WindowCapture, WindowSpec
+from pytest_sglprof._capture.recording import POLL, Artifact, LifeWatch, Progress, WindowCapture
+from pytest_sglprof._config.backends import BACKENDS
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import (
     NsysError,
     ServerDied,

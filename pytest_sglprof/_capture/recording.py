@@ -1,17 +1,103 @@
-"""Whether the server still lives, and calls to it that end when it dies."""
+"""What a recording is, what a closed window left, and whether the server lives meanwhile."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import ServerDied, ServerSilent
+from pytest_sglprof._server.log_lines import ServerFacts
+from pytest_sglprof._server.nvml import GpuClocks
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
+
+
+Progress = Callable[[str], None]
+
+
+class Recording(Protocol):
+    """One recording of one window. Every `deadline` is a time of `time.monotonic`."""
+
+    def refuse(self) -> None:
+        """Raises `WindowRefused` for what would break the server or the data."""
+
+    def start(self, deadline: float) -> None:
+        """Starts to record, or raises."""
+
+    def is_done(self) -> bool:
+        """True when the asked-for steps have ended by themselves."""
+
+    def stop(
+        self, capture: WindowCapture, deadline: float, *, unfinished: str | None
+    ) -> WindowCapture:
+        """Ends the recording; `capture` with what it left, never an error for what is missing.
+
+        unfinished: why the window closes before its steps are over (None when it does not).
+        """
+
+    def abort(self) -> None:
+        """Ends a recording whose data nobody wants, quickly and without raising."""
+
+
+class RecordingType(Protocol):
+    """How a recording is made; nothing is asked of the server yet."""
+
+    def __call__(
+        self,
+        server: Server,
+        spec: WindowSpec,
+        *,
+        window_id: str,
+        folder: Path,
+        life: LifeWatch,
+        progress: Progress | None = None,
+    ) -> Recording: ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file that a window left. kind: "torch", "nsys-rep", "sqlite", "parquet"."""
+
+    path: Path
+    kind: str
+    rank: str = ""
+
+
+@dataclass(frozen=True)
+class WindowCapture:
+    """A window after it was closed: what is there, and what is not.
+
+    state: "complete", or "incomplete" (closed, but something is missing), or "failed"
+    (nothing to read). reason: why it is not complete. opened, closed: Unix time, s.
+    expected_ranks / missing_ranks: labels. pid_ranks: pid of each scheduler at window
+    time -> rank label, which is the only trace of the rank in an nsys report.
+    is_still_open: the profiler could not be stopped, so a teardown has to try again.
+    """
+
+    window_id: str
+    spec: WindowSpec
+    state: Literal["complete", "incomplete", "failed"]
+    opened: float
+    closed: float
+    artifacts: tuple[Artifact, ...] = ()
+    expected_ranks: tuple[str, ...] = ()
+    missing_ranks: tuple[str, ...] = ()
+    pid_ranks: Mapping[int, str] = field(default_factory=dict)
+    gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    reason: str = ""
+    log: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: ServerFacts = field(default_factory=ServerFacts)
+    gpus: tuple[GpuClocks, ...] = ()
+    is_still_open: bool = False
+
 
 POLL = 0.1  # s between two looks at a server; it costs a stat and a short read
 CRASH_LINE = "Scheduler hit an exception"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pytest_sglprof._capture.recording import POLL, LifeWatch
+from pytest_sglprof._capture.recording import POLL, Artifact, LifeWatch, Progress, WindowCapture
 from pytest_sglprof._capture.torch_request import (
     DISARM,
     NAME_LIMIT,
@@ -32,8 +32,8 @@ from pytest_sglprof._capture.torch_request import (
     request_body,
     wanted_stages,
 )
-from pytest_sglprof._config.backends import BACKENDS, Progress
-from pytest_sglprof._config.model import Artifact, WindowCapture, WindowSpec
+from pytest_sglprof._config.backends import BACKENDS
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import (
     ServerDied,
     ServerError,

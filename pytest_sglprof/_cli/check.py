@@ -17,8 +17,9 @@ from pytest_sglprof._cli.options import (
     settings_options,
 )
 from pytest_sglprof._cli.tables import Column, render, to_csv, to_json, write_text
-from pytest_sglprof._config.model import WORST_FIRST, Threshold
+from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
+from pytest_sglprof._metrics import WORST_FIRST
 
 if TYPE_CHECKING:
     from pytest_sglprof._analysis.imbalance import ImbalanceFinding

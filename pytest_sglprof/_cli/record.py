@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_sglprof._capture.recording import WindowCapture
 from pytest_sglprof._cli.options import add_rows, count, positive, settings_of, settings_options
 from pytest_sglprof._cli.watch import add_rule, is_url, rule_of
 from pytest_sglprof._config.backends import BACKENDS, readable
-from pytest_sglprof._config.model import WindowCapture, WindowSpec
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 
 if TYPE_CHECKING:

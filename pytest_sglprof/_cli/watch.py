@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import positive
-from pytest_sglprof._config.model import BalanceSample, LoadSample
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetRule, imbalance
+from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LogFollower
 from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
 from pytest_sglprof._report.model import plain
@@ -113,9 +113,9 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
 
     The log is read anew for each look, so that none of its samples must be held.
     """
-    from pytest_sglprof._config.model import LoadSample
     from pytest_sglprof._load.change_points import LoadOutline, finished_load
     from pytest_sglprof._load.onset import CANNOT_KNOW, OnsetDetector
+    from pytest_sglprof._load.samples import LoadSample
     from pytest_sglprof._load.sources import FinishedLog
 
     if not path.is_file():

@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from pytest_sglprof._config.model import Artifact, Backend, WindowCapture
+from pytest_sglprof._config.model import Backend
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from pytest_sglprof._capture.recording import LifeWatch
-    from pytest_sglprof._config.model import WindowSpec
-    from pytest_sglprof._server.launch import Server
-
-Progress = Callable[[str], None]
-
-
-class Recording(Protocol):
-    """One recording of one window. Every `deadline` is a time of `time.monotonic`."""
-
-    def refuse(self) -> None:
-        """Raises `WindowRefused` for what would break the server or the data."""
-
-    def start(self, deadline: float) -> None:
-        """Starts to record, or raises."""
-
-    def is_done(self) -> bool:
-        """True when the asked-for steps have ended by themselves."""
-
-    def stop(
-        self, capture: WindowCapture, deadline: float, *, unfinished: str | None
-    ) -> WindowCapture:
-        """Ends the recording; `capture` with what it left, never an error for what is missing.
-
-        unfinished: why the window closes before its steps are over (None when it does not).
-        """
-
-    def abort(self) -> None:
-        """Ends a recording whose data nobody wants, quickly and without raising."""
-
-
-class RecordingType(Protocol):
-    """How a recording is made; nothing is asked of the server yet."""
-
-    def __call__(
-        self,
-        server: Server,
-        spec: WindowSpec,
-        *,
-        window_id: str,
-        folder: Path,
-        life: LifeWatch,
-        progress: Progress | None = None,
-    ) -> Recording: ...
+    from pytest_sglprof._capture.recording import Artifact, RecordingType
 
 
 class CaptureBackend(NamedTuple):

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pytest_sglprof._metrics import METRICS
 
 Backend = Literal["torch", "nsys"]
 ServerKind = Literal["sglang", "standin", "auto"]
-VerdictWord = Literal["pass", "fail", "inconclusive"]
-WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
 SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
 STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
-
-
-def worst_word(words: Container[str | None]) -> VerdictWord | None:
-    """The word that decides among several; None where there is none."""
-    return next((word for word in WORST_FIRST if word in words), None)
 
 
 @dataclass(frozen=True)
@@ -131,153 +122,3 @@ class WindowSpec:
     repeat: int | None = None
     trigger: Any = None
     thresholds: tuple[Threshold, ...] = ()
-
-
-@dataclass(frozen=True)
-class AcceptLength:
-    """Mean tokens a request that speculative decoding accepted in the passes before `time`.
-
-    time: Unix time, s. dp: the replica that logged it, None where there is one.
-    """
-
-    time: float
-    dp: int | None
-    length: float
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """What the server's log tells of a window's forward passes.
-
-    rebalances: (start, end) of each rebalance of experts, Unix time, s, not overlapping.
-    captures: how often a capture of graphs began. graph_batches: batch sizes, ascending, for
-    which there are decode graphs; a smaller batch is padded to the next one.
-    """
-
-    rebalances: tuple[tuple[float, float], ...] = ()
-    accepted: tuple[AcceptLength, ...] = ()
-    captures: int = 0
-    graph_batches: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class GpuClocks:
-    """The GPU of one rank during a window.
-
-    median_sm_mhz: of its SM clock, MHz. power_limit_w: W, None where it has none. throttled:
-    slowed by heat or an external power brake; a power cap is normal and does not count.
-    reason: "thermal", "power brake", both, or "". throttled_share: of the readings, 0 to 1.
-    """
-
-    rank: str
-    uuid: str
-    median_sm_mhz: float
-    power_limit_w: float | None
-    throttled: bool
-    reason: str = ""
-    throttled_share: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)  # hundreds of thousands are kept
-class LoadSample:
-    """What one DP rank had to do at one moment, as the server told it.
-
-    time: Unix time, s. rank: label (`DP1`, `DP0 PP1`); "" where the server logs no DP tag,
-    since there is one DP rank. running, waiting: requests. tokens: KV tokens held, None
-    where the source leaves it out (prefill lines). token_usage: share of the KV cache, 0 to
-    1. throughput: generated tokens / s, None of a prefill line. iteration: the rank's own
-    forward pass, None where it is not told. source: "log" or "loads".
-    """
-
-    time: float
-    rank: str
-    running: int
-    waiting: int
-    tokens: int | None = None
-    token_usage: float | None = None
-    throughput: float | None = None
-    iteration: int | None = None
-    source: str = "log"
-
-
-@dataclass(frozen=True, slots=True)
-class BalanceSample:
-    """A balance that the server measures itself. factor: λ = max / mean, 1.0 is perfect.
-
-    time: Unix time, s. kind: "experts" (tokens of the GPUs that hold experts; the server
-    tells mean / max, its "balancedness") or "dp_tokens" (tokens of the DP ranks in a step
-    under DP attention). iteration: forward pass, where told. source: "log" or "metrics".
-    """
-
-    time: float
-    rank: str
-    kind: Literal["experts", "dp_tokens"]
-    factor: float
-    iteration: int | None = None
-    source: str = "log"
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """One file that a window left. kind: "torch", "nsys-rep", "sqlite", "parquet"."""
-
-    path: Path
-    kind: str
-    rank: str = ""
-
-
-@dataclass(frozen=True)
-class WindowCapture:
-    """A window after it was closed: what is there, and what is not.
-
-    state: "complete", or "incomplete" (closed, but something is missing), or "failed"
-    (nothing to read). reason: why it is not complete. opened, closed: Unix time, s.
-    expected_ranks / missing_ranks: labels. pid_ranks: pid of each scheduler at window
-    time -> rank label, which is the only trace of the rank in an nsys report.
-    is_still_open: the profiler could not be stopped, so a teardown has to try again.
-    """
-
-    window_id: str
-    spec: WindowSpec
-    state: Literal["complete", "incomplete", "failed"]
-    opened: float
-    closed: float
-    artifacts: tuple[Artifact, ...] = ()
-    expected_ranks: tuple[str, ...] = ()
-    missing_ranks: tuple[str, ...] = ()
-    pid_ranks: Mapping[int, str] = field(default_factory=dict)
-    gpu_ranks: Mapping[int, str] = field(default_factory=dict)
-    reason: str = ""
-    log: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    facts: ServerFacts = ServerFacts()
-    gpus: tuple[GpuClocks, ...] = ()
-    is_still_open: bool = False
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """What the load driver measured. Times in ms, rates per second, `duration` in s.
-
-    requested, completed: numbers of requests. ttft, tpot, itl, e2e: statistic name
-    ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver did not give,
-    or gave as infinite, is None. raw: the driver's own record, redacted. started: Unix time in
-    s at which the driver of the measured load was started; None for a record read elsewhere.
-    """
-
-    requested: int
-    completed: int
-    duration: float
-    request_throughput: float | None
-    output_throughput: float | None
-    total_throughput: float | None
-    concurrency: float | None
-    ttft: Mapping[str, float | None]
-    tpot: Mapping[str, float | None]
-    itl: Mapping[str, float | None]
-    e2e: Mapping[str, float | None]
-    command: tuple[str, ...] = ()
-    warmed_up: bool = True
-    cache_flushed: bool = True
-    raw: Mapping[str, Any] = field(default_factory=dict)
-    started: float | None = None

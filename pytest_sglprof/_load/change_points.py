@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pytest_sglprof._config.model import LoadSample
 from pytest_sglprof._load.onset import (
     KINDS,
     NEARLY,
@@ -23,7 +22,7 @@ from pytest_sglprof._load.onset import (
     imbalances,
     sentence,
 )
-from pytest_sglprof._load.samples import LOG_STAMP, RankBoard, RankLoad, group_of
+from pytest_sglprof._load.samples import LOG_STAMP, LoadSample, RankBoard, RankLoad, group_of
 
 Floats = npt.NDArray[np.float64]
 

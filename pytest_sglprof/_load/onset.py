@@ -12,8 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pytest_sglprof._config.model import BalanceSample, LoadSample
-from pytest_sglprof._load.samples import LOG_STAMP, RankBoard, RankLoad, group_of
+from pytest_sglprof._load.samples import (
+    LOG_STAMP,
+    BalanceSample,
+    LoadSample,
+    RankBoard,
+    RankLoad,
+    group_of,
+)
 
 DIP = 0.25  # of `hold`: for so long figures may fall below and come back
 REMEMBERED = 4.0  # times `hold` that is looked back

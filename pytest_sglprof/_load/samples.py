@@ -6,9 +6,49 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from pytest_sglprof._config.model import LoadSample
 from pytest_sglprof._ranks import Rank
+
+
+@dataclass(frozen=True, slots=True)  # hundreds of thousands are kept
+class LoadSample:
+    """What one DP rank had to do at one moment, as the server told it.
+
+    time: Unix time, s. rank: label (`DP1`, `DP0 PP1`); "" where the server logs no DP tag,
+    since there is one DP rank. running, waiting: requests. tokens: KV tokens held, None
+    where the source leaves it out (prefill lines). token_usage: share of the KV cache, 0 to
+    1. throughput: generated tokens / s, None of a prefill line. iteration: the rank's own
+    forward pass, None where it is not told. source: "log" or "loads".
+    """
+
+    time: float
+    rank: str
+    running: int
+    waiting: int
+    tokens: int | None = None
+    token_usage: float | None = None
+    throughput: float | None = None
+    iteration: int | None = None
+    source: str = "log"
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceSample:
+    """A balance that the server measures itself. factor: λ = max / mean, 1.0 is perfect.
+
+    time: Unix time, s. kind: "experts" (tokens of the GPUs that hold experts; the server
+    tells mean / max, its "balancedness") or "dp_tokens" (tokens of the DP ranks in a step
+    under DP attention). iteration: forward pass, where told. source: "log" or "metrics".
+    """
+
+    time: float
+    rank: str
+    kind: Literal["experts", "dp_tokens"]
+    factor: float
+    iteration: int | None = None
+    source: str = "log"
+
 
 GAPS = 9  # of each rank's newest gaps the median is its interval
 PATIENCE = 3.0  # intervals without a line after which a rank counts as silent

@@ -13,9 +13,9 @@ from typing import IO
 
 import httpx
 
-from pytest_sglprof._config.model import BalanceSample, LoadSample
 from pytest_sglprof._errors import ServerRefused, SglprofError
 from pytest_sglprof._load.onset import seem_unequal
+from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import (
     LOADS,

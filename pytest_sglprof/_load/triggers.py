@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
-from pytest_sglprof._config.model import BalanceSample, LoadSample
 from pytest_sglprof._errors import SettingsError, did_you_mean
 from pytest_sglprof._load.onset import Onset, OnsetDetector, OnsetRule
-from pytest_sglprof._load.samples import RankLoad
+from pytest_sglprof._load.samples import BalanceSample, LoadSample, RankLoad
 
 Samples = Iterable[LoadSample | BalanceSample]
 NoOnset = Literal["pass", "inconclusive", "fail"]

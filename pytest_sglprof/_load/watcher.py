@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pytest_sglprof._config.model import BalanceSample, LoadSample
+from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LogFollower, Sample
 
 if TYPE_CHECKING:

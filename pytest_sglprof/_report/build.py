@@ -16,7 +16,8 @@ from pytest_sglprof._analysis.compare import strata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof._analysis.straggler import StragglerFinding, stragglers
 from pytest_sglprof._analysis.times import GroupCells, measure
-from pytest_sglprof._config.model import WindowCapture, WindowSpec
+from pytest_sglprof._capture.recording import WindowCapture
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._load.triggers import describe_trigger
 from pytest_sglprof._report.model import (
     KernelRow,

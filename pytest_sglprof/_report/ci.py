@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._config.model import WORST_FIRST
-from pytest_sglprof._metrics import METRICS
+from pytest_sglprof._metrics import METRICS, WORST_FIRST
 from pytest_sglprof._report.terminal import STANDIN_NOTE, rank_table, shorten, window_title
 from pytest_sglprof._verdict.wording import milliseconds, percent, ratio
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._config.model import WORST_FIRST
 from pytest_sglprof._errors import SettingsError
+from pytest_sglprof._metrics import WORST_FIRST
 from pytest_sglprof._report.page.jinja import template
 from pytest_sglprof._report.terminal import busy_totals, shorten, window_title
 

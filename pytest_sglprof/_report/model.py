@@ -18,10 +18,13 @@ import msgspec
 from pytest_sglprof._analysis.compare import GroupStrata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._analysis.straggler import StragglerFinding
-from pytest_sglprof._config.model import Backend, GpuClocks, LoadSample, Threshold, VerdictWord
+from pytest_sglprof._config.model import Backend, Threshold
 from pytest_sglprof._figures import Amount, Count, Share
+from pytest_sglprof._load.samples import LoadSample
+from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
 from pytest_sglprof._report.series import KernelGroup, Lanes, StepSeries
+from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._verdict.judge import Judgement
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
-from pytest_sglprof._config.model import LoadResult, VerdictWord, worst_word
+from pytest_sglprof._bench_serving.command import LoadResult
 from pytest_sglprof._errors import SettingsError, SglprofError
 from pytest_sglprof._files import atomic_write
+from pytest_sglprof._metrics import VerdictWord, worst_word
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._report.build import finding_document, window_document
 from pytest_sglprof._report.model import (

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._capture.recording import in_thread
-from pytest_sglprof._config.model import WORST_FIRST, ServerSpec, VerdictWord, WindowSpec
+from pytest_sglprof._config.model import ServerSpec, WindowSpec
 from pytest_sglprof._config.windows import repeats
 from pytest_sglprof._errors import Inconclusive, ServerDied, ServerError, SglprofError, do_every
+from pytest_sglprof._metrics import WORST_FIRST, VerdictWord
 from pytest_sglprof._run.opening import LoadState, open_in_time
 from pytest_sglprof._run.window import Window
 from pytest_sglprof._server import lease as leases

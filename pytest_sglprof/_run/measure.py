@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_sglprof._capture.recording import WindowCapture
 from pytest_sglprof._config.backends import readable
-from pytest_sglprof._config.model import Threshold, WindowCapture
+from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._verdict.judge import Verdict, judge
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._config.model import LoadSample, VerdictWord
 from pytest_sglprof._errors import ServerError
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset
+from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.triggers import Detector, Trigger, as_trigger
+from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._server.client import is_transient
 
 if TYPE_CHECKING:

@@ -12,23 +12,18 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_sglprof._capture.recording import POLL, LifeWatch
-from pytest_sglprof._config.backends import BACKENDS, Progress
+from pytest_sglprof._capture.recording import POLL, LifeWatch, Progress, WindowCapture
+from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.load import Settings
-from pytest_sglprof._config.model import (
-    GpuClocks,
-    Threshold,
-    VerdictWord,
-    WindowCapture,
-    WindowSpec,
-)
+from pytest_sglprof._config.model import Threshold, WindowSpec
 from pytest_sglprof._config.thresholds import check_threshold
 from pytest_sglprof._config.windows import window_by_hand
 from pytest_sglprof._errors import Inconclusive, SglprofError, WindowError, WindowRefused
 from pytest_sglprof._files import safe_name
+from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._run.measure import Measured, judge_table, measure
 from pytest_sglprof._run.opening import LoadState, steady_load
-from pytest_sglprof._server.nvml import ClockWatch, watch_clocks
+from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, watch_clocks
 from pytest_sglprof._verdict.judge import Verdict, undecided
 from pytest_sglprof._verdict.repeats import RepeatedVerdict, judge_repeats
 

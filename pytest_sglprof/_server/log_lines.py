@@ -13,12 +13,40 @@ import functools
 import re
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import msgspec
 
-from pytest_sglprof._config.model import AcceptLength, ServerFacts
 from pytest_sglprof._ranks import Rank
+
+
+@dataclass(frozen=True)
+class AcceptLength:
+    """Mean tokens a request that speculative decoding accepted in the passes before `time`.
+
+    time: Unix time, s. dp: the replica that logged it, None where there is one.
+    """
+
+    time: float
+    dp: int | None
+    length: float
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the server's log tells of a window's forward passes.
+
+    rebalances: (start, end) of each rebalance of experts, Unix time, s, not overlapping.
+    captures: how often a capture of graphs began. graph_batches: batch sizes, ascending, for
+    which there are decode graphs; a smaller batch is padded to the next one.
+    """
+
+    rebalances: tuple[tuple[float, float], ...] = ()
+    accepted: tuple[AcceptLength, ...] = ()
+    captures: int = 0
+    graph_batches: tuple[int, ...] = ()
+
 
 SECOND = 1.0  # resolution of a stamp without SGLANG_LOG_MS=1
 

@@ -9,12 +9,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._config.model import GpuClocks
 from pytest_sglprof._errors import ClockLockError
 from pytest_sglprof._ranks import Rank
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
+
+
+@dataclass(frozen=True)
+class GpuClocks:
+    """The GPU of one rank during a window.
+
+    median_sm_mhz: of its SM clock, MHz. power_limit_w: W, None where it has none. throttled:
+    slowed by heat or an external power brake; a power cap is normal and does not count.
+    reason: "thermal", "power brake", both, or "". throttled_share: of the readings, 0 to 1.
+    """
+
+    rank: str
+    uuid: str
+    median_sm_mhz: float
+    power_limit_w: float | None
+    throttled: bool
+    reason: str = ""
+    throttled_share: float = 0.0
 
 
 class NvmlError(OSError):

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pytest_sglprof._config.model import AcceptLength, ServerFacts
 from pytest_sglprof._ranks import Rank
+from pytest_sglprof._server.log_lines import AcceptLength, ServerFacts
 from pytest_sglprof._trace.table import (
     NO_STEP,
     UNKNOWN_STAGE,

@@ -14,8 +14,8 @@ import msgspec
 from pytest_sglprof._analysis.certainty import MAX_P
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, imbalance_of_groups
 from pytest_sglprof._analysis.times import GroupCells, measure
-from pytest_sglprof._config.model import Threshold, VerdictWord, worst_word
-from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
+from pytest_sglprof._config.model import Threshold
+from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS, VerdictWord, worst_word
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._verdict.wording import beside_limit, count, duration, percent, work_words
 

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pytest_sglprof._config.model import Threshold, VerdictWord, worst_word
-from pytest_sglprof._metrics import METRICS
+from pytest_sglprof._config.model import Threshold
+from pytest_sglprof._metrics import METRICS, VerdictWord, worst_word
 from pytest_sglprof._verdict.judge import Judgement, Verdict, subject
 from pytest_sglprof._verdict.wording import beside_limit, count
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pytest_sglprof._config.model import LoadSample
 from pytest_sglprof._load.change_points import finished_load
 from pytest_sglprof._load.onset import OnsetDetector, OnsetRule
+from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.sources import read_log
 from tests.support.real_env import real_sglang
 from tests.support.real_project import Outcome, left_over, run_project, write_project

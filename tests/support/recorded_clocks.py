@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
-from pytest_sglprof._config.model import GpuClocks
-from pytest_sglprof._server.nvml import ClockWatch, GpuReading
+from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, GpuReading
 from tests.support.planted import FULL_MHZ, LOW_MHZ, Plan
 
 READINGS = 40

@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
-from pytest_sglprof._config.model import Artifact, LoadResult, WindowCapture, WindowSpec
+from pytest_sglprof._bench_serving.command import LoadResult
+from pytest_sglprof._capture.recording import Artifact, WindowCapture
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._config.thresholds import thresholds_from_keywords
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._report.model import Attempt, RecordedLoad, RecordedWindow, Results, Run, utc

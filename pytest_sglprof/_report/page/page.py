@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pytest_sglprof._config.model import WORST_FIRST, worst_word
 from pytest_sglprof._files import atomic_write
+from pytest_sglprof._metrics import WORST_FIRST, worst_word
 from pytest_sglprof._report.model import RecordedWindow, Results
 from pytest_sglprof._report.page import data as page_data
 from pytest_sglprof._report.page import figures

@@ -1,1 +1,0 @@
-"""The process that owns a server and its nsys, and outlives a pytest that dies."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pytest_sglprof._analysis.groups import sync_groups
 from pytest_sglprof._analysis.imbalance import imbalance
 from pytest_sglprof._analysis.straggler import StragglerFinding, stragglers
-from pytest_sglprof._config.model import GpuClocks
+from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._trace.table import KernelTable
 from tests.support.planted import COLLECTIVE, Plan, window
 from tests.support.recorded_clocks import recorded_clocks

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pytest_sglprof._config.model import LoadSample
 from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._load.onset import Onset
+from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.triggers import (
     ImbalanceOnset,
     QueueGrowth,

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
-from pytest_sglprof._config.backends import BACKENDS, Recording, readable
-from pytest_sglprof._config.model import Artifact, Backend
+from pytest_sglprof._capture.recording import Artifact, Recording
+from pytest_sglprof._config.backends import BACKENDS, readable
+from pytest_sglprof._config.model import Backend
 
 
 def test_every_backend_that_a_window_can_name_has_a_row():

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pytest_sglprof._config.model import ServerSpec, WindowCapture, WindowSpec
+from pytest_sglprof._capture.recording import WindowCapture
+from pytest_sglprof._config.model import ServerSpec, WindowSpec
 from pytest_sglprof._run.opening import steady_load
 from pytest_sglprof._run.window import Window
 from pytest_sglprof._server.launch import Server, launch

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sglprof._config.model import LoadSample
 from pytest_sglprof._load.change_points import finished_load
 from pytest_sglprof._load.onset import OnsetRule
+from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.sources import LineReader, read_log
 from tests.support.simulated import START, SimulatedServer
 from tests.unit.load.test_onset import NEVER, SECONDS, Schedule, schedule

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from pytest_sglprof._cli.main import main
-from pytest_sglprof._config.model import BalanceSample, LoadSample
 from pytest_sglprof._load.change_points import LoadOutline, finished_load
 from pytest_sglprof._load.onset import OnsetRule
+from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import BLOCK, MOST_RANKS, FinishedLog, LineReader, read_log
 from pytest_sglprof._load.watcher import LOG_INTERVAL, LoadWatch, LogSource
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from pytest_sglprof._config.model import BalanceSample, LoadSample
 from pytest_sglprof._load.onset import OnsetDetector, OnsetRule
+from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LineReader, Sample
 from tests.support.simulated import START, SimulatedServer, poll_until
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from pytest_sglprof._config.model import BalanceSample, LoadSample
 from pytest_sglprof._errors import ServerRefused
+from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LoadsSource, MetricsSource, Sample, read_metrics
 
 URL = "http://127.0.0.1:1"

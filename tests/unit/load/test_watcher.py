@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sglprof._config.model import LoadSample
+from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.sources import Sample
 from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
 from tests.support.running import standin

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sglprof._config.model import AcceptLength, ServerFacts
-from pytest_sglprof._server.log_lines import read_log_facts
+from pytest_sglprof._server.log_lines import AcceptLength, ServerFacts, read_log_facts
 
 DAY = "2026-11-24 03:13:"
 

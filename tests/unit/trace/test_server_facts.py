@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from pytest_sglprof._analysis.groups import compared_steps, step_spans
-from pytest_sglprof._config.model import AcceptLength, ServerFacts
+from pytest_sglprof._server.log_lines import AcceptLength, ServerFacts
 from pytest_sglprof._trace.steps import with_server_facts
 from pytest_sglprof._trace.table import KernelTable, Step
 from tests.support.kernel_tables import from_rows
