@@ -55,6 +55,8 @@ class SglprofError(Exception):
     are the reason.
     """
 
+    __module__ = "pytest_sglprof"
+
     exit_status = ExitStatus.UNUSABLE
 
     def __init__(
@@ -182,6 +184,8 @@ class NotATrace(TraceError):
 
 class Inconclusive(SglprofError):
     """There is too little data for an answer."""
+
+    __module__ = "pytest_sglprof"
 
     exit_status = ExitStatus.INCONCLUSIVE
 

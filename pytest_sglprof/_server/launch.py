@@ -66,6 +66,8 @@ class Server:
     one.
     """
 
+    __module__ = "pytest_sglprof"
+
     def __init__(
         self,
         *,
