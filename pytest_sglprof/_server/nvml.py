@@ -64,7 +64,7 @@ class Nvml:
     """
 
     def __init__(self) -> None:
-        from tests.support.fake_nvml import pynvml
+        import pynvml
 
         self._nvml: Any = pynvml
         self._devices: dict[str, Any] = {}
