@@ -2,8 +2,9 @@
 
 Thresholds, marker keywords, the command line, the judge and its sentences, the terminal, the
 page, both schemas and the table of docs/metrics.md follow from `METRICS`. A new metric needs a
-row here, an attribute of its finding, and a row in docs/metrics.md. This module is loaded in
-every pytest run, so it imports nothing heavy.
+row here, an attribute of its finding, and a row in docs/metrics.md. A figure that follows from
+stored ones is a property of the finding; a new stored field has the default None, so that older
+results can still be read. This module is loaded in every pytest run, so it imports nothing heavy.
 """
 
 from __future__ import annotations

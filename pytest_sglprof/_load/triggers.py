@@ -195,7 +195,7 @@ def as_trigger(given: Any) -> Trigger:
         if missing := [name for name in parts if not hasattr(given, name)]:
             raise SettingsError(
                 f"trigger={given!r} has no {', '.join(missing)}",
-                expected="the attributes of pytest_sglprof._load.triggers.Trigger",
+                expected=f"detector, {', '.join(parts)}",
             )
         return cast("Trigger", given)
     if callable(given) and not isinstance(given, type):
