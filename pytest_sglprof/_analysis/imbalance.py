@@ -97,7 +97,7 @@ class ImbalanceFinding(
     group: label of the work group, "" if there is only one. steps: number of compared steps
     with activity of the scope; None if the table has no steps, so that totals of the window
     are compared. compared_steps: number of all compared steps. dropped_steps: number of steps
-    that some rank lacks or that the window's edge cuts.
+    not compared, since some rank lacks them, has only a part or marks them as unlike its peers.
     work_*: input of the slowest rank beside that of its peers, as in `Work`; None if not
     known. other_input_steps: compared steps in which ranks differ in input or graph.
     output_tokens: tokens of the compared decode steps; ns_per_token, lost_ns_per_token: Σ max
