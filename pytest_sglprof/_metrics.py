@@ -1,9 +1,10 @@
-"""What can be judged: one row a metric, data only, so that every room can read it.
+"""The metrics that can be judged: one row each, data only, so that every room can read it.
 
 Thresholds, marker keywords, the command line, the judge and its sentences, the terminal, the
-page, both schemas and the table of docs/metrics.md follow from `METRICS`. A new metric is a
-row here, an attribute of the finding that has it, and a line of docs/metrics.md. Loaded in
-every pytest run, so nothing heavy is imported.
+page, both schemas and the table of docs/metrics.md follow from `METRICS`. A new metric needs a
+row here, an attribute of its finding, and a row in docs/metrics.md. A figure that follows from
+stored ones is a property of the finding; a new stored field has the default None, so that older
+results can still be read. This module is loaded in every pytest run, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,27 +15,25 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 VerdictWord = Literal["pass", "fail", "inconclusive"]
-
-
 WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
 
 
 def worst_word(words: Container[str | None]) -> VerdictWord | None:
-    """The word that decides among several; None where there is none."""
+    """The word that decides among several; None if there are none."""
     return next((word for word in WORST_FIRST if word in words), None)
 
 
-MIN_STEPS = 30  # compared steps that a verdict needs, unless the settings say otherwise
-MIN_SHARE = 0.01  # of compute, below which a kernel fails nothing, likewise
+MIN_STEPS = 30  # default number of compared steps that a verdict needs
+MIN_SHARE = 0.01  # default share of compute below which a kernel cannot fail
 
 Interval = tuple[float, float]
 Kind = Literal["ranks"]
 
 
 class Unit(NamedTuple):
-    """How a figure is written. scale: by which it is multiplied before `suffix` is added.
+    """How a figure is written: multiplied by `scale`, with `digits` decimals and `suffix`.
 
-    top: what a figure stays below. example: of a limit.
+    top: upper bound of the figure, exclusive. example: of a limit, for help texts.
     """
 
     scale: float
@@ -54,11 +53,12 @@ UNITS: Mapping[str, Unit] = {
 class Metric(NamedTuple):
     """One metric. name: in TOML, markers, on the command line and in results.
 
-    of: which finding has it ("ranks": `ImbalanceFinding`). value, interval: names of that
-    finding's attributes, and of the fields in results.json: the figure and its 95 %.
-    sentence: of a verdict, with the facts of `gate.reasons.facts`; at_best: where the figure
-    is `best`, if that reads better. unit: of `UNITS`. best: no figure is better, so a limit
-    beyond it is refused. needs_p: a failure also needs p; else the interval alone decides.
+    of: the kind of finding that has it ("ranks": `ImbalanceFinding`). value, interval: the
+    attributes of that finding with the figure and its 95 % interval; also the names of the
+    fields in results.json. sentence: the reason of a verdict, with the fields of
+    `_verdict.judge.facts`; at_best: the sentence for a figure equal to `best`, "" for the same
+    one. unit: a key of `UNITS`. best: the best possible figure; a limit beyond it is refused.
+    needs_p: whether a failure needs a small p as well as an interval beyond the limit.
     """
 
     name: str
@@ -78,15 +78,15 @@ class Metric(NamedTuple):
         return self.name.replace("_", " ")
 
     def read(self, finding: object) -> Any:
-        """The figure of a finding, a float; None where it has none."""
+        """The figure of a finding, a float; None if it has none."""
         return attrgetter(self.value)(finding)
 
     def read_interval(self, finding: object) -> Any:
-        """The 95 % interval of the figure, (low, high); None where there is none."""
+        """The 95 % interval of the figure, (low, high); None if there is none."""
         return attrgetter(self.interval)(finding)
 
     def format(self, value: float | None, *, finer: int = 0, none: str = "-") -> str:
-        """`1.39`, `8.2 %`, with so many digits more; `none` where there is none."""
+        """`1.39`, `8.2 %`, with `finer` more digits; `none` for None."""
         unit = UNITS[self.unit]
         if value is None:
             return none
@@ -94,37 +94,37 @@ class Metric(NamedTuple):
 
     @property
     def bounds(self) -> str:
-        """What a limit must be: `≥ 1.0`."""
+        """The allowed limits, as text: `≥ 1.0`."""
         top = UNITS[self.unit].top
         if self.better == "higher":
             return "> 0" if math.isinf(self.best) else f"> 0 and ≤ {self.best:.1f}"
         return f"≥ {self.best:.1f}" if math.isinf(top) else f"≥ {self.best:.1f} and < {top:.1f}"
 
     def allows(self, limit: float) -> bool:
-        """True for a limit that a figure can be on either side of."""
+        """True if figures can be on either side of the limit."""
         if self.better == "higher":
             return 0 < limit <= self.best and math.isfinite(limit)
         return self.best <= limit < UNITS[self.unit].top
 
     def badness(self, value: float) -> float:
-        """The figure, or its negative where higher is better: more of it is worse."""
+        """The figure, negated if higher is better, so that a larger number is always worse."""
         return -value if self.better == "higher" else value
 
     def is_beyond(self, value: float, limit: float) -> bool:
-        """True for a figure on the bad side of the limit; an infinite limit is none."""
+        """True for a figure on the bad side of the limit. Nothing is beyond an infinite limit."""
         return not math.isinf(limit) and self.badness(value) > self.badness(limit)
 
     def is_surely_beyond(self, interval: Interval, limit: float) -> bool:
-        """True when the whole interval is on the bad side of the limit, but for rounding."""
+        """True if the whole interval is on the bad side of the limit, give or take rounding."""
         low, high = interval
         if self.better == "higher":
             return high < limit * (1 + 1e-9)
         return low > limit * (1 - 1e-9)
 
     def severity(self, value: float | None, limit: float) -> tuple[float, float]:
-        """To sort by: how many times as bad as its limit, then how bad; without a figure worst.
+        """Sort key: how many times as bad as the limit, then how bad. No figure is worst.
 
-        Of shares, what is left of the whole is compared, so that 0.9 beside 0.5 is 5 times.
+        Shares are compared by what they leave of the whole: 0.9 against 0.5 is 5 times as bad.
         """
         if value is None:
             return math.inf, math.inf
@@ -165,7 +165,7 @@ _ROWS = (
         "{lost}{over}{longer}",
         unit="share",
         best=0.0,
-        needs_p=False,  # it is lost to whoever is slowest in a step, whichever ranks are swapped
+        needs_p=False,  # swapping ranks within a step does not change it
     ),
 )
 METRICS: Mapping[str, Metric] = {row.name: row for row in _ROWS}

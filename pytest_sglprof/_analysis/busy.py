@@ -1,4 +1,7 @@
-"""Busy time: the length of the union of activities, where those of a rank may overlap."""
+"""Busy time: the length of the union of a rank's activities, which may overlap.
+
+`BusyTimes` sums the activities once and then answers for any choice of kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 def busy_parts(owner: Ints, start: Ints, dur: Ints) -> Ints:
-    """What each activity adds to the busy time of its owner, ns, shape of the input.
+    """How much each activity adds to the busy time of its owner, ns, shape (activities,).
 
-    owner: a number for each set of activities to unite (say, a rank's step). start, dur:
-    ns. The parts of one owner sum to the length of the union of its activities.
+    owner: the number of the set that the activity belongs to, say a step of a rank. start,
+    dur: ns. The parts of one owner sum to the length of the union of its activities.
     """
     order = np.lexsort((start, owner))
     parts = np.zeros(len(start), np.int64)
@@ -31,19 +34,19 @@ def parts_in_order(owner: Ints, start: Ints, dur: Ints) -> Ints:
 
 
 def crowded(owner: Ints, start: Ints, dur: Ints) -> Mask:
-    """Which activities overlap another one of their owner; sorted by owner, then start."""
+    """Mask of activities that overlap another of their owner; sorted by owner, then start."""
     begin, _, before = _one_line(owner, start, dur)
     joins: Mask = begin < before  # it begins before one that began earlier has ended
-    found = joins.copy()
-    # What overlaps a later one overlaps the next one first.
-    found[:-1] |= joins[1:]
-    return found
+    overlapping = joins.copy()
+    # An activity that overlaps any later one also overlaps the very next one.
+    overlapping[:-1] |= joins[1:]
+    return overlapping
 
 
 def _one_line(owner: Ints, start: Ints, dur: Ints) -> tuple[Ints, Ints, Ints]:
-    """Begin, end, and the latest end before, owners one after the other on one line.
+    """Begin, end and latest earlier end of each activity, with the owners laid end to end.
 
-    So one running maximum serves all of them.
+    Shifting the owners apart in time lets one running maximum serve all of them.
     """
     if not len(start):
         return start, start, start
@@ -57,10 +60,9 @@ def _one_line(owner: Ints, start: Ints, dur: Ints) -> tuple[Ints, Ints, Ints]:
     return begin, end, before
 
 
-# Kernel time and busy time of any choice of kernels, by owner: summed once, asked often.
-#
-# Most activities overlap none: what they add to a busy time is their duration, whatever else
-# is chosen. Only those that do overlap are united anew for each choice.
+# Kernel time and busy time by owner, for any choice of kernels. An activity that overlaps no
+# other adds its duration to the busy time, whichever kernels are chosen; only the overlapping
+# ones must be united again for each choice.
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class Activities:
 class BusyTimes:
     """Times of activities, by kernel and owner.
 
-    owners: how many there are. A cell is one kernel of one owner: `kernel` and `owner` are
+    owners: number of owners. A cell is one kernel of one owner: `kernel` and `owner` are
     its indices, `ns` its kernel time, `alone` the busy time of that kernel alone. Cells are
-    sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`. crowd: activities that
-    overlap another one of their owner, sorted by owner, then start.
+    sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`. crowd: the activities that
+    overlap another of the same owner, sorted by owner, then start.
     """
 
     owners: int
@@ -96,7 +98,7 @@ class BusyTimes:
     crowd: Activities
 
     def cells_of(self, kernels: Mask) -> slice | Mask:
-        """Which cells belong to the chosen kernels; a view where it is one kernel only."""
+        """Selects the cells of the chosen kernels; a slice, so no copy, for a single kernel."""
         chosen = np.flatnonzero(kernels)
         if len(chosen) == 1:
             return slice(int(self.bounds[chosen[0]]), int(self.bounds[chosen[0] + 1]))
@@ -104,25 +106,25 @@ class BusyTimes:
 
     def kernel_time(self, kernels: Mask) -> Ints:
         """Sum of the durations of the chosen kernels, shape (owners,), ns."""
-        mine = self.cells_of(kernels)
-        return _sums(self.owner[mine], self.ns[mine], self.owners)
+        cells = self.cells_of(kernels)
+        return _sums(self.owner[cells], self.ns[cells], self.owners)
 
     def busy(self, kernels: Mask) -> Ints:
         """Length of the union of the chosen kernels' activities, shape (owners,), ns."""
-        mine = self.cells_of(kernels)
-        if isinstance(mine, slice):
-            return _sums(self.owner[mine], self.alone[mine], self.owners)
-        total = _sums(self.owner[mine], self.ns[mine], self.owners)
+        cells = self.cells_of(kernels)
+        if isinstance(cells, slice):
+            return _sums(self.owner[cells], self.alone[cells], self.owners)
+        total = _sums(self.owner[cells], self.ns[cells], self.owners)
         crowd = self.crowd.take(kernels[self.crowd.kernel])
         over = crowd.dur - parts_in_order(crowd.owner, crowd.start, crowd.dur)
         return total - _sums(crowd.owner, over, self.owners)
 
 
 def busy_times(rows: Activities, kernels: int, owners: int, *, is_timeline: bool) -> BusyTimes:
-    """Sums activities. kernels, owners: how many there are of each.
+    """Sums activities. kernels, owners: the number of each.
 
-    is_timeline: False for self times, which are no intervals of a timeline: those are
-    summed, and busy time is kernel time.
+    is_timeline: False for self times, which are not intervals on a timeline: busy time is
+    then kernel time.
     """
     key = rows.kernel * owners + rows.owner
     order = np.argsort(key, kind="stable")
@@ -133,9 +135,9 @@ def busy_times(rows: Activities, kernels: int, owners: int, *, is_timeline: bool
     crowd = _crowd(rows) if is_timeline else rows.take(np.zeros(0, np.int64))
     alone = ns
     if len(crowd.owner):
-        own = crowd.kernel * owners + crowd.owner
-        over = crowd.dur - busy_parts(own, crowd.start, crowd.dur)
-        alone = ns - _sums(np.searchsorted(cells, own), over, len(cells))
+        key_of_crowd = crowd.kernel * owners + crowd.owner
+        over = crowd.dur - busy_parts(key_of_crowd, crowd.start, crowd.dur)
+        alone = ns - _sums(np.searchsorted(cells, key_of_crowd), over, len(cells))
     return BusyTimes(
         owners=owners,
         kernel=cells // max(1, owners),

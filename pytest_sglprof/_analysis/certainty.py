@@ -1,11 +1,11 @@
 """How certain a figure is: intervals by block bootstrap, p by permuted rank labels.
 
-Steps follow each other, so they are drawn in blocks: step s of a block is followed by
-step s + 1, around the end (circular block bootstrap, Politis & Romano 1992). The maximum
-over ranks of a balanced window is above 1 by chance alone, the more so the more ranks
-there are; an interval does not know that. So p asks the other question: how often are
-totals as unequal when times are dealt to other ranks? What one step hands to the next would
-make p too small: it is taken out (prewhitening), and what is left is dealt in blocks.
+Successive steps are correlated, so the bootstrap draws blocks of consecutive steps, wrapping
+around at the end (circular block bootstrap, Politis & Romano 1992). Even in a balanced window
+the slowest rank is above the mean by chance, the more so the more ranks there are, and an
+interval does not account for that. So p asks: how often are totals this unequal when step
+times are permuted between ranks? Correlation between steps would make p too small, so it is
+removed first (prewhitening) and whole blocks of steps are permuted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Interval = tuple[float, float]
 
 RESAMPLES = 1000
 SHIFTS = 399  # the smallest p is 1 / 400
-MAX_DEALS = 1024  # so many are counted, not drawn
-MIN_BLOCKS = 8  # of two ranks: 1 / 2**7 is the smallest p
-MIN_CORRELATED = 8  # steps; of less a correlation is noise
+MAX_EXACT = 1024  # up to so many permutations all are counted, instead of a sample
+MIN_BLOCKS = 8  # with two ranks the smallest p is then 1 / 2**7
+MIN_CORRELATED = 8  # steps; the correlation of fewer is noise
 MAX_CORRELATION = 0.9
 CONFIDENCE = 0.95
 MAX_P = 0.01
@@ -36,7 +36,7 @@ class Certainty:
     """How certain the figures of one group of ranks are.
 
     slowdown, factor, lost_share: 95 % intervals (low, high); None where the figure does
-    not exist. p_value: probability of totals as unequal when no rank differs, 0 to 1.
+    not exist. p_value: probability of totals this unequal if no rank differs, 0 to 1.
     """
 
     slowdown: Interval | None = None
@@ -46,10 +46,10 @@ class Certainty:
 
 
 def certainty(matrix: npt.NDArray[np.generic]) -> Certainty:
-    """The certainty of figures of `matrix`, shape (steps, ranks), times in ns.
+    """Intervals and p for the times in `matrix`, shape (steps, ranks), ns.
 
-    Steps without any time are left out. Less than two steps or ranks tell nothing. The
-    answer does not depend on the order of the ranks, nor on the unit of time.
+    Steps without any time are left out. With fewer than two steps or ranks everything is
+    None. The result depends neither on the order of the ranks nor on the unit of time.
     """
     times = np.asarray(matrix, np.float64)
     times = times[(times > 0).any(axis=1)]
@@ -68,9 +68,10 @@ def certainty(matrix: npt.NDArray[np.generic]) -> Certainty:
 
 
 def excess_certainty(matrix: Floats) -> tuple[Interval, float]:
-    """95 % of the largest total minus the median of the others, and its p.
+    """The excess of the slowest rank: its 95 % interval, and p.
 
-    matrix: shape (steps, ranks); at least two of each.
+    The excess is the largest total minus the median of the others, in the unit of `matrix`,
+    which has shape (steps, ranks), at least two of each.
     """
     times = _in_order(np.asarray(matrix, np.float64))
     totals = block_weights(len(times)) @ times
@@ -85,9 +86,9 @@ def interval(values: Floats) -> Interval:
 
 
 def block_length(steps: int) -> int:
-    """Steps of a block: the cube root of their number, rounded up, but at least 8 blocks.
+    """Steps in a block: the cube root of `steps`, rounded up, but leaving at least 8 blocks.
 
-    With less, two ranks could be dealt in so few ways that no p would be below 0.01.
+    With fewer blocks, two ranks have too few permutations for any p below 0.01.
     """
     return max(1, min(int(np.ceil(round(steps ** (1 / 3), 9))), (steps - 1) // (MIN_BLOCKS - 1)))
 
@@ -96,7 +97,7 @@ def block_length(steps: int) -> int:
 def block_weights(steps: int) -> Floats:
     """How often each resample holds each step, shape (RESAMPLES, steps).
 
-    Every row sums to `steps`; `block_weights(n) @ matrix` are all resampled totals at once.
+    Every row sums to `steps`, so `block_weights(n) @ matrix` is all resampled totals at once.
     """
     rng = np.random.default_rng(SEED)
     length = block_length(steps)
@@ -113,7 +114,7 @@ def block_weights(steps: int) -> Floats:
 
 def _in_order(times: Floats) -> Floats:
     """Ranks by total, largest first, so that no order of the input matters."""
-    # Ranks of equal totals are told apart by when they spent their time.
+    # Ranks with equal totals are ordered by when they spent their time.
     later = np.arange(1, len(times) + 1) @ times
     ordered: Floats = times[:, np.lexsort((later, -times.sum(axis=0)))]
     return ordered
@@ -126,12 +127,12 @@ def _interval_of_ratio(over: Floats, under: Floats) -> Interval | None:
 
 
 def _p_of_range(times: Floats) -> float:
-    """Share of deals in which the ranks' totals lie as far apart as here.
+    """Share of permutations in which the ranks' totals lie at least as far apart as here.
 
-    What a step inherits from the one before is taken out first; what is left of a block of
-    steps moves around the ring of ranks by one number of places. These shifts are a group, so
-    the test is exact where ranks are exchangeable and blocks independent, and one matrix
-    product for each number of places does all deals.
+    The part that a step inherits from the one before is removed first. A permutation then
+    rotates each block of steps around the ring of ranks by some number of places. Rotations
+    form a group, so the test is exact if ranks are exchangeable and blocks independent. One
+    matrix product for each number of places computes all permutations.
     """
     fresh = _innovations(times)
     blocks = np.add.reduceat(fresh, np.arange(0, len(fresh), block_length(len(fresh))), axis=0)
@@ -148,12 +149,12 @@ def _p_of_range(times: Floats) -> float:
 def _innovations(times: Floats) -> Floats:
     """Each step's times without the share φ that it inherits from the step before.
 
-    φ is one for all ranks, so ranks that are exchangeable stay so.
+    φ is the same for all ranks, so exchangeable ranks stay exchangeable.
     """
     inherited = autocorrelation(times)
     fresh = times.copy()
     fresh[1:] -= inherited * times[:-1]
-    fresh[0] *= np.sqrt(1 - inherited**2)  # as noisy as the others, and with as much to say
+    fresh[0] *= np.sqrt(1 - inherited**2)  # gives the first step the same variance
     return fresh
 
 
@@ -162,27 +163,28 @@ def autocorrelation(times: Floats) -> float:
 
     times: shape (steps, ranks). Lag-1 autocorrelation of the deviations from the step's and
     the rank's mean, pooled over ranks, its bias corrected to first order (Marriott and Pope
-    1954). Below 0 it is taken as 0: then p is too large, never too small.
+    1954). Negative values count as 0, which can only make p too large.
     """
     steps = len(times)
     rest = times - times.mean(axis=1, keepdims=True)
     rest = rest - rest.mean(axis=0)
     square = float((rest**2).sum())
-    # Less than rounding leaves: ranks that differ by the same in every step, or not at all.
+    # Only rounding is left: the ranks differ by a constant, or not at all.
     if steps < MIN_CORRELATED or square <= 1e-18 * float((times**2).sum()):
         return 0.0
-    found = float((rest[1:] * rest[:-1]).sum()) / square
-    return float(np.clip((steps * found + 1) / (steps - 3), 0.0, MAX_CORRELATION))
+    estimate = float((rest[1:] * rest[:-1]).sum()) / square
+    return float(np.clip((steps * estimate + 1) / (steps - 3), 0.0, MAX_CORRELATION))
 
 
 @lru_cache(maxsize=16)
 def _shifts(blocks: int, ranks: int) -> tuple[npt.NDArray[np.int64], bool]:
-    """Places by which each deal moves each block, shape (deals, blocks); whether these are all.
+    """Rotation of each block in each permutation, shape (permutations, blocks), in places.
 
-    To move every block by one more place renames ranks only, so the first one may stay.
+    The flag says whether these are all permutations or a sample. Rotating every block by one
+    more place only renames the ranks, so the first block can stay where it is.
     """
     shift: npt.NDArray[np.int64]
-    is_all = ranks ** (blocks - 1) <= MAX_DEALS
+    is_all = ranks ** (blocks - 1) <= MAX_EXACT
     if is_all:
         shift = np.indices((1,) + (ranks,) * (blocks - 1)).reshape(blocks, -1).T
     else:

@@ -1,6 +1,7 @@
-"""Which calls of a collective belong together across ranks, row by row.
+"""Matches collectives across ranks, and measures who waited and what each did in between.
 
-`analysis.waits` measures them; this names them, so that a picture can join them too.
+`match` finds the calls that belong together, `waits` who arrived when, `segments` the compute
+between two consecutive matched collectives.
 """
 
 from __future__ import annotations
@@ -27,41 +28,41 @@ COLUMNS = ("rank", "name", "step", "start_ns", "dur_ns", "match")
 
 
 def communication(table: KernelTable) -> pd.DataFrame:
-    """All communication of a table; the index is that of `table.frame`.
+    """All communication of a table, with the index of `table.frame`.
 
-    Columns `rank, name, step, start_ns, dur_ns`, `kind` (as `collective_kind`), `waits`
-    (whether all ranks wait for the last, and the step is known where any is),
-    `process_group` ("" unknown), `sequence` (its number in the group, -1 unknown).
+    Columns `rank, name, step, start_ns, dur_ns`, `kind` (see `collective_kind`), `waits`
+    (True if all ranks wait for the last to arrive, and the step is known if the table has
+    steps), `process_group` ("" if unknown), `sequence` (number in the group, -1 if unknown).
     """
     frame = table.frame
     rows = frame.loc[frame["category"] == "communication"]
     texts = ["rank", "name", "full_name"]
     rows = rows[[*texts, "step", "start_ns", "dur_ns"]].astype(dict.fromkeys(texts, object))
     if (frame["kind"] == "collective").any():
-        # The server's own operators wrap the annotations: one meeting would count twice.
+        # The server's operators wrap these annotations: each collective would count twice.
         rows = rows[(frame.loc[rows.index, "kind"] == "collective").to_numpy(bool)]
     names = [str(name) for name in rows["full_name"].unique()]
     kind = rows["full_name"].map({name: collective_kind(name) for name in names})
     symmetric = rows["full_name"].map({name: is_symmetric(name) for name in names})
     known = rows["step"] >= 0 if (frame["step"] >= 0).any() else True
-    told = table.collectives.reindex(rows.index)
+    numbers = table.collectives.reindex(rows.index)
     return rows.drop(columns="full_name").assign(
         kind=kind.astype(object),
         waits=symmetric.astype(bool) & known,
-        process_group=told["process_group"].astype(object).fillna(""),
-        sequence=told["sequence"].fillna(-1).astype(np.int64),
+        process_group=numbers["process_group"].astype(object).fillna(""),
+        sequence=numbers["sequence"].fillna(-1).astype(np.int64),
     )
 
 
 def match(calls: pd.DataFrame, ranks: Sequence[str]) -> pd.DataFrame:
-    """The collectives of `communication` that all of `ranks` entered, with a column `match`.
+    """The rows of `communication` that all of `ranks` entered, with a column `match`.
 
-    Rows with equal `match` (0, 1, ... in the order of the first arrival) are one collective,
-    one row a rank. Of a name in a step they are told apart by process group and number in it
-    where every call there has them; else by the order of the calls, of each process group
-    where every call has one. By order, a name (in its group) that some rank called more or
-    less often in the step is left out there, since nobody knows which call is missing; by
-    number, only the missing one is. Empty for less than two ranks.
+    Rows with equal `match` (0, 1, ... in order of the first arrival) are one collective, one
+    row for each rank. Calls of one name in one step are matched by process group and sequence
+    number if every such call has them, else by process group and order if every call has a
+    group, else by order alone. If ranks differ in the number of calls, matching by number
+    drops only the calls that some rank lacks; matching by order drops them all, since it is
+    not known which one is missing. Empty for fewer than two ranks.
     """
     calls = calls[calls["waits"] & calls["rank"].isin(list(ranks))]
     if len(ranks) < 2 or calls.empty:
@@ -78,7 +79,7 @@ def match(calls: pd.DataFrame, ranks: Sequence[str]) -> pd.DataFrame:
 
 
 def _keys(calls: pd.DataFrame) -> Ints:
-    """What tells calls apart, but for their order: step and name, group and number if known."""
+    """Keys of calls, apart from their order: step and name, and group and number if known."""
     steps, names = (_codes(calls[column]) for column in ("step", "name"))
     place = _pairs(steps, names)
     groups = calls["process_group"].to_numpy(object)
@@ -87,36 +88,34 @@ def _keys(calls: pd.DataFrame) -> Ints:
         return place
     number = calls["sequence"].to_numpy(np.int64)
     numbered = known & _everywhere(number >= 0, place)
-    own = _pairs(place, _codes(np.where(known, groups, "")))
-    return _pairs(own, _codes(np.where(numbered, number, -1)))
+    in_group = _pairs(place, _codes(np.where(known, groups, "")))
+    return _pairs(in_group, _codes(np.where(numbered, number, -1)))
 
 
 def _everywhere(flag: npt.NDArray[np.bool_], place: Ints) -> npt.NDArray[np.bool_]:
-    """Whether `flag` holds for all rows of a row's place."""
-    found: npt.NDArray[np.bool_] = (np.bincount(place, weights=~flag) == 0)[place]
-    return found
+    """For each row, whether `flag` is True in all rows with the same `place`."""
+    everywhere: npt.NDArray[np.bool_] = (np.bincount(place, weights=~flag) == 0)[place]
+    return everywhere
 
 
 def _pairs(first: Ints, second: Ints) -> Ints:
-    """Codes (0, 1, ... by appearance) of pairs of codes."""
+    """Encodes pairs of codes as 0, 1, ... in order of appearance."""
     return _codes(first * (int(second.max(initial=0)) + 1) + second)
 
 
 def _codes(values: Any) -> Ints:
-    """Codes (0, 1, ... by appearance) of values."""
+    """Encodes values as 0, 1, ... in order of appearance."""
     codes: Ints = pd.factorize(values)[0].astype(np.int64)
     return codes
 
 
 def matched_collectives(table: KernelTable, ranks: Sequence[str]) -> pd.DataFrame:
-    """`match` of a table, with `COLUMNS`; the index is that of `table.frame`."""
+    """The matched collectives of a table: `COLUMNS`, with the index of `table.frame`."""
     return match(communication(table), ranks)[list(COLUMNS)]
 
 
-# Who waited for whom: the collectives of a sync group, matched across its ranks.
-#
-# In a collective the rank that arrives last spends the least time. So wait(r) = latest start
-# - start(r), and the shortest duration among the ranks is the transfer itself.
+# Waits. The rank that arrives last at a collective spends the least time in it, so
+# wait(r) = latest start - start(r), and the shortest duration among the ranks is the transfer.
 
 
 Floats = npt.NDArray[np.float64]
@@ -125,16 +124,16 @@ Method = Literal["arrival", "duration"]
 
 @dataclass(frozen=True)
 class Waits:
-    """The matched collectives of one sync group, in order of time.
+    """The matched collectives ("instances") of one sync group, in order of time.
 
-    step: of each instance, shape (instances,); -1 without steps. start, end: as recorded,
-    on each rank's own clock, shape (instances, ranks), int64 ns. wait: ns, same shape; 0
-    below the uncertainty. transfer, skew: shortest duration and latest - earliest start,
-    shape (instances,), ns. method: "arrival", or "duration" where the clocks could not be
-    brought together (then skew is the largest wait), None when nothing is matched. offsets:
-    median of each rank's clock offset, ns. uncertainty_ns: of an arrival. unmatched:
-    collectives that are not on every rank. kinds: activities of each kind. reason: why
-    there are no waits; "" when there are.
+    step: step number, shape (instances,); -1 without steps. start, end: as recorded, each on
+    its rank's own clock, shape (instances, ranks), int64 ns. wait: ns, same shape; 0 if below
+    `uncertainty_ns`. transfer: shortest duration, shape (instances,), ns. skew: latest -
+    earliest start, same shape. method: how waits are measured: "arrival", by start times, or
+    "duration" if the clocks cannot be aligned (skew is then the largest wait); None if nothing
+    is matched. offsets: each rank's median clock offset, ns. uncertainty_ns: of an arrival.
+    unmatched: number of calls that some rank lacks. kinds: number of calls of each kind.
+    reason: why there are no waits; "" if there are.
     """
 
     group: RankGroup
@@ -152,39 +151,39 @@ class Waits:
     reason: str = ""
 
     @property
-    def lateness(self) -> Floats:
-        """How much later than the earliest each rank arrived, shape (instances, ranks), ns."""
-        lateness: Floats = self.wait.max(axis=1, keepdims=True, initial=0.0) - self.wait
-        return lateness
+    def late_ns(self) -> Floats:
+        """Arrival of each rank after the earliest, shape (instances, ranks), ns."""
+        late: Floats = self.wait.max(axis=1, keepdims=True, initial=0.0) - self.wait
+        return late
 
 
 def waits(table: KernelTable) -> tuple[Waits, ...]:
-    """The waits of each sync group of a table, in its order."""
+    """The waits of each sync group, in the order of the table."""
     rows = communication(table)
     return tuple(_group_waits(group, rows) for group in sync_groups(table.ranks))
 
 
-def by_step(found: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints | None:
-    """Waiting of these ranks in each step, shape (steps, ranks), ns; None without collectives."""
-    if not len(found.step):
+def by_step(waited: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints | None:
+    """Wait of `ranks` in the steps `numbers`, shape (steps, ranks), ns; None without matches."""
+    if not len(waited.step):
         return None
-    columns = [found.group.ranks.index(rank) for rank in ranks]
-    known = np.isin(found.step, numbers)
-    at = np.searchsorted(np.asarray(numbers, np.int64), found.step[known])
+    columns = [waited.group.ranks.index(rank) for rank in ranks]
+    known = np.isin(waited.step, numbers)
+    at = np.searchsorted(np.asarray(numbers, np.int64), waited.step[known])
     sums = np.zeros((len(numbers), len(ranks)), np.float64)
-    np.add.at(sums, at, found.wait[known][:, columns])
+    np.add.at(sums, at, waited.wait[known][:, columns])
     rounded: Ints = np.rint(sums).astype(np.int64)
     return rounded
 
 
 def _group_waits(group: RankGroup, rows: pd.DataFrame) -> Waits:
-    mine = rows[rows["rank"].isin(group.ranks)]
-    kinds = {str(kind): int(number) for kind, number in mine["kind"].value_counts().items()}
-    meeting = int(mine["waits"].sum())
-    reason = _why_none(group, kinds, len(mine), meeting)
+    calls = rows[rows["rank"].isin(group.ranks)]
+    kinds = {str(kind): int(number) for kind, number in calls["kind"].value_counts().items()}
+    meeting = int(calls["waits"].sum())
+    reason = _why_none(group, kinds, len(calls), meeting)
     if reason:
         return _nothing(group, kinds, 0, reason)
-    step, start, dur = _matched(mine, group.ranks)
+    step, start, dur = _matched(calls, group.ranks)
     unmatched = meeting - start.size
     if not len(step):
         reason = "no collective is on every rank as often in the same step"
@@ -222,7 +221,7 @@ def _why_none(group: RankGroup, kinds: dict[str, int], every: int, symmetric: in
 
 
 def _matched(rows: pd.DataFrame, ranks: Sequence[str]) -> tuple[Ints, Ints, Ints]:
-    """step, start and dur of each instance in order of time."""
+    """Step, start and duration of each instance, in order of time."""
     matched = match(rows, ranks)
     owner = pd.Index(ranks).get_indexer(pd.Index(matched["rank"]))
     matched = matched.iloc[np.lexsort((owner, matched["match"]))]
@@ -230,7 +229,7 @@ def _matched(rows: pd.DataFrame, ranks: Sequence[str]) -> tuple[Ints, Ints, Ints
     step = matched["step"].to_numpy(np.int64).reshape(shape)[:, 0]
     start = matched["start_ns"].to_numpy(np.int64).reshape(shape)
     dur = matched["dur_ns"].to_numpy(np.int64).reshape(shape)
-    # By the ends on one clock: a rank's own order is that of all.
+    # The first rank's clock suffices: every rank runs the collectives in the same order.
     at = np.argsort(start[:, 0] + dur[:, 0], kind="stable")
     return step[at], start[at], dur[at]
 
@@ -239,12 +238,14 @@ def _waits_of(
     start: Ints, dur: Ints, end: Ints
 ) -> tuple[Floats, Floats, Method, tuple[float, ...] | None, float | None]:
     by_duration = (dur - dur.min(axis=1, keepdims=True)).astype(np.float64)
-    origin = int(end.min())  # float64 holds a window's ns, not an epoch's
+    origin = int(
+        end.min()
+    )  # float64 is exact for the ns of a window, not for those since the epoch
     fit = fit_clocks((end - origin).astype(np.float64))
     if fit is None:
         return by_duration, by_duration.max(axis=1), "duration", None, None
     offsets = tuple(float(value) for value in np.median(fit.offsets, axis=0))
-    # Ends that differ by more than the waits themselves bring no clocks together.
+    # Clocks cannot be aligned by ends that vary more than the waits themselves.
     if fit.uncertainty_ns > max(float(np.median(by_duration.max(axis=1))), 1.0):
         return by_duration, by_duration.max(axis=1), "duration", offsets, fit.uncertainty_ns
     arrived = (start - origin) - fit.offsets
@@ -274,11 +275,9 @@ def _nothing(group: RankGroup, kinds: dict[str, int], unmatched: int, reason: st
     )
 
 
-# The clocks of several ranks brought together by what they do at the same moment.
-#
-# A collective ends everywhere at about the same time. How much later than the others' median
-# a rank's clock says that it ended is that clock's offset; what is left after the offset was
-# taken out is how certain it is.
+# Clocks. A collective ends on all ranks at about the same moment, so the difference between a
+# rank's end and the median end is the offset of its clock. The residual after subtracting the
+# offset is the uncertainty.
 
 
 MIN_ENDS = 20
@@ -289,9 +288,10 @@ CERTAIN_SHARE = 95.0
 
 @dataclass(frozen=True)
 class ClockFit:
-    """offsets: how far each rank's clock is ahead, shape (instances, ranks), ns.
+    """Offsets of the ranks' clocks.
 
-    uncertainty_ns: 95 % of what is left of the ends' differences is below it.
+    offsets: how far each clock is ahead of the median, shape (instances, ranks), ns.
+    uncertainty_ns: 95th percentile of the residuals, for the rank with the largest.
     """
 
     offsets: Floats
@@ -299,10 +299,11 @@ class ClockFit:
 
 
 def fit_clocks(ends: Floats) -> ClockFit | None:
-    """Offsets from the ends of matched collectives, shape (instances, ranks), ns, in order.
+    """Fits clock offsets to the ends of matched collectives; None for fewer than 20.
 
-    Between medians of pieces of the window the offset moves along lines, so that drift is
-    followed and single odd ends are not. Too few ends (below 20) give None.
+    ends: shape (instances, ranks), ns, in order of time. The window is cut into pieces, and
+    the offset is interpolated between their medians, so that it follows drift but not
+    outliers.
     """
     if len(ends) < MIN_ENDS:
         return None
@@ -313,32 +314,32 @@ def fit_clocks(ends: Floats) -> ClockFit | None:
     medians = np.array([np.median(ahead[piece], axis=0) for piece in pieces])
     offsets = np.column_stack([_line(middle, at, column) for column in medians.T])
     left = np.abs(ahead - offsets)
-    # Around the median itself a rank has no difference at all: the worst rank counts.
+    # The rank that is the median has no residual at all, so the largest of the ranks counts.
     return ClockFit(offsets, float(np.percentile(left, CERTAIN_SHARE, axis=0).max()))
 
 
 def _line(when: Floats, at: Floats, values: Floats) -> Floats:
-    """`values` at times `at`, on lines between them and beyond the outer two."""
+    """Interpolates `values` at times `at` to the times `when`; extrapolates the outer lines."""
     if len(at) < 2:
         return np.full(len(when), values[0])
-    found = np.interp(when, at, values)
+    line = np.interp(when, at, values)
     for outside, a, b in ((when < at[0], 0, 1), (when > at[-1], -2, -1)):
         slope = (values[b] - values[a]) / (at[b] - at[a])
-        found[outside] = values[a] + slope * (when[outside] - at[a])
-    return np.asarray(found, np.float64)
+        line[outside] = values[a] + slope * (when[outside] - at[a])
+    return np.asarray(line, np.float64)
 
 
-# Sync segments: what each rank did between two consecutive matched collectives.
+# Sync segments. What each rank did between two consecutive matched collectives.
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of one sync group, one before each matched collective but the first.
+    """The segments of one sync group: one before each matched collective except the first.
 
-    rows: positions in the table's frame of the compute that lies in a segment. rank,
-    segment: of each of those rows, indices into the group's ranks and the segments. busy:
-    what each adds to its rank's busy time, ns. span: from the end of the one collective to
-    the start of the next, shape (segments, ranks), ns, each on the rank's own clock.
+    rows: positions in the table's frame of the compute activities inside a segment. rank,
+    segment: indices of each such row into the group's ranks and the segments. busy: how much
+    each adds to its rank's busy time, ns. span: time from the end of one collective to the
+    start of the next, shape (segments, ranks), ns, each on its rank's own clock.
     """
 
     waits: Waits
@@ -361,24 +362,24 @@ class Segments:
 
 
 def segments(table: KernelTable, waits: Waits) -> Segments:
-    """The segments between the collectives of `waits`; none without any."""
+    """The segments between the collectives of `waits`; empty if there are none."""
     frame = table.frame
     codes = pd.Index(waits.group.ranks).get_indexer(pd.Index(frame["rank"].astype(object)))
     compute = ~frame["category"].isin(NOT_COMPUTE).to_numpy(bool) & (codes >= 0)
     rows = np.flatnonzero(compute).astype(np.int64)
     rank = codes[rows].astype(np.int64)
     start = frame["start_ns"].to_numpy(np.int64)[rows]
-    # A rank that runs collectives on two streams may start one before the last has ended.
+    # With collectives on two streams, a rank may start one before the previous one ends.
     arrived = np.maximum.accumulate(waits.start, axis=0)
     before = np.full(len(rows), -1, np.int64)
     for number in range(len(waits.group.ranks)):
-        mine = rank == number
-        before[mine] = np.searchsorted(arrived[:, number], start[mine], side="right") - 1
+        of_rank = rank == number
+        before[of_rank] = np.searchsorted(arrived[:, number], start[of_rank], side="right") - 1
     inside = (before >= 0) & (before < len(waits.step) - 1)
     rows, rank, segment = rows[inside], rank[inside], before[inside]
     dur = frame["dur_ns"].to_numpy(np.int64)[rows]
     busy = dur
-    if table.is_timeline:  # self times are no intervals of a timeline: those are summed
+    if table.is_timeline:  # self times are not intervals: they are summed
         owner = segment * len(waits.group.ranks) + rank
         busy = busy_parts(owner, frame["start_ns"].to_numpy(np.int64)[rows], dur)
     span = np.maximum(0, waits.start[1:] - waits.end[:-1])
@@ -386,6 +387,9 @@ def segments(table: KernelTable, waits: Waits) -> Segments:
 
 
 def sync_factor(sums: Ints) -> float | None:
-    """λ_sync = Σ max / Σ mean over segments, of a matrix (segments, ranks); None of nothing."""
+    """λ_sync = Σ max / Σ mean over the segments; None without compute.
+
+    sums: busy time, shape (segments, ranks), ns.
+    """
     mean = float(sums.mean(axis=1).sum()) if sums.size else 0.0
     return float(sums.max(axis=1).sum() / mean) if mean else None

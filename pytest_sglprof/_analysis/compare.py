@@ -1,6 +1,7 @@
-"""One run's window against another's: the same work before and now, stratum by stratum.
+"""Compares the windows of two runs on equal work, stratum by stratum.
 
-One run against one run: there is no verdict here, and no statistics over repeats.
+A stratum is the steps of a window that do equal work. One run is compared with one other, so
+there is no verdict here and no statistics over repeats.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """Kernel time before and now, ns a step (or a call), mean of the group's ranks.
+    """Kernel time before and now, ns per step (or per call), mean of the group's ranks.
 
-    before_ns, now_ns: 0.0 where that run has none; None where it has more kernels than it
-    lists, so that this one may be among the others. share: (now - before) x weight / compute
-    before, where weight is 1 for steps and for calls the mean number of calls of both runs.
+    before_ns, now_ns: 0.0 if the run does not have the kernel; None if the run's kernel list
+    was truncated, so absence is unknown. share: (now - before) x weight / compute before; the
+    weight is 1 for steps, and for calls the mean number of calls of both runs.
     """
 
     name: str
@@ -42,14 +43,14 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """now / before; None where either is unknown or there was none before."""
+        """now / before; None if either is unknown or there was none before."""
         if self.before_ns is None or self.now_ns is None or self.before_ns <= 0:
             return None
         return self.now_ns / self.before_ns
 
     @property
     def difference_ns(self) -> float | None:
-        """now - before; None where either is unknown."""
+        """now - before; None if either is unknown."""
         if self.before_ns is None or self.now_ns is None:
             return None
         return self.now_ns - self.before_ns
@@ -57,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StratumChange:
-    """Compute of one stratum, ns a step; None and 0 steps where a run has no such work."""
+    """Compute of one stratum, ns per step; None, with 0 steps, in a run without such work."""
 
     work: StepWork
     before_steps: int
@@ -70,10 +71,11 @@ class StratumChange:
 class StageChange:
     """A stage of one work group in two runs.
 
-    unit: "step", or "call" where the source tells no steps. matched_before, matched_now: share
-    of each run's steps of the stage whose stratum the other has too (by call: share of compute
-    in kernels that both have). reason: why it is inconclusive; "" where it is not, else there
-    are no kernels and categories. cautions: what the figures do not take into account.
+    unit: "step", or "call" if the source has no steps. matched_before, matched_now: share of
+    each run's steps of the stage whose stratum the other run has too (by call: share of
+    compute in kernels that both have). reason: why the stage cannot be compared, in which case
+    compute, categories and kernels are empty; "" if it can. cautions: what the figures do not
+    take into account.
     """
 
     group: str
@@ -92,25 +94,26 @@ class StageChange:
 def compare_strata(
     before: Sequence[GroupStrata], now: Sequence[GroupStrata]
 ) -> tuple[StageChange, ...]:
-    """Every stage of every work group, those with the most steps now first.
+    """Compares every stage of every work group; those with the most steps now come first.
 
-    Strata that both have count equally, whatever their numbers of steps: so another mix of
-    batch sizes is no difference. Less than half matched in either run is inconclusive.
+    Strata that both runs have count equally, whatever their numbers of steps, so a different
+    mix of batch sizes is not a change. If less than half of either run is matched, the stage
+    is not compared.
     """
     old = {group.group: group for group in before}
     new = {group.group: group for group in now}
-    found: list[StageChange] = []
+    stages: list[StageChange] = []
     for label in {**new, **old}:
-        found += _group(label, old.get(label), new.get(label))
-    return tuple(sorted(found, key=lambda stage: -sum(one.now_steps for one in stage.strata)))
+        stages += _group(label, old.get(label), new.get(label))
+    return tuple(sorted(stages, key=lambda stage: -sum(each.now_steps for each in stage.strata)))
 
 
 def _group(label: str, before: GroupStrata | None, now: GroupStrata | None) -> list[StageChange]:
     if before is None or now is None:
         missing = "the baseline" if before is None else "this run"
         return [StageChange(label, "", "step", 0.0, 0.0, f"{missing} has no such group of ranks")]
-    reason = _other_ground(before, now)
-    if reason:
+    reason = _why_not_comparable(before, now)
+    if reason is not None:
         return [StageChange(label, "", "step", 0.0, 0.0, reason)]
     if now.steps is None:
         return [_by_call(before, now)]
@@ -118,19 +121,19 @@ def _group(label: str, before: GroupStrata | None, now: GroupStrata | None) -> l
     return [_by_step(stage, before, now) for stage in stages]
 
 
-def _other_ground(before: GroupStrata, now: GroupStrata) -> str:
-    """Why the group cannot be compared at all; "" where it can."""
+def _why_not_comparable(before: GroupStrata, now: GroupStrata) -> str | None:
+    """Why no stage of the group can be compared; None if they can."""
     if before.ranks != now.ranks:
         return f"other ranks: {', '.join(before.ranks)} before, {', '.join(now.ranks)} now"
     if (before.steps is None) != (now.steps is None):
         without = "the baseline" if before.steps is None else "this run"
-        return f"the source of {without} tells no steps, that of the other does"
+        return f"the source of {without} has no steps, that of the other does"
     for which, side in (("the baseline", before), ("this run", now)):
         if side.assigned_share < MIN_ASSIGNED_SHARE:
-            return f"of {which} less than half of compute lies in known steps"
+            return f"less than half of the compute of {which} lies in known steps"
         if not side.strata:
-            return f"{which} has no step that could be compared"
-    return ""
+            return f"{which} has no step that can be compared"
+    return None
 
 
 def _by_step(stage: str, before: GroupStrata, now: GroupStrata) -> StageChange:
@@ -189,11 +192,11 @@ def _strata_of(group: GroupStrata, stage: str) -> dict[StepWork, Stratum]:
 
 
 def _matched(
-    group: GroupStrata, mine: Mapping[StepWork, Stratum], common: Sequence[StepWork]
+    group: GroupStrata, by_work: Mapping[StepWork, Stratum], common: Sequence[StepWork]
 ) -> float:
-    """Steps of strata that were left out count as unmatched."""
-    every = sum((group.steps or {}).get(stage, 0) for stage in {one.stage for one in mine})
-    return sum(mine[work].steps for work in common) / every if every else 0.0
+    """Share of a run's steps that are in `common`; those of strata left out are not."""
+    every = sum((group.steps or {}).get(stage, 0) for stage in {work.stage for work in by_work})
+    return sum(by_work[work].steps for work in common) / every if every else 0.0
 
 
 def _few_steps(olds: Sequence[Stratum], news: Sequence[Stratum]) -> tuple[str, ...]:
@@ -204,21 +207,24 @@ def _few_steps(olds: Sequence[Stratum], news: Sequence[Stratum]) -> tuple[str, .
 
 
 def _unknown_work(works: Sequence[StepWork]) -> tuple[str, ...]:
-    found = []
+    cautions = []
     if any(work.batch == UNKNOWN for work in works):
-        found.append("The source does not tell the batch size of every step")
+        cautions.append("The source does not record the batch size of every step")
     if any(work.kv_bucket == UNKNOWN for work in works):
-        found.append("The source does not tell how long the KV cache of the requests was")
-    return tuple(found)
+        cautions.append("The source does not record the KV cache lengths of the requests")
+    return tuple(cautions)
 
 
 def _kernel_means(group: GroupStrata, chosen: Sequence[Stratum]) -> dict[str, tuple[str, float]]:
-    """By name its category and its mean over the strata; names may stand in two categories."""
-    found: dict[str, tuple[str, float]] = {}
+    """Maps kernel names to category and mean time over the strata.
+
+    A name that stands in two categories gets the sum of both.
+    """
+    means: dict[str, tuple[str, float]] = {}
     for at, (category, name) in enumerate(group.kernels):
-        earlier = found[name][1] if name in found else 0.0
-        found[name] = (category, earlier + _mean(one.kernels[at] for one in chosen))
-    return found
+        earlier = means[name][1] if name in means else 0.0
+        means[name] = (category, earlier + _mean(each.kernels[at] for each in chosen))
+    return means
 
 
 def _kernels(
@@ -256,7 +262,7 @@ def _change(
 
 
 def _by_call(before: GroupStrata, now: GroupStrata) -> StageChange:
-    """Time a call: windows of unknown lengths hold unknown amounts of work, calls do not."""
+    """Compares time per call: without steps, the amount of work in a window is not known."""
     old, new = _call_means(before), _call_means(now)
     common = [name for name in new if name in old]
     weights = {name: (old[name][2] + new[name][2]) / 2 for name in common}
@@ -291,7 +297,7 @@ def _by_call(before: GroupStrata, now: GroupStrata) -> StageChange:
             category,
             old[name][1] if name in old else _absent(before),
             new[name][1] if name in new else _absent(now),
-            # A kernel that only one run calls is no slower or faster one.
+            # A kernel that only one run calls is neither faster nor slower.
             base if name in weights else 0.0,
             weights.get(name, 0.0),
         )
@@ -303,13 +309,13 @@ def _by_call(before: GroupStrata, now: GroupStrata) -> StageChange:
         categories=_largest_first(categories),
         kernels=_largest_first(kernels),
         cautions=(
-            "The source tells no steps: the time of a call is compared, whatever batch it was for",
+            "The source has no steps: times per call are compared, whatever their batch size",
         ),
     )
 
 
 def _call_means(group: GroupStrata) -> dict[str, tuple[str, float, float]]:
-    """By name: category, ns a call, calls a rank."""
+    """Maps kernel names to category, ns per call, calls per rank."""
     sums: dict[str, tuple[str, float, float]] = {}
     rows = zip(group.kernels, group.strata[0].kernels, group.calls, strict=True)
     for (category, name), ns, calls in rows:
@@ -331,29 +337,28 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else 0.0
 
 
-# Strata: the compared steps of a window sorted by the work they do, so that another run's
-# window with another mix of batches can be compared stratum by stratum.
+# Strata. The compared steps of a window are grouped by the work they do, so that they can be
+# compared with another run's window, whatever its mix of batch sizes.
 
 
-MAX_STRATA = 32  # of a work group, those with the most steps
-MAX_KERNELS = 300  # of a work group, those with the largest kernel time
+MAX_STRATA = 32  # kept of a work group: those with the most steps
+MAX_KERNELS = 300  # kept of a work group: those with the largest kernel time
 MIN_KERNELS = 20
-# Strata x kernels of a window: 64 replicas of 32 strata keep 29 kernels each.
-MAX_CELLS = 60_000
+MAX_CELLS = 60_000  # strata x kernels kept of a window; 64 groups of 32 strata keep 29 each
 UNKNOWN = -1
-DIGITS = 3  # decimals of a mean, ns
-_ROWS = 1_000_000  # of the table at once
+DIGITS = 3  # decimals kept of a mean in ns
+_ROWS = 1_000_000  # of the table that are summed at once, to bound memory
 _DECODE = "decode"
 
 Floats = npt.NDArray[np.float64]
 
 
 class StepWork(msgspec.Struct, frozen=True, order=True):
-    """What a step does. Steps of equal work are compared. -1 where the source does not tell.
+    """The work of a step; steps of equal work are compared. -1 where it is not known.
 
-    batch: requests, padded as for the graph that ran, where that is told. kv_bucket:
-    floor(log2(KV tokens per request)). token_bucket: floor(log2(new tokens)) of a step that is
-    not decode; in decode the batch says the same.
+    batch: requests, or the padded batch size of the graph that ran, if known. kv_bucket:
+    floor(log2(KV tokens per request)). token_bucket: floor(log2(new tokens)); -1 for decode,
+    where the batch says the same.
     """
 
     stage: str
@@ -366,8 +371,8 @@ class StepWork(msgspec.Struct, frozen=True, order=True):
 class Stratum(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of equal work; kernel times are means over these steps and the group's ranks, ns.
 
-    steps: how many. kernels: of each of `GroupStrata.kernels`. categories, compute_ns: of all
-    kernels, also of those that are not listed.
+    steps: number of steps. kernels: the time of each of `GroupStrata.kernels`, in that order.
+    categories, compute_ns: over all kernels, including those that are not listed.
     """
 
     work: StepWork
@@ -380,10 +385,11 @@ class Stratum(msgspec.Struct, frozen=True, kw_only=True):
 class GroupStrata(msgspec.Struct, frozen=True, kw_only=True):
     """The strata of one work group, the one with the most steps first.
 
-    steps: compared steps by stage, also those of strata that are left out; None where the source
-    tells no steps: then there is one stratum that holds the whole window, with `steps` 1, and
-    `calls` are the calls of each kernel, mean of the ranks. kernels: (category, name).
-    assigned_share: share of compute that lies in known steps. left_out_*: beyond the bounds.
+    steps: number of compared steps by stage, including those of strata that are left out; None
+    if the source has no steps. Then one stratum, with `steps` 1, holds the whole window, and
+    `calls` has the number of calls of each kernel, mean of the ranks. kernels: (category,
+    name). assigned_share: share of compute that lies in known steps. left_out_strata,
+    left_out_kernels: number beyond the bounds on what is kept.
     """
 
     group: str
@@ -398,7 +404,7 @@ class GroupStrata(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def strata(table: KernelTable, groups: Sequence[GroupCells]) -> tuple[GroupStrata, ...]:
-    """The strata of every work group. groups: as `cells.measure(table)` returns them."""
+    """The strata of every work group. groups: the result of `sum_times(table)`."""
     room = max(MIN_KERNELS, min(MAX_KERNELS, MAX_CELLS // max(1, len(groups) * MAX_STRATA)))
     return tuple(_group_strata(table, cells, room) for cells in groups)
 
@@ -406,11 +412,11 @@ def strata(table: KernelTable, groups: Sequence[GroupCells]) -> tuple[GroupStrat
 def _group_strata(table: KernelTable, cells: GroupCells, room: int) -> GroupStrata:
     works = _works(table, cells)
     sizes = Counter(works)
-    found = sorted(sizes, key=lambda work: (-sizes[work], work))
-    shown = found[:MAX_STRATA]
-    sums, calls = _sums(table, cells, [found.index(work) for work in works], len(found))
+    ordered = sorted(sizes, key=lambda work: (-sizes[work], work))
+    shown = ordered[:MAX_STRATA]
+    sums, calls = _sums(table, cells, [ordered.index(work) for work in works], len(ordered))
     ranks = len(cells.group.ranks)
-    steps = np.array([sizes[work] for work in found], dtype=np.int64)
+    steps = np.array([sizes[work] for work in ordered], dtype=np.int64)
     means = sums / np.maximum(1, steps[:, None] * ranks)
     totals = sums.sum(axis=0)
     order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
@@ -434,7 +440,7 @@ def _group_strata(table: KernelTable, cells: GroupCells, room: int) -> GroupStra
             )
             for at, work in enumerate(shown)
         ),
-        left_out_strata=len(found) - len(shown),
+        left_out_strata=len(ordered) - len(shown),
         left_out_kernels=max(0, len(order) - room),
         calls=() if cells.has_steps else tuple(float(calls[0, k]) / ranks for k in order[:room]),
     )
@@ -443,9 +449,10 @@ def _group_strata(table: KernelTable, cells: GroupCells, room: int) -> GroupStra
 def _sums(
     table: KernelTable, cells: GroupCells, of_step: Sequence[int], count: int
 ) -> tuple[Floats, Floats]:
-    """Kernel time, ns, and calls of all ranks by stratum and kernel, shape (count, kernels).
+    """Kernel time (ns) and calls, summed over ranks, each of shape (count, kernels).
 
-    of_step: the stratum of each compared step. Whole numbers below 2**53, so exact.
+    of_step: index of the stratum of each compared step. count: number of strata. The sums are
+    whole numbers below 2**53, so float64 is exact.
     """
     frame, width = table.frame, len(cells.kernels)
     words = {key: [str(w) for w in frame[key].cat.categories] for key in ("category", "name")}
@@ -456,48 +463,48 @@ def _sums(
     ).reshape(len(words["category"]), len(words["name"]))  # fmt: skip
     member = frame["rank"].cat.categories.isin(list(cells.group.ranks))
     numbers = np.array(cells.steps.numbers, np.int64)
-    stratum = np.array([*of_step, UNKNOWN], np.int64)  # the last one for other steps
+    stratum = np.array([*of_step, UNKNOWN], np.int64)  # the last entry is for other steps
     sums = np.zeros((2, count * width))
     for at in range(0, len(frame), _ROWS):
         part = frame.iloc[at : at + _ROWS]
-        own = np.zeros(len(part), np.int64)
+        of_row = np.zeros(len(part), np.int64)
         if cells.has_steps:
-            own = stratum[first_of(numbers, part["step"].to_numpy(np.int64))]
+            of_row = stratum[first_of(numbers, part["step"].to_numpy(np.int64))]
         which = kernel[part["category"].cat.codes, part["name"].cat.codes]
-        mine = (own >= 0) & (which >= 0) & member[part["rank"].cat.codes]
-        keys = own[mine] * width + which[mine]
-        sums[0] += np.bincount(keys, part["dur_ns"].to_numpy()[mine], count * width)
+        chosen = (of_row >= 0) & (which >= 0) & member[part["rank"].cat.codes]
+        keys = of_row[chosen] * width + which[chosen]
+        sums[0] += np.bincount(keys, part["dur_ns"].to_numpy()[chosen], count * width)
         sums[1] += np.bincount(keys, minlength=count * width)
     return sums[0].reshape(count, width), sums[1].reshape(count, width)
 
 
 def _works(table: KernelTable, cells: GroupCells) -> list[StepWork]:
-    """The work of each compared step; of a table without steps one for the whole window."""
+    """The work of each compared step; without steps, one entry for the whole window."""
     if not cells.has_steps:
         return [StepWork("", "", UNKNOWN, UNKNOWN, UNKNOWN)]
-    mine = table.steps[table.steps["rank"].isin(list(cells.group.ranks))]
+    steps = table.steps[table.steps["rank"].isin(list(cells.group.ranks))]
     numbers = cells.steps.numbers
 
     def largest(name: str) -> Ints:
-        """Of the ranks, which have one input: some may not tell."""
-        if name not in mine or mine.empty:
+        """Maximum over the ranks: all have the same input, but some may not record it."""
+        if name not in steps or steps.empty:
             return np.full(len(numbers), UNKNOWN, np.int64)
-        found = mine.groupby("step")[name].max().reindex(list(numbers)).fillna(UNKNOWN)
-        return found.to_numpy(np.int64)
+        values = steps.groupby("step")[name].max().reindex(list(numbers)).fillna(UNKNOWN)
+        return values.to_numpy(np.int64)
 
     substages = {}
-    if "substage" in mine:
-        told = mine[mine["substage"].astype(object) != ""]
-        substages = told.drop_duplicates("step").set_index("step")["substage"].to_dict()
+    if "substage" in steps:
+        known = steps[steps["substage"].astype(object) != ""]
+        substages = known.drop_duplicates("step").set_index("step")["substage"].to_dict()
     names = ("batch_size", "padded_batch", "kv_tokens", "tokens")
     columns = [largest(name).tolist() for name in names]
-    found = []
+    works = []
     for number, stage, batch, padded, kv, tokens in zip(
         numbers, cells.steps.stages, *columns, strict=True
     ):
         shape = padded if padded >= 0 else batch
         requests = batch if batch > 0 else shape
-        found.append(
+        works.append(
             StepWork(
                 stage=stage,
                 substage=str(substages.get(number, "")),
@@ -506,7 +513,7 @@ def _works(table: KernelTable, cells: GroupCells) -> list[StepWork]:
                 token_bucket=UNKNOWN if stage == _DECODE else _bucket(tokens),
             )
         )
-    return found
+    return works
 
 
 def _mean_work(ns: float) -> float:
@@ -514,5 +521,5 @@ def _mean_work(ns: float) -> float:
 
 
 def _bucket(tokens: int) -> int:
-    """floor(log2(tokens)), of 0 and 1 the same; -1 where they are unknown."""
+    """floor(log2(tokens)), and 0 for no tokens; -1 if unknown."""
     return UNKNOWN if tokens < 0 else max(1, tokens).bit_length() - 1

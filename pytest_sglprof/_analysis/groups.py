@@ -1,10 +1,10 @@
 """Which ranks are compared: those with identical input, and those that meet in a collective.
 
-Work groups have identical input, so that slower means slower; sync groups wait for each other.
+The ranks of a work group have identical input, so more time means a slower rank. The ranks of
+a sync group wait for each other.
 
-Plain data-parallel replicas and data-parallel attention give each `dp` its own requests,
-pipeline stages hold other layers, context-parallel ranks other tokens: across those,
-load is compared by other means, never kernel time.
+Kernel time is never compared across `dp` (own requests each), pipeline stages (other layers)
+or context-parallel ranks (other tokens); load is compared there instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class RankGroup:
     """Ranks that are compared with each other, in the order of the table.
 
-    label: what they share (`DP0 PP1`); "" when the table holds one group only. ranks: their
+    label: what they share (`DP0 PP1`); "" if the table has only one group. ranks: their
     labels.
     """
 
@@ -36,10 +36,10 @@ class RankGroup:
 
 
 def work_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
-    """Ranks with identical input: those of one `dp`, `pp` and `attn_cp`; order of appearance.
+    """Groups of ranks with the same `dp`, `pp` and `attn_cp`, in order of appearance.
 
-    An absent dimension counts as 0, since sources leave out sizes of 1. Labels that are
-    no rank's name form one group: a report that tells less has no finer truth.
+    An absent dimension counts as 0, since sources leave out dimensions of size 1. Labels that
+    are not a rank's name form one group, since nothing says how they differ.
     """
     members: dict[tuple[int, ...] | None, list[str]] = {}
     names: dict[tuple[int, ...] | None, str] = {}
@@ -55,18 +55,18 @@ def work_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
 
 
 def sync_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
-    """Ranks that meet: those of one `pp`, and of one `dp` where each has its own TP ranks.
+    """Groups of ranks that meet in collectives: one for each `pp`, and for each plain replica.
 
-    Under data-parallel attention every rank has another `tp` *and* `dp`, and all of them
-    meet; plain replicas count their `tp` from 0 again and never do. Labels that are no
-    rank's name form one group.
+    Under data-parallel attention every rank has its own `tp` *and* `dp`, and all of them
+    meet. Plain replicas each count `tp` from 0 and never meet. Labels that are not a rank's
+    name form one group.
     """
     parsed = {label: Rank.parse(label) for label in ranks}
     tensor: dict[int, list[int]] = {}
     for rank in parsed.values():
         if rank is not None:
             tensor.setdefault(rank.pp or 0, []).append(rank.tp or 0)
-    replicas = {pp for pp, found in tensor.items() if len(set(found)) < len(found)}
+    replicas = {pp for pp, numbers in tensor.items() if len(set(numbers)) < len(numbers)}
     members: dict[Rank | None, list[str]] = {}
     for label, rank in parsed.items():
         key = None
@@ -80,20 +80,18 @@ def sync_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
 
 
 def _sync_label(key: Rank | None, others: Mapping[Rank | None, object]) -> str:
-    """`DP0`, `PP1` or `DP0 PP1`: only what tells it from the other groups."""
+    """`DP0`, `PP1` or `DP0 PP1`: no more than distinguishes it from the other groups."""
     if key is None:
         return "unnamed"
     staged = len({other.pp for other in others if other is not None}) > 1
-    found = Rank(dp=key.dp, pp=key.pp if staged or key.dp is None else None)
-    return found.label
+    return Rank(dp=key.dp, pp=key.pp if staged or key.dp is None else None).label
 
 
-# Which steps of a window may be compared: those that every rank of a group has, whole.
+# The compared steps of a window are those that every rank of a group has in full.
 
-
-# A step at the edge of a window counts as cut when a rank has fewer than this share of
-# the activities that it should have. Whole steps of one stage differ by a few percent
-# (a sampling kernel more or less); a cut one lacks about half on average.
+# A step at the edge of a window counts as cut if a rank has less than this share of the
+# activities expected. Whole steps of one stage differ by a few percent (a sampling kernel more
+# or less), while a cut step lacks about half of them on average.
 WHOLE_STEP_SHARE = 0.9
 
 Floats = npt.NDArray[np.float64]
@@ -103,12 +101,12 @@ Floats = npt.NDArray[np.float64]
 class ComparedSteps:
     """The steps of one work group that can be compared.
 
-    numbers: their numbers, ascending. stages: the stage of each, same length.
-    unmatched: steps that some rank of the group lacks, or has in another stage.
-    cut: steps at the window's edges of which a rank has only a part.
-    excluded: common steps that some rank marks as unlike its peers (JIT compilation, graph
-    capture, a rebalance of experts).
-    counts: (stage, steps that some rank has in it, those of them that are matched).
+    numbers: step numbers, ascending. stages: the stage of each, same length.
+    unmatched: number of steps that some rank lacks, or has in another stage.
+    cut: number of steps at the window's edges that some rank recorded only in part.
+    excluded: number of common steps that some rank marks as unlike its peers (JIT
+    compilation, graph capture, a rebalance of experts).
+    counts: (stage, steps that any rank has in it, steps that all ranks have in it).
     """
 
     numbers: tuple[int, ...]
@@ -120,23 +118,23 @@ class ComparedSteps:
 
     @property
     def dropped(self) -> int:
-        """How many steps were seen on some rank but are not compared."""
+        """Number of steps that some rank has but that are not compared."""
         return self.unmatched + self.cut + self.excluded
 
     @property
     def seen(self) -> int:
-        """How many steps some rank of the group has."""
+        """Number of steps that any rank of the group has."""
         return len(self.numbers) + self.dropped
 
     def matched(self, stage: str = "") -> tuple[int, int]:
-        """How many steps all ranks have in the same stage, out of how many some rank has.
+        """Number of steps that all ranks have in the same stage, and that any rank has.
 
-        Excluded and cut ones are matched. stage: "" for all of them.
+        Excluded and cut steps count as matched. stage: "" for all stages.
         """
         if not stage:
             return self.seen - self.unmatched, self.seen
-        mine = [(found, seen) for word, seen, found in self.counts if word == stage]
-        return mine[0] if mine else (0, 0)
+        pairs = [(common, seen) for word, seen, common in self.counts if word == stage]
+        return pairs[0] if pairs else (0, 0)
 
 
 def steps_per_rank(table: KernelTable) -> dict[str, int]:
@@ -146,10 +144,10 @@ def steps_per_rank(table: KernelTable) -> dict[str, int]:
 
 
 def step_spans(table: KernelTable) -> pd.DataFrame:
-    """`rank, step, stage, excluded`, one row a step of a rank, as plain columns.
+    """One row for each step of each rank: `rank, step, stage, excluded`.
 
-    excluded: whether the step may not be compared. From the table's own steps; where it has
-    none, from the rows that carry a number.
+    excluded: True if the step must not be compared. Taken from the table's steps, or, if it
+    has none, from the step numbers of its activities.
     """
     source = table.steps
     if source.empty:
@@ -167,15 +165,15 @@ def step_spans(table: KernelTable) -> pd.DataFrame:
 def compared_steps(
     spans: pd.DataFrame, activities: pd.DataFrame, ranks: Sequence[str]
 ) -> ComparedSteps:
-    """Matches the steps of `ranks` by number and stage; drops the excluded and the cut ones.
+    """Matches the steps of `ranks` by number and stage; drops excluded and cut ones.
 
     spans: from `step_spans`. activities: `rank, step, count`, the number of activities
     of each rank in each step. Only the first and the last common step can be cut.
     """
-    mine = spans[spans["rank"].isin(list(ranks))]
-    by_step = mine.groupby("step", sort=True)["stage"].agg(["size", "nunique", "first"])
+    group_spans = spans[spans["rank"].isin(list(ranks))]
+    by_step = group_spans.groupby("step", sort=True)["stage"].agg(["size", "nunique", "first"])
     matched = by_step[(by_step["size"] == len(ranks)) & (by_step["nunique"] == 1)]
-    unlike = mine.loc[mine["excluded"], "step"].unique()
+    unlike = group_spans.loc[group_spans["excluded"], "step"].unique()
     common = matched[~matched.index.isin(unlike)]
     numbers = common.index.to_numpy(np.int64)
     stages = common["first"].to_numpy(object)
@@ -189,14 +187,14 @@ def compared_steps(
         unmatched=len(by_step) - len(matched),
         cut=int((~keep).sum()),
         excluded=len(matched) - len(common),
-        counts=_counts(mine, matched),
+        counts=_counts(group_spans, matched),
     )
 
 
-def _counts(mine: pd.DataFrame, matched: pd.DataFrame) -> tuple[tuple[str, int, int], ...]:
-    seen = mine.groupby("stage", sort=False)["step"].nunique()
-    found = matched["first"].value_counts()
-    return tuple((str(stage), int(n), int(found.get(stage, 0))) for stage, n in seen.items())
+def _counts(group_spans: pd.DataFrame, matched: pd.DataFrame) -> tuple[tuple[str, int, int], ...]:
+    seen = group_spans.groupby("stage", sort=False)["step"].nunique()
+    common = matched["first"].value_counts()
+    return tuple((str(stage), int(n), int(common.get(stage, 0))) for stage, n in seen.items())
 
 
 def _count_matrix(
@@ -211,10 +209,10 @@ def _count_matrix(
 
 
 def _is_cut(counts: Floats, stages: npt.NDArray[np.object_], edge: int) -> bool:
-    """True when a rank has less in this step than its peers *and* than it usually has.
+    """True if a rank has less in this step than its peers *and* less than it usually has.
 
-    Either alone proves nothing: one rank may always run fewer kernels than another, and
-    an odd step may be short on all of them alike.
+    Either alone proves nothing: a rank may always run fewer kernels than its peers, and an
+    odd step may be short on all ranks alike.
     """
     inner = np.arange(1, len(stages) - 1)
     inner = inner[stages[inner] == stages[edge]]

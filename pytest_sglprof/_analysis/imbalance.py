@@ -1,6 +1,6 @@
 """How unequal the ranks of a work group are: slowdown, imbalance factor, lost time.
 
-Definitions, units and formulas of every figure stand in docs/metrics.md.
+The definition, unit and formula of every figure are in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from pytest_sglprof._analysis.busy import Ints, Mask
 from pytest_sglprof._analysis.certainty import Certainty, Interval, certainty
 from pytest_sglprof._analysis.groups import steps_per_rank
-from pytest_sglprof._analysis.times import GroupCells, measure
+from pytest_sglprof._analysis.times import GroupCells, sum_times
 from pytest_sglprof._analysis.work import (
     UNKNOWN_WORK,
-    Measure,
+    InputUnit,
     StepInputs,
     Work,
     WorkWord,
@@ -41,14 +41,14 @@ __all__ = [
     "steps_per_rank",
 ]
 
-# Below half, the steps no longer speak for the window.
+# With less than half of the work or steps, the figures would not represent the window.
 MIN_ASSIGNED_SHARE = 0.5
 MIN_MATCHED_SHARE = 0.5
 MAX_CONTRIBUTORS = 5
 
 
 class KernelTime(msgspec.Struct, frozen=True):
-    """A kernel or category, and ns of kernel time by which a rank exceeds its peers in it."""
+    """A kernel or category, and by how much kernel time (ns) a rank exceeds its peers in it."""
 
     name: str
     ns: float
@@ -57,10 +57,10 @@ class KernelTime(msgspec.Struct, frozen=True):
 class RankFigure(msgspec.Struct, frozen=True):
     """One rank's time in the compared steps.
 
-    total_ns: kernel time, sum of durations, ns. busy_ns: busy time, Σ over the steps of the
-    length of the union, ns; of self times their sum. slowest_share: share of the steps with
-    any activity of the scope in which this rank alone was busy longest, 0 to 1; None without
-    steps.
+    total_ns: kernel time, the sum of durations, ns. busy_ns: busy time, the length of the
+    union summed over the steps, ns; for self times their sum. slowest_share: among the steps
+    with activity of the scope, the share in which this rank alone was busy longest, 0 to 1;
+    None without steps.
     """
 
     rank: str
@@ -78,28 +78,30 @@ class ImbalanceFinding(
     """How unequal the ranks of one work group are in one scope.
 
     scope: "compute", "communication", "all" or a category; kernel: a regular expression
-    or an exact name instead ("" for none); stage: "" for all steps together. All but
-    `ranks[].total_ns` and the contributors is made of busy time.
-    ranks: in the order of the table. slowdown: slowest rank / median of the others.
-    factor: λ, max / mean of the ranks' totals. lost_ns: Σ (max − mean) over the steps, ns.
-    lost_share: lost_ns / Σ max. Figures are None where `reason` says why.
-    slowest: label of the rank with the largest total; None when two share it.
-    share_of_compute: Σ total of the scope / the same of compute, same group.
-    contributors: the kernels in which the slowest exceeds the median of the others most, largest
-    first; category_contributors: the same by category.
-    others_ns: median total of the others, ns. group: label of the work group, "" if only
-    one. steps: compared steps with activity of the scope (None: the table knows no steps,
-    totals are compared). compared_steps: all that are compared. dropped_steps: seen on
-    some rank, not on all, or cut by the window's edge. interval, factor_interval,
-    lost_share_interval: 95 % of slowdown, factor and lost_share; p_value: of totals as unequal by
-    chance (None without steps). factor_sync: λ over sync segments, None where no collectives
-    are matched. cv: standard deviation / mean of the ranks' totals. lost_ns_per_step:
-    lost_ns / steps. share_of_step: Σ total / Σ busy time of the ranks in these steps.
-    work_*: the input of the slowest rank beside that of its peers, as in `Work`, None where it
-    is not known. other_input_steps: compared
-    steps in which ranks had other input or ran another graph. output_tokens: of the compared
-    decode steps; ns_per_token, lost_ns_per_token: Σ max and Σ (max − mean) of those steps /
-    output_tokens, ns. None where they are not known.
+    or an exact name instead ("" for none); stage: "" for all steps together. Times are busy
+    time, except `ranks[].total_ns` and the contributors, which are kernel time.
+
+    ranks: in the order of the table. slowest: label of the rank with the largest total; None
+    if two share it. others_ns: median total of the others, ns.
+    slowdown: largest total / others_ns. factor: λ, max / mean of the ranks' totals.
+    lost_ns: Σ (max − mean) over the steps, ns. lost_share: lost_ns / Σ max. interval,
+    factor_interval, lost_share_interval: 95 % of slowdown, factor and lost_share. p_value:
+    probability of totals this unequal by chance; None without steps. reason: why figures are
+    None, "" if they are not.
+    factor_sync: λ over sync segments; None if no collectives are matched. cv: standard
+    deviation / mean of the ranks' totals. lost_ns_per_step: lost_ns / steps.
+    share_of_compute: Σ total of the scope / Σ total of compute in the same group.
+    share_of_step: Σ total of the scope / Σ busy time of the ranks in the same steps.
+    contributors: the kernels in which the slowest rank exceeds the median of the others most,
+    largest first; category_contributors: the same by category.
+    group: label of the work group, "" if there is only one. steps: number of compared steps
+    with activity of the scope; None if the table has no steps, so that totals of the window
+    are compared. compared_steps: number of all compared steps. dropped_steps: number of steps
+    not compared, since some rank lacks them, has only a part or marks them as unlike its peers.
+    work_*: input of the slowest rank beside that of its peers, as in `Work`; None if not
+    known. other_input_steps: compared steps in which ranks differ in input or graph.
+    output_tokens: tokens of the compared decode steps; ns_per_token, lost_ns_per_token: Σ max
+    and Σ (max − mean) of those steps / output_tokens, ns. None if not known.
     """
 
     group: str
@@ -123,7 +125,7 @@ class ImbalanceFinding(
     share_of_step: Amount | None
     work_word: WorkWord | None
     work_ratio: Amount | None
-    work_by: Measure | None
+    work_by: InputUnit | None
     other_input_steps: Count
     output_tokens: Amount | None
     ns_per_token: Amount | None
@@ -138,7 +140,7 @@ class ImbalanceFinding(
 
     @property
     def has_steps(self) -> bool:
-        """False where the table knows no steps, so that totals of the window are compared."""
+        """False if the table has no steps, so that totals of the window are compared."""
         return self.steps is not None
 
     @property
@@ -148,26 +150,26 @@ class ImbalanceFinding(
 
     @property
     def one_sided(self) -> bool:
-        """True when the others' median is 0 while the slowest has activity: no ratio exists."""
+        """True if only the slowest rank has activity, so the others' median is 0: no ratio."""
         return not self.reason and self.others_ns == 0
 
     def figure(self, rank: str | None) -> RankFigure | None:
-        """The figure of a rank; None when there is none."""
-        return next((found for found in self.ranks if found.rank == rank), None)
+        """The figures of one rank; None if it is not in the group."""
+        return next((each for each in self.ranks if each.rank == rank), None)
 
 
 def imbalance(
     table: KernelTable, *, scope: str = "compute", kernel: str = "", stage: str = ""
 ) -> ImbalanceFinding:
-    """The finding of the worst work group (largest slowdown).
+    """The finding of the work group with the largest slowdown.
 
-    scope: "compute", "communication", "all" or a category. kernel: regular expression
-    over normalised names, searched; stands instead of the scope; all kernels that it
-    finds are summed. stage: "decode", "prefill", ... or "" for all steps together.
+    scope: "compute", "communication", "all" or a category. kernel: a regular expression
+    searched in normalised names, used instead of the scope; all kernels that match are
+    summed. stage: "decode", "prefill", ... or "" for all steps together.
     A table without ranks gives a finding without figures.
     """
-    found = imbalance_of_groups(measure(table), scope=scope, kernel=kernel, stage=stage)
-    return worst(found, scope=scope, kernel=kernel, stage=stage)
+    findings = imbalance_of_groups(sum_times(table), scope=scope, kernel=kernel, stage=stage)
+    return worst_finding(findings, scope=scope, kernel=kernel, stage=stage)
 
 
 def imbalance_of_groups(
@@ -179,10 +181,10 @@ def imbalance_of_groups(
     )
 
 
-def worst(
+def worst_finding(
     findings: Sequence[ImbalanceFinding], *, scope: str, kernel: str, stage: str
 ) -> ImbalanceFinding:
-    """The finding with the largest slowdown, then lost time; an empty one of none."""
+    """The finding with the largest slowdown, then lost time; an empty one if there are none."""
     if not findings:
         nothing: dict[str, Any] = dict.fromkeys(ImbalanceFinding.__struct_fields__)
         nothing |= dict.fromkeys(("lost_ns", "other_input_steps", "dropped_steps"), 0)
@@ -190,25 +192,25 @@ def worst(
         nothing |= {"group": "", "share_of_compute": 0.0, "reason": "no rank at all"}
         return ImbalanceFinding(**nothing | {"scope": scope, "kernel": kernel, "stage": stage})
 
-    def badness(found: ImbalanceFinding) -> tuple[float, int]:
-        return (math.inf if found.one_sided else found.slowdown or 0.0, found.lost_ns)
+    def badness(finding: ImbalanceFinding) -> tuple[float, int]:
+        return (math.inf if finding.one_sided else finding.slowdown or 0.0, finding.lost_ns)
 
     return max(findings, key=badness)
 
 
 def all_findings(table: KernelTable) -> tuple[ImbalanceFinding, ...]:
-    """Compute, communication, every category and every kernel, for each work group.
+    """Findings for compute, communication, every category and every kernel of each work group.
 
-    Categories and kernels by kernel time, largest first. In a kernel's finding `kernel`
-    is its exact normalised name and `scope` its category.
+    Categories and kernels with the largest kernel time come first. In a kernel's finding
+    `kernel` is its exact normalised name and `scope` its category.
     """
-    return tuple(found for cells in measure(table) for found in group_findings(cells))
+    return tuple(finding for cells in sum_times(table) for finding in group_findings(cells))
 
 
 def group_findings(
     cells: GroupCells, *, max_kernels: int | None = None
 ) -> tuple[ImbalanceFinding, ...]:
-    """`all_findings` of one work group; at most `max_kernels` kernels, the longest first."""
+    """`all_findings` of one work group, with at most `max_kernels` kernels, longest first."""
     scopes = dict.fromkeys(("compute", "communication", *cells.categories))
     findings = [_finding(cells, cells.select(scope), scope, "", "") for scope in scopes]
     kernel_ns = cells.kernel_totals(np.ones(len(cells.kernels), bool)).sum(axis=1)
@@ -241,7 +243,7 @@ def _finding(
     if slowest is not None and top is not None:
         by_kernel, by_category = _contributors(cells, chosen, stage, top)
     slowdown = float(totals.max() / others) if others and not reason else None
-    found = ImbalanceFinding(
+    finding = ImbalanceFinding(
         scope=scope,
         kernel=kernel,
         stage=stage,
@@ -277,41 +279,44 @@ def _finding(
         lost_ns_per_token=None,
     )
     if cells.inputs is None or reason:
-        return found
+        return finding
     return _with_inputs(
-        found, cells, cells.inputs, chosen, matrix, None if slowest is None else top
+        finding, cells, cells.inputs, chosen, matrix, None if slowest is None else top
     )
 
 
 def _with_inputs(
-    found: ImbalanceFinding,
+    finding: ImbalanceFinding,
     cells: GroupCells,
     inputs: StepInputs,
     chosen: Mask,
     matrix: Ints,
     top: int | None,
 ) -> ImbalanceFinding:
-    """The finding with what depends on the input of the steps. top: the slowest rank."""
-    rows = cells.stage_rows(found.stage)
+    """Adds the figures that depend on the input of the steps.
+
+    top: index of the slowest rank; None if two share the largest total.
+    """
+    rows = cells.stage_rows(finding.stage)
     work = UNKNOWN_WORK
     if top is not None:
         categories = {cells.kernels[at][0] for at in np.flatnonzero(chosen)}
         attention = categories == {"attention"}
-        work = compare_work(inputs, rows, top, found.slowdown, attention=attention)
+        work = compare_work(inputs, rows, top, finding.slowdown, attention=attention)
     decodes = matrix[(np.array(cells.steps.stages, object) == "decode")[rows]]
-    tokens = float(inputs.output_tokens[rows].sum())  # NaN where one step does not tell
-    found = replace(
-        found,
+    tokens = float(inputs.output_tokens[rows].sum())  # NaN if unknown for one step
+    finding = replace(
+        finding,
         work_word=work.word,
         work_ratio=work.ratio,
         work_by=work.by,
         other_input_steps=int(inputs.other[rows].sum()),
     )
     if not tokens > 0:
-        return found
+        return finding
     peak = float(decodes.max(axis=1).sum())
     return replace(
-        found,
+        finding,
         output_tokens=tokens,
         ns_per_token=peak / tokens,
         lost_ns_per_token=(peak - float(decodes.mean(axis=1).sum())) / tokens,
@@ -321,7 +326,7 @@ def _with_inputs(
 def _why_no_figures(
     cells: GroupCells, rows: int, totals: Ints, scope: str, kernel: str, stage: str
 ) -> str:
-    """The reason for which ranks cannot be compared; "" when they can."""
+    """Why the ranks cannot be compared; "" if they can."""
     ranks = cells.group.ranks
     if len(ranks) == 1:
         return f"{ranks[0]} is the only rank with this input, so it has no peer to compare with"
@@ -330,7 +335,7 @@ def _why_no_figures(
         who = "no rank" if len(silent) == len(ranks) else ", ".join(silent)
         return f"{who} recorded {'any' if who == 'no rank' else 'no'} activity"
     if stage and not cells.has_steps:
-        return f"the table knows no steps, so none of them is {stage}"
+        return f"the table has no steps, so {stage} steps cannot be selected"
     if rows == 0 and not stage and not cells.steps.dropped:
         return f"no step was recorded on {', '.join(ranks)}"
     if rows == 0:
@@ -340,7 +345,7 @@ def _why_no_figures(
     if cells.has_steps and matched < MIN_MATCHED_SHARE * seen:
         return (
             f"only {matched} of {seen} {f'{stage} ' if stage else ''}steps are on all of "
-            f"{', '.join(ranks)} in one stage; below half they do not speak for the window"
+            f"{', '.join(ranks)} in the same stage; at least half are required"
         )
     if cells.assigned_share < MIN_ASSIGNED_SHARE:
         return (
@@ -352,7 +357,7 @@ def _why_no_figures(
 
 
 def _slowest_and_others(totals: Ints) -> tuple[int | None, float | None]:
-    """Index of the only rank with the largest total, and the median of the others."""
+    """Index of the rank with the largest total (None if shared), and the median of the others."""
     if len(totals) < 2:
         return None, None
     top = int(totals.argmax())
@@ -379,7 +384,7 @@ def _rank_figures(
 def _contributors(
     cells: GroupCells, chosen: Mask, stage: str, top: int
 ) -> tuple[tuple[KernelTime, ...], tuple[KernelTime, ...]]:
-    """By kernel and by category: how much longer the slowest took than the others' median."""
+    """Extra time of the slowest rank over the others' median, by kernel and by category."""
     totals = cells.kernel_totals(chosen, stage)[chosen]
     names = [cells.kernels[at] for at in np.flatnonzero(chosen)]
     by_kernel = _over_others([name for _, name in names], totals, top)
@@ -387,7 +392,10 @@ def _contributors(
 
 
 def _over_others(keys: Sequence[str], totals: Ints, top: int) -> tuple[KernelTime, ...]:
-    """totals: shape (keys, ranks); those of equal keys are added up."""
+    """Extra time of rank `top` by key, largest first.
+
+    totals: shape (keys, ranks), ns; rows with equal keys are summed.
+    """
     places = {key: at for at, key in enumerate(dict.fromkeys(keys))}
     sums = np.zeros((len(places), totals.shape[1]), np.int64)
     np.add.at(sums, [places[key] for key in keys], totals)

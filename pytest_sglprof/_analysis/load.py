@@ -1,4 +1,4 @@
-"""Does the trace confirm what the load showed? Joins an onset with a window's kernels."""
+"""Checks the onset of a load imbalance against the kernels of a window."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadJoin:
-    """correlation: Pearson's r over the DP ranks between tokens held at the onset (requests,
-    where the source tells no tokens) and compute time in the window; None where it cannot
-    be had. sentence: the answer in words, with its numbers.
+    """Whether the compute of the DP ranks follows their load.
+
+    correlation: Pearson's r over the DP ranks between tokens held at the onset (requests, if
+    the source has no tokens) and compute time in the window; None if it does not exist.
+    sentence: the answer in words, with its numbers.
     """
 
     correlation: float | None
@@ -31,22 +33,22 @@ class LoadJoin:
 def join_load(onset: Onset, table: KernelTable) -> LoadJoin:
     """Whether ranks with more load at `onset` computed longer in the window `table`.
 
-    Compute of a DP rank is the mean over its ranks of kernel time outside of communication
-    and memory: per step where every rank has steps, else over the whole window, since a
-    rank without work runs no step.
+    Compute of a DP rank is the mean over its ranks of kernel time other than communication
+    and memory: per step if every rank has steps, else over the whole window, since a rank
+    without work runs no steps.
     """
     if len(onset.ranks) < 2:
-        return LoadJoin(None, "the load of one rank has nothing to be compared with")
+        return LoadJoin(None, "only one DP rank: nothing to compare")
     compute, per_step = compute_by_dp(table)
     pairs = [(load, compute.get(_dp(load.rank))) for load in onset.ranks]
     missing = [load.rank for load, ns in pairs if ns is None]
     if missing:
-        return LoadJoin(None, f"the trace holds nothing of {', '.join(missing)}")
+        return LoadJoin(None, f"the trace has no kernels of {', '.join(missing)}")
     weights = [_weight(load) for load, _ in pairs]
     times = [float(ns or 0.0) for _, ns in pairs]
     value = pearson(weights, times)
     if value is None:
-        return LoadJoin(None, "load or compute is the same on all ranks")
+        return LoadJoin(None, "no correlation: load or compute is the same on all ranks")
     unit = "a step" if per_step else "in the window"
     top = max(range(len(pairs)), key=lambda at: weights[at])
     others = [ns for at, ns in enumerate(times) if at != top]
@@ -57,7 +59,9 @@ def join_load(onset: Onset, table: KernelTable) -> LoadJoin:
         how = f"{times[top] / 1e6:.0f} ms {unit}, the others nothing"
     confirms = times[top] > rest
     word = "confirms" if confirms else "does not confirm"
-    sure = "of two ranks only the direction counts" if len(pairs) == 2 else f"{len(pairs)} ranks"
+    sure = (
+        "with two ranks only its sign means anything" if len(pairs) == 2 else f"{len(pairs)} ranks"
+    )
     return LoadJoin(
         value,
         f"the trace {word} it: {onset.ranks[top].rank} had most to do and computed {how} "
@@ -66,10 +70,10 @@ def join_load(onset: Onset, table: KernelTable) -> LoadJoin:
 
 
 def compute_by_dp(table: KernelTable) -> tuple[dict[int, float], bool]:
-    """DP rank -> compute, ns, and whether it is per step (else of the whole window).
+    """Maps DP ranks to compute, ns; the flag says per step, else over the whole window.
 
-    Of NVTX ranges only those of steps count: the others are the scheduler's own loop, which
-    waits where there is nothing to do.
+    Only the NVTX ranges of steps count: the others are the scheduler's loop, which also runs
+    while there is no work.
     """
     if table.has_idle_ranges:
         table = replace(table, frame=table.frame[table.frame["step"] >= 0])
@@ -84,13 +88,13 @@ def compute_by_dp(table: KernelTable) -> tuple[dict[int, float], bool]:
         totals = {rank: ns / steps[rank] for rank, ns in totals.items()}
     by_dp: dict[int, list[float]] = {}
     for rank, ns in totals.items():
-        if Rank.parse(rank) is not None:  # else a process whose rank is not known
+        if Rank.parse(rank) is not None:  # otherwise a process whose rank is unknown
             by_dp.setdefault(_dp(rank), []).append(ns)
-    return {dp: sum(found) / len(found) for dp, found in by_dp.items()}, per_step
+    return {dp: sum(times) / len(times) for dp, times in by_dp.items()}, per_step
 
 
 def pearson(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Pearson's correlation of two series; None where one of them does not vary."""
+    """Pearson's correlation of two series; None if either does not vary."""
     mean_left, mean_right = sum(left) / len(left), sum(right) / len(right)
     pairs = [(x - mean_left, y - mean_right) for x, y in zip(left, right, strict=True)]
     spread = math.sqrt(sum(x * x for x, _ in pairs) * sum(y * y for _, y in pairs))

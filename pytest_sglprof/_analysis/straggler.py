@@ -1,6 +1,6 @@
 """Which rank the others wait for, why, and whether that is certain.
 
-Definitions, units and formulas of every figure stand in docs/metrics.md.
+The definition, unit and formula of every figure are in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ Floats = npt.NDArray[np.float64]
 Cause = Literal["kernel", "more_work", "host_late", "throttled", "unexplained"]
 
 DEFAULT_LATENESS = 0.02
-# What makes at least half of a lateness is its cause.
-CAUSE_SHARE = 0.5
+CAUSE_SHARE = 0.5  # of the straggler's excess: explaining that much of it counts as its cause
 MAX_KERNELS = 10
 
 
 class RankLateness(msgspec.Struct, frozen=True, kw_only=True):
     """One rank of a sync group, over its matched collectives. Times in ns.
 
-    compute_ns: busy time of compute between them (without any: of the whole window);
-    idle_ns: the rest of the time between them. wait_ns: its waiting for others. late_ns: Σ of
-    how much later than the earliest it arrived. slowest_share: share of the steps in which it
-    alone is the latest. explained_share: share of all waiting that happened while it was the
-    last to arrive, 0 to 1. total_ns: sum of all its activities of the window, waiting
-    included. kernels: by which it exceeds the median of the others, largest first.
+    compute_ns: busy time of compute between the collectives (of the whole window if there are
+    none). idle_ns: the rest of the time between them. wait_ns: time it waited for others.
+    late_ns: Σ of its arrival after the earliest rank. slowest_share: share of the steps in
+    which it alone is the latest. explained_share: share of all waiting in collectives at which
+    it arrived last, 0 to 1. total_ns: sum of all its activities in the window, including
+    waiting. kernels: those in which it exceeds the median of the others, largest first.
     """
 
     rank: str
@@ -68,11 +67,13 @@ class RankLateness(msgspec.Struct, frozen=True, kw_only=True):
 class StragglerFinding(msgspec.Struct, frozen=True, kw_only=True, rename={"method": "waits_by"}):
     """Who is late in one sync group.
 
-    straggler: label, None for nobody. verdict: "fail" when somebody is, "pass" when surely
-    nobody is. cause: None without a straggler. lateness: by how much the latest rank is
-    later than the median of the others, as a share of the work; interval: 95 % of it;
-    p_value: of ranks as unequal by chance. totals_difference: (max - min) / max of the sums
-    of all activities. limit: of lateness. The rest as in `Waits`.
+    straggler: its label; None if there is none, or it is not certain. verdict: "fail" if there
+    is one, "pass" if there certainly is none. cause: None without a straggler. latest: label of
+    the latest rank, certain or not. lateness: the excess of the latest rank / the work: how
+    much later it arrives than the median of the others, as a share of compute and transfer;
+    interval: 95 % of it; limit: above it a rank is a straggler. p_value: probability of ranks
+    this unequal by chance. factor_sync: λ over sync segments. totals_difference: (max - min) /
+    max of the ranks' sums of all activities. The rest as in `Waits`.
     """
 
     group: str
@@ -109,14 +110,14 @@ def stragglers(
 ) -> tuple[StragglerFinding, ...]:
     """One finding for each sync group of the table, in its order.
 
-    waited: `waits(table)`, where they are known already.
-    limit: lateness below it, as a share of the work, is nobody's fault. min_steps: steps
-    (without any, collectives) that a verdict needs. clocks: of the ranks' GPUs, if known.
-    doubt: why the window is not whole; then every verdict is inconclusive.
+    waited: `waits(table)`, if already computed. limit: lateness up to which nobody is a
+    straggler. min_steps: number of steps (of collectives, without steps) that a verdict needs.
+    clocks: of the ranks' GPUs, if known. doubt: why the window is not whole, which makes every
+    verdict inconclusive; None if it is.
     """
     doubt = doubt or ("a trace of this window is truncated" if table.partial else None)
     waited = waits(table) if waited is None else waited
-    findings = (_finding(table, found, limit, min_steps, clocks) for found in waited)
+    findings = (_finding(table, each, limit, min_steps, clocks) for each in waited)
     return tuple(_doubted(finding, doubt) if doubt else finding for finding in findings)
 
 
@@ -125,13 +126,13 @@ def _doubted(finding: StragglerFinding, doubt: str) -> StragglerFinding:
 
 
 def _finding(
-    table: KernelTable, found: Waits, limit: float, min_steps: int, clocks: Sequence[GpuClocks]
+    table: KernelTable, waited: Waits, limit: float, min_steps: int, clocks: Sequence[GpuClocks]
 ) -> StragglerFinding:
-    parts = segments(table, found)
-    late = _by_step(found.lateness[1:], found.step[1:])
+    parts = segments(table, waited)
+    late = _by_step(waited.late_ns[1:], waited.step[1:])
     ranks = _ranks(table, parts, late)
     base = StragglerFinding(
-        group=found.group.label,
+        group=waited.group.label,
         straggler=None,
         verdict="inconclusive",
         reason="",
@@ -144,27 +145,30 @@ def _finding(
         limit=limit,
         factor_sync=sync_factor(parts.compute),
         totals_difference=_difference([rank.total_ns for rank in ranks]),
-        steps=len(np.unique(found.step[found.step >= 0])),
-        collectives=len(found.step),
-        unmatched=found.unmatched,
-        transfer_ns=float(np.median(found.transfer)) if len(found.transfer) else None,
-        skew_ns=float(np.median(found.skew)) if len(found.skew) else None,
-        method=found.method,
-        clock_offsets_ns=found.offsets,
-        clock_uncertainty_ns=found.uncertainty_ns,
+        steps=len(np.unique(waited.step[waited.step >= 0])),
+        collectives=len(waited.step),
+        unmatched=waited.unmatched,
+        transfer_ns=float(np.median(waited.transfer)) if len(waited.transfer) else None,
+        skew_ns=float(np.median(waited.skew)) if len(waited.skew) else None,
+        method=waited.method,
+        clock_offsets_ns=waited.offsets,
+        clock_uncertainty_ns=waited.uncertainty_ns,
     )
-    if found.reason:
-        return replace(base, reason=found.reason)
-    work = float(np.median(parts.compute, axis=1).sum() + found.transfer[1:].sum())
-    if len(late) < 2 or not work:
-        return replace(base, reason=f"{len(late)} steps between collectives are too few")
+    if waited.reason:
+        return replace(base, reason=waited.reason)
+    work = float(np.median(parts.compute, axis=1).sum() + waited.transfer[1:].sum())
+    if len(late) < 2:
+        reason = f"steps with work between collectives: {len(late)}, at least 2 are needed"
+        return replace(base, reason=reason)
+    if not work:
+        return replace(base, reason="no compute was recorded between collectives")
     totals = late.sum(axis=0)
     top = int(totals.argmax())
-    excess = float(totals[top] - np.median(np.delete(totals, top)))
+    excess = _excess(totals, top)
     interval, p_value = excess_certainty(late)
     base = replace(
         base,
-        latest=found.group.ranks[top] if excess > 0 else None,
+        latest=waited.group.ranks[top] if excess > 0 else None,
         lateness=excess / work,
         interval=(interval[0] / work, interval[1] / work),
         p_value=p_value,
@@ -173,28 +177,28 @@ def _finding(
     if len(late) < min_steps:
         reason = f"{len(late)} {rows} with matched collectives, {min_steps} are needed"
         return replace(base, reason=reason)
-    doubt = _doubt_of_durations(base, found, top, work / len(late))
+    doubt = _doubt_of_durations(base, waited, top, work / len(late))
     return _judged(base, table, parts, doubt, top, excess, clocks)
 
 
-def _doubt_of_durations(base: StragglerFinding, found: Waits, top: int, work: float) -> str | None:
-    """Why waits by duration do not tell who is late; None when they do, or are by arrival.
+def _doubt_of_durations(base: StragglerFinding, waited: Waits, top: int, work: float) -> str | None:
+    """Why waits by duration do not show who is late; None if they do, or are by arrival.
 
-    A rank that is held up inside a collective ends late there, which looks like waiting.
-    work: of a step, ns.
+    A rank that is held up inside a collective ends it late, which looks like waiting.
+    work: mean work of a step, ns.
     """
     if base.method != "duration":
         return None
     low, high = base.interval or (0.0, 0.0)
     if (base.lateness or 0.0) <= base.limit:
-        return None if max(-low, high) <= base.limit else "nobody is cleared"
+        return None if max(-low, high) <= base.limit else "no rank is certainly on time"
     if base.ranks[top].explained_share < CAUSE_SHARE:
         return "who arrives last is not known"
-    if found.offsets is None or found.uncertainty_ns is None:
+    if waited.offsets is None or waited.uncertainty_ns is None:
         return None
-    if low * work <= found.uncertainty_ns:
-        return "a step's lateness is not surely above their uncertainty"
-    begun = found.start - found.start.min() - np.array(found.offsets)
+    if low * work <= waited.uncertainty_ns:
+        return "the lateness in a step is not certainly above their uncertainty"
+    begun = waited.start - waited.start.min() - np.array(waited.offsets)
     first = (begun - begun.min(axis=1, keepdims=True)).sum(axis=0)
     if int(first.argmax()) != top:
         return f"by its start {base.ranks[int(first.argmax())].rank} is the latest"
@@ -210,7 +214,7 @@ def _judged(
     excess: float,
     clocks: Sequence[GpuClocks],
 ) -> StragglerFinding:
-    """The verdict on figures that are enough for one."""
+    """The verdict, once there are enough steps for one. top: index of the latest rank."""
     who, lateness = base.ranks[top].rank, base.lateness or 0.0
     low, high = base.interval or (0.0, 0.0)
     figures = f"{who} arrives {_percent(lateness)} of the work later than the others' median"
@@ -237,12 +241,12 @@ def _judged(
 def _cause(
     table: KernelTable, parts: Segments, top: int, excess: float, clocks: Sequence[GpuClocks]
 ) -> tuple[Cause, str]:
-    """What the straggler did before it arrived."""
+    """Why the straggler arrived late, as a word and as a phrase. excess: of rank `top`, ns."""
     group = parts.waits.group
     compute = parts.compute.sum(axis=0).astype(np.float64)
     idle = (parts.span.sum(axis=0) - compute).astype(np.float64)
-    computes, idles = _over_others(compute, top), _over_others(idle, top)
-    if computes >= CAUSE_SHARE * excess:
+    more_compute, more_idle = _excess(compute, top), _excess(idle, top)
+    if more_compute >= CAUSE_SHARE * excess:
         slower = compute[top] / max(float(np.median(np.delete(compute, top))), 1.0)
         numbers = np.unique(parts.waits.step)
         inputs = step_inputs(table.steps, numbers.tolist(), group.ranks)
@@ -256,25 +260,28 @@ def _cause(
         kernels = _kernels(table, parts)[top]
         first = f", most of all {kernels[0].name}" if kernels else ""
         return "kernel", f"it computes {slower:.2f}x as long at the same work{first}"
-    if idles >= CAUSE_SHARE * excess:
-        return "host_late", f"it is idle {_percent(idles / excess)} of that time: its host is late"
-    return "unexplained", "neither its compute nor its idle time accounts for it"
+    if more_idle >= CAUSE_SHARE * excess:
+        return (
+            "host_late",
+            f"it is idle {_percent(more_idle / excess)} of that time: its host is late",
+        )
+    return "unexplained", "neither its compute nor its idle time explains it"
 
 
 def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLateness, ...]:
-    found = parts.waits
+    waited = parts.waits
     frame = table.frame
     every = frame.groupby("rank", observed=True)["dur_ns"].sum()
     compute = parts.compute.sum(axis=0)
     idle = np.maximum(0, parts.span.sum(axis=0) - compute)
-    if not len(parts.span):  # then the figures that remain are those of the whole window
-        compute = _window_compute(table, found.group.ranks)
-    waiting = found.wait[1:]
+    if not len(parts.span):  # without collectives
+        compute = _window_compute(table, waited.group.ranks)
+    waiting = waited.wait[1:]
     last = waiting.argmin(axis=1) if waiting.size else np.zeros(0, int)
-    caused = np.bincount(last, weights=waiting.sum(axis=1), minlength=len(found.group.ranks))
+    caused = np.bincount(last, weights=waiting.sum(axis=1), minlength=len(waited.group.ranks))
     at_top = late == late.max(axis=1, keepdims=True, initial=0.0)
     alone = at_top & (at_top.sum(axis=1, keepdims=True) == 1)
-    shares: list[float | None] = [None] * len(found.group.ranks)
+    shares: list[float | None] = [None] * len(waited.group.ranks)
     if len(late):
         shares = [float(share) for share in alone.mean(axis=0)]
     kernels = _kernels(table, parts)
@@ -290,7 +297,7 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
             idle_ns=int(idle[at]),
             total_ns=int(every.get(rank, 0)),
         )
-        for at, rank in enumerate(found.group.ranks)
+        for at, rank in enumerate(waited.group.ranks)
     )
 
 
@@ -305,7 +312,7 @@ def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.
 
 
 def _kernels(table: KernelTable, parts: Segments) -> list[tuple[KernelTime, ...]]:
-    """For each rank, kernels by which it exceeds the median of the others."""
+    """For each rank, the kernels in which it exceeds the median of the others."""
     size = len(parts.waits.group.ranks)
     if not len(parts.rows) or size < 2:
         return [()] * size
@@ -314,17 +321,17 @@ def _kernels(table: KernelTable, parts: Segments) -> list[tuple[KernelTime, ...]
     codes = names.cat.codes.to_numpy(np.int64)
     sums = np.zeros((len(names.cat.categories), size), np.int64)
     np.add.at(sums, (codes, parts.rank), chosen["dur_ns"].to_numpy(np.int64))
-    found = []
+    per_rank = []
     for at in range(size):
         over = sums[:, at] - np.median(np.delete(sums, at, axis=1), axis=1)
         pairs = sorted(zip(names.cat.categories, over, strict=True), key=lambda p: (-p[1], p[0]))
         longer = [KernelTime(str(n), float(ns)) for n, ns in pairs[:MAX_KERNELS] if ns > 0]
-        found.append(tuple(longer))
-    return found
+        per_rank.append(tuple(longer))
+    return per_rank
 
 
 def _by_step(values: Floats, step: npt.NDArray[np.int64]) -> Floats:
-    """Rows summed by step; as they are where the steps are not known."""
+    """Sums rows by step; returns them unchanged if the steps are not known."""
     if not len(step) or step.min() < 0:
         return values
     numbers, where = np.unique(step, return_inverse=True)
@@ -333,7 +340,8 @@ def _by_step(values: Floats, step: npt.NDArray[np.int64]) -> Floats:
     return full
 
 
-def _over_others(values: Floats, top: int) -> float:
+def _excess(values: Floats, top: int) -> float:
+    """How far rank `top` is above the median of the others."""
     return float(values[top] - np.median(np.delete(values, top)))
 
 

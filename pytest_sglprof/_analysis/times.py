@@ -1,7 +1,7 @@
-"""The kernel table summed once into small cells, from which every figure is made.
+"""Sums the kernel table once into small cells, from which every figure is computed.
 
 A cell is the time of one kernel on one rank in one step. A window of 50 steps, 8 ranks and
-60 kernels has 24,000 of them, however many activities it holds.
+60 kernels has 24,000 cells, however many activities it holds.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SyncCells:
-    """Times in sync segments, of which each is cut where a step ends.
+    """Times in sync segments, each split into pieces where a step ends.
 
-    times: owners are the pieces of all ranks, rank by rank. step, segment: of each piece, as
-    indices. segments: how many there are.
+    times: its owners are the pieces of all ranks, rank by rank. step, segment: the indices of
+    each piece's step and segment. segments: number of segments.
     """
 
     times: BusyTimes
@@ -48,13 +48,14 @@ class SyncCells:
 
 @dataclass(frozen=True)
 class GroupCells:
-    """The times of one work group in its compared steps (or over everything).
+    """The times of one work group in its compared steps, or of the whole window.
 
-    times: owners are the steps of all ranks, rank by rank. kernels: (category, normalised
-    name) pairs. has_steps: False when the table knows no steps; then there is one pseudo-step
-    that holds everything. assigned_share: share of the group's compute time that belongs to
-    some step, 0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
-    inputs: what each rank had to do in each step; None without steps.
+    times: its owners are the steps of all ranks, rank by rank. kernels: (category, normalised
+    name) pairs. has_steps: False if the table has no steps; then one pseudo-step holds
+    everything. assigned_share: share of the group's compute time that lies in known steps,
+    0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
+    inputs: input of each rank in each step; None without steps. sync: times in sync segments;
+    None if no collectives are matched.
     """
 
     group: RankGroup
@@ -69,7 +70,7 @@ class GroupCells:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """Categories with a cell, by kernel time, largest first."""
+        """The categories that occur, largest kernel time first."""
         every = self.kernel_totals(np.ones(len(self.kernels), bool)).sum(axis=1)
         totals: dict[str, int] = {}
         for (category, _), ns in zip(self.kernels, every, strict=True):
@@ -77,10 +78,10 @@ class GroupCells:
         return tuple(sorted(totals, key=lambda name: (-totals[name], name)))
 
     def select(self, scope: str, kernel: str = "") -> Mask:
-        """Which kernels a scope, or a regular expression over names, means.
+        """Mask of the kernels in a scope, or matched by a regular expression, shape (kernels,).
 
-        Shape (kernels,). scope: "all", "compute" (all but communication and memory) or a
-        category. A `kernel` expression stands instead of the scope.
+        scope: "all", "compute" (all but communication and memory) or a category. kernel: a
+        regular expression searched in normalised names; if given, the scope is ignored.
         """
         if kernel:
             search = re.compile(kernel).search
@@ -106,11 +107,11 @@ class GroupCells:
 
         Rows of kernels that were not chosen are zero.
         """
-        cells, mine = self.times, self.times.cells_of(kernels)
+        cells, chosen = self.times, self.times.cells_of(kernels)
         totals = np.zeros((len(self.kernels), len(self.group.ranks)), np.int64)
-        rank, step = np.divmod(cells.owner[mine], self._rows)
-        ns = np.where(self.stage_rows(stage)[step], cells.ns[mine], 0)
-        np.add.at(totals, (cells.kernel[mine], rank), ns)
+        rank, step = np.divmod(cells.owner[chosen], self._rows)
+        ns = np.where(self.stage_rows(stage)[step], cells.ns[chosen], 0)
+        np.add.at(totals, (cells.kernel[chosen], rank), ns)
         return totals
 
     def compute_ns(self, stage: str = "") -> int:
@@ -126,9 +127,9 @@ class GroupCells:
         if self.sync is None:
             return None
         pieces = self.sync.times.busy(kernels).reshape(len(self.group.ranks), -1).T
-        mine = self.stage_rows(stage)[self.sync.step]
+        in_stage = self.stage_rows(stage)[self.sync.step]
         sums = np.zeros((self.sync.segments, len(self.group.ranks)), np.int64)
-        np.add.at(sums, self.sync.segment[mine], pieces[mine])
+        np.add.at(sums, self.sync.segment[in_stage], pieces[in_stage])
         return sync_factor(sums)
 
     @cached_property
@@ -147,37 +148,37 @@ class GroupCells:
         return len(self.steps.numbers) if self.has_steps else 1
 
     def stage_rows(self, stage: str) -> Mask:
-        """Which rows of the step axis a stage means, shape (steps,)."""
+        """Mask of the steps of a stage ("" for all), shape (steps,)."""
         if not stage:
             return np.ones(self._rows, bool)
         if not self.has_steps:
             return np.zeros(1, bool)
-        return np.array([found == stage for found in self.steps.stages], dtype=bool)
+        return np.array([each == stage for each in self.steps.stages], dtype=bool)
 
 
-def measure(table: KernelTable) -> tuple[GroupCells, ...]:
+def sum_times(table: KernelTable) -> tuple[GroupCells, ...]:
     """Sums a kernel table into the cells of each of its work groups.
 
-    Only steps that all ranks of a group have count, and of those only whole ones. A table
-    without any step is summed as a whole.
+    Only steps that every rank of a group has in full count. A table without steps is summed
+    as a whole.
     """
     rows = _rows_of(table)
     spans = step_spans(table)
-    synced = [segments(table, found) for found in waits(table) if len(found.step) > 1]
-    found = []
+    synced = [segments(table, waited) for waited in waits(table) if len(waited.step) > 1]
+    groups = []
     for group in work_groups(table.ranks):
-        mine = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
-        cells = _group_cells(group, rows, spans, mine[0] if mine else None)
+        around = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
+        cells = _group_cells(group, rows, spans, around[0] if around else None)
         if cells.has_steps:
             inputs = step_inputs(table.steps, cells.steps.numbers, group.ranks)
             cells = replace(cells, inputs=inputs)
-        found.append(cells)
-    return tuple(found)
+        groups.append(cells)
+    return tuple(groups)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The table's activities as numbers. rank, kernel: indices into ranks and kernels."""
+    """The table's activities as parallel arrays. rank, kernel: indices into ranks and kernels."""
 
     ranks: tuple[str, ...]
     kernels: tuple[tuple[str, str], ...]
@@ -240,42 +241,42 @@ def _group_cells(
     group: RankGroup, rows: _Rows, spans: pd.DataFrame, part: Segments | None
 ) -> GroupCells:
     member = _positions(group.ranks, rows.ranks)[rows.rank]
-    mine = member >= 0
-    has_steps = not spans.empty  # a replica without any has no steps, not no concept of them
+    chosen = member >= 0
+    has_steps = not spans.empty  # of the table: a replica that ran none still has steps, zero
     counts = rows.counts[rows.counts["rank"].isin(group.ranks)]
     steps = compared_steps(spans, counts, group.ranks)
-    # Of compute only: between steps an idle server waits for requests in a collective.
-    compute = mine & rows.is_compute
+    # Compute only: an idle server waits for requests inside a collective, between steps.
+    compute = chosen & rows.is_compute
     every = int(rows.dur[compute].sum())
     assigned = int(rows.dur[compute & (rows.step >= 0)].sum())
-    # NVTX ranges outside of steps are the scheduler's own loop (idle, receive), no kernels
-    # that lost their step; they cannot say how much of the work the steps cover.
-    is_telling = has_steps and not rows.has_idle_ranges and every > 0
-    step = np.zeros(len(mine), np.int64)
+    # NVTX ranges outside of steps are the scheduler's loop (idle, receive), not kernels whose
+    # step is unknown, so with them the share of assigned work cannot be measured.
+    is_measurable = has_steps and not rows.has_idle_ranges and every > 0
+    step = np.zeros(len(chosen), np.int64)
     if has_steps:
         step = first_of(np.array(steps.numbers, np.int64), rows.step)
-        mine &= step >= 0
-    at = np.flatnonzero(mine)
+        chosen &= step >= 0
+    at = np.flatnonzero(chosen)
     present = np.flatnonzero(np.bincount(rows.kernel[at], minlength=1) > 0)
     kernel = np.full(len(rows.kernels) + 1, -1, np.int64)
     kernel[present] = np.arange(len(present))
     length = len(steps.numbers) if has_steps else 1
-    found = Activities(
+    activities = Activities(
         kernel[rows.kernel[at]], member[at] * length + step[at], rows.start[at], rows.dur[at]
     )
-    place = np.where(mine, step, -1)
+    place = np.where(chosen, step, -1)
     return GroupCells(
         group=group,
         steps=steps,
         has_steps=has_steps,
         kernels=tuple(rows.kernels[k] for k in present if rows.kernels),
         times=busy_times(
-            found,
+            activities,
             len(present),
             length * len(group.ranks),
             is_timeline=rows.is_timeline,
         ),
-        assigned_share=assigned / every if is_telling else 1.0,
+        assigned_share=assigned / every if is_measurable else 1.0,
         active=frozenset(str(rank) for rank in counts["rank"].unique()),
         sync=None if part is None else _sync(rows, kernel, member, place, length, part),
     )
@@ -284,20 +285,20 @@ def _group_cells(
 def _sync(
     rows: _Rows, kernel: Ints, member: Ints, step: Ints, length: int, part: Segments
 ) -> SyncCells:
-    """Of a sync group's segments what belongs to a work group's ranks and steps.
+    """The part of a sync group's segments that belongs to a work group's ranks and steps.
 
-    kernel: of each of the table's kernels, member, step: of each activity, the index in the
-    work group; -1 for none. length: how many steps there are.
+    kernel: index in the work group of each of the table's kernels. member, step: the same for
+    each activity's rank and step. All of them -1 for none. length: number of steps.
     """
-    found, rank = kernel[rows.kernel[part.rows]], member[part.rows]
-    kept = (found >= 0) & (rank >= 0) & (step[part.rows] >= 0)
+    local, rank = kernel[rows.kernel[part.rows]], member[part.rows]
+    kept = (local >= 0) & (rank >= 0) & (step[part.rows] >= 0)
     at = part.rows[kept]
     pieces, piece = np.unique(part.segment[kept] * length + step[at], return_inverse=True)
     owner = rank[kept] * len(pieces) + piece
     ranks = int(member.max(initial=-1)) + 1
     return SyncCells(
         times=busy_times(
-            Activities(found[kept], owner, rows.start[at], rows.dur[at]),
+            Activities(local[kept], owner, rows.start[at], rows.dur[at]),
             int(kernel.max(initial=-1)) + 1,
             ranks * len(pieces),
             is_timeline=rows.is_timeline,
@@ -310,5 +311,5 @@ def _sync(
 
 def _positions(known: Sequence[object], values: Sequence[object]) -> Ints:
     """Index into `known` of each value, -1 for none; shape of `values`."""
-    found: Ints = pd.Index(list(known)).get_indexer(pd.Index(list(values))).astype(np.int64)
-    return found
+    at: Ints = pd.Index(list(known)).get_indexer(pd.Index(list(values))).astype(np.int64)
+    return at

@@ -1,4 +1,4 @@
-"""What each rank had to do in each step, and whether that explains that one took longer."""
+"""The input of each rank in each step, and whether it explains why a rank took longer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from pytest_sglprof._analysis.busy import Ints, Mask
 
 Floats = npt.NDArray[np.float64]
 WorkWord = Literal["more_work", "same_work"]
-Measure = Literal["tokens", "requests", "padded batch", "KV tokens"]
+InputUnit = Literal["tokens", "requests", "padded batch", "KV tokens"]
 
-# What explains at least half of a difference is its cause.
-EXPLAINED_SHARE = 0.5
-# KV lengths that lie further apart are another bucket.
-KV_BUCKET = 2.0
+EXPLAINED_SHARE = 0.5  # of a difference: explaining that much of it counts as its cause
+KV_BUCKET = 2.0  # KV lengths that differ by this factor or more count as other input
 UNKNOWN = -1
 
 
@@ -27,14 +25,14 @@ UNKNOWN = -1
 class Work:
     """The input of one rank beside that of its peers.
 
-    word: "more_work" where it explains at least half of how much longer the rank took,
-    "same_work" where it does not, None where no source tells it. ratio: of the rank's input /
-    the median of the others', None where not known. by: in what the input was counted.
+    word: "more_work" if it explains at least half of the extra time, "same_work" if it does
+    not, None if the input is not known. ratio: the rank's input / the median of the others',
+    None if not known. by: the unit in which the input was counted.
     """
 
     word: WorkWord | None = None
     ratio: float | None = None
-    by: Measure | None = None
+    by: InputUnit | None = None
 
 
 UNKNOWN_WORK = Work()
@@ -42,11 +40,11 @@ UNKNOWN_WORK = Work()
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The input of each rank in each step, shape (steps, ranks); -1 where it is not told.
+    """The input of each rank in each step, shape (steps, ranks); -1 where it is not known.
 
-    batch_size: requests. tokens: new ones. padded_batch: requests that a graph was replayed
-    for; where it is not told, batch_size. kv_tokens: of the KV cache. output_tokens: of the
-    step on all ranks together, shape (steps,); 0 where a step makes none, NaN where not told.
+    batch_size: requests. tokens: new tokens. padded_batch: batch size of the replayed graph;
+    batch_size where it is not known. kv_tokens: tokens in the KV cache. output_tokens: tokens
+    that all ranks together generate in the step, shape (steps,); NaN where not known.
     """
 
     batch_size: Ints
@@ -57,10 +55,10 @@ class StepInputs:
 
     @property
     def other(self) -> Mask:
-        """Steps in which ranks had other input, or ran another graph, shape (steps,)."""
+        """Mask of the steps in which ranks differ in input or graph, shape (steps,)."""
         exact = (self.batch_size, self.tokens, self.padded_batch)
-        found: Mask = np.any([_spread(values) > 1.0 for values in exact], axis=0)
-        return found | (_spread(self.kv_tokens) >= KV_BUCKET)
+        differs: Mask = np.any([_spread(values) > 1.0 for values in exact], axis=0)
+        return differs | (_spread(self.kv_tokens) >= KV_BUCKET)
 
 
 def step_inputs(steps: pd.DataFrame, numbers: Sequence[int], ranks: Sequence[str]) -> StepInputs:
@@ -84,19 +82,19 @@ def step_inputs(steps: pd.DataFrame, numbers: Sequence[int], ranks: Sequence[str
 def compare_work(
     inputs: StepInputs, steps: Mask, rank: int, slowdown: float | None, *, attention: bool = False
 ) -> Work:
-    """Whether `rank` had more to do than its peers in the chosen steps.
+    """Compares the input of `rank` with that of its peers, over the chosen steps.
 
-    slowdown: how many times as long as they it took. attention: whether the figure is about
-    attention only, which also grows with the KV cache that it looks back on.
+    rank: column of `inputs`. slowdown: its time / the median of the others', None if unknown.
+    attention: True if only attention is timed, whose time also grows with the KV cache.
     """
     known: list[Work] = []
-    measures: list[tuple[Measure, Ints]] = [("tokens", inputs.tokens)]
+    units: list[tuple[InputUnit, Ints]] = [("tokens", inputs.tokens)]
     if (inputs.tokens[steps] < 0).any():
-        measures = [("requests", inputs.batch_size)]
-    measures.append(("padded batch", inputs.padded_batch))
+        units = [("requests", inputs.batch_size)]
+    units.append(("padded batch", inputs.padded_batch))
     if attention:
-        measures.append(("KV tokens", inputs.kv_tokens))
-    for by, values in measures:
+        units.append(("KV tokens", inputs.kv_tokens))
+    for by, values in units:
         ratio = _ratio(values[steps], rank)
         if ratio is not None:
             known.append(Work(_word(ratio, slowdown), ratio, by))
@@ -113,7 +111,7 @@ def _word(ratio: float, slowdown: float | None) -> WorkWord | None:
 
 
 def _ratio(values: Ints, rank: int) -> float | None:
-    """Of a rank's sum / the median of the others'; None where some value is not known."""
+    """A rank's sum / the median of the others'; None if any value is not known."""
     if not values.size or values.shape[1] < 2 or (values < 0).any():
         return None
     sums = values.sum(axis=0)
@@ -122,12 +120,12 @@ def _ratio(values: Ints, rank: int) -> float | None:
 
 
 def _spread(values: Ints) -> Floats:
-    """Largest / smallest over ranks, shape (steps,); 1 where some value is not known."""
+    """Largest / smallest value over the ranks, shape (steps,); 1 where any is not known."""
     if not values.size:
         return np.ones(len(values))
     low, high = values.min(axis=1), values.max(axis=1)
     known = low >= 0
-    # A rank without any beside one with some is as far apart as can be.
+    # 0.5 instead of 0: a rank without input differs from one with any.
     return np.where(known & (high > low), high / np.maximum(low, 0.5), 1.0)
 
 
@@ -139,15 +137,15 @@ def _wide(
         return full
     row = pd.Index(list(numbers)).get_indexer(pd.Index(steps["step"]))
     column = pd.Index(list(ranks)).get_indexer(pd.Index(steps["rank"].astype(object)))
-    mine = (row >= 0) & (column >= 0)
-    full[row[mine], column[mine]] = steps[name].to_numpy(np.float64)[mine]
+    inside = (row >= 0) & (column >= 0)
+    full[row[inside], column[inside]] = steps[name].to_numpy(np.float64)[inside]
     return full
 
 
 def _output_tokens(
     steps: pd.DataFrame, numbers: Sequence[int], batch: Ints, accepted: Floats
 ) -> Floats:
-    """Requests x accept length (1 where it is not told) of decode steps; a draft makes none."""
+    """Requests x accept length (1 if not known) of decode steps; 0 for others and for drafts."""
     per_request = np.where(accepted > 0, accepted, 1.0)
     made = np.where(
         (batch >= 0).all(axis=1), (batch * per_request).max(axis=1, initial=0.0), np.nan
@@ -155,5 +153,5 @@ def _output_tokens(
     decoding = steps["stage"].astype(object) == "decode"
     if "substage" in steps:
         decoding &= ~steps["substage"].astype(str).str.startswith("DRAFT")
-    found: Floats = np.where(np.isin(numbers, steps.loc[decoding, "step"]), made, 0.0)
-    return found
+    tokens: Floats = np.where(np.isin(numbers, steps.loc[decoding, "step"]), made, 0.0)
+    return tokens

@@ -1,7 +1,7 @@
 """`NsysRecording`: a window through ``nsys start`` and ``nsys stop`` on a named session.
 
-One report holds every rank of the node. It tells processes and devices, not ranks: which
-process is which rank is read from the live command lines while the window is open.
+One report holds every rank of the node, but identifies processes and devices, not ranks. The
+rank of each process is read from the live command lines while the window is open.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from pytest_sglprof._nsys_export import export
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
 
-FRESH = "DelayedCollection"  # state of a session that never had a window
+FRESH = "DelayedCollection"  # state of a session that has had no window yet
 RANGE = "cudaProfilerApi"
-EXPORT_FLOOR = 60.0  # s that an export gets even when the window's own time is over
-LAST_WORDS = 10.0  # s for nsys to write the report of a server that died
+EXPORT_FLOOR = 60.0  # s that an export gets at least, even past the deadline
+LAST_WORDS = 10.0  # s that nsys gets to write the report of a server that died
 ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
 
 
 class NsysRecording:
-    """One nsys window of `server`; its report and export end up in `folder`."""
+    """One nsys window of `server`, with its report and export in `folder`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class NsysRecording:
         return session
 
     def refuse(self) -> None:
-        """Raises `WindowRefused` when there is no session, or steps cannot be counted."""
+        """Raises `WindowRefused` if there is no session, or steps cannot be counted."""
         self._session.name  # noqa: B018 - raises where there is none
         spec, server = self._spec, self._server
         by_torch = {
@@ -94,7 +94,7 @@ class NsysRecording:
             raise WindowRefused(f"num_steps={spec.num_steps}", expected="1 or more")
         if server.sizes.is_cpu and server.kind != "standin":
             raise WindowRefused(
-                "an nsys window by steps on a CPU server: its steps are told to nsys through "
+                "an nsys window by steps on a CPU server: it marks the steps with "
                 "cudaProfilerStart, which kills a server without CUDA",
                 expected="a GPU server, or a duration",
                 hint="give duration instead of num_steps",
@@ -111,11 +111,11 @@ class NsysRecording:
         self._map_pids()
 
     def _start_by_steps(self, session: NsysSession, steps: int, deadline: float) -> None:
-        if session.state() == FRESH:  # a session's first window ignores the capture range
+        if session.state() == FRESH:  # the first window of a session ignores the capture range
             burnt = self._report.with_name("burnt.nsys-rep")
             session.start(burnt, timeout=_left(deadline))
             session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
-            self._notes.append("one window was thrown away: a session's first has no range")
+            self._notes.append("one window was discarded: the first of a session ignores the range")
         session.start(self._report, capture_range=RANGE, timeout=_left(deadline))
         body = {"activities": ["CUDA_PROFILER"], "num_steps": steps}
         try:
@@ -132,19 +132,19 @@ class NsysRecording:
             ) from error
 
     def _end_leftover(self, deadline: float) -> None:
-        """Ends a window that an earlier run left open: ours is the only one, by lock."""
+        """Ends a window that an earlier run left open; a lock rules out any other."""
         if self._session.state() not in COLLECTING:
             return
         with contextlib.suppress(NsysError):
             self._session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
-        self._notes.append("the session still collected for an earlier window: ended first")
+        self._notes.append("the session was still collecting for an earlier window: ended first")
 
     def _map_pids(self) -> None:
         for pid, rank in self._server.scheduler_ranks().items():
             self._pid_ranks.setdefault(pid, rank.label)
 
     def is_done(self) -> bool:
-        """True when the asked-for steps have ended the range by themselves."""
+        """True once the requested steps have ended the range by themselves."""
         if self._spec.num_steps is None:
             return False
         try:
@@ -155,7 +155,7 @@ class NsysRecording:
     def stop(
         self, capture: WindowCapture, deadline: float, *, unfinished: str | None
     ) -> WindowCapture:
-        """Ends the window, and exports its report to SQLite beside it."""
+        """Ends the window and exports its report to SQLite, next to it."""
         reason, still_open = unfinished, False
         log: tuple[str, ...] = ()
         report: Path | None = None
@@ -200,7 +200,7 @@ class NsysRecording:
         return session.stop(timeout=left, progress=self._progress)
 
     def _ended_report(self, deadline: float) -> Path:
-        """The report of a range that ended by itself: nobody prints where it is."""
+        """The report of a range that ended by itself, once its size no longer grows."""
         size = -1
         while time.monotonic() < deadline and not self._life.death():
             now = self._report.stat().st_size if self._report.is_file() else -1
@@ -215,7 +215,7 @@ class NsysRecording:
         )
 
     def _last_words(self) -> Path | None:
-        """The report that nsys writes when its target dies inside a window, if it comes."""
+        """The report that nsys writes if its target dies in a window; None if it does not come."""
         first = self._server.folder / "nsys"
         opened = self._life.began
         over = time.monotonic() + LAST_WORDS
@@ -261,7 +261,7 @@ class NsysRecording:
     def _gpu_ranks(self) -> Mapping[int, str]:
         env = {**({} if self._server.attached else os.environ), **dict(self._server.spec.env)}
         if env.get(ONE_DEVICE, "").lower() in ("1", "true", "yes", "y"):
-            return {}  # every rank calls its device 0 then
+            return {}  # then every rank calls its device 0
         return self._server.sizes.gpu_ranks()
 
     def _remarks(self) -> list[str]:
@@ -271,11 +271,11 @@ class NsysRecording:
             return []
         return [
             f"the pids of {len(self._pid_ranks)} of {len(here)} ranks are known: the others are "
-            "told apart by their devices"
+            "identified by their devices"
         ]
 
     def abort(self) -> None:
-        """Ends the window and drops its report."""
+        """Ends the window and deletes its report."""
         deadline = time.monotonic() + BACKENDS["nsys"].abort_seconds
         with contextlib.suppress(NsysError, ServerError):
             if self._spec.num_steps is not None:

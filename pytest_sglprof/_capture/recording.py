@@ -1,4 +1,4 @@
-"""What a recording is, what a closed window left, and whether the server lives meanwhile."""
+"""The interface of a recording, the result of a closed window, and the watch for its death."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 
 class Recording(Protocol):
-    """One recording of one window. Every `deadline` is a time of `time.monotonic`."""
+    """One recording of one window. `deadline` is always a value of `time.monotonic`."""
 
     def refuse(self) -> None:
         """Raises `WindowRefused` for what would break the server or the data."""
@@ -32,22 +32,22 @@ class Recording(Protocol):
         """Starts to record, or raises."""
 
     def is_done(self) -> bool:
-        """True when the asked-for steps have ended by themselves."""
+        """True once the requested steps have ended by themselves."""
 
     def stop(
         self, capture: WindowCapture, deadline: float, *, unfinished: str | None
     ) -> WindowCapture:
-        """Ends the recording; `capture` with what it left, never an error for what is missing.
+        """Ends the recording and returns `capture` with its results; missing ones do not raise.
 
-        unfinished: why the window closes before its steps are over (None when it does not).
+        unfinished: why the window closes before its steps are over; None if they are.
         """
 
     def abort(self) -> None:
-        """Ends a recording whose data nobody wants, quickly and without raising."""
+        """Ends the recording and discards its data, quickly and without raising."""
 
 
 class RecordingType(Protocol):
-    """How a recording is made; nothing is asked of the server yet."""
+    """The constructor of a recording, which sends nothing to the server yet."""
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ class RecordingType(Protocol):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One file that a window left. kind: "torch", "nsys-rep", "sqlite", "parquet"."""
+    """One file of a window. kind: "torch", "nsys-rep", "sqlite" or "parquet"; rank: its label."""
 
     path: Path
     kind: str
@@ -72,13 +72,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class WindowCapture:
-    """A window after it was closed: what is there, and what is not.
+    """The result of a closed window: what was recorded, and what is missing.
 
-    state: "complete", or "incomplete" (closed, but something is missing), or "failed"
-    (nothing to read). reason: why it is not complete. opened, closed: Unix time, s.
-    expected_ranks / missing_ranks: labels. pid_ranks: pid of each scheduler at window
-    time -> rank label, which is the only trace of the rank in an nsys report.
-    is_still_open: the profiler could not be stopped, so a teardown has to try again.
+    state: "complete", "incomplete" (closed, but something is missing) or "failed" (nothing to
+    read). reason: why it is not complete, "" if it is. opened, closed: Unix time, s.
+    expected_ranks, missing_ranks: labels. pid_ranks: pid of each scheduler while the window
+    was open -> rank label; an nsys report knows ranks only by their pid. gpu_ranks: device
+    number -> rank label. log: lines of the server's log that explain `reason`.
+    is_still_open: True if the profiler could not be stopped, so a teardown has to try again.
     """
 
     window_id: str
@@ -108,9 +109,9 @@ Answer = TypeVar("Answer")
 class LifeWatch:
     """Notices the death of `server` since this object was made.
 
-    A server whose scheduler crashed can keep its main process, and its open requests,
-    for a minute; the line in its log comes at once. began: Unix time, s. log_start: where
-    the log ended then.
+    After a scheduler has crashed, the server's main process and open requests can survive for
+    a minute, but the log says so at once. began: when this object was made, Unix s. log_start:
+    size of the log at that time, bytes.
     """
 
     def __init__(self, server: Server) -> None:
@@ -121,7 +122,7 @@ class LifeWatch:
         self._death: ServerDied | None = None
 
     def death(self) -> ServerDied | None:
-        """What it died of; None while it lives."""
+        """Why the server died; None while it lives."""
         if self._death is None:
             self._death = self._look()
         return self._death
@@ -129,15 +130,15 @@ class LifeWatch:
     def _look(self) -> ServerDied | None:
         log = self._server.log
         if not self._server.is_alive():
-            found = self._server.exit_reason()
-            if found is None:
-                found = ServerDied(f"the server at {self._server.url} is gone")
-            if found.log or log is None:
-                return found
+            death = self._server.exit_reason()
+            if death is None:
+                death = ServerDied(f"the server at {self._server.url} is gone")
+            if death.log or log is None:
+                return death
             return ServerDied(
-                found.what,
-                expected=found.expected,
-                hint=found.hint,
+                death.what,
+                expected=death.expected,
+                hint=death.hint,
                 log=log.reason(self.log_start),
             )
         if log is None:
@@ -153,11 +154,11 @@ class LifeWatch:
         )
 
     def call(self, function: Callable[[float], Answer], deadline: float, what: str) -> Answer:
-        """`function(seconds left)`, given up when the server dies or time is over.
+        """Returns `function(seconds left)`, unless the server dies or `deadline` passes first.
 
-        It runs in a thread of its own, since a request to a dying server can hang as
-        long as the server's remains do. Raises what the function raises, `ServerDied`,
-        or `ServerSilent`.
+        what: name of the call, for errors. The function runs in its own thread, since a request
+        to a dying server can hang for as long as any of its processes remain. Raises what the
+        function raises, `ServerDied`, or `ServerSilent`.
         """
         left = max(deadline - time.monotonic(), 1.0)
         answer = in_thread(f"sglprof {what}", lambda: function(left))
@@ -175,7 +176,7 @@ class LifeWatch:
 
 
 def in_thread(name: str, function: Callable[[], Answer]) -> Future[Answer]:
-    """What `function` will return or raise; its thread keeps no process alive."""
+    """Runs `function` in a daemon thread; the future holds its result or error."""
     future: Future[Answer] = Future()
 
     def run() -> None:

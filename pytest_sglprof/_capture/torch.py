@@ -1,7 +1,8 @@
 """`TorchRecording`: a window through ``/start_profile`` and ``/stop_profile``.
 
-The server answers 200 before anything is recorded, checks its first rank only, and a step
-window ends without telling. So the truth is in the files, one a rank, and in the log.
+The server's answers prove little: it answers 200 before anything is recorded, checks only its
+first rank, and does not report the end of a window by steps. So the state of a window is read
+from its files, one for each rank, and from the log.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
 
 
-QUIET = 2.0  # s without a byte written: whatever is still missing will not come
-QUIET_SHARED = 8.0  # the same over a network file system, or when ranks end one by one
-DEATH_SECONDS = 2.0  # a connection that breaks is the first sign of a death; its log follows
-# Servers (by their client) whose last window may not have ended: the next one ends it first.
+QUIET = 2.0  # s without a byte written, after which missing files are given up
+QUIET_SHARED = 8.0  # the same for a network file system, or if ranks end one by one
+DEATH_SECONDS = 2.0  # from a broken connection until the log shows that the server died
+# Clients of the servers whose last window may not have ended: the next one ends it first.
 _UNSETTLED: weakref.WeakSet[SglangClient] = weakref.WeakSet()
 
 
 class TorchRecording:
-    """One torch window of `server`; its files end up in `folder`."""
+    """One torch window of `server`, with its files in `folder`."""
 
     def __init__(
         self,
@@ -107,12 +108,12 @@ class TorchRecording:
         output_folder(server, spec, self._window_id)
 
     def _environment(self) -> Mapping[str, str]:
-        """Of the server, as far as known; one that somebody else started tells nothing."""
+        """The server's environment as far as known; for attached servers only `env` of the spec."""
         inherited = {} if self._server.attached else dict(os.environ)
         return {**inherited, **dict(self._server.spec.env)}
 
     def start(self, deadline: float) -> None:
-        """Makes the folder, ends what an earlier window may have left, and starts."""
+        """Makes the folder, ends a profile that an earlier window may have left, and starts."""
         server, spec = self._server, self._spec
         place = self._place = output_folder(server, spec, self._window_id)
         place.prepare(shared=server.attached)
@@ -122,7 +123,7 @@ class TorchRecording:
             profile_id="" if place.ours else self._profile_id,
             stages=wanted_stages(spec),
         )
-        if self._files.found():
+        if self._files.rank_files():
             raise WindowRefused(
                 f"{place.local} already holds traces of profile_id {self._profile_id}",
                 expected="an id of its own for each window",
@@ -159,17 +160,17 @@ class TorchRecording:
             raise
 
     def _end_leftover(self, deadline: float) -> None:
-        # To start while another profile runs answers 200 and loses the other one.
+        # Starting while another profile runs is answered with 200, and loses the other one.
         if self._life.call(self._server.client.stop_profile, deadline, "/stop_profile"):
             self._notes.append("a profile was still running on this server: it was ended first")
         _UNSETTLED.discard(self._server.client)
 
     def is_done(self) -> bool:
-        """True when the asked-for steps have ended and every rank's file is complete."""
+        """True once the requested steps have ended and every rank's file is complete."""
         return self._spec.num_steps is not None and self._files.all_whole() and not self._pending()
 
     def _pending(self) -> list[str]:
-        """Ranks that began and did not report their end, where the log can tell."""
+        """Labels of ranks that began and have not reported their end; empty without a log."""
         if self._in_log is None:
             return []
         progress = self._in_log.read()
@@ -200,7 +201,7 @@ class TorchRecording:
         return self._collected(capture, reasons, dead=dead, still_open=still_open, log=log)
 
     def _quiet(self, ended: bool) -> float:
-        # 200 comes when every file is there; 500 says nothing of the ranks after the first.
+        # 200 means that every file is there; 500 says nothing about ranks after the first.
         return QUIET if ended and not self._server.attached else QUIET_SHARED
 
     def _cause_of(self, error: ServerError) -> ServerDied | None:
@@ -214,7 +215,7 @@ class TorchRecording:
         return self._life.death()
 
     def _why_unfinished(self, unfinished: str) -> str:
-        """`unfinished`, or better: that nothing ran at all."""
+        """`unfinished`, or the more specific reason that nothing ran at all."""
         server = self._server
         if self._in_log is not None:
             progress = self._in_log.read()
@@ -226,10 +227,10 @@ class TorchRecording:
         return unfinished
 
     def _settle(self, deadline: float, *, quiet: float) -> None:
-        """Waits until every rank's file is complete, or nothing is written any more."""
+        """Waits until every rank's file is complete, or none has grown for `quiet` seconds."""
         sizes: Mapping[Path, int] = {}
         changed = time.monotonic()
-        settled = True  # the server has answered: its files stand still
+        settled = True  # at first, since the server answers after it has written its files
         while not self._life.death():
             complete = self._files.whole(settled=settled)
             if not self._files.missing(complete) and not self._pending():
@@ -243,7 +244,7 @@ class TorchRecording:
             time.sleep(POLL)
 
     def _disarm(self, deadline: float) -> None:
-        """Takes away a trigger that did not fire: it would ruin the next window."""
+        """Removes a trigger that has not fired, as it would ruin the next window."""
         if self._spec.profile_by_stage or self._spec.start_step is not None:
             self._life.call(
                 lambda left: self._server.client.start_profile(DISARM, left),
@@ -284,7 +285,7 @@ class TorchRecording:
 
     def _faults(self, complete: Mapping[Path, Rank], missing: Sequence[str]) -> list[str]:
         faults = []
-        cut = sorted(path.name for path in self._files.found() if path not in complete)
+        cut = sorted(path.name for path in self._files.rank_files() if path not in complete)
         if missing:
             faults.append(f"no complete trace of {', '.join(missing)}")
         if cut:
@@ -313,15 +314,15 @@ class TorchRecording:
         return remarks
 
     def _collect(self, complete: Mapping[Path, Rank]) -> tuple[Artifact, ...]:
-        """Brings every file into the window's folder; only whole rank traces are artifacts."""
+        """Moves every file into the window's folder; only whole rank traces become artifacts."""
         if self._place is None:
             return ()
-        files = [*self._files.found(), *self._files.others()]
+        files = [*self._files.rank_files(), *self._files.others()]
         moved = self._place.collect(files, self._folder)
         return tuple(Artifact(moved[path], "torch", rank.label) for path, rank in complete.items())
 
     def abort(self) -> None:
-        """Ends the profile and drops its files."""
+        """Ends the profile and deletes its files."""
         deadline = time.monotonic() + BACKENDS["torch"].abort_seconds
         with contextlib.suppress(ServerError):
             self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
@@ -331,10 +332,9 @@ class TorchRecording:
             self._place.remove()
 
 
-# What the server's log tells of a torch window: which rank began, and which ended.
+# Progress of a window in the server's log: which ranks began, and which ended.
 
-
-STEP_BYTES = 2**26  # 500,000 lines of batches
+STEP_BYTES = 2**26  # of a log that are searched for its last step: 500,000 batch lines
 
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b")
 # How far each log has been read for step numbers, and the highest one so far.
@@ -345,10 +345,10 @@ _SHOWN: weakref.WeakKeyDictionary[ServerLog, tuple[LogGrowth, int | None]] = (
 
 @dataclass(frozen=True)
 class ProfilerProgress:
-    """Counts since the window was opened. begun, ended: rank's place -> times.
+    """Counts since the window was opened. begun, ended: place of a rank -> how often.
 
-    strangers: profile ids that began meanwhile and are not ours. batches: forward passes
-    that were logged (each prefill, and each so many-th decode, of some ranks only).
+    strangers: ids of other profiles that began meanwhile. batches: number of forward passes in
+    the log, which has every prefill and every n-th decode, of some ranks only.
     """
 
     begun: Counter[PlaceOfRank]
@@ -362,7 +362,7 @@ class ProfilerProgress:
 
 
 class ProgressReader:
-    """Follows one window in the log from byte `start` on; what was read is not read again."""
+    """Follows one window in the log from byte `start` on, reading each byte once."""
 
     def __init__(self, log: ServerLog, start: int, profile_id: str) -> None:
         self._log = log
@@ -375,7 +375,7 @@ class ProgressReader:
         self._batches = 0
 
     def read(self) -> ProfilerProgress:
-        """All that the log has told by now."""
+        """The counts up to the present end of the log."""
         for entry in self._entries.read(self._log.new(self._growth)):
             self._take(entry)
         strangers = tuple(self._strangers)
@@ -402,16 +402,16 @@ def read_progress(log: ServerLog, start: int, profile_id: str) -> ProfilerProgre
 
 
 def refusal_reason(log: ServerLog, start: int) -> tuple[str, ...]:
-    """The last error since `start`: why a profile request was answered 500."""
+    """The last error line since `start`, which says why a request was answered with 500."""
     errors = (line for line in log.each(start) if _ERROR.match(line))
     return tuple(deque(errors, maxlen=1))
 
 
 def last_step(log: ServerLog) -> int | None:
-    """The highest step number the log shows; None without SGLANG_LOG_FORWARD_ITERS.
+    """The highest step number in the log; None without SGLANG_LOG_FORWARD_ITERS.
 
-    The first look at a log begins `STEP_BYTES` before its end, since steps only grow; each
-    later one looks at what is new.
+    The first call reads the last `STEP_BYTES` of the log, since steps only grow; later calls
+    read what is new.
     """
     growth, highest = _SHOWN.get(log) or (LogGrowth(log.path), None)
     for piece in growth.pieces(at_most=STEP_BYTES):
@@ -421,10 +421,8 @@ def last_step(log: ServerLog) -> int | None:
     return highest
 
 
-# The files of a torch window while they grow, and when each of them is whole.
-#
-# The server writes a trace in place, under its final name: that a file exists says nothing.
-# It is whole when its gzip ends, its checksum holds and its JSON ends.
+# Files. The server writes a trace in place, under its final name, so a file may exist and be
+# incomplete. It is whole once its gzip stream ends, its checksum holds and its JSON ends.
 
 
 CHUNK = 1 << 20  # bytes read at a time, so that memory stays flat
@@ -434,7 +432,7 @@ PlaceOfRank = tuple[int, int, int]
 
 
 def place(rank: Rank) -> PlaceOfRank:
-    """(dp, pp, tp): what tells ranks apart, whichever tags a text leaves out."""
+    """(dp, pp, tp) of a rank, with 0 for tags that a log line or file name leaves out."""
     return (rank.dp or 0, rank.pp or 0, rank.tp or 0)
 
 
@@ -445,7 +443,7 @@ def stage_of(name: str) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """True when the file is complete gzip of a text that ends as JSON does."""
+    """True if the file is complete gzip whose contents end like JSON."""
     end = b""
     try:
         with gzip.open(path, "rb") as stream:
@@ -460,8 +458,8 @@ def is_whole(path: Path) -> bool:
 class TraceFiles:
     """Watches `folder` for the files of the ranks of one window.
 
-    profile_id: only files with it in their name count, since the folder may be the
-    user's own. stages: the suffixes of a by-stage window; empty for a plain one.
+    profile_id: only files with it in their name count, since the folder may be the user's
+    and hold others. stages: the suffixes of a by-stage window; empty for an ordinary one.
     """
 
     folder: Path
@@ -471,8 +469,8 @@ class TraceFiles:
     _sizes: dict[Path, int] = field(default_factory=dict)
     _whole: dict[Path, int] = field(default_factory=dict)
 
-    def found(self) -> dict[Path, Rank]:
-        """Every rank file there is, whole or not."""
+    def rank_files(self) -> dict[Path, Rank]:
+        """Every rank's files, whole or not, by path."""
         known = {place(rank): rank for rank in self.ranks}
         files: dict[Path, Rank] = {}
         for path in sorted(self._listed()):
@@ -482,9 +480,9 @@ class TraceFiles:
         return files
 
     def others(self) -> list[Path]:
-        """Files of the window that are no rank's trace: merged ones, memory snapshots."""
-        mine = self.found()
-        return [path for path in sorted(self._listed()) if path not in mine]
+        """Files of the window that are not the trace of a rank: merged ones, memory snapshots."""
+        traces = self.rank_files()
+        return [path for path in sorted(self._listed()) if path not in traces]
 
     def _listed(self) -> list[Path]:
         try:
@@ -497,10 +495,12 @@ class TraceFiles:
             return []
 
     def whole(self, *, settled: bool = False) -> dict[Path, Rank]:
-        """The complete files. A file is read only when its size stood still since the last
-        look (settled: at once), and again only when it changed since it was found whole.
+        """The complete files of ranks, by path.
+
+        A file is read only if its size has not changed since the last call (settled: at once),
+        and is not read again while it keeps the size at which it was whole.
         """
-        files = self.found()
+        files = self.rank_files()
         complete: dict[Path, Rank] = {}
         for path, rank in files.items():
             size = _size(path)
@@ -512,12 +512,13 @@ class TraceFiles:
         return complete
 
     def sizes(self) -> Mapping[Path, int]:
-        """Bytes of each file now; a change means that somebody still writes."""
+        """Size of each file in bytes; while they change, the server is still writing."""
         return {path: _size(path) for path in self._listed()}
 
     def missing(self, complete: Mapping[Path, Rank]) -> list[Rank]:
-        """Ranks without a complete file; by stage: without one of a stage that others have,
-        or of any stage.
+        """Ranks without a complete file.
+
+        In a by-stage window: without the file of a stage that another rank has, or without any.
         """
         stages_there = {stage_of(path.name) for path in complete} if self.stages else {""}
         there = {(place(rank), stage_of(path.name)) for path, rank in complete.items()}
@@ -535,7 +536,7 @@ class TraceFiles:
         return [stage for stage in self.stages if stage not in there]
 
     def all_whole(self) -> bool:
-        """True when each rank has each wanted file, complete."""
+        """True if every rank has a complete file for every stage wanted."""
         complete = self.whole()
         return not self.missing(complete) and not self.missing_stages(complete)
 

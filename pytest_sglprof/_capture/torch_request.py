@@ -1,4 +1,4 @@
-"""The body of ``/start_profile``, and the requests that would kill the server or the data."""
+"""Requests to ``/start_profile``: their body, folder and size, and those that must be refused."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ACTIVITIES = ("CPU", "GPU", "MEM", "RPD", "CUDA_PROFILER", "XPU")
 TRACING = frozenset({"CPU", "GPU", "RPD", "XPU"})  # those that leave a trace of kernels
 STAGES = {"prefill": "EXTEND", "extend": "EXTEND", "decode": "DECODE"}
 NAME_LIMIT = 80  # characters of an id or a prefix: rank, stage and suffix follow in the name
-KNOWS_ANNOTATIONS = (0, 5, 23)  # the first version read that has detailed_annotations
-# Arming a plain window at a step that never comes takes away the trigger of an earlier one.
+KNOWS_ANNOTATIONS = (0, 5, 23)  # the oldest version known to have detailed_annotations
+# A window armed at a step that never comes replaces the trigger of an earlier one.
 FAR_STEP = 10**15
 DISARM: Mapping[str, Any] = {"start_step": FAR_STEP, "num_steps": 1}
 
@@ -40,7 +40,7 @@ def default_activities(device: str) -> tuple[str, ...]:
 def request_body(
     spec: WindowSpec, *, profile_id: str, output_dir: str, sizes: ServerSizes
 ) -> dict[str, Any]:
-    """The parameters of `spec` as ``/start_profile`` wants them; unset ones are left out."""
+    """The parameters of `spec` as ``/start_profile`` takes them, without those unset."""
     activities = (
         spec.activities if spec.activities is not None else default_activities(sizes.device)
     )
@@ -69,13 +69,13 @@ def request_body(
 
 
 def knows_annotations(version: str) -> bool:
-    """True for servers that are known to take ``detailed_annotations``."""
+    """True if the server is known to accept ``detailed_annotations``."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     return match is not None and tuple(map(int, match.groups())) >= KNOWS_ANNOTATIONS
 
 
 def wanted_stages(spec: WindowSpec) -> tuple[str, ...]:
-    """Suffixes of the files of a by-stage window; empty for a plain one."""
+    """Suffixes of the files of a by-stage window; empty for an ordinary one."""
     if not spec.profile_by_stage:
         return ()
     stages = [STAGES[stage.lower()] for stage in spec.profile_stages or ("prefill", "decode")]
@@ -93,15 +93,15 @@ def refuse_request(
 ) -> None:
     """Raises `WindowRefused` for a request that is known to break the server or the data.
 
-    under_nsys: the server runs below nsys. env: of the server, as far as known.
-    last_step: the highest step that its log has shown; None when unknown.
+    under_nsys: whether the server runs under nsys. standin: whether it is the stand-in. env: of
+    the server, as far as known. last_step: the highest step in its log; None if unknown.
     """
     if env.get("SGLANG_PROFILE_V2", "").lower() in ("1", "true", "yes", "y"):
         raise WindowRefused(
-            "the server runs with SGLANG_PROFILE_V2, and there a plain start, and every stop, "
+            "the server runs with SGLANG_PROFILE_V2, where a start without stages, and any stop, "
             "kills it",
             expected="a server without SGLANG_PROFILE_V2",
-            hint="take the variable out of the server's env",
+            hint="remove the variable from the server's env",
         )
     if under_nsys and not sizes.is_cpu and not standin:
         raise WindowRefused(
@@ -153,15 +153,15 @@ def _refuse_stages(spec: WindowSpec, sizes: ServerSizes) -> None:
         )
     if sizes.dp_attention and sizes.attn_dp > 1:
         raise WindowRefused(
-            "profile_by_stage under DP attention: each rank counts its stages alone, so their "
+            "profile_by_stage under DP attention: each rank counts its own stages, so their "
             "files hold different steps",
-            expected="a plain window",
-            hint="leave profile_by_stage out; kernels are divided by stage when they are read",
+            expected="a window without profile_by_stage",
+            hint="leave profile_by_stage out; kernels are assigned to stages when they are read",
         )
     unknown = [stage for stage in spec.profile_stages or () if stage.lower() not in STAGES]
     if unknown:
         raise WindowRefused(
-            f"profile_stages has {', '.join(unknown)}",
+            f"unknown profile_stages: {', '.join(unknown)}",
             expected="prefill, decode, or both",
             hint=did_you_mean(unknown, STAGES),
         )
@@ -181,14 +181,14 @@ def _refuse_steps(spec: WindowSpec, last_step: int | None) -> None:
         )
 
 
-# Where a torch window is written: one folder, as the server and as this machine name it.
+# The output folder, by its path on the server and by its path on this machine.
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """server: the path that the server is told. local: the same folder as we reach it.
+    """Where a window is written. server: path on the server. local: path on this machine.
 
-    ours: made for this window alone, so that it is emptied and removed afterwards.
+    ours: True if it was made for this window alone, so that it is removed afterwards.
     """
 
     server: str
@@ -196,9 +196,9 @@ class OutputFolder:
     ours: bool
 
     def prepare(self, *, shared: bool) -> None:
-        """Makes the folder and writes into it: an unwritable one would kill the server.
+        """Makes the folder and tries to write into it, since an unwritable one kills the server.
 
-        shared: a server that may run as another user writes here as well.
+        shared: whether a server that may run as another user must be able to write here.
         """
         try:
             self.local.mkdir(parents=True, exist_ok=True)
@@ -214,9 +214,9 @@ class OutputFolder:
             ) from error
 
     def collect(self, files: list[Path], target: Path) -> dict[Path, Path]:
-        """Brings `files` into `target`; old path -> new path.
+        """Moves `files` into `target`; returns old path -> new path.
 
-        Files in a folder of ours are moved, in the user's own folder they stay as well.
+        Files in a folder of the user are copied (or linked) instead.
         """
         target.mkdir(parents=True, exist_ok=True)
         moved = {}
@@ -231,13 +231,13 @@ class OutputFolder:
         return moved
 
     def remove(self) -> None:
-        """Removes the folder with all that is in it, if it is ours."""
+        """Removes the folder with everything in it, if it was made for this window."""
         if self.ours:
             shutil.rmtree(self.local, ignore_errors=True)
 
 
 def _copy(path: Path, new: Path) -> None:
-    """A second name for the same bytes where the file system can, else a copy."""
+    """Hard-links the file if the file system can, else copies it."""
     new.unlink(missing_ok=True)
     try:
         os.link(path, new)
@@ -246,7 +246,7 @@ def _copy(path: Path, new: Path) -> None:
 
 
 def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFolder:
-    """The folder of a window. Raises `WindowRefused` when its files could not be read here."""
+    """The folder of a window. Raises `WindowRefused` if its files could not be read here."""
     if not server.attached:
         if spec.output_dir:
             local = Path(spec.output_dir).expanduser().absolute()
@@ -255,9 +255,9 @@ def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFol
         return OutputFolder(str(local), local, ours=True)
     if server.server_dir is None:
         raise WindowRefused(
-            f"the server at {server.url} was started by somebody else, and nothing tells which "
+            f"the server at {server.url} was started by somebody else, and it is not known which "
             "of its folders can be read from here",
-            expected="one folder that both machines (or containers) see",
+            expected="a folder that both machines (or containers) share",
             hint="give --sglprof-server-dir SERVER:LOCAL",
         )
     theirs, ours = PurePosixPath(server.server_dir[0]), Path(server.server_dir[1]).absolute()
@@ -278,7 +278,7 @@ def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFol
 
 
 def _fresh(root: Path, window_id: str) -> str:
-    """A name below `root` that nobody has used: every file in a folder of ours is ours."""
+    """An unused name below `root`, so that the folder holds only files of this window."""
     name = safe_name(window_id)
     number = 1
     while (root / name).exists():
@@ -287,27 +287,26 @@ def _fresh(root: Path, window_id: str) -> str:
     return name
 
 
-# How large a torch window may become, against the disk and the server's watchdog.
+# Estimates of a window's size, checked against the disk and the server's watchdog.
 
-
-# Uncompressed JSON of one step of one rank: about 3,000 GPU activities and their launches,
-# which is what a decode step of a large model without stacks has.
+# Uncompressed JSON of one step of one rank: a decode step of a large model, without stacks, has
+# about 3,000 GPU activities and their launches.
 STEP_BYTES = 4_000_000
 STACK_FACTOR = 5.0  # measured: stacks make a trace 3 to 6 times larger
 SHAPES_FACTOR = 1.5
-STEPS_BY_HAND = 100  # a window without a number of steps is reckoned as this many
-STEPS_PER_SECOND = 50  # and one of a duration as this many a second
-EXPORT_BYTES_PER_SECOND = 20_000_000  # one rank writes its own file: serialise and compress
+STEPS_BY_HAND = 100  # assumed for a window without steps or duration
+STEPS_PER_SECOND = 50  # assumed for a window with a duration
+EXPORT_BYTES_PER_SECOND = 20_000_000  # of one rank: serialising and compressing
 
 
 class TooLittleSpace(WindowRefused, Inconclusive):
-    """The disk is too full for the window's traces: not opened, so nothing can be said."""
+    """The disk is too full for the window's traces, so it is not opened: inconclusive."""
 
     exit_status = Inconclusive.exit_status
 
 
 def bytes_per_rank(spec: WindowSpec) -> int:
-    """Estimate of one rank's trace before compression."""
+    """Estimated size of one rank's trace before compression, bytes."""
     if spec.num_steps is not None:
         steps = spec.num_steps * (2 if spec.profile_by_stage else 1)
     elif spec.duration is not None:
@@ -321,9 +320,9 @@ def bytes_per_rank(spec: WindowSpec) -> int:
 
 
 def check_space(spec: WindowSpec, sizes: ServerSizes, folders: Iterable[Path]) -> None:
-    """Raises `TooLittleSpace` when a folder's disk cannot hold the traces of all ranks.
+    """Raises `TooLittleSpace` if a folder's disk cannot hold the traces of all ranks.
 
-    Torch writes uncompressed JSON into the server's TMPDIR before it compresses.
+    Torch writes uncompressed JSON into the server's TMPDIR before it compresses it.
     """
     needed = bytes_per_rank(spec) * len(sizes.ranks())
     for folder in folders:
@@ -338,10 +337,10 @@ def check_space(spec: WindowSpec, sizes: ServerSizes, folders: Iterable[Path]) -
 
 
 def check_watchdog(spec: WindowSpec, limit: float | None) -> None:
-    """Refuses a window whose export may outlast half of ``--watchdog-timeout`` (s).
+    """Raises `WindowRefused` if the export may take over half of ``--watchdog-timeout``.
 
-    The export runs inside the scheduler's loop: one that outlasts the watchdog kills the
-    server.
+    limit: the timeout, s; None if unknown. The export runs inside the scheduler's loop, so the
+    watchdog kills a server whose export takes too long.
     """
     seconds = bytes_per_rank(spec) / EXPORT_BYTES_PER_SECOND
     if limit and limit > 0 and seconds > limit / 2:

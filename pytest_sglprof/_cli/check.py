@@ -248,16 +248,16 @@ def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
         for each in verdict.judgements
         if each.finding is not None
     ]
-    worst = verdict.worst
-    deciding = worst.finding if worst is not None else None
-    top = finding_document(deciding) if deciding is not None else _NO_RANK
+    deciding = verdict.deciding
+    finding = deciding.finding if deciding is not None else None
+    top = finding_document(finding) if finding is not None else _NO_RANK
     return {
         **top,
         "scope": threshold.scope,
         "kernel": threshold.kernel,
         "stage": threshold.stage,
         "metric": threshold.metric,
-        "value": worst.value if worst is not None else None,
+        "value": deciding.value if deciding is not None else None,
         "limit": threshold.limit if math.isfinite(threshold.limit) else None,
         "verdict": word(verdict.word),
         "reason": verdict.reason,

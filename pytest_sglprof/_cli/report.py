@@ -124,7 +124,7 @@ def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> La
     """The lanes of `args.step`, from the window's own traces."""
     from msgspec.structs import replace
 
-    from pytest_sglprof._analysis.times import measure
+    from pytest_sglprof._analysis.times import sum_times
     from pytest_sglprof._report.model import storable
     from pytest_sglprof._report.series import lanes
 
@@ -139,7 +139,7 @@ def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> La
             expected=f"one of its steps, {span}",
             hint="the page shows the number of each step under Lanes and When",
         )
-    drawn = lanes(table, measure(table), steps=steps)
+    drawn = lanes(table, sum_times(table), steps=steps)
     # As the run named them: its folder may come without its run.json, and with it the patterns.
     recorded_categories = {row.name: row.category for row in window.table}
     pairs = zip(drawn.names, drawn.categories, strict=True)

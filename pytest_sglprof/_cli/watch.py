@@ -161,7 +161,7 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
             expected=f"at least {rule.hold:g} s: few requests cannot be spread evenly",
             hint="lower --min-running, and --min-gap with it",
         )
-    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.worst:.2f}\n")
+    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.largest_factor:.2f}\n")
     return ExitStatus.DONE
 
 
@@ -214,7 +214,7 @@ class JsonLines:
     def onset(self, onset: Onset) -> None:
         """One object; times in Unix s."""
         if self._stream is not None:
-            self._write({"event": "onset", **plain(onset), "lost_share": onset.lost_share})
+            self._write({"event": "onset", **plain(onset), "lost_capacity": onset.lost_capacity})
             self._stream.flush()
 
     def end(self, onset: Onset) -> None:
@@ -299,7 +299,7 @@ def onset_line(onset: Onset) -> str:
     group = f"{onset.group}: " if onset.group else ""
     return (
         f"onset {period}, known to {onset.resolution_s:.1f} s from the {onset.source}: {group}"
-        f"{onset.sentence}; λ {onset.factor:.2f}, {percent(onset.lost_share)} lost"
+        f"{onset.sentence}; λ {onset.factor:.2f}, {percent(onset.lost_capacity)} lost"
     )
 
 
@@ -358,7 +358,9 @@ def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
             f"for {detector.judged_s:.0f} s only (--min-running)"
         )
         return ExitStatus.INCONCLUSIVE
-    screen.say(f"no onset: balanced for {detector.judged_s:.0f} s, λ at most {detector.worst:.2f}")
+    screen.say(
+        f"no onset: balanced for {detector.judged_s:.0f} s, λ at most {detector.largest_factor:.2f}"
+    )
     return ExitStatus.DONE
 
 

@@ -1,4 +1,4 @@
-"""Onsets in a finished log: where its load changed, and which of the parts are unequal."""
+"""Finds the onsets in a finished log: where load changed, and where it was then unequal."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ from pytest_sglprof._load.samples import LOG_STAMP, LoadSample, RankBoard, RankL
 
 Floats = npt.NDArray[np.float64]
 
-MAX_POINTS = 3000  # of the grid on which changes are looked for
-FINEST = 0.1  # s between two points of a log with milliseconds
-PENALTY = 3.0  # x columns x log(points): what a change must explain, in squared deviations
-FINE_GAP = 10.0  # s; longer gaps between two lines are counted by the second
+MAX_POINTS = 3000  # of the time grid on which changes are searched
+FINEST = 0.1  # s between two grid points, in a log with milliseconds
+PENALTY = 3.0  # x columns x log(points): squared deviation that a change must explain
+FINE_GAP = 10.0  # s; longer gaps between two lines are rounded to the second
 FIGURES = 4  # running, waiting, tokens, usage
 
 
 @dataclass(frozen=True)
 class FinishedLoad:
-    """What a finished log tells. judged_s: seconds with min_running requests a rank.
+    """The onsets of a finished log. judged_s: seconds with enough requests to judge.
 
-    worst: largest λ of running requests, averaged over a part without a change. span: Unix
-    times of the first and the last sample; (0, 0) of none.
+    largest_factor: largest λ of the running requests, averaged between two changes. span: Unix
+    times of the first and the last sample; (0, 0) without samples.
     """
 
     onsets: tuple[Onset, ...]
     judged_s: float
-    worst: float
+    largest_factor: float
     span: tuple[float, float]
 
 
 @dataclass
 class RankOutline:
-    """What one rank wrote, added up. tokens: of the `with_tokens` lines that tell them.
+    """Sums over the lines of one rank. tokens: sum over the `with_tokens` lines that have them.
 
-    gaps: s between two lines of other times, and how often.
+    newest: time of the last line, Unix s. gaps: seconds between lines with different times, and
+    how often each occurs.
     """
 
     newest: float
@@ -64,7 +65,7 @@ class RankOutline:
 
     @property
     def interval(self) -> float:
-        """The median gap, s; 0 of lines that all have one time."""
+        """The median gap, s; 0 if all lines have the same time."""
         count = sum(self.gaps.values())
         middle = {(count - 1) // 2, count // 2}
         passed = 0
@@ -89,9 +90,9 @@ class RankOutline:
 
 
 class LoadOutline:
-    """What a first look at the samples of a log tells: when, and by which ranks.
+    """First pass over the samples of a log: the ranks in it, and the time span of each group.
 
-    Its size does not depend on theirs.
+    Its size does not grow with the number of samples.
     """
 
     def __init__(self, samples: Iterable[LoadSample] = ()) -> None:
@@ -121,12 +122,13 @@ def finished_load(
 ) -> FinishedLoad:
     """Every period of imbalance in a log, by change-point detection.
 
-    samples: gone through twice, and not held; only once where their `outline` is known.
+    samples: iterated twice, never held in memory; once if `outline` is given. ranks: labels of
+    the DP ranks, if known. milliseconds: whether the log's stamps have them.
 
-    The load is cut by binary segmentation (Scott and Knott 1974) where a cut explains more
-    squared deviation than `PENALTY` x columns x log(points), each figure in units of its own
-    noise; a part is unequal when its means are, by the same rule as online, and unequal
-    parts that touch are one onset.
+    The load is cut by binary segmentation (Scott and Knott 1974) wherever a cut explains more
+    squared deviation than `PENALTY` x columns x log(points), with each figure in units of its
+    noise. A part counts as unequal if its means are, by the same rule as online. Adjacent
+    unequal parts are one onset.
     """
     outline = outline or LoadOutline(samples)
     if not outline.spans:
@@ -140,7 +142,7 @@ def finished_load(
         if grid := grids.get(group_of(sample.rank)):
             grid.add(sample)
     onsets: list[Onset] = []
-    judged, worst = 0.0, 1.0
+    judged, largest = 0.0, 1.0
     for group, grid in grids.items():
         grid.fill(outline)
         if len(grid.ranks) < 2:
@@ -148,15 +150,15 @@ def finished_load(
         parts = [_Part(begin, end, grid) for begin, end in _cuts(_scaled(grid.values))]
         busy = [part for part in parts if part.mean_running >= rule.min_running]
         judged = max(judged, math.fsum(part.seconds for part in busy))
-        worst = max([worst, *(part.factor for part in busy)])
+        largest = max([largest, *(part.factor for part in busy)])
         onsets += _onsets(parts, rule, grid, group)
     ordered = tuple(sorted(onsets, key=lambda onset: onset.time))
     firsts, lasts = zip(*outline.spans.values(), strict=True)
-    return FinishedLoad(ordered, judged, worst, (min(firsts), max(lasts)))
+    return FinishedLoad(ordered, judged, largest, (min(firsts), max(lasts)))
 
 
 class _Grid:
-    """Figures of all ranks at even distances; `values` is points x ranks x FIGURES."""
+    """Figures of all ranks on an even time grid; `values` has shape (points, ranks, FIGURES)."""
 
     def __init__(self, span: tuple[float, float], known: Sequence[str], stamp: float) -> None:
         self._board = RankBoard(known, falls_silent=True, stamp=stamp)
@@ -171,7 +173,7 @@ class _Grid:
         self.values: Floats = np.empty((0, 0, FIGURES))
 
     def add(self, sample: LoadSample) -> None:
-        """Takes a sample into the cell that ends at the first point which it is before."""
+        """Adds a sample to the cell that ends at the first grid point not before it."""
         self._board.add(sample)
         cells = self._cells.get(sample.rank)
         if cells is None:
@@ -179,7 +181,7 @@ class _Grid:
         cells.add(bisect_left(self._points, sample.time), sample)
 
     def fill(self, outline: LoadOutline) -> None:
-        """Makes the figures of what was added."""
+        """Computes `values` from the samples added."""
         self.ranks = tuple(load.rank for load in self._board.loads(0.0))
         self.resolution = max(self._board.resolution, self.step)
         outlines = [outline.ranks.get(rank) for rank in self.ranks]
@@ -190,17 +192,17 @@ class _Grid:
         self.values = np.stack(columns, axis=1) if columns else self.values
 
     def _column(self, rank: str, interval: float, patience: float) -> Floats:
-        """The newest figures at each point; nothing where the rank was silent."""
+        """The newest figures at each point; zeros while the rank was silent."""
         column = np.zeros((len(self.times), FIGURES))
         cells = self._cells.get(rank)
         if cells is None:
             return column
         for figure in range(FIGURES):
-            at = _newest(cells.told[:-1, figure])
+            at = _newest(cells.updated[:-1, figure])
             column[at >= 0, figure] = cells.figures[at[at >= 0], figure]
         at = _newest(cells.last[:-1])
         heard = at >= 0
-        # The first sample of any later cell: when the rank was heard again.
+        # The time of the first sample in any later cell, when the rank was heard again.
         again = np.minimum.accumulate(cells.first[::-1])[::-1]
         last = cells.last[np.maximum(at, 0)]
         silent = again[np.arange(1, len(self.times) + 1)] - last > patience
@@ -209,12 +211,12 @@ class _Grid:
 
 
 class _Cells:
-    """Samples of one rank between two points each: the first, the last, the newest figures."""
+    """Per cell, samples of one rank: times of the first and the last, and the newest figures."""
 
     def __init__(self, count: int) -> None:
         self.first = np.full(count, math.inf)
         self.last = np.full(count, -math.inf)
-        self.told = np.full((count, FIGURES), -math.inf)  # when each figure was
+        self.updated = np.full((count, FIGURES), -math.inf)  # time of each figure
         self.figures = np.zeros((count, FIGURES))
 
     def add(self, cell: int, sample: LoadSample) -> None:
@@ -225,19 +227,22 @@ class _Cells:
             self.last[cell] = time
         figures = (sample.running, sample.waiting, sample.tokens, sample.token_usage)
         for at, value in enumerate(figures):
-            if value is not None and time >= self.told[cell, at]:  # prefill lines tell no tokens
-                self.told[cell, at] = time
+            if value is not None and time >= self.updated[cell, at]:  # prefill lines have no tokens
+                self.updated[cell, at] = time
                 self.figures[cell, at] = value
 
 
 def _newest(times: Floats) -> npt.NDArray[np.int64]:
-    """Of each cell the newest one up to it that has a time; -1 where none has."""
+    """For each cell, the last one up to it that has a time; -1 if there is none."""
     places = np.where(times > -math.inf, np.arange(len(times)), -1)
     return np.asarray(np.maximum.accumulate(places), dtype=np.int64)
 
 
 def _scaled(values: Floats) -> Floats:
-    """Points x columns, each in units of its noise (of the differences, robustly)."""
+    """Shape (points, columns), each column in units of its noise.
+
+    The noise is the scaled median of the absolute differences, with a floor.
+    """
     running, waiting, tokens = (values[:, :, at] for at in range(3))
     columns = np.concatenate([running, waiting, tokens], axis=1)
     floor = np.array([0.5] * 2 * running.shape[1] + [1.0] * running.shape[1])
@@ -248,7 +253,7 @@ def _scaled(values: Floats) -> Floats:
 
 
 def _cuts(columns: Floats) -> list[tuple[int, int]]:
-    """Binary segmentation: half-open ranges of points between two changes."""
+    """Binary segmentation: the half-open ranges of points between changes."""
     points, width = columns.shape
     sums = np.concatenate([np.zeros((1, width)), np.cumsum(columns, axis=0)])
     limit = PENALTY * width * math.log(max(points, 2))
@@ -265,7 +270,7 @@ def _cuts(columns: Floats) -> list[tuple[int, int]]:
 
 
 def _best_cut(sums: Floats, begin: int, end: int) -> tuple[int, float]:
-    """The cut that lowers the sum of squared deviations most, and by how much."""
+    """The cut that reduces the sum of squared deviations most, and by how much; 0 for none."""
     if end - begin < 2:
         return 0, 0.0
     left = np.arange(1, end - begin)[:, None]

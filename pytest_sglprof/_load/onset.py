@@ -1,6 +1,6 @@
-"""When imbalance of load between ranks began: an online detector with hysteresis.
+"""Detects online when load between ranks became unequal, with hysteresis.
 
-Pure: it is fed samples and told the time, and knows neither a server nor a clock.
+Pure: samples and the time are passed in; it knows neither a server nor a clock.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pytest_sglprof._load.samples import (
     group_of,
 )
 
-DIP = 0.25  # of `hold`: for so long figures may fall below and come back
-REMEMBERED = 4.0  # times `hold` that is looked back
-MAX_ONSETS = 10_000  # that are over and still kept; a load that swings for weeks has more
+DIP = 0.25  # of `hold`: figures may fall below the limit for so long and come back
+REMEMBERED = 4.0  # x `hold`: how far back looks are kept
+MAX_ONSETS = 10_000  # finished onsets that are kept, so that weeks of swings use no more memory
 
 
 @dataclass
 class _Look:
-    """The loads at one moment, which held until the next look, and what they showed."""
+    """The loads at one moment, valid until the next look, and the kinds of imbalance in them."""
 
     time: float
     loads: tuple[RankLoad, ...]
@@ -36,14 +36,14 @@ class _Look:
 
 
 class GroupDetector:
-    """Finds onsets among the ranks of one group; see `OnsetDetector`."""
+    """Detects onsets among the ranks of one group; see `OnsetDetector`."""
 
     def __init__(self, rule: OnsetRule, board: RankBoard, source: str, group: str) -> None:
         self.rule = rule
         self.board = board
-        self.judged_s = 0.0  # with at least min_running requests a rank
-        self.worst = 1.0
-        self.is_busy = False  # as much now
+        self.judged_s = 0.0  # seconds with at least min_running requests per rank
+        self.largest_factor = 1.0
+        self.is_busy = False  # whether there are as many now
         self.open: Onset | None = None
         self.closed: deque[Onset] = deque(maxlen=MAX_ONSETS)
         self._source = source
@@ -52,7 +52,7 @@ class GroupDetector:
         self._calm: float | None = None
 
     def step(self, now: float) -> Onset | None:
-        """Looks at the board at `now`; a newly declared onset, or None."""
+        """Looks at the board at `now` (Unix s); returns an onset that it declares, or None."""
         loads = self.board.loads(now)
         self._count(loads, now)
         if len(loads) < 2:
@@ -68,10 +68,10 @@ class GroupDetector:
         self.is_busy = bool(running) and sum(running) / len(running) >= self.rule.min_running
         if self.is_busy:
             self.judged_s += max(0.0, now - self._looks[-1].time) if self._looks else 0.0
-            self.worst = max(self.worst, imbalance(running))
+            self.largest_factor = max(self.largest_factor, imbalance(running))
 
     def _remember(self, loads: tuple[RankLoad, ...], now: float) -> None:
-        """Silence is noticed late: what was thought of the rank meanwhile is corrected."""
+        """Keeps this look, and corrects earlier ones, since silence is noticed late."""
         for silent in (load for load in loads if load.silent_since is not None):
             for look in self._looks:
                 if look.time >= (silent.silent_since or 0.0):
@@ -116,7 +116,7 @@ class GroupDetector:
         return None
 
     def _since(self, kind: Kind) -> float:
-        """Since when it has been shown, but for dips."""
+        """Since when `kind` has been shown without interruption, apart from dips."""
         began = self._looks[-1].time
         for look in reversed(self._looks):
             if kind in look.shown:
@@ -126,10 +126,10 @@ class GroupDetector:
         return began
 
     def _changed(self, kind: Kind, began: float) -> float:
-        """Where the gap between ranks grew for good, not before `began`.
+        """When the gap between ranks grew for good, not before `began`.
 
-        Before a real change figures may swing above the limit now and then: the cut that
-        explains most squared deviation of the gap is when it began.
+        Figures may cross the limit now and then before the real change, which is the cut that
+        explains most squared deviation of the gap.
         """
         looks = [look for look in self._looks if look.time >= began - self.rule.hold]
         gaps = [gap(kind, look.loads) for look in looks]
@@ -145,9 +145,9 @@ class GroupDetector:
         return max(began, change)
 
     def _unseen_before(self, began: float) -> float:
-        """Seconds between the look that showed it first and the one before that.
+        """Seconds between the look at `began` and the one before it; 0 for a log.
 
-        Of a log, where a rank without work writes nothing, its interval tells.
+        In a log an idle rank writes nothing, so its interval is the resolution.
         """
         before = [look.time for look in self._looks if look.time < began]
         return began - before[-1] if before and not self.board.falls_silent else 0.0
@@ -192,11 +192,11 @@ class GroupDetector:
 
 
 class OnsetDetector:
-    """Fed with samples in the order of time, it says when imbalance began.
+    """Takes samples in order of time and declares the onsets of imbalance.
 
-    ranks: labels of the DP ranks that the server has, where known. source: "loads" or
-    "log"; samples of other sources are ignored, and so are expert figures of "metrics"
-    unless `source` is "loads". milliseconds: the log's stamps have them.
+    ranks: labels of the server's DP ranks, if known. source: "loads" or "log"; samples from
+    other sources are ignored, except balances from "metrics" if `source` is "loads".
+    milliseconds: whether the log's stamps have them.
     """
 
     def __init__(
@@ -216,12 +216,12 @@ class OnsetDetector:
 
     @property
     def groups(self) -> tuple[GroupDetector, ...]:
-        """One for each pipeline stage that was heard of."""
+        """The detectors, one for each pipeline stage seen so far."""
         return tuple(self._groups.values())
 
     @property
     def onsets(self) -> tuple[Onset, ...]:
-        """Those that were declared, in order (the newest of very many); the last may go on."""
+        """The onsets declared so far, in order of time; at most the newest 10,000 of a group."""
         onsets = [onset for group in self.groups for onset in group.closed]
         onsets += [group.open for group in self.groups if group.open is not None]
         onsets += [onset for balance in self._balance.values() for onset in balance.declared]
@@ -233,12 +233,12 @@ class OnsetDetector:
         return max((group.judged_s for group in self.groups), default=0.0)
 
     @property
-    def worst(self) -> float:
-        """Largest λ of running requests that was seen while there were enough."""
-        return max((group.worst for group in self.groups), default=1.0)
+    def largest_factor(self) -> float:
+        """Largest λ of running requests seen while there were enough to judge."""
+        return max((group.largest_factor for group in self.groups), default=1.0)
 
     def add(self, samples: Iterable[LoadSample | BalanceSample], now: float) -> list[Onset]:
-        """Takes new samples and the time (Unix s); returns what is declared by them."""
+        """Takes new samples and the time (Unix s); returns the onsets declared by this look."""
         balances = []
         for sample in samples:
             if isinstance(sample, BalanceSample):
@@ -262,7 +262,7 @@ class OnsetDetector:
 
 
 class _Balance:
-    """Onsets among figures that the server measures itself."""
+    """Detects onsets in a balance that the server itself measures."""
 
     def __init__(self, rule: OnsetRule) -> None:
         self.declared: deque[Onset] = deque(maxlen=MAX_ONSETS)
@@ -270,7 +270,11 @@ class _Balance:
         self._since: list[BalanceSample] = []
 
     def add(self, sample: BalanceSample, *, busy: bool) -> list[Onset]:
-        """busy: with at least min_running requests a rank; the tokens of few are never even."""
+        """Takes a sample; returns the onset that it declares, if any.
+
+        busy: whether there are at least min_running requests per rank, since the tokens of a
+        few are never even.
+        """
         if self.declared and self.declared[-1].ended is None:
             if sample.factor < self._rule.release:
                 self.declared[-1] = replace(self.declared[-1], ended=sample.time)
@@ -295,32 +299,31 @@ class _Balance:
         return [self.declared[-1]]
 
 
-# When load counts as unequal: the rule, the figures that it looks at, and the words for it.
-
+# The rule by which load counts as unequal, its figures, and the sentences about it.
 
 Kind = Literal["running", "tokens", "queue", "starved", "experts", "dp_tokens"]
-KINDS: tuple[Kind, ...] = ("starved", "running", "tokens", "queue")  # the telling first
+KINDS: tuple[Kind, ...] = ("starved", "running", "tokens", "queue")  # the most specific first
 CANNOT_KNOW = (
     "imbalance of load cannot be known here: this server has one DP rank, whose TP ranks run the "
     "same requests in the same batches, and only TP0 logs them. Compare the ranks' kernels "
-    "(sglprof check), or switch on what tells more: with DP attention --enable-metrics and "
+    "(sglprof check), or have the server report more: with DP attention --enable-metrics and "
     "SGLANG_ENABLE_METRICS_DP_ATTENTION=1, with experts --expert-distribution-recorder-mode stat "
     "and --expert-balancedness-report-mode server_log"
 )
-NEARLY = 0.1  # of the mean: what a rank that is starved on average may have run
+NEARLY = 0.1  # of the mean: a rank that runs less than this on average is starved
 RELEASE = 0.6  # of the way from 1 to `factor`: below it an imbalance is over
-SUSPECT, SUSPECT_GAP = 1.25, 2.0  # λ, and requests above the mean, that deserve a closer look
+SUSPECT, SUSPECT_GAP = 1.25, 2.0  # λ, and requests above the mean, for looking more often
 
 
 @dataclass(frozen=True)
 class OnsetRule:
     """When load counts as unequal. Times in s.
 
-    factor: λ = max / mean over the ranks from which on it is. hold: how long it must last,
-    averaged; and how long it must be over to have ended. min_running: mean requests a rank
-    below which nothing is declared: few requests cannot be spread evenly. min_gap:
-    requests of the fullest rank above the mean; min_gap_usage: the same of tokens, as a
-    share of the KV cache.
+    factor: smallest λ = max / mean over the ranks that counts. hold: how long it must last, on
+    average, to be declared, and how long it must be over to have ended. min_running: mean
+    running requests per rank below which nothing is declared, since few requests cannot be
+    spread evenly. min_gap: smallest number of requests by which the fullest rank is above the
+    mean; min_gap_usage: the same for tokens, as a share of the KV cache.
     """
 
     factor: float = 1.5
@@ -347,13 +350,12 @@ class OnsetRule:
 
 @dataclass(frozen=True)
 class Onset:
-    """A moment at which something began. Times in Unix s. kind: a `Kind`, or of a trigger.
+    """The beginning of an imbalance, or of what a trigger looks for. Times in Unix s.
 
-    time: when it began; known to `resolution_s` s, as its source allows. declared: when it
-    had held for long enough. factor: λ (or the ratio that the trigger looks at), averaged
-    from `time` to `declared`. lost_share: 1 - 1/λ, the share of the ranks' capacity that
-    waits for the fullest. ranks: their loads at `declared`. group: pipeline stage, "".
-    ended: None while it lasts.
+    time: when it began, to within `resolution_s` seconds. declared: when it had held for long
+    enough. kind: a `Kind`, or that of a trigger. factor: λ (or the ratio that the trigger looks
+    at), averaged from `time` to `declared`. ranks: their loads, averaged likewise (for a trigger:
+    at `declared`). group: pipeline stage, "" without stages. ended: None while it lasts.
     """
 
     time: float
@@ -368,13 +370,13 @@ class Onset:
     ended: float | None = None
 
     @property
-    def lost_share(self) -> float:
-        """0 to 1: what perfect balance would save of the running work."""
+    def lost_capacity(self) -> float:
+        """1 - 1/λ: the share of the ranks' capacity that waits for the fullest, 0 to 1."""
         return 1.0 - 1.0 / self.factor if self.factor > 1.0 else 0.0
 
 
 def imbalance(values: Sequence[float]) -> float:
-    """λ = max / mean; 1.0 where there is nothing."""
+    """λ = max / mean; 1.0 if all values are 0."""
     total = math.fsum(values)
     return max(values) * len(values) / total if total > 0 else 1.0
 
@@ -401,16 +403,16 @@ def imbalances(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
 
 
 def seem_unequal(samples: Sequence[LoadSample]) -> bool:
-    """Whether the ranks' requests at one moment are far enough apart to look closer."""
+    """Whether requests at one moment differ enough between ranks to look more often."""
     figures = ([s.running for s in samples], [s.waiting for s in samples])
     return len(samples) > 1 and any(_over(f, SUSPECT_GAP, SUSPECT) is not None for f in figures)
 
 
 def idle_ranks(loads: Sequence[RankLoad], share: float) -> list[str]:
-    """Ranks that run and queue at most `share` of the mean number of running requests.
+    """Ranks whose running and waiting requests are each at most `share` of the mean running.
 
-    One that holds tokens is not idle: it may be filling them in, a long prompt in chunks,
-    while the server counts as running only what decodes.
+    A rank that holds tokens is not idle: it may be prefilling a long prompt in chunks, while
+    the server counts only decoding requests as running.
     """
     limit = share * sum(load.running for load in loads) / len(loads)
     held = [load.tokens or 0.0 for load in loads]
@@ -431,7 +433,8 @@ def _over(values: Sequence[float], gap: float, limit: float) -> float | None:
 def gap(kind: Kind, loads: Sequence[RankLoad]) -> float:
     """How far the fullest rank is above the mean, in the figure that `kind` is about.
 
-    Of a starved rank the share of ranks that are idle: others may take its work or not.
+    For "starved" it is the share of idle ranks, since the others need not take over their
+    work.
     """
     if kind == "starved":
         return len(idle_ranks(loads, 0.0)) / len(loads)
@@ -441,7 +444,7 @@ def gap(kind: Kind, loads: Sequence[RankLoad]) -> float:
 
 
 def average_factor(kind: Kind, averages: Sequence[RankLoad], rule: OnsetRule) -> float | None:
-    """λ of one kind in loads that were averaged over time; None where the rule is not met."""
+    """λ of one kind in time-averaged loads; None if they do not meet the rule."""
     if kind == "starved":
         idle = idle_ranks(averages, NEARLY)
         return imbalance([load.running for load in averages]) if idle else None
@@ -449,7 +452,7 @@ def average_factor(kind: Kind, averages: Sequence[RankLoad], rule: OnsetRule) ->
 
 
 def sentence(onset: Onset) -> str:
-    """What began, in words and with its numbers; without the time, which views format."""
+    """The onset in words and numbers, without the time, which each view formats."""
     loads = onset.ranks
     if onset.kind in ("experts", "dp_tokens") or not loads:
         what = "tokens of the experts' GPUs" if onset.kind == "experts" else "tokens of DP ranks"

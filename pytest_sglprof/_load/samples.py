@@ -1,4 +1,4 @@
-"""`RankBoard`: what each DP rank has to do now, as far as samples have told."""
+"""Load samples, and `RankBoard`: the current load of each DP rank, from its samples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pytest_sglprof._ranks import Rank
 
 @dataclass(frozen=True, slots=True)  # hundreds of thousands are kept
 class LoadSample:
-    """What one DP rank had to do at one moment, as the server told it.
+    """The load of one DP rank at one moment, as the server reported it.
 
-    time: Unix time, s. rank: label (`DP1`, `DP0 PP1`); "" where the server logs no DP tag,
-    since there is one DP rank. running, waiting: requests. tokens: KV tokens held, None
-    where the source leaves it out (prefill lines). token_usage: share of the KV cache, 0 to
-    1. throughput: generated tokens / s, None of a prefill line. iteration: the rank's own
-    forward pass, None where it is not told. source: "log" or "loads".
+    time: Unix time, s. rank: label (`DP1`, `DP0 PP1`); "" if there is only one DP rank, so
+    that the server logs no DP tag. running, waiting: requests. tokens: KV tokens held; None if
+    the source leaves it out (prefill lines). token_usage: share of the KV cache, 0 to 1.
+    throughput: generated tokens / s; None for a prefill line. iteration: number of the rank's
+    forward pass; None if not known. source: "log" or "loads".
     """
 
     __module__ = "pytest_sglprof"
@@ -37,11 +37,12 @@ class LoadSample:
 
 @dataclass(frozen=True, slots=True)
 class BalanceSample:
-    """A balance that the server measures itself. factor: λ = max / mean, 1.0 is perfect.
+    """A balance that the server itself measures. factor: λ = max / mean, 1.0 is perfect.
 
     time: Unix time, s. kind: "experts" (tokens of the GPUs that hold experts; the server
-    tells mean / max, its "balancedness") or "dp_tokens" (tokens of the DP ranks in a step
-    under DP attention). iteration: forward pass, where told. source: "log" or "metrics".
+    reports mean / max, its "balancedness") or "dp_tokens" (tokens of the DP ranks in a step
+    under DP attention). iteration: number of the forward pass; None if not known. source:
+    "log" or "metrics".
     """
 
     time: float
@@ -52,7 +53,7 @@ class BalanceSample:
     source: str = "log"
 
 
-GAPS = 9  # of each rank's newest gaps the median is its interval
+GAPS = 9  # of a rank between its newest samples; their median is its interval
 PATIENCE = 3.0  # intervals without a line after which a rank counts as silent
 MIN_PATIENCE = 2.0  # s; stamps of a log have 1 s
 LOG_STAMP = 1.0  # s; resolution of a log's stamps without SGLANG_LOG_MS=1
@@ -62,8 +63,8 @@ LOG_STAMP = 1.0  # s; resolution of a log's stamps without SGLANG_LOG_MS=1
 class RankLoad:
     """Load of one rank. running, waiting: requests; tokens, usage: of its KV cache.
 
-    silent_since: Unix time, s, since which a rank that logs nothing has been without work;
-    None for a rank that tells of itself.
+    silent_since: Unix time, s, from which a rank that logs nothing counts as idle; None for a
+    rank that is heard.
     """
 
     rank: str
@@ -88,9 +89,9 @@ class _Seen:
 class RankBoard:
     """The newest load of each rank of one group.
 
-    ranks: labels that are known to exist; a rank that was never heard of counts as silent.
-    falls_silent: True for a log, where a rank without work writes nothing. stamp: s, the
-    resolution of the samples' times.
+    ranks: labels of ranks that are known to exist; those never heard count as silent.
+    falls_silent: True for a log, where an idle rank writes nothing. stamp: resolution of the
+    samples' times, s.
     """
 
     def __init__(
@@ -110,12 +111,12 @@ class RankBoard:
 
     @property
     def interval(self) -> float:
-        """Typical time between two samples of a rank, s: of the slowest one that is heard."""
+        """Typical time between two samples of the same rank, s; the largest of the ranks."""
         return max((seen.interval for seen in self._seen.values()), default=0.0)
 
     @property
     def resolution(self) -> float:
-        """How exactly a moment can be known from these samples, s."""
+        """How precisely these samples can date a change, s."""
         return max(self.stamp, self.interval)
 
     @property
@@ -124,7 +125,7 @@ class RankBoard:
         return max(MIN_PATIENCE, PATIENCE * self.interval, 2 * self.stamp)
 
     def add(self, sample: LoadSample) -> None:
-        """Takes one sample; an older one than is known of its rank is ignored."""
+        """Takes one sample; ignores it if the rank has a newer one."""
         seen = self._seen.get(sample.rank)
         if seen is not None and sample.time < seen.time:
             return
@@ -147,8 +148,7 @@ class RankBoard:
     def loads(self, now: float) -> tuple[RankLoad, ...]:
         """Each known rank's load at `now`, in the order of the ranks.
 
-        A rank is only silent while another is heard: when all of them stop writing, each
-        is idle, or the log has ended.
+        In a log, silence means idleness: a rank whose next line is overdue has load 0.
         """
         heard = max(now, self._newest) if self.falls_silent else now
         loads = [self._load(rank, heard) for rank in self._known]
@@ -168,7 +168,7 @@ class RankBoard:
         )
 
     def _know(self, rank: str) -> None:
-        """A DP tag is only logged where there are more: at least those below it, and one."""
+        """Adds the ranks that a label implies: a DP tag implies ranks 0 to n, and at least two."""
         parsed = Rank.parse(rank)
         if parsed is None or parsed.dp is None:
             self._known.setdefault(rank)
@@ -178,7 +178,7 @@ class RankBoard:
 
 
 def group_of(rank: str) -> str:
-    """What ranks must share to be compared: the pipeline stage (`PP1`), "" without stages."""
+    """The pipeline stage of a rank (`PP1`), within which load is compared; "" without stages."""
     parsed = Rank.parse(rank)
     return "" if parsed is None else replace(parsed, dp=None).label
 

@@ -1,4 +1,8 @@
-"""`HttpSource`: one endpoint of a server, asked again and again without ever hurrying it."""
+"""Where load samples come from: endpoints of a server, and its log.
+
+`LoadsSource` and `MetricsSource` poll an endpoint, `LogFollower` follows a log that grows,
+`FinishedLog` reads one that does not.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +30,17 @@ from pytest_sglprof._server.client import (
 )
 from pytest_sglprof._server.log_lines import Entry, EntryReader, read_balance, read_batch
 
-MAX_BACKOFF = 5.0  # s between two tries of a server that does not answer
-MAX_DOUBLINGS = 64  # of the interval; far beyond MAX_BACKOFF, and a float still holds it
-REQUEST_TIMEOUT = 5.0  # s; an export of a profile stalls the server for longer: ask again then
+MAX_BACKOFF = 5.0  # s between two requests to a server that does not answer
+MAX_DOUBLINGS = 64  # of the interval: far beyond MAX_BACKOFF, but no float overflow
+REQUEST_TIMEOUT = 5.0  # s; an export of a profile stalls the server for longer
 
 
 class HttpSource:
-    """Asks `path` every `interval` s; failures double that, up to 5 s, until it answers.
+    """Polls `path` every `interval` s; each failure doubles that, up to 5 s, until it answers.
 
-    api_key: the server's. clock: Unix time in s, of the samples. transport: for tests that
-    control time. A server that is starting (503), stalled or gone only makes answers miss;
-    one that wants another key or lacks the endpoint is an error, `ServerRefused`.
+    api_key: of the server. clock: gives the time of the samples, Unix s. transport: for tests
+    that control time. While a server is starting (503), stalled or gone, answers are missing;
+    if it refuses the key or lacks the endpoint, that is an error, `ServerRefused`.
     """
 
     path = "/"
@@ -61,8 +65,8 @@ class HttpSource:
         self._http: httpx.AsyncClient | None = None
 
     async def ask(self) -> httpx.Response | None:
-        """One answer, or None; sets `delay`, the seconds until the next try."""
-        if self._http is None:  # made in the loop that uses it
+        """One answer, or None; sets `delay`, the seconds until the next request."""
+        if self._http is None:  # must be made in the event loop that uses it
             self._http = httpx.AsyncClient(
                 base_url=self.url,
                 headers=self._headers,
@@ -88,11 +92,11 @@ class HttpSource:
         return response
 
     def without(self) -> str:
-        """What to do about a server that lacks the endpoint."""
+        """Hint for a server that lacks the endpoint."""
         return "check the URL"
 
     def failed(self, problem: str) -> None:
-        """Counts an answer that was no use, and backs off."""
+        """Counts a failure, and backs off."""
         self.failures += 1
         self.problem = f"{self.url}{self.path}: {problem}"
         doubled = self._interval * 2.0 ** min(self.failures, MAX_DOUBLINGS)
@@ -113,26 +117,25 @@ class HttpSource:
         )
 
 
-# `LoadsSource`: load of every DP rank from `/v1/loads`, which needs no flag of the server.
-
+# `/v1/loads`: the load of every DP rank, without any flag of the server.
 
 LOADS_INTERVAL = 0.5  # s; a rank refreshes its figures every 15 decode steps
-CLOSER = 0.1  # s; between two looks while the ranks seem unequal
-CLOSER_LOOKS = 50  # in a row: what has lasted for 5 s is not chance
+CLOSER = 0.1  # s between two requests while the ranks seem unequal
+CLOSER_LOOKS = 50  # requests so close in a row: what has lasted for 5 s is not chance
 
 
 class LoadsSource(HttpSource):
-    """Samples of all ranks at one moment, the moment of the answer.
+    """Samples of all ranks, dated at the moment of the answer.
 
-    Short requests that begin together make waves, and four looks in 2 s can all fall into
-    the moments between two of them. So it looks closer as soon as the ranks seem unequal.
+    Short requests that begin together make load come in waves, and four samples in 2 s can all
+    fall between two waves. So it polls more often as soon as the ranks seem unequal.
     """
 
     path = LOADS
     _unequal_looks = 0
 
     async def poll(self) -> Sequence[LoadSample]:
-        """The newest load of each rank; nothing where the server does not answer."""
+        """The newest load of each rank; empty if the server does not answer."""
         response = await self.ask()
         if response is None:
             return []
@@ -148,12 +151,12 @@ class LoadsSource(HttpSource):
         return samples
 
     def without(self) -> str:
-        """Older servers have none."""
+        """Hint for older servers, which lack it."""
         return "follow the server's log instead: sglprof watch LOG --follow"
 
 
 def load_samples(loads: Sequence[DpLoad], now: float) -> list[LoadSample]:
-    """The loads at one moment; labels have no DP part where there is one DP rank."""
+    """The loads at one moment; the label is "" if there is only one DP rank."""
     return [
         LoadSample(
             time=now,
@@ -169,10 +172,9 @@ def load_samples(loads: Sequence[DpLoad], now: float) -> list[LoadSample]:
     ]
 
 
-# `MetricsSource`: the balances that a server measures itself, from `/metrics`.
+# `/metrics`: the balances that the server itself measures.
 
-
-METRICS_INTERVAL = 2.0  # s; the server gathers all series of all its processes for each answer
+METRICS_INTERVAL = 2.0  # s; each answer makes the server gather the series of all its processes
 
 _LINE = re.compile(
     r"^sglang:(dp_attention_token_imbalance_ratio|eplb_balancedness)_(sum|count)"
@@ -182,11 +184,11 @@ _LINE = re.compile(
 
 
 class MetricsSource(HttpSource):
-    """Means between two answers of what happened once a step.
+    """Balances, as means over the steps between two answers.
 
     Needs `--enable-metrics`, and SGLANG_ENABLE_METRICS_DP_ATTENTION=1 for `dp_tokens` or
     an expert recorder with `--expert-balancedness-report-mode` for `experts`; without
-    these series it gives nothing.
+    these series there are no samples.
     """
 
     path = "/metrics"
@@ -216,37 +218,34 @@ class MetricsSource(HttpSource):
         return samples
 
     def without(self) -> str:
-        """The endpoint is a switch of the server."""
+        """Hint for a server started without the endpoint."""
         return "start the server with --enable-metrics"
 
 
 def read_metrics(text: str) -> dict[str, tuple[float, float]]:
-    """Name -> (sum, count) of the series that tell a balance, over all their labels."""
-    found: dict[str, list[float]] = {}
+    """Maps the balance series to (sum, count), added up over all labels."""
+    sums: dict[str, list[float]] = {}
     for name, part, value in _LINE.findall(text):
         try:
             number = float(value)
         except ValueError:
             continue
-        found.setdefault(name, [0.0, 0.0])[part == "count"] += number
-    return {name: (total, count) for name, (total, count) in found.items()}
+        sums.setdefault(name, [0.0, 0.0])[part == "count"] += number
+    return {name: (total, count) for name, (total, count) in sums.items()}
 
 
-# `LogFollower`: the samples of a log file while it grows, also across its rotation.
+# The log, while it grows and across rotations, or when it is finished.
 
-
-# Bytes read at once, so that a log of gigabytes costs no memory: 2,000 lines, some 20 ms.
-BLOCK = 2**18
-# A line longer than this is no batch line: server_args is the longest, with 20,000.
-MAX_PARTIAL = 2**20
+BLOCK = 2**18  # bytes read at once (2,000 lines, 20 ms), so that memory stays flat
+MAX_PARTIAL = 2**20  # bytes of an unfinished line that are kept; the longest known has 20,000
 
 
 class LogFollower:
-    """Reads what was appended since the last look; a file that is not there is empty.
+    """Reads what was appended since the last call; a file that does not exist is empty.
 
-    path: the log. from_end: skip what stands in it now. A file that was replaced
-    (rotated by renaming) is read to its end before the new one; one that was cut short
-    (copy and truncate) is read from its start. Close it, or use a `with` block.
+    path: the log. from_end: skip its present contents. A file that was replaced (rotated by
+    renaming) is read to its end before the new one; one that was truncated (rotated by
+    copying) is read from its start. Close it, or use a `with` block.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
@@ -263,23 +262,23 @@ class LogFollower:
         return [sample for block in self.blocks() for sample in block]
 
     def blocks(self) -> Iterator[list[Sample]]:
-        """The same as `poll` in pieces, for a log of any size."""
+        """The samples of `poll`, block by block, for a log of any size."""
         if self._stream is None and not self._open():
             return
         yield from self._read()
         if self._was_replaced():
-            yield from self._read()  # written between the two looks
+            yield from self._read()  # written after the read and before the rotation
             yield self.rest()
             self.close()
             if self._open():
                 yield from self._read()
 
     def rest(self) -> list[Sample]:
-        """The samples of a last line that has no end: of a log that is finished."""
+        """The sample of a last line without a newline, in a log that is finished."""
         return self._take(b"\n")
 
     def close(self) -> None:
-        """Closes the file; the next `poll` would begin anew."""
+        """Closes the file; the next `poll` would start again from the beginning."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -324,15 +323,15 @@ class LogFollower:
         try:
             now = self.path.stat()
         except OSError:
-            return False  # renamed, and the new one is not there yet
+            return False  # renamed, and the new file does not exist yet
         then = os.fstat(self._stream.fileno())
         return (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
 
 
 class FinishedLog:
-    """The samples of a log that does not grow, block by block; each iteration reads it anew.
+    """The samples of a log that does not grow, block by block, so that memory stays flat.
 
-    So its size costs no memory. A last line without an end counts, too.
+    Each iteration reads the file again. A last line without a newline counts too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -351,17 +350,16 @@ def read_log(path: Path) -> list[Sample]:
     return [sample for block in FinishedLog(path) for sample in block]
 
 
-# `LineReader`: load samples from the lines of a server's log, whatever else they hold.
-
+# From the lines of a log to samples.
 
 Sample = LoadSample | BalanceSample
-MOST_RANKS = 4096  # a number beyond is no rank's, and all ranks below it are kept an account of
+MOST_RANKS = 4096  # larger numbers are not DP ranks; every rank below one that is seen is tracked
 
 
 class LineReader:
-    """Reads line after line; never raises, and ignores what is no load.
+    """Reads load samples from log lines; ignores all other lines, and never raises.
 
-    has_milliseconds: the server runs with SGLANG_LOG_MS=1, so stamps are that fine.
+    has_milliseconds: True if the stamps have them, as the server runs with SGLANG_LOG_MS=1.
     """
 
     def __init__(self) -> None:
@@ -384,12 +382,12 @@ class LineReader:
                 yield sample
 
 
-@functools.lru_cache(maxsize=4096)  # one text a rank, however many samples it has
+@functools.lru_cache(maxsize=4096)  # each rank has one such string, in many lines
 def load_rank(tags: str) -> str:
-    """`DP1` of ` DP1 PP0 TP4 EP4`: the parts that say whose requests they are.
+    """The parts of a log line's tags that identify the load: `DP1` of ` DP1 PP0 TP4 EP4`.
 
-    The TP, CP and EP ranks of one DP rank share its requests; the stages of a pipeline log
-    each on their own. "" where no DP tag stands, and for tags that are none of SGLang's.
+    The TP, CP and EP ranks of one DP rank share its requests, while each pipeline stage logs
+    its own. "" without a DP tag, and for tags that are not SGLang's.
     """
     rank = Rank.parse(tags)
     if rank is None or rank.dp is None or rank.dp >= MOST_RANKS:

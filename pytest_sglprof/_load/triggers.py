@@ -1,6 +1,7 @@
-"""What opens a window while a test's load runs: `ImbalanceOnset` and its kin, and a callable.
+"""The triggers that open a window while a test's load runs: `ImbalanceOnset`, … or a function.
 
-Cheap to import: test modules name these in their markers.
+Cheap to import, since test modules use these in their markers. A new trigger is a class here,
+an export of `pytest_sglprof`, and a row in docs/watch.md.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ Samples = Iterable[LoadSample | BalanceSample]
 NoOnset = Literal["pass", "inconclusive", "fail"]
 Made = TypeVar("Made")
 _WORDS = {"source": ("loads", "log"), "on_no_onset": ("pass", "inconclusive", "fail")}
-WITHIN = 120.0  # s that a trigger waits by default, from the start of the test's load
-BEST_OVER = 5.0  # s; the best throughput is a mean over so long
+WITHIN = 120.0  # s from the start of the test's load that a trigger waits by default
+BEST_OVER = 5.0  # s over which the best throughput is averaged
 
 
 class Detector(Protocol):
-    """Fed by the watching thread; see `OnsetDetector`."""
+    """What the watching thread passes samples to; see `OnsetDetector`."""
 
     @property
     def judged_s(self) -> float: ...
     @property
-    def worst(self) -> float: ...
+    def largest_factor(self) -> float: ...
     def add(self, samples: Samples, now: float) -> list[Onset]: ...
 
 
 class Trigger(Protocol):
-    """within: s to wait for it. on_no_onset: the verdict when it never comes.
+    """What opens a window. within: s to wait for it. on_no_onset: the verdict if it never comes.
 
-    compares_ranks: True for what a server with one DP rank cannot show.
+    compares_ranks: True if a server with only one DP rank cannot show it.
     """
 
     @property
@@ -50,17 +51,17 @@ class Trigger(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class _Trigger:
-    """What all triggers of ours have; see `Trigger`. source: "loads" (`/v1/loads`) or "log"."""
+    """Arguments that all built-in triggers share. source: "loads" (`/v1/loads`) or "log"."""
 
     within: float = field(default=WITHIN, kw_only=True)
     source: Literal["loads", "log"] = field(default="loads", kw_only=True)
     on_no_onset: NoOnset = field(default="pass", kw_only=True)
 
     compares_ranks: ClassVar[bool] = False
-    above: ClassVar[Mapping[str, float]] = {}  # what an argument must exceed
+    above: ClassVar[Mapping[str, float]] = {}  # argument -> the value that it must exceed
 
     def __new__(cls: type[Made], *args: object, **keywords: object) -> Made:
-        """Names the nearest argument of a wrong one, which Python's own error does not."""
+        """Suggests the nearest argument for an unknown one, which Python's error does not."""
         known = [item.name for item in fields(cls)]  # type: ignore[arg-type]  # a dataclass
         if unknown := [name for name in keywords if name not in known]:
             raise SettingsError(
@@ -77,7 +78,7 @@ class _Trigger:
             _check(item.name, getattr(self, item.name), type(self).__name__, limits)
 
     def __repr__(self) -> str:
-        """As it is written: its own arguments first."""
+        """As it is written in code, with the arguments of this trigger first."""
         arguments = sorted(fields(self), key=lambda item: item.kw_only is True)
         written = (f"{item.name}={getattr(self, item.name)!r}" for item in arguments)
         return f"{type(self).__name__}({', '.join(written)})"
@@ -85,41 +86,41 @@ class _Trigger:
 
 @dataclass(frozen=True, repr=False)
 class ImbalanceOnset(_Trigger, OnsetRule):
-    """Opens when the load of DP ranks has been unequal for `hold` seconds.
+    """Opens once the load of the DP ranks has been unequal for `hold` seconds.
 
     factor, hold, min_running, min_gap, min_gap_usage: see `OnsetRule`. within: s, from the
     start of the test's load. source: "loads" (`/v1/loads`) or "log". on_no_onset: the
-    verdict when the load stays balanced.
+    verdict if the load stays balanced.
     """
 
     compares_ranks = True
     above: ClassVar[Mapping[str, float]] = {"factor": 1.0}
 
     def detector(self, ranks: Sequence[str]) -> OnsetDetector:
-        """Looks for it among these ranks."""
+        """A fresh detector for these ranks."""
         return OnsetDetector(self, ranks=ranks, source=self.source)
 
 
 @dataclass(frozen=True, repr=False)
 class _SumTrigger(_Trigger):
-    """Judges sums over all ranks. kind: the name of its onsets."""
+    """A trigger that judges sums over all ranks. kind: that of its onsets."""
 
     kind: ClassVar[str]
 
     def judge(self, load: SummedLoad) -> tuple[float, str] | None:
-        """The ratio that it looks at and a sentence, or None while there is nothing."""
+        """The ratio that it looks at, and a sentence about it; None while it is not met."""
         raise NotImplementedError
 
     def detector(self, ranks: Sequence[str]) -> Detector:
-        """Looks for it over all ranks."""
+        """A fresh detector, over all ranks."""
         return _SumDetector(self, hold=getattr(self, "hold", 0.0))
 
 
 @dataclass(frozen=True, repr=False)
 class QueueGrowth(_SumTrigger):
-    """Opens when the queues of all ranks together have grown by `requests` for `hold` s.
+    """Opens once the queues of all ranks together have been `requests` longer for `hold` s.
 
-    Growth is counted from the shortest queue that was seen since the load began.
+    Longer than the shortest total queue since the load began.
     """
 
     requests: int = 16
@@ -140,10 +141,10 @@ class QueueGrowth(_SumTrigger):
 
 @dataclass(frozen=True, repr=False)
 class ThroughputDrop(_SumTrigger):
-    """Opens when all ranks together have generated `share` less than before for `hold` s.
+    """Opens once the throughput of all ranks together has dropped by `share` for `hold` s.
 
-    Compared with the best mean over 5 s so far; only while at least half as many requests
-    run as then, so that the end of a load is no drop. share: 0 to 1.
+    Compared with the best mean over 5 s so far, and only while at least half as many requests
+    run as then, so that the end of a load does not count as a drop. share: 0 to 1.
     """
 
     share: float = 0.3
@@ -171,14 +172,14 @@ class ThroughputDrop(_SumTrigger):
 
 @dataclass(frozen=True, repr=False)
 class CallableTrigger(_SumTrigger):
-    """Opens when `function(newest sample of each rank)` is true. Errors in it are raised."""
+    """Opens once `function(newest sample of each rank)` is true. Its errors are raised."""
 
     function: Callable[[Mapping[str, LoadSample]], object]
 
     kind = "custom"
 
     def judge(self, load: SummedLoad) -> tuple[float, str] | None:
-        """Asks the function, at each look that brought samples."""
+        """Calls the function, at each look that has new samples."""
         is_true = self.function(dict(load.newest))
         return (1.0, f"{describe_trigger(self)} was true") if is_true else None
 
@@ -188,13 +189,13 @@ class CallableTrigger(_SumTrigger):
 
 
 def as_trigger(given: Any) -> Trigger:
-    """A trigger, or a callable as one. Raises `SettingsError` for anything else."""
+    """Returns a trigger; wraps a function as one. Raises `SettingsError` for anything else."""
     if callable(getattr(given, "detector", None)) and not isinstance(given, type):
         parts = ("within", "on_no_onset", "compares_ranks")
         if missing := [name for name in parts if not hasattr(given, name)]:
             raise SettingsError(
                 f"trigger={given!r} has no {', '.join(missing)}",
-                expected="the attributes of pytest_sglprof._load.triggers.Trigger",
+                expected=f"detector, {', '.join(parts)}",
             )
         return cast("Trigger", given)
     if callable(given) and not isinstance(given, type):
@@ -208,7 +209,7 @@ def as_trigger(given: Any) -> Trigger:
 
 
 def describe_trigger(given: Any) -> str | None:
-    """A trigger as text for results; None for none."""
+    """A trigger as text, for results; None for None."""
     if given is None:
         return None
     return repr(as_trigger(given))
@@ -231,8 +232,9 @@ def _check(name: str, value: Any, trigger: str, limits: Mapping[str, float]) -> 
 class SummedLoad:
     """The load of all ranks together since it began.
 
-    newest: of each rank, by label. sums: over the ranks at each look. best: the highest mean
-    throughput over `BEST_OVER` s, and the mean number of running requests then; 0 before.
+    newest: the newest sample of each rank, by label. sums: sums over the ranks, one a look.
+    best: the highest mean throughput over `BEST_OVER` s, and the mean number of running
+    requests then; zeros before that.
     """
 
     def __init__(self) -> None:
@@ -241,7 +243,7 @@ class SummedLoad:
         self.best = (0.0, 0.0)
 
     def add(self, samples: Sequence[LoadSample], now: float) -> None:
-        """Takes what one look brought."""
+        """Takes the samples of one look, at `now` (Unix s)."""
         for sample in samples:
             before = self.newest.get(sample.rank)
             if sample.throughput is None and before is not None:  # a prefill line
@@ -253,7 +255,7 @@ class SummedLoad:
         waiting = sum(load.waiting for load in loads)
         self.sums.append(LoadSample(now, "", running, waiting, throughput=throughput))
         if now - self.sums[0].time < BEST_OVER:
-            return  # not so much has been seen yet
+            return  # too short for a mean
         recent = [moment for moment in self.sums if moment.time > now - BEST_OVER]
         rate = math.fsum(moment.throughput or 0.0 for moment in recent) / len(recent)
         if rate > self.best[0]:
@@ -261,9 +263,9 @@ class SummedLoad:
 
 
 class _SumDetector:
-    """Declares what its trigger has judged true for `hold` s; it ends when it is not any more."""
+    """Declares an onset once its trigger has been met for `hold` s, then waits until it is not."""
 
-    worst = 1.0
+    largest_factor = 1.0
 
     def __init__(self, trigger: _SumTrigger, *, hold: float) -> None:
         self.judged_s = 0.0

@@ -1,4 +1,4 @@
-"""`LoadWatch`: follows the load of one running server in a thread of its own."""
+"""`LoadWatch`: follows the load of one running server in a background thread."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOG_INTERVAL = 0.25  # s between two looks at a log; one costs a stat and a short read
-MAX_SAMPLES = 500_000  # kept; a week of two ranks at two samples a second is more
+MAX_SAMPLES = 500_000  # kept (35 h of two ranks at 2 Hz); the oldest beyond are dropped
 
 Listener = Callable[[Sequence[Sample], float], None]
 
 
 class Source(Protocol):
-    """Where samples come from. delay: s until it wants to be asked again."""
+    """Where samples come from. delay: s until the next `poll`."""
 
     @property
     def delay(self) -> float: ...
@@ -34,9 +34,9 @@ class Source(Protocol):
 
 
 class LogSource:
-    """The lines that are appended to a log from now on (or all of it).
+    """The samples appended to a log from now on; with `from_end=False`, all of them.
 
-    delay: s until the next look; 0 while it is behind, since much has been written.
+    delay: s until the next `poll`; 0 while there is more to read.
     """
 
     delay = LOG_INTERVAL
@@ -48,9 +48,9 @@ class LogSource:
         self._blocks: Iterator[list[Sample]] | None = None
 
     async def poll(self) -> list[Sample]:
-        """What was written since the last call, at most two blocks of it.
+        """The samples written since the last call, from at most two blocks of the log.
 
-        The loop has other sources to ask, and nobody needs all lines of a night at once.
+        More would keep the event loop from its other sources.
         """
         if self._log is None:
             self._log = LogFollower(self._path, from_end=self._from_end)
@@ -71,11 +71,11 @@ class LogSource:
 
 
 class LoadWatch:
-    """Samples of all sources in the order in which they came, while it runs and after.
+    """Collects samples from all sources, in order of arrival, for use during and after the watch.
 
-    keep: how many samples; the oldest ones go. 0 where only listeners want them. An error in
-    its thread (of a source, or of a listener) ends it; `stop` and `check` raise it where they
-    are called. Use `start` and `stop`, or a `with` block.
+    clock: gives the time, Unix s. keep: number of samples kept, the oldest are dropped; 0 if
+    only listeners need them. An error in the thread, from a source or a listener, ends the
+    watch; `check` and `stop` raise it. Use `start` and `stop`, or a `with` block.
     """
 
     __module__ = "pytest_sglprof"
@@ -106,13 +106,13 @@ class LoadWatch:
 
     @property
     def balances(self) -> tuple[BalanceSample, ...]:
-        """The balances that the server measured itself."""
+        """All balances so far, as the server itself measured them."""
         with self._lock:
             return tuple(s for s in self._samples if isinstance(s, BalanceSample))
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The load samples so far, a row each; columns are the fields of `LoadSample`."""
+        """The load samples so far, one row each; columns are the fields of `LoadSample`."""
         import pandas as pd
 
         names = [field.name for field in dataclasses.fields(LoadSample)]
@@ -121,26 +121,26 @@ class LoadWatch:
 
     @property
     def problem(self) -> str:
-        """Why a source that is asked again and again gives nothing now; "" where all do."""
+        """Why a source has no samples now; "" if all of them work."""
         problems = (getattr(source, "problem", "") for source in self._sources)
         return next((problem for problem in problems if problem), "")
 
     def listen(self, listener: Listener) -> None:
-        """From now on `listener` gets new samples and the time, in the watching thread.
+        """Calls `listener(samples, now)` in the watching thread, after every poll of a source.
 
-        It is called after every look at a source, also when there is nothing new.
+        `samples` may be empty; `now` is in Unix s.
         """
         with self._lock:
             self._listeners.append(listener)
 
     def unlisten(self, listener: Listener) -> None:
-        """Ends that; what is not listening is ignored."""
+        """Stops calling `listener`; does nothing if it was never added."""
         with self._lock:
             if listener in self._listeners:
                 self._listeners.remove(listener)
 
     def start(self) -> None:
-        """Begins to watch, or goes on after `stop`."""
+        """Starts to watch, or resumes after `stop`."""
         if self._thread is None:
             with self._lock:
                 self._stopping = False
@@ -148,14 +148,14 @@ class LoadWatch:
             self._thread.start()
 
     def check(self) -> None:
-        """Raises what ended the watching thread, if anything did."""
+        """Raises the error that ended the watching thread, if any."""
         with self._lock:
             error = self._error
         if error is not None:
             raise error
 
     def stop(self) -> None:
-        """Ends the thread, closes its sources, and raises what went wrong in it."""
+        """Ends the thread, closes the sources, and raises the thread's error, if any."""
         self._end()
         with self._lock:
             error, self._error = self._error, None
@@ -236,10 +236,10 @@ def server_watch(
     metrics: bool = False,
     keep: int = MAX_SAMPLES,
 ) -> LoadWatch:
-    """A watch of a server that runs, not started yet.
+    """A `LoadWatch` of a running server, not started yet.
 
-    log: its log, if it lies on this machine. metrics: whether it answers `/metrics`. keep:
-    as for `LoadWatch`.
+    log: the server's log, if it is on this machine. metrics: whether the server has
+    `/metrics`. keep: as for `LoadWatch`.
     """
     from pytest_sglprof._load.sources import (
         LOADS_INTERVAL,

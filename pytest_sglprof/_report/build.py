@@ -15,7 +15,7 @@ from pytest_sglprof._analysis.collectives import waits
 from pytest_sglprof._analysis.compare import strata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof._analysis.straggler import StragglerFinding, stragglers
-from pytest_sglprof._analysis.times import GroupCells, measure
+from pytest_sglprof._analysis.times import GroupCells, sum_times
 from pytest_sglprof._capture.recording import WindowCapture
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._load.triggers import describe_trigger
@@ -173,7 +173,7 @@ def _measured(
     onset: RecordedOnset | None,
 ) -> dict[str, Any]:
     """The fields of a window that come from its kernel table."""
-    cells, waited = groups or measure(table), waits(table)
+    cells, waited = groups or sum_times(table), waits(table)
     return {
         "source": table.source,
         "partial": table.partial,
@@ -243,8 +243,8 @@ def _rows(table: KernelTable) -> tuple[KernelRow, ...]:
 
 def _decisive(verdict: Verdict) -> int | None:
     """Index of the judgement that decided."""
-    worst = verdict.worst
-    return None if worst is None else verdict.judgements.index(worst)
+    deciding = verdict.deciding
+    return None if deciding is None else verdict.judgements.index(deciding)
 
 
 def _relative(path: Path, root: Path | None) -> str:

@@ -194,7 +194,7 @@ class KernelGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kernel_spread(table: KernelTable, groups: Sequence[GroupCells]) -> tuple[KernelGroup, ...]:
-    """The kernels of each work group. groups: as `cells.measure(table)` returns them."""
+    """The kernels of each work group. groups: as `sum_times(table)` returns them."""
     return tuple(_group(table, cells) for cells in groups)
 
 

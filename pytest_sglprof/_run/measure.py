@@ -29,7 +29,7 @@ class Measured:
     doubt: str | None = None
 
 
-def measure(
+def read_and_judge(
     capture: WindowCapture, settings: Settings, extra: Sequence[Threshold] = ()
 ) -> Measured:
     """Reads what `capture` left and judges it against its thresholds and `extra`.

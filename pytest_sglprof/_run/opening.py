@@ -127,7 +127,7 @@ def _without_onset(trigger: Trigger, detector: Detector, seconds: float) -> NotO
         )
     return trigger.on_no_onset, (
         f"balanced for {judged:.0f} s (λ of running requests at most "
-        f"{detector.worst:.2f}, without an onset)"
+        f"{detector.largest_factor:.2f}, without an onset)"
     )
 
 

@@ -21,7 +21,7 @@ from pytest_sglprof._config.windows import window_by_hand
 from pytest_sglprof._errors import Inconclusive, SglprofError, WindowError, WindowRefused
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._metrics import VerdictWord
-from pytest_sglprof._run.measure import Measured, judge_table, measure
+from pytest_sglprof._run.measure import Measured, judge_table, read_and_judge
 from pytest_sglprof._run.opening import LoadState, steady_load
 from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, watch_clocks
 from pytest_sglprof._verdict.judge import Verdict, undecided
@@ -394,7 +394,7 @@ class Window:
                 self._measured = Measured(None, Verdict(word, reason), reason)
             if self._measured is None:
                 try:
-                    self._measured = measure(capture, self._settings, self._checks)
+                    self._measured = read_and_judge(capture, self._settings, self._checks)
                 except Exception as error:
                     # Raised once, in the test; its report then tells the rest.
                     reason = f"reading or judging the window failed: {error!r}"
@@ -509,7 +509,7 @@ class Window:
 
 def _figure(verdict: Verdict) -> float:
     """The figure that decided; infinite for what only one rank has."""
-    value = verdict.worst.value if verdict.worst is not None else None
+    value = verdict.deciding.value if verdict.deciding is not None else None
     return math.inf if value is None else value
 
 

@@ -1,6 +1,6 @@
-"""From a kernel table and thresholds to one verdict with its reason and its numbers.
+"""Judges a kernel table against thresholds: one verdict with its reason and its numbers.
 
-Too little data never passes: it is inconclusive, whatever the figures look like.
+Too little data never passes: it is inconclusive, whatever the figures are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from pytest_sglprof._analysis.certainty import MAX_P
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, imbalance_of_groups
-from pytest_sglprof._analysis.times import GroupCells, measure
+from pytest_sglprof._analysis.times import GroupCells, sum_times
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS, VerdictWord, worst_word
 from pytest_sglprof._ranks import Rank
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Judgement(msgspec.Struct, frozen=True):
     """One threshold applied to one work group.
 
-    finding: None when there was nothing to measure. value: the metric's figure, None
-    where it does not exist.
+    finding: None if there was nothing to measure. value: the metric's figure; None if it does
+    not exist.
     """
 
     threshold: Threshold
@@ -39,9 +39,9 @@ class Judgement(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of one window: the word, why, and each judgement behind it.
+    """The verdict on one window: the word, its reason, and the judgements behind it.
 
-    groups: the measured cells, so that a report need not sum the table again.
+    groups: the summed cells, so that a report need not sum the table again.
     """
 
     word: VerdictWord
@@ -50,18 +50,18 @@ class Verdict:
     groups: tuple[GroupCells, ...] = field(default=(), repr=False, compare=False)
 
     @property
-    def worst(self) -> Judgement | None:
-        """The judgement that decided: of the verdict's word, farthest beyond its limit."""
+    def deciding(self) -> Judgement | None:
+        """Of the judgements with the verdict's word, the one farthest beyond its limit."""
         return max(_of_word(self.word, self.judgements), key=_severity, default=None)
 
     def of(self, threshold: Threshold) -> Verdict:
-        """The part of it that is about one threshold."""
+        """The verdict on one threshold alone."""
         judgements = tuple(each for each in self.judgements if each.threshold == threshold)
         return _verdict(judgements, None, self.groups)
 
 
 def undecided(thresholds: Sequence[Threshold], reason: str) -> Verdict:
-    """The verdict where nothing was measured: `reason` says why."""
+    """The inconclusive verdict on a window where nothing was measured, for `reason`."""
     judgements = tuple(Judgement(each, None, None, "inconclusive", reason) for each in thresholds)
     return Verdict("inconclusive", reason, judgements)
 
@@ -78,15 +78,15 @@ def judge(
 ) -> Verdict:
     """Judges every threshold in every work group of `table`.
 
-    min_steps: compared steps that a judgement needs (0 also accepts a table without
-    steps). min_share: a kernel threshold cannot fail below this share of compute, 0 to 1.
-    expected_ranks, missing_ranks: labels. incomplete_reason: why the window is not
-    complete, None when it is. A missing rank, a truncated trace or an incomplete window makes
-    everything inconclusive; otherwise the verdict is fail if any judgement fails, else
-    inconclusive if any is, else pass.
+    table: None if nothing could be read. min_steps: number of compared steps that a judgement
+    needs (0 also accepts a table without steps). min_share: share of compute, 0 to 1, below
+    which a kernel cannot fail its threshold. expected_ranks, missing_ranks: labels.
+    incomplete_reason: why the window is not complete; None if it is. A missing rank, a
+    truncated trace or an incomplete window makes everything inconclusive; otherwise the
+    verdict is fail if any judgement fails, else inconclusive if any is, else pass.
     """
     doubt = _doubt(table, expected_ranks, missing_ranks, incomplete_reason)
-    groups = measure(table) if table is not None else ()
+    groups = sum_times(table) if table is not None else ()
     judgements = tuple(
         judgement
         for threshold in thresholds
@@ -101,7 +101,7 @@ def _doubt(
     missing: Sequence[str],
     incomplete_reason: str | None,
 ) -> str | None:
-    """Why nothing in this window may be trusted; None when all may."""
+    """Why no figure of this window can be trusted; None if they can."""
     present = table.ranks if table is not None else ()
     absent = dict.fromkeys(missing)
     if table is not None:
@@ -118,7 +118,7 @@ def _doubt(
 
 
 def _is_in(label: str, present: Sequence[str]) -> bool:
-    """True when `present` holds this rank, maybe without its dimensions of size 1."""
+    """True if `present` has this rank, possibly without its dimensions of size 1."""
     rank = Rank.parse(label)
     if label in present or rank is None:
         return label in present
@@ -153,7 +153,7 @@ def judge_finding(
     min_share: float = MIN_SHARE,
     doubt: str | None = None,
 ) -> Judgement:
-    """One threshold on what was measured for it; `doubt`: why none of it may be trusted."""
+    """Judges one finding by one threshold. doubt: why the finding cannot be trusted, if so."""
     value = METRICS[threshold.metric].read(finding)
     verdict: VerdictWord = "inconclusive"
     reason = doubt or _too_little(finding, threshold, min_steps)
@@ -163,7 +163,7 @@ def judge_finding(
 
 
 def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int) -> str | None:
-    """Why this finding has too little data for a verdict; None when it has enough."""
+    """Why this finding has too little data for a verdict; None if it has enough."""
     prefix = group_prefix(finding)
     if finding.reason:
         return f"{prefix}{finding.reason}"
@@ -209,10 +209,10 @@ def _compare(
 
 
 def _is_certain(finding: ImbalanceFinding, threshold: Threshold) -> bool:
-    """Whether a figure beyond its limit is there by more than chance.
+    """Whether a figure beyond its limit is unlikely to be chance.
 
-    The whole interval must lie beyond the limit, and ranks must differ by more than permuted
-    labels do, unless the metric needs no p.
+    The whole interval must lie beyond the limit and, if the metric needs p, ranks must differ
+    by more than they do when their labels are permuted.
     """
     metric = METRICS[threshold.metric]
     interval = metric.read_interval(finding)
@@ -260,7 +260,7 @@ def _severity(judgement: Judgement) -> tuple[float, float]:
     return metric.severity(judgement.value, judgement.threshold.limit)
 
 
-# What a judgement says: the rank, the figures, the limit and the kernel, in one sentence.
+# Reasons. One sentence names the rank, the figures, the limit and the kernel.
 
 
 def uncertain_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
@@ -268,7 +268,7 @@ def uncertain_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
     metric = METRICS[threshold.metric]
     interval = metric.read_interval(finding)
     if interval is None or finding.p_value is None:
-        return f"{count(finding.steps or 0, 'step')} cannot tell whether that is chance"
+        return f"{count(finding.steps or 0, 'step')} are too few to rule out chance"
     low, high = (metric.format(end, finer=1) for end in interval)
     by_chance = ""
     if metric.needs_p:
@@ -286,12 +286,12 @@ def subject(threshold: Threshold) -> str:
 
 
 def group_prefix(finding: ImbalanceFinding) -> str:
-    """`DP0: ` where there are several work groups."""
+    """`DP0: ` if there are several work groups, else ""."""
     return f"{finding.group}: " if finding.group else ""
 
 
 def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    """For a rank that alone has activity of the scope: no ratio exists."""
+    """The sentence for a scope that only one rank has, so that there is no ratio."""
     slowest = finding.figure(finding.slowest)
     total = duration(slowest.busy_ns if slowest else 0)
     return f"only {finding.slowest} has any {subject(threshold)}: {total}{_over(finding)}"
@@ -314,16 +314,17 @@ def measured_reason(
 def facts(
     finding: ImbalanceFinding, threshold: Threshold, value: float, *, failed: bool
 ) -> dict[str, str]:
-    """What the sentence of a metric of `ranks` may name.
+    """The fields that the sentence of a metric of `ranks` can use.
 
-    group: `DP0: ` or nothing. subject: of the threshold. value, limit: `1.39`, ` (limit 1.10)`.
-    slowest: a rank. slowest_is, their: it, or those that share the largest total. most, others,
-    mean: the largest total, the median of the others, the mean. lost: time. over: ` over 50
-    steps`. longer: of a failure, `; TP1 takes 12.0 ms longer`.
+    group: `DP0: ` or "". subject: of the threshold. value, limit: `1.39`, ` (limit 1.10)`.
+    slowest: a rank. slowest_is, their: `TP1 is` and `its`, or the plural if several ranks share
+    the largest total. most, others, mean: the largest total, the median of the others, the
+    mean. lost: lost time. over: ` over 50 steps`. longer: `; TP1 takes 12.0 ms longer` if the
+    threshold failed, else "".
     """
     shown, limit = beside_limit(METRICS[threshold.metric], value, threshold.limit)
     totals = [figure.busy_ns for figure in finding.ranks]
-    # Ranks share the largest total only where one of three or more is *faster*.
+    # Ranks share the largest total only if one of three or more ranks is *faster*.
     tied = [figure.rank for figure in finding.ranks if figure.busy_ns == max(totals)]
     return {
         "group": group_prefix(finding),
@@ -357,9 +358,9 @@ def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
 
 
 def cause(finding: ImbalanceFinding) -> str:
-    """`; fused_moe_kernel alone makes 11.3 ms of it`; "" when nothing stands out.
+    """`; fused_moe_kernel alone makes 11.3 ms of it`; "" if no kernel stands out.
 
-    A scope of several categories names the category first.
+    For a scope of several categories the category comes first.
     """
     slowest = finding.figure(finding.slowest)
     if slowest is None or finding.others_ns is None or not finding.contributors:

@@ -1,8 +1,8 @@
-"""The verdict of a window that was opened several times: windows are the unit then.
+"""The verdict on a window that was opened several times, with whole windows as the unit.
 
-One window may be an outlier, also of fifty steps: what disturbs a server lasts for seconds.
-So a threshold fails when the *median* of the windows' figures is beyond the limit, and passes
-when it is not, whatever windows without a figure would have shown.
+Even a window of fifty steps can be an outlier, since disturbances of a server last for
+seconds. So a threshold fails if the *median* of the windows' figures is beyond the limit for
+any value of the windows without a figure, and passes if it is within the limit for any.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pytest_sglprof._verdict.wording import beside_limit, count
 
 @dataclass(frozen=True)
 class Spread:
-    """One threshold in one work group over all windows.
+    """One threshold in one work group over all planned windows.
 
-    values: the metric's figure of each window that was meant to be, in their order; None
-    where a window was not opened, or gives no verdict.
+    values: the metric's figure in each window, in order; None if the window was never opened
+    or is inconclusive.
     """
 
     threshold: Threshold
@@ -39,16 +39,16 @@ class Spread:
 
     @property
     def median(self) -> float | None:
-        """Of the known figures; of an even number the mean of the two in the middle."""
+        """The median of the known figures; None if there are none."""
         return statistics.median(self.known) if self.known else None
 
 
 @dataclass(frozen=True)
 class RepeatedVerdict:
-    """The verdict over all windows. count: as many were meant to be opened.
+    """The verdict over all windows. count: number of planned windows.
 
-    typical: index of the opened window whose figure is nearest to the median of the threshold
-    that decided.
+    typical: index of the opened window whose figure is nearest to the median, for the
+    threshold that decided.
     """
 
     word: VerdictWord
@@ -59,26 +59,27 @@ class RepeatedVerdict:
 
 
 def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
-    """Judges the windows that were opened together, out of `planned`.
+    """Judges the windows of one test together.
 
-    verdicts: one a window, at least one. The word is fail if the median of any threshold is
-    beyond its limit for certain, else inconclusive if any is undecided, else pass.
+    verdicts: one for each opened window, at least one. planned: number of windows that should
+    have been opened. The word is fail if the median of any threshold is certainly beyond its
+    limit, else inconclusive if any is undecided, else pass.
     """
     spreads = tuple(_spread(key, verdicts, planned) for key in _keys(verdicts))
     word = worst_word([spread.verdict for spread in spreads])
     if word is None:
         return _without_thresholds(verdicts, planned)
-    worst = max((spread for spread in spreads if spread.verdict == word), key=_severity)
-    typical = _typical(worst, len(verdicts))
-    reason = worst.reason
+    deciding = max((spread for spread in spreads if spread.verdict == word), key=_severity)
+    typical = _typical(deciding, len(verdicts))
+    reason = deciding.reason
     if word == "fail":
-        judgement = _judgement(verdicts[typical], (worst.threshold, worst.group))
+        judgement = _judgement(verdicts[typical], (deciding.threshold, deciding.group))
         reason += f"; the window in the middle: {judgement.reason}" if judgement else ""
     return RepeatedVerdict(word, reason, spreads, planned, typical)
 
 
 def _without_thresholds(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
-    """Every window must be whole."""
+    """The verdict if no threshold is set: every window must be whole."""
     if missing := planned - len(verdicts):
         reason = f"{count(missing, 'window')} of {planned} never opened"
         return RepeatedVerdict("inconclusive", reason, (), planned, 0)
@@ -88,7 +89,7 @@ def _without_thresholds(verdicts: Sequence[Verdict], planned: int) -> RepeatedVe
     return RepeatedVerdict("pass", verdicts[0].reason, (), planned, 0)
 
 
-_Key = tuple[Threshold, str]  # two limits of one figure are two
+_Key = tuple[Threshold, str]  # a figure with two limits is judged twice
 
 
 def _key(judgement: Judgement) -> _Key:
@@ -114,25 +115,25 @@ def _spread(key: _Key, verdicts: Sequence[Verdict], planned: int) -> Spread:
         for each in (*judgements, *unopened)
     )
     limit = METRICS[key[0].metric].badness(key[0].limit)
-    # The median with every unknown window at its best, and at its worst.
-    best, worst = (
+    # The median if every unknown window were as good, or as bad, as possible.
+    lowest, highest = (
         statistics.median(
             unknown if badness is None else badness
             for badness in map(_badness, (*judgements, *unopened))
         )
         for unknown in (-math.inf, math.inf)
     )
-    word: VerdictWord = "fail" if best > limit else "pass" if worst <= limit else "inconclusive"
+    word: VerdictWord = "fail" if lowest > limit else "pass" if highest <= limit else "inconclusive"
     spread = Spread(*key, values, word, "")
     reasons = [each.reason for each in judgements if each and each.verdict == "inconclusive"]
     return replace(spread, reason=_reason(spread, len(unopened), reasons))
 
 
 def _badness(judgement: Judgement | None) -> float | None:
-    """How bad a window counts as; None when it gives no verdict.
+    """How bad a window is, for the median; None if it is inconclusive.
 
-    As its figure is, but for verdicts that were not made by it: a kernel too small to fail
-    counts as on its limit, a scope that only one rank has as infinitely bad.
+    The badness of its figure, with two exceptions: a kernel too small to fail counts as at its
+    limit, and a scope that only one rank has counts as infinitely bad.
     """
     if judgement is None or judgement.verdict == "inconclusive":
         return None
@@ -142,7 +143,7 @@ def _badness(judgement: Judgement | None) -> float | None:
 
 
 def _reason(spread: Spread, unopened: int, reasons: Sequence[str]) -> str:
-    """reasons: of the windows that are inconclusive. unopened: number of windows."""
+    """unopened: number of windows never opened. reasons: of the inconclusive windows."""
     prefix = f"{spread.group}: " if spread.group else ""
     what = f"{prefix}{spread.threshold.metric} of {subject(spread.threshold)}"
     known = spread.known

@@ -1,4 +1,4 @@
-"""How times, shares and ratios are written for people, everywhere the same."""
+"""Formats times, shares and ratios for people, the same way everywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pytest_sglprof._metrics import UNITS, Metric
 
 
 def duration(ns: float) -> str:
-    """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, never a bare number."""
+    """`41.2 ms`, `412 µs`, `12.3 s`: three significant figures, always with a unit."""
     for limit, unit, size in ((1e3, "ns", 1.0), (1e6, "µs", 1e3), (1e10, "ms", 1e6)):
         if abs(ns) < limit:
             return f"{_three(ns / size)} {unit}"
@@ -16,7 +16,7 @@ def duration(ns: float) -> str:
 
 
 def signed_duration(ns: float | None, *, none: str = "-") -> str:
-    """`+1.20 µs`, `−340 ns`; `none` where there is none."""
+    """`+1.20 µs`, `−340 ns`; `none` for None."""
     return none if ns is None else f"{_sign(ns)}{duration(abs(ns))}"
 
 
@@ -26,7 +26,7 @@ def milliseconds(ns: float) -> str:
 
 
 def percent(share: float | None, digits: int = 0, *, sign: bool = False, none: str = "-") -> str:
-    """`64 %`, of a change `+1.2 %`; `none` where there is none."""
+    """`64 %`, of a change `+1.2 %`; `none` for None."""
     if share is None:
         return none
     text = f"{100 * abs(share):.{digits}f}"
@@ -35,15 +35,15 @@ def percent(share: float | None, digits: int = 0, *, sign: bool = False, none: s
 
 
 def ratio(value: float | None, digits: int = 2, *, none: str = "-") -> str:
-    """`1.39`; `none` where there is none."""
+    """`1.39`; `none` for None."""
     return none if value is None else f"{value:.{digits}f}"
 
 
 def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, str]:
     """A value, and its limit in brackets: `("1.39", " (limit 1.10)")`.
 
-    With as many digits as it takes to see that they differ (1.104 against 1.10). An
-    infinite limit is none and gives "".
+    With as many digits as it takes to show that they differ (1.104 against 1.10). An infinite
+    limit means no limit and gives "".
     """
     shown = f"{value:.2f}"
     for digits in (3, 4, 5):
@@ -57,7 +57,7 @@ def against_limit(value: float, limit: float, *, unit: str = "") -> tuple[str, s
 
 
 def beside_limit(metric: Metric, value: float, limit: float) -> tuple[str, str]:
-    """A metric's figure and its limit, as of `against_limit`, in the metric's unit."""
+    """`against_limit` for a figure of a metric, in the metric's unit."""
     unit = UNITS[metric.unit]
     return against_limit(value * unit.scale, limit * unit.scale, unit=unit.suffix)
 
@@ -68,9 +68,9 @@ def count(number: int, singular: str, plural: str = "") -> str:
 
 
 def work_words(word: str | None, ratio: float | None, by: str | None) -> str:
-    """`at the same work`, `with 1.50x the tokens: more work`; "" where it is not known.
+    """`at the same work`, `with 1.50x the tokens: more work`; "" if it is not known.
 
-    Of a rank that has more to do, but not by as much as it is slower, both are told.
+    If extra work explains only part of the slowdown, the phrase reports both.
     """
     if not word or ratio is None:
         return ""

@@ -222,7 +222,7 @@ def _result(
         "random_output_len": options.random_output_len,
         "random_range_ratio": options.random_range_ratio,
         "server_info": server_info,
-        **measure(outcomes, duration),
+        **summarise(outcomes, duration),
     }
     if options.output_details:
         result |= {
@@ -312,7 +312,7 @@ class Outcome:
     error: str = ""
 
 
-def measure(outcomes: Sequence[Outcome], duration: float) -> dict[str, Any]:
+def summarise(outcomes: Sequence[Outcome], duration: float) -> dict[str, Any]:
     """Throughputs and latency statistics, in the driver's own names and order."""
     good = [outcome for outcome in outcomes if outcome.success]
     inputs = sum(outcome.prompt_len for outcome in good)

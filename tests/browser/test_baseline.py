@@ -200,7 +200,7 @@ def test_reports_without_steps_are_compared_call_by_call(
         assert nanoseconds(row[2]) == pytest.approx(before, rel=0.005)
         assert row[4] == f"{now / before:.3f}"
     text = browser.js("return document.querySelector('#baseline').innerText")
-    assert "the time of a call is compared, whatever batch it was for" in text
+    assert "times per call are compared, whatever their batch size" in text
     assert overview(browser)[0][1] == "Whole window"
 
 

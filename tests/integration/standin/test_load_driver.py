@@ -12,10 +12,10 @@ from pytest_sglprof.standin.load_driver import (
     Outcome,
     base_url,
     main,
-    measure,
     parse,
     percentile,
     rows,
+    summarise,
 )
 
 
@@ -32,7 +32,7 @@ def test_figures_of_two_good_requests_and_a_bad_one() -> None:
         Outcome(10, 3, True, start=0.0, latency=0.5, ttft=0.1, itl=[0.2, 0.2]),
         Outcome(20, 5, True, start=0.2, latency=1.3, ttft=0.5, itl=[0.2] * 4),
     ]
-    found = measure([*good, Outcome(30, 99, error="refused")], duration=2.0)
+    found = summarise([*good, Outcome(30, 99, error="refused")], duration=2.0)
     assert found["completed"] == 2
     assert found["total_input_tokens"] == 30
     assert found["total_output_tokens"] == 8
@@ -48,7 +48,7 @@ def test_figures_of_two_good_requests_and_a_bad_one() -> None:
 
 
 def test_figures_of_nothing_are_zero() -> None:
-    found = measure([Outcome(1, 1)], duration=1.0)
+    found = summarise([Outcome(1, 1)], duration=1.0)
     assert found["completed"] == 0
     assert found["mean_ttft_ms"] == 0
     assert found["p99_itl_ms"] == 0
@@ -57,7 +57,7 @@ def test_figures_of_nothing_are_zero() -> None:
 def test_the_fields_are_those_of_the_real_driver_in_its_order(shared_data: Path) -> None:
     line = (shared_data / "logs" / "tp2" / "bench.jsonl").read_text().splitlines()[0]
     real = list(json.loads(line))
-    own = list(measure([], 1.0))
+    own = list(summarise([], 1.0))
     assert real[real.index("duration") :] == own
 
 

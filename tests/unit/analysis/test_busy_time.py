@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_sglprof._analysis.imbalance import group_findings, imbalance
 from pytest_sglprof._analysis.straggler import stragglers
-from pytest_sglprof._analysis.times import measure
+from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._trace.read import read_window
 from pytest_sglprof._trace.table import KernelTable
@@ -67,7 +67,7 @@ def union(rows: list[Row], rank: str, step: int, kernels: set[int]) -> int:
 def test_every_scope_is_the_union_of_its_own_intervals(
     rows: list[Row],
 ) -> None:
-    (cells,) = measure(table(rows))
+    (cells,) = sum_times(table(rows))
     scopes = {
         "all": {0, 1, 2, 3, 4},
         "compute": {0, 1, 2},
@@ -114,7 +114,7 @@ def test_without_steps_the_union_is_over_the_whole_window() -> None:
     rows = [("TP0", -1, 0, 0, 10), ("TP0", -1, 1, 5, 10), ("TP1", -1, 0, 0, 10)]
     rows += [("TP1", -1, 1, 20, 10), ("TP2", -1, 2, 0, 1)]
     bare = table(rows)
-    (cells,) = measure(replace(bare, steps=bare.steps.iloc[:0]))
+    (cells,) = sum_times(replace(bare, steps=bare.steps.iloc[:0]))
     assert cells.matrix(cells.select("gemm")).tolist() == [[15, 20, 0]]
 
 
@@ -128,7 +128,7 @@ def test_self_times_are_summed(source: str) -> None:
 
 
 def test_without_overlap_busy_time_is_kernel_time() -> None:
-    (cells,) = measure(build())
+    (cells,) = sum_times(build())
     assert len(cells.times.crowd.start) == 0
     for found in group_findings(cells):
         assert [figure.busy_ns for figure in found.ranks] == [f.total_ns for f in found.ranks]
@@ -164,14 +164,14 @@ def test_far_apart_clocks_and_long_windows_stay_exact() -> None:
     day = 86_400 * 10**9
     rows = [(rank, step, 0, step * day, 10) for rank in RANKS for step in range(STEPS)]
     rows += [(rank, step, 1, step * day + 5, 10) for rank in RANKS for step in range(STEPS)]
-    (cells,) = measure(table(rows))
+    (cells,) = sum_times(table(rows))
     assert (cells.matrix(cells.select("gemm")) == np.full((STEPS, 3), 15)).all()
 
 
 @pytest.mark.parametrize("name", ["sglang_Qwen3-8B_decode", "sglang_Qwen3-8B_prefilldecode"])
 def test_a_real_gpu_trace_has_the_unions_of_a_sweep(shared_data: Path, name: str) -> None:
     table = read_window([shared_data / "torch" / "sglang-mi300x" / f"{name}.json.gz"])
-    (cells,) = measure(table)
+    (cells,) = sum_times(table)
     frame = table.frame.sort_values("start_ns")
     for scope in ("all", "compute", "gemm", "attention"):
         mine = frame

@@ -15,7 +15,7 @@ from pytest_sglprof._analysis.imbalance import (
     imbalance_of_groups,
     steps_per_rank,
 )
-from pytest_sglprof._analysis.times import measure
+from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._trace.table import KernelTable
 from tests.support.kernel_tables import KERNELS, build, slow, table_of
 
@@ -142,7 +142,7 @@ def test_without_steps_totals_are_compared_and_that_is_said() -> None:
     assert found.lost_ns == 50 * 120_000
     assert {figure.slowest_share for figure in found.ranks} == {None}
     staged = imbalance(build(with_steps=False), stage="decode")
-    assert staged.reason == "the table knows no steps, so none of them is decode"
+    assert staged.reason == "the table has no steps, so decode steps cannot be selected"
 
 
 def test_steps_known_only_from_the_rows_are_used() -> None:
@@ -179,7 +179,7 @@ def test_an_idle_replica_has_no_step_while_another_has() -> None:
     idle = table.frame["rank"].isin(["DP0 TP0", "DP0 TP1"])
     table.frame.loc[idle, "step"] = -1
     steps = table.steps[~table.steps["rank"].isin(["DP0 TP0", "DP0 TP1"])]
-    cells = measure(KernelTable(table.frame, table.ranks, steps))
+    cells = sum_times(KernelTable(table.frame, table.ranks, steps))
     reasons = [found.reason for found in imbalance_of_groups(cells)]
     assert reasons == ["no step was recorded on DP0 TP0, DP0 TP1", ""]
 

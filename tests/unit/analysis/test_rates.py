@@ -90,7 +90,7 @@ def test_whole_windows_give_the_same_answers(ranks: int, seeds: int) -> None:
         planted = window(Plan(ranks=ranks, seed=seed, layers=1, slow=slow))
         assert judge(balanced, [LIMIT]).word != "fail"
         assert [found.straggler for found in stragglers(balanced)] == [None]
-        worst = judge(planted, [LIMIT]).worst
+        worst = judge(planted, [LIMIT]).deciding
         assert worst is not None
         assert (worst.verdict, slowest(worst)) == ("fail", f"TP{ranks - 1}")
         assert [found.straggler for found in stragglers(planted)] == [f"TP{ranks - 1}"]

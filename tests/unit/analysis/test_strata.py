@@ -10,7 +10,7 @@ import pytest
 
 from pytest_sglprof._analysis import compare as strata_module
 from pytest_sglprof._analysis.compare import GroupStrata, StepWork, compare_strata, strata
-from pytest_sglprof._analysis.times import measure
+from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._trace.table import KernelTable, Step
 from tests.support.kernel_tables import build, from_rows, slow
 
@@ -43,7 +43,7 @@ def window(
 
 
 def found(table: KernelTable) -> tuple[GroupStrata, ...]:
-    return strata(table, measure(table))
+    return strata(table, sum_times(table))
 
 
 def mean(
@@ -198,14 +198,14 @@ def test_other_ranks_and_missing_groups_are_not_compared() -> None:
     assert reasons["DP0"] == "the baseline has no such group of ranks"
     assert reasons[""] == "this run has no such group of ranks"
     (stage,) = compare_strata(found(two), found(build(with_steps=False)))
-    assert stage.reason == "the source of this run tells no steps, that of the other does"
+    assert stage.reason == "the source of this run has no steps, that of the other does"
 
 
 def test_steps_that_cover_too_little_do_not_speak_for_the_window() -> None:
     table = build(steps=20)
     table.frame.loc[table.frame["step"] >= 8, "step"] = -1
     (stage,) = compare_strata(found(build()), found(table))
-    assert stage.reason == "of this run less than half of compute lies in known steps"
+    assert stage.reason == "less than half of the compute of this run lies in known steps"
 
 
 def test_without_steps_calls_are_compared() -> None:
@@ -258,7 +258,7 @@ def test_silent_ranks_and_empty_windows_have_strata() -> None:
     groups = found(build(silent=("TP1",)))
     assert groups[0].steps == {}  # no step is on every rank
     (stage,) = compare_strata(groups, groups)
-    assert stage.reason == "the baseline has no step that could be compared"
+    assert stage.reason == "the baseline has no step that can be compared"
     table = build(with_steps=False, silent=RANKS)
     (stage,) = compare_strata(found(table), found(table))
     assert stage.reason
@@ -269,7 +269,7 @@ def test_sums_of_strata_are_those_of_the_rows_of_a_real_window(shared_data: Any)
 
     traces = sorted((shared_data / "torch" / "sglang-cpu-tp2").glob("1*.json.gz"))
     table = read_window(traces)
-    cells = measure(table)
+    cells = sum_times(table)
     (group,) = strata(table, cells)
     compared = set(cells[0].steps.numbers)
     frame = table.frame[["step", "category", "dur_ns"]].astype({"category": object})

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, imbalance
 from pytest_sglprof._analysis.straggler import stragglers
-from pytest_sglprof._analysis.times import measure
+from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._analysis.work import Work
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._trace.table import KernelTable
@@ -75,7 +75,7 @@ def test_the_kv_cache_counts_for_attention_only() -> None:
 def test_steps_with_other_input_stay_compared_and_the_verdict_says_more_work() -> None:
     table = build(scale=lambda rank, c, step: 1.5 if rank == "TP1" else 1.0)
     table = with_input(table, "TP1", batch_size=12, tokens=12, padded_batch=12)
-    (cells,) = measure(table)
+    (cells,) = sum_times(table)
     assert len(cells.steps.numbers) == 50
     assert cells.inputs is not None
     assert cells.inputs.other.sum() == 50
@@ -155,8 +155,7 @@ def test_less_than_half_of_the_steps_matched_gives_no_figures() -> None:
     assert (half.reason, half.steps, half.dropped_steps) == ("", 40, 40)
     few = imbalance(shifted(24))
     assert few.reason == (
-        "only 36 of 84 steps are on all of TP0, TP1 in one stage; below half they do not speak "
-        "for the window"
+        "only 36 of 84 steps are on all of TP0, TP1 in the same stage; at least half are required"
     )
     assert (few.slowdown, few.slowest, few.dropped_steps) == (None, None, 48)
     assert judge(shifted(24), [Threshold(limit=1.1)]).word == "inconclusive"
@@ -170,8 +169,8 @@ def test_each_stage_is_matched_by_itself() -> None:
     assert imbalance(table).reason == ""
     assert imbalance(table, stage="decode").reason == ""
     assert imbalance(table, stage="prefill").reason == (
-        "only 5 of 20 prefill steps are on all of TP0, TP1 in one stage; below half they do not "
-        "speak for the window"
+        "only 5 of 20 prefill steps are on all of TP0, TP1 in the same stage; at least "
+        "half are required"
     )
 
 

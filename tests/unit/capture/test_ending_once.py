@@ -121,14 +121,14 @@ def test_fault_15_the_window_below_is_exported_once_too(new_window, export, http
 
 def test_fault_15_while_a_window_is_read_it_can_be_closed_again(window, monkeypatch):
     reading, may_end = threading.Event(), threading.Event()
-    measure = window_run.measure
+    read_and_judge = window_run.read_and_judge
 
     def slowly(*arguments: Any) -> Any:
         reading.set()
         may_end.wait(PATIENCE)
-        return measure(*arguments)
+        return read_and_judge(*arguments)
 
-    monkeypatch.setattr(window_run, "measure", slowly)
+    monkeypatch.setattr(window_run, "read_and_judge", slowly)
     window.open()
     window.close()
     asking = [Call(lambda: window.measured) for _ in range(2)]

@@ -47,7 +47,7 @@ def refuse(
             replace(GPU, attn_dp=2, dp_attention=True),
             "under DP attention",
         ),
-        (WindowSpec(profile_by_stage=True, num_steps=5, profile_stages=("x",)), GPU, "has x"),
+        (WindowSpec(profile_by_stage=True, num_steps=5, profile_stages=("x",)), GPU, "_stages: x"),
         (WindowSpec(profile_stages=("decode",)), GPU, "without profile_by_stage"),
         (WindowSpec(num_steps=0), GPU, "num_steps=0"),
         (WindowSpec(start_step=0), GPU, "is past"),

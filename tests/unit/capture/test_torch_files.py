@@ -78,7 +78,7 @@ def test_merged_and_foreign_files_are_no_ranks(tmp_path):
     write(tmp_path, "theirs-TP-1")
     write(tmp_path, "merged-mine")
     watched = files(tmp_path, profile_id="mine")
-    assert [path.name for path in watched.found()] == ["mine-TP-0.trace.json.gz"]
+    assert [path.name for path in watched.rank_files()] == ["mine-TP-0.trace.json.gz"]
     assert [path.name for path in watched.others()] == ["merged-mine.trace.json.gz"]
 
 
@@ -97,6 +97,6 @@ def test_by_stage_a_rank_must_have_each_stage_that_others_have(tmp_path):
 
 def test_no_folder_is_no_file(tmp_path):
     watched = files(tmp_path / "absent")
-    assert watched.found() == {}
+    assert watched.rank_files() == {}
     assert [rank.label for rank in watched.missing({})] == ["TP0", "TP1"]
     assert json.dumps(list(watched.sizes())) == "[]"

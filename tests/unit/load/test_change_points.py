@@ -38,7 +38,7 @@ def test_balanced_load_has_none(seed: int) -> None:
     found = finished_load(samples_of(plan), OnsetRule())
     assert found.onsets == ()
     assert found.judged_s > SECONDS - 3
-    assert found.worst < 1.2
+    assert found.largest_factor < 1.2
 
 
 @pytest.mark.parametrize("name", ["dp2/server.log", "tp2dp2/server.log", "dp2_idle_rank.log"])
@@ -59,4 +59,4 @@ def test_a_replica_that_falls_silent_is_starved_from_its_last_line_on() -> None:
 def test_nothing_is_found_in_nothing() -> None:
     assert finished_load([], OnsetRule()).onsets == ()
     one = LoadSample(5.0, "DP0", 30, 0)
-    assert not math.isnan(finished_load([one], OnsetRule()).worst)
+    assert not math.isnan(finished_load([one], OnsetRule()).largest_factor)

@@ -142,7 +142,7 @@ def test_a_starved_rank_is_named() -> None:
     (onset,) = detector.onsets
     assert (onset.time, onset.declared, onset.kind) == (5.0, 7.0, "starved")
     assert onset.sentence == "DP1 is starved while the others run 40.0 requests each"
-    assert (onset.factor, onset.lost_share) == (2.0, 0.5)
+    assert (onset.factor, onset.lost_capacity) == (2.0, 0.5)
 
 
 def test_a_rank_that_fills_in_a_long_prompt_is_not_starved() -> None:

@@ -66,7 +66,7 @@ def test_the_loop_of_an_idle_scheduler_is_no_compute() -> None:
 def test_processes_of_unknown_rank_are_nobodys() -> None:
     rows = [("pid 7", "scheduler.run_batch", "other", "decode", 0, 1, 0, 8)]
     joined = join_load(ONSET, from_rows(rows, source="nvtx"))
-    assert joined.sentence == "the trace holds nothing of DP0, DP1"
+    assert joined.sentence == "the trace has no kernels of DP0, DP1"
 
 
 def test_what_cannot_be_joined_has_no_number() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pytest_sglprof._analysis.collectives import by_step, matched_collectives, waits
-from pytest_sglprof._analysis.times import measure
+from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._report import series as lanes_module
 from pytest_sglprof._report import series as series_module
 from pytest_sglprof._report import series as spread_module
@@ -33,7 +33,7 @@ def rows_of(table: KernelTable) -> list[dict[str, Any]]:
 
 
 def test_compute_of_every_step_and_rank() -> None:
-    (series,) = step_times(SLOW, measure(SLOW), waits(SLOW))
+    (series,) = step_times(SLOW, sum_times(SLOW), waits(SLOW))
     truth: dict[tuple[int, str], int] = defaultdict(int)
     for row in rows_of(SLOW):
         if row["category"] not in ("communication", "memory"):
@@ -58,7 +58,7 @@ def test_steps_that_are_not_compared_are_there_and_say_why() -> None:
         frame=frame[~last],
         steps=steps[~((steps["rank"] == "TP1") & (steps["step"] == 4))],
     )
-    (series,) = step_times(table, measure(table), waits(table))
+    (series,) = step_times(table, sum_times(table), waits(table))
     assert series.state == ["compared"] * 4 + ["unmatched"] + ["compared"] * 4 + ["cut"]
     assert series.compute_ns[4] == [1_100_000, -1]
     assert series.compute_ns[9] == [1_100_000, 300_000]
@@ -73,7 +73,7 @@ def test_a_long_window_keeps_the_most_unequal_step_of_each_run(
         return 2.0 if rank == "TP1" and step % 5 == 3 else 1.0
 
     table = build(steps=50, scale=scale)
-    (series,) = step_times(table, measure(table), waits(table))
+    (series,) = step_times(table, sum_times(table), waits(table))
     assert series.every == 5
     assert series.numbers == [3, 8, 13, 18, 23, 28, 33, 38, 43, 48]
     assert len(series.compute_ns) == 10
@@ -81,7 +81,7 @@ def test_a_long_window_keeps_the_most_unequal_step_of_each_run(
 
 def test_a_table_without_steps_has_no_series() -> None:
     table = build(with_steps=False)
-    assert step_times(table, measure(table), waits(table)) == ()
+    assert step_times(table, sum_times(table), waits(table)) == ()
 
 
 # ---- waits -----------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_one_rank_waits_for_nobody() -> None:
 
 
 def test_kernels_are_ordered_by_lost_time_and_tell_their_calls() -> None:
-    (group,) = kernel_spread(SLOW, measure(SLOW))
+    (group,) = kernel_spread(SLOW, sum_times(SLOW))
     first = group.rows[0]
     assert first.name == "fused_moe_kernel"
     # 6 steps with (840, 600, 600) µs: max - mean = 160 µs.
@@ -162,7 +162,7 @@ def test_the_k_th_calls_of_a_step_stand_apart() -> None:
                 start = step * 10_000 + call * 1_000
                 rows.append((rank, "k", "k", "moe", "kernel", "decode", step, 7, start, ns))
     table = table_of(rows, spans(ranks, 3), ranks)
-    (group,) = kernel_spread(table, measure(table))
+    (group,) = kernel_spread(table, sum_times(table))
     assert group.rows[0].by_call == [[100, 100], [200, 600], [300, 300]]
 
 
@@ -171,7 +171,7 @@ def test_a_kernel_of_one_rank_only() -> None:
         return 0.0 if rank == "TP0" and category == "moe" else 1.0
 
     table = build(steps=4, scale=scale)
-    (group,) = kernel_spread(table, measure(table))
+    (group,) = kernel_spread(table, sum_times(table))
     row = next(row for row in group.rows if row.name == "fused_moe_kernel")
     assert (row.count, row.quantiles[0]) == ([0, 4], None)
     assert row.by_call == [[-1, 600_000]]
@@ -180,7 +180,7 @@ def test_a_kernel_of_one_rank_only() -> None:
 def test_kernels_and_their_matrices_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spread_module, "MAX_KERNELS", 3)
     monkeypatch.setattr(spread_module, "MAX_CELLS", 80)
-    (group,) = kernel_spread(SLOW, measure(SLOW))
+    (group,) = kernel_spread(SLOW, sum_times(SLOW))
     assert [row.by_step is not None for row in group.rows] == [True, True, False]
     assert group.left_out == len(KERNELS) - 3
 
@@ -189,7 +189,7 @@ def test_kernels_and_their_matrices_are_bounded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_lanes_hold_every_activity_of_their_steps() -> None:
-    found = lanes(SLOW, measure(SLOW))
+    found = lanes(SLOW, sum_times(SLOW))
     assert [picture.why[0] for picture in found.steps] == [
         "worst",
         "second worst",
@@ -218,7 +218,7 @@ def test_the_worst_the_median_and_the_first_after_the_onset() -> None:
 
     table = build(steps=20, scale=scale)
     onset = int(table.steps["start_ns"].iloc[7])
-    found = lanes(table, measure(table), onset_ns=onset).steps
+    found = lanes(table, sum_times(table), onset_ns=onset).steps
     why = {picture.step: picture.why for picture in found}
     assert why == {
         19: ("worst",),
@@ -230,7 +230,7 @@ def test_the_worst_the_median_and_the_first_after_the_onset() -> None:
 
 
 def test_chosen_steps_and_calls_that_belong_together() -> None:
-    found = lanes(SLOW, measure(SLOW), steps=[3, 7])
+    found = lanes(SLOW, sum_times(SLOW), steps=[3, 7])
     assert [picture.step for picture in found.steps] == [3, 7]
     reduce = found.names.index("all_reduce")
     for picture in found.steps:
@@ -248,11 +248,11 @@ def test_chosen_steps_and_calls_that_belong_together() -> None:
 
 def test_lanes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "MAX_EVENTS", 32)
-    found = lanes(SLOW, measure(SLOW))  # 15 events a step
+    found = lanes(SLOW, sum_times(SLOW))  # 15 events a step
     assert [picture.dropped for picture in found.steps] == [0, 0]
     assert found.left_out == 1
     monkeypatch.setattr(lanes_module, "MAX_EVENTS", 6)
-    first = lanes(SLOW, measure(SLOW)).steps[0]
+    first = lanes(SLOW, sum_times(SLOW)).steps[0]
     assert first.dropped == 9
     kept = [dur for lane in first.lanes for dur in lane.dur_ns]
     assert sorted(kept) == [300_000] * 3 + [600_000, 600_000, 840_000]
@@ -260,7 +260,7 @@ def test_lanes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_steps_the_window_itself_is_shown() -> None:
     table = build(steps=5, with_steps=False)
-    (picture,) = lanes(table, measure(table)).steps
+    (picture,) = lanes(table, sum_times(table)).steps
     assert (picture.step, picture.why) == (None, ("the window",))
     assert sum(len(lane.name) for lane in picture.lanes) == len(table.frame)
 
@@ -268,7 +268,7 @@ def test_without_steps_the_window_itself_is_shown() -> None:
 def test_groups_share_the_eight_steps() -> None:
     ranks = tuple(f"DP{dp} TP{tp}" for dp in range(4) for tp in range(2))
     table = build(ranks, steps=9)
-    found = lanes(table, measure(table)).steps
+    found = lanes(table, sum_times(table)).steps
     assert len(found) == 8
     assert {picture.group for picture in found} == {"DP0", "DP1", "DP2", "DP3"}
 

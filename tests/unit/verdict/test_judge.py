@@ -82,8 +82,8 @@ def test_the_worst_failure_comes_first_and_the_others_by_their_figures() -> None
     table = build(scale=slow("TP1", "moe", 1.4))
     verdict = judge(table, (*default_thresholds(), MOE, Threshold(scope="rope")))
     assert verdict.word == "fail"
-    assert verdict.worst is not None
-    assert verdict.worst.threshold == MOE
+    assert verdict.deciding is not None
+    assert verdict.deciding.threshold == MOE
     assert verdict.reason.startswith("TP1 is 1.40x slower than its peers in moe")
     assert "also beyond their limits: slowdown of compute 1.22 (limit 1.10)" in verdict.reason
     assert verdict.reason.endswith("not judged: no activity of rope")
@@ -188,7 +188,7 @@ def test_nothing_to_judge_passes_and_says_so() -> None:
     verdict = judge(build(), [])
     assert verdict.word == "pass"
     assert "no threshold is set" in verdict.reason
-    assert verdict.worst is None
+    assert verdict.deciding is None
 
 
 @given(
@@ -208,10 +208,10 @@ def test_fail_exactly_when_a_planted_slowdown_is_above_the_limit(
     totals = sorted(round(600_000 * (factor if rank == slowed else 1.0)) for rank in ranks)
     truth = totals[-1] / statistics.median(totals[:-1])
     assert verdict.word == ("fail" if truth > limit else "pass")
-    assert verdict.worst is not None
-    assert verdict.worst.finding is not None
+    assert verdict.deciding is not None
+    assert verdict.deciding.finding is not None
     if factor > 1.001:
-        assert verdict.worst.finding.slowest == slowed
+        assert verdict.deciding.finding.slowest == slowed
 
 
 def test_one_faster_rank_of_three_blames_the_others_together() -> None:

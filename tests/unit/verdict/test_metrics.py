@@ -11,7 +11,7 @@ from string import Formatter
 import pytest
 
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, imbalance_of_groups
-from pytest_sglprof._analysis.times import measure
+from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._cli import check as command
 from pytest_sglprof._config.load import Settings, load_config
 from pytest_sglprof._config.model import Threshold, WindowSpec
@@ -49,7 +49,7 @@ def evenness(monkeypatch: pytest.MonkeyPatch) -> Metric:
 
 
 def finding() -> ImbalanceFinding:
-    return imbalance_of_groups(measure(SLOW))[0]
+    return imbalance_of_groups(sum_times(SLOW))[0]
 
 
 @pytest.mark.parametrize("row", METRICS.values(), ids=lambda row: row.name)
