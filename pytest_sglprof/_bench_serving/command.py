@@ -7,15 +7,15 @@ import difflib
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from pytest_sglprof._config.model import LauncherName
 from pytest_sglprof._errors import LoadError, SettingsError
 from pytest_sglprof._redact import redact
-from pytest_sglprof._server.command import load_driver
+from pytest_sglprof._server.command import LAUNCHERS
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def warm_up_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 def bench_command(
     python: str,
-    kind: Literal["sglang", "standin"],
+    kind: LauncherName,
     url: str,
     model: str,
     keywords: Mapping[str, Any],
@@ -122,7 +122,8 @@ def bench_command(
     Raises SettingsError for unusable keywords, ServerMissing when `python` has no driver.
     """
     check_keywords(keywords)
-    command = [*_driver(python, kind), "--base-url", url, "--output-file", str(output_file)]
+    command = LAUNCHERS[kind].load_driver(python)
+    command += ["--base-url", url, "--output-file", str(output_file)]
     defaults = {"backend": "sglang", "dataset_name": DEFAULT_DATASET}
     if model:
         defaults["model"] = model
@@ -143,12 +144,6 @@ def _option(name: str, value: Any) -> list[str]:
         return [flag, *map(str, value)]
     text = str(value)
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-
-
-def _driver(python: str, kind: str) -> list[str]:
-    if kind == "standin":
-        return [sys.executable, "-m", "pytest_sglprof.standin.load_driver"]
-    return [python, "-m", load_driver(python)]
 
 
 def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | None:

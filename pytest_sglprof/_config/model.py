@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pytest_sglprof._metrics import METRICS
 
 Backend = Literal["torch", "nsys"]
-ServerKind = Literal["sglang", "standin", "auto"]
-SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
+LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
+ServerKind = Literal[LauncherName, "auto"]
+SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
 STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
 
 

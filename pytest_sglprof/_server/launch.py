@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.model import Backend, ServerSpec
+from pytest_sglprof._config.model import Backend, LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
     ServerNotReady,
@@ -70,7 +70,7 @@ class Server:
         self,
         *,
         spec: ServerSpec,
-        kind: Literal["sglang", "standin"],
+        kind: LauncherName,
         url: str,
         folder: Path,
         python: str,
@@ -283,10 +283,9 @@ def attach(
         client.close()
         raise
     folder.mkdir(parents=True, exist_ok=True)
-    standin = str(info.get("version", "")).find("standin") >= 0 or bool(info.get("standin"))
     return Server(
         spec=ServerSpec(name="attached", nsys=session is not None),
-        kind="standin" if standin else "sglang",
+        kind=command.kind_from_info(info),
         url=url,
         folder=folder.absolute(),
         python=(process.which(python) or python) if python else sys.executable,

@@ -234,7 +234,10 @@ def watch_clocks(server: Server) -> ClockWatch | None:
     None where there is nothing to see: a CPU server, the stand-in, an attached server (its
     devices are not known), no NVML, or GPUs that cannot be matched with ranks.
     """
-    if server.attached or server.kind != "sglang" or server.sizes.is_cpu:
+    # Here, since reports import this module and need no HTTP client.
+    from pytest_sglprof._server.command import LAUNCHERS
+
+    if server.attached or server.sizes.is_cpu or not LAUNCHERS[server.kind].uses_hardware:
         return None
     try:
         nvml = Nvml()

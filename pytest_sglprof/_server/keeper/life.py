@@ -277,7 +277,7 @@ class ServerLife:
     @property
     def _on_gpu(self) -> bool:
         on_cpu = command.option(self.plan.spec.args, "--device") == "cpu"
-        return self.plan.entry.kind == "sglang" and not on_cpu
+        return command.LAUNCHERS[self.plan.entry.kind].uses_hardware and not on_cpu
 
     @property
     def _log_target(self) -> Path:
