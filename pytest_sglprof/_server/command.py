@@ -30,7 +30,7 @@ EXEC_STEP = Path(__file__).parent / "keeper" / "exec_step.py"
 PACKAGE_ROOT = Path(__file__).parents[2]
 PROBE_LIMIT = 120.0  # s; interpreters in containers and on network disks start slowly
 
-# Looks only at files: importing sglang would import torch.
+# It only looks for files, since importing sglang would import torch.
 _PROBE = """
 import importlib.metadata, importlib.util, json, os, sys
 if sys.path[0] == "":  # a folder called sglang beside us is not an installation
@@ -68,8 +68,8 @@ class Installation:
 class Entry:
     """How an interpreter starts a server.
 
-    mode: "serve" (`sglang serve`), or "module" (`python -m MODULE`).
-    version: SGLang's, "" if unknown.
+    mode: "serve" (`sglang serve`) or "module" (`python -m MODULE`).
+    version: of SGLang, "" if unknown.
     """
 
     kind: LauncherName
@@ -230,14 +230,14 @@ def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | Non
 
 
 def has_replicas(args: Sequence[str]) -> bool:
-    """True for plain data parallelism: several groups of ranks that share no collective."""
+    """True for data parallelism without DP attention: replicas that share no collective."""
     sizes = (option(args, name) for name in ("--dp", "--dp-size", "--data-parallel-size"))
     wide = any(size not in (None, "1") for size in sizes)
     return wide and "--enable-dp-attention" not in args
 
 
 def option(args: Sequence[str], name: str) -> str | None:
-    """The value of `name` in a command line, in either spelling; the last one counts."""
+    """The last value of an option in a command line, written `NAME VALUE` or `NAME=VALUE`."""
     value = None
     for number, word in enumerate(args):
         if word == name and number + 1 < len(args):
@@ -253,7 +253,7 @@ def local_url(host: str, port: int) -> str:
 
 
 def user_port(spec: ServerSpec) -> int | None:
-    """The port that the user asked for, by `port` or among `args`."""
+    """The port that the user set, by --port in `args` or by `port`; None if neither is set."""
     text = option(spec.args, "--port")
     if text is None:
         return spec.port
@@ -263,7 +263,7 @@ def user_port(spec: ServerSpec) -> int | None:
 
 
 def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
-    """The arguments that hand over the server's keys, where `args` does not."""
+    """The arguments that pass the server its keys, unless `args` has them."""
     given = {word.partition("=")[0] for word in spec.args}
     words: list[str] = []
     if api_key and "--api-key" not in given:
@@ -274,10 +274,10 @@ def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
 
 
 def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line, apart: what may be seen, and options whose values may not.
+    """Splits a command line into (words that may be shown, options that hold a secret).
 
-    An option keeps all of its values: `--lora-paths a https://user:PASSWORD@hub/b` is hidden
-    as a whole.
+    An option stays together with all of its values: `--lora-paths a
+    https://user:PASSWORD@hub/b` is hidden as a whole.
     """
     options: list[list[str]] = [[]]
     for word in words:
@@ -293,7 +293,7 @@ def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def exec_command(entry: Entry, fifo: Path, words: Sequence[str]) -> list[str]:
-    """The command that is really started: the exec step, which becomes the server."""
+    """The command that is started: `exec_step.py`, whose process becomes the server."""
     start = [entry.python, "-u", str(EXEC_STEP), str(fifo)]
     target = ["serve"] if entry.mode == "serve" else ["module", entry.module]
     return [*start, *target, *words]
@@ -309,9 +309,9 @@ def shown_command(entry: Entry, words: Sequence[str]) -> list[str]:
 def server_environment(
     spec: ServerSpec, entry: Entry, base: Mapping[str, str], tmpdir: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The server's variables, apart: those that may be seen, and the secret ones.
+    """The server's variables as (those that may be shown, the secret ones).
 
-    base: the environment of the caller. A secret is what `secret_variables` says.
+    base: the environment of the caller. `secret_variables` says which ones are secret.
     """
     merged = dict(base)
     merged["PYTHONUNBUFFERED"] = "1"
@@ -323,31 +323,32 @@ def server_environment(
     merged.update(LAUNCHERS[entry.kind].environment(merged))
     merged.update(spec.env)
     secret = secret_variables(spec, merged)
-    # The server's keys are handed over as arguments; it has no use for our variables.
+    # The server gets its keys as arguments, so it does not need the variables as well.
     unused = {spec.api_key_env, spec.admin_api_key_env} - {name for name, _ in spec.env}
     visible = {k: v for k, v in merged.items() if k not in secret}
     return visible, {k: v for k, v in secret.items() if k not in unused}
 
 
 def secret_variables(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
-    """Those that `spec` declares, credentials by name, and all that hold a known secret."""
+    """The variables that `spec` declares, are named like a credential, or hold a known secret."""
     declared = _declared(spec)
     return {k: v for k, v in environment.items() if k in declared or is_secret_variable(k, v)}
 
 
 def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
-    """From now on this process hides the secrets of a server wherever it writes.
+    """Makes this process hide a server's secrets in everything that it writes.
 
-    environment: the variables that its declarations refer to. Its keys: see `server_keys`.
+    environment: where to look up the variables that `spec` declares. `server_keys` reads
+    the server's keys.
     """
     learn_environment({**environment, **dict(spec.env)}, _declared(spec))
     learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
 
 
 def keep_secrets(specs: Iterable[ServerSpec]) -> dict[str, str]:
-    """Learns the secrets of these servers and blanks them in our own environment block.
+    """Learns these servers' secrets and blanks them in this process's environment block.
 
-    Returns the secret ones among our variables.
+    Returns the variables of this process that are secret.
     """
     secret: dict[str, str] = {}
     for spec in specs:
@@ -362,7 +363,7 @@ def _declared(spec: ServerSpec) -> set[str]:
 
 
 def installation(python: str) -> Installation:
-    """What of SGLang an interpreter has; raises `ServerMissing` when it does not work."""
+    """What an interpreter has of SGLang; raises `ServerMissing` if it does not run."""
     sglang = _probe(python)
     if sglang.problem is not None:
         raise ServerMissing(
@@ -374,7 +375,7 @@ def installation(python: str) -> Installation:
     return sglang
 
 
-@functools.lru_cache(maxsize=8)  # of failures, too: each look starts a Python
+@functools.lru_cache(maxsize=8)  # failures are kept as well: each look starts a Python
 def _probe(python: str) -> Installation:
     try:
         answer = subprocess.run(
