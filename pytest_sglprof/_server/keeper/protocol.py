@@ -34,7 +34,7 @@ from pytest_sglprof._nsys import QUICK as NSYS_QUICK
 from pytest_sglprof._process import KILL_WAIT, TERM_WAIT
 from pytest_sglprof._server import lease
 from pytest_sglprof._server.command import PACKAGE_ROOT, Entry
-from pytest_sglprof._server.nvml import give_back
+from pytest_sglprof._server.nvml import unlock_clocks
 
 if TYPE_CHECKING:
     import psutil
@@ -432,7 +432,7 @@ def end_orphans(
     shutil.rmtree(plan.folder / "tmp", ignore_errors=True)
     with contextlib.suppress(LeaseError):  # no folder, so no leases
         lease.sweep()
-    return (*(f"process {pid}" for pid in left), *give_back(clocks))
+    return (*(f"process {pid}" for pid in left), *unlock_clocks(clocks))
 
 
 def remove_injection(name: str) -> None:
