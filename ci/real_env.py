@@ -109,9 +109,9 @@ def _python_for_sglang() -> str:
     wanted = ".".join(map(str, SGLANG_PYTHON))
     test = f"import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != {SGLANG_PYTHON})"
     for name in (f"python{wanted}", f"/usr/bin/python{wanted}", sys.executable, "python3"):
-        found = shutil.which(name)
-        if found and subprocess.run([found, "-c", test], capture_output=True).returncode == 0:
-            return found
+        python = shutil.which(name)
+        if python and subprocess.run([python, "-c", test], capture_output=True).returncode == 0:
+            return python
     raise CannotInstall(f"SGLang is not installed: no CPython {wanted} with venv was found")
 
 

@@ -54,6 +54,8 @@ class SglprofError(Exception):
     do next. log: lines of the server's (or a tool's) output that give the reason.
     """
 
+    __module__ = "pytest_sglprof"
+
     exit_status = ExitStatus.UNUSABLE
 
     def __init__(
@@ -181,6 +183,8 @@ class NotATrace(TraceError):
 
 class Inconclusive(SglprofError):
     """There is too little data for an answer."""
+
+    __module__ = "pytest_sglprof"
 
     exit_status = ExitStatus.INCONCLUSIVE
 

@@ -75,6 +75,8 @@ class BenchServing:
     results: the finished loads, in order.
     """
 
+    __module__ = "pytest_sglprof"
+
     def __init__(
         self,
         server: Server,

@@ -28,6 +28,8 @@ class LoadResult:
     s at which the driver of the measured load was started; None for a record read elsewhere.
     """
 
+    __module__ = "pytest_sglprof"
+
     requested: int
     completed: int
     duration: float

@@ -1,7 +1,5 @@
 """Frozen values that several rooms hand to each other; no behaviour beyond naming them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -29,6 +27,8 @@ class ServerSpec:
     gpus: device indices to lease ("all" visible ones, or a tuple). lock_clocks: MHz at which
     their clocks are held while it lives; 0 leaves them alone.
     """
+
+    __module__ = "pytest_sglprof"
 
     name: str = "default"
     kind: ServerKind = "sglang"
@@ -65,6 +65,8 @@ class Threshold:
     origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
     """
 
+    __module__ = "pytest_sglprof"
+
     metric: str = "slowdown"
     limit: float = 1.10
     scope: str = "compute"
@@ -100,6 +102,8 @@ class WindowSpec:
     trigger: opens the window instead of steady load (`analysis.triggers`, or a callable).
     Names and defaults of the rest are those of SGLang's `/start_profile`.
     """
+
+    __module__ = "pytest_sglprof"
 
     name: str = "window"
     backend: Backend = "torch"

@@ -22,6 +22,8 @@ class LoadSample:
     forward pass, None where it is not told. source: "log" or "loads".
     """
 
+    __module__ = "pytest_sglprof"
+
     time: float
     rank: str
     running: int

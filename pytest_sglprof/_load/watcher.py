@@ -78,6 +78,8 @@ class LoadWatch:
     are called. Use `start` and `stop`, or a `with` block.
     """
 
+    __module__ = "pytest_sglprof"
+
     def __init__(
         self,
         sources: Sequence[Source],

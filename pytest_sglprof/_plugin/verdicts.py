@@ -28,12 +28,16 @@ class VerdictFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  
     For `@pytest.mark.xfail(raises=VerdictFailed, strict=True)`.
     """
 
+    __module__ = "pytest_sglprof"
+
     def __init__(self, message: str) -> None:
         super().__init__(message, pytrace=False)
 
 
 class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # likewise
     """A test whose body passed, but whose profile windows hold too little for a verdict."""
+
+    __module__ = "pytest_sglprof"
 
     def __init__(self, message: str) -> None:
         super().__init__(message, pytrace=False)

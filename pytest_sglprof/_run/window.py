@@ -54,6 +54,8 @@ class Window:
     same spec, of those that `repeat` asks for. progress: is told what is going on.
     """
 
+    __module__ = "pytest_sglprof"
+
     def __init__(
         self,
         server: Server,
@@ -516,6 +518,8 @@ class ProfileWindow:
 
     Options are those of docs/windows.md; `SettingsError` for what no window can do.
     """
+
+    __module__ = "pytest_sglprof"
 
     def __init__(self, settings: Settings, make: Callable[[WindowSpec], Window]) -> None:
         self._settings = settings

@@ -66,6 +66,8 @@ class Server:
     ready. Both are None for an attached server.
     """
 
+    __module__ = "pytest_sglprof"
+
     def __init__(
         self,
         *,

@@ -125,6 +125,8 @@ class KernelTable:
     dropped because they began in the window's settle time.
     """
 
+    __module__ = "pytest_sglprof"
+
     frame: pd.DataFrame
     ranks: tuple[str, ...]
     steps: pd.DataFrame

@@ -294,10 +294,6 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 # From what each request saw to the fields of SGLang's load driver.
 
 
@@ -473,3 +469,7 @@ def _extra(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

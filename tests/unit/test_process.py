@@ -29,7 +29,7 @@ time.sleep(600)
 """
 ADOPTER = """
 import os, subprocess, sys, time
-from pytest_sglprof import process
+from pytest_sglprof import _process as process
 assert process.adopt_orphans()
 child = subprocess.Popen([sys.executable, "-c",
     "import subprocess, sys; subprocess.Popen(['sleep', '2'])"])

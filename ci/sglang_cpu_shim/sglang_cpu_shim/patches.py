@@ -42,14 +42,14 @@ def skip_experts_of_other_ranks(module):
 
     def moe_forward_native(layer, x, topk_output, moe_runner_config):
         weights, ids, _ = topk_output
-        mine = ids >= 0
-        if bool(mine.all()):
+        is_local = ids >= 0
+        if bool(is_local.all()):
             return forward(layer, x, topk_output, moe_runner_config)
         total = x.new_zeros(x.shape)
-        if bool(mine.any()):
-            token = mine.nonzero(as_tuple=True)[0]
+        if bool(is_local.any()):
+            token = is_local.nonzero(as_tuple=True)[0]
             pairs = topk_output._replace(
-                topk_weights=weights[mine].unsqueeze(1), topk_ids=ids[mine].unsqueeze(1)
+                topk_weights=weights[is_local].unsqueeze(1), topk_ids=ids[is_local].unsqueeze(1)
             )
             total.index_add_(0, token, forward(layer, x[token], pairs, moe_runner_config))
         return total

@@ -1,6 +1,6 @@
 """Somebody is killed in the middle of a window: everything is gone soon, and who lives reports.
 
-tests/server/test_kills.py looks at the keeper alone; here it is whole runs of pytest.
+tests/integration/keeper/test_kills.py looks at the keeper alone; here it is whole runs of pytest.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def session(server, tmp_path, monkeypatch):
         target.write_text("tables")
         return target
 
-    monkeypatch.setattr(nsys.nsys, "export", export)
+    monkeypatch.setattr(nsys, "export", export)
     monkeypatch.setattr(nsys, "POLL", 0.01)
     monkeypatch.setattr(nsys, "LAST_WORDS", 0.5)
     return made
@@ -188,7 +188,7 @@ def test_a_failed_export_keeps_the_report(session, new_window, monkeypatch):
     def fail(*args):
         raise NsysError("broken importer")
 
-    monkeypatch.setattr(nsys.nsys, "export", fail)
+    monkeypatch.setattr(nsys, "export", fail)
     with new_window(backend="nsys") as opened:
         pass
     capture = opened.close()

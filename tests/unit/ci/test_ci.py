@@ -60,7 +60,7 @@ def test_a_file_says_once_what_is_missing(
     project_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
-    command += ["tests/nsys/test_real_nsys.py"]
+    command += ["tests/real/test_nsys_command.py"]
     once = subprocess.run(command, cwd=project_root, capture_output=True, text=True)
     assert "no real nsys: neither SGLPROF_NSYS nor PATH has one" in once.stdout
     assert "; 6 more tests of this file wait for it" in once.stdout

@@ -270,7 +270,8 @@ def test_an_error_survives_its_way():
 
 def every_error(kind: type[SglprofError] = SglprofError) -> list[type[SglprofError]]:
     """The whole tree of errors.py; what pytest's own side adds to it never travels."""
-    below = [each for each in kind.__subclasses__() if each.__module__ == errors.__name__]
+    homes = (errors.__name__, "pytest_sglprof")
+    below = [each for each in kind.__subclasses__() if each.__module__ in homes]
     return [kind, *(each for one in below for each in every_error(one))]
 
 

@@ -14,7 +14,6 @@ import pytest
 from pytest_sglprof import _nsys as nsys
 from pytest_sglprof import _process as process
 from pytest_sglprof._server import launch
-from pytest_sglprof._server import launch as server_module
 from pytest_sglprof._server.keeper import exec_step, life, protocol, teardown
 
 # Writes its report for so long after its target's end, and tells the target's status then.
@@ -93,7 +92,7 @@ def test_fault_13_pytest_waits_as_long_as_the_keeper_may_take():
 
 def test_fault_13_limits_of_both_sides_stand_in_one_place():
     shared = {name for name, value in vars(protocol).items() if isinstance(value, float)}
-    for module in (protocol, protocol, life, launch, server_module, teardown):
+    for module in (life, launch, teardown):
         code = ast.parse(Path(module.__file__).read_text())
         assigned = {
             target.id
