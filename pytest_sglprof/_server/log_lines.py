@@ -65,7 +65,7 @@ _HEADS: dict[Kind, str] = {
     "profile_end": r"Profiling done",
 }
 # These count even without a stamp, which an entry loses when processes that share a pipe write
-# into each other's lines. The others need one, since a text that quotes them must not count.
+# into each other's lines. The others need one, since a string that quotes them must not count.
 _ANYWHERE = frozenset({"prefill", "decode", "experts"})
 
 # Not only at the start of a line: Ray puts a prefix before it, and lines may hold two entries.

@@ -324,7 +324,8 @@ class ServerLife:
         lines = redact_text(log_text).splitlines()
         if self._cancelled():
             return ServerNotReady(
-                f"the keeper process (pid {os.getpid()}) had to end while it started the server",
+                f"the keeper process (pid {os.getpid()}) received SIGTERM while it started "
+                "the server",
                 expected="a keeper that lives as long as its server",
                 hint="find out what sent it SIGTERM",
                 log=lines[-12:],
