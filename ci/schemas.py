@@ -1,4 +1,4 @@
-"""Writes the schemas that are made from types: `python -m ci.schemas`.
+"""Writes the schemas, or what of them is made from types: `python -m ci.schemas`.
 
 `--check` writes nothing and fails when one of them is stale.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
+from pytest_sglprof._config.model import SERVER_KINDS
 from pytest_sglprof._report.model import FORMAT, Results
 
 FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
@@ -21,7 +23,16 @@ FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
 
 def schemas() -> dict[str, str]:
     """File name -> text of each schema."""
-    return {"results.schema.json": _text(Results, f"results-{FORMAT.major}", "results of a run")}
+    return {
+        "results.schema.json": _text(Results, f"results-{FORMAT.major}", "results of a run"),
+        "config.schema.json": _with_kinds((FOLDER / "config.schema.json").read_text("utf-8")),
+    }
+
+
+def _with_kinds(schema: str) -> str:
+    """The schema of the configuration, written by hand, with the kinds of server that exist."""
+    line = f'"kind": {{ "enum": {json.dumps(SERVER_KINDS)} }}'
+    return re.sub(r'"kind": \{ "enum": \[.*?\] \}', line, schema)
 
 
 def _text(kind: type, name: str, title: str) -> str:

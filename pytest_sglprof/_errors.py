@@ -4,16 +4,16 @@ SglprofError                 exit status 2 of the command line
 ├── SettingsError            an option, a marker or sglprof.toml is wrong
 ├── ServerError              the server under test
 │   ├── ServerMissing        SGLang is not installed in the chosen interpreter
-│   ├── ServerDied           it ended; carries the reason found in its log
+│   ├── ServerDied           it ended; carries the reason from its log
 │   ├── ServerNotReady       it did not become ready in time
 │   ├── ServerUnreachable    nothing answers at its address
 │   │   └── ServerSilent     it is there, but did not answer in time
 │   ├── ServerRefused        it answered with an HTTP error
 │   ├── LeaseError           a port, a GPU or the window of a server is taken
-│   └── ClockLockError       the clocks of its GPUs cannot be locked, or given back
+│   └── ClockLockError       the clocks of its GPUs cannot be locked or unlocked
 ├── LoadError                the load driver failed, or requests failed
 ├── NsysError                the nsys command or one of its sessions
-│   ├── NsysMissing          no nsys was found
+│   ├── NsysMissing          there is no nsys command
 │   ├── NsysTooOld           this nsys lacks --start-later
 │   └── NsysSessionError     a session is gone, busy, or in another state than needed
 ├── WindowError              a profile window
@@ -23,7 +23,7 @@ SglprofError                 exit status 2 of the command line
 │   └── NotATrace            it is something else
 └── Inconclusive             too little data for an answer      exit status 3
 
-All of them say three things: what happened, what was expected and what to do next.
+Each says what happened, what was expected and what to do next.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Error = TypeVar("_Error", bound="SglprofError")
 
 
 class ExitStatus(IntEnum):
-    """How a `sglprof` command ends; docs/exit-status.md says it to users."""
+    """How a `sglprof` command ends; documented in docs/exit-status.md."""
 
     DONE = 0  # done, or nothing is above its limit
     EXCEEDED = 1  # a limit that somebody gave (an option, sglprof.toml) is exceeded
@@ -44,15 +44,14 @@ class ExitStatus(IntEnum):
     INCONCLUSIVE = 3  # too little data, or data that cannot be compared
     BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would be read as a verdict
     INTERRUPTED = 130
-    BROKEN_PIPE = 141  # whoever read the output went away
+    BROKEN_PIPE = 141  # the reader of the output has ended
 
 
 class SglprofError(Exception):
     """Base of all errors of this package.
 
-    what: what happened, one sentence. expected: what should have been there.
-    hint: what to do next. log: lines of the server's (or tool's) own output that
-    are the reason.
+    what: what happened, in one sentence. expected: what should have happened. hint: what to
+    do next. log: lines of the server's (or a tool's) output that give the reason.
     """
 
     __module__ = "pytest_sglprof"
@@ -70,7 +69,7 @@ class SglprofError(Exception):
 
     @classmethod
     def restored(cls: type[_Error], fields: Mapping[str, Any]) -> _Error:
-        """An error with these fields, whatever more its class asks for when it is made."""
+        """An error with these attributes, made without calling the constructor of its class."""
         error = cls.__new__(cls, fields["what"])
         vars(error).update(fields)
         return error
@@ -83,7 +82,7 @@ class SglprofError(Exception):
         if self.expected:
             parts.append(f"  expected: {self.expected}")
         if self.log:
-            parts.append("  its own words:")
+            parts.append("  log:")
             parts.extend(f"  | {line}" for line in self.log)
         if self.hint:
             parts.append(f"  next: {self.hint}")
@@ -103,7 +102,7 @@ class ServerMissing(ServerError):
 
 
 class ServerDied(ServerError):
-    """The server ended; ``log`` holds the reason found in its log."""
+    """The server ended; ``log`` holds the lines of its log that say why."""
 
 
 class ServerNotReady(ServerError):
@@ -135,11 +134,11 @@ class ServerRefused(ServerError):
 
 
 class LeaseError(ServerError):
-    """A port, a GPU or the profile window of a server is taken by someone else."""
+    """Another process holds a port, a GPU or the profile window of a server."""
 
 
 class ClockLockError(ServerError):
-    """The clocks of a server's GPUs cannot be locked, or given back."""
+    """The clocks of a server's GPUs cannot be locked or unlocked."""
 
 
 class LoadError(SglprofError):
@@ -151,7 +150,7 @@ class NsysError(SglprofError):
 
 
 class NsysMissing(NsysError):
-    """No nsys command was found."""
+    """There is no nsys command."""
 
 
 class NsysTooOld(NsysError):
@@ -196,7 +195,7 @@ def note(error: BaseException, text: str) -> None:
 
 
 def described(error: BaseException) -> str:
-    """All that is known of it: the words and notes of ours, the traceback of any other."""
+    """A `SglprofError` as its message and notes; any other error as its traceback."""
     if isinstance(error, SglprofError):
         return "\n".join((str(error), *getattr(error, "__notes__", ())))
     import traceback
@@ -205,9 +204,9 @@ def described(error: BaseException) -> str:
 
 
 def do_every(steps: Iterable[Callable[[], object]]) -> None:
-    """Takes every step, whatever another one raises; then raises the first error.
+    """Takes every step even if an earlier one raises; then raises the first error.
 
-    The others are its notes. An interrupt goes before any other error.
+    The other errors become its notes. An interrupt is raised before any other error.
     """
     errors: list[BaseException] = []
     for step in steps:
@@ -220,15 +219,12 @@ def do_every(steps: Iterable[Callable[[], object]]) -> None:
     first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
     for other in errors:
         if other is not first:
-            note(first, f"and besides: {described(other)}")
+            note(first, f"also: {described(other)}")
     raise first
 
 
-# What a mistyped name may have been meant to be.
-
-
 def did_you_mean(given: Iterable[object], known: Iterable[str], otherwise: str = "") -> str:
-    """`did you mean moe?`, of the known names nearest to those given; else `otherwise`."""
+    """`did you mean moe?`, with the known names nearest to `given`; `otherwise` if none is near."""
     import difflib  # only where something is wrong
 
     by_folded = {name.casefold(): name for name in known}

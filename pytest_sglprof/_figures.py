@@ -1,4 +1,4 @@
-"""Numbers of stored documents, with the bounds that their schema tells."""
+"""Types of numbers in stored documents; their bounds go into the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are never half written, and names that are always safe."""
+"""Writes files completely or not at all, and makes safe file names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MAX_NAME_BYTES = 120  # a file system allows 255; suffixes, ranks and temporary 
 
 
 def safe_name(text: str, *, limit: int = MAX_NAME_BYTES) -> str:
-    """A file name made from any text (a pytest node id, a kernel name).
+    """A safe file name for any string (a pytest node id, a kernel name).
 
-    Unsafe characters become ``_``; a changed or cut name ends in a hash of the
-    original, so that two different texts never share a name.
+    Unsafe characters become ``_``. A changed or cut name ends in a hash of the original, so
+    that different strings get different names.
     """
     name = _UNSAFE.sub("_", text).strip("._") or "_"
     if name == text and len(name) <= limit:
@@ -30,7 +30,7 @@ def safe_name(text: str, *, limit: int = MAX_NAME_BYTES) -> str:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
-    """Writes to a temporary file beside `path`; renames it only when the body ends well."""
+    """Opens a temporary file beside `path`, renamed to it if the body raises nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.")
     try:
@@ -47,6 +47,6 @@ def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
 
 def atomic_write(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
-    """Writes `data` so that `path` holds either the old content or all of the new one."""
+    """Writes `data` so that `path` holds all of it, or its old content if writing fails."""
     with atomic_writer(path, mode=mode) as stream:
         stream.write(data.encode() if isinstance(data, str) else data)

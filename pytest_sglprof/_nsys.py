@@ -1,9 +1,8 @@
-"""Finds the nsys command, probes it, and drives its sessions by name.
+"""Finds the nsys command, checks what it can do, and controls its sessions by name.
 
-nsys answers many mistakes with exit status 0 (an unknown session, a missing folder) and
-writes its first report elsewhere than asked. So everything is checked before and after:
-a session's state is read before it is told anything, and a report is where the
-``Generated:`` lines say.
+nsys ends with status 0 after many mistakes (an unknown session, a missing folder) and does not
+write the first report of a session where it was asked to. So a session's state is read before
+and after each command, and the path of a report is taken from the ``Generated:`` lines.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pytest_sglprof._process import which
 from pytest_sglprof._redact import is_secret_variable
 
 ENV_NAME = "SGLPROF_NSYS"
-QUICK = 30.0  # s; version, help and session lists answer within a tenth of a second
+QUICK = 30.0  # s for version, help and session lists, which usually take 0.1 s
 COLLECTING = frozenset({"Collection", "RangeCollection", "StartRange"})
 GONE = frozenset({"", "Shutdown"})
 _VERSION = re.compile(r"version\s+v?(\d+(?:\.\d+)+)")
@@ -39,7 +38,7 @@ _INSTALL_HINT = (
     "install Nsight Systems 2023.4 or newer and put nsys on PATH, or name it with "
     f"--sglprof-nsys or ${ENV_NAME}"
 )
-# Ours by necessity: a session that is named or started otherwise cannot be driven.
+# Set by this plugin, which cannot control a session that is named or started in another way.
 _RESERVED = {"--session-new", "--session", "--start-later", "-Y", "--output", "-o"}
 _SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
 
@@ -47,47 +46,47 @@ _SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
 def find_nsys(path: str | None = None) -> NsysTool:
     """The nsys at `path`, else at ``$SGLPROF_NSYS``, else on PATH.
 
-    A bare name is looked up on PATH; a path (with a slash) may also be the folder that holds
-    nsys. Raises `NsysMissing`, or `NsysTooOld` when ``profile --help`` knows no --start-later.
+    A bare name is looked up on PATH. A path (with a slash) may also be the folder of nsys.
+    Raises `NsysMissing`, or `NsysTooOld` if ``profile --help`` does not list --start-later.
     """
     wanted = path or os.environ.get(ENV_NAME) or "nsys"
     if os.sep in wanted and Path(wanted).is_dir():
         wanted = str(Path(wanted) / "nsys")
-    found = which(wanted)
-    if found is None:
+    command = which(wanted)
+    if command is None:
         bare = os.sep not in wanted
         beside = bare and Path(wanted).exists()
         raise NsysMissing(
             f"no nsys command: {wanted!r} is not an executable file{' on PATH' if bare else ''}",
             expected="Nsight Systems' command line tool",
-            hint=_INSTALL_HINT + (f"; for the one beside you: ./{wanted}" if beside else ""),
+            hint=_INSTALL_HINT + (f"; for the one in this folder: ./{wanted}" if beside else ""),
         )
-    answer = _quick(found, ["--version"])
+    answer = _quick(command, ["--version"])
     match = _VERSION.search(answer)
     if match is None:
         raise NsysMissing(
-            f"{found} is not a working nsys: its --version names none",
+            f"{command} is not a working nsys: --version prints no version",
             expected="NVIDIA Nsight Systems version 2023.4 or newer",
             hint=_INSTALL_HINT,
             log=answer.splitlines()[-5:],
         )
-    if "--start-later" not in _profile_help(found):
+    if "--start-later" not in _profile_help(command):
         raise NsysTooOld(
-            f"{found} (version {match[1]}) cannot start a session later",
-            expected="an nsys whose `profile` has --start-later (2023.4 has it, 2022.4 has not)",
+            f"{command} (version {match[1]}) has no `profile --start-later`",
+            expected="an nsys that has it, such as 2023.4 (2022.4 has not)",
             hint=_INSTALL_HINT,
         )
-    return NsysTool(found, match[1])
+    return NsysTool(command, match[1])
 
 
 def profile_prefix(
     tool: NsysTool, session: str, first_report: Path, extra: Sequence[str], *, gpu: bool
 ) -> list[str]:
-    """The words before the server's command that put it under a session named `session`.
+    """The words to put before the server's command to run it under a session `session`.
 
-    first_report: where the first window's report goes, whatever ``nsys start`` says.
-    extra: the user's options; one that we would give as well replaces ours.
-    gpu: records CUDA, with the kernels inside CUDA graphs.
+    first_report: where nsys writes the report of the first window, even if ``nsys start``
+    names another path. extra: the user's options, which replace the plugin's defaults.
+    gpu: record CUDA, with the kernels inside CUDA graphs.
     """
     taken = {_SHORT.get(name, name) for word in extra if (name := word.partition("=")[0])}
     for name in taken & _RESERVED:
@@ -96,7 +95,7 @@ def profile_prefix(
             expected="other options of `nsys profile`, such as --trace=cuda-sw,nvtx",
             hint=f"remove {name} from nsys_args",
         )
-    ours = {
+    defaults = {
         "--trace": "cuda,nvtx" if gpu else "nvtx",
         "--sample": "none",
         "--cpuctxsw": "none",
@@ -104,25 +103,25 @@ def profile_prefix(
         "--force-overwrite": "true",
     }
     if gpu:
-        ours["--cuda-graph-trace"] = "node"
+        defaults["--cuda-graph-trace"] = "node"
     if "--discard-environment" in _profile_help(tool.path):
-        ours["--discard-environment"] = "true"
+        defaults["--discard-environment"] = "true"
     return [
         tool.path,
         "profile",
         "--start-later=true",
         f"--session-new={session}",
         f"--output={first_report}",
-        *(f"{name}={value}" for name, value in ours.items() if name not in taken),
+        *(f"{name}={value}" for name, value in defaults.items() if name not in taken),
         *extra,
     ]
 
 
 class NsysSession:
-    """One session, known by its name; it may also be one that somebody else started.
+    """One session, known by its name. It may have been started outside of this plugin.
 
-    tmpdir: the TMPDIR that the session was started under. nsys keeps its sessions in
-    files there: a session of another TMPDIR is invisible.
+    tmpdir: the TMPDIR with which the session was started. nsys keeps its sessions in files
+    there and does not see those of another TMPDIR.
     """
 
     def __init__(self, tool: NsysTool, name: str, *, tmpdir: Path | None = None) -> None:
@@ -132,31 +131,31 @@ class NsysSession:
         self._output: Path | None = None
 
     def state(self) -> str:
-        """What ``nsys sessions list`` says of it; "" when there is no such session."""
+        """Its state in ``nsys sessions list``; "" if it is not listed."""
         return self._sessions().get(self.name, "")
 
     def require(self) -> str:
-        """Its state; raises `NsysSessionError` when there is no such session."""
+        """Its state; raises `NsysSessionError` if it does not exist."""
         sessions = self._sessions()
         state = sessions.get(self.name, "")
         if state in GONE:
-            raise self._gone(sessions)  # to start it would create a stray session
+            raise self._gone(sessions)  # `nsys start` would create it
         return state
 
     def start(
         self, output: Path, *, capture_range: str | None = None, timeout: float = 60.0
     ) -> None:
-        """Opens a window whose report is to be at `output` (``….nsys-rep``).
+        """Opens a window whose report will be at `output` (``….nsys-rep``).
 
-        capture_range: ``cudaProfilerApi`` to wait for the target's own start and stop;
-        ignored by a session's first window.
+        capture_range: ``cudaProfilerApi`` to collect only between cudaProfilerStart and
+        cudaProfilerStop; a session's first window ignores it.
         """
         state = self.require()
         if state in COLLECTING:
             raise NsysSessionError(
                 f"nsys session {self.name!r} already collects (state {state})",
                 expected="a session without an open window",
-                hint="close the other window first (`nsys stop`)",
+                hint="close that window first (`nsys stop`)",
             )
         output.parent.mkdir(parents=True, exist_ok=True)  # else the report goes elsewhere
         words = ["start", f"--session={self.name}", f"--output={output}", "--force-overwrite=true"]
@@ -167,20 +166,20 @@ class NsysSession:
         self._wait_for_state(lambda now: now in COLLECTING, "to collect", timeout)
 
     def stop(self, *, timeout: float, progress: Callable[[str], None] | None = None) -> Path:
-        """Closes the window; returns its report, which is complete then.
+        """Closes the window and returns its complete report.
 
-        The first report of a session is moved to where `start` was asked to put it.
-        Raises `NsysError` when there is no report, or only a ``.qdstrm``.
+        The first report of a session is moved to the `output` of `start`. Raises `NsysError`
+        if there is no report, or only a ``.qdstrm``.
         """
         state = self.require()
         if state not in COLLECTING:
             raise NsysSessionError(
                 f"nsys session {self.name!r} has no open window (state {state})",
                 expected="state Collection",
-                hint="the window was closed by someone else, or never opened",
+                hint="another process closed the window, or it was never opened",
             )
         report = self._stop(timeout, progress)
-        report.chmod(0o600)  # it holds the environment of every process of this machine
+        report.chmod(0o600)  # it holds the environments of all processes of this machine
         wanted, self._output = self._output, None
         if wanted is None or wanted == report:
             return report
@@ -188,9 +187,10 @@ class NsysSession:
         return wanted
 
     def shutdown(self, *, timeout: float = 60.0, discard: bool = False) -> None:
-        """Ends the session and its target (SIGTERM); nothing happens when it is gone.
+        """Ends the session and its server (SIGTERM); does nothing if it is gone.
 
-        An open window would lose its report: refused, unless `discard`.
+        discard: also with an open window, whose report is lost. Without it an open window
+        raises `NsysSessionError`.
         """
         state = self.state()
         if state in GONE:
@@ -198,7 +198,7 @@ class NsysSession:
         if state in COLLECTING and not discard:
             raise NsysSessionError(
                 f"nsys session {self.name!r} still has an open window",
-                hint="stop it first: a shutdown now would lose the report",
+                hint="stop it first, since a shutdown would lose the report",
             )
         self._checked(["shutdown", "--kill=sigterm", f"--session={self.name}"], timeout)
         self._wait_for_state(lambda now: now in GONE, "to end", timeout)
@@ -211,7 +211,7 @@ class NsysSession:
         if not ended:
             raise NsysError(
                 f"`nsys stop` of session {self.name!r} did not end within {timeout:g} s",
-                expected="the report, which takes about as long as the window is large",
+                expected="a report; writing it takes longer for a larger window",
                 hint="take a smaller window or raise its timeout",
                 log=output.tail(),
             )
@@ -224,11 +224,12 @@ class NsysSession:
         process = run([self.tool.path, *words], timeout, self.tmpdir)
         if process.returncode == 0:
             return process.stdout
-        said = process.stdout.strip()
-        kind = NsysSessionError if "session" in said.lower() or "state" in said else NsysError
+        output = process.stdout.strip()
+        about_session = "session" in output.lower() or "state" in output
+        kind = NsysSessionError if about_session else NsysError
         raise kind(
             f"`nsys {words[0]}` of session {self.name!r} failed (exit {process.returncode})",
-            log=said.splitlines()[-8:],
+            log=output.splitlines()[-8:],
         )
 
     def _sessions(self) -> dict[str, str]:
@@ -241,8 +242,8 @@ class NsysSession:
         while not wanted(state := self.state()):
             if time.monotonic() >= deadline:
                 raise NsysSessionError(
-                    f"nsys session {self.name!r} was told {what}, but its state is "
-                    f"{state or 'gone'} after {timeout:g} s",
+                    f"nsys session {self.name!r} was asked {what}, but after {timeout:g} s its "
+                    f"state is {state or 'gone'}",
                 )
             time.sleep(0.05)
 
@@ -269,11 +270,11 @@ def _quick(path: str, words: Sequence[str]) -> str:
     return process.stdout
 
 
-def _import_again(tool: NsysTool, stream: Path, timeout: float, said: Sequence[str]) -> Path:
-    """Makes the report of a raw ``.qdstrm`` whose import failed; returns its path.
+def _import_again(tool: NsysTool, stream: Path, timeout: float, log: Sequence[str]) -> Path:
+    """Makes a report from a raw ``.qdstrm`` whose import failed; returns its path.
 
-    On a loaded machine the importer of 2023.4 now and then stumbles over a race of its
-    own and works the second time; where it is broken it fails again. said: what it printed.
+    The importer of 2023.4 has a race: on a busy machine it sometimes fails, and works the
+    second time. log: the output of the first import, for the error.
     """
     report = stream.with_suffix(".nsys-rep")
     importer = Path(tool.path).resolve().parent.parent / "host-linux-x64" / "QdstrmImporter"
@@ -286,19 +287,19 @@ def _import_again(tool: NsysTool, stream: Path, timeout: float, said: Sequence[s
     raise NsysError(
         f"nsys left only {stream}, no report: its importer did not work",
         expected="a .nsys-rep file",
-        hint="the importer is in nsys's host-linux-x64 folder, which must lie beside "
+        hint="the importer is in nsys's folder host-linux-x64, which must be beside "
         "target-linux-x64, and needs libssh.so.4 (Debian: libssh-4, linked as "
         "host-linux-x64/libssh.so)",
-        log=said,
+        log=log,
     )
 
 
-# Runs an nsys command: never in our process session, never with our credentials.
+# Running an nsys command, in a process session of its own and without credentials.
 
 
 @dataclass(frozen=True)
 class NsysTool:
-    """An nsys command that can start sessions later. version: such as "2023.4.4"."""
+    """An nsys command that has ``profile --start-later``. version: such as "2023.4.4"."""
 
     path: str
     version: str
@@ -307,14 +308,14 @@ class NsysTool:
 def run(
     words: Sequence[str], timeout: float, tmpdir: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one command in a process session of its own: Ctrl-C must not cut a report."""
+    """Runs one command to its end. Ctrl-C does not reach it, since it would lose a report."""
     with started(words, tmpdir) as process:
         try:
             out, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             raise NsysError(
                 f"`{Path(words[0]).name} {words[1]}` did not answer within {timeout:g} s",
-                hint="an agent of an earlier session may hang: look for `nsys --start-agent`",
+                hint="look for `nsys --start-agent`: the agent of an earlier session may hang",
             ) from None
     text = out.decode("utf-8", errors="replace")
     return subprocess.CompletedProcess(list(words), process.returncode, text, "")
@@ -322,9 +323,9 @@ def run(
 
 @contextlib.contextmanager
 def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A running command, both outputs in one pipe; it is killed when the body leaves early.
+    """Starts a command, with stdout and stderr in one pipe; kills it at the end of the block.
 
-    tmpdir: its TMPDIR. No credential of ours is in its environment: nsys stores that.
+    tmpdir: its TMPDIR. Its environment has no credentials, since nsys stores it.
     """
     environment = {k: v for k, v in os.environ.items() if not is_secret_variable(k, v)}
     if tmpdir is not None:
@@ -351,8 +352,7 @@ def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subpro
             process.stdout.close()
 
 
-# What nsys prints, read: its list of sessions, and the progress and result of `nsys stop`.
-
+# Reading what nsys prints: its list of sessions, and the progress and result of `nsys stop`.
 
 _SESSION = re.compile(r"^\s*\d+\s+\S+\s+([A-Za-z]+)\s+\d+\s+(\S.*?)\s*$")
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]\s*\[\D*?(\d+)%\s*\]\s*(.*)$")
@@ -362,14 +362,14 @@ _GENERATING = re.compile(r"^Generating '(.+)'")
 def read_sessions(text: str) -> dict[str, str]:
     """Name -> state, from ``nsys sessions list`` (ID, TIME, STATE, LAUNCH, NAME).
 
-    A name is the last column and may hold blanks.
+    The name, in the last column, may contain blanks.
     """
     matches = (_SESSION.match(line) for line in text.splitlines())
     return {match[2]: match[1] for match in matches if match}
 
 
 class StopOutput:
-    """Collects what ``nsys stop`` prints while it runs."""
+    """The output of ``nsys stop`` while it runs."""
 
     def __init__(self, progress: Callable[[str], None] | None = None) -> None:
         self._progress = progress
@@ -377,7 +377,7 @@ class StopOutput:
         self._unread = ""
 
     def follow(self, process: subprocess.Popen[bytes], timeout: float) -> bool:
-        """Reads until the command ends; False when `timeout` s were not enough."""
+        """Reads until the command ends; False if that takes more than `timeout` s."""
         assert process.stdout is not None
         stream = process.stdout.fileno()
         deadline = time.monotonic() + timeout
@@ -391,7 +391,7 @@ class StopOutput:
         return False
 
     def feed(self, text: str) -> None:
-        """Takes the next piece of output; tells the progress that stands in it."""
+        """Adds a piece of output and reports the progress in it."""
         self._text += text
         # A progress bar redraws its line with a carriage return.
         *lines, self._unread = re.split(r"[\r\n]", self._unread + text)
@@ -400,13 +400,13 @@ class StopOutput:
                 self._progress(f"{match[4]}: {match[3]} %")
 
     def tail(self) -> tuple[str, ...]:
-        """The last lines that are no progress bars."""
+        """The last lines, without progress bars."""
         return tuple(line for line in self._lines() if not _PROGRESS.match(line))[-8:]
 
     def stream(self) -> Path | None:
-        """The raw ``.qdstrm`` that was left instead of a report: its import failed."""
-        named = [*self._generated(), *self._streams()]
-        return next((path for path in named if path.suffix == ".qdstrm" and path.exists()), None)
+        """The raw ``.qdstrm`` that is left if its import into a report failed, else None."""
+        paths = [*self._generated(), *self._streams()]
+        return next((path for path in paths if path.suffix == ".qdstrm" and path.exists()), None)
 
     def report(self, status: int | None) -> Path:
         """The report that was generated, from the ``Generated:`` lines."""
@@ -414,9 +414,9 @@ class StopOutput:
             if path.suffix in (".nsys-rep", ".qdrep") and _has_content(path):
                 return path
         raise NsysError(
-            f"`nsys stop` named no report that exists (exit {status})",
+            f"`nsys stop` printed no path of an existing report (exit {status})",
             expected="a path ending in .nsys-rep below its line `Generated:`",
-            hint="check the free space of the report's folder and of TMPDIR",
+            hint="check the free space in the report's folder and in TMPDIR",
             log=self.tail(),
         )
 
@@ -431,14 +431,14 @@ class StopOutput:
         return [line for line in re.split(r"[\r\n]+", self._text) if line.strip()]
 
     def _generated(self) -> list[Path]:
-        # The head may follow a progress bar on its line: importer and command write at once.
+        # The head may follow a progress bar on one line, since two processes write at once.
         _, head, rest = self._text.rpartition("Generated:")
-        found = []
+        paths = []
         for line in rest.splitlines()[1:] if head else ():
             if not line.startswith((" ", "\t")):
                 break
-            found.append(Path(line.strip()))
-        return found
+            paths.append(Path(line.strip()))
+        return paths
 
     def _streams(self) -> list[Path]:
         matches = (_GENERATING.match(line) for line in self._lines())

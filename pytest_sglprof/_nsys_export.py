@@ -1,4 +1,4 @@
-"""Turns an nsys report into a file that can be read, without the credentials in it."""
+"""Exports an nsys report to SQLite or Parquet, without the credentials in it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def export(
 ) -> Path:
     """Exports `report` to `target`: a SQLite file, or a folder of Parquet files.
 
-    The target appears only when it is complete; one that exists is replaced. nsys puts
-    the environment of every readable process into a report: an export is given without
-    the values of variables that are named like credentials. A SQLite export also says
-    which report it was made of (see `exported_from`).
+    The target is written completely or not at all, and replaces an existing one. Since nsys
+    puts the environment of every readable process into a report, the values of variables that
+    are named like credentials are hidden. A SQLite export also records which report it was
+    made from (see `exported_from`). Raises `NsysError`.
     """
     if not report.is_file():
         raise NsysError(f"{report}: no such report", expected="a .nsys-rep file")
@@ -42,15 +42,15 @@ def export(
     partial = target.with_name(f".{target.name[:80]}.{threading.get_native_id()}.partial{suffix}")
     option = "sqlite" if kind == "sqlite" else "parquetdir"
     words = [f"--type={option}", "--force-overwrite=true", f"--output={partial}", str(report)]
-    origin = origin_of(report) if kind == "sqlite" else None  # of what nsys is about to read
+    origin = origin_of(report) if kind == "sqlite" else None  # before nsys reads it
     try:
         process = run([tool.path, "export", *words], timeout)
         if process.returncode != 0 or not partial.exists():
             raise NsysError(
                 f"nsys {tool.version} could not export {report} as {kind} "
                 f"(exit {process.returncode})",
-                expected="a complete report that this or an older nsys wrote",
-                hint="a report of a newer nsys needs an export by that one",
+                expected="a complete report, written by this nsys or an older one",
+                hint="if a newer nsys wrote the report, export it with that one",
                 log=process.stdout.strip().splitlines()[-8:],
             )
         if origin is not None:
@@ -72,13 +72,13 @@ def can_export_parquet(tool: NsysTool) -> bool:
 
 
 def exported_from(database: Path) -> str:
-    """The digest of the report that `export` made a SQLite file of; "" where it does not say."""
+    """The digest of the report that a SQLite file was made from; "" if it is not recorded."""
     origin = signed_origin(database)
     return origin.whole if origin else ""
 
 
 def _put(partial: Path, target: Path) -> None:
-    """A file is replaced in one step; a folder cannot be, so the old one is moved away first."""
+    """Moves an export to its place. An old folder is moved away first, an old file replaced."""
     if not target.is_dir():
         partial.replace(target)
         return
@@ -96,12 +96,12 @@ def _remove(path: Path) -> None:
 
 
 def hide_credentials(database: Path) -> int:
-    """Hides secrets in every text of an export; returns how many rows held one."""
+    """Hides secrets in every string of an export; returns the number of changed rows."""
     changed = 0
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA secure_delete = ON")  # else the old text stays in the file
         tables = _text_columns(connection)
-        connection.text_factory = bytes  # an environment may hold any bytes
+        connection.text_factory = bytes  # environments may hold any bytes
         for table, column in tables:
             rows = connection.execute(
                 f'SELECT rowid, "{column}" FROM "{table}" WHERE "{column}" IS NOT NULL'
@@ -126,7 +126,7 @@ def _text_columns(connection: sqlite3.Connection) -> list[tuple[str, str]]:
 
 
 def _hide_in_folder(folder: Path) -> None:
-    """As `hide_credentials`; without pyarrow the files in which environments stand are removed."""
+    """Hides secrets in Parquet files; without pyarrow removes the files with environments."""
     for file in folder.glob("*.parquet"):
         try:
             import pyarrow
@@ -155,7 +155,7 @@ def _hide_in_folder(folder: Path) -> None:
 
 
 def _hidden_column(column: Any) -> Any:
-    """A chunked array of strings without secrets; most texts stand in it many times."""
+    """A chunked array of strings with secrets hidden. Each distinct string is looked at once."""
     import pyarrow
 
     safe = {text: text and _hidden(text) for text in column.unique().to_pylist()}
@@ -168,7 +168,7 @@ def _hidden(text: str) -> str:
 
 
 def _hide(text: bytes) -> bytes:
-    """`A=1;MY_TOKEN=x` with the value of MY_TOKEN hidden, also between NULs; and known values."""
+    """`A=1;MY_TOKEN=x` with the value of MY_TOKEN and known secrets hidden. NUL also separates."""
     if b"\0" in text:  # a whole environment, whose values may hold anything else
         return b"\0".join(map(_hide, text.split(b"\0")))
     assignment = _ASSIGNMENT.match(text)
@@ -186,23 +186,22 @@ def _is_secret(name: bytes) -> bool:
     return is_secret_env(name.decode("ascii"))
 
 
-# Which report an export was made of, known without reading reports of gigabytes again.
+# Recording which report an export was made from, so that reports of gigabytes are not read again.
 
-
-EDGE = 1 << 20  # bytes at each end of a report that are looked at
+EDGE = 1 << 20  # bytes at each end of a report that are sampled
 BLOCK = 1 << 16  # bytes of each block between them
 BLOCKS = 64
 _PIECE = 1 << 20  # bytes read at once
-_SIGNATURE = "SGLPROF_EXPORT"  # our table in an export
+_SIGNATURE = "SGLPROF_EXPORT"  # table in an export
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A report, as far as an export remembers it.
+    """What an export records about its report.
 
-    sample: SHA-256 of its size and its sampled bytes (see `sample_of`). modified: when it
-    was written, Unix ns. whole: SHA-256 of all its bytes. Digests may be cut to their first
-    digits, and are "" where they are not known.
+    sample: SHA-256 of its size and sampled bytes (see `sample_of`). modified: Unix time in ns
+    at which it was written. whole: SHA-256 of all its bytes. Digests may be cut to their first
+    digits, and are "" if unknown.
     """
 
     sample: str
@@ -210,12 +209,12 @@ class Origin:
     whole: str
 
     def is_of(self, report: Path) -> bool:
-        """Whether `report` is that one.
+        """True if `report` is the report that was exported.
 
-        Where size, time and sampled bytes agree it is: a report of more than 6 MB whose
-        bytes were changed outside of the samples, and whose time was set back, would pass.
-        Two recordings are never that alike: they are compressed, and differ from their
-        first times on. Where only the time differs (a copy), all bytes are compared.
+        It is if size, time and sampled bytes agree. So a report of more than 6 MB would pass
+        if bytes outside of the samples were changed and its time set back. Two recordings are
+        never that similar: they are compressed, and differ from their first time stamps on.
+        If only the time differs, as for a copy, all bytes are compared.
         """
         if not sample_of(report).startswith(self.sample):
             return False
@@ -225,14 +224,14 @@ class Origin:
 
 
 def origin_of(report: Path) -> Origin:
-    """What an export of `report` is to remember; reads all of it."""
+    """What an export of `report` will record; reads all of the report."""
     return Origin(sample_of(report), report.stat().st_mtime_ns, digest_of(report))
 
 
 def sample_of(report: Path) -> str:
     """SHA-256 of a file's size, its two ends and blocks spread evenly between them.
 
-    Of a file of up to 6 MB these are all its bytes.
+    A file of up to 6 MB is read completely.
     """
     size = report.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -260,7 +259,7 @@ def digest_of(report: Path) -> str:
 
 
 def sign(database: Path, origin: Origin) -> None:
-    """Writes into a SQLite export which report it was made of."""
+    """Records in a SQLite export which report it was made from."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute(
             f"CREATE TABLE {_SIGNATURE} (report_sha256 TEXT, sample TEXT, modified_ns INTEGER)"
@@ -273,13 +272,13 @@ def sign(database: Path, origin: Origin) -> None:
 
 
 def signed_origin(database: Path) -> Origin | None:
-    """What `sign` wrote into a SQLite export; None where nothing is written."""
+    """What `sign` wrote into a SQLite export; None if it is not signed."""
     uri = f"{database.absolute().as_uri()}?mode=ro&immutable=1"
     with (
         contextlib.suppress(sqlite3.Error, TypeError, ValueError),
         contextlib.closing(sqlite3.connect(uri, uri=True)) as connection,
     ):
         whole, *more = connection.execute(f"SELECT * FROM {_SIGNATURE}").fetchone()
-        sample, modified = more or ("", 0)  # an older export knows its report by all bytes only
+        sample, modified = more or ("", 0)  # older exports recorded only this digest
         return Origin(str(sample), int(modified), str(whole))
     return None

@@ -1,7 +1,6 @@
-"""Process trees: who belongs to a server, how it is ended, which rank a process is.
+"""Process trees: which processes belong to a server, how to end them, and which rank each is.
 
-Every question about a pid carries its creation time as well, since the kernel hands
-pids out again.
+A process is known by its pid and its start time, since the kernel reuses pids.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from pytest_sglprof._ranks import Rank
 if TYPE_CHECKING:
     import psutil
 
-KILL_WAIT = 10.0  # s for the kernel to end a killed process; a GPU context takes seconds
-TERM_WAIT = 1.0  # s at most for the rest of a tree to obey SIGTERM
+KILL_WAIT = 10.0  # s for the kernel to end a killed process, seconds with a GPU context
+TERM_WAIT = 1.0  # s at most for the rest of a tree to end after SIGTERM
 SAME_PROCESS = 0.02  # s; psutil derives creation times from clock ticks of 10 ms
 _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_FILE = re.compile(r"(/dev/shm/(?:sgl|nccl|torch|psm_|sem\.)[\w.-]*)$", re.M)
 
 
 def adopt_orphans() -> bool:
-    """Makes this process the parent of whatever its descendants leave behind.
+    """Makes this process the parent of all orphans among its descendants.
 
-    nsys starts an agent that detaches itself, and a killed launcher orphans the server:
-    with this (Linux's ``PR_SET_CHILD_SUBREAPER``) they all stay in `descendants`.
-    False where the system cannot do it.
+    nsys starts an agent that detaches itself, and a killed launcher orphans the server. With
+    Linux's ``PR_SET_CHILD_SUBREAPER`` all of them stay in `descendants`. False if the system
+    does not have it.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -43,11 +42,11 @@ def adopt_orphans() -> bool:
 
 
 def blank_variables(names: Iterable[str]) -> None:
-    """Overwrites variables in this process's environment block, which others may read.
+    """Overwrites variables in this process's environment block, which other processes can read.
 
-    The block (``/proc/PID/environ``) stays as it was when the process started, and nsys stores
-    that of every process that it may read. `os.environ`, C libraries and children that are
-    started later have the values all the same.
+    The block (``/proc/PID/environ``) never changes by itself after the start, and nsys stores
+    that of every process that it can read. `os.environ`, C libraries and later children still
+    see the values.
     """
     blanked = {os.fsencode(name) for name in names if os.environ.get(name)}
     for name in blanked:
@@ -66,28 +65,28 @@ def blank_variables(names: Iterable[str]) -> None:
 def reap_orphans() -> None:
     """Collects dead children that were adopted.
 
-    Poll the children whose status is wanted first: their status is lost here.
+    Poll children whose exit status matters before, since this loses it.
     """
     with contextlib.suppress(ChildProcessError):
-        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
-            if found.si_pid == 0:
+        while child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            if child.si_pid == 0:
                 break
 
 
 def which(command: str) -> str | None:
-    """The executable file that `command` means, as an absolute path; None where there is none.
+    """The absolute path of the executable file that `command` names; None if there is none.
 
-    A bare name is looked up on PATH only, a path (with a slash) is taken from the working
-    directory. Empty entries of PATH, which shells read as the working directory, are
-    mostly an accident and left out: nothing that lies there may stand in for a command.
+    A bare name is looked up on PATH only; a path (with a slash) is relative to the working
+    directory. Empty entries of PATH, which shells take for the working directory, are skipped:
+    they are mostly accidents, and a file there must not replace a command.
     """
     folders = [folder for folder in os.get_exec_path() if folder]
     path = shutil.which(command, path=os.pathsep.join(folders))
-    return os.path.abspath(path) if path else None  # noqa: PTH100  # must keep a link's name
+    return os.path.abspath(path) if path else None  # noqa: PTH100  # keeps the name of a link
 
 
 def create_time(pid: int) -> float | None:
-    """When the process started, Unix time in s; None when there is none (or a zombie)."""
+    """Unix time in s at which the process started; None if it does not exist or is a zombie."""
     import psutil
 
     try:
@@ -98,13 +97,13 @@ def create_time(pid: int) -> float | None:
 
 
 def is_alive(pid: int, created: float) -> bool:
-    """True while the very process that started at `created` runs (a zombie does not)."""
-    found = create_time(pid)
-    return found is not None and abs(found - created) <= SAME_PROCESS
+    """True while the process that started at `created` runs; a zombie does not run."""
+    start = create_time(pid)
+    return start is not None and abs(start - created) <= SAME_PROCESS
 
 
 def variable(pid: int, name: str) -> str:
-    """A variable of the environment that the process was started with; "" for none."""
+    """A variable from the environment with which the process was started; "" if unset."""
     import psutil
 
     try:
@@ -114,7 +113,7 @@ def variable(pid: int, name: str) -> str:
 
 
 def is_stopped(pid: int) -> bool:
-    """True while the process is frozen by a signal (SIGSTOP)."""
+    """True while the process is stopped by a signal (SIGSTOP)."""
     import psutil
 
     try:
@@ -124,10 +123,11 @@ def is_stopped(pid: int) -> bool:
 
 
 def marked(name: str, value: str, *, leader: int = 0, since: float = 0.0) -> list[psutil.Process]:
-    """All living processes that were started with ``name=value``, and all below them.
+    """All living processes that were started with ``name=value``, and their descendants.
 
-    leader: also those of its process session, if they started after `since` (Unix time, s):
-    a process that changes its title (SGLang's ranks do) overwrites its variables.
+    leader: adds the processes of its process session that started after `since` (Unix time
+    in s), since a process that changes its title, as SGLang's ranks do, overwrites its
+    variables.
     """
     import psutil
 
@@ -135,17 +135,17 @@ def marked(name: str, value: str, *, leader: int = 0, since: float = 0.0) -> lis
     for candidate in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             in_session = leader and os.getsid(candidate.pid) == leader
-            is_ours = in_session and candidate.create_time() >= since - SAME_PROCESS
-            if is_ours or candidate.environ().get(name) == value:
+            is_recent = in_session and candidate.create_time() >= since - SAME_PROCESS
+            if is_recent or candidate.environ().get(name) == value:
                 members.append(candidate)
     return [member for member in _living(_family(members)) if member.pid != os.getpid()]
 
 
 def shared_memory(processes: Iterable[psutil.Process], since: float = 0.0) -> set[Path]:
-    """Files of shared memory that these processes use and made; a kill leaves them.
+    """Files of shared memory that these processes made, which stay if they are killed.
 
-    Only what SGLang, its libraries and nsys name themselves, made after `since` (Unix time,
-    s): a model that somebody keeps in /dev/shm is used as well, and is nobody's leftover.
+    Only files with names that SGLang, its libraries and nsys choose, made after `since` (Unix
+    time in s). Others may be in use as well, such as a model that a user keeps in /dev/shm.
     """
     files = set()
     for process in processes:
@@ -156,7 +156,7 @@ def shared_memory(processes: Iterable[psutil.Process], since: float = 0.0) -> se
 
 
 def remove_shared_memory(files: Iterable[Path]) -> None:
-    """Removes those of the files that no process uses any more."""
+    """Removes the files that no process uses any more."""
     import psutil
 
     left = set(files)
@@ -174,7 +174,7 @@ def _made_since(file: Path, since: float) -> bool:
 
 
 def topmost(processes: Iterable[psutil.Process]) -> list[int]:
-    """Pids of those whose parent is not among them."""
+    """Pids of the processes whose parent is not among `processes`."""
     import psutil
 
     parents = {}
@@ -185,25 +185,25 @@ def topmost(processes: Iterable[psutil.Process]) -> list[int]:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """All processes below `pid` that live, parents before children; [] when it is gone."""
+    """All living descendants of `pid`, parents before children; [] if it does not exist."""
     import psutil
 
     try:
-        found = psutil.Process(pid).children(recursive=True)
+        children = psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
-    return [process for process in found if not _is_zombie(process)]
+    return [process for process in children if not _is_zombie(process)]
 
 
 def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
     """Ends the processes and all their descendants; returns pids that are still alive.
 
-    First the roots alone get SIGTERM, so that a server ends its own ranks in order, and
-    `grace` s; then what is left of the trees gets SIGTERM and a second; then SIGKILL.
+    First only the roots get SIGTERM and `grace` s, so that a server can end its ranks itself.
+    Then the rest of the trees gets SIGTERM and a second, then SIGKILL.
     """
-    own = os.getpid()
-    roots = [process for pid in pids if (process := _process(pid)) and pid != own]
-    # A root that has ended tells no children any more: they are noted before.
+    this = os.getpid()
+    roots = [process for pid in pids if (process := _process(pid)) and pid != this]
+    # Before a root ends, since it has no children afterwards.
     family = _family(roots)
     _signal(roots, "terminate")
     wait_gone(roots, grace)
@@ -219,24 +219,24 @@ def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
 
 
 def kill_all(processes: Iterable[psutil.Process], wait: float = KILL_WAIT) -> list[int]:
-    """SIGKILLs the processes; returns pids that are still alive after `wait` s."""
+    """Sends SIGKILL to the processes; returns pids that are still alive after `wait` s."""
     living = _living(processes)
     _signal(living, "kill")
     return [process.pid for process in wait_gone(living, wait)]
 
 
 def of_session(leader: int) -> list[psutil.Process]:
-    """Our own descendants that belong to the process session of `leader`, dead or not."""
-    found = []
+    """Descendants of this process in the process session of `leader`, which may be dead."""
+    members = []
     for process in descendants(os.getpid()):
         with contextlib.suppress(OSError):
             if os.getsid(process.pid) == leader:
-                found.append(process)
-    return found
+                members.append(process)
+    return members
 
 
 def wait_gone(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
-    """Waits until the processes are gone or zombies; returns those that are not."""
+    """Waits until the processes are gone or zombies; returns those that still run."""
     deadline = time.monotonic() + timeout
     living = _living(processes)
     while living and time.monotonic() < deadline:
@@ -246,24 +246,24 @@ def wait_gone(processes: Iterable[psutil.Process], timeout: float) -> list[psuti
 
 
 def scheduler_ranks(root_pid: int) -> dict[int, Rank]:
-    """pid -> rank of every scheduler process below `root_pid` (and of itself).
+    """pid -> rank of `root_pid` and its descendants, as far as they are schedulers.
 
-    Read from the live command lines (``sglang::scheduler_DP0_TP1``): an nsys report has
-    them cut to 15 characters.
+    Read from the titles of live processes (``sglang::scheduler_DP0_TP1``), since an nsys report
+    cuts them to 15 characters.
     """
     import psutil
 
-    found: dict[int, Rank] = {}
+    ranks: dict[int, Rank] = {}
     root = _process(root_pid)
     for process in [*([root] if root else []), *descendants(root_pid)]:
         try:
             title = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        # Only a title counts: the name may also stand among another program's arguments.
+        # Only a title counts: the name may also be an argument of another program.
         if title.startswith("sglang::scheduler") and (rank := Rank.from_process_title(title)):
-            found[process.pid] = rank
-    return dict(sorted(found.items(), key=lambda item: (item[1].sort_key, item[0])))
+            ranks[process.pid] = rank
+    return dict(sorted(ranks.items(), key=lambda item: (item[1].sort_key, item[0])))
 
 
 def _process(pid: int) -> psutil.Process | None:
@@ -276,13 +276,13 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def _family(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
-    found: dict[int, psutil.Process] = {}
+    members: dict[int, psutil.Process] = {}
     for root in roots:
-        found[root.pid] = root
+        members[root.pid] = root
         if root.is_running():
             for process in descendants(root.pid):
-                found.setdefault(process.pid, process)
-    return list(found.values())
+                members.setdefault(process.pid, process)
+    return list(members.values())
 
 
 def _living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

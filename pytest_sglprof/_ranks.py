@@ -1,4 +1,4 @@
-"""`Rank`: one scheduler process on one device, and the texts that name it."""
+"""`Rank`: one scheduler process on one device, and the labels that name it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _TAG = re.compile(r"^(ATTN_CP|MOE_DP|DP|PP|TP|EP|GPU)(\d+)$")
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a scheduler process stands in each parallel dimension.
+    """The index of a scheduler process in each parallel dimension.
 
-    A dimension of size 1 is absent (None) wherever the source leaves it out.
-    ``gpu`` is set only when a report tells nothing but the device.
-    The order of the fields is the order in which SGLang logs them.
+    A dimension of size 1 is None if the source leaves it out. ``gpu`` is set only if the
+    device is all that a report gives. Fields are in the order in which SGLang logs them.
     """
 
     dp: int | None = None
@@ -36,16 +35,16 @@ class Rank:
 
     @property
     def sort_key(self) -> tuple[int, ...]:
-        """Orders ranks numerically; an absent dimension counts as 0."""
+        """Sorts ranks by number; an absent dimension counts as 0."""
         return tuple(getattr(self, f.name) or 0 for f in fields(self))
 
     def matches(self, other: Rank) -> bool:
-        """True when both name the same process, though one may leave out sizes of 1."""
+        """True if both name the same process, even if one leaves out dimensions of size 1."""
         return self.sort_key == other.sort_key
 
     @classmethod
     def parse(cls, label: str) -> Rank | None:
-        """Reads ``DP0 TP1`` (any order); None when a part is no tag or there is none."""
+        """Reads ``DP0 TP1`` (in any order); None without tags or with a word that is not a tag."""
         values: dict[str, int] = {}
         for word in label.split():
             match = _TAG.match(word)
@@ -60,8 +59,8 @@ class Rank:
 
         Read from the right, since a prefix may itself contain ``TP-3``.
         """
-        stem, found = _FILE_END.subn("", name)
-        if not found:
+        stem, endings = _FILE_END.subn("", name)
+        if not endings:
             return None
         values: dict[str, int] = {}
         while match := _FILE_PART.search(stem):
@@ -70,7 +69,7 @@ class Rank:
                 break
             values[key] = int(match[2])
             stem = stem[: match.start()]
-            if key == "tp":  # SGLang writes TP first: what stands before it is the prefix
+            if key == "tp":  # SGLang writes TP first, after the prefix
                 break
         return cls(**values) if "tp" in values else None
 
@@ -89,7 +88,7 @@ class Rank:
 
 
 def rank_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Labels in the numerical order of their ranks; unknown texts last, by name."""
+    """Labels in the order of their ranks, then labels of no rank in alphabetical order."""
 
     def key(label: str) -> tuple[bool, tuple[int, ...], str]:
         rank = Rank.parse(label)

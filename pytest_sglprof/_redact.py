@@ -1,13 +1,13 @@
 """Keeps credentials out of everything that is stored or shown.
 
-A secret is known in one of three ways:
+A secret is recognised in one of three ways:
 
 - by its name: `is_secret_env` for environment variables, `is_secret_name` for options and keys;
 - by its place: the password of a URL (``scheme://user:PASSWORD@host``), a query parameter or
   an assignment with a secret name;
-- by its value, wherever that recurs: `learn` takes the values that this process knows, and
-  from then on `redact`, `redact_text` and `redact_bytes` hide them, also URL-quoted or escaped
-  as JSON, Python and shells write them.
+- by its value: `learn` takes values, and from then on `redact`, `redact_text` and
+  `redact_bytes` hide them everywhere, also if they are quoted as in a URL or escaped as in
+  JSON, Python and shells.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "<redacted>"
 MIN_DECLARED = 4  # characters; a shorter value would be hidden in the middle of other words
-MIN_GUESSED = 8  # the same for a value that only its variable's name makes a secret
+MIN_GUESSED = 8  # the same for a value of which only the name says that it is a secret
 
-# ---- names -----------------------------------------------------------------------------------
+# Secret names.
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 _SECRET = re.compile(
@@ -34,7 +34,7 @@ _KINDS_OF_KEY = "api|admin|access|secret|auth|private|signing|encryption|license
 _KEY = re.compile(rf"(?:.* )?(?:{_KINDS_OF_KEY}|shared) ?keys?(?: .*)?")
 # Words that turn a name into that of an amount: `token_ids`, `token_budget`.
 _AMOUNT = re.compile(r"ids?|budget|ratio|num|per|throughput")
-# A name that ends like this says where a secret lies or how long it is, and holds none.
+# A name that ends like this describes a secret (its path, its length) and does not hold it.
 _DESCRIPTION = re.compile(
     r"path|files?|dir|folder|name|type|count|limit|size|length|len|usage|parallelism|ttl|expiry|"
     r"url|uri|endpoint|host|port|env|format|provider|algorithm|header|prefix|sock"
@@ -53,13 +53,13 @@ def is_secret_env(name: str) -> bool:
 def is_secret_name(name: str) -> bool:
     """True for options (`--api-key`) and keys of documents that usually hold a credential.
 
-    Stricter than `is_secret_env`: a mere `key` or `pass` is a word like any other there.
+    Stricter than `is_secret_env`: here `key` or `pass` alone does not mean a secret.
     """
     return _is_secret(_words(name))
 
 
 def _words(name: str) -> list[str]:
-    """`TOKENIZER_API_KEY_2` and `tokenizerApiKey` as words; [] for a name that describes one."""
+    """The words of `TOKENIZER_API_KEY_2` or `tokenizerApiKey`; [] if it describes a secret."""
     words = [word.lower() for word in _WORD.findall(name)]
     return [] if words and _DESCRIPTION.fullmatch(words[-1]) else words
 
@@ -77,14 +77,13 @@ def _is_secret(words: list[str]) -> bool:
     return len(words) > 1 and bool(_SECRET_AT_THE_END.fullmatch(words[-1]))
 
 
-# ---- values ----------------------------------------------------------------------------------
-
+# Secret values.
 
 _LITERALS = frozenset({"true", "false", "null", "none"})
 
 
 class _Known:
-    """The values that this process knows, and one pattern that finds them all."""
+    """The secret values that this process knows, and a pattern that matches each of them."""
 
     def __init__(self, values: frozenset[str] = frozenset()) -> None:
         self.values = values
@@ -100,10 +99,10 @@ _known = _Known()
 
 
 def learn(values: Iterable[str], *, guessed: bool = False) -> None:
-    """From now on these values are hidden wherever this process writes or shows text.
+    """Makes this process hide these values, and each line of them, in all that it writes.
 
-    guessed: only a name or a place says that they are secrets, so that numbers, existing
-    paths, addresses and short words are not taken. Each line of a value is one as well.
+    guessed: only a name or a place says that they are secrets, so numbers, existing paths,
+    addresses and short words are not taken.
     """
     global _known
     whole = {value.strip() for value in values}
@@ -115,31 +114,31 @@ def learn(values: Iterable[str], *, guessed: bool = False) -> None:
 
 
 def learn_environment(environment: Mapping[str, str], declared: Iterable[str] = ()) -> None:
-    """Learns the secrets among these variables. declared: names of which somebody said so."""
+    """Learns the secrets among these variables. declared: names that the user declares."""
     learn(environment[name] for name in declared if environment.get(name))
     learn((v for k, v in environment.items() if is_secret_env(k)), guessed=True)
     learn((s for v in environment.values() for s in _secrets_in(v)), guessed=True)
 
 
 def learn_command(command: Iterable[str]) -> None:
-    """Learns the values of secret options, and what its words hold in secret places."""
+    """Learns the values of secret options, and the secrets in secret places of its words."""
     words = list(_with_secret_parts(command))
     learn((word[start:] for word, start in words if start is not None), guessed=True)
     learn((s for word, _ in words for s in _secrets_in(word)), guessed=True)
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """True for a variable that is named like a credential, or whose value holds a secret."""
+    """True for a variable that is named like a credential or holds a known secret."""
     return is_secret_env(name) or redact_text(value) != value
 
 
 def known_values() -> frozenset[str]:
-    """All values that were learnt."""
+    """All learnt values."""
     return _known.values
 
 
 def longest_spelling() -> int:
-    """Bytes of the longest text that is searched for; 0 when nothing was learnt."""
+    """Length in bytes of the longest string that is hidden; 0 if nothing was learnt."""
     return _known.longest
 
 
@@ -150,7 +149,7 @@ def _is_usable(value: str, *, guessed: bool) -> bool:
 
 
 def _is_ordinary(value: str) -> bool:
-    """A number, a plain word, an address, a path: to hide it would hide harmless text."""
+    """True for a number, a word, an address or a path, which also occur in harmless text."""
     if value.replace(".", "").isdigit() or re.match(r"[a-z][a-z0-9+.-]{0,30}://", value, re.I):
         return True
     if value.islower() and value.isalpha() and len(value) < 16:
@@ -162,7 +161,7 @@ def _is_ordinary(value: str) -> bool:
 
 
 def _spellings(value: str) -> set[str]:
-    """The value as it is, quoted for a URL, and escaped as Python, shells and JSON write it."""
+    """The value as it is, quoted as in a URL, and escaped as in Python, shells and JSON."""
     escaped = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
     escaped |= {repr(value)[1:-1], value.replace("\\", "\\\\").replace("'", "\\'")}
     escaped |= {value.replace("'", end) for end in ("'\"'\"'", "'\\''")}
@@ -173,13 +172,13 @@ def _spellings(value: str) -> set[str]:
     return escaped | quoted
 
 
-# ---- places ----------------------------------------------------------------------------------
+# Secret places.
 
-# Every pattern begins at a character that is rare, or is bounded: logs have lines of megabytes.
+# Every pattern is bounded or begins with a rare character, since logs have lines of megabytes.
 _USERINFO = re.compile(r"(://[^\s/?#:@'\"]{0,256}:)([^\s/?#'\"]{1,1024})@")
 _BARE_USERINFO = re.compile(r"(://)([^\s/?#:@'\"]{16,1024})@")
-# Of a URL that is a whole word, so that its password may hold what belongs quoted. Digits up to
-# a slash are a port.
+# For a URL that is a whole word, whose password may hold characters that should be quoted. Digits
+# before a slash are a port.
 _WHOLE_USERINFO = re.compile(r"([^/?#:@]*)(?::(?!\d*[/?#])(.+))?@", re.S)
 _PARAMETER = re.compile(r"([?&])([\w.-]{1,64})=([^&#\s'\"]+)")
 _ASSIGNED = re.compile(
@@ -212,7 +211,7 @@ def _hidden_assignment(match: re.Match[str]) -> str:
 
 
 def _secrets_in(text: str) -> set[str]:
-    """What stands in the secret places of a text; URL passwords as written and unquoted."""
+    """The secrets in the secret places of a string; passwords of URLs also unquoted."""
     secrets = {match[3] for match in _PARAMETER.finditer(text) if is_secret_name(match[2])}
     secrets |= {match[2] for match in _AUTHORIZATION.finditer(text)}
     for match in _ASSIGNED.finditer(text):
@@ -225,7 +224,7 @@ def _secrets_in(text: str) -> set[str]:
 
 
 def _url_secret(url: str) -> str:
-    """The password of one URL as it stands there, or its user where that must be a token."""
+    """The password of a URL as written, or its user if that is long enough to be a token."""
     _, scheme_end, rest = url.partition("://")
     match = _WHOLE_USERINFO.match(rest) if scheme_end else None
     if match is None:
@@ -235,34 +234,34 @@ def _url_secret(url: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """What a quoted text of JSON says; the text itself where it is none."""
+    """The value of the inside of a JSON string; `text` if it is not valid there."""
     try:
         return str(json.loads(f'"{text}"'))
     except ValueError:
         return text
 
 
-# ---- what uses them --------------------------------------------------------------------------
+# Hiding all of them.
 
 
 def redact_text(text: str) -> str:
-    """`text` without the known values, and without what stands in a secret place."""
+    """`text` with known secrets and the contents of secret places hidden."""
     return _hide_places(_known.text.sub(HIDDEN, text))
 
 
 def redact_bytes(data: bytes) -> bytes:
-    """`data` without the known values."""
+    """`data` with known secrets hidden."""
     return _known.raw.sub(HIDDEN.encode(), data)
 
 
 def redact(value: Any) -> Any:
-    """A copy of plain data (dict, list, scalars): secret keys' values and known values hidden."""
+    """A copy of a dict, list or scalar with the values of secret keys and known secrets hidden."""
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, Mapping):
         return {key: _redact_item(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        if all(type(item) is int for item in value):  # the long lists of a window
+        if all(type(item) is int for item in value):  # for speed: windows have long lists
             return list(value)
         return [redact(item) for item in value]
     return value
@@ -283,7 +282,7 @@ def redact_command(command: Iterable[str]) -> list[str]:
 
 
 def _with_secret_parts(command: Iterable[str]) -> Iterator[tuple[str, int | None]]:
-    """Each word, and where the value of a secret option begins in it; None in other words."""
+    """Each word and the index at which the value of a secret option begins in it, else None."""
     is_value = False
     for word in command:
         name, equals, _ = word.partition("=")

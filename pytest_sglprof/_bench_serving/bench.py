@@ -1,4 +1,4 @@
-"""`BenchServing`: what the `bench_serving` fixture yields, SGLang's load driver as a call.
+"""`BenchServing`, the value of the `bench_serving` fixture: calls SGLang's load driver.
 
 result = bench_serving(num_prompts=200, random_input_len=1024)
 with bench_serving.running(num_prompts=1000) as load:
@@ -42,11 +42,11 @@ Progress = Callable[[float, str], None]
 DEFAULT_TIMEOUT_S = 3600.0
 FLUSH_ATTEMPTS = 20
 FLUSH_PAUSE_S = 0.25
-_CHECK_EVERY_S = 1.0  # looking at the server may be a request to it
+_CHECK_EVERY_S = 1.0  # s; to check the server may take a request to it
 
 
 class RunningLoad:
-    """A load that runs beside the test; `result` is there after its `with` block."""
+    """A load that runs in the background; `result` is set at the end of its `with` block."""
 
     def __init__(self, driver: DriverProcess, target_concurrency: int) -> None:
         self.result: LoadResult | None = None
@@ -60,7 +60,7 @@ class RunningLoad:
         return self._driver.status is None
 
     def stop(self) -> None:
-        """Ends the load now: its `result` stays None."""
+        """Ends the load now; its `result` stays None."""
         self.was_stopped = self.is_running
         self._driver.stop()
 
@@ -68,11 +68,11 @@ class RunningLoad:
 class BenchServing:
     """Runs loads against one server.
 
-    folder: where the driver's output and records go (`load-1.log`, `load-1.jsonl`, …).
+    folder: for the driver's output and records (`load-1.log`, `load-1.jsonl`, …).
     progress: called about once a second with the seconds since the driver's start and
     its newest line. on_start: called with the target concurrency when the measured load
-    starts (not the warm-up), on_end when it ends; both may be called from another thread.
-    results: the finished loads, in order.
+    (not the warm-up) starts; on_end: called when it ends. Both may be called from another
+    thread. results: the finished loads, in order.
     """
 
     __module__ = "pytest_sglprof"
@@ -106,14 +106,14 @@ class BenchServing:
         """Runs one load to its end.
 
         options: options of SGLang's load driver with `_` for `-` (`num_prompts=200`,
-        `random_input_len=1024`, `max_concurrency=16`, …); data are random token ids
-        unless `dataset_name` says otherwise.
-        warm_up: first an unmeasured run of the same shape with just enough prompts to
-        fill the batch. keep_cache: leave the server's prefix cache as it is; otherwise
-        it is emptied before the measured run, which would hit it: the driver's seed is
-        fixed. allow_failed: True, or how many requests may fail. timeout: s, of each run.
-        Raises LoadError when the driver or a request fails, ServerDied when the server
-        does, SettingsError for keywords that the driver does not know.
+        `random_input_len=1024`, `max_concurrency=16`, …). Prompts are random token ids
+        unless `dataset_name` chooses others. warm_up: first run a load of the same shape,
+        unmeasured, with just enough prompts to fill the batch. keep_cache: do not empty the
+        server's prefix cache before the measured run; since the driver's seed is fixed, the
+        run would find the prompts of an earlier one there. allow_failed: True, or how many
+        requests may fail. timeout: s for each run.
+        Raises LoadError if the driver or a request fails, ServerDied if the server ends,
+        SettingsError for keywords that the driver does not have.
         """
         with self.running(
             warm_up=warm_up,
@@ -136,9 +136,9 @@ class BenchServing:
         timeout: float = DEFAULT_TIMEOUT_S,
         **options: Any,
     ) -> Iterator[RunningLoad]:
-        """The same load in the background; its end is waited for when the block is left.
+        """Runs the load during a `with` block, whose end waits for the end of the load.
 
-        A block that raises ends the load at once. Arguments and errors: see `__call__`.
+        A block that raises ends the load at once. Arguments and errors are those of a call.
         """
         self._count += 1
         name = f"load-{self._count}"
@@ -168,7 +168,7 @@ class BenchServing:
             self._finish(driver, record, fewer, timeout)
 
     def _flush_cache(self) -> bool:
-        # The server refuses while a request runs; the warm-up's last ones may just be ending.
+        # The server refuses while a request runs, such as the last ones of the warm-up.
         problem: ServerRefused | None = None
         for attempt in range(FLUSH_ATTEMPTS):
             if attempt:
@@ -189,14 +189,14 @@ class BenchServing:
     def _driver_run(
         self, name: str, options: Mapping[str, Any], *, measured: bool
     ) -> Iterator[tuple[DriverProcess, Path, list[str]]]:
-        """Starts the driver; leaving the block ends it and lets no secret stay on disk."""
+        """Runs the driver during the block; at the end no secret stays on disk."""
         server = self._server
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Hidden until it is redacted: the driver copies the server's keys into its record.
+        # A hidden file until it is redacted, since the driver copies the server's keys into it.
         record = self._folder / f".{name}.raw"
         record.unlink(missing_ok=True)
         model = str(server.info.get("model_path") or "")
-        if HIDDEN in model:  # a URL with a password: the driver asks the server itself
+        if HIDDEN in model:  # a URL with a password; without it the driver asks the server
             model = ""
         command = bench_command(server.python, server.kind, server.url, model, options, record)
         learn_command(command)
@@ -220,12 +220,12 @@ class BenchServing:
             )
 
     def _environment(self) -> dict[str, dict[str, str]]:
-        """Ours plus the server's, with the server's key where the driver looks for it.
+        """The driver's variables: this process's, then the server's, and the server's key.
 
-        `env` is what everybody may see, `private` the rest.
+        `env` may be shown, `private` may not.
         """
         env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1"}
-        # A key for some other service is not for this server to see.
+        # The key of another service must not be sent to this server.
         env.pop("OPENAI_API_KEY", None)
         if key := self._server.client.api_key:
             env["OPENAI_API_KEY"] = key
@@ -259,7 +259,7 @@ class BenchServing:
         raise LoadError(
             f"the load driver failed ({what})",
             expected="a result of all requests",
-            hint=f"its whole output is in {driver.log}",
+            hint=f"read the whole output: {driver.log}",
             log=reason(output),
         )
 
@@ -276,7 +276,7 @@ class BenchServing:
             if checked > timeout:
                 raise LoadError(
                     f"the load driver did not end within {timeout:g} s",
-                    hint=f"raise bench_serving(timeout=…); its whole output is in {driver.log}",
+                    hint=f"raise bench_serving(timeout=…), or read its output: {driver.log}",
                     log=[last_line],
                 )
             if self._progress:
@@ -295,5 +295,5 @@ class BenchServing:
         raise LoadError(
             f"{failed} of {result.requested} requests failed",
             expected="every request to complete",
-            hint=f"see {log} and the server's log; allow_failed=True (or a number) accepts it",
+            hint=f"read {log} and the server's log; allow_failed=True (or a number) allows it",
         )

@@ -1,4 +1,4 @@
-"""Keyword arguments of `bench_serving(...)` → the load driver's command line."""
+"""Turns keywords of `bench_serving(...)` into the load driver's command, and reads its result."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import difflib
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from pytest_sglprof._config.model import LauncherName
 from pytest_sglprof._errors import LoadError, SettingsError
 from pytest_sglprof._redact import redact
-from pytest_sglprof._server.command import load_driver
+from pytest_sglprof._server.command import LAUNCHERS
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class LoadResult:
     """What the load driver measured. Times in ms, rates per second, `duration` in s.
 
     requested, completed: numbers of requests. ttft, tpot, itl, e2e: statistic name
-    ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver did not give,
-    or gave as infinite, is None. raw: the driver's own record, redacted. started: Unix time in
-    s at which the driver of the measured load was started; None for a record read elsewhere.
+    ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver's record lacks, or
+    that is infinite there, is None. raw: that record, redacted. started: Unix time in s at
+    which the driver of the measured load was started; None if the record came from a file.
     """
 
     __module__ = "pytest_sglprof"
@@ -62,21 +62,21 @@ _OWNED = {
 
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
-    """Refuses keywords that cannot be options of the driver, or that are not the user's.
+    """Raises SettingsError for keywords that cannot be options, or that the plugin sets.
 
-    Names that only the driver can judge pass; see `usage_error`. Raises SettingsError.
+    Whether the driver has an option is only known from its output, see `usage_error`.
     """
     for name, value in keywords.items():
         if name in _OWNED:
             raise SettingsError(
-                f"bench_serving({name}=…) is not yours to set", expected=_OWNED[name]
+                f"bench_serving({name}=…) is set by pytest-sglprof", expected=_OWNED[name]
             )
         if name == "profile" or name.startswith("profile_"):
             raise SettingsError(
-                f"bench_serving({name}=…) would start the driver's own profiling",
-                expected="windows are opened by this plugin",
-                hint="use the profile_window marker or fixture: the driver sends no key to the "
-                "profiler and hides its failures",
+                f"bench_serving({name}=…) would let the driver start a profile",
+                expected="windows that pytest-sglprof opens",
+                hint="use the profile_window marker or fixture: the driver sends no key when it "
+                "starts a profile, and hides failures",
             )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise SettingsError(
@@ -94,23 +94,23 @@ def _is_count(value: Any) -> bool:
 
 
 def num_prompts(keywords: Mapping[str, Any]) -> int:
-    """How many prompts these keywords ask for."""
+    """The number of prompts that these keywords ask for."""
     return int(keywords.get("num_prompts", DEFAULT_NUM_PROMPTS))
 
 
 def target_concurrency(keywords: Mapping[str, Any]) -> int:
-    """How many requests run at once when the load is steady."""
+    """The number of requests that run at once when the load is steady."""
     return min(int(keywords.get("max_concurrency", num_prompts(keywords))), num_prompts(keywords))
 
 
 def warm_up_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The same shape of load with just enough prompts to fill the batch once."""
+    """The keywords of a load of the same shape with just enough prompts to fill the batch."""
     return {**keywords, "num_prompts": min(target_concurrency(keywords), WARM_UP_LIMIT)}
 
 
 def bench_command(
     python: str,
-    kind: Literal["sglang", "standin"],
+    kind: LauncherName,
     url: str,
     model: str,
     keywords: Mapping[str, Any],
@@ -118,13 +118,14 @@ def bench_command(
 ) -> list[str]:
     """The driver's command for one run against the server at `url`.
 
-    python: the server's interpreter (of an SGLang server; the stand-in's driver runs in
-    ours). model: "" lets the driver ask the server. True becomes a bare flag, False and
+    python: the server's interpreter. kind: the server's, which has a row in `LAUNCHERS`.
+    model: with "" the driver asks the server. A keyword that is True becomes a flag, False and
     None leave the option out, lists become several words, dicts JSON.
-    Raises SettingsError for unusable keywords, ServerMissing when `python` has no driver.
+    Raises SettingsError for unusable keywords, ServerMissing if `python` has no driver.
     """
     check_keywords(keywords)
-    command = [*_driver(python, kind), "--base-url", url, "--output-file", str(output_file)]
+    command = LAUNCHERS[kind].load_driver(python)
+    command += ["--base-url", url, "--output-file", str(output_file)]
     defaults = {"backend": "sglang", "dataset_name": DEFAULT_DATASET}
     if model:
         defaults["model"] = model
@@ -147,17 +148,11 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
-def _driver(python: str, kind: str) -> list[str]:
-    if kind == "standin":
-        return [sys.executable, "-m", "pytest_sglprof.standin.load_driver"]
-    return [python, "-m", load_driver(python)]
-
-
 def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | None:
-    """The driver's complaint about its command line (argparse), in the user's terms.
+    """The driver's complaint about its command line (argparse), in terms of the keywords.
 
-    Names like the unknown ones are taken from the usage that the driver itself printed,
-    so they are right for every version. None when `output` holds no such complaint.
+    Similar names come from the usage that the driver printed, so they fit its version. None if
+    `output` has no such complaint.
     """
     complaint = re.search(r"^usage: (?:.*\n)*?.+: error: (.+)$", output, re.M)
     if not complaint:
@@ -167,7 +162,7 @@ def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | Non
     names = [name.replace("-", "_") for name in unknown]
     known = sorted({flag.replace("-", "_") for flag in flags} - set(names))
     near = [match for name in names for match in difflib.get_close_matches(name, known, n=3)]
-    hint = f"did you mean {_or(near)}?" if near else f"it was given {_or(sorted(keywords))}"
+    hint = f"did you mean {_or(near)}?" if near else f"its keywords were {_or(sorted(keywords))}"
     asked = ", ".join(f"{name}=…" for name in names) or "…"
     return SettingsError(
         f"the load driver does not accept bench_serving({asked})", hint=hint, log=[complaint[1]]
@@ -178,8 +173,7 @@ def _or(names: Sequence[str]) -> str:
     return " or ".join(dict.fromkeys(names)) or "no keywords"
 
 
-# The load driver's record (one line of JSON) → `LoadResult`.
-
+# Reading the load driver's record, one line of JSON.
 
 STATISTICS = ("mean", "median", "p90", "p95", "p99")
 _REASON_LINES = 12
@@ -195,13 +189,13 @@ def parse_result(
     cache_flushed: bool = True,
     started: float | None = None,
 ) -> LoadResult:
-    """One line of the driver's output file, as a result.
+    """The result in one line of the driver's output file.
 
-    Python's JSON dialect is read, in which the driver writes `Infinity` and `NaN`.
-    `raw` is the record as plain JSON: secrets hidden, non-finite numbers as text, without
-    `server_info` (hundreds of settings that are recorded with the server already).
-    requested: how many requests were asked for; a driver that completed more (several
-    turns a prompt) had more to do. Raises LoadError when `line` is not such a record.
+    The line may hold `Infinity` and `NaN`, which Python writes into JSON. `raw` is the record
+    in strict JSON: secrets are hidden, such numbers are strings, and `server_info` (hundreds
+    of settings that are recorded with the server) is left out. requested: how many requests
+    were asked for; if more were completed (several turns per prompt), that number counts.
+    Raises LoadError if `line` is not such a record.
     """
     try:
         record = json.loads(line)
@@ -228,7 +222,9 @@ def parse_result(
         warmed_up=warmed_up,
         cache_flushed=cache_flushed,
         started=started,
-        raw={key: plain(value) for key, value in redact(record).items() if key != "server_info"},
+        raw={
+            key: strict_json(value) for key, value in redact(record).items() if key != "server_info"
+        },
     )
 
 
@@ -243,55 +239,55 @@ def _figure(record: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def plain(value: Any) -> Any:
-    """`value` with every infinite or undefined number as text, as strict JSON needs it."""
+def strict_json(value: Any) -> Any:
+    """`value` with every infinite or undefined number as a string, as strict JSON requires."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [strict_json(item) for item in value]
     return value
 
 
 def redact_record(text: str) -> str:
-    """The driver's output file with the values of secret keys hidden; other lines are dropped."""
+    """The driver's output file with secrets hidden; lines that are not JSON are dropped."""
     kept = []
     for line in text.splitlines():
-        # A driver that was killed may have left half a line: nothing to keep, and not redactable.
+        # A driver that was killed may leave half a line, in which secrets cannot be hidden.
         with contextlib.suppress(ValueError):
             kept.append(json.dumps(redact(json.loads(line))) + "\n")
     return "".join(kept)
 
 
 def requested_of(output: str, asked: int) -> int:
-    """How many requests the driver had: the total of its last progress bar, else `asked`.
+    """How many requests the driver was to send: the total of its last progress bar, or `asked`.
 
-    A data set may hold fewer prompts than were asked for; that is not a failed request.
+    A data set may hold fewer prompts than were asked for; the missing ones have not failed.
     """
     bars = _BAR.findall(output)
     return int(bars[-1][1]) if bars else asked
 
 
 def reason(output: str) -> list[str]:
-    """The lines of the driver's output that say why it failed: its last traceback, or its end."""
+    """Lines of the driver's output that say why it failed: its last traceback, or its end."""
     lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
     if not starts:
         return lines[-6:]
     block = lines[starts[-1] :]
-    # The exception stands after the last indented line; whatever follows is tidying up.
+    # The exception follows the last indented line; later lines are from the clean-up.
     last = max((i for i, line in enumerate(block) if line.startswith(" ")), default=0)
     return block[: last + 2][-_REASON_LINES:]
 
 
-# Loads that are equal or unequal on purpose, as keywords of `bench_serving`.
+# Keywords of `bench_serving` for loads that are equal or unequal on purpose.
 
 
 def balanced_load(
     *, concurrency: int = 32, requests: int = 256, input_len: int = 256, output_len: int = 256
 ) -> dict[str, Any]:
-    """Requests of one length: the server's own balancing gives each DP rank as many.
+    """Requests of one length, of which the server gives each DP rank equally many.
 
     concurrency: in flight, over all ranks. input_len, output_len: tokens.
     """
@@ -307,15 +303,15 @@ def balanced_load(
 def one_rank_load(rank: int = 0, *, field: str = "routed_dp_rank", **shape: int) -> dict[str, Any]:
     """All requests to one DP rank. shape: keywords of `balanced_load`.
 
-    field: how the request names the rank; servers before 0.5.23 know `data_parallel_rank`.
+    field: the request's field for the rank; before SGLang 0.5.23 `data_parallel_rank`.
     """
     return {**balanced_load(**shape), "extra_request_body": {field: rank}}
 
 
 def uneven_load(**shape: int) -> dict[str, Any]:
-    """Lengths evenly spread from 1 to the full one: ranks get as many requests in turn, and
-    different work. The driver shuffles what it sends, so long and short ones alternate by
-    chance only. shape: keywords of `balanced_load`.
+    """Requests of lengths between 1 and the full length: ranks get equally many requests, but
+    different work. The driver shuffles them, so that long and short ones follow each other by
+    chance. shape: keywords of `balanced_load`.
     """
     return {**balanced_load(**shape), "random_range_ratio": 0.0}
 
@@ -323,10 +319,10 @@ def uneven_load(**shape: int) -> dict[str, Any]:
 def routing_key_load(
     *, groups: int = 16, requests: int = 256, concurrency: int = 32, skew: float = 1.5
 ) -> dict[str, Any]:
-    """Requests of few users, most from one, each with its user as routing key.
+    """Requests of a few users, most of them from one; a request's routing key is its user.
 
-    For a server behind SGLang's router, which sends a key always to the same rank; needs
-    SGLang's own load driver. skew: exponent of the Zipf distribution of users, above 0.
+    For a server behind SGLang's router, which sends equal keys to the same rank. Needs
+    SGLang's load driver. skew: exponent of the Zipf distribution of users, above 0.
     """
     return {
         "dataset_name": "generated-shared-prefix",

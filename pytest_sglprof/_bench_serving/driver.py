@@ -1,4 +1,4 @@
-"""One run of the load driver: a process group of its own that never outlives its owner."""
+"""Runs the load driver in a process group of its own, which never outlives this process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _POLL_S = 0.25
 
 
 @contextlib.contextmanager
-def _in_memory(given: Mapping[str, Any]) -> Iterator[int]:
-    """A file of JSON that has no name and is in no folder: its descriptor."""
+def _in_memory(document: Mapping[str, Any]) -> Iterator[int]:
+    """Writes JSON to a file that exists only in memory; yields its descriptor."""
     handle = os.memfd_create("sglprof")
     try:
         with open(handle, "w", encoding="utf-8", closefd=False) as stream:
-            json.dump(given, stream)
+            json.dump(document, stream)
         yield handle
     finally:
         os.close(handle)
@@ -37,11 +37,10 @@ def _in_memory(given: Mapping[str, Any]) -> Iterator[int]:
 class DriverProcess:
     """A running load driver; its output goes to `log`.
 
-    command: `PYTHON -m MODULE ARG …`. private: variables for the driver's Python alone.
+    command: `PYTHON -m MODULE ARG …`. private: variables that only the driver's Python sees.
     Neither they nor the values of secret options appear in lists of processes, such as those
-    in nsys reports.
-    on_end is called once, from another thread, as soon as the driver has ended. started: Unix
-    time in s.
+    in nsys reports. on_end: called once, from another thread, as soon as the driver has ended.
+    started: Unix time in s.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class DriverProcess:
         self._started = time.monotonic()
         python, _, module, *words = command
         shown, hidden = split_secret_words(words)
-        given = {"private": dict(private or {}), "args": hidden}
-        with log.open("wb") as output, _in_memory(given) as secrets:
+        handover = {"private": dict(private or {}), "args": hidden}
+        with log.open("wb") as output, _in_memory(handover) as secrets:
             target = ["module", module, *shown]
             step = [python, "-u", str(EXEC_STEP), f"/dev/fd/{secrets}", *target]
             self._process = subprocess.Popen(
@@ -78,10 +77,10 @@ class DriverProcess:
 
     def _watch(self) -> None:
         end = None
-        with contextlib.suppress(ChildProcessError):  # someone else has waited for it
+        with contextlib.suppress(ChildProcessError):  # another thread has waited for it
             end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        # A guard, or a driver, that was killed took nobody along. No stranger is met: the
-        # number of the group stays taken until its leader is waited for.
+        # If the guard or the driver was killed, the rest of the group still runs. The group's
+        # number is not reused before its leader is waited for.
         if end is not None and (end.si_code != os.CLD_EXITED or end.si_status > 128):
             self._kill_group()
         self._process.wait()
@@ -97,7 +96,7 @@ class DriverProcess:
     @property
     def status(self) -> int | None:
         """Exit status (128 + signal when it was killed), None while it runs."""
-        code: int | None = self._process.returncode  # set by the watcher, which alone waits
+        code: int | None = self._process.returncode  # only the watcher waits and sets it
         return 128 - code if code is not None and code < 0 else code
 
     @property
@@ -108,8 +107,8 @@ class DriverProcess:
     def wait(self, check: Callable[[], None]) -> int:
         """Waits for the end and returns the exit status.
 
-        `check` is called four times a second; the driver is ended when it raises, and
-        also on KeyboardInterrupt.
+        `check` is called four times a second. The driver is ended if it raises, and on
+        KeyboardInterrupt.
         """
         try:
             while (status := self.status) is None:
@@ -123,7 +122,7 @@ class DriverProcess:
             raise
 
     def stop(self) -> None:
-        """Ends the driver and all that it started; harmless when it is over already."""
+        """Ends the driver and everything that it started. Idempotent."""
         self._close_pipe()
         if not self._ended.wait(guard.GRACE_S + 2):
             self._kill_group()
@@ -144,7 +143,7 @@ class DriverProcess:
         return self.log.read_text("utf-8", "replace")
 
     def last_line(self) -> str:
-        """The newest line of its output; of a progress bar the newest state."""
+        """The last line of its output; of a progress bar its newest state."""
         with self.log.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _TAIL_BYTES))

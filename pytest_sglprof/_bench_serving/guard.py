@@ -1,11 +1,10 @@
-"""Runs one command and never lets it outlive the process that asked for it.
+"""Runs one command and ends it when the process that asked for it ends.
 
-Started as a script of its own (`python -I guard.py COMMAND…`), so it imports nothing of
-this package. Standard input is a pipe from the caller: when that closes, for whatever
-reason (also SIGKILL of the caller), the whole process group is ended. A pipe is used
-because the kernel's parent-death signal follows the *thread* that forked, and loads may
-be started from short-lived threads. The command itself does get that signal, from here,
-so that it does not outlive a killed guard either.
+It runs as a script (`python -I guard.py COMMAND…`), so it imports nothing of this package.
+Its standard input is a pipe from the caller. When that closes, even by SIGKILL of the caller,
+the whole process group is ended. The kernel's parent-death signal would not do, since it
+follows the *thread* that forked, and loads may be started from short-lived threads. The
+command gets that signal from the guard, so that it does not outlive a killed guard either.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import subprocess
 import sys
 import time
 
-GRACE_S = 3.0  # the load driver has nothing to save; it only needs to close its connections
+GRACE_S = 3.0  # enough to close connections; a load driver has nothing to save
 PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str]) -> int:
-    """Runs `command`; its exit status, or 128 + signal."""
+    """Runs `command` and returns its exit status, or 128 + the signal that ended it."""
     wake_reader, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
@@ -33,7 +32,7 @@ def main(command: list[str]) -> int:
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        close_fds=False,  # one may hold what the command is to read
+        close_fds=False,  # the command may read its secrets from one
         preexec_fn=_die_with_parent,
     )
     while child.poll() is None:
@@ -46,7 +45,7 @@ def main(command: list[str]) -> int:
 
 
 def _only_wake(_number: int, _frame: object) -> None:
-    """The wake-up pipe carries the signal's number; nothing else is to be done."""
+    """Does nothing: Python has written the signal's number to the wake-up pipe."""
 
 
 def _die_with_parent() -> None:

@@ -28,6 +28,7 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._nsys import COLLECTING, GONE, NsysSession
 from pytest_sglprof._nsys_export import export
+from pytest_sglprof._server.command import LAUNCHERS
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
@@ -92,7 +93,7 @@ class NsysRecording:
             return
         if spec.num_steps < 1:
             raise WindowRefused(f"num_steps={spec.num_steps}", expected="1 or more")
-        if server.sizes.is_cpu and server.kind != "standin":
+        if server.sizes.is_cpu and not LAUNCHERS[server.kind].is_standin:
             raise WindowRefused(
                 "an nsys window by steps on a CPU server: it marks the steps with "
                 "cudaProfilerStart, which kills a server without CUDA",

@@ -46,6 +46,7 @@ from pytest_sglprof._errors import (
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import SglangClient
+from pytest_sglprof._server.command import LAUNCHERS
 from pytest_sglprof._server.log import LogGrowth, ServerLog
 from pytest_sglprof._server.log_lines import Entry, EntryReader, highest_iteration
 
@@ -99,7 +100,7 @@ class TorchRecording:
             spec,
             server.sizes,
             under_nsys=server.nsys is not None,
-            standin=server.kind == "standin",
+            standin=LAUNCHERS[server.kind].is_standin,
             env=self._environment(),
             last_step=last_step(server.log) if server.log and spec.start_step else None,
         )

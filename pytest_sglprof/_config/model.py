@@ -1,13 +1,14 @@
 """Frozen values that several rooms hand to each other; no behaviour beyond naming them."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pytest_sglprof._metrics import METRICS
 
 Backend = Literal["torch", "nsys"]
-ServerKind = Literal["sglang", "standin", "auto"]
-SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")
+LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
+ServerKind = Literal[LauncherName, "auto"]
+SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
 STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
 
 

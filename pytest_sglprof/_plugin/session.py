@@ -45,6 +45,7 @@ from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
     from pytest_sglprof._run.window import ProfileWindow
+    from pytest_sglprof._server.command import Launcher
     from pytest_sglprof._server.launch import Server
 
 
@@ -447,17 +448,24 @@ def _servers(settings: Settings) -> str:
 
 
 def _kind(settings: Settings, name: str) -> str:
-    """Its resolved kind; a missing SGLang is told when the server is to be started."""
-    from pytest_sglprof._server.command import find_entry
-
-    try:
-        return find_entry(settings.servers[name]).kind
-    except ServerMissing:
-        return "sglang, which is missing"
+    """The kind of server that is started; one that is missing is an error only then."""
+    launcher = _launcher(settings, name)
+    return launcher.name if launcher else f"{settings.servers[name].kind}, which is missing"
 
 
 def _stand_ins(settings: Settings) -> list[str]:
-    return [name for name in settings.servers if _kind(settings, name) == "standin"]
+    launchers = {name: _launcher(settings, name) for name in settings.servers}
+    return [name for name, launcher in launchers.items() if launcher and launcher.is_standin]
+
+
+def _launcher(settings: Settings, name: str) -> Launcher | None:
+    """What starts the server of this name; None if what it needs is not installed."""
+    from pytest_sglprof._server.command import LAUNCHERS, find_entry
+
+    try:
+        return LAUNCHERS[find_entry(settings.servers[name]).kind]
+    except ServerMissing:
+        return None
 
 
 def _short(path: Path) -> str:

@@ -18,7 +18,7 @@ import msgspec
 from pytest_sglprof._analysis.compare import GroupStrata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._analysis.straggler import StragglerFinding
-from pytest_sglprof._config.model import Backend, Threshold
+from pytest_sglprof._config.model import Backend, LauncherName, Threshold
 from pytest_sglprof._figures import Amount, Count, Share
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._metrics import VerdictWord
@@ -281,7 +281,7 @@ class RecordedServer(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     key: str
-    kind: Literal["sglang", "standin"]
+    kind: LauncherName
     standin: bool
     attached: bool
     url: str

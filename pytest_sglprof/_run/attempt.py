@@ -22,6 +22,7 @@ from pytest_sglprof._run.opening import LoadState, open_in_time
 from pytest_sglprof._run.window import Window
 from pytest_sglprof._server import lease as leases
 from pytest_sglprof._server.client import server_name
+from pytest_sglprof._server.command import LAUNCHERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -389,7 +390,7 @@ class TestRun:
 
     @property
     def _standin(self) -> bool:
-        return self.server is not None and self.server.kind == "standin"
+        return self.server is not None and LAUNCHERS[self.server.kind].is_standin
 
 
 def _unless_ours(step: Callable[[], object]) -> None:
@@ -479,7 +480,7 @@ def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Itera
     """
     if server.attached:
         name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
-    elif server.kind == "sglang" and server.sizes.is_cpu:
+    elif LAUNCHERS[server.kind].uses_hardware and server.sizes.is_cpu:
         name, what = "test-cpu", "the processor, by a test of another CPU server"
     else:
         yield
@@ -504,7 +505,7 @@ def describe_server(server: Server, root: Path) -> RecordedServer:
         sizes=server.sizes,
         attached=server.attached,
         nsys=server.nsys.tool.version if server.nsys is not None else "",
-        standin=server.kind == "standin",
+        standin=LAUNCHERS[server.kind].is_standin,
         model=server.spec.model_path or str(server.info.get("model_path", "")),
         log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
         started=server.started,

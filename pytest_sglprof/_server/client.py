@@ -1,7 +1,7 @@
-"""`SglangClient`: the few HTTP endpoints of an SGLang server that this project needs.
+"""`SglangClient`: the few HTTP endpoints of an SGLang server that this plugin uses.
 
-Failures become three errors: nothing answers (`ServerUnreachable`), nothing answers *in
-time* (`ServerSilent`), and an answer that is no success (`ServerRefused`, with its status).
+A failed request raises one of three errors: `ServerUnreachable` if there is no connection,
+`ServerSilent` if there is no answer in time, and `ServerRefused` for an HTTP error status.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pytest_sglprof._errors import (
 from pytest_sglprof._redact import learn, redact, redact_text
 
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
-LOADS = "/v1/loads?include=core"  # what it says without `include` costs the server more
+LOADS = "/v1/loads?include=core"  # without `include` the answer costs the server more
 SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
 
 
@@ -37,7 +37,7 @@ SHOWN_BODY = 300  # characters of an error's body; the real reason is in the ser
 class DpLoad:
     """Load of one DP rank. running, waiting: requests; tokens, token_usage: of its KV cache.
 
-    token_usage: 0 to 1. throughput: generated tokens / s. What a server leaves out is 0.
+    token_usage: 0 to 1. throughput: generated tokens / s. A figure that is absent is 0.
     """
 
     dp_rank: int
@@ -63,14 +63,14 @@ def read_loads(answer: Any) -> list[DpLoad]:
             for load in answer["loads"]
         ]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"it tells no number of requests of each DP rank ({error!r})") from error
+        raise ValueError(f"it does not give each DP rank's requests ({error!r})") from error
 
 
 class SglangClient:
-    """Talks to one server. Not for use by several threads that also close it.
+    """Talks to one server. Threads may share it as long as none of them closes it.
 
     url: ``http://HOST:PORT``. api_key: the server's ``--api-key``. admin_key: its
-    ``--admin-api-key``, which the profile endpoints want where one is set.
+    ``--admin-api-key``, which the profile endpoints require if it is set.
     timeout: s, for the quick endpoints.
     """
 
@@ -85,24 +85,24 @@ class SglangClient:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=timeout,
-            # A proxy from the environment must not stand between us and this machine.
+            # Requests to this machine must not go through a proxy from the environment.
             trust_env=not is_local_url(url),
-            # The server closes idle connections after 5 s: a request that meets that moment
-            # is reset, and /start_profile must not be sent twice.
+            # The server closes idle connections after 5 s. A request at that very moment is
+            # reset, and cannot be repeated: /start_profile must not be sent twice.
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     @property
     def api_key(self) -> str:
-        """The key for plain requests, "" for none: for a load driver, never to be stored."""
+        """The key for ordinary requests, "" without one. For a load driver, never to be stored."""
         return self._api_key or self._admin_key
 
     def is_ready(self) -> bool:
-        """True when the server takes requests; never raises for a server that is starting.
+        """True when the server takes requests, False while it is starting.
 
-        Asks ``/ready``, which costs nothing; servers without it answer 404 and are asked
-        ``/health``, which runs a one-token batch: do not poll it inside a window. Raises
-        `ServerRefused` for what waiting does not mend: a wrong key, neither of the two.
+        Asks ``/ready``, which costs nothing. A server without it answers 404 and is asked
+        ``/health``, which runs a one-token batch, so do not poll it inside a window. Raises
+        `ServerRefused` if waiting cannot help: the key is wrong, or it has neither of the two.
         """
         try:
             for path in ("/ready", "/health"):
@@ -116,7 +116,7 @@ class SglangClient:
         raise self._refusal(path, response, admin=False)
 
     def server_info(self) -> dict[str, Any]:
-        """All resolved arguments of the server, flat, with keys and tokens hidden."""
+        """All resolved arguments of the server in one dict, with keys and tokens hidden."""
         response = self._request("GET", "/server_info", allow=(HTTPStatus.NOT_FOUND,))
         if response.status_code == HTTPStatus.NOT_FOUND:
             response = self._request("GET", "/get_server_info")
@@ -135,15 +135,15 @@ class SglangClient:
     def start_profile(self, params: Mapping[str, Any], timeout: float) -> None:
         """Opens a torch profile; `params` is the body of ``/start_profile``.
 
-        A refusal is a ``ServerRefused``; its reason stands in the server's log only.
+        Raises `ServerRefused` if the server refuses; only its log gives the reason.
         """
         self._request("POST", "/start_profile", admin=True, timeout=timeout, json=dict(params))
 
     def stop_profile(self, timeout: float) -> bool:
-        """Ends the profile: True when it ended now, False when none was running.
+        """Ends the profile; False if none was running.
 
-        Returns when the files of all ranks are written. A server without
-        ``/stop_profile`` is asked ``/end_profile``, and that is remembered.
+        Returns once the files of all ranks are written. A server without ``/stop_profile`` is
+        asked ``/end_profile``, from then on at once.
         """
         status = self._stop(timeout)
         if status == HTTPStatus.NOT_FOUND and self._stop_path == "/stop_profile":
@@ -152,7 +152,7 @@ class SglangClient:
             if status == HTTPStatus.NOT_FOUND:
                 self._stop_path = "/stop_profile"
                 raise ServerRefused(
-                    f"{self.url} knows neither /stop_profile nor /end_profile",
+                    f"{self.url} has neither /stop_profile nor /end_profile",
                     status=status,
                     expected="an SGLang server, which has one of the two",
                     hint="check that the URL is that of the server itself, not of a gateway",
@@ -167,13 +167,13 @@ class SglangClient:
         return response.status_code
 
     def flush_cache(self) -> bool:
-        """Empties the prefix cache; False when requests are running, which prevents it."""
+        """Empties the prefix cache; False if it cannot because requests are running."""
         allowed = (HTTPStatus.BAD_REQUEST,)
         response = self._request("POST", "/flush_cache", admin=True, allow=allowed)
         return response.status_code == HTTPStatus.OK
 
     def close(self) -> None:
-        """Closes the connections; the client is of no use afterwards."""
+        """Closes the client, which cannot be used afterwards."""
         self._http.close()
 
     def _headers(self, admin: bool) -> dict[str, str]:
@@ -200,8 +200,8 @@ class SglangClient:
             seconds = limit.read or 0.0
             raise ServerSilent(
                 f"{self.url}{path} did not answer within {seconds:g} s",
-                hint="an export of a profile stalls the server: take a smaller window, "
-                "or give more time",
+                hint="a server does not answer while it exports a profile: take a smaller window "
+                "or raise the timeout",
             ) from error
         except httpx.RequestError as error:
             raise ServerUnreachable(
@@ -217,7 +217,7 @@ class SglangClient:
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             option = "admin_api_key_env (or api_key_env)" if admin else "api_key_env"
             return ServerRefused(
-                f"{self.url}{path} answered {status}: the server wants a key",
+                f"{self.url}{path} answered {status}: the server requires a key",
                 status=status,
                 expected="the key that the server was started with",
                 hint=f"name the environment variable that holds it in {option}",
@@ -226,7 +226,7 @@ class SglangClient:
         return ServerRefused(
             f"{self.url}{path} answered {status}: {body[:SHOWN_BODY]}",
             status=status,
-            hint="the reason stands in the server's log" if status >= 500 else "",
+            hint="read the reason in the server's log" if status >= 500 else "",
         )
 
     def _json_object(self, response: httpx.Response, path: str) -> dict[str, Any]:
@@ -243,12 +243,11 @@ class SglangClient:
             f"{self.url}{path} did not answer with {wanted}",
             status=response.status_code,
             expected="an SGLang server",
-            hint="check the URL: something else may be listening there",
+            hint="check the URL: another program may be listening there",
         )
 
 
-# Addresses of servers: one spelling for one server, and which are on this machine.
-
+# Addresses of servers: each server gets one spelling, and is on this machine or not.
 
 _PORTS = {"http": 80, "https": 443}
 _LOCALHOST = frozenset({"localhost", "localhost.localdomain"})
@@ -256,10 +255,10 @@ _LOCAL_NAMES = _LOCALHOST | {"ip6-localhost", "ip6-loopback"}
 
 
 def checked_url(url: str) -> str:
-    """``http://HOST:PORT`` in its one spelling; raises `SettingsError` for anything else.
+    """``http://HOST:PORT`` in its one spelling; raises `SettingsError` for another kind of URL.
 
-    Lower case, no final dot, no default port; ``localhost`` and addresses that mean "all of
-    this machine" become the loopback address.
+    The spelling is in lower case, without a final dot and without a default port.
+    ``localhost`` and addresses such as 0.0.0.0 become the loopback address.
     """
     full = url.strip() if "://" in url else f"http://{url.strip()}"
     try:
@@ -272,7 +271,7 @@ def checked_url(url: str) -> str:
         raise SettingsError(
             f"--sglprof-server {url!r} is not the address of a server",
             expected="http://HOST:PORT",
-            hint="give no path; keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY",
+            hint="leave out paths, and set keys in SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY",
         )
     return url_to(parts.scheme, host, port)
 
@@ -285,21 +284,21 @@ def url_to(scheme: str, host: str, port: int) -> str:
 
 
 def server_name(url: str) -> str:
-    """``HOST:PORT``, the same for every address of one server: what its locks go by."""
+    """``HOST:PORT``, the same for every address of one server; its locks are named after it."""
     parts = urlsplit(url)
     host = "127.0.0.1" if is_local_url(url) else plain_host(parts.hostname or "")
     return f"{host}:{port_of(parts)}"
 
 
 def is_local_url(url: str) -> bool:
-    """True when `url` names this very machine."""
+    """True if `url` is an address of this machine."""
     host = plain_host(urlsplit(url).hostname or "")
     address = _address(host)
     return host in _LOCAL_NAMES or (address is not None and address.is_loopback)
 
 
 def plain_host(host: str) -> str:
-    """One spelling of a host, without brackets; "" for none."""
+    """A host in its one spelling, without brackets; "" for none."""
     name = host.strip("[]").lower().rstrip(".")
     if name in _LOCALHOST:
         return "127.0.0.1"
@@ -313,7 +312,7 @@ def plain_host(host: str) -> str:
 
 
 def port_of(parts: SplitResult) -> int:
-    """The port of an address, that of its scheme where it names none."""
+    """The port of an address; without one, that of its scheme."""
     return _PORTS.get(parts.scheme, 0) if parts.port is None else parts.port
 
 
@@ -325,13 +324,11 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-# Which failures of a server are for a moment only, so that it is asked once more.
-#
-# A server that starts, exports a profile or is restarted behind a gateway answers 503, resets
-# connections or sends half an answer; a wrong key or a missing endpoint stays wrong.
+# Failures that may be gone at the next try. A server that starts, exports a profile or is
+# restarted behind a gateway answers 503, resets connections or sends half an answer. A wrong
+# key or a missing endpoint stays wrong.
 
-
-PATIENCE = 10.0  # s for one answer that is needed to go on
+PATIENCE = 10.0  # s of tries for an answer that is needed
 PAUSE = 0.25  # s between two tries
 WAITED_FOR = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 
@@ -339,22 +336,23 @@ Answer = TypeVar("Answer")
 
 
 def is_transient(error: ServerError) -> bool:
-    """True for a failure that the next request may not meet."""
+    """True for a failure that the next try may not have."""
     if isinstance(error, ServerRefused):
         return is_transient_status(error.status)
     return isinstance(error, ServerUnreachable)
 
 
 def is_transient_status(status: int) -> bool:
-    """The same of an HTTP status; a success is one whose content makes no sense yet."""
-    is_ours = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
-    return not is_ours or status in WAITED_FOR
+    """True for a status that the next try may not have, or whose content may be valid then."""
+    is_client_error = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+    return not is_client_error or status in WAITED_FOR
 
 
 def patiently(ask: Callable[[], Answer], limit: float = PATIENCE) -> Answer:
-    """What `ask` answers; asked again for `limit` s while failures are transient.
+    """Calls `ask` and returns its answer; for `limit` s it is called again after a failure.
 
-    Raises the last error then, and at once what is not transient, or that nothing listens.
+    Raises the last error then. Raises at once if the failure is not transient, or if no
+    process listens there.
     """
     deadline = time.monotonic() + limit
     while True:
@@ -367,11 +365,8 @@ def patiently(ask: Callable[[], Answer], limit: float = PATIENCE) -> Answer:
         time.sleep(PAUSE)
 
 
-# Whether a server that somebody else runs is still there, at no cost to it.
-#
-# It is asked ten times a second inside a window, and each connection is work for the process
-# that is being measured.
-
+# Whether an attached server still runs. A window asks ten times a second, and each connection
+# would be work for the process that is being measured.
 
 LOOK_EVERY = 5.0  # s between two connections to a server whose port cannot be looked up
 CONNECT_LIMIT = 5.0  # s
@@ -380,10 +375,10 @@ _LISTEN = "0A"
 
 
 class Presence:
-    """Of the server at `url`, which answered just now.
+    """Whether the server at `url`, which has just answered, is still there.
 
-    On this machine the kernel's own list of listening ports is read. A server elsewhere, or
-    one in a container whose port is only forwarded, gets a connection every `LOOK_EVERY` s.
+    On this machine the kernel's list of listening ports is read. A server on another machine,
+    or in a container with a forwarded port, gets a connection every `LOOK_EVERY` s.
     """
 
     def __init__(self, url: str) -> None:
@@ -394,7 +389,7 @@ class Presence:
         self._answered = True
 
     def is_there(self) -> bool:
-        """False once nothing listens there any more."""
+        """False once the server no longer listens."""
         if self._is_listed:
             return is_listening(self._port)
         if time.monotonic() - self._looked >= LOOK_EVERY:
@@ -416,7 +411,7 @@ def is_listening(port: int) -> bool:
     """True while some process of this machine listens on the TCP port."""
     ending = f":{port:04X}"
     for table in _TABLES:
-        # Listening sockets stand first: the rest, which may be long, is seldom read.
+        # Listening sockets come first, so the long rest is seldom read.
         with contextlib.suppress(OSError), table.open() as lines:
             for line in lines:
                 fields = line.split()

@@ -1,19 +1,20 @@
-"""The command of a server: what the chosen interpreter has, its words, its environment."""
+"""`LAUNCHERS`: the ways to start a server, a row each; and the command that a row leads to."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import ServerMissing, SettingsError
 from pytest_sglprof._redact import (
     is_secret_variable,
@@ -29,7 +30,7 @@ EXEC_STEP = Path(__file__).parent / "keeper" / "exec_step.py"
 PACKAGE_ROOT = Path(__file__).parents[2]
 PROBE_LIMIT = 120.0  # s; interpreters in containers and on network disks start slowly
 
-# Looks only at files: importing sglang would import torch.
+# It only looks for files, since importing sglang would import torch.
 _PROBE = """
 import importlib.metadata, importlib.util, json, os, sys
 if sys.path[0] == "":  # a folder called sglang beside us is not an installation
@@ -49,10 +50,11 @@ print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
 
 @dataclass(frozen=True)
 class Installation:
-    """What of SGLang an interpreter has. server, driver: modules that it can run, "" for none.
+    """What an interpreter has of SGLang.
 
-    serve: it knows `sglang serve`. version: "" if unknown. problem: lines that say
-    why the interpreter does not work.
+    serve: it has `sglang serve`. server, driver: modules that start a server and its load
+    driver, "" where it has none. version: "" if unknown. problem: the last lines of a
+    failed look, None after one that worked.
     """
 
     serve: bool = False
@@ -66,67 +68,176 @@ class Installation:
 class Entry:
     """How an interpreter starts a server.
 
-    mode: "serve" (`sglang serve`), or "module" (`python -m MODULE`).
-    version: SGLang's, "" if unknown.
+    mode: "serve" (`sglang serve`) or "module" (`python -m MODULE`).
+    version: of SGLang, "" if unknown.
     """
 
-    kind: Literal["sglang", "standin"]
+    kind: LauncherName
     python: str
     mode: Literal["serve", "module"]
     module: str = ""
     version: str = ""
 
 
-def find_entry(spec: ServerSpec) -> Entry:
-    """The server that `spec` means. "auto" is SGLang where it is installed.
+class Launcher(NamedTuple):
+    """One way to start a server.
 
-    Raises `ServerMissing` when SGLang is wanted and the interpreter has none.
+    find: how the interpreter that a spec asks for starts it; raises `ServerMissing`.
+    words: the server's arguments, for a port and an NCCL port (None: none was leased).
+    environment: variables that it needs in addition to those given.
+    load_driver: the words that start its load driver, given the server's interpreter;
+    raises `ServerMissing`. recognises: from its ``/server_info``, a running server of this
+    kind; a server that no row recognises is an SGLang. is_automatic: kind "auto" tries it,
+    in the order of the rows. is_standin: its figures say nothing about SGLang.
+    uses_hardware: its speed depends on this machine, so its GPUs are leased and watched,
+    and tests of CPU servers wait for each other.
     """
-    if spec.kind == "standin":
-        return _standin()
+
+    name: LauncherName
+    find: Callable[[ServerSpec], Entry]
+    words: Callable[[ServerSpec, int, int | None], list[str]]
+    environment: Callable[[Mapping[str, str]], dict[str, str]]
+    load_driver: Callable[[str], list[str]]
+    recognises: Callable[[Mapping[str, Any]], bool]
+    is_automatic: bool
+    is_standin: bool
+    uses_hardware: bool
+
+
+# SGLang in an interpreter of this machine.
+
+
+def _find_sglang(spec: ServerSpec) -> Entry:
     # As a path, since the keeper and nsys would look a bare name up on their own.
     python = (process.which(spec.python) or spec.python) if spec.python else sys.executable
-    try:
-        return _sglang(python)
-    except ServerMissing:
-        if spec.kind == "auto":
-            return _standin()
-        raise
+    sglang = installation(python)
+    if sglang.serve:
+        return Entry("sglang", python, "serve", version=sglang.version)
+    if sglang.server:
+        return Entry("sglang", python, "module", sglang.server, version=sglang.version)
+    raise ServerMissing(
+        f"SGLang is not installed in {python}",
+        expected="an interpreter that has the package sglang",
+        hint="install SGLang there, name another interpreter with --sglprof-python, or "
+        'set kind = "standin" to run against the embedded stand-in server',
+    )
+
+
+def _sglang_words(spec: ServerSpec, port: int, nccl_port: int | None) -> list[str]:
+    # Plain DP replicas look for a port each; a fixed one would be shared by all.
+    nccl = "" if nccl_port is None or has_replicas(spec.args) else str(nccl_port)
+    return [
+        *_unless_given(spec, "--model-path", spec.model_path, "--model"),
+        *_unless_given(spec, "--host", HOST),
+        *_unless_given(spec, "--port", str(port)),
+        *_unless_given(spec, "--nccl-port", nccl),
+        *_unless_given(spec, "--watchdog-timeout", WATCHDOG),
+        *spec.args,
+    ]
+
+
+def load_driver(python: str) -> str:
+    """The module of SGLang's load driver; raises `ServerMissing` where there is none."""
+    if driver := installation(python).driver:
+        return driver
+    raise ServerMissing(
+        f"{python} has no load driver of SGLang",
+        expected="sglang.benchmark.serving or sglang.bench_serving",
+        hint="set --sglprof-python to the interpreter of your SGLang",
+    )
+
+
+def _unless_given(spec: ServerSpec, name: str, value: str, *aliases: str) -> list[str]:
+    """An option with its value; [] without a value, or where the user's `args` have it."""
+    given = {word.partition("=")[0] for word in spec.args}
+    return [name, value] if value and not given & {name, *aliases} else []
+
+
+# The embedded stand-in, which runs in the interpreter of pytest.
+
+
+def _find_standin(spec: ServerSpec) -> Entry:
+    return Entry("standin", sys.executable, "module", "pytest_sglprof.standin")
+
+
+def _standin_words(spec: ServerSpec, port: int, nccl_port: int | None) -> list[str]:
+    return [
+        *_unless_given(spec, "--host", HOST),
+        *_unless_given(spec, "--port", str(port)),
+        *spec.args,
+        *spec.standin_args,
+    ]
+
+
+def _standin_environment(base: Mapping[str, str]) -> dict[str, str]:
+    paths = [str(PACKAGE_ROOT), *base.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def _is_standin(info: Mapping[str, Any]) -> bool:
+    return "standin" in str(info.get("version", "")) or bool(info.get("standin"))
+
+
+_ROWS = (
+    Launcher(
+        "sglang",
+        find=_find_sglang,
+        words=_sglang_words,
+        environment=lambda base: {},
+        load_driver=lambda python: [python, "-m", load_driver(python)],
+        recognises=lambda info: False,
+        is_automatic=True,
+        is_standin=False,
+        uses_hardware=True,
+    ),
+    Launcher(
+        "standin",
+        find=_find_standin,
+        words=_standin_words,
+        environment=_standin_environment,
+        load_driver=lambda python: [sys.executable, "-m", "pytest_sglprof.standin.load_driver"],
+        recognises=_is_standin,
+        is_automatic=True,
+        is_standin=True,
+        uses_hardware=False,
+    ),
+)
+LAUNCHERS = {row.name: row for row in _ROWS}
+
+
+def find_entry(spec: ServerSpec) -> Entry:
+    """How the server of `spec` is started; "auto" is the first launcher that finds one.
+
+    Raises `ServerMissing` when the launcher that is asked for finds none.
+    """
+    if spec.kind != "auto":
+        return LAUNCHERS[spec.kind].find(spec)
+    *preferred, last = (row for row in _ROWS if row.is_automatic)
+    for row in preferred:
+        with contextlib.suppress(ServerMissing):
+            return row.find(spec)
+    return last.find(spec)
+
+
+def kind_from_info(info: Mapping[str, Any]) -> LauncherName:
+    """The kind of a running server, from its ``/server_info``."""
+    return next((row.name for row in _ROWS if row.recognises(info)), "sglang")
 
 
 def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | None) -> list[str]:
-    """The arguments of the server; what the user gave is never given again."""
-    given = {word.partition("=")[0] for word in spec.args}
-    words: list[str] = []
-
-    def add(name: str, value: str, *also: str) -> None:
-        if value and not given & {name, *also}:
-            words.extend((name, value))
-
-    if entry.kind == "sglang":
-        add("--model-path", spec.model_path, "--model")
-    add("--host", HOST)
-    add("--port", str(port))
-    if entry.kind == "sglang":
-        # Plain DP replicas look for a port each; a fixed one would be shared by all.
-        if nccl_port and not has_replicas(spec.args):
-            add("--nccl-port", str(nccl_port))
-        add("--watchdog-timeout", WATCHDOG)
-    words.extend(spec.args)
-    if entry.kind == "standin":
-        words.extend(spec.standin_args)
-    return words
+    """The arguments of the server. An option that the user's `args` have is not added."""
+    return LAUNCHERS[entry.kind].words(spec, port, nccl_port)
 
 
 def has_replicas(args: Sequence[str]) -> bool:
-    """True for plain data parallelism: several groups of ranks that share no collective."""
+    """True for data parallelism without DP attention: replicas that share no collective."""
     sizes = (option(args, name) for name in ("--dp", "--dp-size", "--data-parallel-size"))
     wide = any(size not in (None, "1") for size in sizes)
     return wide and "--enable-dp-attention" not in args
 
 
 def option(args: Sequence[str], name: str) -> str | None:
-    """The value of `name` in a command line, in either spelling; the last one counts."""
+    """The last value of an option in a command line, written `NAME VALUE` or `NAME=VALUE`."""
     value = None
     for number, word in enumerate(args):
         if word == name and number + 1 < len(args):
@@ -142,7 +253,7 @@ def local_url(host: str, port: int) -> str:
 
 
 def user_port(spec: ServerSpec) -> int | None:
-    """The port that the user asked for, by `port` or among `args`."""
+    """The port that the user set, by --port in `args` or by `port`; None if neither is set."""
     text = option(spec.args, "--port")
     if text is None:
         return spec.port
@@ -152,7 +263,7 @@ def user_port(spec: ServerSpec) -> int | None:
 
 
 def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
-    """The arguments that hand over the server's keys, where `args` does not."""
+    """The arguments that pass the server its keys, unless `args` has them."""
     given = {word.partition("=")[0] for word in spec.args}
     words: list[str] = []
     if api_key and "--api-key" not in given:
@@ -163,10 +274,10 @@ def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
 
 
 def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line, apart: what may be seen, and options whose values may not.
+    """Splits a command line into (words that may be shown, options that hold a secret).
 
-    An option keeps all of its values: `--lora-paths a https://user:PASSWORD@hub/b` is hidden
-    as a whole.
+    An option stays together with all of its values: `--lora-paths a
+    https://user:PASSWORD@hub/b` is hidden as a whole.
     """
     options: list[list[str]] = [[]]
     for word in words:
@@ -182,7 +293,7 @@ def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def exec_command(entry: Entry, fifo: Path, words: Sequence[str]) -> list[str]:
-    """The command that is really started: the exec step, which becomes the server."""
+    """The command that is started: `exec_step.py`, whose process becomes the server."""
     start = [entry.python, "-u", str(EXEC_STEP), str(fifo)]
     target = ["serve"] if entry.mode == "serve" else ["module", entry.module]
     return [*start, *target, *words]
@@ -198,9 +309,9 @@ def shown_command(entry: Entry, words: Sequence[str]) -> list[str]:
 def server_environment(
     spec: ServerSpec, entry: Entry, base: Mapping[str, str], tmpdir: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The server's variables, apart: those that may be seen, and the secret ones.
+    """The server's variables as (those that may be shown, the secret ones).
 
-    base: the environment of the caller. A secret is what `secret_variables` says.
+    base: the environment of the caller. `secret_variables` says which ones are secret.
     """
     merged = dict(base)
     merged["PYTHONUNBUFFERED"] = "1"
@@ -209,36 +320,35 @@ def server_environment(
     merged.setdefault("SGLANG_LOG_MS", "1")
     if spec.nsys:
         merged.setdefault("SGLANG_ENABLE_NVTX_SCHEDULER", "1")
-    if entry.kind == "standin":
-        paths = [str(PACKAGE_ROOT), *merged.get("PYTHONPATH", "").split(os.pathsep)]
-        merged["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    merged.update(LAUNCHERS[entry.kind].environment(merged))
     merged.update(spec.env)
     secret = secret_variables(spec, merged)
-    # The server's keys are handed over as arguments; it has no use for our variables.
+    # The server gets its keys as arguments, so it does not need the variables as well.
     unused = {spec.api_key_env, spec.admin_api_key_env} - {name for name, _ in spec.env}
     visible = {k: v for k, v in merged.items() if k not in secret}
     return visible, {k: v for k, v in secret.items() if k not in unused}
 
 
 def secret_variables(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
-    """Those that `spec` declares, credentials by name, and all that hold a known secret."""
+    """The variables that `spec` declares, are named like a credential, or hold a known secret."""
     declared = _declared(spec)
     return {k: v for k, v in environment.items() if k in declared or is_secret_variable(k, v)}
 
 
 def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
-    """From now on this process hides the secrets of a server wherever it writes.
+    """Makes this process hide a server's secrets in everything that it writes.
 
-    environment: the variables that its declarations refer to. Its keys: see `server_keys`.
+    environment: where to look up the variables that `spec` declares. `server_keys` reads
+    the server's keys.
     """
     learn_environment({**environment, **dict(spec.env)}, _declared(spec))
     learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
 
 
 def keep_secrets(specs: Iterable[ServerSpec]) -> dict[str, str]:
-    """Learns the secrets of these servers and blanks them in our own environment block.
+    """Learns these servers' secrets and blanks them in this process's environment block.
 
-    Returns the secret ones among our variables.
+    Returns the variables of this process that are secret.
     """
     secret: dict[str, str] = {}
     for spec in specs:
@@ -252,37 +362,8 @@ def _declared(spec: ServerSpec) -> set[str]:
     return {name for name in (*spec.secrets, spec.api_key_env, spec.admin_api_key_env) if name}
 
 
-def _standin() -> Entry:
-    return Entry("standin", sys.executable, "module", "pytest_sglprof.standin")
-
-
-def _sglang(python: str) -> Entry:
-    sglang = installation(python)
-    if sglang.serve:
-        return Entry("sglang", python, "serve", version=sglang.version)
-    if sglang.server:
-        return Entry("sglang", python, "module", sglang.server, version=sglang.version)
-    raise ServerMissing(
-        f"SGLang is not installed in {python}",
-        expected="an interpreter that has the package sglang",
-        hint="install SGLang there, name another interpreter with --sglprof-python, or "
-        'say kind = "standin" to run against the embedded stand-in server',
-    )
-
-
-def load_driver(python: str) -> str:
-    """The module of SGLang's load driver; raises `ServerMissing` where there is none."""
-    if driver := installation(python).driver:
-        return driver
-    raise ServerMissing(
-        f"{python} has no load driver of SGLang",
-        expected="sglang.benchmark.serving or sglang.bench_serving",
-        hint="set --sglprof-python to the interpreter of your SGLang",
-    )
-
-
 def installation(python: str) -> Installation:
-    """What of SGLang an interpreter has; raises `ServerMissing` when it does not work."""
+    """What an interpreter has of SGLang; raises `ServerMissing` if it does not run."""
     sglang = _probe(python)
     if sglang.problem is not None:
         raise ServerMissing(
@@ -294,7 +375,7 @@ def installation(python: str) -> Installation:
     return sglang
 
 
-@functools.lru_cache(maxsize=8)  # of failures, too: each look starts a Python
+@functools.lru_cache(maxsize=8)  # failures are kept as well: each look starts a Python
 def _probe(python: str) -> Installation:
     try:
         answer = subprocess.run(

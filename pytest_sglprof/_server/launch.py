@@ -1,4 +1,4 @@
-"""`launch`, `attach` and `Server`: a ready server, ours or somebody else's."""
+"""`launch` starts a server, `attach` connects to a running one; both return a `Server`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.model import Backend, ServerSpec
+from pytest_sglprof._config.model import Backend, LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
     ServerNotReady,
@@ -56,14 +56,14 @@ Progress = Callable[[str], None]
 class Server:
     """A server that was ready when this object was made.
 
-    spec: what it was started from (of an attached one only the name). kind: "sglang" or
-    "standin". folder: holds server.log, traces/, nsys/ and, while it lives, tmp/.
-    info: ``/server_info`` without its secrets. server_dir: (path on the server's machine,
-    the same folder here), of an attached one. locked_clocks: UUID of a GPU -> MHz that its
-    clock is held at. keeper_fault: after `stop`, what became of a keeper that did not tear
-    down itself; None if nothing did, or if the server's death has been reported already.
-    started: Unix time in s; ready_s: s from then until it was ready; both None for an attached
-    one.
+    spec: what it was started from (only the name for an attached server). kind: the row of
+    `LAUNCHERS`, "sglang" or "standin". folder: holds server.log, traces/, nsys/ and, while
+    the server lives, tmp/. info: ``/server_info`` without its secrets. server_dir: for an
+    attached server, (a folder on its machine, the same folder here). locked_clocks: UUID of
+    a GPU -> MHz at which its clock is held. keeper_fault: after `stop`, how the keeper
+    failed to tear the server down; None if it did not fail, or if the server's death has
+    been reported already. started: Unix time in s. ready_s: s from then until the server was
+    ready. Both are None for an attached server.
     """
 
     __module__ = "pytest_sglprof"
@@ -72,7 +72,7 @@ class Server:
         self,
         *,
         spec: ServerSpec,
-        kind: Literal["sglang", "standin"],
+        kind: LauncherName,
         url: str,
         folder: Path,
         python: str,
@@ -117,22 +117,23 @@ class Server:
         self._left: tuple[str, ...] | None = None
 
     def is_alive(self) -> bool:
-        """True while the server's process runs; of an attached one, while something listens.
+        """True while the server's process runs; for an attached server, while its port is open.
 
-        To ask costs the server nothing (one elsewhere: a connection every few seconds).
+        This costs the server nothing; one on another machine gets a connection every few
+        seconds.
         """
         if self._keeper is None:
             return self._presence.is_there()
         return process.is_alive(self.pid, self._created)
 
     def exit_reason(self) -> ServerDied | None:
-        """Why it is dead, with its exit status and its log's own words; None while it lives."""
+        """Why the server died, with its exit status and lines of its log; None while it lives."""
         if self.is_alive():
             return None
         if self._keeper is None:
             return ServerDied(
                 f"nothing listens at {self.url} any more",
-                hint="the server was not ours: look at its own log",
+                hint="pytest-sglprof did not start this server: look at its log",
             )
         exited = self._keeper.wait_for(Exited, EXIT_LIMIT)
         if exited is None and self._keeper.death():
@@ -140,7 +141,7 @@ class Server:
         return died(self.log, exited.status if exited else None)
 
     def scheduler_ranks(self) -> dict[int, Rank]:
-        """pid -> rank, from live command lines; {} for a server on another machine."""
+        """pid -> rank, from the titles of processes; {} for a server on another machine."""
         if self._keeper is not None:
             return process.scheduler_ranks(self.pid)
         if not is_local_url(self.url):
@@ -149,23 +150,23 @@ class Server:
         return process.scheduler_ranks(pid) if pid else {}
 
     def window_lock(self) -> AbstractContextManager[None]:
-        """Held while a window is open; `LeaseError` when another process has one open."""
+        """A lock to hold while a window is open; `LeaseError` if another process has one open."""
         return lease.window_lock(self.url)
 
     def announce_window(self, backend: Backend | None) -> None:
-        """Tells the keeper which window a teardown has to close first (None: none)."""
+        """Tells the keeper which window to close before a teardown; None if none is open."""
         if self._keeper is not None:
             self._keeper.send(Window(backend, time.time()))
 
     @property
     def left_behind(self) -> tuple[str, ...]:
-        """What `stop` could not remove; nothing while it lives."""
+        """What `stop` could not remove; empty before `stop`."""
         return self._left or ()
 
     def stop(self) -> tuple[str, ...]:
-        """Ends a server of ours in order; returns what could not be removed. Idempotent.
+        """Stops the server and returns what could not be removed. Idempotent.
 
-        An attached server is left alone.
+        An attached server keeps running.
         """
         if self._left is None:
             self.client.close()
@@ -187,14 +188,32 @@ def launch(
 ) -> Server:
     """Starts the server of `spec` and returns when it is ready.
 
-    folder: its own, made when missing. progress: called about once a second with a line of text.
-    Raises `ServerMissing`, `NsysError`, `LeaseError`, `ServerDied` or `ServerNotReady`;
-    nothing is left running then.
+    folder: for this server alone, made if missing. progress: called about once a second with
+    a line of text. Raises `ServerMissing`, `NsysError`, `LeaseError`, `ServerDied` or
+    `ServerNotReady`, after everything that was started has been ended.
+    """
+    plan = _plan(spec, folder, nsys_path)
+    keeper = KeeperLink(plan)
+    try:
+        started = wait_started(keeper, plan, progress)
+        return _when_ready(keeper, plan, started, progress)
+    except BaseException as error:
+        keeper.close(_teardown(spec))
+        if keeper.left and isinstance(error, SglprofError):
+            left = f"left behind: {', '.join(keeper.left)}"
+            error.hint = f"{error.hint}; {left}" if error.hint else left
+        raise
+
+
+def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
+    """Everything that the keeper needs; also hides the spec's secrets in this process.
+
+    Raises `ServerMissing`, `NsysError` or `SettingsError`.
     """
     entry = command.find_entry(spec)
     tool = find_nsys(nsys_path) if spec.nsys else None
     api_key, admin_key = server_keys(spec)
-    plan = Plan(
+    return Plan(
         spec=spec,
         entry=entry,
         folder=folder.absolute(),
@@ -206,37 +225,35 @@ def launch(
         pythonpath=os.environ.get("PYTHONPATH", ""),
         private=command.keep_secrets([spec]),
     )
+
+
+def _when_ready(
+    keeper: KeeperLink, plan: Plan, started: Started, progress: Progress | None
+) -> Server:
+    """Waits until the server takes requests; raises as `wait_until_ready` does."""
+    began, began_at = time.time(), time.monotonic()
     log = ServerLog(plan.folder / "server.log")
-    keeper = KeeperLink(plan)
+    url = command.local_url(started.host, started.port)
+    client = SglangClient(url, api_key=plan.api_key, admin_key=plan.admin_key)
     try:
-        started = wait_started(keeper, plan, progress)
-        began, began_at = time.time(), time.monotonic()
-        url = command.local_url(started.host, started.port)
-        client = SglangClient(url, api_key=api_key, admin_key=admin_key)
-        try:
-            wait_until_ready(keeper, client, log, spec, progress)
-            ready_s = time.monotonic() - began_at
-            info = patiently(client.server_info)
-        except BaseException:
-            client.close()
-            raise
-    except BaseException as error:
-        keeper.close(_teardown(spec))
-        if keeper.left and isinstance(error, SglprofError):
-            left = f"left behind: {', '.join(keeper.left)}"
-            error.hint = f"{error.hint}; {left}" if error.hint else left
+        wait_until_ready(keeper, client, log, plan.spec, progress)
+        ready_s = time.monotonic() - began_at
+        info = patiently(client.server_info)
+    except BaseException:
+        client.close()
         raise
     locked = keeper.last_event(Clocks)
+    tool = NsysTool(plan.nsys, plan.nsys_version) if plan.nsys else None
     return Server(
-        spec=spec,
-        kind=entry.kind,
+        spec=plan.spec,
+        kind=plan.entry.kind,
         url=url,
         folder=plan.folder,
-        python=entry.python,
+        python=plan.entry.python,
         client=client,
         info=info,
         log=log,
-        nsys=_own_session(tool, started),
+        nsys=NsysSession(tool, started.session, tmpdir=started.tmpdir) if tool else None,
         shown_command=started.command,
         keeper=keeper,
         pid=started.pid,
@@ -258,11 +275,11 @@ def attach(
     python: str = "",
     folder: Path,
 ) -> Server:
-    """A server that somebody else runs; it is never stopped.
+    """Connects to a server that somebody else runs, and never stops it.
 
-    python: an interpreter of this machine that has SGLang's load driver ("": this one).
+    python: an interpreter on this machine that has SGLang's load driver ("": this one).
     server_dir: (a folder on the server's machine, the same folder here).
-    nsys_session: name of the session that it runs under, to be driven from here.
+    nsys_session: the name of the nsys session that the server runs under.
     Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
     `NsysError`.
     """
@@ -285,10 +302,9 @@ def attach(
         client.close()
         raise
     folder.mkdir(parents=True, exist_ok=True)
-    standin = str(info.get("version", "")).find("standin") >= 0 or bool(info.get("standin"))
     return Server(
         spec=ServerSpec(name="attached", nsys=session is not None),
-        kind="standin" if standin else "sglang",
+        kind=command.kind_from_info(info),
         url=url,
         folder=folder.absolute(),
         python=(process.which(python) or python) if python else sys.executable,
@@ -300,7 +316,7 @@ def attach(
 
 
 def server_keys(spec: ServerSpec) -> tuple[str, str]:
-    """The API key and the admin key of a server, from the environment or its own arguments."""
+    """The API key and the admin key of a server, from its arguments or the environment."""
     keys = []
     for name, option in (
         (spec.api_key_env, "--api-key"),
@@ -309,7 +325,7 @@ def server_keys(spec: ServerSpec) -> tuple[str, str]:
         if name and not os.environ.get(name):
             raise SettingsError(
                 f"server {spec.name!r}: the environment variable {name} is not set",
-                expected=f"the server's {option[2:]} in it",
+                expected=f"the server's {option[2:]} as its value",
                 hint=f"export {name}, or remove the setting that names it",
             )
         keys.append(command.option(spec.args, option) or (os.environ[name] if name else ""))
@@ -322,7 +338,7 @@ def died(log: ServerLog | None, status: int | None) -> ServerDied:
     return ServerDied(
         f"the server died ({how})",
         expected="a running server",
-        hint=f"its whole log is {log.path}" if log else "",
+        hint=f"read the whole log: {log.path}" if log else "",
         log=log.reason() if log else (),
     )
 
@@ -331,28 +347,21 @@ def _teardown(spec: ServerSpec) -> float:
     return teardown_limit(spec.stop_timeout, nsys=spec.nsys)
 
 
-def _own_session(tool: NsysTool | None, started: Started) -> NsysSession | None:
-    if tool is None:
-        return None
-    return NsysSession(tool, started.session, tmpdir=started.tmpdir)
+# Waiting until a server has started and is ready.
 
-
-# Waits for a server to start and to be ready, and reports progress.
-
-
-TELL_EVERY = 1.0  # s between two lines of progress
-POLL = 0.25  # s between two looks at /ready
-CAP = 4.0  # times the limit, at most, while the log moves
-PATIENCE = 0.25  # of the limit: how long a moving log extends it each time
+PROGRESS_EVERY = 1.0  # s between two lines of progress
+POLL = 0.25  # s between two requests to /ready
+CAP = 4.0  # however much the log grows, the wait ends after this many times the limit
+PATIENCE = 0.25  # share of the limit that is still waited after the log last grew
 
 Show = Callable[[str], None]
 
 
 def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Started:
-    """The keeper's answer; raises the error of a start that failed."""
+    """Waits for the keeper to start the server's process; raises the error of a failed start."""
     deadline = time.monotonic() + SILENCE_LIMIT
     while time.monotonic() < deadline:
-        event = keeper.next_event(TELL_EVERY)
+        event = keeper.next_event(PROGRESS_EVERY)
         if event is None:
             continue
         deadline = time.monotonic() + SILENCE_LIMIT
@@ -365,9 +374,9 @@ def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Start
         if isinstance(event, Closed):
             raise lost_keeper(keeper, plan.folder, "before it had started the server")
     raise ServerNotReady(
-        f"the keeper process (pid {keeper.pid}) said nothing for {SILENCE_LIMIT:.0f} s",
-        expected="news of the server's start",
-        hint=f"look at {plan.folder / 'keeper.log'}",
+        f"the keeper process (pid {keeper.pid}) sent nothing for {SILENCE_LIMIT:.0f} s",
+        expected="messages about the server's start",
+        hint=f"read {plan.folder / 'keeper.log'}",
         log=keeper_log_end(plan.folder),
     )
 
@@ -381,8 +390,8 @@ def wait_until_ready(
 ) -> None:
     """Returns when the server takes requests.
 
-    Raises `ServerDied` when it ends, `ServerNotReady` after `spec.ready_timeout` s; a log
-    that moves extends that, four times at most.
+    Raises `ServerDied` when it ends, `ServerNotReady` after `spec.ready_timeout` s. While
+    its log grows it gets more time, up to four times as much.
     """
     clock = ReadyClock(spec.ready_timeout, time.monotonic())
     shown = 0.0
@@ -397,17 +406,17 @@ def wait_until_ready(
             raise ServerNotReady(
                 f"the server was not ready after {clock.elapsed(now):.0f} s",
                 expected=f"an answer 200 at {client.url}/ready within {spec.ready_timeout:g} s",
-                hint=f"raise ready_timeout; its whole log is {log.path}",
+                hint=f"raise ready_timeout, or read the whole log: {log.path}",
                 log=log.reason() or [log.last_line()],
             )
-        if progress is not None and now - shown >= TELL_EVERY:
+        if progress is not None and now - shown >= PROGRESS_EVERY:
             progress(f"server {spec.key}: {clock.elapsed(now):.0f} s, {log.last_line()}")
             shown = now
         time.sleep(POLL)
 
 
 class ReadyClock:
-    """When waiting is over. All times in s of one monotonic clock."""
+    """Says when to stop waiting for a server. All times in s of one monotonic clock."""
 
     def __init__(self, limit: float, now: float) -> None:
         self._limit = limit
@@ -416,14 +425,14 @@ class ReadyClock:
         self._size = -1
 
     def saw(self, size: int, now: float) -> None:
-        """The log had `size` bytes at `now`."""
+        """Takes the log's size at `now`, in bytes; a log that has grown gives more time."""
         if size != self._size and self._size >= 0:
             longest = self._began + CAP * self._limit
             self._deadline = min(max(self._deadline, now + PATIENCE * self._limit), longest)
         self._size = size
 
     def is_over(self, now: float) -> bool:
-        """True when the server has had all its time."""
+        """True once the server has used up its time."""
         return now >= self._deadline
 
     def elapsed(self, now: float) -> float:
@@ -432,11 +441,11 @@ class ReadyClock:
 
 
 def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
-    """The error for a server that was ended, since its keeper is gone."""
+    """The error for a server that was ended because its keeper had died."""
     return ServerDied(
         f"{keeper.death()} {when}; the server was ended with it",
         expected="a keeper that lives as long as its server",
-        hint=f"look for whoever ended it (the kernel's log tells of a lack of memory) and at "
+        hint="find out what ended it (if memory ran out, the kernel's log says so), and read "
         f"{folder / 'keeper.log'}",
         log=keeper_log_end(folder),
     )
@@ -444,10 +453,10 @@ def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
 
 def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:
     """The error for a server that ended before it was ready."""
-    how = "of unknown status" if status is None else f"with exit status {status}"
+    how = "with an unknown status" if status is None else f"with exit status {status}"
     return ServerDied(
         f"the server ended {how} after {seconds:.0f} s, before it was ready",
         expected="a server that becomes ready",
-        hint=f"its whole log is {log.path}",
+        hint=f"read the whole log: {log.path}",
         log=log.reason(),
     )

@@ -1,10 +1,11 @@
 """Exclusive leases of ports, GPUs and profile windows, across processes.
 
-A lease is a `filelock.UnixFileLock` (an ``flock``) on a file of a per-user folder: the
-kernel frees it when its holder dies, however it dies. filelock leaves files where they are;
-here a file is removed, but only while its lock is held, so no two holders ever meet and no
-files pile up. No link is followed, and nothing that is not a lock file of ours is written to
-or removed: the folder is ours alone, and each file in it is looked at before it is locked.
+A lease is a `filelock.UnixFileLock` (an ``flock``) on a file in a folder of the user's. The
+kernel frees it however its holder dies. filelock never removes its files; here a file is
+removed while its lock is held, so that no two processes hold one lease and no files pile up.
+
+The folder belongs to the user alone, and each file is checked before it is locked: no link is
+followed, and only lock files that pytest-sglprof made are written to or removed.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from pytest_sglprof._files import safe_name
 from pytest_sglprof._server.client import server_name
 
 ENV_DIR = "SGLPROF_LEASE_DIR"
-# Not from TMPDIR or XDG_RUNTIME_DIR: a shell, cron and CI of one user have different ones.
+# Not TMPDIR or XDG_RUNTIME_DIR, which differ between a shell, cron and CI of one user.
 ROOT = Path("/tmp")
 POLL = 0.25  # s between two tries to get a lease
 FIRST_PORT = 20000
-EPHEMERAL = 32768  # ports from here on are handed out by the kernel to outgoing connections
-ZMQ_DELTA = 233  # SGLang's distance from the HTTP port to those of DP attention
-ZMQ_PORTS = 9  # init port, six derived ones, and room for the Rust server's
+EPHEMERAL = 32768  # the kernel gives ports from here on to outgoing connections
+ZMQ_DELTA = 233  # SGLang's ports for DP attention are this far from the HTTP port
+ZMQ_PORTS = 9  # init port, six derived ones, and room for those of the Rust server
 PORT_TRIES = 200
-_OURS = re.compile(r"(port-\d+|gpu-(\d+|(GPU|MIG)-.+)|test-cpu|(window|test)-.+-[0-9a-f]{8})\.lock")
+_LOCK_FILE = re.compile(
+    r"(port-\d+|gpu-(\d+|(GPU|MIG)-.+)|test-cpu|(window|test)-.+-[0-9a-f]{8})\.lock"
+)
 _SIGNATURE = re.compile(r"sglprof (\d+)\n")
 _BARE_PID = re.compile(r"\d*\n?")
 _TEXT_BYTES = 64
@@ -43,7 +46,8 @@ _TEXT_BYTES = 64
 def lease_dir() -> Path:
     """The folder of the lock files: ``$SGLPROF_LEASE_DIR``, else ``/tmp/sglprof-UID``.
 
-    Made with mode 0700; raises `LeaseError` when it is not a folder of ours alone.
+    Made with mode 0700. Raises `LeaseError` if it is not a folder that only this user owns and
+    can write to.
     """
     chosen = os.environ.get(ENV_DIR)
     path = Path(chosen) if chosen else ROOT / f"sglprof-{os.getuid()}"
@@ -56,10 +60,10 @@ def lease_dir() -> Path:
     if not stat.S_ISDIR(status.st_mode):
         raise _unusable(path, "it is a link")
     if status.st_uid != os.getuid():
-        raise _unusable(path, "it belongs to somebody else")
+        raise _unusable(path, "it belongs to another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         if chosen:
-            raise _unusable(path, "others may write to it", f"chmod go-w {path}, or ")
+            raise _unusable(path, "other users may write to it", f"chmod go-w {path}, or ")
         path.chmod(0o700)
     return path
 
@@ -77,8 +81,8 @@ class Lease:
         """Frees the lease and removes its file; idempotent."""
         if not self._lock.is_locked:
             return
-        # While the lock is held: nobody else can hold it now. But a cleaner of /tmp may have
-        # taken our file away, and somebody else may hold the new one.
+        # While the lock is held, so that no other process can hold it. But if a cleaner of /tmp
+        # has removed the file, another process may hold the lock of a new one.
         with contextlib.suppress(OSError):
             if os.path.samestat(self.path.lstat(), self._file):
                 self.path.unlink()
@@ -86,16 +90,16 @@ class Lease:
 
 
 def try_acquire(name: str) -> Lease | None:
-    """The lease called `name`, or None when somebody holds it.
+    """The lease called `name`, or None if another process holds it.
 
-    Raises `LeaseError` where its file cannot be made, or is not one of ours.
+    Raises `LeaseError` if its file cannot be made, or is not a lock file of pytest-sglprof.
     """
     path = _path(name)
     files: list[os.stat_result] = []
 
     def sign(handle: int) -> None:
         files.append(os.fstat(handle))
-        with contextlib.suppress(OSError):  # on a full disk a lock holds without its holder's name
+        with contextlib.suppress(OSError):  # on a full disk the lock works without a pid in it
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"sglprof {os.getpid()}\n".encode(), 0)
 
@@ -104,7 +108,7 @@ def try_acquire(name: str) -> Lease | None:
         if lock := _try_lock(path, sign):
             return Lease(name, path, lock, files[-1])
         if path.exists():
-            return None  # else its holder has just removed it: try a new file
+            return None  # else its holder has just removed it, so try again
 
 
 def acquire(
@@ -115,9 +119,9 @@ def acquire(
     progress: Callable[[str], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Lease:
-    """Waits up to `timeout` s for the lease; raises `LeaseError` that names its holder.
+    """Waits up to `timeout` s for the lease; raises a `LeaseError` that names its holder.
 
-    what: how messages call it ("GPU 0"). cancelled: asked often; True gives up.
+    what: its name in messages ("GPU 0"). cancelled: called often; True ends the wait.
     """
     deadline = time.monotonic() + timeout
     shown = 0.0
@@ -138,7 +142,7 @@ def acquire(
 
 
 def holder(name: str) -> int | None:
-    """The pid that holds the lease, None when nobody does, or it is not known who."""
+    """The pid that holds the lease; None if none does, or if it is not known which."""
     path = _path(name)
     text = _read(path)
     if text is None:
@@ -151,10 +155,10 @@ def holder(name: str) -> int | None:
 
 
 def sweep() -> None:
-    """Removes lock files of ours whose holders were killed, and no other file."""
+    """Removes lock files whose holders were killed, and no other file."""
     folder = lease_dir()
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
+        if _LOCK_FILE.fullmatch(path.name):
             with contextlib.suppress(OSError, LeaseError):
                 if _is_signed(path) and (lock := _try_lock(path)):
                     path.unlink(missing_ok=True)
@@ -163,7 +167,7 @@ def sweep() -> None:
 
 @contextlib.contextmanager
 def window_lock(url: str) -> Iterator[None]:
-    """Held while a window of the server at `url` is open; `LeaseError` when one is."""
+    """A lock to hold while a window of the server at `url` is open; `LeaseError` if one is."""
     lease = acquire(f"window-{server_name(url)}", timeout=0, what=f"the profile window of {url}")
     try:
         yield
@@ -172,7 +176,7 @@ def window_lock(url: str) -> Iterator[None]:
 
 
 def lease_server_ports(port: int) -> list[Lease] | None:
-    """Leases an HTTP port and those that SGLang derives from it; None when one is taken."""
+    """Leases an HTTP port and those that SGLang derives from it; None if one of them is taken."""
     leases: list[Lease] = []
     for number in (port, *derived_ports(port)):
         lease = try_acquire(port_name(number)) if port_is_free(number) else None
@@ -185,7 +189,7 @@ def lease_server_ports(port: int) -> list[Lease] | None:
 
 
 def derived_ports(port: int) -> range:
-    """The ports that DP attention takes beside the HTTP port."""
+    """The ports that DP attention uses in addition to the HTTP port."""
     first = port + ZMQ_DELTA
     if first + ZMQ_PORTS > 65535:
         first = port - ZMQ_DELTA - ZMQ_PORTS
@@ -193,7 +197,7 @@ def derived_ports(port: int) -> range:
 
 
 def free_server_ports() -> tuple[int, list[Lease]]:
-    """A free HTTP port below the ephemeral range, with all that belongs to it leased."""
+    """A free HTTP port below the ephemeral range, and the leases of it and its derived ports."""
     for _ in range(PORT_TRIES):
         port = SystemRandom().randrange(FIRST_PORT, EPHEMERAL - ZMQ_DELTA - ZMQ_PORTS)
         leases = lease_server_ports(port)
@@ -203,7 +207,7 @@ def free_server_ports() -> tuple[int, list[Lease]]:
 
 
 def free_port() -> tuple[int, Lease]:
-    """One free, leased port (for the ranks' rendezvous)."""
+    """A free port (for the ranks' rendezvous) and its lease."""
     for _ in range(PORT_TRIES):
         port = SystemRandom().randrange(FIRST_PORT, EPHEMERAL)
         lease = try_acquire(port_name(port)) if port_is_free(port) else None
@@ -218,7 +222,7 @@ def port_name(port: int) -> str:
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """True when a server could listen there now, on this address and on all of them."""
+    """True if a server could listen on the port now, at `host` and at all addresses."""
     for address in {host, ""}:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -256,20 +260,20 @@ def _try_lock(path: Path, sign: Callable[[int], None] | None = None) -> UnixFile
     except Timeout:
         return None
     except OSError as error:
-        raise _no_lock_file(path, error.strerror or str(error)) from error
+        raise _bad_lock_file(path, error.strerror or str(error)) from error
     return lock
 
 
 def _unusable(path: Path, why: str, remedy: str = "") -> LeaseError:
     return LeaseError(
         f"the lease folder {path} cannot be used: {why}",
-        expected="a folder (not a link) of your own, to which nobody else can write",
-        hint=f"{remedy}name another one in ${ENV_DIR}",
+        expected="a folder (not a link) of your own, to which no other user can write",
+        hint=f"{remedy}set ${ENV_DIR} to another folder",
     )
 
 
 def _read(path: Path) -> str | None:
-    """What a lock file holds, None where there is none; `LeaseError` when it is not one of ours."""
+    """The text of a lock file, None without one; `LeaseError` if another program made it."""
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -277,32 +281,32 @@ def _read(path: Path) -> str | None:
         elif not stat.S_ISREG(status.st_mode):
             why = "it is not a regular file"
         elif status.st_uid != os.getuid():
-            why = "it belongs to somebody else"
+            why = "it belongs to another user"
         elif status.st_nlink > 1:
-            why = "it has a second name"
+            why = "it has a second hard link"
         else:
             with path.open("rb") as stream:
                 text = stream.read(_TEXT_BYTES).decode("latin-1")
             if _SIGNATURE.fullmatch(text) or _BARE_PID.fullmatch(text):
                 return text
-            why = "it holds something else than a process id"
+            why = "it does not hold a process id"
     except FileNotFoundError:
         return None
     except OSError as error:
         why = error.strerror or str(error)
-    raise _no_lock_file(path, why)
+    raise _bad_lock_file(path, why)
 
 
-def _no_lock_file(path: Path, why: str) -> LeaseError:
+def _bad_lock_file(path: Path, why: str) -> LeaseError:
     return LeaseError(
         f"the lock file {path} cannot be used: {why}",
-        expected="a file that only pytest-sglprof makes and removes",
-        hint=f"look what it is and move it away, or name another folder in ${ENV_DIR}",
+        expected="a file that only pytest-sglprof writes and removes",
+        hint=f"check what it is and move it away, or set ${ENV_DIR} to another folder",
     )
 
 
 def _is_signed(path: Path) -> bool:
-    """Also true for a file whose maker was killed before it could sign."""
+    """True for a file with a signature, or whose maker was killed before it could sign."""
     text = _read(path)
     made_now = text == "" and stat.S_IMODE(path.lstat().st_mode) == 0o600
     return made_now or _SIGNATURE.fullmatch(text or "") is not None
@@ -316,5 +320,5 @@ def _holder_text(name: str) -> str:
 def _no_port() -> LeaseError:
     return LeaseError(
         f"no free port between {FIRST_PORT} and {EPHEMERAL} after {PORT_TRIES} tries",
-        hint="end servers that are left over",
+        hint="end servers that are no longer needed",
     )

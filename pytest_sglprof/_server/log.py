@@ -1,4 +1,4 @@
-"""`ServerLog`: a server's log file while it grows, and the reason of a death in it."""
+"""`ServerLog`: reads a server's log while it grows, and finds out why the server died."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pytest_sglprof._server.log_lines import begins_entry
 
 MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
 TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
-REASON_BYTES = 2**22  # 30,000 lines: what a death is explained by stands at the end
+REASON_BYTES = 2**22  # 30,000 lines; what explains a death is near the end
 
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
 _LINE_END = re.compile(rb"[\r\n]")
 _TRACEBACK = "Traceback (most recent call last)"
-# The server goes on after these: a request failed, not a process.
+# The server continues after these: only a request failed.
 _HARMLESS = re.compile(r"Exception in ASGI application|Profiling is not in progress")
-# What the other ranks say when one of them has died: true, but not the reason.
+# What the other ranks log after one of them has died.
 _AFTERMATH = re.compile(
     r"Connection (?:closed|reset)|Broken pipe|EOFError|remote process exited|"
     r"KeyboardInterrupt|Connection refused|Socket closed",
@@ -48,7 +48,7 @@ class ServerLog:
         self.path = Path(path)
 
     def position(self) -> int:
-        """Byte offset of the file's end now; 0 when there is no file."""
+        """Byte offset of the file's end now; 0 without a file."""
         try:
             return self.path.stat().st_size
         except OSError:
@@ -57,25 +57,25 @@ class ServerLog:
     def each(self, start: int = 0) -> Iterator[str]:
         """The complete lines (without their ends) that begin at or after byte `start`.
 
-        Little is in memory at a time, whatever the log's size.
+        Only a piece of the log is in memory at a time.
         """
         yield from self.new(LogGrowth(self.path, start))
 
     def new(self, growth: LogGrowth) -> Iterator[str]:
-        """The lines that `growth`, of this log's file, has not given yet."""
+        """The complete lines that `growth`, of this log's file, has not read yet."""
         for piece in growth.pieces():
             yield from self._decode(piece)
 
     def read(self, start: int = 0) -> tuple[list[str], int]:
-        """The complete lines from byte `start` on, and the offset to go on from.
+        """The complete lines from byte `start` on, and the offset for the next call.
 
-        Of a log that is shorter than `start` by now, all of them.
+        All lines if the log has become shorter than `start`.
         """
         growth = LogGrowth(self.path, start)
         return list(self.new(growth)), growth.offset
 
     def last_line(self) -> str:
-        """The last line that is not empty ("" when there is none), without a key."""
+        """The last line that is not empty, with secrets hidden; "" if there is none."""
         for line in reversed(self._decode(self._last(TAIL_BYTES))):
             if line.strip():
                 return _shorten(line)
@@ -84,12 +84,12 @@ class ServerLog:
     def reason(self, start: int = 0, limit: int = 12) -> tuple[str, ...]:
         """At most `limit` lines after `start` that explain why the server died.
 
-        Tracebacks that ended a process come first choice, the innermost frame and the
-        exception of each; then lines that name a cause (memory, a port, an argument);
-        then what the server said about its end; and only then the last lines that are
-        not traffic. Only the last `REASON_BYTES` are looked at.
+        Lines that name a cause (memory, a port, an argument), and of each traceback that
+        ended a process its innermost frame and its exception. If there are none, what the
+        server logged about its end. Failing that, the last lines that are not about
+        requests. Only the last `REASON_BYTES` are read.
         """
-        # To the last byte: a dying server may not end its last line.
+        # To the last byte, since a dying server may not finish its last line.
         lines = self._decode(self._last(REASON_BYTES, start))
         blocks = _tracebacks(lines)
         inside = {number for block in blocks for number in range(block.first, block.last + 1)}
@@ -107,10 +107,10 @@ class ServerLog:
         return tuple(_shorten(line) for line in reason[-limit:])
 
     def _last(self, count: int, start: int = 0) -> bytes:
-        """At most the last `count` bytes, of those from `start` on where there are any.
+        """At most the last `count` bytes from `start` on; of a log shorter than that, of all.
 
-        Without the rest of a line (or of a progress bar) that began before: the half of a
-        secret is not recognised as one.
+        They begin with a whole line (or progress bar), since half a secret would not be
+        recognised as one.
         """
         try:
             with self.path.open("rb") as stream:
@@ -136,7 +136,7 @@ class ServerLog:
 
 @dataclass(frozen=True)
 class _Block:
-    """One traceback: line numbers of its ends, and the lines of it that are shown."""
+    """One traceback: the numbers of its first and last line, and the lines of it to show."""
 
     first: int
     last: int
@@ -146,7 +146,7 @@ class _Block:
 
     @property
     def exception(self) -> str:
-        """The exception's own line."""
+        """The line of the exception."""
         return self.shown[-1]
 
 
@@ -166,9 +166,9 @@ def _read_block(lines: Sequence[str], first: int) -> _Block:
     end = first + 1
     while end < len(lines) and (lines[end].startswith(" ") or not lines[end]):
         end += 1
-    # A message may go on over several lines, until the next entry of the log.
+    # A message may have several lines, until the next entry of the log.
     last = end
-    while last + 1 < len(lines) and last < end + 3 and _goes_on(lines[last + 1]):
+    while last + 1 < len(lines) and last < end + 3 and _continues_message(lines[last + 1]):
         last += 1
     frames = [line for line in lines[first + 1 : end] if line.lstrip().startswith("File ")]
     ended_rank = "hit an exception" in lines[first]
@@ -184,7 +184,7 @@ def _read_block(lines: Sequence[str], first: int) -> _Block:
     )
 
 
-def _goes_on(line: str) -> bool:
+def _continues_message(line: str) -> bool:
     return bool(line.strip()) and not (
         begins_entry(line) or _NOISE.search(line) or _TRACEBACK in line or _EXCEPTION.match(line)
     )
@@ -209,11 +209,10 @@ def _shorten(line: str) -> str:
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
 
 
-# `LogGrowth`: what a log file has grown by since the last look, in bounded pieces.
+# Reading what a log has grown by, in pieces of bounded size.
 
-
-PIECE = 2**20  # bytes read at once, so that a log of gigabytes costs no memory
-# A line longer than this is none that anybody looks for: server_args, the longest, has 20,000.
+PIECE = 2**20  # bytes read at once, so that a log of gigabytes takes little memory
+# No line that matters is longer: server_args, the longest, has 20,000 characters.
 LONGEST_LINE = 2**20
 
 
@@ -221,8 +220,8 @@ class LogGrowth:
     """Reads every complete line from byte `start` on once; the file may not exist yet.
 
     A log that was cut short (copy and truncate) or replaced by another file is read from its
-    start. Of a line without an end, so far, nothing is read; of one that is longer than
-    `LONGEST_LINE` only the end.
+    start. A line is read once its end is written; of a line longer than `LONGEST_LINE` only
+    the end is read.
     """
 
     def __init__(self, path: Path, start: int = 0) -> None:
@@ -231,10 +230,10 @@ class LogGrowth:
         self._file = _identity(path)
 
     def pieces(self, *, at_most: int | None = None) -> Iterator[bytes]:
-        """The new lines, some at a time, each with its end.
+        """The new lines, with their ends, several at a time.
 
-        at_most: bytes; of more than that only the last ones are read, from the middle of a
-        line on.
+        at_most: bytes. Of a log that has grown by more, only the last `at_most` bytes are
+        read, which may begin within a line.
         """
         try:
             stream = self.path.open("rb")

@@ -1,10 +1,10 @@
-"""The grammar of SGLang's log: stamps, the tags of ranks, and the entries that tell something.
+"""The grammar of SGLang's log: time stamps, tags of ranks, and the entries that are used.
 
     [2026-11-24 03:13:51.250 DP1 TP0] Decode batch [7], #running-req: 3, #token: 70, …
 
-A further kind of entry is one row of `_HEADS`, a further figure of a batch one field of
-`Batch`. Known are the forms of SGLang 0.4 to 0.5.23. Only ranks with attention-TP rank 0
-log batches; all ranks log the rest.
+A new kind of entry is one row of `_HEADS`, a new figure of a batch one field of `Batch`. The
+logs of SGLang 0.4 to 0.5.23 are understood. Only ranks with attention-TP rank 0 log batches;
+all ranks log the rest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pytest_sglprof._ranks import Rank
 
 @dataclass(frozen=True)
 class AcceptLength:
-    """Mean tokens a request that speculative decoding accepted in the passes before `time`.
+    """Tokens that speculative decoding accepted per request, mean of the passes before `time`.
 
-    time: Unix time, s. dp: the replica that logged it, None where there is one.
+    time: Unix time in s. dp: the replica that logged it, None if there is only one.
     """
 
     time: float
@@ -35,9 +35,9 @@ class AcceptLength:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What the server's log tells of a window's forward passes.
+    """What the server's log says about a window's forward passes.
 
-    rebalances: (start, end) of each rebalance of experts, Unix time, s, not overlapping.
+    rebalances: (start, end) of each rebalance of experts, Unix times in s, not overlapping.
     captures: how often a capture of graphs began. graph_batches: batch sizes, ascending, for
     which there are decode graphs; a smaller batch is padded to the next one.
     """
@@ -64,11 +64,11 @@ _HEADS: dict[Kind, str] = {
     "profile_start": r"Profiling starts",
     "profile_end": r"Profiling done",
 }
-# These are also known where processes that share one pipe have glued entries together, so that
-# one has lost its stamp. Of the others each counts: text that merely quotes one must not.
+# These count even without a stamp, which an entry loses when processes that share a pipe write
+# into each other's lines. The others need one, since a string that quotes them must not count.
 _ANYWHERE = frozenset({"prefill", "decode", "experts"})
 
-# It stands wherever it likes: Ray puts a head before it, and glued entries follow each other.
+# Not only at the start of a line: Ray puts a prefix before it, and lines may hold two entries.
 _SECOND = r"\[(?P<second>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)"
 _STAMP = rf"{_SECOND}(?:[.,](?P<fraction>\d{{1,6}}))?(?P<tags>(?: [A-Z_]+\d{{1,18}})*)\]"
 _ITERATION = r" \[(\d{1,18})\]"
@@ -93,8 +93,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     time: Unix time in s; stamps are taken as this machine's local time, as the server
     writes them. resolution: s that the moment may lie later; 0 with SGLANG_LOG_MS=1.
-    tags: of its rank, as they stand there (" DP1 TP0"), "" for none. text: what follows
-    the words that made out its kind.
+    tags: of its rank, as written (" DP1 TP0"), "" for none. text: what follows the head that
+    gives its kind.
     """
 
     kind: Kind
@@ -105,29 +105,29 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def rank(self) -> Rank | None:
-        """The rank that wrote it; None without tags, or with tags that are none of SGLang's."""
+        """The rank that wrote it; None without tags, or with tags that SGLang does not use."""
         return _rank(self.tags)
 
     @property
     def profile_id(self) -> str | None:
-        """Of a "profile_start": the id of the window. Older servers log none."""
+        """The window's id in a "profile_start"; None in the logs of older servers."""
         named = _PROFILE_ID.search(self.text)
         return named[1] if named else None
 
     @property
     def is_batch(self) -> bool:
-        """True for a forward pass that was logged: a prefill, or each so many-th decode."""
+        """True for a forward pass. All prefills are logged, and every nth decode."""
         return self.kind in ("prefill", "decode")
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
-    """The figures of a batch entry; None where it leaves one out.
+    """The figures of a batch entry; None for one that is absent.
 
-    running: requests, of a prefill those that it adds as well. waiting: requests, in all
-    queues that `num_waiting_reqs` of /v1/loads counts. tokens: KV tokens held.
+    running: requests, including those that a prefill adds. waiting: requests in all queues
+    that `num_waiting_reqs` of /v1/loads counts. tokens: KV tokens in use.
     token_usage: share of the fullest KV pool, 0 to 1. throughput: generated tokens / s.
-    accept_length: tokens a verify step, mean since the rank's last line. iteration: the
-    rank's own forward pass, with SGLANG_LOG_FORWARD_ITERS=1.
+    accept_length: tokens per verify step, mean since the rank's last line. iteration: number
+    of the rank's forward pass, only logged with SGLANG_LOG_FORWARD_ITERS=1.
     """
 
     running: int | None
@@ -147,9 +147,9 @@ class ExpertBalance(msgspec.Struct, frozen=True, gc=False):
 
 
 class EntryReader:
-    """Reads line after line; never raises, and passes over what is no entry of ours.
+    """Reads the entries of a log; skips all other lines and never raises.
 
-    An entry without a stamp of its own gets the newest one before it, that of another entry.
+    An entry that has lost its stamp gets that of the entry before it.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class EntryReader:
                 continue
             entry = _ENTRY.match(line)
             rest = line[entry.end() :] if entry else ""
-            # Most lines are one entry. Behind it there is another only where one of these is.
+            # Most lines are one entry. A second one needs one of these texts.
             if entry is None or "]" in rest or " batch" in rest:
                 yield from self._glued(line)
             elif stamp := _read_stamp(entry):
@@ -198,7 +198,7 @@ def read_batch(entry: Entry) -> Batch:
     if tokens is None and "#gpu token" in values:
         tokens = values["#gpu token"] + get("#cpu token", 0)
     return Batch(
-        # Of a prefill the line counts what runs besides; its own requests run from now on.
+        # A prefill logs what runs besides it; the requests that it adds run from now on.
         running=None if running is None else int(running + get("#new-seq", 0)),
         waiting=int(sum(get(name, 0) for name in _QUEUES)),
         tokens=None if tokens is None else int(tokens),
@@ -210,7 +210,7 @@ def read_batch(entry: Entry) -> Batch:
 
 
 def read_balance(entry: Entry) -> ExpertBalance | None:
-    """The figures of an "experts" entry; None where it has none that can be."""
+    """The figures of an "experts" entry; None without a valid balancedness."""
     values = dict(_FIELD.findall(entry.text))
     balancedness = float(values.get("current_pass_balancedness", 0.0))
     if not 0.0 < balancedness <= 1.0:
@@ -225,7 +225,7 @@ def begins_entry(line: str) -> bool:
 
 
 def highest_iteration(lines: bytes) -> int | None:
-    """The highest forward pass that these whole lines show, at a hundredth of `read_batch`."""
+    """The highest forward pass in these complete lines. 100 times as fast as `read_batch`."""
     return max((int(number) for number in _STEP.findall(lines)), default=None)
 
 
@@ -245,18 +245,19 @@ def _unix_second(text: str) -> float | None:
         return None
 
 
-@functools.lru_cache(maxsize=4096)  # one text a rank, however many lines it writes
+@functools.lru_cache(maxsize=4096)  # one entry per rank, however many lines it writes
 def _rank(tags: str) -> Rank | None:
     return Rank.parse(tags)
 
 
-# Facts about a window's forward passes from the server's log: rebalances, accept lengths.
+# Facts about a window's forward passes: rebalances, accept lengths, captures.
 
 
 def read_log_facts(lines: Iterable[str], until: float) -> ServerFacts:
-    """The facts in `lines`, which were written until the Unix time `until` (s).
+    """The facts in `lines`, which were written before Unix time `until` (s).
 
-    Rebalances of all ranks that overlap are one; one without an end lasts until `until`.
+    Overlapping rebalances of several ranks count as one. A rebalance that has no end yet
+    lasts until `until`.
     """
     spans: list[tuple[float, float]] = []
     running: dict[str, float] = {}

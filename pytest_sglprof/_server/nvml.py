@@ -1,4 +1,4 @@
-"""`Nvml`: the GPUs of this machine, seen and set through NVML (nvidia-ml-py)."""
+"""`Nvml`: reads and locks the clocks of this machine's GPUs through NVML (nvidia-ml-py)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class GpuClocks:
     """The GPU of one rank during a window.
 
-    median_sm_mhz: of its SM clock, MHz. power_limit_w: W, None where it has none. throttled:
+    median_sm_mhz: of its SM clock, MHz. power_limit_w: W, None if it has none. throttled:
     slowed by heat or an external power brake; a power cap is normal and does not count.
-    reason: "thermal", "power brake", both, or "". throttled_share: of the readings, 0 to 1.
+    reason: "thermal", "power brake", both, or "". throttled_share: share of the readings in
+    which it was slowed, 0 to 1.
     """
 
     rank: str
@@ -35,7 +36,7 @@ class GpuClocks:
 
 
 class NvmlError(OSError):
-    """NVML refused or failed; `words` is its own message."""
+    """NVML refused or failed; `words` is its message."""
 
     @property
     def words(self) -> str:
@@ -48,7 +49,11 @@ class NvmlError(OSError):
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One look at one GPU. sm_mhz: its SM clock. reasons: NVML's bits. limit: W, None unknown."""
+    """One reading of one GPU.
+
+    sm_mhz: its SM clock, MHz. power_limit_w: W, None if it has none. reasons: bits of
+    nvmlClocksEventReasons.
+    """
 
     uuid: str
     sm_mhz: int
@@ -57,10 +62,10 @@ class GpuReading:
 
 
 class Nvml:
-    """NVML while it is open: without any client a driver may unload. Devices go by their UUIDs.
+    """An open connection to NVML. Without one the driver may unload. GPUs are named by UUID.
 
-    Making one raises ImportError where nvidia-ml-py is missing; that and every method raise
-    `NvmlError` where the driver, or a GPU, does not do it.
+    The constructor raises ImportError without nvidia-ml-py. It and every method raise
+    `NvmlError` if the driver or the GPU refuses.
     """
 
     def __init__(self) -> None:
@@ -72,7 +77,7 @@ class Nvml:
             pynvml.nvmlInit()
 
     def uuids(self) -> list[str]:
-        """Every GPU, in the order of the bus (CUDA counts by speed by default)."""
+        """The UUID of every GPU, in the order of the bus (CUDA's default is the order of speed)."""
         with self._errors():
             count = self._nvml.nvmlDeviceGetCount()
             devices = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
@@ -80,13 +85,13 @@ class Nvml:
         return list(self._devices)
 
     def pids(self, uuid: str) -> list[int]:
-        """The processes that have a context on a GPU; inside a container it may list none."""
+        """The processes that have a context on a GPU; [] in some containers."""
         with self._errors():
             processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device(uuid))
             return [int(process.pid) for process in processes]
 
     def reading(self, uuid: str) -> GpuReading:
-        """Its clock now, and what holds it down."""
+        """A GPU's clock now, and the reasons for which it is limited."""
         nvml = self._nvml
         with self._errors():
             device = self._device(uuid)
@@ -102,17 +107,17 @@ class Nvml:
             )
 
     def lock_clock(self, uuid: str, mhz: int) -> None:
-        """Holds the clock of its multiprocessors, until it is reset or the driver unloaded."""
+        """Locks the SM clock of a GPU until it is reset or the driver is unloaded."""
         with self._errors():
             self._nvml.nvmlDeviceSetGpuLockedClocks(self._device(uuid), mhz, mhz)
 
     def reset_clock(self, uuid: str) -> None:
-        """Lets it run as the driver chooses."""
+        """Unlocks the SM clock of a GPU."""
         with self._errors():
             self._nvml.nvmlDeviceResetGpuLockedClocks(self._device(uuid))
 
     def close(self) -> None:
-        """Ends the use of NVML; locks stay. Safe to call twice."""
+        """Closes NVML; locked clocks stay locked. Safe to call twice."""
         with contextlib.suppress(self._nvml.NVMLError):
             self._nvml.nvmlShutdown()
 
@@ -133,27 +138,25 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-# The clocks of a server's GPUs during a window, and whether heat or a power brake slowed them.
-#
-# A GPU that runs at its power limit lowers its clock all the time: that is normal and counts as
-# nothing. Thermal slowdown and an external power brake are faults of the machine.
+# The clocks of a server's GPUs during a window. A GPU at its power limit lowers its clock all the
+# time, which is normal and does not count. Heat and an external power brake are faults of the
+# machine.
 
-
-PERIOD = 0.1  # s between two readings; NVML's own figures change every 20 to 100 ms
-# Below this share of the readings a slowdown is a flicker that no figure of a window shows.
+PERIOD = 0.1  # s between two readings; NVML updates its figures every 20 to 100 ms
+# A slowdown in a smaller share of the readings is too short to change a window's figures.
 THROTTLED_SHARE = 0.05
-# Bits of nvmlClocksEventReasons. Not among them: the software power cap (0x4), and the general
-# hardware slowdown (0x8), which also stands for a power draw that is merely high.
+# Bits of nvmlClocksEventReasons, without the software power cap (0x4) and the general hardware
+# slowdown (0x8), which a high power draw sets as well.
 REASONS = ((0x20, "thermal"), (0x40, "thermal"), (0x80, "power brake"))
 
 
 class GpuSampler:
-    """Reads the GPUs of a server's ranks. uuids: rank's label -> UUID of its GPU."""
+    """Reads the GPUs of a server's ranks. uuids: label of a rank -> UUID of its GPU."""
 
     def __init__(self, nvml: Nvml, ranks: Mapping[int, Rank]) -> None:
-        """Finds each rank's GPU by the processes (pid -> rank) that NVML lists on it.
+        """Finds each rank's GPU from the processes that NVML lists on it. ranks: pid -> rank.
 
-        Not by index: CUDA orders devices by speed and NVML by bus.
+        An index would not do, since CUDA orders devices by speed and NVML by bus.
         """
         self._nvml = nvml
         self.uuids = {
@@ -164,16 +167,16 @@ class GpuSampler:
         }
 
     def read(self) -> Mapping[str, GpuReading]:
-        """The GPU of each rank now, by the rank's label."""
+        """Label of a rank -> a reading of its GPU now."""
         return {label: self._nvml.reading(uuid) for label, uuid in self.uuids.items()}
 
     def close(self) -> None:
-        """Ends the use of NVML."""
+        """Closes NVML."""
         self._nvml.close()
 
 
 class ClockWatch:
-    """A thread that samples from its start to its `stop`."""
+    """Reads the GPUs in a thread until `stop`. period: s between two readings."""
 
     def __init__(self, sampler: GpuSampler, period: float = PERIOD) -> None:
         self._sampler = sampler
@@ -185,7 +188,7 @@ class ClockWatch:
         self._thread.start()
 
     def stop(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
-        """Ends sampling; the clocks of each rank, and notes. Takes at most one reading."""
+        """Ends the thread within one reading; returns (the clocks of each rank, notes)."""
         self._over.set()
         self._thread.join()
         notes = (f"reading GPU clocks ended early: {self._failure}",) if self._failure else ()
@@ -204,7 +207,7 @@ class ClockWatch:
 
 
 def clocks_of(readings: Sequence[Mapping[str, GpuReading]]) -> tuple[GpuClocks, ...]:
-    """What the readings of a window say of each rank, in order of appearance."""
+    """The clocks of each rank from the readings of a window, in the order of the ranks there."""
     by_rank: dict[str, list[GpuReading]] = {}
     for look in readings:
         for rank, reading in look.items():
@@ -231,10 +234,13 @@ def _clocks(rank: str, readings: Sequence[GpuReading]) -> GpuClocks:
 def watch_clocks(server: Server) -> ClockWatch | None:
     """Begins to watch the GPUs of a server that was started here.
 
-    None where there is nothing to see: a CPU server, the stand-in, an attached server (its
-    devices are not known), no NVML, or GPUs that cannot be matched with ranks.
+    None for a CPU server, the stand-in, or an attached server (its GPUs are not known), and
+    if there is no NVML or no GPU can be matched with a rank.
     """
-    if server.attached or server.kind != "sglang" or server.sizes.is_cpu:
+    # Here, since reports import this module and need no HTTP client.
+    from pytest_sglprof._server.command import LAUNCHERS
+
+    if server.attached or server.sizes.is_cpu or not LAUNCHERS[server.kind].uses_hardware:
         return None
     try:
         nvml = Nvml()
@@ -251,29 +257,29 @@ def watch_clocks(server: Server) -> ClockWatch | None:
     return ClockWatch(sampler)
 
 
-# GPU clocks that are held at one frequency while a server lives, and given back after it.
-#
-# A GPU that boosts as far as heat and power let it gives different timings every night. The
-# keeper holds the lock, since it outlives a pytest that dies. NVML holds a lock until it is reset
-# or the driver is unloaded, and does not say what a clock was locked at before.
-
+# Locking GPU clocks while a server runs. A GPU that boosts as far as heat and power allow gives
+# different timings every night. The keeper holds the lock, since it outlives a pytest that dies.
+# NVML keeps a lock until it is reset or the driver is unloaded, and does not say at which
+# frequency a clock was locked before.
 
 SETTING = "lock_clocks of [gpu]"
 
 
 class ClockLock:
-    """The GPUs of one server, locked. held: UUID -> MHz."""
+    """The locked clocks of one server's GPUs. held: UUID -> MHz."""
 
     def __init__(self, names: Sequence[str], mhz: int, *, by_bus: bool) -> None:
-        """Locks all of them or, with `ClockLockError`, none.
+        """Locks the clocks of all these GPUs; if one fails, none and raises `ClockLockError`.
 
-        names: as in CUDA_VISIBLE_DEVICES. by_bus: indices count by the bus, as NVML does.
+        names: as in CUDA_VISIBLE_DEVICES. by_bus: indices follow the bus, as those of NVML.
         """
         self._nvml = open_nvml()
         self.held: dict[str, int] = {}
         try:
             for uuid in _find(self._nvml, names, by_bus=by_bus):
-                self.held[uuid] = mhz  # before: a lock that fails may have been set all the same
+                self.held[uuid] = (
+                    mhz  # before, since a lock may be set although NVML reports a failure
+                )
                 hint = "run as root, choose a clock of `nvidia-smi -q -d SUPPORTED_CLOCKS`, or"
                 with _explained(f"the clock of {uuid} cannot be locked at {mhz} MHz", hint):
                     self._nvml.lock_clock(uuid, mhz)
@@ -282,15 +288,15 @@ class ClockLock:
             raise
 
     def release(self) -> list[str]:
-        """Resets them; returns what could not be. Idempotent."""
+        """Unlocks the clocks; returns what could not be unlocked. Idempotent."""
         held, self.held = self.held, {}
-        left = _reset(self._nvml, held)
+        left = _unlock(self._nvml, held)
         self._nvml.close()
         return left
 
 
-def give_back(held: Mapping[str, int]) -> list[str]:
-    """Resets GPUs whose keeper died without doing so; returns what could not be."""
+def unlock_clocks(held: Mapping[str, int]) -> list[str]:
+    """Unlocks clocks that a dead keeper has left locked; returns what could not be unlocked."""
     if not held:
         return []
     try:
@@ -298,13 +304,13 @@ def give_back(held: Mapping[str, int]) -> list[str]:
     except ClockLockError as error:
         return [f"clocks of {', '.join(held)}: {error.what}"]
     try:
-        return _reset(nvml, held)
+        return _unlock(nvml, held)
     finally:
         nvml.close()
 
 
 def open_nvml() -> Nvml:
-    """NVML of this machine; raises `ClockLockError` where there is none."""
+    """NVML of this machine; raises `ClockLockError` if there is none."""
     try:
         with _explained("NVML does not start", "check nvidia-smi; without an NVIDIA GPU there"):
             return Nvml()
@@ -316,8 +322,8 @@ def open_nvml() -> Nvml:
         ) from None
 
 
-def _reset(nvml: Nvml, held: Mapping[str, int]) -> list[str]:
-    """Resets every GPU, whatever becomes of the others; returns what could not be."""
+def _unlock(nvml: Nvml, held: Mapping[str, int]) -> list[str]:
+    """Unlocks each clock even if another one fails; returns what could not be unlocked."""
     left = []
     for uuid, mhz in held.items():
         try:
@@ -331,7 +337,7 @@ def _reset(nvml: Nvml, held: Mapping[str, int]) -> list[str]:
 
 
 def _find(nvml: Nvml, names: Sequence[str], *, by_bus: bool) -> list[str]:
-    """The UUIDs of the GPUs by their names."""
+    """The UUIDs of the GPUs with these names; all GPUs for as many indices."""
     with _explained("NVML does not list the GPUs", "check nvidia-smi, or"):
         present = nvml.uuids()
     every = len(names) == len(present) and all(name.isdecimal() for name in names)
@@ -347,7 +353,7 @@ def _find(nvml: Nvml, names: Sequence[str], *, by_bus: bool) -> list[str]:
 
 @contextlib.contextmanager
 def _explained(what: str, hint: str) -> Iterator[None]:
-    """NVML's errors as `ClockLockError`, with NVML's words."""
+    """Turns an `NvmlError` into a `ClockLockError`."""
     try:
         yield
     except NvmlError as error:
@@ -359,10 +365,10 @@ def _explained(what: str, hint: str) -> Iterator[None]:
 
 
 def _uuid(name: str, present: Sequence[str], *, by_bus: bool) -> str:
-    """The UUID of a device by its name; CUDA takes any beginning of a UUID that is unique."""
+    """The UUID of a GPU from its name. CUDA accepts any unique beginning of a UUID."""
     if name.startswith("MIG-"):
         raise ClockLockError(
-            f"{SETTING}: {name} is a part of a GPU, and clocks belong to the whole",
+            f"{SETTING}: {name} is part of a GPU, whose clock can only be locked as a whole",
             expected="whole GPUs",
             hint="remove lock_clocks, or give the server whole GPUs",
         )
@@ -378,7 +384,7 @@ def _uuid(name: str, present: Sequence[str], *, by_bus: bool) -> str:
         matches = [uuid for uuid in present if uuid.startswith(name)]
     if len(matches) != 1:
         raise ClockLockError(
-            f"{SETTING}: NVML knows {len(matches) or 'no'} GPU{'s' * (len(matches) > 1)} {name}",
+            f"{SETTING}: NVML lists {len(matches) or 'no'} GPU{'s' * (len(matches) > 1)} {name}",
             expected=f"one of {', '.join(present) or 'none'}",
             hint="check nvidia-smi and $CUDA_VISIBLE_DEVICES, or remove lock_clocks",
         )

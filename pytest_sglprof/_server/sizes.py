@@ -1,4 +1,4 @@
-"""`ServerSizes`: how a server is divided into ranks, and what follows from it."""
+"""`ServerSizes`: how a server is divided into ranks, and which GPU each rank uses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pytest_sglprof._ranks import Rank
 class ServerSizes:
     """Parallel sizes as ``/server_info`` reports them; numbers of ranks, all at least 1.
 
-    dp: plain data-parallel replicas. attn_dp: DP ranks inside one TP group (DP attention).
-    base_gpu_id, gpu_id_step: which devices of a node are taken. device: "cuda", "cpu", ...
+    dp: data-parallel replicas. attn_dp: DP ranks inside one TP group (DP attention).
+    base_gpu_id, gpu_id_step: which devices of a node are used. device: "cuda", "cpu", ...
     decode_log_interval: iterations between two decode lines of a rank's log.
     """
 
@@ -36,7 +36,7 @@ class ServerSizes:
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> ServerSizes:
-        """Reads `/server_info`. What a server does not tell has SGLang's default.
+        """Reads `/server_info`. A size that is absent has SGLang's default.
 
         Before 0.5.23 DP attention reported ``dp_size=N`` and no ``attn_dp_size``; since
         then ``dp_size=1, attn_dp_size=N``. Both give ``attn_dp=N, dp=1`` here.
@@ -65,19 +65,19 @@ class ServerSizes:
 
     @property
     def dp_ranks(self) -> int:
-        """DP ranks that take requests: replicas times DP attention ranks."""
+        """DP ranks that take requests: replicas times ranks of DP attention."""
         return self.dp * self.attn_dp
 
     @property
     def is_cpu(self) -> bool:
-        """True for a server that computes on the CPU: it has no GPU activities."""
+        """True for a server that computes on the CPU; its traces have no GPU activities."""
         return self.device == "cpu"
 
     def ranks(self) -> tuple[Rank, ...]:
-        """Each rank that leaves a file in a torch window: ``dp * pp * tp`` of them.
+        """Each rank that writes a file in a torch window: ``dp * pp * tp`` of them.
 
-        Labelled as the file names are: TP always, another part only where its size
-        is above 1.
+        Labels are those of the file names: TP always, another part only if its size is
+        above 1.
         """
         return tuple(
             self._rank(dp, pp, tp)
@@ -122,8 +122,7 @@ class ServerSizes:
     def gpu_ranks(self) -> dict[int, str]:
         """Device index -> rank label, for the ranks of this node.
 
-        Empty on a CPU server. A device that several ranks share is left out: it names
-        nobody.
+        Empty on a CPU server. A device that several ranks share is left out.
         """
         if self.is_cpu:
             return {}
@@ -142,7 +141,7 @@ def graph_batches(info: Mapping[str, Any]) -> tuple[int, ...]:
     """Batch sizes, ascending, for which `/server_info` says that decode graphs were captured.
 
     Empty without decode graphs, without padding, and under DP attention, where a batch is
-    padded to what the ranks have together. Both the keys of 0.5.23 and older ones are read.
+    padded to a size that all ranks agree on. Keys of 0.5.23 and of older versions are read.
     """
     decode = (info.get("cuda_graph_config") or {}).get("decode") or {}
     sizes = decode.get("bs") or info.get("cuda_graph_bs") or ()

@@ -1,7 +1,8 @@
-"""``python -m pytest_sglprof._server.keeper``; its messages are those of `protocol`.
+"""The keeper, ``python -m pytest_sglprof._server.keeper``: the process that owns a server.
 
-It runs in a process session of its own and ignores Ctrl-C. When pytest stops it, dies, or
-closes the pipe, it tears the server down by itself.
+It runs in a process session of its own, ignores Ctrl-C, and exchanges the messages of
+`protocol` with pytest. When pytest asks for it, dies, or closes the pipe, the keeper tears
+the server down.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from pytest_sglprof._server.keeper.teardown import tear_down
 
 log = logging.getLogger("sglprof.keeper")
 
-TICK = 0.25  # s between two looks at the server
-ALONE_LIMIT = 20.0  # s for closing a window when nobody waits for it any more
+TICK = 0.25  # s between two checks whether the server runs
+ALONE_LIMIT = 20.0  # s for closing a window when pytest no longer waits for it
 
 
 class _Formatter(logging.Formatter):
-    """Hides what is secret, also in tracebacks."""
+    """Hides secrets, also in tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact_text(super().format(record))
 
 
 class Keeper:
-    """The keeper's loop: messages in, events out, the server in between."""
+    """Takes orders from stdin, looks after one server, and writes events to stdout."""
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -63,7 +64,7 @@ class Keeper:
         self._parent = 0
 
     def run(self) -> int:
-        """Serves one server; returns the exit status."""
+        """Runs one server from start to teardown; returns 1 if something is left, else 0."""
         process.adopt_orphans()
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -91,7 +92,7 @@ class Keeper:
             if self._start(life):
                 self._loop(life)
         except Exception:
-            log.exception("the keeper failed; it tears down")
+            log.exception("the keeper failed and tears the server down")
         finally:
             limit = plan.spec.stop_timeout
             limit = min(limit, ALONE_LIMIT) if self._alone else limit
@@ -142,13 +143,14 @@ class Keeper:
             log.info("window: %s", self._window)
 
     def _is_ending(self) -> bool:
-        """Also true when pytest has died while somebody else holds the pipe open."""
+        """True once a teardown is due, also if pytest died while another process holds the pipe."""
         if os.getppid() != self._parent:
             self._end_alone()
         return self._ending.is_set()
 
     def _read(self) -> None:
-        for line in sys.stdin:  # as text: who waits in its buffer aborts the interpreter's end
+        # As text: a thread that waits in the binary buffer would crash the interpreter's exit.
+        for line in sys.stdin:
             with contextlib.suppress(ValueError):
                 order = decode_order(line)
                 self._inbox.put(order)
@@ -162,7 +164,7 @@ class Keeper:
         self._ending.set()
 
     def _say(self, event: Event) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody may listen any more
+        with contextlib.suppress(OSError, ValueError):  # pytest may have closed the pipe
             sys.stdout.buffer.write(encode(event))
             sys.stdout.buffer.flush()
 

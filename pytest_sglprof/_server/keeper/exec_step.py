@@ -1,24 +1,24 @@
-"""Becomes a server or a load driver after taking its secrets from a file.
+"""Reads secrets from a file, then becomes a server or a load driver.
 
     python exec_step.py FILE module MODULE [ARG ...]     like `python -m MODULE ARG ...`
     python exec_step.py FILE serve [ARG ...]             like `sglang serve ARG ...`
 
-Whoever starts a command shows its words and its environment to everyone who lists
-processes, and nsys writes both into every report. So API keys and tokens come through
-the file (a server's is a fifo), as one JSON object, and the command runs inside this very
-process. Each key may be missing:
+Everyone who lists processes sees the arguments and the environment that a command was
+started with, and nsys writes both into every report. So API keys and tokens come through
+FILE (for a server a fifo) as one JSON object, and the command runs in this process. Each
+key of the object may be missing:
 
-    environ   variables that are set for the server and its children
-    private   variables that must not be in the *environment block* of any child: nsys
-              records the block of each process that it follows. Python code still
-              finds them in os.environ, here and in children of multiprocessing.
-    args      arguments added to the command (--api-key KEY)
-    log       file or fifo that takes the server's output ("" leaves it as it is); nsys
-              would store what goes through its own pipes
-    pid_file  where this process writes its pid
+    environ   variables to set for the command and its children
+    private   variables that must not be in the *environment block* of any child, since
+              nsys records the block of each process that it follows. Python code still
+              sees them in os.environ, here and in children of multiprocessing.
+    args      arguments to add to the command (--api-key KEY)
+    log       file or fifo for the output ("": stdout and stderr stay as they are), since
+              nsys would store what goes through its pipes
+    pid_file  file to write this process's pid to
 
-This file is run by the server's interpreter, which need not have pytest-sglprof: it uses
-the standard library only and works from Python 3.8 on.
+The server's interpreter runs this file and need not have pytest-sglprof, so it uses the
+standard library only and works from Python 3.8 on.
 """
 
 import importlib
@@ -30,7 +30,7 @@ import sys
 
 READ_LIMIT = 120  # s
 
-# Runs in children that multiprocessing spawns, when they unpickle what their parent sent.
+# Also runs in each child that multiprocessing spawns, when it unpickles its parent's data.
 _IN_CHILD = """
 import os
 import multiprocessing.spawn as spawn
@@ -57,29 +57,29 @@ subprocess.Popen.__init__ = without_private
 
 
 def main() -> None:
-    """Reads the fifo, prepares this process, and runs the server in it."""
+    """Reads the secrets, prepares this process, and runs the command in it."""
     fifo, mode, words = sys.argv[1], sys.argv[2], sys.argv[3:]
     signal.alarm(READ_LIMIT)  # the writer may have been killed
     with open(fifo, encoding="utf-8") as stream:  # noqa: PTH123
-        given = json.load(stream)
+        handover = json.load(stream)
     signal.alarm(0)
-    if given.get("log"):
-        _write_to(given["log"])
-    os.environ.update(given.get("environ", {}))
-    if given.get("private"):
-        exec(_IN_CHILD, {"source": _IN_CHILD, "private": given["private"]})
-    if given.get("pid_file"):
-        _tell_pid(given["pid_file"])
-    # `python FILE` puts the file's folder first, whose modules would hide others.
+    if handover.get("log"):
+        _write_to(handover["log"])
+    os.environ.update(handover.get("environ", {}))
+    if handover.get("private"):
+        exec(_IN_CHILD, {"source": _IN_CHILD, "private": handover["private"]})
+    if handover.get("pid_file"):
+        _write_pid(handover["pid_file"])
+    # `python FILE` puts the folder of FILE first; its modules must not hide others.
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
         del sys.path[0]
     if mode == "module":
-        sys.argv = [words[0], *words[1:], *given.get("args", ())]
+        sys.argv = [words[0], *words[1:], *handover.get("args", ())]
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     else:
         serve = importlib.import_module("sglang.cli.main").main
 
-        sys.argv = ["sglang", "serve", *words, *given.get("args", ())]
+        sys.argv = ["sglang", "serve", *words, *handover.get("args", ())]
         sys.exit(serve())
 
 
@@ -90,7 +90,7 @@ def _write_to(path: str) -> None:
     os.close(handle)
 
 
-def _tell_pid(path: str) -> None:
+def _write_pid(path: str) -> None:
     with open(path + ".new", "w", encoding="utf-8") as stream:  # noqa: PTH123
         stream.write(str(os.getpid()))
     os.replace(path + ".new", path)

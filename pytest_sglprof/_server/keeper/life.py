@@ -43,16 +43,17 @@ from pytest_sglprof._server.nvml import ClockLock, Nvml
 
 log = logging.getLogger("sglprof.keeper")
 
-SOCKET_ROOM = 60  # bytes of a folder's path; SGLang puts sockets (107 bytes at most) into it
+SOCKET_ROOM = 60  # longest path of TMPDIR in bytes: SGLang's sockets in it may have 107
 
-Say = Callable[[str], None]
+Show = Callable[[str], None]
 
 
 class ServerLife:
-    """Starts a server and knows whether it lives. The teardown is `teardown.tear_down`.
+    """Starts a server and knows whether it is alive; `teardown.tear_down` ends it.
 
-    clocks: the lock on its GPUs' clocks, None without. locked: called as soon
-    as they are locked.
+    cancelled: true once the start is to be given up. progress: called with lines for people.
+    locked: called with UUID -> MHz as soon as GPU clocks are locked. clocks: that lock, None
+    if none was asked for.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ServerLife:
         plan: Plan,
         *,
         cancelled: Callable[[], bool],
-        progress: Say,
+        progress: Show,
         locked: Callable[[Mapping[str, int]], None] = lambda clocks: None,
     ) -> None:
         self.plan = plan
@@ -86,11 +87,11 @@ class ServerLife:
         self._locked = locked
 
     def start(self) -> None:
-        """Leases, then starts; returns when the server's process runs (not: is ready)."""
+        """Takes the leases, then starts the server's process; it is not ready yet on return."""
         lease.sweep()
         for name in ("tmp", "traces", "nsys"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        # A log of an earlier life would explain the death of this one.
+        # Else a death would be explained by the log of an earlier server.
         (self.folder / "server.log").unlink(missing_ok=True)
         gpus = self._lease_gpus()
         self.port, nccl_port = self._lease_ports()
@@ -116,17 +117,17 @@ class ServerLife:
         self._wait_for_pid()
 
     def is_alive(self) -> bool:
-        """True while the server's own process runs, whatever became of nsys."""
+        """True while the server's process runs, even if nsys has ended."""
         return bool(self.pid) and process.is_alive(self.pid, self.created)
 
     def end_ranks(self) -> None:
-        """After the server's death: its ranks can linger for a minute, and nsys with them."""
+        """Ends the ranks of a dead server, which can linger for a minute, and nsys with them."""
         process.kill_all(process.wait_gone(process.of_session(self.pid), RANK_GRACE))
 
     def exit_status(self) -> int | None:
         """The server's exit status after its end; None if unknown.
 
-        Below nsys it is known only when the report of the open window is written.
+        Under nsys it is known only once the report of the open window is written.
         """
         if self.launcher is None:
             return None
@@ -137,17 +138,17 @@ class ServerLife:
             if self._cancelled():
                 deadline = min(deadline, time.monotonic() + HURRIED_WAIT)
             time.sleep(0.05)
-        # An nsys that was killed did not live to tell the status of its target.
+        # If nsys was killed, this status is that of nsys, not of the server.
         return None if self.plan.nsys and status < 0 else status
 
     def remember(self) -> None:
-        """Notes who belongs to the server, and what a kill of them would leave."""
+        """Notes the server's processes, and the shared memory that they would leave if killed."""
         members = process.descendants(os.getpid())
         self.seen.update(member.pid for member in members)
         self.shared |= process.shared_memory(members, self._began)
 
     def free(self) -> None:
-        """Removes the temporary folder and frees the leases; for after the end."""
+        """Removes temporary files and frees the leases, after the server's end."""
         if self.pump is not None:
             self.pump.close()
         if self._link is not None:
@@ -158,17 +159,17 @@ class ServerLife:
         for held in self._leases:
             held.release()
         self._leases.clear()
-        with contextlib.suppress(LeaseError):  # there is no folder, so there are no leases
-            lease.sweep()  # a pytest that was killed left the lock of its window
+        with contextlib.suppress(LeaseError):  # no folder, so no leases
+            lease.sweep()  # a pytest that was killed may have left the lock of its window
 
     def _lease_gpus(self) -> list[str] | None:
-        """Leases the devices; returns them when the server is to see only these."""
+        """Leases the GPUs; returns their names if the server is to see only these, else None."""
         spec = self.plan.spec
         if not self._on_gpu:
             return None
         visible = visible_gpus({**os.environ, **dict(spec.env)})
         chosen = choose_gpus(spec.gpus, visible)
-        for name in sorted(chosen):  # in one order for everybody, so that nobody deadlocks
+        for name in sorted(chosen):  # every keeper takes them in one order, so none deadlocks
             self._leases.append(
                 lease.acquire(
                     f"gpu-{name}",
@@ -218,13 +219,13 @@ class ServerLife:
             if pid is not None or time.monotonic() > deadline or self._cancelled():
                 raise LeaseError(
                     f"port {port} is in use by {f'process {pid}' if pid else 'another process'}",
-                    expected="a free port, since one was asked for",
-                    hint="end that process, give another port, or none: a free one is chosen then",
+                    expected="a free port, since the server's port is set",
+                    hint="end that process, set another port, or set none to get a free one",
                 )
             time.sleep(0.1)
 
     def _shorten_tmpdir(self) -> None:
-        """A socket's path is short by law of the kernel: a link stands for a long folder."""
+        """Uses a link for a long path of TMPDIR, since the kernel limits the path of a socket."""
         if len(os.fsencode(self.tmpdir)) <= SOCKET_ROOM:
             return
         link = self.plan.short_tmpdir
@@ -264,9 +265,9 @@ class ServerLife:
             ) from error
 
     def _secrets(self, hidden: list[str], private: dict[str, str]) -> dict[str, Any]:
-        """What goes through the fifo; see `server/exec_step.py`."""
+        """What goes through the fifo; see `exec_step.py`."""
         return {
-            # Below nsys every process's environment block ends up in the report.
+            # nsys writes the environment block of every process into its report.
             "environ": {} if self.plan.nsys else private,
             "private": private if self.plan.nsys else {},
             "args": hidden,
@@ -277,11 +278,11 @@ class ServerLife:
     @property
     def _on_gpu(self) -> bool:
         on_cpu = command.option(self.plan.spec.args, "--device") == "cpu"
-        return self.plan.entry.kind == "sglang" and not on_cpu
+        return command.LAUNCHERS[self.plan.entry.kind].uses_hardware and not on_cpu
 
     @property
     def _log_target(self) -> Path:
-        """Where the server and what starts it write: the pump's fifo, if there is a pump."""
+        """Where the server and its launcher write: the fifo of the pump if there is one."""
         return self.pump.fifo if self.pump is not None else self.folder / "server.log"
 
     @property
@@ -323,39 +324,38 @@ class ServerLife:
         lines = redact_text(log_text).splitlines()
         if self._cancelled():
             return ServerNotReady(
-                f"the keeper process (pid {os.getpid()}) was told to end while it started the "
-                "server",
-                expected="to be left alone",
-                hint="look for whoever sends SIGTERM to it",
+                f"the keeper process (pid {os.getpid()}) received SIGTERM while it started "
+                "the server",
+                expected="a keeper that lives as long as its server",
+                hint="find out what sent it SIGTERM",
                 log=lines[-12:],
             )
         if status is None:
             return ServerNotReady(
-                f"the server's process did not come up within {START_LIMIT:g} s",
-                hint=f"look at {self.folder / 'server.log'}",
+                f"the server's process did not start within {START_LIMIT:g} s",
+                hint=f"read {self.folder / 'server.log'}",
                 log=lines[-12:],
             )
         return ServerDied(
             f"the server's command ended with status {status} before the server ran",
             expected="a command that starts",
-            hint=f"the whole log is {self.folder / 'server.log'}",
+            hint=f"read the whole log: {self.folder / 'server.log'}",
             log=lines[-12:],
         )
 
 
-# Hands secrets to the exec step, and writes the server's log without its keys.
-
+# Passing secrets to the exec step, and keeping them out of the server's log.
 
 CHUNK = 65536
-MAX_LINE = 1 << 20  # bytes held back while a line is incomplete
+MAX_LINE = 1 << 20  # bytes that are held back while a line is incomplete
 
 
 def hand_over(
     fifo: Path, given: Mapping[str, Any], *, alive: Callable[[], bool], timeout: float
 ) -> bool:
-    """Writes `given` as JSON once a reader is there; then the fifo is gone.
+    """Writes `given` as JSON once the fifo has a reader, then removes the fifo.
 
-    False when `alive` says no, or after `timeout` s.
+    False if `alive` returns False or `timeout` s pass before that.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -363,7 +363,7 @@ def hand_over(
             try:
                 handle = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
-                if error.errno != errno.ENXIO:  # ENXIO: nobody reads yet
+                if error.errno != errno.ENXIO:  # ENXIO: no reader yet
                     raise
                 if not alive():
                     return False
@@ -381,9 +381,9 @@ def hand_over(
 class LogPump:
     """Copies a fifo into a log file, line by line, with all known secrets hidden.
 
-    SGLang logs all its arguments at start, its keys among them, and requests when asked to;
-    so a server with secrets writes through here, one without writes its log itself. Where
-    the log cannot be written (a full disk) the pump goes on reading: a server must never
+    SGLang logs all its arguments when it starts, keys included, and requests if asked to. So
+    a server with secrets writes through a pump; one without writes its log itself. If the
+    log cannot be written (a full disk) the pump keeps reading, since a server must never
     wait for its log.
     """
 
@@ -391,14 +391,15 @@ class LogPump:
         self.fifo = fifo
         self._log = log.open("ab", buffering=0)
         os.mkfifo(fifo, 0o600)
-        # Opened for both, so that the pump neither blocks now nor ends between writers.
+        # For reading and writing, so that the pump neither blocks here nor sees an end of file
+        # between two writers.
         self._handle = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log pump", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Writes what is left and ends; for after the server's end."""
+        """Writes what is left and ends the pump, after the server's end."""
         self._ending.set()
         self._thread.join(timeout=PUMP_WAIT)
         self.fifo.unlink(missing_ok=True)
@@ -437,14 +438,13 @@ class LogPump:
             self._log.write(text.encode("utf-8", errors="surrogateescape"))
 
 
-# Which GPUs this machine shows, and which processes NVML sees on them.
-
+# Which GPUs are visible, and which processes NVML lists on them.
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Names of the devices that a process would see: indices, or what the variable lists."""
+    """Names of the GPUs that a process would see: from CUDA_VISIBLE_DEVICES, else all indices."""
     listed = environment.get(VISIBLE)
     if listed is not None:
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
@@ -453,7 +453,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def choose_gpus(wanted: Literal["all"] | Sequence[int], visible: Sequence[str]) -> list[str]:
-    """The devices of a server; `wanted` are indices into the visible ones."""
+    """The GPUs of a server. wanted: "all", or indices into `visible`."""
     if wanted == "all":
         return list(visible)
     beyond = [index for index in wanted if int(index) >= len(visible)]

@@ -1,8 +1,8 @@
-"""What pytest tells the keeper to start, and the messages that both exchange.
+"""The messages between pytest and the keeper, pytest's end of the pipe, and shared limits.
 
-Each is one line of JSON, in which `op` (to the keeper's stdin) or `event` (from its stdout)
-says which one it is. It goes by `json`, since a secret need not be a text: msgspec refuses to
-write what Python made of such bytes.
+A message is one line of JSON. Its kind is in `op` (to the keeper's stdin) or `event` (from
+its stdout). It is written by `json` because a secret may hold bytes that are not UTF-8:
+Python stands these in as surrogates, which msgspec refuses to write.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from pytest_sglprof._nsys import QUICK as NSYS_QUICK
 from pytest_sglprof._process import KILL_WAIT, TERM_WAIT
 from pytest_sglprof._server import lease
 from pytest_sglprof._server.command import PACKAGE_ROOT, Entry
-from pytest_sglprof._server.nvml import give_back
+from pytest_sglprof._server.nvml import unlock_clocks
 
 if TYPE_CHECKING:
     import psutil
 
 
-LIFE = "SGLPROF_LIFE"  # variable of all that a keeper starts; its value is the plan's `life`
+LIFE = "SGLPROF_LIFE"  # set for every process that a keeper starts; holds the plan's `life`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a keeper must know. nsys: path of the command, "" for none.
+    """Everything that a keeper needs in order to start a server.
 
-    parent: pid of pytest. pythonpath: pytest's PYTHONPATH; the keeper has a longer one,
-    which the server's interpreter must not inherit. private: pytest's secret variables,
-    which are not in the keeper's own environment: nsys stores that of every process.
-    life: names this server's life as no other; see `LIFE`.
+    nsys: path of the command, "" to start without it. parent: pid of pytest. pythonpath:
+    pytest's PYTHONPATH; the keeper runs with a longer one, which the server's interpreter
+    must not inherit. private: pytest's secret variables; the keeper is started without
+    them because nsys stores the environment of every process. life: a name that no other
+    run of a server has, see `LIFE`.
     """
 
     spec: ServerSpec
@@ -67,34 +68,34 @@ class Plan:
 
     @property
     def session_name(self) -> str:
-        """The name of its nsys session."""
+        """The name of the server's nsys session."""
         return f"sglprof-{self.parent}-{self.life}"
 
     @property
     def short_tmpdir(self) -> Path:
-        """The link that stands for its temporary folder where that has a long path."""
+        """A link to the server's temporary folder, used if the path of that is too long."""
         return Path(tempfile.gettempdir()) / f"sglprof-{self.life}"
 
 
 class Launch(msgspec.Struct, frozen=True, tag_field="op", tag="launch"):
-    """First, once. It holds the keys: for a pipe, never for a file."""
+    """The first message, sent once. It holds keys, so it is sent through a pipe, never stored."""
 
     plan: Plan
 
 
 class Window(msgspec.Struct, frozen=True, tag_field="op", tag="window"):
-    """A window is open, since the Unix time `opened` (s); backend None: none is open."""
+    """A window is open since Unix time `opened` (s); with backend None no window is open."""
 
     backend: Backend | None
     opened: float
 
 
 class Stop(msgspec.Struct, frozen=True, tag_field="op", tag="stop"):
-    """Tear down; the end of the pipe says the same."""
+    """Tear the server down. The end of the pipe means the same."""
 
 
 class ProgressEvent(msgspec.Struct, frozen=True, tag_field="event", tag="progress"):
-    """How the start goes, for people."""
+    """Progress of the start, as a line for people."""
 
     text: str
 
@@ -106,7 +107,10 @@ class Clocks(msgspec.Struct, frozen=True, tag_field="event", tag="clocks"):
 
 
 class Started(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
-    """The server's process runs. created: its start, Unix s. session: of nsys, "" for none."""
+    """The server's process runs.
+
+    created: Unix time in s at which it started. session: its nsys session, "" without nsys.
+    """
 
     pid: int
     created: float
@@ -118,14 +122,14 @@ class Started(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
-    """It does not run. error: the class; fields: what an error of that class holds."""
+    """The server could not be started. error: name of the error's class; fields: its attributes."""
 
     error: str
     fields: dict[str, Any]
 
 
 class Exited(msgspec.Struct, frozen=True, tag_field="event", tag="exited"):
-    """The server ended by itself; status None: nobody knows it."""
+    """The server ended by itself. status: its exit status, None if unknown."""
 
     status: int | None
 
@@ -137,7 +141,7 @@ class Stopped(msgspec.Struct, frozen=True, tag_field="event", tag="stopped"):
 
 
 class Closed(msgspec.Struct, frozen=True, tag_field="event", tag="closed"):
-    """Said by nobody: the pipe from the keeper has ended."""
+    """The pipe from the keeper has ended. Not sent: `KeeperLink` adds it."""
 
 
 Order = Launch | Window | Stop
@@ -146,8 +150,8 @@ Event = ProgressEvent | Clocks | Started | Failed | Exited | Stopped | Closed
 
 def encode(message: Order | Event) -> bytes:
     """One message as a line."""
-    plain = msgspec.to_builtins(message, enc_hook=str)  # of all fields, paths alone need it
-    return json.dumps(plain).encode() + b"\n"
+    fields = msgspec.to_builtins(message, enc_hook=str)  # only paths need the hook
+    return json.dumps(fields).encode() + b"\n"
 
 
 def decode_order(line: bytes | str) -> Order:
@@ -163,12 +167,12 @@ def decode_event(line: bytes | str) -> Event:
 
 
 def error_message(error: SglprofError) -> Failed:
-    """An error as a message, with every field of its class."""
+    """An error as a message, with all its attributes."""
     return Failed(type(error).__name__, dict(vars(error)))
 
 
 def error_from(message: Failed) -> SglprofError:
-    """The error that a message tells of; `ServerError` for an unknown class."""
+    """The error in a message; a `ServerError` if its class is unknown."""
     kind = getattr(errors, message.error, None)
     if not (isinstance(kind, type) and issubclass(kind, SglprofError)):
         kind = ServerError
@@ -181,19 +185,18 @@ def _path(kind: type[Path], text: str) -> Path:
     return kind(text)
 
 
-# `KeeperLink`: pytest's end of the pipe to the process that owns the server.
+# Pytest's end of the pipe to the keeper.
 
-
-LOOK_EVERY = 0.5  # s between two looks at the keeper
+LOOK_EVERY = 0.5  # s between two checks whether the keeper runs
 READ_LIMIT = 5.0  # s to read the last messages of a keeper that has ended
 
 _Event = TypeVar("_Event")
 
 
 class KeeperLink:
-    """Starts a keeper, talks to it, and ends what it leaves when it is killed.
+    """Starts a keeper, talks to it, and cleans up after it if it is killed.
 
-    Events are kept until somebody asks for them.
+    Events are kept until they are asked for. left: what could not be removed.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -242,18 +245,18 @@ class KeeperLink:
             stream.flush()
 
     def next_event(self, timeout: float) -> Event | None:
-        """The next event that was not yet taken; None when there is none in `timeout` s."""
+        """The next event in order; None if none arrives within `timeout` s."""
         try:
             return self._events.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
 
     def last_event(self, kind: type[_Event]) -> _Event | None:
-        """The last event of this kind, taken or not."""
+        """The newest event of this kind, whether `next_event` has returned it or not."""
         return self._last.get(kind)
 
     def wait_for(self, kind: type[_Event], timeout: float) -> _Event | None:
-        """The same, waited for; ends early when the keeper does."""
+        """Waits for an event of this kind; None after `timeout` s or once the keeper has ended."""
         deadline = time.monotonic() + timeout
         while (event := self.last_event(kind)) is None and time.monotonic() < deadline:
             if self.last_event(Closed) is not None:
@@ -262,10 +265,10 @@ class KeeperLink:
         return event
 
     def death(self) -> str | None:
-        """How the keeper ended; None while it runs, or when that was asked for."""
+        """How the keeper ended; None while it runs, or if it ended because `close` asked it to."""
         status = self._process.poll()
         if status is None and self.last_event(Closed) is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it is about to end
+            with contextlib.suppress(subprocess.TimeoutExpired):  # about to end
                 status = self._process.wait(READ_LIMIT)
         if status is None or (self._ending.is_set() and self.last_event(Stopped) is not None):
             return None
@@ -273,15 +276,15 @@ class KeeperLink:
         if self._fault:
             return f"{who} {self._fault}, so it was killed"
         if self.last_event(Stopped) is not None:
-            return f"{who} was told to end by somebody else (SIGTERM)"
+            return f"{who} received SIGTERM from another process"
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"{who} {how}"
 
     def close(self, timeout: float) -> bool:
-        """Asks for the teardown and waits for it; `left` then holds what it could not remove.
+        """Asks for the teardown and waits for it; afterwards `left` holds what it left.
 
-        False for a keeper that was dead, stayed stopped or took more than `timeout` s: it
-        is killed, and what it leaves is ended from here.
+        False if the keeper was dead, stayed stopped or took more than `timeout` s. Then it
+        is killed, and this process ends whatever it left behind.
         """
         self._ending.set()
         self.send(Stop())
@@ -295,13 +298,13 @@ class KeeperLink:
         return self.last_event(Stopped) is not None
 
     def _watch_over(self) -> None:
-        """Until the keeper is gone, and all that it had with it."""
+        """Runs until the keeper is gone, and everything that it had started."""
         stopped = 0
         while self.is_running():
-            # Looks are counted, not seconds: pytest itself may have been stopped as well.
+            # Checks are counted, not seconds, since pytest itself may have been stopped too.
             stopped = stopped + 1 if process.is_stopped(self.pid) else 0
             if stopped * LOOK_EVERY > FROZEN_LIMIT:
-                self._kill(f"was stopped and did not go on for {FROZEN_LIMIT:g} s")
+                self._kill(f"was stopped (SIGSTOP) and did not continue within {FROZEN_LIMIT:g} s")
             if self._closed.wait(LOOK_EVERY):
                 time.sleep(0.02)  # it is about to end
         self._closed.wait(READ_LIMIT)
@@ -338,14 +341,11 @@ class KeeperLink:
 
 
 def _environment(private: Container[str]) -> dict[str, str]:
-    """Ours without secrets, this very package's folder first, wherever that may lie.
-
-    Nor with the name of the test that is running now: the server outlives it.
-    """
+    """The keeper's variables: this process's without secrets, and a path to this package."""
     paths = [str(PACKAGE_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    ours = {k: v for k, v in os.environ.items() if k not in private}
-    ours.pop("PYTEST_CURRENT_TEST", None)
-    return {**ours, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    variables = {k: v for k, v in os.environ.items() if k not in private}
+    variables.pop("PYTEST_CURRENT_TEST", None)  # the server outlives the test that runs now
+    return {**variables, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def keeper_log_end(folder: Path, limit: int = 8) -> list[str]:
@@ -355,74 +355,70 @@ def keeper_log_end(folder: Path, limit: int = 8) -> list[str]:
     return []
 
 
-# Time limits that pytest and the keeper share, all in s.
-#
-# Whoever waits for the other waits as long as that may take: his limit is the sum of the
-# other's. It ends early when the other one ends.
-
+# Time limits that pytest and the keeper share, all in s. When one of them waits for the other,
+# its limit is the sum of the limits of the steps that it waits for. A wait ends early if the
+# other process ends.
 
 # The keeper starts a server.
-START_LIMIT = 120.0  # for nsys and the interpreter to take their secrets; once more for the pid
-PORT_WAIT = 10.0  # for a port to be free again after its last server
-SLACK = 15.0  # for files, NVML and a busy machine; no step of its own
-# It reports every second while it waits for a lease; nothing else takes longer than this.
+START_LIMIT = 120.0  # for the new process to read its secrets, then again to write its pid
+PORT_WAIT = 10.0  # for a port to become free after its last server
+SLACK = 15.0  # for files, NVML and a busy machine
+# While it waits for a lease the keeper reports every second; everything else together takes
+# less than this.
 SILENCE_LIMIT = 2 * START_LIMIT + PORT_WAIT + NSYS_QUICK + SLACK
 
-# The server ended by itself; the keeper finds out its exit status.
+# The server ended by itself, and the keeper looks for its exit status.
 RANK_GRACE = 1.0  # for the ranks of a dead server to end by themselves
-STATUS_WAIT = 60.0  # for nsys to write the report of a dead target and pass on its status
-HURRIED_WAIT = 10.0  # for the same when everything is to end
+STATUS_WAIT = 60.0  # for nsys to write the report of a dead server and pass on its status
+HURRIED_WAIT = 10.0  # the same once a teardown has been asked for
 EXIT_LIMIT = RANK_GRACE + KILL_WAIT + STATUS_WAIT + SLACK
 
 # The keeper tears down.
 GRACE = 12.0  # after SIGTERM; SGLang needs about 5
-FINALISE = 10.0  # for nsys to end after its target
-LAUNCHER_GRACE = 2.0  # for a command that did not end by itself, after SIGTERM
-SHUTDOWN = 8.0  # for `nsys shutdown`, and for the session to be gone after it
-AGENT_WAIT = 2.0  # the agent of nsys ends a moment after its session
+FINALISE = 10.0  # for nsys to end after the server
+LAUNCHER_GRACE = 2.0  # after SIGTERM to an nsys that did not end by itself
+SHUTDOWN = 8.0  # for `nsys shutdown`, and again for the session to disappear
+AGENT_WAIT = 2.0  # for the agent of nsys, which ends a moment after its session
 GPU_WAIT = 10.0  # for the driver to drop the contexts of killed processes
 PUMP_WAIT = 5.0  # for the last lines of the log
 
-# Pytest looks after the keeper.
-FROZEN_LIMIT = 5.0  # for a keeper that was stopped (SIGSTOP) to go on
-ORPHAN_GRACE = 3.0  # for pytest itself to end, in order, a server whose keeper was killed
-ORPHAN_TERM = 5.0  # after SIGTERM to such a server: its promise is to be gone within 30
+# Pytest watches the keeper.
+FROZEN_LIMIT = 5.0  # for a keeper that was stopped (SIGSTOP) to continue
+ORPHAN_GRACE = 3.0  # for pytest to call `close` after the keeper was killed
+ORPHAN_TERM = 5.0  # after SIGTERM to a server without a keeper, which is to be gone within 30 s
 
 
 def teardown_limit(stop_timeout: float, *, nsys: bool) -> float:
-    """The longest time that a keeper may take to stop.
+    """The longest time in s that a keeper may take for a teardown.
 
-    stop_timeout: the spec's, for closing an open window. nsys: the server runs under it.
+    stop_timeout: s for closing an open window, from the spec. nsys: the server runs under it.
     """
-    total = RANK_GRACE + KILL_WAIT + HURRIED_WAIT  # a death that was just being looked into
+    total = RANK_GRACE + KILL_WAIT + HURRIED_WAIT  # the server may have died just before
     total += stop_timeout
     total += min(GRACE, stop_timeout) + TERM_WAIT + KILL_WAIT
     total += FINALISE + LAUNCHER_GRACE + TERM_WAIT + KILL_WAIT
     total += AGENT_WAIT + KILL_WAIT
     total += GPU_WAIT + PUMP_WAIT + SLACK
     if nsys:
-        total += 2 * NSYS_QUICK + stop_timeout  # two looks at the session; a report read again
+        total += 2 * NSYS_QUICK + stop_timeout  # two looks at the session; a repeated import
         total += 3 * NSYS_QUICK + 2 * SHUTDOWN
         total += NSYS_QUICK
     return total
 
 
-# Ends what a keeper that was killed left behind, known by a mark that only it carries.
-#
-# No message of the keeper is needed: it may have been killed before it could send one. All
-# that it starts inherits the variable `plan.LIFE`, and the plan names its files.
+# Cleaning up after a keeper that was killed. It may not have sent a single message, so its
+# processes are known by the variable `LIFE`, which they inherit, and its files by the plan.
 
-
-INJECTION = "QUADD_INJECTION_CONFIG"  # a file in /tmp that an nsys that was killed leaves
+INJECTION = "QUADD_INJECTION_CONFIG"  # names a file in /tmp, which stays if nsys is killed
 
 
 def end_orphans(
     plan: Plan, *, server: int, since: float, clocks: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """Ends the processes, removes the files, gives back the clocks; returns what is left.
+    """Ends the processes, removes the files and unlocks the clocks; returns what is left.
 
-    server: its pid, 0 if unknown. since: Unix time of the keeper's start.
-    clocks: UUID of a GPU -> MHz that it is locked at. The leases are free already.
+    server: its pid, 0 if unknown. since: Unix time in s at which the keeper started.
+    clocks: UUID of a GPU -> MHz at which it is locked. The keeper's leases ended with it.
     """
     family = _family(plan, server, since)
     injections = {process.variable(member.pid, INJECTION) for member in family}
@@ -434,27 +430,27 @@ def end_orphans(
     with contextlib.suppress(OSError):
         plan.short_tmpdir.unlink()
     shutil.rmtree(plan.folder / "tmp", ignore_errors=True)
-    with contextlib.suppress(LeaseError):  # there is no folder, so there are no leases
+    with contextlib.suppress(LeaseError):  # no folder, so no leases
         lease.sweep()
-    return (*(f"process {pid}" for pid in left), *give_back(clocks))
+    return (*(f"process {pid}" for pid in left), *unlock_clocks(clocks))
 
 
 def remove_injection(name: str) -> None:
-    """Removes the file that nsys leaves when it is killed; any other is left alone."""
+    """Removes the file that a killed nsys leaves behind; does nothing for any other name."""
     if Path(name).name.startswith("injection_config_"):
         with contextlib.suppress(OSError):
             Path(name).unlink()
 
 
 def _end(plan: Plan, family: list[psutil.Process], server: int, since: float) -> list[int]:
-    """Ends the server first, so that nsys may end in order; returns who outlives it."""
+    """Ends the server first, so that nsys can finish; returns the pids that are still alive."""
     pids = {member.pid for member in family}
     first = [server] if server in pids else process.topmost(family)
     process.terminate_tree(first, min(ORPHAN_TERM, plan.spec.stop_timeout))
     patience = FINALISE if plan.nsys else AGENT_WAIT
     process.wait_gone(_family(plan, server, since), patience)
     deadline = time.monotonic() + process.KILL_WAIT
-    # Whoever is being started just now comes to light at the next look.
+    # Repeated, since a process may be starting another one just now.
     while (rest := _family(plan, server, since)) and time.monotonic() < deadline:
         process.kill_all(rest, wait=deadline - time.monotonic())
     return [member.pid for member in rest]

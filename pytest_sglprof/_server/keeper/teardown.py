@@ -1,8 +1,8 @@
-"""Ends a server in the order that loses nothing, and reports what is left.
+"""Ends a server in an order that loses no data, and reports what is left.
 
-The open window first, then the server's tree, then nsys; afterwards nothing of ours may remain:
-no process, no session, no agent, no context on a GPU. Every step has its limit; their sum is
-`limits.teardown_limit`, and as a rule it takes seconds.
+First the open window is closed, then the server's processes are ended, then nsys. Afterwards
+no process, nsys session, nsys agent or GPU context may remain. Every step has a limit;
+`protocol.teardown_limit` is their sum. A teardown usually takes seconds.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from pytest_sglprof._server.keeper.protocol import (
 
 log = logging.getLogger("sglprof.keeper")
 
-CLOCK_STEP = 0.1  # s; a file's time is that of the last tick, a little in the past
+CLOCK_STEP = 0.1  # s; the kernel dates a file by its last clock tick, a little in the past
 
 
 def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: float) -> list[str]:
-    """Does it all; returns what could not be removed, [] when nothing is left.
+    """Tears the server down; returns what could not be removed.
 
-    window: the backend of a window that is still open, opened at Unix time `opened`.
-    limit: s for closing it.
+    window: the backend of the window that is open, None if none is. opened: Unix time in s
+    at which it was opened. limit: s for closing it.
     """
     left: list[str] = []
     try:
@@ -55,7 +55,7 @@ def tear_down(life: ServerLife, window: Backend | None, opened: float, limit: fl
         left += _end_rest(life)
         left += _check_session(life)
         left += _check_gpus(life)
-    finally:  # whatever went wrong: nothing else gives the clocks back
+    finally:  # nothing else would unlock the clocks
         left += _unlock_clocks(life)
     life.free()
     for text in left:
@@ -74,7 +74,7 @@ def _close_window(life: ServerLife, window: Backend, opened: float, limit: float
             _stop_profile(life, limit)
     except (SglprofError, OSError) as error:
         log.warning("the window could not be closed: %s", error)
-        _remove_halves(life.folder / "traces", opened)
+        _remove_incomplete(life.folder / "traces", opened)
 
 
 def _stop_profile(life: ServerLife, limit: float) -> None:
@@ -92,8 +92,8 @@ def _stop_profile(life: ServerLife, limit: float) -> None:
         client.close()
 
 
-def _remove_halves(traces: Path, opened: float) -> None:
-    """Files of a window that was cut off: they are written in place, so they are halves."""
+def _remove_incomplete(traces: Path, opened: float) -> None:
+    """Removes the traces of a window that was cut off: they are incomplete."""
     for path in traces.rglob("*.json*"):
         with contextlib.suppress(OSError):
             if path.stat().st_mtime >= opened - CLOCK_STEP:
@@ -101,18 +101,18 @@ def _remove_halves(traces: Path, opened: float) -> None:
 
 
 def _end_launcher(life: ServerLife) -> None:
-    """nsys ends by itself after its target, once the report is written."""
+    """Waits for nsys, which ends after the server once its report is written."""
     if life.launcher is None:
         return
     try:
         life.launcher.wait(FINALISE)
     except subprocess.TimeoutExpired:
-        log.warning("the launched command does not end by itself: SIGTERM")
+        log.warning("the launched command does not end by itself, so it gets SIGTERM")
         process.terminate_tree([life.launcher.pid], LAUNCHER_GRACE)
 
 
 def _end_session(life: ServerLife) -> None:
-    """For an nsys command that was killed: its session and agent live on."""
+    """Shuts the nsys session down if it still exists, as after a kill of the nsys command."""
     if life.session is None:
         return
     try:
@@ -124,7 +124,7 @@ def _end_session(life: ServerLife) -> None:
 
 
 def _end_rest(life: ServerLife) -> list[str]:
-    """Kills whatever still descends from this process; it adopted all orphans."""
+    """Kills all remaining descendants of this process, which adopts orphans."""
     _reap(life)
     rest = process.descendants(os.getpid())
     rest = process.wait_gone(rest, AGENT_WAIT) if rest else rest
@@ -155,10 +155,10 @@ def _check_gpus(life: ServerLife) -> list[str]:
 
 
 def _unlock_clocks(life: ServerLife) -> list[str]:
-    """While the leases are held: nobody else's server may run on these GPUs yet."""
+    """Unlocks them while the GPUs are still leased, before another server can use them."""
     if life.clocks is None:
         return []
-    log.info("clocks are given back: %s", ", ".join(life.clocks.held))
+    log.info("unlocking clocks: %s", ", ".join(life.clocks.held))
     return life.clocks.release()
 
 

@@ -243,9 +243,9 @@ def test_devices_by_their_names(
     ("names", "by_bus", "what"),
     [
         (["0", "1"], False, "which GPU CUDA calls 0 is not known"),
-        (["7"], True, "NVML knows no GPU 7"),
-        (["GPU-"], True, "NVML knows 4 GPUs GPU-"),
-        (["MIG-1"], True, "MIG-1 is a part of a GPU"),
+        (["7"], True, "NVML lists no GPU 7"),
+        (["GPU-"], True, "NVML lists 4 GPUs GPU-"),
+        (["MIG-1"], True, "MIG-1 is part of a GPU"),
         ([], True, "no GPU is visible"),
     ],
 )

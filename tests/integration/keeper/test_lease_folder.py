@@ -60,7 +60,7 @@ def test_fault_e_the_folder_is_private(default_folder):
 def test_fault_e_a_chosen_folder_that_others_may_write_to_is_refused(lease_folder, mode):
     lease_folder.mkdir()
     lease_folder.chmod(mode)
-    with pytest.raises(LeaseError, match="others may write to it") as caught:
+    with pytest.raises(LeaseError, match="other users may write to it") as caught:
         lease.acquire("gpu-0", timeout=0)
     assert f"chmod go-w {lease_folder}" in caught.value.hint
     assert stat.S_IMODE(lease_folder.stat().st_mode) == mode
@@ -85,7 +85,7 @@ def test_fault_e_a_folder_of_somebody_else_is_refused(default_folder, monkeypatc
     default_folder.mkdir()
     monkeypatch.setattr("os.getuid", lambda: int(default_folder.name.rpartition("-")[2]) + 1)
     monkeypatch.setenv("SGLPROF_LEASE_DIR", str(default_folder))
-    with pytest.raises(LeaseError, match="belongs to somebody else") as caught:
+    with pytest.raises(LeaseError, match="belongs to another user") as caught:
         lease.lease_dir()
     assert "SGLPROF_LEASE_DIR" in caught.value.hint
 
@@ -116,7 +116,7 @@ def test_fault_e_a_second_name_of_a_file_is_not_written_to(lease_folder, tmp_pat
     lease_folder.mkdir()
     (tmp_path / "victim").write_text("12\n")
     os.link(tmp_path / "victim", lease_folder / "gpu-0.lock")
-    with pytest.raises(LeaseError, match="it has a second name"):
+    with pytest.raises(LeaseError, match="it has a second hard link"):
         lease.try_acquire("gpu-0")
     lease.sweep()
     assert (tmp_path / "victim").read_text() == "12\n"
@@ -162,7 +162,7 @@ def test_fault_e_sweep_removes_our_own_files_only(lease_folder):
 def test_fault_e_a_foreign_file_of_a_leases_name_is_not_written_to(lease_folder):
     lease_folder.mkdir()
     (lease_folder / "gpu-1.lock").write_text("a note about this GPU\n")
-    with pytest.raises(LeaseError, match="it holds something else than a process id") as caught:
+    with pytest.raises(LeaseError, match="it does not hold a process id") as caught:
         lease.acquire("gpu-1", timeout=5)
     assert caught.value.expected
     assert "SGLPROF_LEASE_DIR" in caught.value.hint

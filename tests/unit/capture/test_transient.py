@@ -68,7 +68,7 @@ def test_fault_12_a_number_that_is_none_is_a_miss_too(http, server):
     answering(http, LOADS, ['{"loads": [{"num_running_reqs": "many"}]}'])
     found, looks = steady(server)
     assert found
-    assert "tells no number of requests" in looks[0]
+    assert "does not give each DP rank's requests" in looks[0]
 
 
 @pytest.mark.parametrize("status", FOR_GOOD)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pytest_sglprof import _errors as errors
-from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._config.load import SCHEMA
+from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     LeaseError,
     ServerError,
@@ -20,7 +23,7 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._server import command, lease
 from pytest_sglprof._server.client import is_local_url, server_name
-from pytest_sglprof._server.command import Entry
+from pytest_sglprof._server.command import LAUNCHERS, Entry
 from pytest_sglprof._server.keeper.protocol import (
     Failed,
     Launch,
@@ -107,6 +110,22 @@ def test_an_interpreter_is_looked_at_once_whether_it_has_sglang_or_not(tmp_path,
         with pytest.raises(ServerMissing, match="no load driver of SGLang"):
             command.load_driver(str(python))
     assert looks.read_text() == "look\n"
+
+
+def test_every_launcher_can_be_configured_and_no_other_kind():
+    assert set(LAUNCHERS) == set(get_args(LauncherName))
+    schema = json.loads(SCHEMA.read_text())
+    kinds = schema["$defs"]["server"]["properties"]["kind"]["enum"]
+    assert sorted(kinds) == sorted([*LAUNCHERS, "auto"])
+
+
+@pytest.mark.parametrize(
+    ("info", "kind"),
+    [({}, "sglang"), ({"version": "0.5.9"}, "sglang"), ({"version": "0.5.9+standin"}, "standin"),
+     ({"standin": "0.1"}, "standin")],
+)  # fmt: skip
+def test_an_attached_server_is_known_by_its_info(info, kind):
+    assert command.kind_from_info(info) == kind
 
 
 def test_sglangs_words():
