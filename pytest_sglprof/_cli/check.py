@@ -71,12 +71,12 @@ def run(args: argparse.Namespace) -> ExitStatus:
     recorded = recorded_by(args)
     if args.metric == LATENESS:
         _check_lateness(args, settings)
-        table = read_table(recorded, args, settings)
+        table = read_table(recorded.files, args, settings)
         findings: list[ImbalanceFinding] = []
         document = check_document(table, (), None, _late(table, args, settings), args.limit)
     else:
         thresholds = _thresholds(args, settings, recorded)
-        table = read_table(recorded, args, settings)
+        table = read_table(recorded.files, args, settings)
         verdict = _judged(table, thresholds, settings, recorded)
         findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
         late = None if _is_selected(args) else _late(table, args, settings)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
         text = _csv_text(document)
     else:
         text = _table_text(document, findings)
-    write_text(text, args.output, [*recorded.paths, *args.paths])
+    write_text(text, args.output, [*recorded.files.paths, *args.paths])
     return STATUS[document["verdict"]]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
-    Recorded,
     input_options,
     output_options,
     read_table,
@@ -31,6 +30,7 @@ from pytest_sglprof._errors import (
 )
 
 if TYPE_CHECKING:
+    from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.table import KernelTable
 
 
@@ -100,7 +100,7 @@ def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
             expected="a name that ends in .json.gz or .json",
             hint="for example -o merged.json.gz",
         )
-    recorded = recorded_by(args)
+    recorded = recorded_by(args).files
     files = window_files(recorded.paths)
     reports = [file for file in files if is_nsys(file)]
     if reports and args.only != "kernels":
@@ -125,7 +125,7 @@ def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
 Outcome = tuple[dict[str, int], Sequence[str], Sequence[str], bool]
 
 
-def _everything(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
+def _everything(args: argparse.Namespace, settings: Settings, recorded: WindowFiles) -> Outcome:
     from pytest_sglprof._report.perfetto import streams_of, summary_events
     from pytest_sglprof._trace.merge.files import merge_files
 
@@ -145,7 +145,7 @@ def _everything(args: argparse.Namespace, settings: Settings, recorded: Recorded
 
 
 def _table(
-    args: argparse.Namespace, settings: Settings, recorded: Recorded
+    args: argparse.Namespace, settings: Settings, recorded: WindowFiles
 ) -> tuple[KernelTable | None, Sequence[str]]:
     """The kernel table for the summary; None, and why, when only that cannot be made."""
     try:
@@ -157,7 +157,7 @@ def _table(
     return table, table.notes
 
 
-def _kernels(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
+def _kernels(args: argparse.Namespace, settings: Settings, recorded: WindowFiles) -> Outcome:
     import msgspec
 
     from pytest_sglprof._report.perfetto import kernel_events, summary_events
@@ -256,12 +256,8 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
     from pytest_sglprof._trace.nsys.report import stream_rows
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
-    recorded = recorded_by(args)
+    recorded = recorded_by(args).files
     files = window_files(recorded.paths)
-    recorded_ranks = recorded.window.pid_ranks if recorded.window else {}
-    known = {int(pid): rank for pid, rank in recorded_ranks.items()}
-    pid_ranks = {**known, **dict(args.rank)}
-    nsys = settings.nsys or None
     traces = [file for file in files if not is_nsys(file)]
     if traces:
         raise NotATrace(
@@ -272,7 +268,9 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
     records: list[dict[str, Any]] = []
     notes: list[str] = []
     for file in files:
-        for row in stream_rows(file, pid_ranks=pid_ranks, nsys=nsys, notes=notes):
+        for row in stream_rows(
+            file, pid_ranks=recorded.pid_ranks, nsys=settings.nsys or None, notes=notes
+        ):
             record = {"file": file.name, **asdict(row)}
             records.append({**record, "row": _row(row.pid, row.device, row.stream)})
     columns: tuple[Column, ...] = (

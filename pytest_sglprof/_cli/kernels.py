@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if args.top is not None:
         records = sorted(records, key=lambda record: -int(record["total_ns"]))[: args.top]
     text = render(records, columns, args.format)
-    write_text(text, args.output, [*recorded.paths, *args.paths])
+    write_text(text, args.output, [*recorded.files.paths, *args.paths])
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
     return ExitStatus.DONE
@@ -89,7 +89,7 @@ def _from_sums(
     """The answer where totals of one nsys report are enough: its rows are not read then."""
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
-    files = window_files(recorded.paths)
+    files = window_files(recorded.files.paths)
     if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
         return None
     from pytest_sglprof._trace.nsys.sums import KEYS as SUMMED
@@ -105,7 +105,7 @@ def _from_sums(
 def _from_rows(
     keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
 ) -> _Answer:
-    table = read_table(recorded, args, settings, sequences=False)
+    table = read_table(recorded.files, args, settings, sequences=False)
     records = kernel_records(table, keys, uncategorised=args.uncategorised)
     return records, _notes(table.notes, bool(len(table.frame)), args)
 

@@ -17,6 +17,7 @@ from pytest_sglprof._metrics import METRICS
 if TYPE_CHECKING:
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._report.model import RecordedWindow, Results
+    from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.table import KernelTable
 
 
@@ -180,15 +181,14 @@ def _pid_and_label(text: str) -> tuple[int, str]:
 
 # What a command reads: files of a window as they are given, or a window of a run.
 
-
 RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Files of one window. window: its part of results.json, None for files alone."""
+    """The window that a command reads. window: its part of results.json, None for files alone."""
 
-    paths: tuple[Path, ...]
+    files: WindowFiles
     window: RecordedWindow | None = None
 
 
@@ -202,11 +202,13 @@ def recorded_by(args: argparse.Namespace) -> Recorded:
                 expected=f"one path, a {RESULTS} or the folder that holds it",
                 hint="leave --window out: traces and reports are read as they are",
             )
-        return Recorded(tuple(Path(path) for path in args.paths))
+        from pytest_sglprof._run.measure import WindowFiles
+
+        return Recorded(WindowFiles(tuple(map(Path, args.paths)), pid_ranks=dict(args.rank)))
     from pytest_sglprof._report.results import load_results
 
     window, folder = choose_window([load_results(results[0])], [results[0].parent], args.window)
-    return window_of_run(window, folder)
+    return Recorded(window_files(window, folder, args), window)
 
 
 def results_file(path: Path) -> Path:
@@ -235,8 +237,13 @@ def choose_window(
     return chosen[0]
 
 
-def window_of_run(window: RecordedWindow, folder: Path) -> Recorded:
-    """The files of a window of results.json; `TraceError` where they were not kept."""
+def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> WindowFiles:
+    """The files of a window of results.json, and its ranks, which `--rank` may correct.
+
+    Raises `TraceError` where the files were not kept.
+    """
+    from pytest_sglprof._run.measure import WindowFiles
+
     kinds = {artifact.kind for artifact in window.artifacts}
     exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
     paths = [
@@ -250,29 +257,19 @@ def window_of_run(window: RecordedWindow, folder: Path) -> Recorded:
             expected="the files that results.json names, beside it",
             hint="keep the traces of windows that pass with --sglprof-set=output.keep=all",
         )
-    return Recorded(tuple(paths), window)
+    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()}
+    return WindowFiles(
+        tuple(paths),
+        pid_ranks={**pid_ranks, **dict(args.rank)},
+        gpu_ranks={int(gpu): rank for gpu, rank in window.gpu_ranks.items()},
+        settle=window.spec.settle,
+    )
 
 
 def read_table(
-    recorded: Recorded, args: argparse.Namespace, settings: Settings, *, sequences: bool = True
+    files: WindowFiles, args: argparse.Namespace, settings: Settings, *, sequences: bool = True
 ) -> KernelTable:
-    """The kernel table of it, with the user's categories and step delimiter.
+    """The kernel table of a window, as `--allow-partial` says. Raises `TraceError`."""
+    from pytest_sglprof._run.measure import read_recorded
 
-    sequences: see `read_window`. Raises `TraceError`.
-    """
-    from pytest_sglprof._trace.read import read_window
-
-    window = recorded.window
-    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()} if window else {}
-    gpu_ranks = {int(gpu): rank for gpu, rank in window.gpu_ranks.items()} if window else {}
-    return read_window(
-        recorded.paths,
-        pid_ranks={**pid_ranks, **dict(args.rank)} or None,
-        gpu_ranks=gpu_ranks or None,
-        allow_partial=args.allow_partial,
-        settle_s=window.spec.settle if window else 0.0,
-        patterns=settings.categories,
-        step_delimiter=settings.step_delimiter,
-        nsys=settings.nsys or None,
-        sequences=sequences,
-    )
+    return read_recorded(files, settings, allow_partial=args.allow_partial, sequences=sequences)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._capture.recording import WindowCapture
 from pytest_sglprof._cli.options import add_rows, count, positive, settings_of, settings_options
 from pytest_sglprof._cli.watch import add_rule, is_url, rule_of
-from pytest_sglprof._config.backends import BACKENDS, readable
+from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 
 if TYPE_CHECKING:
+    from pytest_sglprof._capture.recording import WindowCapture
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._load.onset import Onset, OnsetRule
     from pytest_sglprof._server.launch import Server
@@ -153,17 +153,9 @@ def _wait_for_load(server: Server, timeout: float) -> None:
 def _confirmation(onset: Onset, capture: WindowCapture, settings: Settings) -> str:
     """Whether the trace shows what the load showed."""
     from pytest_sglprof._analysis.load import join_load
-    from pytest_sglprof._trace.read import read_window
+    from pytest_sglprof._run.measure import WindowFiles, read_recorded
 
-    table = read_window(
-        [artifact.path for artifact in readable(capture.artifacts)],
-        pid_ranks=capture.pid_ranks or None,
-        gpu_ranks=capture.gpu_ranks or None,
-        patterns=settings.categories,
-        step_delimiter=settings.step_delimiter,
-        nsys=settings.nsys or None,
-    )
-    return join_load(onset, table).sentence
+    return join_load(onset, read_recorded(WindowFiles.of_capture(capture), settings)).sentence
 
 
 def _say(text: str) -> None:

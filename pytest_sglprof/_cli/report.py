@@ -15,7 +15,7 @@ from pytest_sglprof._cli.options import (
     results_file,
     settings_of,
     settings_options,
-    window_of_run,
+    window_files,
 )
 from pytest_sglprof._cli.tables import refuse_foreign, refuse_inputs
 from pytest_sglprof._errors import ExitStatus, SglprofError
@@ -128,7 +128,7 @@ def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> La
     from pytest_sglprof._report.model import storable
     from pytest_sglprof._report.series import lanes
 
-    table = read_table(window_of_run(window, folder), args, settings_of(args, args.paths))
+    table = read_table(window_files(window, folder, args), args, settings_of(args, args.paths))
     steps = list(dict.fromkeys(args.step))
     known = {int(step) for step in table.steps["step"]}
     unknown = [step for step in steps if step not in known]

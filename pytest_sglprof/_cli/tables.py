@@ -14,7 +14,6 @@ from typing import Any
 
 from pytest_sglprof._cli.options import Format
 from pytest_sglprof._errors import SettingsError
-from pytest_sglprof._report.model import plain
 from pytest_sglprof._report.terminal import text_table
 
 Record = Mapping[str, Any]
@@ -63,12 +62,16 @@ def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON; what is not finite becomes null."""
+    """Indented JSON; numbers that are not finite become null."""
+    from pytest_sglprof._report.model import plain
+
     return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
-    """CSV with a head line; None is an empty cell."""
+    """CSV with a header line; None is an empty cell."""
+    from pytest_sglprof._report.model import plain
+
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(keys)
