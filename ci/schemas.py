@@ -1,4 +1,4 @@
-"""Writes the schemas that are made from types: `python -m ci.schemas`.
+"""Writes the schemas that follow from types and from the table of options: `python -m ci.schemas`.
 
 `--check` writes nothing and fails when one of them is stale.
 """
@@ -14,14 +14,43 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
+from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
 
 FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
+CONFIG = "config.schema.json"
+KINDS: dict[str, dict[str, Any]] = {  # what a value of each `Option.kind` may be
+    "flag": {"type": "boolean"},
+    "text": {"type": "string", "minLength": 1},
+    "regex": {"type": "string", "format": "regex", "minLength": 1},
+    "count": {"type": "integer", "minimum": 0},
+    "positive": {"type": "integer", "minimum": 1},
+    "size": {"type": "number", "exclusiveMinimum": 0},
+    "share": {"type": "number", "minimum": 0, "maximum": 1},
+}
 
 
 def schemas() -> dict[str, str]:
     """File name -> text of each schema."""
-    return {"results.schema.json": _text(Results, f"results-{FORMAT.major}", "results of a run")}
+    return {
+        "results.schema.json": _text(Results, f"results-{FORMAT.major}", "results of a run"),
+        CONFIG: _config_text(),
+    }
+
+
+def _config_text() -> str:
+    """The schema of sglprof.toml with the keys of `OPTIONS`; the other tables stay as they are."""
+    schema = json.loads((FOLDER / CONFIG).read_text(encoding="utf-8"))
+    tables = schema["properties"]
+    definitions = schema["$defs"]
+    for name in {option.table for option in OPTIONS if option.key} - set(definitions):
+        tables[name] = {"type": "object", "additionalProperties": False, "properties": {}}
+    for option in OPTIONS:
+        if option.key:
+            table = definitions.get(option.table) or tables[option.table]
+            rule = {"enum": list(option.choices)} if option.choices else KINDS[option.kind]
+            table["properties"][option.last_key] = {**rule, "description": option.help}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def _text(kind: type, name: str, title: str) -> str:

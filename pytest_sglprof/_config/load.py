@@ -6,8 +6,9 @@ Precedence: flag > `--set` > environment > configuration file (or what a run sto
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What this run does. Sizes in bytes, lock_clocks in MHz (0: not locked).
+    """The settings of a run of pytest or of one command.
 
-    thresholds: those of the configuration, else the default one. origins: where each name was
-    set. stored: the part of the configuration by which a window is measured and judged, as
-    plain data; a run keeps it, so that commands read its windows as it did.
+    A row of `OPTIONS` with a key is the field of its name. lock_clocks: MHz, 0 for clocks that
+    are left alone. thresholds: those of the configuration, else the default one. origins: where
+    each field was set. stored: the tables that say how a window is measured and judged; a run
+    keeps them, so that commands read its windows in the same way.
     """
 
     output: Path
     keep: Literal["failed", "all", "none"] = "failed"
-    keep_runs: int = 10
-    keep_bytes: int = 20 * 2**30
+    runs: int = 10
+    max_gib: float = 20.0
     python: str = ""
     nsys: str = ""
     server: str = ""
@@ -59,7 +61,7 @@ class Settings:
 
     @property
     def category_names(self) -> tuple[str, ...]:
-        """Every category that a kernel may have: the built-in ones, and the user's own."""
+        """All categories that a kernel can have: the built-in ones and those of the user."""
         return (*CATEGORY_NAMES, *(name for name, _ in self.categories))
 
     def describe(self) -> list[str]:
@@ -91,18 +93,21 @@ def read_settings(
 ) -> Settings:
     """The settings of a run of pytest or of one command.
 
-    command_line: values of the flags by option name, None where not given. start, rootdir:
-    where the configuration file is looked for, see `find_config`. stored: the file in which a
-    run kept its configuration, and that; it stands in for the file that would be found.
+    command_line: values of the flags by option name, None for those that are not given. start,
+    rootdir: where the configuration file is searched for, see `find_config`. stored: run.json of
+    the run that is read, and the configuration in it, which replaces that of the file; only the
+    tools of this machine still come from the file.
     """
     values, origins = resolve_options(command_line, environ, of_pytest=of_pytest)
-    path, document = stored or (None, {})
     if "config" in values:
-        path = invocation_dir / values["config"]
-        document = load_config(path)
-    elif stored is None:
+        path: Path | None = invocation_dir / values["config"]
+    else:
         path = find_config(start, rootdir)
-        document = load_config(path) if path else {}
+    document = load_config(path) if path is not None else {}
+    if stored is not None and "config" not in values:
+        path = stored[0]
+        tools = {"tools": document["tools"]} if "tools" in document else {}
+        document = {**tools, **stored[1]}
     return build_settings(
         values,
         origins,
@@ -116,7 +121,7 @@ def read_settings(
 def resolve_options(
     command_line: Mapping[str, Any], environ: Mapping[str, str], *, of_pytest: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values and origins of the options that were set anywhere; keys are option names."""
+    """Values and origins, by name, of the options on the command line or in the environment."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for option in OPTIONS:
@@ -147,40 +152,36 @@ def build_settings(
 ) -> Settings:
     """Merges resolved options with a valid configuration document."""
     where = config_file.name if config_file else "default"
-    document, known = _effective(values, origins, document, where)
-    output, gate = document.get("output", {}), document.get("gate", {})
-    window = dict(document.get("window", {}))
+    document, effective_origins = _effective(values, origins, document, where)
+    rows = {
+        option.name: document[option.table][option.last_key]
+        for option in OPTIONS
+        if option.key and option.last_key in document.get(option.table, {})
+    }
     base = config_file.parent if config_file else invocation_dir
     servers = {**servers_from(document, base), **(extra_servers or {})}
-    mhz = document.get("gpu", {}).get("lock_clocks", 0)
-    if values.get("python"):
-        servers = {name: replace(s, python=values["python"]) for name, s in servers.items()}
-    if mhz:
-        servers = {name: replace(s, lock_clocks=mhz) for name, s in servers.items()}
+    if python := rows.get("python"):
+        is_default = effective_origins["python"] == where  # weaker than `python` of a server
+        servers = {
+            name: replace(spec, python=(is_default and spec.python) or python)
+            for name, spec in servers.items()
+        }
+    if mhz := rows.get("lock_clocks"):
+        servers = {name: replace(spec, lock_clocks=mhz) for name, spec in servers.items()}
     for name, spec in servers.items():
         check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
+    window = document.get("window", {})
     settings = Settings(
-        output=invocation_dir / output.get("dir", ".sglprof"),
-        keep=output.get("keep", Settings.keep),
-        keep_runs=output.get("runs", Settings.keep_runs),
-        keep_bytes=int(output["max_gib"] * 2**30) if "max_gib" in output else Settings.keep_bytes,
-        python=values.get("python", ""),
-        nsys=values.get("nsys", ""),
+        **{**rows, "output": invocation_dir / rows.get("output", ".sglprof")},
         server=values.get("server", ""),
         server_dir=server_dir_pair(values["server_dir"]) if "server_dir" in values else None,
         nsys_session=values.get("nsys_session", ""),
-        allow_inconclusive=gate.get("allow_inconclusive", Settings.allow_inconclusive),
-        repeat=window.pop("repeat", Settings.repeat),
-        min_steps=gate.get("min_steps", Settings.min_steps),
-        min_share=gate.get("min_share", Settings.min_share),
         servers=servers,
-        window=window,
-        thresholds=thresholds_from(document, known.get("thresholds", where)),
+        window={key: value for key, value in window.items() if key not in rows},
+        thresholds=thresholds_from(document, effective_origins.get("thresholds", where)),
         categories=tuple((c["name"], c["pattern"]) for c in document.get("category", ())),
-        step_delimiter=document.get("trace", {}).get("step_delimiter", ""),
-        lock_clocks=mhz,
         config_file=config_file,
-        origins=known,
+        origins=effective_origins,
         stored={name: document[name] for name in _STORED if name in document},
     )
     refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
@@ -190,32 +191,30 @@ def build_settings(
 def _effective(
     values: Mapping[str, Any], origins: Mapping[str, str], document: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The document with everything that was set elsewhere, and the origin of each setting."""
+    """The document with all options and assignments in it, and the origin of each setting."""
     assignments = values.get("set", ())
     flag = origins.get("set", "")
     assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
     document = with_assignments(document, assignments, flag)
-    known = {name: origin for name, origin in origins.items() if name not in _NO_SETTING}
-    for key, name in (*_FILE_ONLY, *((option.key, option.name) for option in OPTIONS)):
-        table, _, last = key.partition(".")
-        is_weaker = key in assigned and origins.get(name, "").startswith("SGLPROF_")
-        if key and name in values and not is_weaker:
-            document.setdefault(table, {})[last] = values[name]
-        elif key in assigned:
-            known[name] = f"{flag} {key}"
-        elif last in document.get(table, {}):
-            known[name] = where
-    return document, known
+    effective = {name: origin for name, origin in origins.items() if name not in _NO_SETTING}
+    for option in OPTIONS:
+        if not option.key:
+            continue
+        is_weaker = option.key in assigned and origins.get(option.name) == option.env
+        if option.name in values and not is_weaker:
+            document.setdefault(option.table, {})[option.last_key] = values[option.name]
+        elif option.key in assigned:
+            effective[option.name] = f"{flag} {option.key}"
+        elif option.last_key in document.get(option.table, {}):
+            effective[option.name] = where
+    for table, name in (("threshold", "thresholds"), ("category", "categories")):
+        if table in document:
+            effective[name] = f"{flag} {table}" if table in assigned else where
+    return document, effective
 
 
 _STORED = ("gate", "trace", "category", "threshold")  # nothing of a server: it may hold secrets
 _NO_SETTING = ("enabled", "config", "set", "show_config")
-_FILE_ONLY = (
-    ("output.runs", "keep_runs"),
-    ("output.max_gib", "keep_bytes"),
-    ("gpu.lock_clocks", "lock_clocks"),
-    ("threshold", "thresholds"),
-)
 
 
 def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpec]:
@@ -249,7 +248,7 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
         return raw.splitlines() if isinstance(raw, str) else list(raw)
     if option.kind == "regex":
         return compiled(raw, f"{origin} {raw!r}").pattern
-    if option.kind in ("count", "share"):
+    if option.kind in _NUMBERS:
         return _number(option.kind, raw, origin)
     if option.choices and raw not in option.choices:
         raise SettingsError(
@@ -261,15 +260,22 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
 
 
 def _number(kind: str, raw: Any, origin: str) -> float:
-    is_count = kind == "count"
+    convert, is_allowed, expected = _NUMBERS[kind]
     try:
-        number = int(raw) if is_count else float(raw)
+        number = convert(raw)
     except ValueError:
-        number = -1
-    if not 0 <= number <= (number if is_count else 1):
-        expected = "a whole number, 0 or more" if is_count else "a share from 0 to 1"
+        number = None
+    if number is None or not is_allowed(number):
         raise SettingsError(f"{origin} is {raw!r}", expected=expected, hint="correct it")
     return number
+
+
+_NUMBERS: dict[str, tuple[Callable[[Any], float], Callable[[float], bool], str]] = {
+    "count": (int, lambda number: number >= 0, "a whole number, 0 or more"),
+    "positive": (int, lambda number: number >= 1, "a whole number, 1 or more"),
+    "size": (float, lambda number: 0 < number < math.inf, "a number above 0"),
+    "share": (float, lambda number: 0 <= number <= 1, "a share from 0 to 1"),
+}
 
 
 def server_dir_pair(text: str) -> tuple[str, str]:
@@ -553,7 +559,7 @@ def _described(error: ValidationError) -> str:
     elif error.validator == "enum" and (meant := did_you_mean([given], schema["enum"])):
         text += f": {meant}"
     elif error.validator == "format":
-        text = f"{given!r} is no regular expression: {error.cause}"
+        text = f"{given!r} is not a regular expression: {error.cause}"
     return f"{_where(error.absolute_path)}: {text}"
 
 

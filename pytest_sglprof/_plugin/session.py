@@ -142,8 +142,8 @@ class PluginSession:
             self._book.finish(int(exitstatus))
             prune(
                 self.settings.output,
-                keep_runs=self.settings.keep_runs,
-                keep_bytes=self.settings.keep_bytes,
+                keep_runs=self.settings.runs,
+                keep_bytes=self.settings.max_gib * 2**30,
             )
         except KeyboardInterrupt:
             # Raised from here, it would take pytest's summary of the tests along.

@@ -366,7 +366,7 @@ def write_run_file(
     atomic_write(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:
+def prune(output: Path, *, keep_runs: int, keep_bytes: float) -> list[str]:
     """Removes the oldest ended runs beyond `keep_runs` or `keep_bytes`; names them.
 
     Only folders that a run marked as its own, never the newest. What cannot be read or
@@ -378,7 +378,7 @@ def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:
         return _prune(output, keep_runs, keep_bytes) if alone else []
 
 
-def _prune(output: Path, keep_runs: int, keep_bytes: int) -> list[str]:
+def _prune(output: Path, keep_runs: int, keep_bytes: float) -> list[str]:
     runs = _runs(output)
     sizes = {path: _size(path) for path in runs}
     removed = []
