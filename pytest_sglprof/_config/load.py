@@ -1,4 +1,4 @@
-"""Options, environment and `sglprof.toml` become one frozen `Settings`, for pytest and commands.
+"""Merge options, the environment and `sglprof.toml` into one frozen `Settings`.
 
 Precedence: flag > `--set` > environment > configuration file (or what a run stored) > default.
 """
@@ -21,6 +21,11 @@ from pytest_sglprof._errors import SettingsError, did_you_mean
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -218,13 +223,13 @@ _NO_SETTING = ("enabled", "config", "set", "show_config")
 
 
 def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpec]:
-    """`[server]` is "default"; `[servers.NAME]` are the others."""
+    """The servers by name: `[server]` is "default", `[servers.NAME]` is NAME."""
     tables = {"default": document.get("server", {}), **document.get("servers", {})}
     return {name: _server_spec(name, table, base) for name, table in tables.items()}
 
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
-    """`[[threshold]]` tables; without any, the default slowdown of compute."""
+    """The `[[threshold]]` tables, or `default_thresholds` if there are none."""
     categories = (*CATEGORY_NAMES, *(table["name"] for table in document.get("category", ())))
     configured = [
         check_threshold(
@@ -279,13 +284,13 @@ _NUMBERS: dict[str, tuple[Callable[[Any], float], Callable[[float], bool], str]]
 
 
 def server_dir_pair(text: str) -> tuple[str, str]:
-    """`SERVER:LOCAL` as two absolute paths; `SettingsError` for anything else."""
+    """`SERVER:LOCAL` as two absolute paths; else raises `SettingsError`."""
     server, colon, local = text.partition(":")
     if not colon or not server.startswith("/") or not local:
         raise SettingsError(
             f"the folder of the running server is {text!r}",
-            expected="SERVER:LOCAL, an absolute folder on the server's machine and the same here",
-            hint="for a server on this machine give the same path twice, /data/prof:/data/prof",
+            expected="SERVER:LOCAL, its absolute path on the server's machine and its path here",
+            hint="for a server on this machine give the same path twice: /data/prof:/data/prof",
         )
     return server, str(Path(local).resolve())
 
@@ -296,7 +301,7 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
             flag = f"--sglprof-{name.replace('_', '-')}"
             raise SettingsError(
                 f"{flag} is given without --sglprof-server",
-                expected="both: it describes a server that is already running",
+                expected="both: it describes a running server",
                 hint=f"add --sglprof-server=URL, or leave {flag} out",
             )
 
@@ -315,13 +320,7 @@ def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
     return ServerSpec(name=name, **values)
 
 
-# `sglprof.toml` (or `[tool.sglprof]`): found, parsed, checked against its JSON Schema.
-
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+# `sglprof.toml`, or `[tool.sglprof]` of pyproject.toml: search, parse, check against the schema.
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "config.schema.json"
 
@@ -329,10 +328,10 @@ SCHEMA = Path(__file__).parents[1] / "schemas" / "config.schema.json"
 def find_config(tests: Sequence[Path], rootdir: Path) -> Path | None:
     """The nearest `sglprof.toml`, or `pyproject.toml` with a `[tool.sglprof]` table.
 
-    Looked for from the common folder of `tests` up to the root of the repository that
-    `rootdir` is in; without a repository up to `rootdir`.
+    The search goes from the common folder of `tests` up to the root of the repository that
+    `rootdir` is in; without a repository, up to `rootdir`.
     """
-    top = next((place for place in (rootdir, *rootdir.parents) if _is_repository(place)), rootdir)
+    top = next((each for each in (rootdir, *rootdir.parents) if _is_repository(each)), rootdir)
     for folder in _upwards(_common_folder(tests, rootdir), top, otherwise=rootdir):
         candidate, pyproject = folder / "sglprof.toml", folder / "pyproject.toml"
         if candidate.is_file():
@@ -343,7 +342,7 @@ def find_config(tests: Sequence[Path], rootdir: Path) -> Path | None:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The document of `path`, valid against the schema; `SettingsError` names line and key."""
+    """The valid configuration in `path`; `SettingsError` names line and key of each mistake."""
     text = _read(path)
     document = _parse(text, path)
     prefix: tuple[str, ...] = ()
@@ -361,9 +360,9 @@ def load_config(path: Path) -> dict[str, Any]:
 def with_assignments(
     document: Mapping[str, Any], assignments: Sequence[str], flag: str
 ) -> dict[str, Any]:
-    """`document` with each `KEY=VALUE` set, and valid; `SettingsError` names `flag` otherwise.
+    """`document` with each `KEY=VALUE` set; raises `SettingsError` if that is not valid.
 
-    KEY is dotted. VALUE is TOML; what is not is taken as a string.
+    KEY is dotted. VALUE is TOML, else a string. flag: how assignments are given, for messages.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(document))
     for assignment in assignments:
@@ -382,31 +381,30 @@ def with_assignments(
     if assignments:
         given = " ".join(f"{flag} {assignment}" for assignment in assignments)
         problems = [_described(error) for error in _violations(changed)]
-        _refuse(problems, f"{given}: this is not a valid configuration")
+        _refuse(problems, f"{given}: not a valid configuration")
     return changed
 
 
 def position(text: str, keys: Sequence[str | int]) -> tuple[int, int]:
-    """Line and column, from 1, of what `keys` lead to in a TOML text that is valid.
+    """Line and column, from 1, of the value at `keys` in a valid TOML text.
 
-    Of what stands inside a value, such as an entry of an array, the place is that of the value.
+    For something inside a value, such as an entry of an array, they are those of the value.
     """
-    here: list[str | int] = []  # of the table that a statement is in
+    current: list[str | int] = []  # keys of the table that a statement is in
     counts: dict[tuple[str | int, ...], int] = {}
-    best = (0, 1, 1)  # how many keys agree, line, column
+    best = (0, 1, 1)  # number of keys that agree, line, column
     for line, statement in _statements(text):
         header = statement.startswith("[")
         names = _names(tomllib.loads(statement))
         if statement.startswith("[["):
             count = counts[tuple(names)] = counts.get(tuple(names), -1) + 1
-            here = [*names, count]
+            current = [*names, count]
         elif header:
-            here = [*names]
-        place = here if header else [*here, *names]
-        place = _with_counts(place, counts)
+            current = [*names]
+        path = _with_counts(current if header else [*current, *names], counts)
         agreeing = next(
-            (at for at, pair in enumerate(zip(place, keys, strict=False)) if pair[0] != pair[1]),
-            min(len(place), len(keys)),
+            (at for at, pair in enumerate(zip(path, keys, strict=False)) if pair[0] != pair[1]),
+            min(len(path), len(keys)),
         )
         if agreeing > best[0]:
             first = text.splitlines()[line - 1]
@@ -415,7 +413,7 @@ def position(text: str, keys: Sequence[str | int]) -> tuple[int, int]:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Each header and each assignment with the line that it begins in; values may have several."""
+    """Each header and assignment with the number of its first line; values may span several."""
     begin, statement = 0, ""
     for number, line in enumerate(text.splitlines(), start=1):
         if not statement:
@@ -431,7 +429,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _names(table: Any) -> list[str | int]:
-    """The keys of one statement: `{"a": {"b": 1}}` has a, b."""
+    """The keys of one statement: a, b for `{"a": {"b": 1}}`."""
     names: list[str | int] = []
     while isinstance(table, dict) and len(table) == 1:
         ((name, table),) = table.items()
@@ -442,13 +440,13 @@ def _names(table: Any) -> list[str | int]:
 
 
 def _with_counts(
-    place: Sequence[str | int], counts: Mapping[tuple[str | int, ...], int]
+    path: Sequence[str | int], counts: Mapping[tuple[str | int, ...], int]
 ) -> list[str | int]:
-    """`place` with the number of the entry behind each array of tables on its way."""
+    """`path` with the index of the current entry after the name of each array of tables."""
     numbered: list[str | int] = []
-    for at, name in enumerate(place):
+    for at, name in enumerate(path):
         numbered.append(name)
-        follows = place[at + 1] if at + 1 < len(place) else None
+        follows = path[at + 1] if at + 1 < len(path) else None
         if tuple(numbered) in counts and isinstance(name, str) and not isinstance(follows, int):
             numbered.append(counts[tuple(numbered)])
     return numbered
@@ -482,7 +480,7 @@ def _common_folder(tests: Sequence[Path], rootdir: Path) -> Path:
 
 
 def _upwards(folder: Path, top: Path, *, otherwise: Path) -> list[Path]:
-    """`folder` and what is above it, up to `top`; only `otherwise` where it is not below."""
+    """`folder` and its parents up to `top`; only `otherwise` if it is not below `top`."""
     if top != folder and top not in folder.parents:
         return [otherwise]
     chain = [folder, *folder.parents]
@@ -536,30 +534,30 @@ def _violations(document: Mapping[str, Any]) -> list[ValidationError]:
 
 
 def _place(error: ValidationError) -> list[str | int]:
-    """The keys that lead to what is wrong: to an unknown key itself, not only to its table."""
+    """The path of keys to the mistake; for an unknown key to that key, not to its table."""
     return [*error.absolute_path, *_unknown_keys(error)[:1]]
 
 
 def _unknown_keys(error: ValidationError) -> list[str]:
-    given: Any = error.instance
+    table: Any = error.instance
     schema: Any = error.schema
     if error.validator != "additionalProperties":
         return []
-    return [key for key in given if key not in schema.get("properties", {})]
+    return [key for key in table if key not in schema.get("properties", {})]
 
 
 def _described(error: ValidationError) -> str:
-    """Where it is, what jsonschema says, and the nearest name or all names that there are."""
-    given: Any = error.instance
+    """The path of keys, the message of jsonschema, and the nearest name or all possible names."""
+    value: Any = error.instance
     schema: Any = error.schema
     text = error.message
     if unknown := _unknown_keys(error):
         known = schema.get("properties", {})
         text += f": {did_you_mean(unknown, known, 'expected one of ' + ', '.join(known))}"
-    elif error.validator == "enum" and (meant := did_you_mean([given], schema["enum"])):
+    elif error.validator == "enum" and (meant := did_you_mean([value], schema["enum"])):
         text += f": {meant}"
     elif error.validator == "format":
-        text = f"{given!r} is not a regular expression: {error.cause}"
+        text = f"{value!r} is not a regular expression: {error.cause}"
     return f"{_where(error.absolute_path)}: {text}"
 
 

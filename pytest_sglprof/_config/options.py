@@ -27,7 +27,7 @@ class Option(NamedTuple):
     more), "size" (above 0), "share" (0 to 1), "regex", or "list" (may be repeated; in the
     environment one entry a line). key: the dotted key in sglprof.toml, "" for an option that a
     file cannot set. pytest, command: whether pytest, and whether any command, has a flag for
-    it. choices: the values that a text may have, empty for any.
+    it. choices: the allowed values of kind "text", empty for any.
     """
 
     name: str
@@ -85,12 +85,12 @@ def shows_config(config: Any) -> bool:
 
 
 OPTIONS: tuple[Option, ...] = (
-    Option("enabled", "flag", "run the tests that use SGLang servers and profile windows"),
+    Option("enabled", "flag", "run the tests that use SGLang servers or profile windows"),
     Option(
         "config",
         "text",
         "configuration file (default: the nearest sglprof.toml, or pyproject.toml with "
-        "[tool.sglprof], upward to the repository's root)",
+        "[tool.sglprof], searched upward to the root of the repository)",
         metavar="FILE",
         command=True,
     ),
@@ -158,7 +158,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "server_dir",
         "text",
-        "folder that the running server writes and this machine reads: its path on each",
+        "folder to which the running server writes: its path there, and its path here",
         metavar="SERVER:LOCAL",
         command=True,
     ),
@@ -186,7 +186,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "min_steps",
         "count",
-        f"steps that a verdict needs at least (default: {MIN_STEPS})",
+        f"minimum number of steps for a verdict (default: {MIN_STEPS}; 0: no minimum)",
         "gate.min_steps",
         "N",
         pytest=False,

@@ -25,7 +25,7 @@ class WindowFiles:
 
     pid_ranks, gpu_ranks: the rank label of each process, else of each device, for nsys
     reports. settle: seconds that are dropped from the front. facts: what the server's log
-    says about the time of the window; None where there is no log.
+    says about the time of the window; None for a window without facts.
     """
 
     paths: tuple[Path, ...]
