@@ -1,4 +1,4 @@
-"""Writes the schemas, or what of them is made from types: `python -m ci.schemas`.
+"""Writes the schemas that follow from types and from tables: `python -m ci.schemas`.
 
 `--check` writes nothing and fails when one of them is stale.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,47 @@ import msgspec
 from jsonschema import Draft202012Validator
 
 from pytest_sglprof._config.model import SERVER_KINDS
+from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
 
 FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
+CONFIG = "config.schema.json"
+KINDS: dict[str, dict[str, Any]] = {  # what a value of each `Option.kind` may be
+    "flag": {"type": "boolean"},
+    "text": {"type": "string", "minLength": 1},
+    "regex": {"type": "string", "format": "regex", "minLength": 1},
+    "count": {"type": "integer", "minimum": 0},
+    "positive": {"type": "integer", "minimum": 1},
+    "size": {"type": "number", "exclusiveMinimum": 0},
+    "share": {"type": "number", "minimum": 0, "maximum": 1},
+}
 
 
 def schemas() -> dict[str, str]:
     """File name -> text of each schema."""
     return {
         "results.schema.json": _text(Results, f"results-{FORMAT.major}", "results of a run"),
-        "config.schema.json": _with_kinds((FOLDER / "config.schema.json").read_text("utf-8")),
+        CONFIG: _config_text(),
     }
 
 
-def _with_kinds(schema: str) -> str:
-    """The schema of the configuration, written by hand, with the kinds of server that exist."""
-    line = f'"kind": {{ "enum": {json.dumps(SERVER_KINDS)} }}'
-    return re.sub(r'"kind": \{ "enum": \[.*?\] \}', line, schema)
+def _config_text() -> str:
+    """The schema of sglprof.toml with the keys of `OPTIONS` and the kinds of server that exist.
+
+    The rest is written by hand and stays as it is.
+    """
+    schema = json.loads((FOLDER / CONFIG).read_text(encoding="utf-8"))
+    tables = schema["properties"]
+    definitions = schema["$defs"]
+    definitions["server"]["properties"]["kind"]["enum"] = list(SERVER_KINDS)
+    for name in {option.table for option in OPTIONS if option.key} - set(definitions):
+        tables[name] = {"type": "object", "additionalProperties": False, "properties": {}}
+    for option in OPTIONS:
+        if option.key:
+            table = definitions.get(option.table) or tables[option.table]
+            rule = {"enum": list(option.choices)} if option.choices else KINDS[option.kind]
+            table["properties"][option.last_key] = {**rule, "description": option.help}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def _text(kind: type, name: str, title: str) -> str:

@@ -1,4 +1,4 @@
-"""`sglprof check PATH…`: how unequal the ranks are and for whom they wait, against limits."""
+"""`sglprof check PATH…`: compare the ranks, name the one they wait for, and apply limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
     LATENESS,
+    NewParser,
     input_options,
     output_options,
     select_options,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pytest_sglprof._trace.table import KernelTable
     from pytest_sglprof._verdict.judge import Verdict
 
-MEASURED = "measured"  # the word of figures that nobody set a limit for
+MEASURED = "measured"  # instead of a verdict, for figures without a limit
 STATUS = {
     "pass": ExitStatus.DONE,
     MEASURED: ExitStatus.DONE,
@@ -40,43 +41,41 @@ MAX_SHOWN_KERNELS = 3
 SMALL_DIFFERENCE = 0.15
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command's options."""
-    parser = subparsers.add_parser(
-        "check",
-        help="how unequal the ranks are and for whom they wait, against limits",
-        description="Compares the ranks that get the same input, step by step, and matches "
-        "collectives across the ranks that meet in them. It judges by the thresholds that "
-        "pytest has (of the run, or of sglprof.toml), or by one --limit. Without a limit it "
-        "says what it measured.",
-        epilog="exit status: 0 pass or measured, 1 a given limit is exceeded, 2 usage or "
+def add_parser(new_parser: NewParser) -> None:
+    """Adds the options of the command."""
+    parser = new_parser(
+        description="Compares ranks that get the same input, step by step, and finds the rank for "
+        "which the others wait in collectives. The limits are the thresholds of pytest (stored in "
+        "the run, or from sglprof.toml), or a single --limit. Without a limit the command only "
+        "prints what it measured.",
+        epilog="exit status: 0 pass or only measured, 1 a limit is exceeded, 2 wrong usage or "
         "unreadable input, 3 inconclusive",
         parents=[
-            input_options("a trace, a report, an export, a window's folder, or a run"),
+            input_options("torch trace, nsys report or export, folder of a window or of a run"),
             select_options(),
             output_options(),
             settings_options(),
         ],
     )
     parser.add_argument(
-        "--exit-zero", action="store_true", help="print the verdict and answer 0 all the same"
+        "--exit-zero", action="store_true", help="print the verdict, but exit with status 0"
     )
 
 
 def run(args: argparse.Namespace) -> ExitStatus:
-    """Prints what was found; the exit status of the verdict."""
+    """Prints figures and verdict; returns the exit status of the verdict."""
     from pytest_sglprof._cli.options import read_table, recorded_by
 
     settings = settings_of(args, args.paths)
     recorded = recorded_by(args)
     if args.metric == LATENESS:
         _check_lateness(args, settings)
-        table = read_table(recorded, args, settings)
+        table = read_table(recorded.files, args, settings)
         findings: list[ImbalanceFinding] = []
         document = check_document(table, (), None, _late(table, args, settings), args.limit)
     else:
         thresholds = _thresholds(args, settings, recorded)
-        table = read_table(recorded, args, settings)
+        table = read_table(recorded.files, args, settings)
         verdict = _judged(table, thresholds, settings, recorded)
         findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
         late = None if _is_selected(args) else _late(table, args, settings)
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
         text = _csv_text(document)
     else:
         text = _table_text(document, findings)
-    write_text(text, args.output, [*recorded.paths, *args.paths])
+    write_text(text, args.output, [*recorded.files.paths, *args.paths])
     return STATUS[document["verdict"]]
 
 
@@ -100,15 +99,15 @@ def check_document(
 ) -> dict[str, Any]:
     """The JSON of the command.
 
-    checks: one object a threshold. stragglers: the sync group whose rank is the latest, all of
-    them under its `groups`; None where they were not asked for. At the top the verdict over
-    everything that a limit was given for. Times in ns.
+    checks: one object for each threshold. stragglers: the sync group whose rank is the latest,
+    with all groups under `groups`; None if not asked for. verdict, reason: over everything that
+    has a limit. Times in ns.
     """
     checks = [_check(each, verdict.of(each)) for each in thresholds] if verdict else []
     stragglers = None if late is None else _stragglers(late, late_limit)
     if verdict is None and stragglers is not None:
-        given = late_limit is not None or stragglers["verdict"] == "inconclusive"
-        word, reason = stragglers["verdict"] if given else MEASURED, stragglers["reason"]
+        is_judged = late_limit is not None or stragglers["verdict"] == "inconclusive"
+        word, reason = stragglers["verdict"] if is_judged else MEASURED, stragglers["reason"]
     else:
         words = [check["verdict"] for check in checks]
         word = next((word for word in (*WORST_FIRST, "pass") if word in words), MEASURED)
@@ -147,12 +146,12 @@ def _late(
 ) -> tuple[StragglerFinding, ...]:
     from pytest_sglprof._analysis.straggler import DEFAULT_LATENESS, stragglers
 
-    given = args.metric == LATENESS and args.limit is not None
-    limit = args.limit if given else DEFAULT_LATENESS
+    has_limit = args.metric == LATENESS and args.limit is not None
+    limit = args.limit if has_limit else DEFAULT_LATENESS
     return stragglers(table, limit=limit, min_steps=settings.min_steps)
 
 
-# ---- what is judged --------------------------------------------------------------------------
+# What is judged.
 
 
 def _is_selected(args: argparse.Namespace) -> bool:
@@ -163,9 +162,9 @@ def _is_selected(args: argparse.Namespace) -> bool:
 def _thresholds(
     args: argparse.Namespace, settings: Settings, recorded: Recorded
 ) -> tuple[Threshold, ...]:
-    """The one of the options; else what the window was judged by, else the configuration's.
+    """The threshold of the options, else those of the recorded window, else those configured.
 
-    A limit that nobody gave is infinite.
+    The limit is infinite where nobody set one.
     """
     if _is_selected(args):
         return (_selected(args, settings),)
@@ -203,9 +202,9 @@ def _selected(args: argparse.Namespace, settings: Settings) -> Threshold:
 
 
 def _check_scope(scope: str, settings: Settings, origin: str) -> None:
-    """Refuses a mistyped one.
+    """Raises `SettingsError` for a scope that resembles a known one.
 
-    One that is near no other may be a category of a configuration that is not here.
+    Any other may be a category of a configuration that is not available here.
     """
     from pytest_sglprof._config.thresholds import SCOPES, check_scope
 
@@ -219,7 +218,7 @@ def _check_lateness(args: argparse.Namespace, settings: Settings) -> None:
     if subject:
         raise SettingsError(
             f"--{subject} with --metric {LATENESS}",
-            expected=f"one of the two: {LATENESS} is that of all work between collectives",
+            expected=f"one of the two: {LATENESS} covers all work between collectives",
             hint=f"leave --{subject} out, or choose another metric",
         )
     if args.limit is not None and not 0 <= args.limit < 1:
@@ -232,16 +231,16 @@ def _findings(verdict: Verdict) -> list[ImbalanceFinding]:
     return [each.finding for each in verdict.judgements if each.finding is not None]
 
 
-# ---- documents -------------------------------------------------------------------------------
+# The JSON document.
 
 
 def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
-    """One threshold: at the top the work group that decided, under `groups` all of them."""
+    """One threshold: the work group that decided, with all groups under `groups`."""
     from pytest_sglprof._report.build import finding_document
 
     def word(verdict: str) -> str:
-        is_given = math.isfinite(threshold.limit) or verdict == "inconclusive"
-        return verdict if is_given else MEASURED
+        is_judged = math.isfinite(threshold.limit) or verdict == "inconclusive"
+        return verdict if is_judged else MEASURED
 
     groups = [
         {**finding_document(each.finding), "verdict": word(each.verdict), "reason": each.reason}
@@ -266,7 +265,7 @@ def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
 
 
 def _stragglers(late: Sequence[StragglerFinding], limit: float | None) -> dict[str, Any]:
-    """The group that decided, and all of them; of a limit that nobody gave nothing is said."""
+    """The group that decided, with all groups under `groups`. limit: None if none was set."""
     from pytest_sglprof._report.build import finding_document
 
     groups = [finding_document(finding) for finding in late]
@@ -277,7 +276,7 @@ def _stragglers(late: Sequence[StragglerFinding], limit: float | None) -> dict[s
     )
     if limit is None and top["verdict"] == "pass":
         lateness = f"{100 * (top['lateness'] or 0.0):.1f} % of the work"
-        top["reason"] = f"nobody waits for one rank: the latest arrives {lateness} after the others"
+        top["reason"] = f"no rank keeps the others waiting: the latest arrives {lateness} later"
     return {**top, "groups": groups}
 
 
@@ -307,7 +306,7 @@ _NO_SYNC_GROUP: dict[str, Any] = {
 }
 
 
-# ---- texts -----------------------------------------------------------------------------------
+# The document as CSV and as a table.
 
 _CHECK_KEYS = (
     *("group", "rank", "total_ns", "busy_ns", "slowest_share", "scope", "kernel", "stage"),
@@ -321,7 +320,7 @@ _STRAGGLER_KEYS = (
 
 
 def _csv_text(document: dict[str, Any]) -> str:
-    """One row a rank of every check; of stragglers only where nothing else was asked for."""
+    """One row for each rank of each check, or of each sync group if there are no checks."""
     if document["checks"]:
         records = [
             {**check, **group, **rank}
@@ -337,13 +336,13 @@ def _csv_text(document: dict[str, Any]) -> str:
 
 
 def _table_text(document: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
-    """findings: of all checks, in the order of their groups."""
+    """findings: one for each group of each check, in their order."""
     text = f"{document['verdict']}: {document['reason']}\n"
-    following = iter(findings)
+    remaining = iter(findings)
     for check in document["checks"]:
         if len(document["checks"]) > 1:
             text += f"\n{check['verdict']}: {check['reason']}\n"
-        text += _check_text(check, [next(following) for _ in check["groups"]])
+        text += _check_text(check, [next(remaining) for _ in check["groups"]])
     stragglers = document["stragglers"]
     if stragglers is not None:
         if document["checks"]:
@@ -374,7 +373,7 @@ def _check_text(check: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> 
 
 
 def _overlaps(group: dict[str, Any]) -> bool:
-    """Whether kernels ran at the same time, so that their sums say another thing."""
+    """Whether kernels overlap, so that the sum of their times exceeds the busy time."""
     return any(figure["total_ns"] != figure["busy_ns"] for figure in group["ranks"])
 
 
@@ -412,4 +411,4 @@ def _totals_line(group: dict[str, Any]) -> str:
     small = group["totals_difference"] < SMALL_DIFFERENCE
     text = f"sums of all kernels differ by {100 * group['totals_difference']:.1f} %"
     text += " only" if small else f" and are largest on {most}"
-    return f"{text}: who is early waits inside the collective\n"
+    return f"{text}: ranks that arrive early wait inside the collective\n"

@@ -1,4 +1,4 @@
-"""`sglprof export PATH… --to KIND`: what was recorded, for other programs and for chats."""
+"""`sglprof export PATH… --to KIND`: files for Perfetto and Nsight Systems, and pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
-    Recorded,
+    NewParser,
     input_options,
     output_options,
     read_table,
@@ -31,41 +31,42 @@ from pytest_sglprof._errors import (
 )
 
 if TYPE_CHECKING:
+    from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.table import KernelTable
 
 
 KINDS = ("perfetto", "nsight", "svg", "png")
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command's options."""
-    parser = subparsers.add_parser(
-        "export",
-        help="traces merged for Perfetto, rows to pin in Nsight Systems, a picture",
-        description="perfetto: every event of the torch traces of all ranks in one file "
-        "(*.json.gz or *.json), ranks labelled and sorted, summary rows of all ranks first, "
-        "findings as instant events; beside it an open.html opens it in the Perfetto UI with the "
-        "ranks' kernel rows pinned. nsight: the streams with kernels of every process in nsys "
-        "reports, which are the rows to pin in Nsight Systems. svg, png: busy time of each rank "
-        "and category of a run's worst window (or of --window), over the mean of its work group.",
-        epilog="exit status: 0 written, 2 usage, unreadable input or unwritable output",
+def add_parser(new_parser: NewParser) -> None:
+    """Adds the options of the command."""
+    parser = new_parser(
+        description="perfetto: merges the torch traces of all ranks into one file (*.json.gz or "
+        "*.json) with sorted ranks, summary rows on top and findings as instant events, and "
+        "writes an open.html beside it that shows the file in the Perfetto UI with the kernel "
+        "rows of all ranks pinned. nsight: lists the streams with kernels in nsys reports, which "
+        "are the rows to pin in Nsight Systems. svg, png: draws a heat map of a run's worst "
+        "window, or of --window: the busy time of each rank and category, over the mean of the "
+        "rank's work group.",
+        epilog="exit status: 0 written, 2 wrong usage, unreadable input or unwritable output",
         parents=[
-            input_options("traces, reports, exports, a window's folder, or a run"),
+            input_options("torch trace, nsys report or export, folder of a window or of a run"),
             output_options(),
             settings_options(),
         ],
     )
-    parser.add_argument("--to", choices=KINDS, required=True, help="what is written")
+    parser.add_argument("--to", choices=KINDS, required=True, help="what to write")
     parser.add_argument(
         "--only",
         choices=("kernels",),
-        help="perfetto: a small file of kernels, copies and summary rows; also for nsys reports",
+        help="perfetto: a small file with only kernels, copies and summary rows; also takes nsys "
+        "reports",
     )
     parser.set_defaults(exit_zero=True)
 
 
 def run(args: argparse.Namespace) -> ExitStatus:
-    """Writes it."""
+    """Writes what `--to` says."""
     if args.output is None and args.to != "nsight":
         raise SettingsError(
             f"--to {args.to} without -o",
@@ -81,36 +82,35 @@ def run(args: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
-# `sglprof export --to perfetto`: traces of many ranks as one file for Perfetto.
-
+# --to perfetto.
 
 BATCH = 10_000  # events that are encoded at once
 PROGRESS_S = 1.0  # between two lines of progress
 
 
 def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
-    """Writes the merged trace and a page that opens it, and says what they hold."""
+    """Writes the merged trace and a page that opens it, and prints how many events they hold."""
     from pytest_sglprof._cli.tables import refuse_foreign, refuse_inputs
     from pytest_sglprof._report.perfetto import NAME, write_open_page
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
     if not args.output.name.endswith((".json", ".json.gz")):
         raise SettingsError(
-            f"-o {args.output}: unknown kind of file",
+            f"-o {args.output}: unknown file type",
             expected="a name that ends in .json.gz or .json",
             hint="for example -o merged.json.gz",
         )
-    recorded = recorded_by(args)
+    recorded = recorded_by(args).files
     files = window_files(recorded.paths)
     reports = [file for file in files if is_nsys(file)]
     if reports and args.only != "kernels":
         raise TraceError(
-            f"{reports[0]} is a report of nsys, whose events are no torch trace's",
+            f"{reports[0]} is an nsys report, not a torch trace",
             expected="torch traces (*.trace.json.gz), or --only kernels",
-            hint="add --only kernels: it makes a file of any report's kernels",
+            hint="add --only kernels, which also takes nsys reports",
         )
     refuse_inputs(args.output, [*files, *args.paths], which="to merge")
-    refuse_foreign(args.output.parent / NAME, hint="write OUT into another folder, with its page")
+    refuse_foreign(args.output.parent / NAME, hint="choose another folder with -o")
     events, notes, ranks, gpu = (_kernels if args.only else _everything)(
         args, settings, replace(recorded, paths=tuple(files))
     )
@@ -122,10 +122,11 @@ def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
         sys.stderr.write(f"note: {note}\n")
 
 
+# Events of each rank, notes, ranks with kernel rows, and whether these are those of a GPU.
 Outcome = tuple[dict[str, int], Sequence[str], Sequence[str], bool]
 
 
-def _everything(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
+def _everything(args: argparse.Namespace, settings: Settings, recorded: WindowFiles) -> Outcome:
     from pytest_sglprof._report.perfetto import streams_of, summary_events
     from pytest_sglprof._trace.merge.files import merge_files
 
@@ -145,9 +146,9 @@ def _everything(args: argparse.Namespace, settings: Settings, recorded: Recorded
 
 
 def _table(
-    args: argparse.Namespace, settings: Settings, recorded: Recorded
+    args: argparse.Namespace, settings: Settings, recorded: WindowFiles
 ) -> tuple[KernelTable | None, Sequence[str]]:
-    """The kernel table for the summary; None, and why, when only that cannot be made."""
+    """The kernel table for the summary rows, and notes; None if only the summary is impossible."""
     try:
         table = read_table(recorded, args, settings)
     except (NotATrace, TraceTruncated):
@@ -157,7 +158,7 @@ def _table(
     return table, table.notes
 
 
-def _kernels(args: argparse.Namespace, settings: Settings, recorded: Recorded) -> Outcome:
+def _kernels(args: argparse.Namespace, settings: Settings, recorded: WindowFiles) -> Outcome:
     import msgspec
 
     from pytest_sglprof._report.perfetto import kernel_events, summary_events
@@ -169,8 +170,8 @@ def _kernels(args: argparse.Namespace, settings: Settings, recorded: Recorded) -
     counts = table.frame["rank"].value_counts()
     events = {rank: int(counts.get(rank, 0)) for rank in table.ranks}
     with TraceWriter(args.output, base_ns=base) as writer:
-        for found in (summary_events(table, base), kernel_events(table, base)):
-            for batch in _batches(found):
+        for written in (summary_events(table, base), kernel_events(table, base)):
+            for batch in _batches(written):
                 writer.add(msgspec.json.encode(batch)[1:-1])
         writer.close({"sglprof": {"ranks": events, "notes": list(table.notes)}})
     return events, table.notes, table.ranks, table.is_timeline
@@ -184,12 +185,12 @@ def _batches(events: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 def _progress() -> Callable[[int, int], None] | None:
-    """A line on the terminal, by bytes; none where nobody looks."""
+    """Shows progress in bytes on a terminal; None if standard error is not one."""
     if not sys.stderr.isatty():
         return None
     last = 0.0
 
-    def tell(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= PROGRESS_S or done == total:
@@ -198,10 +199,10 @@ def _progress() -> Callable[[int, int], None] | None:
             sys.stderr.write(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB{end}")
             sys.stderr.flush()
 
-    return tell
+    return show
 
 
-# `sglprof export --to svg|png`: rank × category of a window as a picture.
+# --to svg, --to png.
 
 
 def write_picture(args: argparse.Namespace) -> None:
@@ -216,8 +217,8 @@ def write_picture(args: argparse.Namespace) -> None:
     kind = args.output.suffix.lower()
     if kind != f".{args.to}":
         raise SettingsError(
-            f"-o {args.output} with --to {args.to}: pictures are written as SVG or PNG",
-            expected="a name that ends in .svg or .png, as --to says",
+            f"-o {args.output} with --to {args.to}: the file is not of that type",
+            expected=f"a name that ends in .{args.to}",
         )
     if len(args.paths) != 1:
         raise SettingsError(f"--to {args.to} with {len(args.paths)} paths", expected="one run")
@@ -234,34 +235,29 @@ def write_picture(args: argparse.Namespace) -> None:
             f"{args.paths[0]} has no window to draw"
             + (f" with the id {args.window}" if args.window else ""),
             expected=f"a window with findings; its windows: {known}",
-            hint="look at the reasons in results.json",
+            hint="results.json says why its windows have no findings",
         )
     atomic_write(args.output, heat_map_png(window) if kind == ".png" else heat_map_svg(window))
     sys.stdout.write(f"{args.output}\n")
 
 
-# `sglprof export --to nsight`: which rows to pin in Nsight Systems, and how.
-
+# --to nsight.
 
 HOW = """\
 To pin them: open the report in Nsight Systems, unfold each row's path in the timeline,
 right-click the stream's name and choose "Pin row" (or click the pin beside the name).
-Pinned rows stay on top in the order in which they were pinned: take the streams of the same
-place of all ranks one after the other.
+Pinned rows stay on top in the order of pinning: pin the corresponding streams of all ranks
+one after the other.
 """
 
 
 def write_hints(args: argparse.Namespace, settings: Settings) -> None:
-    """Prints the rows, or writes them to `args.output`."""
+    """Prints the rows to pin, or writes them to `args.output`."""
     from pytest_sglprof._trace.nsys.report import stream_rows
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
-    recorded = recorded_by(args)
+    recorded = recorded_by(args).files
     files = window_files(recorded.paths)
-    recorded_ranks = recorded.window.pid_ranks if recorded.window else {}
-    known = {int(pid): rank for pid, rank in recorded_ranks.items()}
-    pid_ranks = {**known, **dict(args.rank)}
-    nsys = settings.nsys or None
     traces = [file for file in files if not is_nsys(file)]
     if traces:
         raise NotATrace(
@@ -272,7 +268,9 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
     records: list[dict[str, Any]] = []
     notes: list[str] = []
     for file in files:
-        for row in stream_rows(file, pid_ranks=pid_ranks, nsys=nsys, notes=notes):
+        for row in stream_rows(
+            file, pid_ranks=recorded.pid_ranks, nsys=settings.nsys or None, notes=notes
+        ):
             record = {"file": file.name, **asdict(row)}
             records.append({**record, "row": _row(row.pid, row.device, row.stream)})
     columns: tuple[Column, ...] = (

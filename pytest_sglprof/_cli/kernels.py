@@ -1,4 +1,4 @@
-"""`sglprof kernels`: kernel time of every rank and kernel in traces, reports and windows."""
+"""`sglprof kernels PATH…`: the kernel time of each rank and kernel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
+    NewParser,
     Recorded,
     count,
     input_options,
@@ -31,18 +32,16 @@ TEXT_COLUMNS = frozenset(KEYS) - {"step", "stream"}
 DEFAULT_KEYS = ("rank", "name", "category")
 UNCATEGORISED_KEYS = ("name", "full_name")
 
-_Answer = tuple[list[dict[str, Any]], list[str]]  # records, notes
+_Records = tuple[list[dict[str, Any]], list[str]]  # records, notes
 
 
-def add_parser(subparsers: Any) -> None:
-    """Registers the command."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "kernels",
-        help="kernel time of every rank and kernel",
-        description="Count and total time by rank, kernel and category.",
-        epilog="exit status: 0 printed, 2 usage or unreadable input",
+def add_parser(new_parser: NewParser) -> None:
+    """Adds the options of the command."""
+    parser = new_parser(
+        description="Adds up the number and the time of kernels by rank, kernel and category.",
+        epilog="exit status: 0 done, 2 wrong usage or unreadable input",
         parents=[
-            input_options("a torch trace, an nsys report or export, a window's folder, or a run"),
+            input_options("torch trace, nsys report or export, folder of a window or of a run"),
             output_options(),
             settings_options(),
         ],
@@ -51,19 +50,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--by",
         metavar="KEY,…",
-        help=f"one row for each combination of these: {', '.join(KEYS)} (default: "
+        help=f"one row for each combination of these keys: {', '.join(KEYS)} (default: "
         f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
     )
     parser.add_argument("--top", type=count, metavar="N", help="only the N largest rows")
     parser.add_argument(
         "--uncategorised",
         action="store_true",
-        help="only what no category pattern matches, with its share of all kernel time",
+        help="only kernels without a category, with their share of all kernel time",
     )
 
 
 def run(args: argparse.Namespace) -> ExitStatus:
-    """Prints the table. Unreadable input raises `TraceError` (exit status 2)."""
+    """Prints the table. Raises `TraceError` for unreadable input."""
     default = UNCATEGORISED_KEYS if args.uncategorised else DEFAULT_KEYS
     keys = _keys(args.by) if args.by is not None else list(default)
     settings, recorded = settings_of(args, args.paths), recorded_by(args)
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if args.top is not None:
         records = sorted(records, key=lambda record: -int(record["total_ns"]))[: args.top]
     text = render(records, columns, args.format)
-    write_text(text, args.output, [*recorded.paths, *args.paths])
+    write_text(text, args.output, [*recorded.files.paths, *args.paths])
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
     return ExitStatus.DONE
@@ -85,11 +84,11 @@ def run(args: argparse.Namespace) -> ExitStatus:
 
 def _from_sums(
     keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
-) -> _Answer | None:
-    """The answer where totals of one nsys report are enough: its rows are not read then."""
+) -> _Records | None:
+    """The totals of one nsys report, added up by its engine; None if its rows are needed."""
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
-    files = window_files(recorded.paths)
+    files = window_files(recorded.files.paths)
     if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
         return None
     from pytest_sglprof._trace.nsys.sums import KEYS as SUMMED
@@ -104,25 +103,25 @@ def _from_sums(
 
 def _from_rows(
     keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
-) -> _Answer:
-    table = read_table(recorded, args, settings, sequences=False)
+) -> _Records:
+    table = read_table(recorded.files, args, settings, sequences=False)
     records = kernel_records(table, keys, uncategorised=args.uncategorised)
     return records, _notes(table.notes, bool(len(table.frame)), args)
 
 
-def _notes(notes: Sequence[str], activity: bool, args: argparse.Namespace) -> list[str]:
-    none = f"no activity in {', '.join(map(str, args.paths))}"
-    return [*notes, *([] if activity else [none])]
+def _notes(notes: Sequence[str], has_activity: bool, args: argparse.Namespace) -> list[str]:
+    empty = f"no activity in {', '.join(map(str, args.paths))}"
+    return [*notes] if has_activity else [*notes, empty]
 
 
 def sum_records(
     sums: KernelSums, keys: Sequence[str], *, uncategorised: bool = False
 ) -> list[dict[str, Any]]:
-    """`kernel_records` of sums that were added up already."""
-    every = sum(sums.total_ns)
+    """What `kernel_records` returns, from totals."""
+    all_ns = sum(sums.total_ns)
     chosen = sums.of("category", "other") if uncategorised else sums
     records: list[dict[str, Any]] = [dict(record) for record in chosen.by(*keys)]
-    return _with_share(records, every) if uncategorised else records
+    return _with_share(records, all_ns) if uncategorised else records
 
 
 def kernel_records(
@@ -130,20 +129,21 @@ def kernel_records(
 ) -> list[dict[str, Any]]:
     """One record for each combination of `keys`: the keys, `count` and `total_ns`.
 
-    uncategorised: only category `other`, and `share`, `total_ns` of the kernel time of the
+    uncategorised: only category `other`, with `share`: `total_ns` over the kernel time of the
     whole table (all ranks and categories), 0 to 1.
     """
-    every = int(table.frame["dur_ns"].sum())
+    all_ns = int(table.frame["dur_ns"].sum())
     if uncategorised:
         table = replace(table, frame=table.frame.loc[table.frame["category"] == "other"])
     rows = table.by(*keys).astype(object).to_dict("records")
     records = [{str(key): value for key, value in row.items()} for row in rows]
-    return _with_share(records, every) if uncategorised else records
+    return _with_share(records, all_ns) if uncategorised else records
 
 
-def _with_share(records: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
+def _with_share(records: list[dict[str, Any]], all_ns: int) -> list[dict[str, Any]]:
     return [
-        {**record, "share": int(record["total_ns"]) / every if every else 0.0} for record in records
+        {**record, "share": int(record["total_ns"]) / all_ns if all_ns else 0.0}
+        for record in records
     ]
 
 
@@ -153,7 +153,7 @@ def _keys(text: str) -> list[str]:
     if unknown or not keys:
         raise SettingsError(
             f"--by {text}: unknown key {', '.join(unknown) or '(none given)'}",
-            expected="keys out of " + ", ".join(KEYS),
+            expected="some of " + ", ".join(KEYS),
             hint=did_you_mean(unknown, KEYS, "for example --by rank,category"),
         )
     return keys

@@ -1,11 +1,11 @@
-"""Options that commands share, as parents of argparse, and the settings that follow from them."""
+"""Options that commands share, as parents of argparse, and what they select."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,23 +17,25 @@ from pytest_sglprof._metrics import METRICS
 if TYPE_CHECKING:
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._report.model import RecordedWindow, Results
+    from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.table import KernelTable
 
 
+NewParser = Callable[..., argparse.ArgumentParser]  # takes what argparse's `add_parser` takes
 Format = Literal["table", "csv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-LATENESS = "lateness"  # of the rank that the others wait for; the metric of sync groups
+LATENESS = "lateness"  # how late the last rank of a sync group arrives; not in `METRICS`
 RUN_FILE = "run.json"
-_RUN_DEPTH = 4  # a trace lies in RUN/windows/ID, and its own folder may lie in there
+_RUN_DEPTH = 4  # a trace is in RUN/windows/ID, or in a folder of its own in there
 
 
 def input_options(paths: str) -> argparse.ArgumentParser:
-    """What is read, and how. paths: the help of PATH."""
+    """What to read, and how. paths: the help of PATH."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("paths", nargs="+", metavar="PATH", help=paths)
     group = parser.add_argument_group("input")
     group.add_argument(
-        "--window", default="", metavar="ID", help="of a run with several windows: this one"
+        "--window", default="", metavar="ID", help="the window to read, in a run with several"
     )
     group.add_argument(
         "--rank",
@@ -41,45 +43,48 @@ def input_options(paths: str) -> argparse.ArgumentParser:
         default=[],
         type=_pid_and_label,
         metavar="PID=LABEL",
-        help="the rank of a process in nsys reports, for example 31205=TP0; may be given again",
+        help="rank of a process in an nsys report, for example 31205=TP0; can be repeated",
     )
     group.add_argument(
         "--allow-partial",
         action="store_true",
-        help="read what a truncated trace still holds; a verdict on it is inconclusive",
+        help="read what is left of a truncated trace; a verdict on it is inconclusive",
     )
     add_rows(group, "nsys", "step_delimiter")
     return parser
 
 
 def select_options() -> argparse.ArgumentParser:
-    """What is compared, and the limit that it is held against."""
+    """What to compare, and its limit."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("selection (default: the thresholds of the configuration)")
     group.add_argument(
         "--metric",
         choices=(*METRICS, LATENESS),
-        help=f"default: slowdown; {LATENESS}: by how much the others wait for one rank",
+        help=f"default: slowdown; {LATENESS} is how late the last rank arrives at collectives, as "
+        "a share of the work between them",
     )
     group.add_argument(
         "--limit",
         type=float,
         metavar="X",
-        help="fail above it: a ratio (slowdown, imbalance_factor: 1 or more) or a share (0 to 1)",
+        help="fail above this ratio (slowdown, imbalance_factor: 1 or more) or share (0 to 1)",
     )
     group.add_argument(
         "--scope",
-        help="compute (all but communication and memory; default), communication, all, or a "
+        help="compute (all but communication and memory; the default), communication, all, or a "
         "category such as moe",
     )
-    group.add_argument("--kernel", metavar="REGEX", help="kernels by name instead of a scope")
-    group.add_argument("--stage", help="only steps of it: decode, prefill, mixed or idle")
+    group.add_argument(
+        "--kernel", metavar="REGEX", help="kernels whose name matches, instead of a scope"
+    )
+    group.add_argument("--stage", help="only steps of one stage: decode, prefill, mixed or idle")
     add_rows(group, "min_steps", "min_share")
     return parser
 
 
 def output_options() -> argparse.ArgumentParser:
-    """Where the answer goes, and in which form."""
+    """Where to write, and in which format."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("output")
     add_output_file(group)
@@ -93,7 +98,7 @@ def output_options() -> argparse.ArgumentParser:
 
 
 def settings_options() -> argparse.ArgumentParser:
-    """Where the configuration comes from, and what is changed in it."""
+    """Which configuration to use, and what to change in it."""
     parser = argparse.ArgumentParser(add_help=False)
     add_rows(parser.add_argument_group("settings"), "config", "set")
     return parser
@@ -102,15 +107,15 @@ def settings_options() -> argparse.ArgumentParser:
 def add_output_file(parser: argparse._ActionsContainer) -> None:
     """`-o FILE`."""
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="write it there (default: print it)"
+        "-o", "--output", type=Path, metavar="FILE", help="write to FILE instead of printing"
     )
 
 
 def add_rows(parser: argparse._ActionsContainer, *names: str) -> None:
-    """The rows of the option table that have these names."""
+    """Adds the rows of the option table that have these names."""
     for option in OPTIONS:
         if option.name in names:
-            assert option.command, f"{option.name} is no option of a command"
+            assert option.command, f"{option.name}: set command=True in its row"
             action = "append" if option.kind == "list" else "store"
             parser.add_argument(
                 option.flag,
@@ -124,8 +129,8 @@ def add_rows(parser: argparse._ActionsContainer, *names: str) -> None:
 def settings_of(args: argparse.Namespace, paths: Iterable[str | Path] = ()) -> Settings:
     """The settings of a command that reads `paths`.
 
-    `--config`, else what the run stored that wrote the paths, else the nearest configuration
-    file of the working folder; the options and the environment change it.
+    They come from `--config`, else from the run that wrote the paths, else from the configuration
+    file that is nearest to the working folder. Options and the environment change them.
     """
     from pytest_sglprof._config.load import read_settings
 
@@ -142,10 +147,10 @@ def settings_of(args: argparse.Namespace, paths: Iterable[str | Path] = ()) -> S
 
 
 def stored_configuration(paths: Iterable[str | Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The run.json above the first of `paths` that has one, and the configuration in it."""
+    """The first run.json in or above one of `paths`, and the configuration in it."""
     for path in paths:
-        place = Path(os.path.realpath(path))
-        for folder in (place, *place.parents)[: _RUN_DEPTH + 1]:
+        resolved = Path(os.path.realpath(path))
+        for folder in (resolved, *resolved.parents)[: _RUN_DEPTH + 1]:
             try:
                 content = json.loads((folder / RUN_FILE).read_bytes())
             except (OSError, ValueError, RecursionError):
@@ -178,22 +183,21 @@ def _pid_and_label(text: str) -> tuple[int, str]:
     return int(pid), label
 
 
-# What a command reads: files of a window as they are given, or a window of a run.
-
+# What a command reads: files as they are given, or a window of a run.
 
 RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Files of one window. window: its part of results.json, None for files alone."""
+    """The window that a command reads. window: its part of results.json, None for files alone."""
 
-    paths: tuple[Path, ...]
+    files: WindowFiles
     window: RecordedWindow | None = None
 
 
 def recorded_by(args: argparse.Namespace) -> Recorded:
-    """What the paths of a command name: a run's window, or traces, reports and exports."""
+    """The window that the paths of a command name: that of a run, or the files themselves."""
     results = [results_file(Path(path)) for path in args.paths]
     if len(results) != 1 or results[0].name != RESULTS or not results[0].is_file():
         if args.window:
@@ -202,22 +206,27 @@ def recorded_by(args: argparse.Namespace) -> Recorded:
                 expected=f"one path, a {RESULTS} or the folder that holds it",
                 hint="leave --window out: traces and reports are read as they are",
             )
-        return Recorded(tuple(Path(path) for path in args.paths))
+        from pytest_sglprof._run.measure import WindowFiles
+
+        return Recorded(WindowFiles(tuple(map(Path, args.paths)), pid_ranks=dict(args.rank)))
     from pytest_sglprof._report.results import load_results
 
     window, folder = choose_window([load_results(results[0])], [results[0].parent], args.window)
-    return window_of_run(window, folder)
+    return Recorded(window_files(window, folder, args), window)
 
 
 def results_file(path: Path) -> Path:
-    """The results of a run, given as that file or as the run's folder."""
+    """results.json of a run that is given as that file or as its folder."""
     return path / RESULTS if path.is_dir() else path
 
 
 def choose_window(
     documents: Sequence[Results], folders: Sequence[Path], window_id: str
 ) -> tuple[RecordedWindow, Path]:
-    """The window with that id, or the only one; and its run's folder."""
+    """The window with that id, else the only one, and the folder of its run.
+
+    Raises `SglprofError` that lists the windows.
+    """
     chosen = [
         (window, folder)
         for document, folder in zip(documents, folders, strict=True)
@@ -225,18 +234,23 @@ def choose_window(
         if window_id in ("", window.id)
     ]
     if len(chosen) != 1:
-        every = [window.id for document in documents for window in document.windows]
+        ids = [window.id for document in documents for window in document.windows]
         what = f"no window {window_id}" if window_id else f"{len(chosen)} windows"
         raise SglprofError(
             f"there {'is' if window_id else 'are'} {what} in these results",
             expected="one window",
-            hint=f"choose with --window: {', '.join(every) or 'there is none'}",
+            hint=f"choose with --window: {', '.join(ids) or 'there is none'}",
         )
     return chosen[0]
 
 
-def window_of_run(window: RecordedWindow, folder: Path) -> Recorded:
-    """The files of a window of results.json; `TraceError` where they were not kept."""
+def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> WindowFiles:
+    """The files of a window of results.json, and its ranks, which `--rank` may correct.
+
+    Raises `TraceError` where the files were not kept.
+    """
+    from pytest_sglprof._run.measure import WindowFiles
+
     kinds = {artifact.kind for artifact in window.artifacts}
     exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
     paths = [
@@ -246,33 +260,23 @@ def window_of_run(window: RecordedWindow, folder: Path) -> Recorded:
     ]
     if not paths or not all(path.exists() for path in paths):
         raise TraceError(
-            f"the traces of window {window.id} are not there",
+            f"the traces of window {window.id} are gone",
             expected="the files that results.json names, beside it",
-            hint="keep the traces of windows that pass with --sglprof-set=output.keep=all",
+            hint="keep the traces of windows that pass: --sglprof-set=output.keep=all",
         )
-    return Recorded(tuple(paths), window)
+    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()}
+    return WindowFiles(
+        tuple(paths),
+        pid_ranks={**pid_ranks, **dict(args.rank)},
+        gpu_ranks={int(gpu): rank for gpu, rank in window.gpu_ranks.items()},
+        settle=window.spec.settle,
+    )
 
 
 def read_table(
-    recorded: Recorded, args: argparse.Namespace, settings: Settings, *, sequences: bool = True
+    files: WindowFiles, args: argparse.Namespace, settings: Settings, *, sequences: bool = True
 ) -> KernelTable:
-    """The kernel table of it, with the user's categories and step delimiter.
+    """The kernel table of a window, partial if `--allow-partial` is given; or `TraceError`."""
+    from pytest_sglprof._run.measure import read_recorded
 
-    sequences: see `read_window`. Raises `TraceError`.
-    """
-    from pytest_sglprof._trace.read import read_window
-
-    window = recorded.window
-    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()} if window else {}
-    gpu_ranks = {int(gpu): rank for gpu, rank in window.gpu_ranks.items()} if window else {}
-    return read_window(
-        recorded.paths,
-        pid_ranks={**pid_ranks, **dict(args.rank)} or None,
-        gpu_ranks=gpu_ranks or None,
-        allow_partial=args.allow_partial,
-        settle_s=window.spec.settle if window else 0.0,
-        patterns=settings.categories,
-        step_delimiter=settings.step_delimiter,
-        nsys=settings.nsys or None,
-        sequences=sequences,
-    )
+    return read_recorded(files, settings, allow_partial=args.allow_partial, sequences=sequences)

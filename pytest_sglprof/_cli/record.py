@@ -10,33 +10,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._capture.recording import WindowCapture
-from pytest_sglprof._cli.options import add_rows, count, positive, settings_of, settings_options
+from pytest_sglprof._cli.options import (
+    NewParser,
+    add_rows,
+    count,
+    positive,
+    settings_of,
+    settings_options,
+)
 from pytest_sglprof._cli.watch import add_rule, is_url, rule_of
-from pytest_sglprof._config.backends import BACKENDS, readable
+from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 
 if TYPE_CHECKING:
+    from pytest_sglprof._capture.recording import WindowCapture
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._load.onset import Onset, OnsetRule
     from pytest_sglprof._server.launch import Server
 
 FOLDER = "sglprof-window"
-STEADY_WAIT = 300.0  # s; without --for
+STEADY_WAIT = 300.0  # s to wait for steady load, without --for
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command's options."""
-    parser = subparsers.add_parser(
-        "record",
-        help="one profile window of a running server: now, at steady load, or at an onset",
-        description="Opens a profile window of a server that runs, and closes it after its "
-        "steps or seconds. onset: watches as `sglprof watch` does, opens it when load became "
-        "unequal, and says whether the trace confirms that. Keys come from SGLPROF_API_KEY and "
-        "SGLPROF_ADMIN_API_KEY.",
-        epilog="exit status: 0 recorded, 2 usage or a server that refuses, 3 the window is not "
-        "complete, or its moment did not come, 130 interrupted",
+def add_parser(new_parser: NewParser) -> None:
+    """Adds the options of the command."""
+    parser = new_parser(
+        description="Opens a profile window on a running server and closes it after a number of "
+        "steps or seconds. With --when onset it watches the load as `sglprof watch` does, opens "
+        "the window when the load became uneven, and says whether the trace confirms that. The "
+        "server's keys are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.",
+        epilog="exit status: 0 recorded, 2 wrong usage or the server refuses, 3 the window is "
+        "incomplete or was never opened, 130 interrupted",
         parents=[settings_options()],
     )
     add = parser.add_argument
@@ -45,24 +50,31 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--when",
         choices=("now", "steady", "onset"),
         default="now",
-        help="steady: requests have run for 2 s (default: now)",
+        help="open the window now, when requests have been running for 2 s (steady), or at an "
+        "onset (default: now)",
     )
-    add("--for", dest="seconds", type=positive, metavar="S", help="wait at most S s for it")
-    add("--backend", choices=tuple(BACKENDS), default="torch", help="default: torch")
-    add("--steps", type=count, metavar="N", help="close it after N steps")
+    add(
+        "--for",
+        dest="seconds",
+        type=positive,
+        metavar="S",
+        help=f"wait at most S s to open it (default: {STEADY_WAIT:g} if steady, no limit if onset)",
+    )
+    add("--backend", choices=tuple(BACKENDS), default="torch", help="profiler (default: torch)")
+    add("--steps", type=count, metavar="N", help="close the window after N steps")
     add(
         "--seconds",
         dest="window_s",
         type=positive,
         default=2.0,
         metavar="S",
-        help="or after S s (default: 2)",
+        help="close the window after S s, unless --steps is given (default: 2)",
     )
     add(
         "-o",
         "--output",
         metavar="DIR",
-        help="its files (default: sglprof-window, or -2 and so on)",
+        help=f"folder for the files (default: {FOLDER}, then {FOLDER}-2 and so on)",
     )
     add_rows(parser, "server_dir", "nsys_session", "nsys", "step_delimiter")
     add_rule(parser)
@@ -76,7 +88,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
         raise SettingsError(
             f"record {args.target}",
             expected="the URL of a running server",
-            hint="a log names no server: give its URL instead",
+            hint="a log cannot be recorded: give the URL of its server",
         )
     if args.when == "onset":
         return _record_at_onset(args, settings, rule)
@@ -105,7 +117,7 @@ def _record(
     onset: Onset | None = None,
     wait_for_load: bool = False,
 ) -> ExitStatus:
-    """Opens the window, waits for its end; `INCONCLUSIVE` where it is not complete."""
+    """Opens the window and waits for its end; `INCONCLUSIVE` if it is not complete."""
     from pytest_sglprof._cli.watch import onset_line
     from pytest_sglprof._run.window import Window
 
@@ -145,25 +157,17 @@ def _wait_for_load(server: Server, timeout: float) -> None:
     if not steady_load(server, 1, timeout=timeout, stop=threading.Event()):
         raise Inconclusive(
             f"the server had no steady load within {timeout:g} s, so nothing was recorded",
-            expected="a request in flight for 2 s",
-            hint="send requests meanwhile, wait longer with --for, or take --when now",
+            expected="requests that run for 2 s without a gap",
+            hint="send requests meanwhile, wait longer with --for, or use --when now",
         )
 
 
 def _confirmation(onset: Onset, capture: WindowCapture, settings: Settings) -> str:
-    """Whether the trace shows what the load showed."""
+    """A sentence that says whether the trace confirms the onset."""
     from pytest_sglprof._analysis.load import join_load
-    from pytest_sglprof._trace.read import read_window
+    from pytest_sglprof._run.measure import WindowFiles, read_recorded
 
-    table = read_window(
-        [artifact.path for artifact in readable(capture.artifacts)],
-        pid_ranks=capture.pid_ranks or None,
-        gpu_ranks=capture.gpu_ranks or None,
-        patterns=settings.categories,
-        step_delimiter=settings.step_delimiter,
-        nsys=settings.nsys or None,
-    )
-    return join_load(onset, table).sentence
+    return join_load(onset, read_recorded(WindowFiles.of_capture(capture), settings)).sentence
 
 
 def _say(text: str) -> None:
@@ -172,10 +176,10 @@ def _say(text: str) -> None:
 
 
 def _fresh(path: Path) -> Path:
-    """`path`, or `path-2` and so on: the first of which nothing is there, with any ending."""
+    """`path`, or the first of `path-2`, `path-3` … that does not exist with any file ending."""
     names = [path.name, *(f"{path.name}-{number}" for number in range(2, 1000))]
-    there = {entry.name.partition(".")[0] for entry in path.parent.glob(f"{path.name}*")}
-    return path.with_name(next(name for name in names if name not in there))
+    existing = {entry.name.partition(".")[0] for entry in path.parent.glob(f"{path.name}*")}
+    return path.with_name(next(name for name in names if name not in existing))
 
 
 def _attached(args: argparse.Namespace, settings: Settings, folder: Path) -> Server:

@@ -1,4 +1,4 @@
-"""`sglprof report results.json…`: one HTML page, also with lanes of steps that it had not."""
+"""`sglprof report PATH…`: one HTML page about runs, with the lanes of any step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._cli.options import (
+    NewParser,
     choose_window,
     input_options,
     read_table,
     results_file,
     settings_of,
     settings_options,
-    window_of_run,
+    window_files,
 )
 from pytest_sglprof._cli.tables import refuse_foreign, refuse_inputs
 from pytest_sglprof._errors import ExitStatus, SglprofError
@@ -27,29 +28,27 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command's options."""
-    parser = subparsers.add_parser(
-        "report",
-        help="one HTML page of one or more results.json",
-        description="Writes one HTML file that needs no network: verdicts, who is slow, since "
-        "which step, in which kernel, and the kernels of all ranks on one time axis.",
-        epilog="exit status: 0 written, 2 usage or unreadable input",
-        parents=[input_options("a results.json, or the folder of a run"), settings_options()],
+def add_parser(new_parser: NewParser) -> None:
+    """Adds the options of the command."""
+    parser = new_parser(
+        description="Writes one HTML file that needs no network: the verdicts, which rank is slow, "
+        "since which step and in which kernel, and the kernels of all ranks on one time axis.",
+        epilog="exit status: 0 written, 2 wrong usage or unreadable input",
+        parents=[input_options("results.json of a run, or the run's folder"), settings_options()],
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the page is written (default: report.html beside the first results.json)",
+        help=f"page to write (default: {PAGE} beside the first results.json)",
     )
     parser.set_defaults(exit_zero=True)
     parser.add_argument(
         "--baseline",
         metavar="PATH",
-        help="the results.json (or the folder) of an earlier run: what got slower since, kernel by "
-        "kernel, in steps of equal work",
+        help="earlier run to compare with, its results.json or folder: shows which kernels got "
+        "slower, in steps of equal work",
     )
     parser.add_argument(
         "--step",
@@ -57,8 +56,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar="N",
-        help="draw the lanes of this step instead of the chosen ones, up to 8 times; reads the "
-        "traces of the window again",
+        help="draw the lanes of step N instead of the steps chosen by default; can be repeated up "
+        "to 8 times; reads the traces of the window again",
     )
 
 
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     for file, document in zip(files, documents, strict=True):
         refuse_inputs(output, recorded(file, document))
     if not args.output:
-        refuse_foreign(output, hint="say with -o where the page is to be written")
+        refuse_foreign(output, hint="choose another file with -o")
     if args.step:
         documents = _redrawn(documents, folders, args)
     write_page(documents, folders, output.resolve(), baseline=baseline)
@@ -94,22 +93,22 @@ def _baseline(path: Path) -> Results:
         raise SglprofError(
             f"--baseline: {path} has no profile window",
             expected="the results of a run that recorded windows",
-            hint="the runs that have some stand under .sglprof",
+            hint="the runs of pytest are in .sglprof",
         )
     return document
 
 
 def recorded(results: Path, document: Results) -> list[Path]:
-    """What a run recorded: its results, the files that these name, and all beside them."""
+    """What no page may replace: the results of a run, their folder, and the files they name."""
     folder = results.resolve().parent
-    named = [folder / item.path for window in document.windows for item in window.artifacts]
-    return [results, folder, *named]
+    artifacts = [folder / item.path for window in document.windows for item in window.artifacts]
+    return [results, folder, *artifacts]
 
 
 def _redrawn(
     documents: Sequence[Results], folders: Sequence[Path], args: argparse.Namespace
 ) -> list[Results]:
-    """The documents with the lanes of one window replaced by those of `args.step`."""
+    """The documents, in which one window has the lanes of `args.step`."""
     from msgspec.structs import replace
 
     window, folder = choose_window(documents, folders, args.window)
@@ -128,19 +127,19 @@ def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> La
     from pytest_sglprof._report.model import storable
     from pytest_sglprof._report.series import lanes
 
-    table = read_table(window_of_run(window, folder), args, settings_of(args, args.paths))
+    table = read_table(window_files(window, folder, args), args, settings_of(args, args.paths))
     steps = list(dict.fromkeys(args.step))
     known = {int(step) for step in table.steps["step"]}
     unknown = [step for step in steps if step not in known]
     if unknown:
-        span = f"{min(known)} to {max(known)}" if known else "none: its source tells no steps"
+        span = f"{min(known)} to {max(known)}" if known else "but its source has no steps"
         raise SglprofError(
             f"window {window.id} has no step {unknown[0]}",
             expected=f"one of its steps, {span}",
-            hint="the page shows the number of each step under Lanes and When",
+            hint="the page shows the numbers of steps under Lanes and When",
         )
     drawn = lanes(table, sum_times(table), steps=steps)
-    # As the run named them: its folder may come without its run.json, and with it the patterns.
+    # Categories as recorded: without run.json the patterns of the run are not known.
     recorded_categories = {row.name: row.category for row in window.table}
     pairs = zip(drawn.names, drawn.categories, strict=True)
     categories = tuple(recorded_categories.get(name, category) for name, category in pairs)

@@ -1,4 +1,4 @@
-"""Records as an aligned table, as CSV or as JSON."""
+"""Write records as an aligned table, CSV or JSON, and never over anything recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 
 from pytest_sglprof._cli.options import Format
 from pytest_sglprof._errors import SettingsError
-from pytest_sglprof._report.model import plain
 from pytest_sglprof._report.terminal import text_table
 
 Record = Mapping[str, Any]
@@ -22,9 +21,9 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `key` of the record, `head` and `cell` only for the table.
+    """One column. key: of the record. head: title in the table, by default the key.
 
-    cell: makes the table's text of a value. left: aligned left, as text should be.
+    cell: turns a value into the text of the table. left: aligned left.
     """
 
     key: str
@@ -34,7 +33,7 @@ class Column:
 
 
 def write_text(text: str, output: Path | None, inputs: Iterable[str | Path]) -> None:
-    """Prints `text`, or writes it to `output`, which must be none of the `inputs`."""
+    """Prints `text`, or writes it to `output`, which must not be one of the `inputs`."""
     if output is None:
         sys.stdout.write(text)
         return
@@ -46,12 +45,12 @@ def write_text(text: str, output: Path | None, inputs: Iterable[str | Path]) -> 
 
 
 def milliseconds(ns: Any) -> str:
-    """All of its thousandths, which `wording.milliseconds` rounds away."""
+    """Milliseconds with three decimals; `wording.milliseconds` rounds them for prose."""
     return f"{int(ns) / 1e6:.3f}"
 
 
 def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -> str:
-    """All records as text that ends in a line break. JSON keeps keys without a column."""
+    """The records as text that ends in a newline. JSON also has the keys without a column."""
     if form == "json":
         return to_json(records)
     if form == "csv":
@@ -63,12 +62,16 @@ def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON; what is not finite becomes null."""
+    """Indented JSON; numbers that are not finite become null."""
+    from pytest_sglprof._report.model import plain
+
     return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
-    """CSV with a head line; None is an empty cell."""
+    """CSV with a header line; None is an empty cell."""
+    from pytest_sglprof._report.model import plain
+
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(keys)
@@ -78,14 +81,12 @@ def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
     return stream.getvalue()
 
 
-# Where a command may write: never over what it reads, nor over what it did not make itself.
+# Where a command may write: never over its input, nor over a page that it did not write.
 
+GENERATOR = b'<meta name="generator" content="pytest-sglprof">'  # in the head of our pages
+_HEAD = 4096  # bytes of a page that are searched for it
 
-# Stands in the head of every page that we write.
-GENERATOR = b'<meta name="generator" content="pytest-sglprof">'
-_HEAD = 4096  # bytes of a page in which it must stand
-
-# What a run or a server recorded: never a view, so never ours to write over.
+# What runs and servers record. No command writes such a file.
 _RECORDS = ("results.json", "run.json", "journal.jsonl")
 _RECORD_ENDINGS = (
     *(".trace.json", ".trace.json.gz", ".trace.json.zst"),
@@ -100,42 +101,42 @@ def refuse_inputs(
     option: str = "-o",
     which: str = "that are read",
 ) -> None:
-    """Raises `SettingsError` where writing `output` would replace what the command reads.
+    """Raises `SettingsError` if writing `output` would replace something that is read.
 
-    inputs: files, and folders with all that was recorded in them; links are followed.
+    inputs: files, and folders with everything recorded in them; links are followed.
     """
-    for given in inputs:
-        if _is_same(output, Path(given)) or _is_record_in(output, Path(given)):
+    for path in map(Path, inputs):
+        if _is_same(output, path) or _is_record_in(output, path):
             raise SettingsError(
                 f"{option} {output} is one of the files {which}",
-                expected="a name of its own",
-                hint="write it under another name, or into another folder",
+                expected="a new file",
+                hint="choose another name or another folder",
             )
 
 
 def refuse_foreign(page: Path, *, hint: str) -> None:
-    """Raises `SettingsError` where a page that nobody named would replace another's file."""
+    """Raises `SettingsError` if the default page would replace a file of somebody else."""
     if os.path.lexists(page) and not _is_our_page(page):
         raise SettingsError(
-            f"{page} is there already, and sglprof did not write it",
+            f"{page} exists, and sglprof did not write it",
             expected="no file of that name, or a page of sglprof",
             hint=hint,
         )
 
 
-def _is_same(output: Path, given: Path) -> bool:
+def _is_same(output: Path, path: Path) -> bool:
     try:
-        return output.samefile(given)
-    except OSError:  # one of them is not there
+        return output.samefile(path)
+    except OSError:  # one of them does not exist
         return False
 
 
 def _is_record_in(output: Path, folder: Path) -> bool:
-    place = Path(os.path.realpath(output))
-    if not folder.is_dir() or Path(os.path.realpath(folder)) not in place.parents:
+    resolved = Path(os.path.realpath(output))
+    if not folder.is_dir() or Path(os.path.realpath(folder)) not in resolved.parents:
         return False
-    is_record = place.name in _RECORDS or place.name.endswith(_RECORD_ENDINGS)
-    return is_record and place.exists()
+    is_record = resolved.name in _RECORDS or resolved.name.endswith(_RECORD_ENDINGS)
+    return is_record and resolved.exists()
 
 
 def _is_our_page(page: Path) -> bool:

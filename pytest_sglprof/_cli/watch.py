@@ -1,4 +1,4 @@
-"""`sglprof watch URL|LOG`: load of the ranks, live or from a finished log, and its onsets."""
+"""`sglprof watch URL|LOG`: the load of each rank, live or from a log, and its onsets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pytest_sglprof._cli.options import positive
+from pytest_sglprof._cli.options import NewParser, positive
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetRule, imbalance
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LogFollower
 from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
-from pytest_sglprof._report.model import plain
 from pytest_sglprof._report.terminal import text_table
 from pytest_sglprof._server.client import SglangClient, patiently
 from pytest_sglprof._server.sizes import ServerSizes
@@ -32,54 +31,69 @@ if TYPE_CHECKING:
     from pytest_sglprof._load.sources import Sample
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command's options."""
-    parser = subparsers.add_parser(
-        "watch",
-        help="load of the ranks, live or from a log, and when it became unequal",
-        description="Watches a running server (URL), or reads a log: a finished one whole, "
-        "with --follow one that grows. Keys come from SGLPROF_API_KEY and "
-        "SGLPROF_ADMIN_API_KEY.",
-        epilog="exit status: 0 watched, 2 usage or unreadable input, 130 interrupted; with --check "
-        "1 an onset, 3 it cannot be known (one DP rank, or too little load)",
+def add_parser(new_parser: NewParser) -> None:
+    """Adds the options of the command."""
+    parser = new_parser(
+        description="Watches a running server (URL), or reads the log of a server (LOG), which is "
+        "finished unless --follow is given. An onset is the moment at which the load of the ranks "
+        "became uneven. The server's API key is taken from SGLPROF_API_KEY.",
+        epilog="exit status: 0 done, 2 wrong usage or unreadable input, 130 interrupted; with "
+        "--check also 1 if there was an onset, and 3 if that cannot be decided (one DP rank, or "
+        "too little load)",
     )
     add = parser.add_argument
-    add("target", metavar="URL|LOG", help="http://HOST:PORT, or the server's log")
+    add("target", metavar="URL|LOG", help="http://HOST:PORT, or the log of a server")
     add_rule(parser)
-    add("--follow", action="store_true", help="the log still grows: watch it")
-    add("--for", dest="seconds", type=positive, metavar="S", help="end a live watch after S s")
-    add("--jsonl", metavar="FILE", help="a JSON object a sample and an onset; - is the output")
+    add("--follow", action="store_true", help="LOG is still being written: keep watching it")
+    add("--for", dest="seconds", type=positive, metavar="S", help="stop a live watch after S s")
+    add(
+        "--jsonl",
+        metavar="FILE",
+        help="write each sample and each onset as a line of JSON; - is standard output",
+    )
     add(
         "--check",
         dest="exit_zero",
         action="store_false",
-        help="answer with the exit status whether there was an onset",
+        help="let the exit status say whether there was an onset",
     )
 
 
 def add_rule(parser: argparse.ArgumentParser) -> None:
-    """The options that say what an onset is."""
+    """Adds the options that define an onset."""
     add = parser.add_argument_group("what counts as an onset").add_argument
-    add("--factor", type=positive, default=1.5, metavar="X", help="max / mean (default: 1.5)")
-    add("--hold", type=positive, default=2.0, metavar="S", help="it has to last (default: 2)")
+    add(
+        "--factor",
+        type=positive,
+        default=1.5,
+        metavar="X",
+        help="load of the fullest rank / mean of the ranks, above 1 (default: 1.5)",
+    )
+    add(
+        "--hold",
+        type=positive,
+        default=2.0,
+        metavar="S",
+        help="seconds for which it has to last (default: 2)",
+    )
     add(
         "--min-running",
         type=positive,
         default=8.0,
         metavar="N",
-        help="mean requests a rank below which nothing is declared (default: 8)",
+        help="running requests that the ranks must have on average (default: 8)",
     )
     add(
         "--min-gap",
         type=positive,
         default=4.0,
         metavar="N",
-        help="requests of the fullest rank above the mean (default: 4)",
+        help="requests by which the fullest rank must exceed the mean (default: 4)",
     )
 
 
 def rule_of(args: argparse.Namespace) -> OnsetRule:
-    """The rule that the options give; `SettingsError` for one that everything breaks."""
+    """What the options define as an onset; `SettingsError` for a factor of 1 or less."""
     from pytest_sglprof._load.onset import OnsetRule
 
     if args.factor <= 1.0:
@@ -88,12 +102,12 @@ def rule_of(args: argparse.Namespace) -> OnsetRule:
 
 
 def is_url(target: str) -> bool:
-    """Whether `target` names a server, not a file."""
+    """Whether `target` is the URL of a server, not the path of a log."""
     return "://" in target and not Path(target).exists()
 
 
 def run(args: argparse.Namespace) -> ExitStatus:
-    """Watches or reads; `EXCEEDED` where there was an onset."""
+    """Watches a server or reads a log; `EXCEEDED` if there was an onset."""
     from pytest_sglprof._cli.tables import refuse_inputs
 
     rule = rule_of(args)
@@ -101,7 +115,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if args.jsonl not in (None, "-") and not is_live:
         refuse_inputs(Path(args.jsonl), [args.target], option="--jsonl")
     with JsonLines(args.jsonl) as lines:
-        # Rows for people must not stand among lines for programs.
+        # Keep rows for people out of the lines for programs.
         out = sys.stderr if args.jsonl == "-" else sys.stdout
         if is_live or args.follow:
             return watch_live(args, rule, lines, out)
@@ -109,9 +123,9 @@ def run(args: argparse.Namespace) -> ExitStatus:
 
 
 def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> ExitStatus:
-    """Every onset of a finished log with its period, and what each rank had on average.
+    """Prints all onsets of a finished log, and the mean load of each rank.
 
-    The log is read anew for each look, so that none of its samples must be held.
+    The log is read several times, so that its samples need not be kept in memory.
     """
     from pytest_sglprof._load.change_points import LoadOutline, finished_load
     from pytest_sglprof._load.onset import CANNOT_KNOW, OnsetDetector
@@ -120,7 +134,7 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
 
     if not path.is_file():
         raise SettingsError(
-            f"{path} is no log", expected="a file, or http://HOST:PORT", hint="check the path"
+            f"{path} is not a file", expected="a log, or http://HOST:PORT", hint="check the path"
         )
     log = FinishedLog(path)
     outline = LoadOutline()
@@ -136,32 +150,32 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
         raise Inconclusive(
             f"{path} holds no Prefill or Decode line",
             expected="the log of an SGLang server that had requests",
-            hint="SGLang writes them to its standard error",
+            hint="SGLang writes these lines to its standard error",
         )
     if not has_balances and not any(outline.ranks):
         raise Inconclusive(CANNOT_KNOW)
     loads = (sample for block in log for sample in block if isinstance(sample, LoadSample))
-    found = finished_load(loads, rule, milliseconds=log.has_milliseconds, outline=outline)
-    measured = OnsetDetector(rule, source="log")  # for what the server measures itself
+    periods = finished_load(loads, rule, milliseconds=log.has_milliseconds, outline=outline)
+    measured = OnsetDetector(rule, source="log")  # for balances that the server measures
     for block in log if has_balances else ():
         for sample in block:
             measured.add([sample], sample.time)
     balanced = [onset for onset in measured.onsets if onset.kind in ("experts", "dp_tokens")]
-    onsets = sorted((*found.onsets, *balanced), key=lambda onset: onset.time)
+    onsets = sorted((*periods.onsets, *balanced), key=lambda onset: onset.time)
     for onset in onsets:
         lines.onset(onset)
         out.write(f"{onset_line(onset)}\n")
     out.write("".join(f"{line}\n" for line in _rank_lines(outline)))
     if onsets:
         return ExitStatus.EXCEEDED
-    judged = max(found.judged_s, measured.judged_s)
+    judged = max(periods.judged_s, measured.judged_s)
     if judged < rule.hold:
         raise Inconclusive(
-            f"the load had {rule.min_running:g} requests a rank for {judged:.0f} s only",
+            f"the load had {rule.min_running:g} requests a rank for only {judged:.0f} s",
             expected=f"at least {rule.hold:g} s: few requests cannot be spread evenly",
             hint="lower --min-running, and --min-gap with it",
         )
-    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {found.largest_factor:.2f}\n")
+    out.write(f"no onset: balanced for {judged:.0f} s, λ at most {periods.largest_factor:.2f}\n")
     return ExitStatus.DONE
 
 
@@ -177,15 +191,12 @@ def _rank_lines(outline: LoadOutline) -> list[str]:
     return text_table(head, rows, left=[0])
 
 
-# Samples and onsets as JSON lines.
-
-
 class JsonLines:
-    """Writes to `target`: a file, "-" for standard output, None for nowhere.
+    """Samples and onsets as lines of JSON. target: a file, "-" for standard output, or None.
 
-    A sample is an object with the fields of `LoadSample`. Other objects say what they are
-    in `event`: "onset", "end" (of an onset), or "balance" (the fields of `BalanceSample`).
-    Each line is written out at once, so that a program behind a pipe sees it.
+    A sample is an object with the fields of `LoadSample`. Other objects have a type in `event`:
+    "onset", "end" (of an onset), or "balance" (the fields of `BalanceSample`). Lines are
+    flushed at once, so that a program behind a pipe sees them.
     """
 
     def __init__(self, target: str | None) -> None:
@@ -203,7 +214,7 @@ class JsonLines:
             self._owned = True
 
     def samples(self, samples: Iterable[Sample]) -> None:
-        """One object a sample."""
+        """Writes one object for each sample."""
         if self._stream is None:
             return
         for sample in samples:
@@ -212,13 +223,14 @@ class JsonLines:
         self._stream.flush()
 
     def onset(self, onset: Onset) -> None:
-        """One object; times in Unix s."""
+        """Writes one object; times are Unix seconds."""
         if self._stream is not None:
-            self._write({"event": "onset", **plain(onset), "lost_capacity": onset.lost_capacity})
+            fields = {field.name: getattr(onset, field.name) for field in dataclasses.fields(onset)}
+            self._write({"event": "onset", **fields, "lost_capacity": onset.lost_capacity})
             self._stream.flush()
 
     def end(self, onset: Onset) -> None:
-        """The end of an onset that was told before."""
+        """Writes the end of an onset that was written before."""
         if self._stream is not None:
             self._write({"event": "end", "time": onset.ended, "onset": onset.time})
             self._stream.flush()
@@ -231,43 +243,44 @@ class JsonLines:
             self._stream.close()
 
     def _write(self, value: dict[str, Any]) -> None:
+        from pytest_sglprof._report.model import plain
+
         assert self._stream is not None
         self._stream.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# The table of `sglprof watch`: a row a rank, and onsets as lines.
-
+# The live table: one row for each rank, and onsets as lines.
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 30  # moments in a sparkline
-ONE_RANK = "all"  # shown where the server has one DP rank, and logs no tag
+ONE_RANK = "all"  # label for a server with one DP rank, which logs no tag
 
 
 class LoadHistory:
-    """The newest running requests of each rank, for sparklines."""
+    """The latest numbers of running requests of each rank, for sparklines."""
 
     def __init__(self) -> None:
         self._running: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=WIDTH))
 
     def add(self, samples: Iterable[Sample], source: str) -> None:
-        """Takes the load samples of `source`."""
+        """Keeps the load samples of `source`."""
         for sample in samples:
             if isinstance(sample, LoadSample) and sample.source == source:
                 self._running[sample.rank].append(sample.running)
 
     def sparkline(self, rank: str) -> str:
-        """Bars of one height scale for all ranks."""
+        """The bars of one rank, on the scale of all ranks."""
         top = max((max(values) for values in self._running.values()), default=0)
         return sparkline(self._running.get(rank, ()), top)
 
 
 def sparkline(values: Iterable[float], top: float) -> str:
-    """One character a value, from 0 to `top`."""
+    """One character for each value, on a scale from 0 to `top`."""
     return "".join(BARS[round((len(BARS) - 1) * min(1.0, v / top)) if top else 0] for v in values)
 
 
 def load_table(loads: Sequence[RankLoad], history: LoadHistory) -> list[str]:
-    """Lines: rank, running, waiting, tokens, λ so far as that rank makes it, sparkline."""
+    """The table as lines, with the load of each rank over the mean, and λ below it."""
     running = [load.running for load in loads]
     mean = sum(running) / len(running) if running else 0.0
     rows = [
@@ -303,10 +316,7 @@ def onset_line(onset: Onset) -> str:
     )
 
 
-# `sglprof watch` on what still runs: a table that follows it, onsets as they come.
-
-
-REDRAW = 0.5  # s
+REDRAW = 0.5  # s between two drawings of the table
 
 
 def watch_live(
@@ -317,10 +327,10 @@ def watch_live(
     *,
     on_first: Callable[[Onset, Callable[[str], None]], ExitStatus] | None = None,
 ) -> ExitStatus:
-    """Watches until `--for` is over, or Ctrl-C; `EXCEEDED` where there was an onset.
+    """Watches until `--for` is over, or Ctrl-C; `EXCEEDED` if there was an onset.
 
-    on_first: called with the first onset and with what shows a line to the user; its answer
-    ends the watch.
+    on_first: called with the first onset and with a function that prints a line above the
+    table. It ends the watch, and its result is returned.
     """
     log = None
     if is_url(args.target):
@@ -339,7 +349,7 @@ def watch_live(
             if screen.cannot_know:
                 raise Inconclusive(CANNOT_KNOW)
             screen.onset.wait(REDRAW)
-            screen.onset.clear()  # before the look: an onset after it ends the next wait
+            screen.onset.clear()  # before `first`, so that a later onset ends the next wait
             first = screen.first()
             if first is not None and on_first is not None:
                 screen.clear()
@@ -354,8 +364,8 @@ def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
         return ExitStatus.EXCEEDED
     if detector.judged_s < detector.rule.hold:
         screen.say(
-            f"nothing can be said: the load had {detector.rule.min_running:g} requests a rank "
-            f"for {detector.judged_s:.0f} s only (--min-running)"
+            f"inconclusive: the load had {detector.rule.min_running:g} requests a rank for only "
+            f"{detector.judged_s:.0f} s (--min-running)"
         )
         return ExitStatus.INCONCLUSIVE
     screen.say(
@@ -391,7 +401,7 @@ def _has_milliseconds(path: Path) -> bool:
 
 
 class _Screen:
-    """Fed by the watching thread, drawn by the main one."""
+    """The terminal. The watching thread adds samples, the main thread draws."""
 
     def __init__(
         self, out: IO[str], detector: OnsetDetector, lines: JsonLines, log: LogSource | None
@@ -412,15 +422,15 @@ class _Screen:
         self._is_terminal = out.isatty()
 
     def take(self, samples: Sequence[Sample], now: float) -> None:
-        """New samples, in the watching thread."""
+        """Adds samples; called in the watching thread."""
         with self._lock:
             self._lines.samples(samples)
             self._history.add(samples, self._detector.source)
-            found = self._detector.add(samples, now)
+            new_onsets = self._detector.add(samples, now)
             self._has_untagged |= any(s.source == "log" and not s.rank for s in samples)
             self._has_balance |= any(isinstance(sample, BalanceSample) for sample in samples)
             self.cannot_know = self._is_one_rank(now)
-            for onset in found:
+            for onset in new_onsets:
                 self._lines.onset(onset)
             onsets = self._detector.onsets
             self._ended &= {onset.time for onset in onsets}
@@ -428,25 +438,25 @@ class _Screen:
                 if onset.ended is not None and onset.time not in self._ended:
                     self._ended.add(onset.time)
                     self._lines.end(onset)
-            self._new += found
-            self._first = self._first or next(iter(found), None)
-        if found:
+            self._new += new_onsets
+            self._first = self._first or next(iter(new_onsets), None)
+        if new_onsets:
             self.onset.set()
 
     def first(self) -> Onset | None:
-        """The first onset that was declared, if any was."""
+        """The first onset, or None."""
         with self._lock:
             return self._first
 
     def _is_one_rank(self, now: float) -> bool:
-        """Whether all that was read so far came of one DP rank; not before the log's end."""
+        """Whether everything read so far is of one DP rank; False before the end of the log."""
         if self._log is not None and not self._log.delay:
             return False
         tagged = any(len(group.board.loads(now)) > 1 for group in self._detector.groups)
         return self._has_untagged and not tagged and not self._has_balance
 
     def draw(self) -> None:
-        """New onsets; on a terminal the table below them, over the one before."""
+        """Prints new onsets; on a terminal also redraws the table below them."""
         with self._lock:
             new, self._new = self._new, []
             tables: list[str] = []
@@ -462,12 +472,12 @@ class _Screen:
         self._out.flush()
 
     def clear(self) -> None:
-        """Takes the table away."""
+        """Erases the table."""
         if self._drawn:
             self._out.write(f"\x1b[{self._drawn}F\x1b[J")
             self._drawn = 0
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._out.write(f"{text}\n")
         self._out.flush()

@@ -1,4 +1,4 @@
-"""`BACKENDS`: the ways to record a window, a row each; every other module reads these rows."""
+"""`BACKENDS`: one row for each way to record a window. All other modules read these rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 class CaptureBackend(NamedTuple):
     """One way to record a window.
 
-    recording: its class, ``module:name``, imported when a window is made. default_steps: of a
-    marked window that names no end; default_seconds: of any window that names none.
-    needs_session: the server has to live under ``nsys profile``. is_per_node: it records the
-    ranks of its own node only. kinds: of the artifacts that it leaves, the one to read first.
-    abort_seconds: s for a window that is given up.
+    recording: the class of its recordings, ``module:name``, imported when a window is made.
+    default_steps: steps of a marked window without an end. default_seconds: duration of any
+    other window without an end. needs_session: the server has to run under ``nsys profile``.
+    is_per_node: it records only the ranks of one node. kinds: kinds of its artifacts, the one
+    to read first. abort_seconds: time limit for ending a window whose data nobody wants.
     """
 
     name: Backend
@@ -55,15 +55,15 @@ _ROWS = (
         default_seconds=5.0,
         needs_session=True,
         is_per_node=True,
-        kinds=("sqlite", "parquet", "nsys-rep"),  # an export holds the same as its report
-        abort_seconds=30.0,  # it has a report to write before that can be dropped
+        kinds=("sqlite", "parquet", "nsys-rep"),  # an export has the data of its report
+        abort_seconds=30.0,  # nsys writes its report before that can be deleted
     ),
 )
 BACKENDS = {row.name: row for row in _ROWS}
 
 
 def readable(artifacts: Iterable[Artifact]) -> list[Artifact]:
-    """Those of one window that hold all of its data; others hold the same once more."""
+    """The artifacts of one window to read: of several kinds with the same data, the first kind."""
     by_kind: dict[str, list[Artifact]] = {}
     for artifact in artifacts:
         by_kind.setdefault(artifact.kind, []).append(artifact)

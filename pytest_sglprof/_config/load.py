@@ -1,4 +1,4 @@
-"""Options, environment and `sglprof.toml` become one frozen `Settings`, for pytest and commands.
+"""Merge options, the environment and `sglprof.toml` into one frozen `Settings`.
 
 Precedence: flag > `--set` > environment > configuration file (or what a run stored) > default.
 """
@@ -6,8 +6,9 @@ Precedence: flag > `--set` > environment > configuration file (or what a run sto
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,23 +22,29 @@ from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What this run does. Sizes in bytes, lock_clocks in MHz (0: not locked).
+    """The settings of a run of pytest or of one command.
 
-    thresholds: those of the configuration, else the default one. origins: where each name was
-    set. stored: the part of the configuration by which a window is measured and judged, as
-    plain data; a run keeps it, so that commands read its windows as it did.
+    A row of `OPTIONS` with a key is the field of its name. lock_clocks: MHz, 0 for clocks that
+    are left alone. thresholds: those of the configuration, else the default one. origins: where
+    each field was set. stored: the tables that say how a window is measured and judged; a run
+    keeps them, so that commands read its windows in the same way.
     """
 
     output: Path
     keep: Literal["failed", "all", "none"] = "failed"
-    keep_runs: int = 10
-    keep_bytes: int = 20 * 2**30
+    runs: int = 10
+    max_gib: float = 20.0
     python: str = ""
     nsys: str = ""
     server: str = ""
@@ -59,7 +66,7 @@ class Settings:
 
     @property
     def category_names(self) -> tuple[str, ...]:
-        """Every category that a kernel may have: the built-in ones, and the user's own."""
+        """All categories that a kernel can have: the built-in ones and those of the user."""
         return (*CATEGORY_NAMES, *(name for name, _ in self.categories))
 
     def describe(self) -> list[str]:
@@ -91,18 +98,21 @@ def read_settings(
 ) -> Settings:
     """The settings of a run of pytest or of one command.
 
-    command_line: values of the flags by option name, None where not given. start, rootdir:
-    where the configuration file is looked for, see `find_config`. stored: the file in which a
-    run kept its configuration, and that; it stands in for the file that would be found.
+    command_line: values of the flags by option name, None for those that are not given. start,
+    rootdir: where the configuration file is searched for, see `find_config`. stored: run.json of
+    the run that is read, and the configuration in it, which replaces that of the file; only the
+    tools of this machine still come from the file.
     """
     values, origins = resolve_options(command_line, environ, of_pytest=of_pytest)
-    path, document = stored or (None, {})
     if "config" in values:
-        path = invocation_dir / values["config"]
-        document = load_config(path)
-    elif stored is None:
+        path: Path | None = invocation_dir / values["config"]
+    else:
         path = find_config(start, rootdir)
-        document = load_config(path) if path else {}
+    document = load_config(path) if path is not None else {}
+    if stored is not None and "config" not in values:
+        path = stored[0]
+        tools = {"tools": document["tools"]} if "tools" in document else {}
+        document = {**tools, **stored[1]}
     return build_settings(
         values,
         origins,
@@ -116,7 +126,7 @@ def read_settings(
 def resolve_options(
     command_line: Mapping[str, Any], environ: Mapping[str, str], *, of_pytest: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values and origins of the options that were set anywhere; keys are option names."""
+    """Values and origins, by name, of the options on the command line or in the environment."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for option in OPTIONS:
@@ -147,40 +157,36 @@ def build_settings(
 ) -> Settings:
     """Merges resolved options with a valid configuration document."""
     where = config_file.name if config_file else "default"
-    document, known = _effective(values, origins, document, where)
-    output, gate = document.get("output", {}), document.get("gate", {})
-    window = dict(document.get("window", {}))
+    document, effective_origins = _effective(values, origins, document, where)
+    rows = {
+        option.name: document[option.table][option.last_key]
+        for option in OPTIONS
+        if option.key and option.last_key in document.get(option.table, {})
+    }
     base = config_file.parent if config_file else invocation_dir
     servers = {**servers_from(document, base), **(extra_servers or {})}
-    mhz = document.get("gpu", {}).get("lock_clocks", 0)
-    if values.get("python"):
-        servers = {name: replace(s, python=values["python"]) for name, s in servers.items()}
-    if mhz:
-        servers = {name: replace(s, lock_clocks=mhz) for name, s in servers.items()}
+    if python := rows.get("python"):
+        is_default = effective_origins["python"] == where  # weaker than `python` of a server
+        servers = {
+            name: replace(spec, python=(is_default and spec.python) or python)
+            for name, spec in servers.items()
+        }
+    if mhz := rows.get("lock_clocks"):
+        servers = {name: replace(spec, lock_clocks=mhz) for name, spec in servers.items()}
     for name, spec in servers.items():
         check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
+    window = document.get("window", {})
     settings = Settings(
-        output=invocation_dir / output.get("dir", ".sglprof"),
-        keep=output.get("keep", Settings.keep),
-        keep_runs=output.get("runs", Settings.keep_runs),
-        keep_bytes=int(output["max_gib"] * 2**30) if "max_gib" in output else Settings.keep_bytes,
-        python=values.get("python", ""),
-        nsys=values.get("nsys", ""),
+        **{**rows, "output": invocation_dir / rows.get("output", ".sglprof")},
         server=values.get("server", ""),
         server_dir=server_dir_pair(values["server_dir"]) if "server_dir" in values else None,
         nsys_session=values.get("nsys_session", ""),
-        allow_inconclusive=gate.get("allow_inconclusive", Settings.allow_inconclusive),
-        repeat=window.pop("repeat", Settings.repeat),
-        min_steps=gate.get("min_steps", Settings.min_steps),
-        min_share=gate.get("min_share", Settings.min_share),
         servers=servers,
-        window=window,
-        thresholds=thresholds_from(document, known.get("thresholds", where)),
+        window={key: value for key, value in window.items() if key not in rows},
+        thresholds=thresholds_from(document, effective_origins.get("thresholds", where)),
         categories=tuple((c["name"], c["pattern"]) for c in document.get("category", ())),
-        step_delimiter=document.get("trace", {}).get("step_delimiter", ""),
-        lock_clocks=mhz,
         config_file=config_file,
-        origins=known,
+        origins=effective_origins,
         stored={name: document[name] for name in _STORED if name in document},
     )
     refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
@@ -190,42 +196,40 @@ def build_settings(
 def _effective(
     values: Mapping[str, Any], origins: Mapping[str, str], document: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The document with everything that was set elsewhere, and the origin of each setting."""
+    """The document with all options and assignments in it, and the origin of each setting."""
     assignments = values.get("set", ())
     flag = origins.get("set", "")
     assigned = {assignment.partition("=")[0].strip() for assignment in assignments}
     document = with_assignments(document, assignments, flag)
-    known = {name: origin for name, origin in origins.items() if name not in _NO_SETTING}
-    for key, name in (*_FILE_ONLY, *((option.key, option.name) for option in OPTIONS)):
-        table, _, last = key.partition(".")
-        is_weaker = key in assigned and origins.get(name, "").startswith("SGLPROF_")
-        if key and name in values and not is_weaker:
-            document.setdefault(table, {})[last] = values[name]
-        elif key in assigned:
-            known[name] = f"{flag} {key}"
-        elif last in document.get(table, {}):
-            known[name] = where
-    return document, known
+    effective = {name: origin for name, origin in origins.items() if name not in _NO_SETTING}
+    for option in OPTIONS:
+        if not option.key:
+            continue
+        is_weaker = option.key in assigned and origins.get(option.name) == option.env
+        if option.name in values and not is_weaker:
+            document.setdefault(option.table, {})[option.last_key] = values[option.name]
+        elif option.key in assigned:
+            effective[option.name] = f"{flag} {option.key}"
+        elif option.last_key in document.get(option.table, {}):
+            effective[option.name] = where
+    for table, name in (("threshold", "thresholds"), ("category", "categories")):
+        if table in document:
+            effective[name] = f"{flag} {table}" if table in assigned else where
+    return document, effective
 
 
 _STORED = ("gate", "trace", "category", "threshold")  # nothing of a server: it may hold secrets
 _NO_SETTING = ("enabled", "config", "set", "show_config")
-_FILE_ONLY = (
-    ("output.runs", "keep_runs"),
-    ("output.max_gib", "keep_bytes"),
-    ("gpu.lock_clocks", "lock_clocks"),
-    ("threshold", "thresholds"),
-)
 
 
 def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpec]:
-    """`[server]` is "default"; `[servers.NAME]` are the others."""
+    """The servers by name: `[server]` is "default", `[servers.NAME]` is NAME."""
     tables = {"default": document.get("server", {}), **document.get("servers", {})}
     return {name: _server_spec(name, table, base) for name, table in tables.items()}
 
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
-    """`[[threshold]]` tables; without any, the default slowdown of compute."""
+    """The `[[threshold]]` tables, or `default_thresholds` if there are none."""
     categories = (*CATEGORY_NAMES, *(table["name"] for table in document.get("category", ())))
     configured = [
         check_threshold(
@@ -249,7 +253,7 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
         return raw.splitlines() if isinstance(raw, str) else list(raw)
     if option.kind == "regex":
         return compiled(raw, f"{origin} {raw!r}").pattern
-    if option.kind in ("count", "share"):
+    if option.kind in _NUMBERS:
         return _number(option.kind, raw, origin)
     if option.choices and raw not in option.choices:
         raise SettingsError(
@@ -261,25 +265,32 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
 
 
 def _number(kind: str, raw: Any, origin: str) -> float:
-    is_count = kind == "count"
+    convert, is_allowed, expected = _NUMBERS[kind]
     try:
-        number = int(raw) if is_count else float(raw)
+        number = convert(raw)
     except ValueError:
-        number = -1
-    if not 0 <= number <= (number if is_count else 1):
-        expected = "a whole number, 0 or more" if is_count else "a share from 0 to 1"
+        number = None
+    if number is None or not is_allowed(number):
         raise SettingsError(f"{origin} is {raw!r}", expected=expected, hint="correct it")
     return number
 
 
+_NUMBERS: dict[str, tuple[Callable[[Any], float], Callable[[float], bool], str]] = {
+    "count": (int, lambda number: number >= 0, "a whole number, 0 or more"),
+    "positive": (int, lambda number: number >= 1, "a whole number, 1 or more"),
+    "size": (float, lambda number: 0 < number < math.inf, "a number above 0"),
+    "share": (float, lambda number: 0 <= number <= 1, "a share from 0 to 1"),
+}
+
+
 def server_dir_pair(text: str) -> tuple[str, str]:
-    """`SERVER:LOCAL` as two absolute paths; `SettingsError` for anything else."""
+    """`SERVER:LOCAL` as two absolute paths; else raises `SettingsError`."""
     server, colon, local = text.partition(":")
     if not colon or not server.startswith("/") or not local:
         raise SettingsError(
             f"the folder of the running server is {text!r}",
-            expected="SERVER:LOCAL, an absolute folder on the server's machine and the same here",
-            hint="for a server on this machine give the same path twice, /data/prof:/data/prof",
+            expected="SERVER:LOCAL, its absolute path on the server's machine and its path here",
+            hint="for a server on this machine give the same path twice: /data/prof:/data/prof",
         )
     return server, str(Path(local).resolve())
 
@@ -290,7 +301,7 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
             flag = f"--sglprof-{name.replace('_', '-')}"
             raise SettingsError(
                 f"{flag} is given without --sglprof-server",
-                expected="both: it describes a server that is already running",
+                expected="both: it describes a running server",
                 hint=f"add --sglprof-server=URL, or leave {flag} out",
             )
 
@@ -309,13 +320,7 @@ def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
     return ServerSpec(name=name, **values)
 
 
-# `sglprof.toml` (or `[tool.sglprof]`): found, parsed, checked against its JSON Schema.
-
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+# `sglprof.toml`, or `[tool.sglprof]` of pyproject.toml: search, parse, check against the schema.
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "config.schema.json"
 
@@ -323,10 +328,10 @@ SCHEMA = Path(__file__).parents[1] / "schemas" / "config.schema.json"
 def find_config(tests: Sequence[Path], rootdir: Path) -> Path | None:
     """The nearest `sglprof.toml`, or `pyproject.toml` with a `[tool.sglprof]` table.
 
-    Looked for from the common folder of `tests` up to the root of the repository that
-    `rootdir` is in; without a repository up to `rootdir`.
+    The search goes from the common folder of `tests` up to the root of the repository that
+    `rootdir` is in; without a repository, up to `rootdir`.
     """
-    top = next((place for place in (rootdir, *rootdir.parents) if _is_repository(place)), rootdir)
+    top = next((each for each in (rootdir, *rootdir.parents) if _is_repository(each)), rootdir)
     for folder in _upwards(_common_folder(tests, rootdir), top, otherwise=rootdir):
         candidate, pyproject = folder / "sglprof.toml", folder / "pyproject.toml"
         if candidate.is_file():
@@ -337,7 +342,7 @@ def find_config(tests: Sequence[Path], rootdir: Path) -> Path | None:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The document of `path`, valid against the schema; `SettingsError` names line and key."""
+    """The valid configuration in `path`; `SettingsError` names line and key of each mistake."""
     text = _read(path)
     document = _parse(text, path)
     prefix: tuple[str, ...] = ()
@@ -355,9 +360,9 @@ def load_config(path: Path) -> dict[str, Any]:
 def with_assignments(
     document: Mapping[str, Any], assignments: Sequence[str], flag: str
 ) -> dict[str, Any]:
-    """`document` with each `KEY=VALUE` set, and valid; `SettingsError` names `flag` otherwise.
+    """`document` with each `KEY=VALUE` set; raises `SettingsError` if that is not valid.
 
-    KEY is dotted. VALUE is TOML; what is not is taken as a string.
+    KEY is dotted. VALUE is TOML, else a string. flag: how assignments are given, for messages.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(document))
     for assignment in assignments:
@@ -376,31 +381,30 @@ def with_assignments(
     if assignments:
         given = " ".join(f"{flag} {assignment}" for assignment in assignments)
         problems = [_described(error) for error in _violations(changed)]
-        _refuse(problems, f"{given}: this is not a valid configuration")
+        _refuse(problems, f"{given}: not a valid configuration")
     return changed
 
 
 def position(text: str, keys: Sequence[str | int]) -> tuple[int, int]:
-    """Line and column, from 1, of what `keys` lead to in a TOML text that is valid.
+    """Line and column, from 1, of the value at `keys` in a valid TOML text.
 
-    Of what stands inside a value, such as an entry of an array, the place is that of the value.
+    For something inside a value, such as an entry of an array, they are those of the value.
     """
-    here: list[str | int] = []  # of the table that a statement is in
+    current: list[str | int] = []  # keys of the table that a statement is in
     counts: dict[tuple[str | int, ...], int] = {}
-    best = (0, 1, 1)  # how many keys agree, line, column
+    best = (0, 1, 1)  # number of keys that agree, line, column
     for line, statement in _statements(text):
         header = statement.startswith("[")
         names = _names(tomllib.loads(statement))
         if statement.startswith("[["):
             count = counts[tuple(names)] = counts.get(tuple(names), -1) + 1
-            here = [*names, count]
+            current = [*names, count]
         elif header:
-            here = [*names]
-        place = here if header else [*here, *names]
-        place = _with_counts(place, counts)
+            current = [*names]
+        path = _with_counts(current if header else [*current, *names], counts)
         agreeing = next(
-            (at for at, pair in enumerate(zip(place, keys, strict=False)) if pair[0] != pair[1]),
-            min(len(place), len(keys)),
+            (at for at, pair in enumerate(zip(path, keys, strict=False)) if pair[0] != pair[1]),
+            min(len(path), len(keys)),
         )
         if agreeing > best[0]:
             first = text.splitlines()[line - 1]
@@ -409,7 +413,7 @@ def position(text: str, keys: Sequence[str | int]) -> tuple[int, int]:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Each header and each assignment with the line that it begins in; values may have several."""
+    """Each header and assignment with the number of its first line; values may span several."""
     begin, statement = 0, ""
     for number, line in enumerate(text.splitlines(), start=1):
         if not statement:
@@ -425,7 +429,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _names(table: Any) -> list[str | int]:
-    """The keys of one statement: `{"a": {"b": 1}}` has a, b."""
+    """The keys of one statement: a, b for `{"a": {"b": 1}}`."""
     names: list[str | int] = []
     while isinstance(table, dict) and len(table) == 1:
         ((name, table),) = table.items()
@@ -436,13 +440,13 @@ def _names(table: Any) -> list[str | int]:
 
 
 def _with_counts(
-    place: Sequence[str | int], counts: Mapping[tuple[str | int, ...], int]
+    path: Sequence[str | int], counts: Mapping[tuple[str | int, ...], int]
 ) -> list[str | int]:
-    """`place` with the number of the entry behind each array of tables on its way."""
+    """`path` with the index of the current entry after the name of each array of tables."""
     numbered: list[str | int] = []
-    for at, name in enumerate(place):
+    for at, name in enumerate(path):
         numbered.append(name)
-        follows = place[at + 1] if at + 1 < len(place) else None
+        follows = path[at + 1] if at + 1 < len(path) else None
         if tuple(numbered) in counts and isinstance(name, str) and not isinstance(follows, int):
             numbered.append(counts[tuple(numbered)])
     return numbered
@@ -476,7 +480,7 @@ def _common_folder(tests: Sequence[Path], rootdir: Path) -> Path:
 
 
 def _upwards(folder: Path, top: Path, *, otherwise: Path) -> list[Path]:
-    """`folder` and what is above it, up to `top`; only `otherwise` where it is not below."""
+    """`folder` and its parents up to `top`; only `otherwise` if it is not below `top`."""
     if top != folder and top not in folder.parents:
         return [otherwise]
     chain = [folder, *folder.parents]
@@ -530,30 +534,30 @@ def _violations(document: Mapping[str, Any]) -> list[ValidationError]:
 
 
 def _place(error: ValidationError) -> list[str | int]:
-    """The keys that lead to what is wrong: to an unknown key itself, not only to its table."""
+    """The path of keys to the mistake; for an unknown key to that key, not to its table."""
     return [*error.absolute_path, *_unknown_keys(error)[:1]]
 
 
 def _unknown_keys(error: ValidationError) -> list[str]:
-    given: Any = error.instance
+    table: Any = error.instance
     schema: Any = error.schema
     if error.validator != "additionalProperties":
         return []
-    return [key for key in given if key not in schema.get("properties", {})]
+    return [key for key in table if key not in schema.get("properties", {})]
 
 
 def _described(error: ValidationError) -> str:
-    """Where it is, what jsonschema says, and the nearest name or all names that there are."""
-    given: Any = error.instance
+    """The path of keys, the message of jsonschema, and the nearest name or all possible names."""
+    value: Any = error.instance
     schema: Any = error.schema
     text = error.message
     if unknown := _unknown_keys(error):
         known = schema.get("properties", {})
         text += f": {did_you_mean(unknown, known, 'expected one of ' + ', '.join(known))}"
-    elif error.validator == "enum" and (meant := did_you_mean([given], schema["enum"])):
+    elif error.validator == "enum" and (meant := did_you_mean([value], schema["enum"])):
         text += f": {meant}"
     elif error.validator == "format":
-        text = f"{given!r} is no regular expression: {error.cause}"
+        text = f"{value!r} is not a regular expression: {error.cause}"
     return f"{_where(error.absolute_path)}: {text}"
 
 

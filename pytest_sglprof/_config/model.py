@@ -1,4 +1,4 @@
-"""Frozen values that several rooms hand to each other; no behaviour beyond naming them."""
+"""What a user asks for: a server, a threshold, a window. Values that several rooms share."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -9,23 +9,22 @@ Backend = Literal["torch", "nsys"]
 LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
 ServerKind = Literal[LauncherName, "auto"]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
-STAGES = ("decode", "prefill", "mixed", "idle")  # of a step that a trace tells
+STAGES = ("decode", "prefill", "mixed", "idle")  # of the steps in a trace
 
 
 @dataclass(frozen=True)
 class ServerSpec:
     """How to start one server. Durations in seconds.
 
-    kind: "sglang", "standin", or "auto" (SGLang where it is installed, else the stand-in).
-    args: passed to SGLang as they are. standin_args: passed to the stand-in only.
-    env: added to the server's environment. secrets: environment variables of the
-    server whose values come from this process's environment under the same name; they
-    never stand on a command line or in nsys's environment.
-    api_key_env / admin_api_key_env: names of the environment variables of *this*
-    process that hold the server's keys ("" for none).
-    nsys: start it under ``nsys profile --start-later``. nsys_args: more options for that.
-    gpus: device indices to lease ("all" visible ones, or a tuple). lock_clocks: MHz at which
-    their clocks are held while it lives; 0 leaves them alone.
+    kind: "sglang", "standin", or "auto" (SGLang if it is installed, else the stand-in).
+    args: options of SGLang. standin_args: options of the stand-in only.
+    env: added to the server's environment. secrets: names of environment variables that the
+    server gets from this process; they never appear on a command line or in the environment
+    of nsys. api_key_env, admin_api_key_env: names of the environment variables of *this*
+    process that hold the server's keys ("" for none). python: interpreter that has SGLang.
+    nsys: start the server under ``nsys profile --start-later``. nsys_args: further options of
+    nsys. gpus: device indices to lease, or "all" visible ones. lock_clocks: MHz at which their
+    clocks are held while the server lives; 0 leaves them alone.
     """
 
     __module__ = "pytest_sglprof"
@@ -50,18 +49,18 @@ class ServerSpec:
 
     @property
     def key(self) -> str:
-        """Identifies one server life: tests with equal keys share a server."""
+        """Tests whose specifications have equal keys share one server life."""
         return f"{self.name}+nsys" if self.nsys else self.name
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """One limit. A verdict fails when `metric` of `scope` is worse than `limit`.
+    """One limit. The verdict is fail if `metric` of `scope` is worse than `limit`.
 
-    metric: a name of `metrics.METRICS`; for most of them more is worse.
+    metric: a name in `METRICS`; for most of them more is worse.
     scope: "compute", "communication", "all", or a category (`moe`, `gemm`, ...).
     kernel: a regular expression over normalised kernel names, instead of a scope.
-    stage: one of `STAGES`, or "" (all steps together).
+    stage: one of `STAGES`, or "" for all steps together.
     origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
     """
 
@@ -76,7 +75,7 @@ class Threshold:
 
     @property
     def identity(self) -> tuple[str, str, str, str]:
-        """A threshold replaces an earlier one of the same identity."""
+        """A threshold replaces an earlier one with the same identity."""
         return (self.scope, self.kernel, self.stage, self.metric)
 
     def describe(self) -> str:
@@ -89,18 +88,18 @@ class Threshold:
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """What a profile window records and when. Durations in seconds, counts in steps.
+    """What a profile window records and when. Durations in seconds.
 
-    num_steps: closes after so many forward passes (None: `duration` or by hand).
-    start_step: absolute step of the server's own counter; see docs/windows.md before use.
-    delay: waits before opening. duration: closes after so long. settle: dropped from the
-    front of the window before measuring. timeout: limit for opening, filling and
+    num_steps: number of steps after which it closes (None: `duration`, or by hand).
+    start_step: step of the server's counter at which it starts; read docs/windows.md first.
+    delay: time to wait before it opens. duration: time after which it closes. settle: time
+    that is dropped from its front before measuring. timeout: limit for opening, recording and
     closing together. output_dir: a folder on the *server's* machine.
-    whole_body: profile all of the test's body instead of a steady part of it.
-    repeat: opened so many times, and judged over all of them (None: as `window.repeat`
-    of the configuration says, where it can be repeated).
-    trigger: opens the window instead of steady load (`analysis.triggers`, or a callable).
-    Names and defaults of the rest are those of SGLang's `/start_profile`.
+    whole_body: profile the whole body of the test instead of a steady part of it.
+    repeat: how many times it is opened, to be judged over all of them (None: `window.repeat`
+    of the configuration, if it can be repeated).
+    trigger: opens the window instead of steady load: a trigger of `pytest_sglprof`, or a
+    callable. The other names and defaults are those of SGLang's `/start_profile`.
     """
 
     __module__ = "pytest_sglprof"

@@ -1,9 +1,12 @@
-"""The one table of options: command lines, environment and `sglprof.toml` follow from it.
+"""The table of options: command lines, the environment and `sglprof.toml` follow from it.
 
 A row NAME is `--sglprof-NAME` of pytest, `--NAME` of the `sglprof` commands, `SGLPROF_NAME`
-in the environment and `key` in `sglprof.toml`, as far as the row has each. pytest has flags
-only for what differs from one invocation to the next; the rest is TOML, the environment and
-`--sglprof-set KEY=VALUE`. Imported by every pytest run, so it imports nothing.
+in the environment and `key` in `sglprof.toml`, as far as it has each of them. pytest has flags
+only for what differs from one invocation to the next; the rest is set in TOML, in the
+environment or by `--sglprof-set KEY=VALUE`.
+
+A row with a key is a field of `Settings` with the same name; `python -m ci.schemas` writes the
+key into the schema. Every pytest run imports this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ PLUGIN_NAME = "sglprof-session"  # under which a run with --sglprof registers it
 class Option(NamedTuple):
     """One option.
 
-    kind: what its value is: "flag", "text", "count" (0 or more), "share" (0 to 1), "regex",
-    or "list" (may be given again; the environment has one entry a line). key: the dotted key
-    of sglprof.toml, "" for what no file can say. pytest, command: whether the plugin, and
-    whether a command, has a flag for it. choices apply to text.
+    kind: what its value is: "flag", "text", "count" (whole, 0 or more), "positive" (whole, 1 or
+    more), "size" (above 0), "share" (0 to 1), "regex", or "list" (may be repeated; in the
+    environment one entry a line). key: the dotted key in sglprof.toml, "" for an option that a
+    file cannot set. pytest, command: whether pytest, and whether any command, has a flag for
+    it. choices: the allowed values of kind "text", empty for any.
     """
 
     name: str
@@ -46,6 +50,16 @@ class Option(NamedTuple):
         return f"--sglprof-{self.flag[2:]}" if self.name != "enabled" else "--sglprof"
 
     @property
+    def table(self) -> str:
+        """The table of `key`: `output` of `output.dir`."""
+        return self.key.partition(".")[0]
+
+    @property
+    def last_key(self) -> str:
+        """The name of `key` in its table: `dir` of `output.dir`."""
+        return self.key.partition(".")[2]
+
+    @property
     def dest(self) -> str:
         """Name in pytest's `config.option`."""
         return f"sglprof_{self.name}"
@@ -57,7 +71,7 @@ class Option(NamedTuple):
 
 
 def is_on(text: object) -> bool:
-    """True for the texts by which the environment switches something on."""
+    """True for the values that switch something on in the environment."""
     return str(text).lower() in ("1", "true", "yes", "on")
 
 
@@ -71,38 +85,70 @@ def shows_config(config: Any) -> bool:
 
 
 OPTIONS: tuple[Option, ...] = (
-    Option("enabled", "flag", "run the tests that use SGLang servers and profile windows"),
+    Option("enabled", "flag", "run the tests that use SGLang servers or profile windows"),
     Option(
         "config",
         "text",
         "configuration file (default: the nearest sglprof.toml, or pyproject.toml with "
-        "[tool.sglprof], upward to the repository's root)",
+        "[tool.sglprof], searched upward to the root of the repository)",
         metavar="FILE",
         command=True,
     ),
     Option(
         "set",
         "list",
-        "set one key of the configuration, such as gate.min_steps=10; may be given again",
+        "set one key of the configuration, for example gate.min_steps=10; can be repeated",
         metavar="KEY=VALUE",
         command=True,
     ),
-    Option("output", "text", "folder for results (default: .sglprof)", "output.dir", "DIR"),
+    Option("output", "text", "folder for the results (default: .sglprof)", "output.dir", "DIR"),
     Option(
         "keep",
         "text",
-        "windows whose traces stay on disk (default: failed)",
+        "which windows keep their traces: failed (all that did not pass), all or none",
         "output.keep",
         choices=("failed", "all", "none"),
         pytest=False,
     ),
     Option(
+        "runs",
+        "positive",
+        "how many runs the folder for results keeps; the oldest are removed (default: 10)",
+        "output.runs",
+        "N",
+        pytest=False,
+    ),
+    Option(
+        "max_gib",
+        "size",
+        "GiB that the folder for results may hold; the oldest runs are removed (default: 20)",
+        "output.max_gib",
+        "GIB",
+        pytest=False,
+    ),
+    Option(
         "python",
         "text",
-        "interpreter that has SGLang installed (default: this one)",
-        metavar="PYTHON",
+        "Python interpreter that has SGLang installed (default: this one)",
+        "tools.python",
+        "PYTHON",
     ),
-    Option("nsys", "text", "the nsys command (default: from PATH)", metavar="NSYS", command=True),
+    Option(
+        "nsys",
+        "text",
+        "the nsys executable (default: the one on PATH)",
+        "tools.nsys",
+        "NSYS",
+        command=True,
+    ),
+    Option(
+        "lock_clocks",
+        "positive",
+        "MHz at which the GPUs of each started server are held (default: clocks are left alone)",
+        "gpu.lock_clocks",
+        "MHZ",
+        pytest=False,
+    ),
     Option(
         "server",
         "text",
@@ -112,26 +158,26 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "server_dir",
         "text",
-        "a folder that the running server can write and we can read, as SERVER:LOCAL paths",
+        "folder to which the running server writes: its path there, and its path here",
         metavar="SERVER:LOCAL",
         command=True,
     ),
     Option(
         "nsys_session",
         "text",
-        "name of the nsys session that the running server is in",
+        "name of the nsys session in which the server runs",
         metavar="NAME",
         command=True,
     ),
     Option(
         "allow_inconclusive",
         "flag",
-        "skip a test with an inconclusive verdict; never pass it",
+        "skip tests with an inconclusive verdict instead of failing them",
         "gate.allow_inconclusive",
     ),
     Option(
         "repeat",
-        "count",
+        "positive",
         "open each profile window that ends by itself N times and judge the median (default: 1)",
         "window.repeat",
         "N",
@@ -140,7 +186,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "min_steps",
         "count",
-        f"fewest steps that a verdict needs (default: {MIN_STEPS}; 0: none)",
+        f"minimum number of steps for a verdict (default: {MIN_STEPS}; 0: no minimum)",
         "gate.min_steps",
         "N",
         pytest=False,
@@ -149,7 +195,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "min_share",
         "share",
-        "a kernel below this share of compute cannot fail, 0 to 1 (default: 0.01)",
+        "kernels with a smaller share of compute time never fail, 0 to 1 (default: 0.01)",
         "gate.min_share",
         "SHARE",
         pytest=False,
@@ -158,17 +204,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "step_delimiter",
         "regex",
-        "the kernel that begins a step, for traces without step markers",
+        "kernel that begins each step, for traces without step markers",
         "trace.step_delimiter",
         "REGEX",
         pytest=False,
         command=True,
     ),
-    Option("show_config", "flag", "print the effective settings with their origins"),
+    Option("show_config", "flag", "print each setting and where it was set, then stop"),
 )
-
-
-# Regular expressions that users write.
 
 
 def compiled(
@@ -178,10 +221,13 @@ def compiled(
     expected: str = "a Python regular expression that is searched in full kernel names",
     hint: str = "escape what is meant literally, for example \\( and \\[",
 ) -> re.Pattern[str]:
-    """Compiles `expression`; `SettingsError` says that `what` is none, and why."""
+    """Compiles an expression that a user wrote.
+
+    what: where and what it is, for the message. Raises `SettingsError` for an invalid one.
+    """
     try:
         return re.compile(expression)
     except re.error as error:
         raise SettingsError(
-            f"{what} is no regular expression: {error}", expected=expected, hint=hint
+            f"{what} is not a regular expression: {error}", expected=expected, hint=hint
         ) from error

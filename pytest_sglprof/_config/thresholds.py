@@ -1,4 +1,4 @@
-"""Thresholds: where they come from, and which of two replaces the other."""
+"""Thresholds: read from keywords, checked, and merged so that the closest one counts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STAGED = re.compile(r"^(?P<what>.+?)\s+in\s+(?P<stage>[A-Za-z_]+)$")
 
 
 def default_thresholds() -> tuple[Threshold, ...]:
-    """What is judged where nothing is configured: slowdown of compute, at most 1.10."""
+    """The threshold without any configuration: slowdown of compute, at most 1.10."""
     return (Threshold(metric="slowdown", limit=DEFAULT_SLOWDOWN, scope="compute"),)
 
 
 def merge_thresholds(*layers: Sequence[Threshold]) -> tuple[Threshold, ...]:
-    """All thresholds of all layers; a later one replaces an earlier of the same identity.
+    """The thresholds of all layers; a later one replaces an earlier one of the same identity.
 
-    The order is that of first appearance, so that reports do not jump about.
+    The order is that of first appearance, so that it is the same in all reports.
     """
     merged = {threshold.identity: threshold for layer in layers for threshold in layer}
     return tuple(merged.values())
@@ -36,9 +36,9 @@ def thresholds_from_keywords(
 ) -> tuple[Threshold, ...]:
     """Reads `slowdown=1.1` or `slowdown={"moe": 1.1, "compute in decode": 1.2}`.
 
-    A bare number limits compute. A key is a scope (compute, communication, all, or a
-    category) or `/regex/` over kernel names, and may end in ` in STAGE`. categories:
-    the known ones; when given, any other scope is refused. Raises SettingsError.
+    A number limits compute. A key is a scope (compute, communication, all, or a category) or
+    `/regex/` over kernel names, optionally followed by ` in STAGE`. categories: all that
+    exist; if empty, any scope is accepted. Raises SettingsError.
     """
     thresholds: list[Threshold] = []
     for name, value in keywords.items():
@@ -85,9 +85,10 @@ def listed_thresholds(
 
 
 def check_limit(metric: str, limit: object, origin: str, where: str) -> float:
-    """`limit` as a float that a figure of `metric` can be on either side of.
+    """`limit` as a float.
 
-    SettingsError otherwise, also for a limit that is better than the best figure.
+    Raises SettingsError for anything but a number, and for a limit that every possible value of
+    `metric` exceeds, or none does.
     """
     row = METRICS[metric]
     expected = f"a {row.unit} that is {row.bounds}"
@@ -105,10 +106,10 @@ def check_limit(metric: str, limit: object, origin: str, where: str) -> float:
 def check_threshold(
     threshold: Threshold, categories: Collection[str], origin: str, prefix: str = ""
 ) -> Threshold:
-    """`threshold` if every name in it is known and its limit can be judged.
+    """`threshold` if all names in it exist and its limit is possible; else raises SettingsError.
 
-    SettingsError otherwise. categories: all that kernels may have. prefix: of the names of
-    the fields where they were written, such as `threshold[0].`.
+    categories: all that exist. prefix: put before the names of fields in messages, for example
+    `threshold[0].`.
     """
     metric = check_metric(threshold.metric, origin)
     check_limit(metric, threshold.limit, origin, f"{prefix}limit")
@@ -119,7 +120,7 @@ def check_threshold(
 
 
 def check_kernel(expression: str, origin: str, where: str) -> str:
-    """`expression` if it compiles; SettingsError otherwise."""
+    """`expression` if it compiles; else raises SettingsError."""
     expected = "a Python regular expression over normalised kernel names"
     if not isinstance(expression, str):
         raise SettingsError(f"{origin}: {where} is {expression!r}", expected=expected)
@@ -133,7 +134,7 @@ def check_kernel(expression: str, origin: str, where: str) -> str:
 
 
 def check_metric(name: object, origin: str) -> str:
-    """`name` if it is a metric; SettingsError otherwise."""
+    """`name` if it is a metric; else raises SettingsError."""
     if not isinstance(name, str) or name not in METRICS:
         raise SettingsError(
             f"{origin}: {name!r} is not a metric",
@@ -144,18 +145,18 @@ def check_metric(name: object, origin: str) -> str:
 
 
 def check_scope(scope: object, categories: Collection[str], origin: str, where: str) -> None:
-    """Raises SettingsError unless `scope` is one of ours or one of `categories`."""
+    """Raises SettingsError unless `scope` is in `SCOPES` or `categories`."""
     known = tuple(dict.fromkeys((*SCOPES, *categories)))
     if scope not in known:
         raise SettingsError(
             f"{origin}: {where}: {scope!r} is not a scope",
             expected=f"one of {', '.join(known)}, or /regex/ over kernel names",
-            hint=did_you_mean([scope], known, "a category of your own needs its [[category]]"),
+            hint=did_you_mean([scope], known, "add a [[category]] for a category of your own"),
         )
 
 
 def check_stage(stage: object, origin: str, where: str) -> None:
-    """Raises SettingsError unless `stage` is a stage that steps have, or ""."""
+    """Raises SettingsError unless `stage` is in `STAGES` or ""."""
     if stage != "" and stage not in STAGES:
         raise SettingsError(
             f"{origin}: {where}: {stage!r} is not a stage",
@@ -165,7 +166,7 @@ def check_stage(stage: object, origin: str, where: str) -> None:
 
 
 def _subject(key: object, origin: str, where: str) -> tuple[str, str, str]:
-    """Scope, kernel expression and stage of one key."""
+    """Scope, kernel expression and stage of one key, "" where the key has none."""
     if not isinstance(key, str) or not key.strip():
         raise SettingsError(
             f"{origin}: {where}: {key!r} is not a scope",

@@ -1,4 +1,4 @@
-"""The keywords of a marker or of `profile_window(...)` become one checked `WindowSpec`."""
+"""Turn the keywords of a marker or of `profile_window(...)` into a checked `WindowSpec`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
-    """A window from the configured defaults and the keywords of a marker or a call.
+    """A window with the configured defaults and the keywords of a marker or a call.
 
     Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`) and `thresholds=[Threshold(...)]`
-    replace configured thresholds of the same scope, stage and metric. `SettingsError` for
-    unknown keywords, wrong types and contradictions.
+    replace configured thresholds of the same scope, stage and metric. Raises `SettingsError`
+    for unknown keywords, wrong types and contradictions.
     """
     known = {item.name for item in fields(WindowSpec)}
     unknown = sorted(set(keywords) - known - set(METRICS))
@@ -67,10 +67,10 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
 
 
 def window_by_hand(settings: Settings, name: str, options: Mapping[str, Any]) -> WindowSpec:
-    """What `profile_window(name, **options)` asks for."""
+    """The window that `profile_window(name, **options)` makes."""
     if options.get("trigger") is not None:
         raise SettingsError(
-            f"profile_window({name!r}, trigger=…): a window by hand is opened by you",
+            f"profile_window({name!r}, trigger=…): you open this window yourself",
             expected="@pytest.mark.profile_window(trigger=…) on the test",
         )
     origin = f"profile_window({name!r})"
@@ -80,38 +80,38 @@ def window_by_hand(settings: Settings, name: str, options: Mapping[str, Any]) ->
 
 
 def refuse_too_few_steps(num_steps: int | None, settings: Settings, origin: str) -> None:
-    """Raises `SettingsError` for a window by steps that could never get a verdict."""
+    """Raises `SettingsError` for a window with too few steps for any verdict."""
     if num_steps is not None and num_steps < settings.min_steps:
         raise SettingsError(
             f"{origin}: num_steps={num_steps} is below min_steps={settings.min_steps}, so every "
-            "verdict on its thresholds would be inconclusive",
+            "verdict on it would be inconclusive",
             expected=f"at least {settings.min_steps} steps",
             hint=f"give num_steps={settings.min_steps} or more, or lower gate.min_steps",
         )
 
 
 def check_name(given: str, known: Sequence[str], what: str, hint: str = "correct it") -> None:
-    """Raises `SettingsError` that says `what`, and the nearest name, unless `given` is known."""
+    """Raises `SettingsError` unless `given` is in `known`. what: what is wrong, for the message."""
     if given not in known:
         expected = " or ".join(f'"{name}"' for name in known)
         raise SettingsError(what, expected=expected, hint=did_you_mean([given], known, hint))
 
 
 def repeats(spec: WindowSpec, settings: Settings) -> int:
-    """How often a window is opened: as it says itself, else as the settings say.
+    """How many times a window is opened: its `repeat`, else that of the settings.
 
-    Raises `SettingsError` for one that says so itself but ends by hand or waits for a
-    trigger, whose moment comes once; the settings' number is for the others.
+    A window that is closed by hand, or opened by a trigger, cannot be repeated: it ignores the
+    settings, and its own `repeat` above 1 raises `SettingsError`.
     """
     ends_itself = bool(spec.num_steps or spec.duration or BACKENDS[spec.backend].default_seconds)
     if spec.repeat is None:
-        again = ends_itself and not spec.whole_body and spec.trigger is None
-        return max(1, settings.repeat) if again else 1
+        is_repeatable = ends_itself and not spec.whole_body and spec.trigger is None
+        return settings.repeat if is_repeatable else 1
     if spec.repeat > 1 and spec.trigger is not None:
         raise SettingsError(
             f"profile window {spec.name!r}: repeat={spec.repeat} with a trigger",
             expected="a window that can be opened again at any time of the load",
-            hint="leave out one of the two",
+            hint="leave one of the two out",
         )
     if spec.repeat > 1 and not ends_itself:
         raise SettingsError(

@@ -1,7 +1,8 @@
-"""The pytest hooks and fixtures. Each hands over to `PluginSession`, which `--sglprof` registers.
+"""The pytest hooks and fixtures. They hand over to `PluginSession`, which `--sglprof` registers.
 
-This module is imported by every pytest run of whoever installed the package, so it imports
-nothing that pytest has not imported already.
+Every pytest run imports this module if the package is installed, so it imports nothing that
+pytest has not imported already. To add a fixture, add it here; if it needs a server it takes
+`sglang_server`, by which tests are recognised that need `--sglprof`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OFF = "needs --sglprof: it starts a server and opens profile windows"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Registers one option group: the rows of `OPTIONS` that pytest has a flag for."""
+    """Registers one option group: the rows of `OPTIONS` with `pytest=True`."""
     group = parser.getgroup("sglprof", "profile windows on SGLang servers (pytest-sglprof)")
     actions = {"flag": "store_true", "list": "append"}
     for option in OPTIONS:
@@ -45,7 +46,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Before xdist chooses a mode: `-n` without `--dist` becomes loadgroup."""
+    """Turns `-n` without `--dist` into `--dist=loadgroup`, before xdist chooses a mode."""
     if _enabled(config):
         from pytest_sglprof._plugin.xdist import prefer_loadgroup
 
@@ -54,7 +55,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the markers, and the session object where `--sglprof` is given."""
+    """Registers the markers, and with `--sglprof` the session."""
     for line in MARKER_HELP:
         config.addinivalue_line("markers", line)
     if _enabled(config):
@@ -64,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--sglprof`, skips what needs it."""
+    """Without `--sglprof`, skips the tests that need it."""
     if not config.pluginmanager.has_plugin(PLUGIN_NAME):
         for item in items:
             if concerns(item):
@@ -72,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _enabled(config: pytest.Config) -> bool:
-    """The main switch, resolved like every option: command line > environment."""
+    """Whether `--sglprof` is on, on the command line or in the environment."""
     if config.getoption("sglprof_enabled") is not None or shows_config(config):
         return True
     import os
@@ -84,9 +85,9 @@ def _enabled(config: pytest.Config) -> bool:
 def sglang_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A running SGLang server, shared by all tests that ask for the same one.
 
-    Which one: `@pytest.mark.sglang_server("NAME", nsys=True)`, a `[servers.NAME]` of
-    sglprof.toml; without the marker `[server]`. Has `.url`, `.client`, `.info`, `.sizes`,
-    `.kind` ("sglang" or "standin") and `.log`.
+    `@pytest.mark.sglang_server("NAME", nsys=True)` chooses `[servers.NAME]` of sglprof.toml;
+    without the marker it is `[server]`. It has `.url`, `.client`, `.info`, `.sizes`, `.kind`
+    ("sglang" or "standin") and `.log`.
     """
     with _session(request).serve(request.param) as server:
         yield server
@@ -96,7 +97,7 @@ def sglang_server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def bench_serving(request: pytest.FixtureRequest, sglang_server: Server) -> BenchServing:
     """Runs SGLang's load driver against the server of this test.
 
-    `bench_serving(num_prompts=200, random_input_len=1024)` waits for its end;
+    `bench_serving(num_prompts=200, random_input_len=1024)` waits until the load is over;
     `with bench_serving.running(...) as load:` runs it beside the block.
     """
     return _session(request).test_run(request.node).bench_serving()
@@ -106,7 +107,7 @@ def bench_serving(request: pytest.FixtureRequest, sglang_server: Server) -> Benc
 def profile_window(request: pytest.FixtureRequest, sglang_server: Server) -> ProfileWindow:
     """Opens profile windows by hand: `with profile_window("steady", num_steps=50) as window:`.
 
-    Options: docs/windows.md. Every window is judged at the end of its test.
+    The options are in docs/windows.md. Each window is judged at the end of its test.
     """
     return _session(request).profile_window(request.node)
 
@@ -115,8 +116,8 @@ def profile_window(request: pytest.FixtureRequest, sglang_server: Server) -> Pro
 def load_watch(request: pytest.FixtureRequest, sglang_server: Server) -> Iterator[LoadWatch]:
     """Watches the load of the server's ranks while the test runs.
 
-    `load_watch.frame` holds the samples as a pandas DataFrame, during the test and after
-    it; `load_watch.samples` the same as `LoadSample`s.
+    `load_watch.frame` holds the samples as a pandas DataFrame, also after the test;
+    `load_watch.samples` holds them as a list of `LoadSample`.
     """
     watch = _session(request).test_run(request.node).load_watch()
     try:
@@ -126,8 +127,7 @@ def load_watch(request: pytest.FixtureRequest, sglang_server: Server) -> Iterato
 
 
 def _session(request: pytest.FixtureRequest) -> PluginSession:
-    from pytest_sglprof._config.options import PLUGIN_NAME
-
     session: PluginSession | None = request.config.pluginmanager.getplugin(PLUGIN_NAME)
-    assert session is not None, "tests with our fixtures are skipped without --sglprof"
+    if session is None:  # only known now: `getfixturevalue`
+        pytest.skip(OFF)
     return session

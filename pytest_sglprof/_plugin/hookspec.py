@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # A specification has no body: pluggy calls what implements it.
 @pytest.hookspec
 def pytest_sglprof_servers(config: pytest.Config) -> Mapping[str, ServerSpec]:  # type: ignore[empty-body]
-    """Return server specifications by name; they add to `[servers.NAME]` and win over it.
+    """Return server specifications by name, in addition to `[servers.NAME]`, which they override.
 
     Called once, before tests are collected. Example::
 

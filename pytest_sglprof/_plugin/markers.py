@@ -1,4 +1,4 @@
-"""`@pytest.mark.sglang_server` and `@pytest.mark.profile_window`: read and checked."""
+"""Read and check `@pytest.mark.sglang_server` and `@pytest.mark.profile_window`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ if TYPE_CHECKING:
 
 SERVER_MARK = "sglang_server"
 WINDOW_MARK = "profile_window"
-FIXTURES = ("sglang_server", "bench_serving", "profile_window", "load_watch")
-TRIGGER_SECONDS = 2.0  # after which a triggered torch window closes
+SERVER_FIXTURE = "sglang_server"  # the other fixtures take it
+TRIGGER_SECONDS = 2.0  # default duration of a torch window that a trigger opens
 MARKER_HELP = (
-    f'{SERVER_MARK}(name="default", nsys=None): the server of this test: a [servers.NAME] of '
-    "sglprof.toml; nsys=True starts it under nsys profile --start-later",
-    f"{WINDOW_MARK}(**options): opens a profile window while the test's load is steady and judges "
-    "it; options such as backend, num_steps, duration, delay, whole_body, trigger, slowdown=1.10 "
-    "(docs/windows.md)",
+    f'{SERVER_MARK}(name="default", nsys=None): choose the server of this test, a [servers.NAME] '
+    "of sglprof.toml; nsys=True starts it under nsys profile --start-later",
+    f"{WINDOW_MARK}(**options): open a profile window while the load of the test is steady, and "
+    "judge it; options are for example backend, num_steps, duration, delay, whole_body, trigger, "
+    "slowdown=1.10 (docs/windows.md)",
 )
 
 
 def concerns(item: pytest.Item) -> bool:
-    """True for a test that uses one of our fixtures or carries one of our markers."""
-    names = getattr(item, "fixturenames", ())
-    return any(name in names for name in FIXTURES) or any(
+    """True for a test that uses a server, directly or by a fixture, or has one of our markers."""
+    return SERVER_FIXTURE in getattr(item, "fixturenames", ()) or any(
         item.get_closest_marker(mark) is not None for mark in (SERVER_MARK, WINDOW_MARK)
     )
 
 
 def server_spec(node: Any, servers: Mapping[str, ServerSpec]) -> ServerSpec:
-    """The server that a test (or a test function about to be parametrised) asks for."""
+    """The server of a test, or of a test function that is about to be parametrised."""
     mark = node.get_closest_marker(SERVER_MARK)
     name, nsys = _server_arguments(mark.args, mark.kwargs) if mark else ("default", None)
     if name not in servers:
@@ -52,7 +51,7 @@ def server_spec(node: Any, servers: Mapping[str, ServerSpec]) -> ServerSpec:
 
 
 def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
-    """The window that the closest marker asks for; it wins whole."""
+    """The window of the closest marker, or None. Markers further away are ignored."""
     from pytest_sglprof._config.windows import refuse_too_few_steps, window_spec
 
     mark = item.get_closest_marker(WINDOW_MARK)
@@ -78,13 +77,13 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
     default_steps = BACKENDS[spec.backend].default_steps
     if spec.num_steps or spec.duration or spec.whole_body or default_steps is None:
         return spec
-    if spec.trigger is not None:  # a starved rank runs no steps, and would never end the window
+    if spec.trigger is not None:  # a starved rank runs no steps, so a count would never be full
         return replace(spec, duration=TRIGGER_SECONDS)
     return replace(spec, num_steps=max(default_steps, settings.min_steps))
 
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:
-    """What is wrong with the markers of one test, or None."""
+    """The first mistake in the markers of a test, or None."""
     try:
         server = server_spec(item, settings.servers)
         window = marked_window(item, settings)
@@ -98,7 +97,7 @@ def check_item(item: pytest.Item, settings: Settings) -> str | None:
 def _check_pair(
     item: pytest.Item, server: ServerSpec, window: WindowSpec, *, attached: bool
 ) -> None:
-    if not any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
+    if SERVER_FIXTURE not in getattr(item, "fixturenames", ()):
         raise SettingsError(
             f"@pytest.mark.{WINDOW_MARK} on a test without a server",
             expected="the fixture sglang_server or bench_serving among its arguments",
@@ -117,9 +116,9 @@ def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     name = kwargs.get("name", args[0] if args else "default")
     nsys = kwargs.get("nsys")
     if unknown or len(args) > 1 or (args and "name" in kwargs):
-        found = ", ".join(unknown) or f"{len(args)} positional arguments and {sorted(kwargs)}"
+        given = ", ".join(unknown) or f"{len(args)} positional arguments and {sorted(kwargs)}"
         raise SettingsError(
-            f"@pytest.mark.{SERVER_MARK}: unexpected {found}",
+            f"@pytest.mark.{SERVER_MARK}: unexpected {given}",
             expected=f'{SERVER_MARK}("NAME", nsys=True)',
             hint=did_you_mean(unknown, ("name", "nsys"), "correct the marker"),
         )
@@ -134,5 +133,5 @@ def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
 
 def _needs_session(node: Any) -> bool:
     mark = node.get_closest_marker(WINDOW_MARK)
-    backend = mark.kwargs.get("backend") if mark else None  # anything: it is checked later
+    backend = mark.kwargs.get("backend") if mark else None  # of any type: it is checked later
     return any(row.name == backend and row.needs_session for row in BACKENDS.values())

@@ -1,4 +1,4 @@
-"""`PluginSession`: the hooks of a run with `--sglprof`, each delegating to the conductor."""
+"""`PluginSession`: the hooks of a run with `--sglprof`. They delegate to `_run`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
-# After these nobody asks for the windows of a body.
+# After these the windows of the test are dropped without a verdict.
 DISCARDING = (
     *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
     *(KeyboardInterrupt, SystemExit),
@@ -61,7 +61,7 @@ PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 class PluginSession:
-    """State of one pytest process: settings, the run's folder and book, the live server."""
+    """State of one pytest process: the settings, folder and book of the run, and the server."""
 
     def __init__(self, config: pytest.Config) -> None:
         from pytest_sglprof._server.command import keep_secrets
@@ -79,7 +79,7 @@ class PluginSession:
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
         self._in_test = False
-        self._left: list[RecordedServer] = []  # servers that left something, not reported yet
+        self._left: list[RecordedServer] = []  # stopped servers that left something behind
         facts = run_facts(config, self.settings)
         self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
 
@@ -87,12 +87,12 @@ class PluginSession:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """xdist: workers write into the controller's run."""
+        """xdist: lets workers write into the run of the controller."""
         node.workerinput[WORKER_INPUT] = self.run_id
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
-        """xdist: a loadgroup that goes on after a worker crashed."""
+        """xdist: a loadgroup scheduler that continues after a worker crashed."""
         if config.getoption("dist") != "loadgroup":
             return None
         from pytest_sglprof._plugin.xdist_scheduler import CrashSafeScheduling, is_needed
@@ -100,8 +100,7 @@ class PluginSession:
         return CrashSafeScheduling(config, log) if is_needed() else None
 
     def pytest_report_header(self) -> list[str]:
-        """The effective settings in a line or two."""
-
+        """One or two lines about the settings; all of them with `--sglprof-show-config`."""
         lines = header_lines(self.settings, self._book.folder)
         warning = xdist.mode_warning(self.config)
         if self._show_config:
@@ -109,7 +108,7 @@ class PluginSession:
         return [*lines, warning] if warning else lines
 
     def pytest_sessionstart(self) -> None:
-        """Opens the run's folder, unless tests are only collected."""
+        """Creates the folder of the run, unless tests are only collected."""
         option = self.config.option
         if not (self.worker or option.collectonly or self._show_config):
             try:
@@ -118,12 +117,12 @@ class PluginSession:
                 raise pytest.UsageError(redact_text(str(error))) from None
 
     def pytest_collection(self) -> None:
-        """`--sglprof-show-config` ends the run after the header, which shows the settings."""
+        """Ends a run with `--sglprof-show-config` after the header, which shows the settings."""
         if self._show_config:
             pytest.exit("the effective settings of pytest-sglprof are shown above", returncode=0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """In the process that reports: keeps what travelled with the report."""
+        """In the process that reports: adds the record that came with the report to the run."""
         record = None if self.worker else take_record(report)
         if record is not None:
             new = (line for line in record.problems if line not in self._book.problems)
@@ -134,7 +133,7 @@ class PluginSession:
     def pytest_sessionfinish(
         self, session: pytest.Session, exitstatus: int | pytest.ExitCode
     ) -> None:
-        """Writes results.json and removes old runs; the tests' own status is that of the run."""
+        """Writes results.json and removes old runs, without changing the exit status."""
         if self.worker:
             return
         try:
@@ -143,24 +142,24 @@ class PluginSession:
             self._book.finish(int(exitstatus))
             prune(
                 self.settings.output,
-                keep_runs=self.settings.keep_runs,
-                keep_bytes=self.settings.keep_bytes,
+                keep_runs=self.settings.runs,
+                keep_bytes=self.settings.max_gib * 2**30,
             )
         except KeyboardInterrupt:
-            # Raised from here, it would take pytest's summary of the tests along.
+            # If it were raised from here, pytest would print no summary of the tests.
             session.exitstatus = pytest.ExitCode.INTERRUPTED
             session.shouldstop = "KeyboardInterrupt while results were written"
             self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """One section, when there is something to say."""
+        """Writes the section of the plugin, if there is anything to report."""
         if not self.worker and (self._book.results is not None or self._book.problems):
             write_summary(terminalreporter, self._book)
 
     # ---- collection ----------------------------------------------------------------------
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Gives the session fixture its server as a parameter, so that it is known now."""
+        """Passes the server to the session fixture as a parameter, known at collection."""
         if "sglang_server" not in metafunc.fixturenames:
             return
         spec = self._server_spec(metafunc.definition)
@@ -172,7 +171,7 @@ class PluginSession:
     def pytest_make_collect_report(
         self, collector: pytest.Collector
     ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-        """Fails a module with wrong markers as a whole, naming all of them."""
+        """Fails a module that has wrong markers, and lists all of them."""
         report = yield
         hide_secrets(report)
         if report.passed:
@@ -185,7 +184,7 @@ class PluginSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keeps tests of one server together, here and among xdist's workers."""
+        """Keeps the tests of one server together, here and in the workers of xdist."""
         servers = {item: self._server_spec(item) for item in items if concerns(item)}
         items[:] = sort_by_server(items, servers)
         if self.worker or xdist.is_distributed(self.config):
@@ -196,7 +195,7 @@ class PluginSession:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
-        """Knows whether a test is there to report what happens."""
+        """Notes that a test is running, which can report errors of a server."""
         self._in_test = True
         try:
             return (yield)
@@ -205,7 +204,7 @@ class PluginSession:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
-        """Before the fixtures: the attempt. After them: its preparation."""
+        """Makes the attempt before the fixtures are set up, and prepares it after that."""
         if not concerns(item):
             return (yield)
         attempt = item.stash.get(ATTEMPTS, 0) + 1
@@ -226,7 +225,7 @@ class PluginSession:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
-        """Around the body: windows open and close, and a bad verdict fails the test."""
+        """Opens and closes windows around the body; a bad verdict fails the test."""
         test = item.stash.get(TEST_RUN, None)
         if test is None:
             return (yield)
@@ -245,7 +244,7 @@ class PluginSession:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Attaches the attempt's record, its properties and its rank table."""
+        """Attaches the record, the properties and the rank table of the attempt."""
         test = item.stash.get(TEST_RUN, None)
         problems = []
         if test is not None and call.when == "call":
@@ -256,7 +255,7 @@ class PluginSession:
         attach_servers(report, self._left)
         self._left = []
         if test is not None and call.when == "teardown":
-            del item.stash[TEST_RUN]  # pytest keeps the item until its own end
+            del item.stash[TEST_RUN]  # pytest keeps the item until it ends
             test.forget()
         hide_secrets(report)
         return report
@@ -273,7 +272,7 @@ class PluginSession:
 
     @contextlib.contextmanager
     def serve(self, spec: ServerSpec) -> Iterator[Server]:
-        """The server of `spec`, alive as long as the block; errors are shown plainly."""
+        """Runs the server of `spec` during the block; its errors are shown without traceback."""
         with _shown_plainly():
             server = open_server(spec, self.settings, self.folder, self.progress)
         self.progress.clear()
@@ -291,7 +290,7 @@ class PluginSession:
         except (pytest.fail.Exception, KeyboardInterrupt) as error:
             if self._in_test:
                 raise
-            # After Ctrl-C no test reports it: it would take pytest's summary along.
+            # After Ctrl-C no test can report it, and pytest would print no summary.
             what = str(error).partition("\n")[0] or "interrupted while it was stopped"
             self._book.problems.append(f"server {server.spec.key}: {what}")
         finally:
@@ -299,13 +298,13 @@ class PluginSession:
                 self._left.append(describe_server(server, self.folder.path))
 
     def test_run(self, item: pytest.Item) -> TestRun:
-        """The running attempt of `item`, with its server."""
+        """The current attempt of `item`, with its server."""
         test = item.stash[TEST_RUN]
         test.server = self.server
         return test
 
     def profile_window(self, item: pytest.Item) -> ProfileWindow:
-        """The fixture of that name."""
+        """The value of the fixture `profile_window`."""
         from pytest_sglprof._run.window import ProfileWindow
 
         return ProfileWindow(self.settings, self.test_run(item).new_window)
@@ -314,12 +313,12 @@ class PluginSession:
         try:
             return server_spec(node, self.settings.servers)
         except SettingsError:
-            return ServerSpec()  # reported with the module, see pytest_make_collect_report
+            return ServerSpec()  # pytest_make_collect_report reports the mistake
 
 
 @contextlib.contextmanager
 def _shown_plainly() -> Iterator[None]:
-    """Our own errors say all that is needed: pytest shows them without our traceback."""
+    """Lets pytest show errors of this package without a traceback: their text is enough."""
     try:
         yield
     except SglprofError as error:
@@ -328,14 +327,14 @@ def _shown_plainly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
-    """Around one run of the body: its windows close and are judged, whatever happens in it."""
+    """Closes and judges the windows after the body, even if it raises."""
     try:
         yield
     except Inconclusive as error:
         try:
             test.abandon(discard=False)
-        except SglprofError as also:
-            note(error, f"and besides: {also}")
+        except SglprofError as later_error:
+            note(error, f"and besides: {later_error}")
         finally:
             test.inconclusive(described(error))
     except BaseException as error:
@@ -349,17 +348,17 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
 
 
 def _abandon(error: BaseException, test: TestRun) -> None:
-    """After a body that raised `error`: what goes wrong now is shown beside it."""
+    """Ends the windows after a body that raised `error`; their errors become notes of it."""
     try:
         test.abandon(discard=isinstance(error, DISCARDING))
-    except Exception as also:
+    except Exception as later_error:
         if isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception)):
-            raise  # a test that is skipped shows no notes
-        note(error, f"and besides: {described(also)}")
+            raise  # pytest does not show the notes of a skipped test
+        note(error, f"and besides: {described(later_error)}")
 
 
 def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:
-    """Leaves the lines of the test and its helpers; what ours called says the error itself."""
+    """Cuts the traceback where the test calls this package: the text of the error is enough."""
     in_test, last = False, None
     entry = error.__traceback__
     while entry is not None:
@@ -393,11 +392,8 @@ def _settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(redact_text(str(error))) from None
 
 
-# Collection: mistakes of a module are told at once, and tests of one server stay together.
-
-
 def collection_problems(nodes: Sequence[Any], settings: Settings) -> str:
-    """All mistakes in the markers of the tests among `nodes`; "" when there are none."""
+    """The mistakes in the markers of the tests in `nodes`, one a line; "" if there are none."""
     problems = []
     for node in nodes:
         if isinstance(node, pytest.Item) and concerns(node):
@@ -410,7 +406,7 @@ def collection_problems(nodes: Sequence[Any], settings: Settings) -> str:
 def sort_by_server(
     items: Sequence[pytest.Item], servers: Mapping[pytest.Item, ServerSpec]
 ) -> list[pytest.Item]:
-    """Orders the tests that use a server by it, stably; all other tests keep their places."""
+    """Groups tests by server, in a stable order; tests without a server keep their places."""
     order: dict[str, int] = {}
     for item in items:
         if item in servers:
@@ -421,17 +417,14 @@ def sort_by_server(
     return [next(sorted_items) if item in servers else item for item in items]
 
 
-# The lines of pytest's header: what will run, on what, and where the results go.
-
-
 def header_lines(settings: Settings, folder: Path) -> list[str]:
-    """One line of settings, and one that shouts where the stand-in takes SGLang's place."""
+    """A line with servers, configuration and results, and a warning about any stand-in."""
     config = _short(settings.config_file) if settings.config_file else "none"
     lines = [f"sglprof: {_servers(settings)}; config {config}; results {_short(folder)}"]
     if settings.server:
         lines.append(
-            "sglprof: it is never stopped; while it exports a profile its requests stall, and "
-            "/health answers 503"
+            "sglprof: this server is never stopped; while it exports a profile its requests stall "
+            "and /health answers 503"
         )
     elif stand_ins := _stand_ins(settings):
         names = ", ".join(stand_ins)
@@ -473,11 +466,8 @@ def _short(path: Path) -> str:
     return relative if not relative.startswith("..") else str(path)
 
 
-# Facts about a run that results.json carries: who ran what, where, with which versions.
-
-
 def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:
-    """The constant part of `report.model.Run`."""
+    """The part of `Run` that is known from the start: command, host, versions."""
     return {
         "command": tuple(redact_command(["pytest", *map(str, config.invocation_params.args)])),
         "host": platform.node(),

@@ -1,7 +1,7 @@
-"""The exceptions by which a bad verdict reaches pytest.
+"""How verdicts reach pytest: exceptions, reports, properties, the summary and progress.
 
-They are two classes that do not inherit from each other, so that
-`xfail(raises=VerdictFailed)` is not satisfied by a window with too little data.
+The two exceptions do not inherit from each other, so that `xfail(raises=VerdictFailed)` does
+not accept a window with too little data.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class VerdictFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # a variable to mypy
-    """A test whose body passed, but one of whose profile windows failed.
+    """The body of the test passed, but the verdict on one of its profile windows is fail.
 
-    For `@pytest.mark.xfail(raises=VerdictFailed, strict=True)`.
+    Use it in `@pytest.mark.xfail(raises=VerdictFailed, strict=True)`.
     """
 
     __module__ = "pytest_sglprof"
@@ -35,7 +35,7 @@ class VerdictFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  
 
 
 class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # likewise
-    """A test whose body passed, but whose profile windows hold too little for a verdict."""
+    """The body of the test passed, but its profile windows have too little data for a verdict."""
 
     __module__ = "pytest_sglprof"
 
@@ -43,14 +43,11 @@ class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,m
         super().__init__(message, pytrace=False)
 
 
-# What travels with the report of a test to the process that reports: the record of its attempt.
-
-
 PROPERTIES = pytest.StashKey[dict[str, str]]()
 
 
 def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """In all that a report shows at the terminal and in JUnit files, but for the test's name."""
+    """Redacts what a report shows at the terminal and in JUnit files, except the test's name."""
     report.sections[:] = [(title, redact_text(text)) for title, text in report.sections]
     if isinstance(report, pytest.TestReport):
         report.user_properties[:] = [(name, redact(v)) for name, v in report.user_properties]
@@ -60,7 +57,7 @@ def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 
 def take_record(report: pytest.TestReport) -> Record | None:
-    """The record that came with the report, which pytest keeps, and keeps without it."""
+    """Removes the record from the report, which pytest keeps in memory, and returns it."""
     from msgspec.structs import replace
 
     record = _carried(report)
@@ -73,13 +70,13 @@ def take_record(report: pytest.TestReport) -> Record | None:
 
 
 def attach_servers(report: pytest.TestReport, servers: Sequence[RecordedServer]) -> None:
-    """Lets the report tell of servers that are over, besides what it carries already."""
+    """Adds stopped servers to the record of the report."""
     if servers:
         _carry(report, record_of_servers(servers, _carried(report)))
 
 
 def record_of_servers(servers: Sequence[RecordedServer], record: Record | None = None) -> Record:
-    """`record` (None: one of no attempt) with servers that are over."""
+    """`record` with stopped servers added. None: a record without an attempt."""
     from msgspec.structs import replace
 
     from pytest_sglprof._report.model import NOTHING
@@ -89,10 +86,7 @@ def record_of_servers(servers: Sequence[RecordedServer], record: Record | None =
 
 
 def _carry(report: pytest.TestReport, record: Record) -> None:
-    """Sets the record on the report, with which it travels from a worker: pytest's own way.
-
-    As text, which xdist and plugins that write reports as JSON can take.
-    """
+    """Sets the record on the report, as text: xdist and JSON plugins can serialise that."""
     import msgspec
 
     report.sglprof = msgspec.json.encode(record).decode()  # type: ignore[attr-defined]
@@ -109,7 +103,7 @@ def _carried(report: pytest.TestReport) -> Record | None:
 
 
 def _outcome(report: pytest.TestReport) -> Outcome:
-    """The word of results.json; an attempt that is followed by another is called "rerun"."""
+    """The outcome for results.json. pytest-rerunfailures reports "rerun" for repeated tests."""
     if hasattr(report, "wasxfail"):
         return "xfailed" if report.skipped else "xpassed"
     bad = report.failed or str(report.outcome) == "rerun"
@@ -119,31 +113,31 @@ def _outcome(report: pytest.TestReport) -> Outcome:
 
 
 def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
-    """Those of this attempt's windows, but for windows that were repeated.
+    """Sets the JUnit properties of the item, from all windows but those that were repeated.
 
-    Returns what could not be written, a line each.
+    Returns one line for each file that could not be written.
     """
     from pytest_sglprof._report.ci import attachments, properties_of_test
 
     windows = test.documents()
     repeated = {window.retry_of for window in windows}
-    ours = dict(properties_of_test([w for w in windows if w.id not in repeated]))
-    if test.verdict is not None and ours.get("verdict") != test.verdict:
-        ours |= {"verdict": test.verdict, "reason": test.reason}
+    new = dict(properties_of_test([w for w in windows if w.id not in repeated]))
+    if test.verdict is not None and new.get("verdict") != test.verdict:
+        new |= {"verdict": test.verdict, "reason": test.reason}
     problems = []
     try:
-        ours |= dict(attachments(test.pictures()))
+        new |= dict(attachments(test.pictures()))
     except OSError as error:
         problems.append(f"heat maps could not be written: {error.strerror or error}")
     earlier = item.stash.get(PROPERTIES, {})
-    theirs = [pair for pair in item.user_properties if pair not in earlier.items()]
-    item.user_properties[:] = [*theirs, *ours.items()]
-    item.stash[PROPERTIES] = ours
+    others = [pair for pair in item.user_properties if pair not in earlier.items()]
+    item.user_properties[:] = [*others, *new.items()]
+    item.stash[PROPERTIES] = new
     return problems
 
 
 def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> None:
-    """Gives the report the attempt's record, and what could not be written."""
+    """Adds the record of the attempt to the report, and a rank table for each bad window."""
     from pytest_sglprof._report.terminal import rank_table
 
     test.drop_artifacts()
@@ -153,11 +147,8 @@ def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> Non
             report.sections.append((f"sglprof {window.name}", "\n".join(rank_table(window))))
 
 
-# The section of pytest's summary: what was found, where it is written, and what is not.
-
-
 def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
-    """Writes the section, and the Markdown summary of a CI job where it is asked for."""
+    """Writes the section, and the Markdown summary if `GITHUB_STEP_SUMMARY` is set."""
     reporter.section("sglprof")
     if book.results is not None:
         with book.writing("the summary"):
@@ -187,16 +178,13 @@ def _append(path: str, document: Results) -> None:
         stream.write(step_summary(document))
 
 
-# Progress of long work, written to the terminal past pytest's capturing.
-
-
-PLAIN_INTERVAL = 15.0  # s between lines where the terminal cannot overwrite one (CI logs)
+LOG_INTERVAL = 15.0  # s between lines of progress in an output that is not a terminal
 
 
 class TerminalProgress:
-    """Callable with one line of progress; overwrites itself on a terminal.
+    """Shows lines of progress past pytest's capturing; on a terminal each replaces the last.
 
-    Silent in xdist workers, whose output nobody sees.
+    silent: shows nothing, as in xdist workers, whose output is not visible.
     """
 
     def __init__(self, config: pytest.Config, *, silent: bool = False) -> None:
@@ -206,10 +194,10 @@ class TerminalProgress:
         self._dirty = False
 
     def __call__(self, line: str) -> None:
-        """Shows `line`, at most once a second (every 15 s in a plain log)."""
+        """Shows `line`, at most once a second (every 15 s if the output is not a terminal)."""
         now = time.monotonic()
         live = sys.__stderr__ is not None and sys.__stderr__.isatty()
-        if self._silent or now - self._last < (1.0 if live else PLAIN_INTERVAL):
+        if self._silent or now - self._last < (1.0 if live else LOG_INTERVAL):
             return
         self._last = now
         text = " ".join(line.split())[:150]
@@ -217,7 +205,7 @@ class TerminalProgress:
         self._dirty = live
 
     def clear(self) -> None:
-        """Removes the line again, once the work is over."""
+        """Removes the line when the work is over."""
         if self._dirty:
             self._write("\r\x1b[K")
             self._dirty = False

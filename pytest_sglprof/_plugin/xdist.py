@@ -1,6 +1,6 @@
-"""What the plugin does under pytest-xdist; nothing here imports it.
+"""What the plugin does under pytest-xdist, without importing it.
 
-Grouping tests by server only saves server starts. Correctness rests on the leases of
+Tests are grouped by server only to save server starts. Correctness rests on the leases of
 servers, GPUs and windows.
 """
 
@@ -25,13 +25,13 @@ def is_distributed(config: pytest.Config) -> bool:
 
 
 def worker_name(config: pytest.Config) -> str:
-    """`gw0` in a worker, else ""."""
+    """The name of a worker, such as "gw0"; "" in any other process."""
     workerinput: dict[str, Any] = getattr(config, "workerinput", {})
     return str(workerinput.get("workerid", ""))
 
 
 def prefer_loadgroup(config: pytest.Config) -> None:
-    """`-n` without `--dist` means loadgroup: tests of one server go to one worker."""
+    """Makes loadgroup the mode of `-n` without `--dist`: tests of a server go to one worker."""
     if is_worker(config) or config.getoption("numprocesses", None) is None:
         return
     if config.option.dist == "no":
@@ -39,7 +39,7 @@ def prefer_loadgroup(config: pytest.Config) -> None:
 
 
 def mode_warning(config: pytest.Config) -> str | None:
-    """A warning for a mode that scatters the tests of one server over workers."""
+    """A warning if the mode distributes the tests of one server over several workers, or None."""
     if not is_distributed(config):
         return None
     mode = config.getoption("dist", "no")
@@ -52,12 +52,12 @@ def mode_warning(config: pytest.Config) -> str | None:
 
 
 def add_group(item: pytest.Item, server: ServerSpec) -> None:
-    """Puts a test into the group of its server, unless the user grouped it already."""
+    """Puts a test into the group of its server, unless it has a group."""
     if item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(name=f"sglprof-{server.key}"))
 
 
 def plain_nodeid(nodeid: str) -> str:
-    """A node id without the `@group` that xdist appends under loadgroup."""
+    """The node id without the `@group` that xdist appends in loadgroup mode."""
     head, at, group = nodeid.rpartition("@")
     return head if at and "::" in head and "]" not in group else nodeid

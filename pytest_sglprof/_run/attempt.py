@@ -1,4 +1,4 @@
-"""What happens around one attempt of one test: its windows, its loads, its verdict."""
+"""One attempt of one test: its server, its windows, its loads and its verdict."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ if TYPE_CHECKING:
 
 
 class TestRun:
-    """One attempt. Its life: prepare (setup), begin, end (call), record (report)."""
+    """One attempt of one test.
+
+    The plugin calls `prepare` after the setup, `begin` before the body, `end` or `abandon` after
+    it, and `record` for the report.
+    """
 
     __test__ = False  # pytest must not collect it
 
@@ -74,16 +78,16 @@ class TestRun:
         self._progress = progress
         self._load = LoadState()
         self._bench: BenchServing | None = None
-        self._asked: list[Window] = []  # whether opened or not; `windows` are the closed ones
-        self._window: Window | None = None  # the marked one
-        self._opening: Future[None] | None = None  # of it, beside the body
+        self._made: list[Window] = []  # all of them; `windows` has those that are closed
+        self._window: Window | None = None  # the one of the marker
+        self._opening: Future[None] | None = None  # opens that one beside the body
         self._body_is_over = threading.Event()
         self._documents: list[RecordedWindow] | None = None
         self._started = time.monotonic()
         self._load_watch: LoadWatch | None = None
 
     def prepare(self, server: Server | None) -> None:
-        """After the fixtures: the server must live; a window of the whole body opens now."""
+        """After the setup: checks that the server lives, and opens a window of the whole body."""
         self.server = server
         if server is None:
             return
@@ -91,11 +95,11 @@ class TestRun:
         self._open_whole_body()
         if self._window is None and self._marked is not None:
             self._window = self.new_window(self._marked)
-            with contextlib.suppress(Inconclusive):  # a full disk may be emptier by then
+            with contextlib.suppress(Inconclusive):  # a full disk may have space when it opens
                 self._window.refuse()
 
     def new_window(self, spec: WindowSpec) -> Window:
-        """A window of this test, not opened yet."""
+        """A new window of this test."""
         return self._make_window(replace(spec, repeat=repeats(spec, self._settings)))
 
     def _make_window(self, spec: WindowSpec) -> Window:
@@ -110,11 +114,11 @@ class TestRun:
             progress=self._progress,
         )
         window.watch = self._load_watch
-        self._asked.append(window)
+        self._made.append(window)
         return window
 
     def bench_serving(self) -> BenchServing:
-        """The load driver, telling the watching window when its load begins and ends."""
+        """The load driver. Windows wait for its loads."""
         from pytest_sglprof._bench_serving.bench import BenchServing
 
         if self._bench is None:
@@ -129,7 +133,7 @@ class TestRun:
         return self._bench
 
     def load_watch(self) -> LoadWatch:
-        """Watches the load of the server's ranks from now to the end of the test."""
+        """Watches the load of the server's ranks until the end of the test."""
         if self._load_watch is None:
             from pytest_sglprof._load.watcher import server_watch
 
@@ -146,7 +150,7 @@ class TestRun:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Around the body and its windows: nobody else measures on the same hardware."""
+        """Keeps other tests from measuring on the same hardware during the block."""
         if self.server is None:
             yield
             return
@@ -154,7 +158,7 @@ class TestRun:
             yield
 
     def begin(self) -> None:
-        """Before the body: a marked window begins to wait for steady load."""
+        """Before the body: starts to wait for the moment to open the marked window."""
         if self._marked is None or self._marked.whole_body or self.server is None:
             return
         window = self._window
@@ -169,20 +173,20 @@ class TestRun:
         )
 
     def end(self) -> None:
-        """After the body: closes and judges every window; raises what went wrong in them."""
+        """After the body: closes and judges each window, and raises their errors."""
         do_every(self._ending())
 
     def abandon(self, *, discard: bool) -> None:
-        """After a body that failed (or was skipped: `discard`): nothing stays open.
+        """After a body that raised: closes each window, and raises their errors.
 
-        Raises what went wrong in it, which is no reason to forget the body's own error.
-        Windows of a skipped body are forgotten, but for those that it has checked.
+        discard: the test was skipped or interrupted, so that windows are dropped without a
+        verdict, except those that the body has checked.
         """
         do_every(self._abandoning(discard))
 
     def _ending(self) -> Iterator[Callable[[], object]]:
         yield self._end_opening
-        for window in self._asked:
+        for window in self._made:
             if window.was_opened or window.repeat_index == 1:
                 yield partial(self._close, window)
         yield self._conclude
@@ -190,8 +194,8 @@ class TestRun:
 
     def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
         for step in (self._end_opening, self._end_load_watch):
-            yield partial(_unless_ours, step) if discard else step
-        for window in self._asked:
+            yield partial(_without_our_errors, step) if discard else step
+        for window in self._made:
             is_kept = window.was_checked or not discard
             if window.was_opened and is_kept:
                 yield partial(self._close, window)
@@ -203,15 +207,15 @@ class TestRun:
         if window.was_opened or window is self._window:
             window.close()
             self.windows.append(window)
-        _ = window.capture  # an error for one that was asked for and never opened
+        _ = window.capture  # raises an error for a window that was never opened
 
     def inconclusive(self, reason: str) -> None:
-        """The body itself found too little data; a window that fails is still worse."""
+        """The body raised `Inconclusive`. A window with the verdict fail still wins."""
         if self.verdict != "fail":
             self.verdict, self.reason = "inconclusive", reason
 
     def record(self, outcome: Outcome, problems: Sequence[str]) -> Record:
-        """This attempt, which travels with the test's report. problems: what was not written."""
+        """The record of this attempt. problems: one line for each file that was not written."""
         from pytest_sglprof._report.model import Record
         from pytest_sglprof._report.results import attempt_document
 
@@ -234,7 +238,7 @@ class TestRun:
         )
 
     def message(self) -> str:
-        """The bad verdict as a tired engineer wants to read it."""
+        """The failure message of the test: a rank table for each bad window, or the reason."""
         from pytest_sglprof._report.terminal import rank_table
 
         self.message_shows_windows = True
@@ -248,13 +252,13 @@ class TestRun:
         return "\n".join(parts)
 
     def documents(self) -> list[RecordedWindow]:
-        """The windows as results hold them; made once, since tables are large."""
+        """The windows as in results.json; made once, since their tables are large."""
         if self._documents is None or len(self._documents) != len(self.windows):
             self._documents = [self._document(window) for window in self.windows]
         return self._documents
 
     def pictures(self) -> list[Path]:
-        """Writes the heat map of each window that did not pass; the files' paths."""
+        """Writes a heat map of each window that did not pass; returns the paths."""
         from pytest_sglprof._files import atomic_write, safe_name
         from pytest_sglprof._report.heat_map import heat_map_svg
 
@@ -267,7 +271,7 @@ class TestRun:
         return paths
 
     def drop_artifacts(self) -> None:
-        """Deletes the windows' traces where `output.keep` says so."""
+        """Deletes the traces of the windows if `output.keep` says so."""
         import shutil
 
         from msgspec.structs import replace
@@ -280,11 +284,11 @@ class TestRun:
         self._documents = [replace(window, artifacts=()) for window in self.documents()]
 
     def forget(self) -> None:
-        """After the report: lets go of windows and documents, whoever keeps this object.
+        """After the report: drops windows and documents, because this object may live on.
 
         Python, pytest and its plugins keep exceptions, and with them the frames of a test.
         """
-        self.windows, self._asked, self._documents = [], [], []
+        self.windows, self._made, self._documents = [], [], []
         self._window = self._opening = self._load_watch = self._bench = None
 
     def _show_load(self, elapsed: float, line: str) -> None:
@@ -299,12 +303,12 @@ class TestRun:
         try:
             opening.result()
         except BaseException:
-            # Its error says more than that a window of it was never opened.
-            self._asked = [window for window in self._asked if window.was_opened]
+            # This error explains why its windows were never opened.
+            self._made = [window for window in self._made if window.was_opened]
             raise
 
     def _end_load_watch(self) -> None:
-        """Raises what ended the watching thread; its samples stay readable."""
+        """Ends the watch and raises the error of its thread, if any; its samples stay readable."""
         if self._load_watch is not None:
             self._load_watch.stop()
 
@@ -314,8 +318,8 @@ class TestRun:
             self._window.open()
 
     def _conclude(self) -> None:
-        """The worst verdict of this run of the body; each window is read, whatever another does."""
-        closed = [window for window in self._asked if window in self.windows]
+        """Sets the worst verdict of all windows. Reads each of them, even if another one fails."""
+        closed = [window for window in self._made if window in self.windows]
         try:
             do_every(partial(getattr, window, "verdict") for window in closed)
         finally:
@@ -330,18 +334,18 @@ class TestRun:
             elif window.repeat_index == 1:
                 judged.append((repeated.word, window.spec.name, repeated.reason))
         for word in WORST_FIRST:
-            reasons = [f"{name}: {reason}" for found, name, reason in judged if found == word]
+            reasons = [f"{name}: {reason}" for each, name, reason in judged if each == word]
             if reasons:
                 self.verdict, self.reason = word, "\n".join(reasons)
                 return
 
     def _repeated(self, window: Window) -> RepeatedVerdict | None:
-        """The verdict over the windows that this one was opened with; None for a single one."""
+        """The verdict over all windows that repeat this one; None if it is not repeated."""
         from pytest_sglprof._verdict.repeats import judge_repeats
 
         if window.spec.repeat == 1:
             return None
-        verdicts = [one.verdict for one in window.windows if one in self.windows]
+        verdicts = [each.verdict for each in window.windows if each in self.windows]
         return judge_repeats(verdicts, window.spec.repeat or 1)
 
     def _repeat(self, window: Window) -> Repeat | None:
@@ -350,7 +354,7 @@ class TestRun:
         verdict = self._repeated(window)
         if verdict is None:
             return None
-        closed = [one for one in window.windows if one in self.windows]
+        closed = [each for each in window.windows if each in self.windows]
         typical = closed[verdict.typical].id
         return Repeat(window.windows[0].id, window.repeat_index, typical, verdict)
 
@@ -393,23 +397,22 @@ class TestRun:
         return self.server is not None and LAUNCHERS[self.server.kind].is_standin
 
 
-def _unless_ours(step: Callable[[], object]) -> None:
-    """Takes a step whose own errors, unlike bugs, matter no more."""
+def _without_our_errors(step: Callable[[], object]) -> None:
+    """Takes a step and ignores its `SglprofError`, but not a bug."""
     with contextlib.suppress(SglprofError):
         step()
 
 
 def _is_shown(window: RecordedWindow) -> bool:
-    """Of windows that were opened together, the one in the middle speaks for all."""
+    """Whether to show a window: of windows that repeat each other only the median."""
     return window.repeats is None or window.id == window.repeats.typical
 
 
-# The one server that a worker has alive: started or attached, recorded, stopped.
+# The server of a test.
 
-
-ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
-TEST_LEASE_TIMEOUT = 3600.0  # s; another test may be long, and it ends by its own limits
 API_KEY_ENV = "SGLPROF_API_KEY"
+ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
+TEST_LEASE_TIMEOUT = 3600.0  # s to wait for another test, which may be long
 
 
 def open_server(
@@ -418,9 +421,9 @@ def open_server(
     folder: RunFolder,
     progress: Callable[[str], None] | None,
 ) -> Server:
-    """Starts the server of `spec`, or attaches to `--sglprof-server`.
+    """Starts the server of `spec`, or attaches to that of `--sglprof-server`.
 
-    An attached server's keys come from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    The keys of an attached server are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
     """
     from pytest_sglprof._server import launch as servers
 
@@ -444,21 +447,21 @@ def open_server(
 
 
 def close_server(server: Server) -> None:
-    """Stops a server that is ours; raises `ServerError` when something is left of it."""
+    """Stops a server that was started; raises `ServerError` if something of it remains."""
     left = server.stop()
     if server.keeper_fault:
-        # The tests have passed, and nothing is left: a warning, since something is amiss here.
+        # Only a warning: nothing remains, and the tests are not affected.
         warnings.warn(f"{server.keeper_fault}; its server was ended without it", stacklevel=2)
     if left:
         raise ServerError(
             f"the server {server.url} was stopped, but this is left: {', '.join(left)}",
             expected="no process, nsys session, agent, lock or GPU memory",
-            hint=f"end it by hand; {server.folder / 'keeper.log'} tells what was tried",
+            hint=f"end it by hand; {server.folder / 'keeper.log'} says what was tried",
         )
 
 
 def check_alive(server: Server) -> None:
-    """Raises `ServerDied` when an earlier test's server is gone."""
+    """Raises `ServerDied` if the server has died since an earlier test."""
     if server.attached or server.is_alive():
         return
     reason = server.exit_reason()
@@ -473,10 +476,10 @@ def check_alive(server: Server) -> None:
 
 @contextlib.contextmanager
 def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Iterator[None]:
-    """While a test measures, no other test of this machine measures on the same hardware.
+    """Keeps other tests of this machine from measuring on the same hardware during the block.
 
-    A server's GPUs are leased for its whole life; what is left to share are the cores of
-    CPU servers, and an attached server. The stand-in's figures do not depend on the machine.
+    GPUs are leased for the whole life of a server, so that only attached servers and the cores
+    of CPU servers can be shared. The figures of the stand-in do not depend on the machine.
     """
     if server.attached:
         name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
@@ -493,7 +496,7 @@ def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Itera
 
 
 def describe_server(server: Server, root: Path) -> RecordedServer:
-    """The server as results hold it; its log's path is relative to `root`."""
+    """The server as in results.json. root: folder to which the path of its log is relative."""
     from pytest_sglprof._report.results import server_document
 
     return server_document(

@@ -1,8 +1,8 @@
-"""One run: its folder, the journal of its tests, and the document that is made of it.
+"""One run: its folder, the journal of its tests, and its results.
 
-Every record is appended to `journal.jsonl` as soon as its test ended, so that a killed run
-loses only the test that was running; `finish` writes `results.json` and removes the journal.
-What cannot be written is told in `RunBook.problems`: it never ends a run.
+A record is appended to `journal.jsonl` as soon as its test ends, so that a run that is killed
+loses only the current test; `finish` writes `results.json` and removes the journal. A file that
+cannot be written is listed in `RunBook.problems` and never ends the run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def new_run_id() -> str:
 
 
 class RunFolder:
-    """Where one process of a run puts its servers and windows. worker: "" or "gw0"."""
+    """Where one process of a run puts its servers, windows and loads. worker: "" or "gw0"."""
 
     def __init__(self, output: Path, run_id: str, *, worker: str = "") -> None:
         self.path = output / run_id
@@ -56,11 +56,11 @@ class RunFolder:
         return self._new("servers", safe_name(key, limit=60))
 
     def window(self, name: str, nodeid: str) -> Path:
-        """A new folder for one window; its name is the window's id."""
+        """A new folder for one window. Its name is the id of the window."""
         return self._new("windows", safe_name(redact_text(f"{nodeid}-{name}")))
 
     def load(self, nodeid: str) -> Path:
-        """A new folder for what the load driver writes."""
+        """A new folder for the files of the load driver."""
         return self._new("loads", safe_name(redact_text(nodeid)))
 
     def _new(self, kind: str, name: str) -> Path:
@@ -71,7 +71,7 @@ class RunFolder:
             folder.mkdir(parents=True)
         except OSError as error:
             raise SglprofError(
-                f"{folder} cannot be made: {error.strerror or error}",
+                f"{folder} cannot be created: {error.strerror or error}",
                 expected="a folder for results on a disk with free space",
                 hint="free space there, or choose another folder with --sglprof-output",
             ) from error
@@ -79,11 +79,11 @@ class RunFolder:
 
 
 class RunBook:
-    """All records of a run, kept by the process that reports (the controller under xdist).
+    """The records of a run, in the process that reports (the controller of xdist).
 
-    results: the document of the run, once it is finished; every view is made of it.
-    file, page: results.json and the HTML page; None where they are not (yet) written.
-    problems: what could not be written, and why; a line each.
+    results: the results of the run, None until it is finished. file, page: results.json and
+    the HTML page, None until they are written. problems: one line for each file that could not
+    be written.
     """
 
     def __init__(
@@ -103,21 +103,21 @@ class RunBook:
         self._settings = settings
         self._started = time.time()
         self._journal: Journal | None = None
-        self._lock: int | None = None  # of the folder itself, so that no file is left
+        self._lock: int | None = None  # descriptor of the folder: a lock file would remain
         self._made_output = False
 
     def open(self) -> None:
-        """Makes the folder and marks it as ours and in use, so that no other run prunes it.
+        """Creates the folder and locks it, so that no other run removes it.
 
-        Raises `SettingsError` when results cannot be written there.
+        Raises `SettingsError` if results cannot be written there.
         """
         output = self.folder.parent
         self._made_output = not os.path.lexists(output)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Before run.json is there: a run that prunes now takes the folder for a stranger's.
+            # Before run.json exists: until then no other run takes this for the folder of a run.
             self._lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-            with contextlib.suppress(OSError):  # a disk without locks: nobody prunes there
+            with contextlib.suppress(OSError):  # without locks, other runs cannot remove it
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._write_run_file()
             self._journal = Journal(self.folder / JOURNAL)
@@ -131,15 +131,15 @@ class RunBook:
             ) from error
 
     def add(self, record: Record) -> None:
-        """Keeps one attempt of one test, as it travelled with its report."""
+        """Adds the record of one attempt of one test."""
         if self._journal is not None:
             with self.writing(JOURNAL):
                 self._journal.add(record)
 
     def finish(self, exit_status: int) -> Path | None:
-        """Writes `results.json` and the page; a run without records leaves no folder.
+        """Writes `results.json` and the page; removes the folder of a run without records.
 
-        Returns the path of results.json. Where that cannot be written the journal stays.
+        Returns the path of results.json. If that cannot be written, the journal stays.
         """
         if self._journal is None:
             return None
@@ -159,14 +159,14 @@ class RunBook:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Around a step that may fail without taking the run along: tells what went wrong."""
+        """Turns an exception of the block into a problem, so that the run continues."""
         try:
             yield
         except Exception as error:
-            self.tell(name, error)
+            self.add_problem(name, error)
 
-    def tell(self, name: str, error: Exception) -> None:
-        """Notes that the file `name` could not be written; the same line is told once."""
+    def add_problem(self, name: str, error: Exception) -> None:
+        """Notes that the file `name` could not be written; equal lines only once."""
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
         else:
@@ -182,7 +182,7 @@ class RunBook:
         file = self.folder / "results.json"
         with self.writing(str(file)):
             self.results = self._document(list(journal.records()), exit_status)
-            self._write_run_file()  # somebody may have removed the folder meanwhile
+            self._write_run_file()  # the folder may have been removed meanwhile
             write_results(self.results, file)
             self.file = file
         if self.file is None:
@@ -195,7 +195,7 @@ class RunBook:
             self._write_page()
 
     def _document(self, records: Sequence[Record], exit_status: int) -> Results:
-        """The run as the one document that every view is made of."""
+        """The results of the run, from which every view is made."""
         from pytest_sglprof._report.model import Run, utc
         from pytest_sglprof._report.results import run_document
 
@@ -238,7 +238,7 @@ class RunBook:
             self._lock = None
 
     def _remove_if_bare(self) -> None:
-        """Removes the folder when only run.json is in it, and the output folder if we made it."""
+        """Removes the folder if only run.json is in it, and the output folder if it is new."""
         with contextlib.suppress(OSError):
             if list(self.folder.iterdir()) == [self.folder / RUN_FILE]:
                 (self.folder / RUN_FILE).unlink()
@@ -249,7 +249,7 @@ class RunBook:
 
 
 def _server_versions(records: Sequence[Record]) -> dict[str, str]:
-    """Versions of SGLang and nsys that the run's servers told; the stand-in is no SGLang."""
+    """Versions of SGLang and nsys of the run's servers, without stand-ins."""
     servers = [server for record in records for server in record.servers]
     sglang = {server.version for server in servers if not server.standin}
     nsys = {server.nsys for server in servers if server.nsys}
@@ -257,10 +257,10 @@ def _server_versions(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _point_latest(folder: Path) -> None:
-    """Makes the link `latest` point at the run, unless something of that name is not ours."""
+    """Points the link `latest` at the run, unless that name is taken by something else."""
     link = folder.parent / LATEST
     temporary = folder.parent / f".{LATEST}.{folder.name}"
-    with contextlib.suppress(OSError):  # a disk without symlinks: the run is there all the same
+    with contextlib.suppress(OSError):  # a disk without symlinks: there is only no `latest`
         if os.path.lexists(link) and not _points_at_a_run(link):
             return
         temporary.symlink_to(folder.name)
@@ -271,23 +271,20 @@ def _point_latest(folder: Path) -> None:
 
 
 def _points_at_a_run(link: Path) -> bool:
-    """Whether this is a link that we made; the run may be gone meanwhile."""
+    """Whether a run made this link. The run itself may have been removed."""
     target = str(link.readlink())
     folder = link.parent / target
     is_name = target.startswith(RUN_PREFIX) and "/" not in target
     return is_name and (is_run_folder(folder) or not os.path.lexists(folder))
 
 
-# `Journal`: the records of a run on disk, so that memory does not grow with their number.
-
-
 _Place = tuple[int, int]  # offset and length of a line, in bytes
 
 
 class Journal:
-    """One line of JSON a record. count: how many were added.
+    """The records of a run on disk, one line of JSON each, so that memory does not grow.
 
-    Read through the open file, which is there even when somebody removed its name.
+    Read through the open file, which exists even after its name was removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -296,18 +293,18 @@ class Journal:
 
     @property
     def count(self) -> int:
-        """How many records were added."""
+        """The number of records."""
         return len(self._records)
 
     def add(self, record: Record) -> None:
-        """Appends a record; raises OSError when the disk refuses it, and keeps it in memory."""
+        """Appends a record. If the disk refuses it, keeps it in memory and raises OSError."""
         line = msgspec.json.encode(record) + b"\n"
         start = self._file.seek(0, os.SEEK_END)
         try:
             rest = memoryview(line)
             while rest:
                 rest = rest[self._file.write(rest) :]
-        except BaseException:  # Ctrl-C as well: no half line stays
+        except BaseException:  # also Ctrl-C: no partial line may stay
             self._records.append(record)
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
@@ -315,7 +312,7 @@ class Journal:
         self._records.append((start, len(line)))
 
     def records(self) -> Iterator[Record]:
-        """All records in the order in which they were added, one at a time."""
+        """The records in the order of `add`, read one at a time."""
         from pytest_sglprof._report.model import Record
 
         for place in self._records:
@@ -337,20 +334,19 @@ class Journal:
         return b"".join(pieces)
 
 
-# `run.json`, by which a run's folder is known to be ours, and `prune`, which removes old ones.
-
+# run.json, which marks a folder as that of a run, and the removal of old runs.
 
 RUN_PREFIX = "run-"
 RUN_FILE = "run.json"
 FORMAT = "pytest-sglprof run"
 FORMAT_VERSION = 1
-_MAX_RUN_FILE = 1 << 20  # bytes; what is larger is not ours
+_MAX_RUN_FILE = 1 << 20  # bytes; a larger file is not from a run
 
 
 def write_run_file(
     folder: Path, *, started: float, version: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Marks the folder of a run as ours. started: Unix time in s. settings: `Settings.stored`."""
+    """Marks a folder as that of a run. started: Unix time in s. settings: `Settings.stored`."""
     born = process.create_time(os.getpid())
     content = {
         "format": FORMAT,
@@ -366,19 +362,19 @@ def write_run_file(
     atomic_write(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def prune(output: Path, *, keep_runs: int, keep_bytes: int) -> list[str]:
-    """Removes the oldest ended runs beyond `keep_runs` or `keep_bytes`; names them.
+def prune(output: Path, *, keep_runs: int, keep_bytes: float) -> list[str]:
+    """Removes the oldest finished runs beyond `keep_runs` or `keep_bytes`; returns their names.
 
-    Only folders that a run marked as its own, never the newest. What cannot be read or
-    removed stays, and so does a run that another process holds: nothing is raised. Of runs
-    that end at once one prunes.
+    Removes only folders that are marked as those of runs, and never the newest. A folder that
+    cannot be read or removed, or that another process has locked, stays without an error. If
+    several runs end at the same time, one of them prunes.
     """
-    output = Path(os.path.realpath(output))  # it may be a link; a run's folder may not
+    output = Path(os.path.realpath(output))  # may be a link, unlike the folder of a run
     with _locked(output) as alone:
         return _prune(output, keep_runs, keep_bytes) if alone else []
 
 
-def _prune(output: Path, keep_runs: int, keep_bytes: int) -> list[str]:
+def _prune(output: Path, keep_runs: int, keep_bytes: float) -> list[str]:
     runs = _runs(output)
     sizes = {path: _size(path) for path in runs}
     removed = []
@@ -395,7 +391,7 @@ def _prune(output: Path, keep_runs: int, keep_bytes: int) -> list[str]:
 
 
 def _runs(output: Path) -> list[Path]:
-    """The folders of runs, oldest first."""
+    """The folders of runs, the oldest first."""
     try:
         folders = sorted(output.glob(f"{RUN_PREFIX}*"))
     except OSError:
@@ -404,7 +400,7 @@ def _runs(output: Path) -> list[Path]:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run made this very folder: not a link to it, nor a copy under another name."""
+    """Whether a run made this folder; False for links, and for copies under another name."""
     file = folder / RUN_FILE
     try:
         if folder.is_symlink() or file.is_symlink() or not file.is_file():
@@ -423,7 +419,7 @@ def is_run_folder(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the lock of a folder; False where another process does, or it cannot be had."""
+    """Locks a folder during the block; False if another process has the lock, or on errors."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -441,7 +437,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _remove(folder: Path) -> bool:
-    """Whether all of the folder is gone. run.json goes last: what is left stays ours."""
+    """Removes a folder; True if nothing is left. run.json goes last: it marks what remains."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -457,7 +453,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below; what cannot be read counts as nothing."""
+    """Bytes of all files below `folder`, without those that cannot be read."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

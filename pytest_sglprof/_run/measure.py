@@ -1,20 +1,81 @@
-"""A closed window's files become a kernel table, and the table a verdict. No server here."""
+"""The files of a window become a kernel table, and the table a verdict. No server here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._capture.recording import WindowCapture
 from pytest_sglprof._config.backends import readable
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._errors import TraceError
-from pytest_sglprof._verdict.judge import Verdict, judge
 
 if TYPE_CHECKING:
+    from pytest_sglprof._capture.recording import WindowCapture
     from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._server.log_lines import ServerFacts
     from pytest_sglprof._trace.table import KernelTable
+    from pytest_sglprof._verdict.judge import Verdict
+
+
+@dataclass(frozen=True)
+class WindowFiles:
+    """The files of one window, and what is known of the window that they do not hold.
+
+    pid_ranks, gpu_ranks: the rank label of each process, else of each device, for nsys
+    reports. settle: seconds that are dropped from the front. facts: what the server's log
+    says about the time of the window; None for a window without facts.
+    """
+
+    paths: tuple[Path, ...]
+    pid_ranks: Mapping[int, str] = field(default_factory=dict)
+    gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    settle: float = 0.0
+    facts: ServerFacts | None = None
+
+    @classmethod
+    def of_capture(cls, capture: WindowCapture) -> WindowFiles:
+        """The files of a window that was just closed."""
+        return cls(
+            tuple(artifact.path for artifact in readable(capture.artifacts)),
+            capture.pid_ranks,
+            capture.gpu_ranks,
+            capture.spec.settle,
+            capture.facts,
+        )
+
+
+def read_recorded(
+    files: WindowFiles,
+    settings: Settings,
+    *,
+    allow_partial: bool = False,
+    sequences: bool = True,
+) -> KernelTable:
+    """The kernel table of a window, with the categories and the step delimiter of `settings`.
+
+    The plugin and every command read windows by this function, so that all of them see the
+    same table. allow_partial, sequences: see `read_window`. Raises `TraceError`.
+    """
+    from pytest_sglprof._trace.read import read_window
+
+    table = read_window(
+        files.paths,
+        pid_ranks=files.pid_ranks,
+        gpu_ranks=files.gpu_ranks,
+        allow_partial=allow_partial,
+        settle_s=files.settle,
+        patterns=settings.categories,
+        step_delimiter=settings.step_delimiter,
+        nsys=settings.nsys or None,
+        sequences=sequences,
+    )
+    if files.facts is None:
+        return table
+    from pytest_sglprof._trace.steps import with_server_facts
+
+    return with_server_facts(table, files.facts)
 
 
 @dataclass(frozen=True)
@@ -37,7 +98,7 @@ def read_and_judge(
     A window that is not complete, or whose files cannot be read, is inconclusive with
     that reason: it is never passed, and what could be read is kept in the table.
     """
-    table, unreadable = _read(capture, settings)
+    table, unreadable = _table_or_reason(capture, settings)
     doubt = unreadable or (capture.reason if capture.state != "complete" else None)
     return Measured(table, judge_table(capture, table, doubt, settings, extra), doubt)
 
@@ -50,6 +111,8 @@ def judge_table(
     extra: Sequence[Threshold] = (),
 ) -> Verdict:
     """The verdict on a table that was read already."""
+    from pytest_sglprof._verdict.judge import judge
+
     return judge(
         table,
         (*capture.spec.thresholds, *extra),
@@ -61,23 +124,13 @@ def judge_table(
     )
 
 
-def _read(capture: WindowCapture, settings: Settings) -> tuple[KernelTable | None, str | None]:
-    """The table, or why there is none."""
+def _table_or_reason(
+    capture: WindowCapture, settings: Settings
+) -> tuple[KernelTable | None, str | None]:
+    """The table, else why there is none."""
     if not capture.artifacts:
         return None, capture.reason or "the window left no trace"
-    from pytest_sglprof._trace.read import read_window
-    from pytest_sglprof._trace.steps import with_server_facts
-
     try:
-        table = read_window(
-            [artifact.path for artifact in readable(capture.artifacts)],
-            pid_ranks=capture.pid_ranks or None,
-            gpu_ranks=capture.gpu_ranks or None,
-            settle_s=capture.spec.settle,
-            patterns=settings.categories,
-            step_delimiter=settings.step_delimiter,
-            nsys=settings.nsys or None,
-        )
+        return read_recorded(WindowFiles.of_capture(capture), settings), None
     except TraceError as error:
         return None, str(error)
-    return with_server_facts(table, capture.facts), None

@@ -1,4 +1,4 @@
-"""When a marked window opens: at steady load, or when its trigger fires, beside the test's body."""
+"""When a marked window opens: at steady load or when its trigger fires, beside the test's body."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 
 POLL = 0.05  # s; the window has to open within a second of the onset
-# The verdict of a window that does not open, None for that of its thresholds; and the reason.
+# The verdict of a window that was not opened (None: that of its thresholds), and the reason.
 NotOpened = tuple[VerdictWord | None, str]
 
 
 def open_in_time(
     window: Window, load: LoadState, body_is_over: threading.Event, *, drives_load: bool
 ) -> None:
-    """Opens, waits for and closes `window` and those that repeat it, each when it is time.
+    """Opens and closes `window` and the windows that repeat it, each when its moment comes.
 
-    drives_load: the test has a load of `bench_serving`, so that nothing is looked at before.
+    drives_load: the test uses `bench_serving`, so that the server is left alone until its load
+    begins.
     """
     following: Window | None = window
     while following is not None:
@@ -67,7 +68,7 @@ def _await_steady_load(
         if not drives_load:
             break
     if window.load_problem is not None:
-        why = f"the load could not be seen, so the window never opened: {window.load_problem}"
+        why = f"the load could not be read, so the window never opened: {window.load_problem}"
         return None, why
     return None, (
         "the test's body was over before the load was steady, so the window never "
@@ -83,16 +84,16 @@ def _await_trigger(
     if trigger.compares_ranks and not can_compare(window.server):
         return "inconclusive", CANNOT_KNOW
     if drives_load and not load.wait_for_start(body_is_over):
-        return "inconclusive", "the test drove no load by bench_serving"
+        return "inconclusive", "the test drove no load with bench_serving"
     detector = trigger.detector(load_ranks(window.server))
     onsets: list[Onset] = []
     fired = threading.Event()
-    heard = 0
+    sample_count = 0
 
     def listen(samples: Sequence[Sample], now: float) -> None:
-        """In a watching thread: what is raised here ends it, and is raised in the test."""
-        nonlocal heard
-        heard += sum(isinstance(sample, LoadSample) for sample in samples)
+        """Called in a watching thread. An exception ends that, and is raised in the test."""
+        nonlocal sample_count
+        sample_count += sum(isinstance(sample, LoadSample) for sample in samples)
         onsets.extend(detector.add(samples, now))
         if onsets:
             fired.set()
@@ -104,10 +105,9 @@ def _await_trigger(
             watch.check()
             seconds = time.monotonic() - began
             if body_is_over.is_set() or seconds >= trigger.within:
-                if not heard:
+                if not sample_count:
                     why = f" ({watch.problem})" if watch.problem else ""
-                    nothing = f"no load was told for {seconds:.0f} s, so nothing was watched{why}"
-                    return "inconclusive", nothing
+                    return "inconclusive", f"no load was reported for {seconds:.0f} s{why}"
                 return _without_onset(trigger, detector, seconds)
     finally:
         watch.unlisten(listen)
@@ -122,7 +122,7 @@ def _without_onset(trigger: Trigger, detector: Detector, seconds: float) -> NotO
     if judged < getattr(trigger, "hold", 0.0):
         least = getattr(trigger, "min_running", 0.0)
         return "inconclusive", (
-            f"the load had {least:g} requests a rank for {judged:.0f} s only: too little to "
+            f"the load had {least:g} requests a rank for only {judged:.0f} s: too little to "
             "tell whether it was balanced (drive more at once, or lower min_running)"
         )
     return trigger.on_no_onset, (
@@ -132,31 +132,28 @@ def _without_onset(trigger: Trigger, detector: Detector, seconds: float) -> NotO
 
 
 def load_ranks(server: Server) -> list[str]:
-    """Labels of the DP ranks that the server has, as samples name them."""
+    """Labels of the server's DP ranks, as in samples; empty for one rank."""
     count = server.sizes.dp_ranks
     return [f"DP{number}" for number in range(count)] if count > 1 else []
 
 
 def can_compare(server: Server) -> bool:
-    """True where load or a balance of several ranks can be seen from outside."""
+    """True if the load or the balance of several ranks can be read from the server."""
     return server.sizes.dp_ranks > 1 or records_experts(server.info)
 
 
 def records_experts(info: Mapping[str, Any]) -> bool:
-    """True for a server that tells how evenly its experts are used."""
+    """True for a server that reports how evenly its experts are used."""
     if not info.get("expert_distribution_recorder_mode"):
         return False
     return str(info.get("expert_balancedness_report_mode") or "off") != "off"
 
 
-# What a window must know of its test's load: how much is meant to run, and since when.
-
-
 class LoadState:
-    """Set by `bench_serving` around its measured load (not its warm-up).
+    """The load that the test drives now. `bench_serving` sets it around a load after its warm-up.
 
-    Everything in it is read and written under one lock, since a load begins in the test's
-    thread, ends in the driver's, and is asked about in the window's.
+    One lock guards all of it: a load begins in the thread of the test, ends in that of the
+    driver, and is read in that of the window.
     """
 
     def __init__(self) -> None:
@@ -167,23 +164,23 @@ class LoadState:
 
     @property
     def driven(self) -> tuple[int, threading.Event]:
-        """`target`, and the event that is set at the end, of one and the same load."""
+        """`target` of the current load, and the event that is set at its end."""
         with self._changed:
             return self._target, self._ended
 
     @property
     def load_index(self) -> int:
-        """Which of the test's loads is driven now, 1 for the first; 0 while none is."""
+        """The number of the current load in the test, from 1; 0 while there is none."""
         with self._changed:
             return self._started if self._target else 0
 
     @property
     def target(self) -> int:
-        """Requests that are meant to run at once now; 0 while none is driven."""
+        """How many requests the current load keeps in flight; 0 while there is none."""
         return self.driven[0]
 
     def start(self, target: int) -> None:
-        """The measured load begins."""
+        """Begins a load. target: requests that it keeps in flight."""
         with self._changed:
             self._started += 1
             self._ended = threading.Event()
@@ -191,14 +188,14 @@ class LoadState:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The measured load is over."""
+        """Ends the current load."""
         with self._changed:
             self._ended.set()
             self._target = 0
             self._changed.notify_all()
 
     def wait_for_start(self, stop: threading.Event, poll: float = 0.1) -> bool:
-        """Waits until a load is driven; False when `stop` was set first."""
+        """Waits for a load to begin; False if `stop` is set before that."""
         with self._changed:
             while not self._target:
                 if stop.is_set():
@@ -207,10 +204,7 @@ class LoadState:
             return True
 
 
-# `steady_load`: waits for the moment at which a window shows what it is meant to show.
-
-
-INTERVAL = 0.2  # s between two looks; the server refreshes its figures every few steps
+INTERVAL = 0.2  # s between two requests; the server updates its load every few steps
 
 
 def steady_load(
@@ -225,13 +219,13 @@ def steady_load(
     sleep: Callable[[float], object] | None = None,
     on_look: Callable[[str | None], object] = lambda problem: None,
 ) -> bool:
-    """True once the server has run at least ``share * target`` requests for `hold` seconds.
+    """Waits until the server has run at least ``share * target`` requests for `hold` seconds.
 
-    target: requests that the load keeps in flight, over all DP ranks together. False when
-    `timeout` seconds passed without it, when `stop` was set, or when the server died. A
-    server that does not answer for a moment only interrupts the `hold`; `ServerRefused` for
-    what waiting does not mend. clock, sleep: for tests; by default time passes, and `stop` ends
-    a pause at once. on_look: gets after each look why there was no answer, None where there was.
+    Returns False after `timeout` seconds, if `stop` is set, or if the server dies. target:
+    requests that the load keeps in flight, over all DP ranks. A short time without an answer
+    only interrupts the `hold`; `ServerRefused` is raised for an error that will not go away.
+    clock, sleep: for tests. on_look: called after each request with the reason why there was no
+    answer, or None.
     """
     pause = sleep or stop.wait
     deadline = clock() + timeout
@@ -254,7 +248,7 @@ def steady_load(
 
 
 def running_requests(server: Server) -> tuple[int, str | None]:
-    """Requests in the running batches of all DP ranks, or -1 and why they are not known now."""
+    """Running requests of all DP ranks and None, or -1 and the reason why they are unknown."""
     try:
         return sum(load.running for load in server.client.loads()), None
     except ServerError as error:

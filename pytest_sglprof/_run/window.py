@@ -1,4 +1,4 @@
-"""`Window`: one profile window of a server: opened, waited for, closed, measured, checked."""
+"""`Window`: one profile window of a server: open it, wait, close, measure and check it."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
     from pytest_sglprof._trace.table import KernelTable
 
-CLOSE_SECONDS = 30.0  # to close a window that has used up its time; never more than `timeout`
-ENDING_SECONDS = 3.0  # a window that is closed while its last files are being written
+CLOSE_SECONDS = 30.0  # s to close a window after its deadline, at most its `timeout`
+ENDING_SECONDS = 3.0  # s to wait at the close for the end of the last steps
 STRIP_BEFORE = 120.0  # s of load before the window that its document keeps
-STRIP_AFTER = 15.0
+STRIP_AFTER = 15.0  # s of load after it
 
 
 class Window:
-    """What `profile_window(...)` gives: open it by `with`, or by `open` and `close`.
+    """A profile window. Open it with `with`, or with `open` and `close`.
 
-    Only one window of a server is open at a time, across processes. After it is closed,
-    `table`, `verdict` and `check` answer from its files. Every window of a test is judged
-    against its thresholds at the test's end, whether asked here or not.
+    Only one window of a server can be open at a time, across processes. After the close, `table`,
+    `verdict` and `check` read its files. At the end of a test each of its windows is judged
+    against its thresholds, even if the test does not ask.
 
-    folder: where its files end up. window_id: unique within a run (default: the folder's
-    name). settings: of its verdict. load: of its test. make_next: makes another window of the
-    same spec, of those that `repeat` asks for. progress: is told what is going on.
+    folder: for its files. window_id: unique within a run (default: the name of the folder).
+    settings: for its verdict. load: of its test. make_next: makes the next window if `repeat`
+    asks for several. progress: called with lines about what is happening.
     """
 
     __module__ = "pytest_sglprof"
@@ -73,11 +73,11 @@ class Window:
         self.folder = Path(folder)
         self.id = window_id or self.folder.name
         self.state: Literal["new", "open", "closed"] = "new"
-        self.windows: list[Window] = [self]  # shared by those that are opened together
+        self.windows: list[Window] = [self]  # shared by the windows that repeat each other
         self.load_index = 0
-        self.load_problem: str | None = None  # why the last look at the load had no answer
-        self.onset: Onset | None = None  # what opened it, where its spec has a trigger
-        self.watch: LoadWatch | None = None  # which has the load around it
+        self.load_problem: str | None = None  # why the last request for the load failed
+        self.onset: Onset | None = None  # at which a trigger opened it
+        self.watch: LoadWatch | None = None  # has the load around it
         self._settings = settings or Settings(self.folder)
         self._load = load or LoadState()
         self._make_next = make_next
@@ -90,10 +90,10 @@ class Window:
         self._clocks: ClockWatch | None = None
         self._not_opened: tuple[VerdictWord | None, str] | None = None
         self._held = ExitStack()
-        self._closing = threading.Lock()  # held through an export: for another close alone
+        self._closing = threading.Lock()  # also held during an export, so only for closing
         self._recorded: WindowCapture | None = None
         self._capture: WindowCapture | None = None
-        self._judging = threading.Lock()  # of `_measured` and `_checks`
+        self._judging = threading.Lock()  # guards `_measured` and `_checks`
         self._measured: Measured | None = None
         self._checks: list[Threshold] = []
         self._is_documented = False
@@ -118,21 +118,19 @@ class Window:
 
     @property
     def repeat_index(self) -> int:
-        """Its place among those that are opened together, 1 for the first."""
+        """Its number among the windows that repeat each other, from 1."""
         return 1 + self.windows.index(self)
 
-    # ---- opening -------------------------------------------------------------------------
-
     def refuse(self) -> None:
-        """Raises now what opening would refuse, without touching the server's profiler."""
+        """Raises what `open` would refuse, without touching the server's profiler."""
         self._recording.refuse()
 
     def open(self) -> None:
-        """Starts to record, after `delay` seconds.
+        """Starts to record after `delay` seconds.
 
-        Raises `WindowRefused` for what would break the server or the data, `LeaseError`
-        when another window of this server is open, `ServerDied`, `NsysError` or
-        `WindowError` when it does not start.
+        Raises `WindowRefused` for what would break the server or the data, `LeaseError` if
+        another window of this server is open, and `ServerDied`, `NsysError` or `WindowError`
+        if the recording does not start.
         """
         if self.state != "new":
             raise WindowError(
@@ -156,7 +154,7 @@ class Window:
             self.state = "closed"
             what = error.what if isinstance(error, SglprofError) else type(error).__name__
             lines = error.log if isinstance(error, SglprofError) else ()
-            with ExitStack() as ending:  # each of these happens, whatever the one before raises
+            with ExitStack() as ending:  # runs all of these, even if one of them raises
                 ending.callback(self._release, still_open=False)
                 if not isinstance(error, WindowRefused):
                     ending.callback(self._recording.abort)
@@ -179,27 +177,27 @@ class Window:
             raise death
 
     def saw_load(self, problem: str | None) -> None:
-        """One look at the load before it opens; why there was no answer, None where there was."""
+        """Notes the outcome of a request for the load before the window opens."""
         self.load_problem = problem
 
     def conclude_unopened(self, word: VerdictWord | None, reason: str) -> None:
-        """Its moment did not come. word: its verdict, None for that of its thresholds."""
+        """Ends a window that was never opened. word: its verdict (None: that of thresholds)."""
         self._not_opened = (word, reason)
 
-    # ---- waiting and closing -------------------------------------------------------------
-
     def wait(self, stop: threading.Event | None = None) -> None:
-        """Returns when the window's steps or duration are over, its `timeout` has passed,
-        the server has died, or `stop` is set; `close` tells which.
+        """Waits for the end of its steps or duration.
+
+        Also returns after its `timeout`, if the server dies, or if `stop` is set; the result of
+        `close` says which.
         """
         if self.state != "open":
             return
         duration = self._duration()
         if duration is None and self.spec.num_steps is None:
             raise WindowError(
-                f"window {self.id!r} has neither num_steps nor duration: to wait for it "
-                "would never end",
-                hint="give one of them, or close the window yourself",
+                f"window {self.id!r} has neither num_steps nor duration, so it never ends by "
+                "itself",
+                hint="set one of them, or close the window yourself",
             )
         over = None if duration is None else self._opened_at + duration
         pause = stop or threading.Event()
@@ -222,9 +220,9 @@ class Window:
         return self._backend.default_seconds
 
     def close(self) -> WindowCapture:
-        """Closes the window (once) and returns what it left; a second call waits for the first.
+        """Closes the window and returns what it recorded; further calls return the same.
 
-        A window that is merely incomplete does not raise: `state` and `reason` say so.
+        An incomplete window does not raise: `state` and `reason` of the result say so.
         """
         if self._capture is None:
             with self._closing:
@@ -244,7 +242,7 @@ class Window:
         finally:
             recorded = self._recorded or self._end_recording()
         if self.load_problem:
-            notes += (f"it opened although its load could not be seen: {self.load_problem}",)
+            notes += (f"it opened although its load could not be read: {self.load_problem}",)
         return self._with_facts(replace(recorded, gpus=clocks, notes=(*recorded.notes, *notes)))
 
     def _end_clocks(self) -> tuple[tuple[GpuClocks, ...], tuple[str, ...]]:
@@ -272,7 +270,7 @@ class Window:
         return self._recorded
 
     def _unfinished(self) -> str | None:
-        """Why the window closes before its steps are over; None when it does not."""
+        """Why the window closes before the end of its steps, or None."""
         steps = self.spec.num_steps
         if steps is None or self._life.death():
             return None
@@ -289,7 +287,7 @@ class Window:
         return WindowCapture(self.id, self.spec, "failed", opened, time.time(), reason=reason)
 
     def _describe(self, capture: WindowCapture) -> WindowCapture:
-        """With the time at which it closed, and the ranks that it should hold."""
+        """Adds the time of the close, and the ranks that it should contain."""
         sizes = self.server.sizes
         ranks = sizes.ranks()
         if self._backend.is_per_node:
@@ -298,7 +296,7 @@ class Window:
         return replace(capture, closed=time.time(), expected_ranks=labels)
 
     def _with_facts(self, capture: WindowCapture) -> WindowCapture:
-        """With what the log told meanwhile; an attached server's log is not known."""
+        """Adds facts from the server's log during the window; attached servers have no log."""
         log = self.server.log
         if log is None:
             return capture
@@ -311,21 +309,19 @@ class Window:
 
     def _release(self, *, still_open: bool) -> None:
         try:
-            if not still_open:  # else a teardown of the server has to try once more
+            if not still_open:  # otherwise the teardown of the server has to close it
                 self.server.announce_window(None)
         finally:
             self._held.close()
 
     def discard(self) -> None:
-        """Ends the window and drops what it recorded; nothing happens to a closed one."""
+        """Ends an open window and drops what it recorded."""
         with self._closing, ExitStack() as ending:
             was_open, self.state = self.state == "open", "closed"
             if was_open:
                 ending.callback(self._release, still_open=False)
                 ending.callback(self._recording.abort)
             self._end_clocks()
-
-    # ---- as a block, once or several times -----------------------------------------------
 
     def __enter__(self) -> Window:
         self._await_steady_load()
@@ -349,7 +345,7 @@ class Window:
                 following.close()
 
     def _await_steady_load(self) -> None:
-        """A load of `bench_serving.running` takes seconds to arrive: the window waits for it."""
+        """Waits for the load of `bench_serving.running`, which takes seconds to build up."""
         target, ended = self._load.driven
         if target and not self.spec.delay:
             if self._progress is not None:
@@ -363,15 +359,13 @@ class Window:
             )
 
     def next(self) -> Window | None:
-        """The window to open after the last of these; None when all were opened."""
+        """The next window that repeats this one; None after the last."""
         if self._make_next is None or len(self.windows) >= (self.spec.repeat or 1):
             return None
         following = self._make_next(self.spec)
         self.windows.append(following)
         following.windows = self.windows
         return following
-
-    # ---- measuring -----------------------------------------------------------------------
 
     @property
     def capture(self) -> WindowCapture:
@@ -386,7 +380,7 @@ class Window:
 
     @property
     def measured(self) -> Measured:
-        """Table and verdict; the files are read at the first use."""
+        """The table and the verdict. The first use reads the files."""
         capture = self.capture
         with self._judging:
             word, reason = self._not_opened or (None, "")
@@ -396,7 +390,7 @@ class Window:
                 try:
                     self._measured = read_and_judge(capture, self._settings, self._checks)
                 except Exception as error:
-                    # Raised once, in the test; its report then tells the rest.
+                    # Raised once, in the test; later uses get an inconclusive verdict.
                     reason = f"reading or judging the window failed: {error!r}"
                     verdict = undecided((*self.spec.thresholds, *self._checks), reason)
                     self._measured = Measured(None, verdict, reason)
@@ -405,7 +399,7 @@ class Window:
 
     @property
     def table(self) -> KernelTable:
-        """The kernel table; `Inconclusive` when the window left nothing to read."""
+        """The kernel table; raises `Inconclusive` if there is nothing to read."""
         table = self.measured.table
         if table is None:
             raise Inconclusive(
@@ -417,12 +411,12 @@ class Window:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of its thresholds so far."""
+        """The verdict on its thresholds, and on those that were checked so far."""
         return self.measured.verdict
 
     @property
     def was_checked(self) -> bool:
-        """True once `check` was asked something about the closed window."""
+        """True after a call of `check`."""
         return bool(self._checks)
 
     def check(
@@ -434,13 +428,12 @@ class Window:
         kernel: str = "",
         stage: str = "",
     ) -> float:
-        """Judges one more threshold and returns the figure that it judges.
+        """Judges one more threshold, and returns the figure that it limits.
 
-        The test fails at its end when the figure is above `limit`; it is infinite where only
-        one rank has any of the scope. Too little data for a figure raises `Inconclusive` at
-        once. Either way the judgement stays with the window. Windows that were opened
-        together are judged together, and the figure is their median. `SettingsError` for
-        names that do not exist.
+        If the figure is worse than `limit`, the test fails at its end. The figure is infinite if
+        only one rank has activity in the scope, and the median of windows that repeat each
+        other. Raises `Inconclusive` for too little data, and `SettingsError` for names that do
+        not exist. The judgement stays with the window.
         """
         threshold = check_threshold(
             Threshold(metric, limit, scope, kernel, stage, origin="check"),
@@ -451,10 +444,10 @@ class Window:
             raise WindowError(
                 f"check({metric!r}, {limit!r}): the results of this window's test are written",
                 expected="a check in the body of the test",
-                hint="fixtures that are torn down are too late for a verdict",
+                hint="the teardown of a fixture is too late for a verdict",
             )
         for window in self.windows:
-            _ = window.capture  # all of them are closed, before the first of them is judged
+            _ = window.capture  # raises if one of them is not closed, before any is judged
         verdicts = [window._judge_also(threshold) for window in self.windows]
         together: Verdict | RepeatedVerdict = verdicts[0]
         if len(verdicts) > 1:
@@ -468,8 +461,8 @@ class Window:
         return median(_figure(verdict) for verdict in verdicts if verdict.word != "inconclusive")
 
     def _judge_also(self, threshold: Threshold) -> Verdict:
-        """The verdict of this window on one more threshold, which it keeps."""
-        _ = self.measured  # its files are read
+        """Adds a threshold to those of this window, and returns its verdict on it."""
+        _ = self.measured  # reads the files
         with self._judging:
             measured = self._measured
             assert measured is not None
@@ -482,7 +475,7 @@ class Window:
         return verdict.of(threshold)
 
     def document(self, **about: Any) -> RecordedWindow:
-        """The window as results hold it; from now on it takes no check."""
+        """The window as in results.json. After this `check` raises `WindowError`."""
         from pytest_sglprof._report.results import window_document
 
         self._is_documented = True
@@ -492,7 +485,7 @@ class Window:
         )
 
     def _load_document(self, table: KernelTable | None) -> dict[str, Any]:
-        """What opened it and the load around it, joined with its kernels."""
+        """The onset that opened it, joined with its kernels, and the load around it."""
         from pytest_sglprof._analysis.load import join_load
         from pytest_sglprof._report.model import load_strip, onset_document
 
@@ -508,15 +501,16 @@ class Window:
 
 
 def _figure(verdict: Verdict) -> float:
-    """The figure that decided; infinite for what only one rank has."""
+    """The figure that decided; infinite if only one rank has activity in the scope."""
     value = verdict.deciding.value if verdict.deciding is not None else None
     return math.inf if value is None else value
 
 
 class ProfileWindow:
-    """The fixture `profile_window`: makes a window that is opened by hand.
+    """The value of the fixture `profile_window`: makes windows that a test opens itself.
 
-    Options are those of docs/windows.md; `SettingsError` for what no window can do.
+    The options are in docs/windows.md. Raises `SettingsError` for options that do not exist or
+    contradict each other.
     """
 
     __module__ = "pytest_sglprof"
@@ -526,5 +520,5 @@ class ProfileWindow:
         self._make = make
 
     def __call__(self, name: str = "window", **options: Any) -> Window:
-        """A window of the running test, not opened yet."""
+        """A new window of the current test."""
         return self._make(window_by_hand(self._settings, name, options))

@@ -132,7 +132,7 @@ def test_every_form_on_the_stand_in_names_the_slow_rank(tmp_path: Path, capsys: 
     assert main([*LATE, str(folder), "--limit", "0.02"]) == 1
     text = capsys.readouterr().out
     assert text.startswith("fail: TP1 arrives ")
-    assert "who is early waits inside the collective" in text
+    assert "ranks that arrive early wait inside the collective" in text
     assert main([*LATE, str(folder), "--limit", "0.02", "--format", "csv"]) == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["rank"], row["straggler"]) for row in rows] == [("TP0", "TP1"), ("TP1", "TP1")]

@@ -22,7 +22,7 @@ from tests.support.windows import run as results_of
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A command `kernels` whose `run` a test may replace."""
     module = ModuleType("command")
-    module.add_parser = lambda subparsers: subparsers.add_parser("kernels")  # type: ignore[attr-defined]  # not a real module
+    module.add_parser = lambda new_parser: new_parser()  # type: ignore[attr-defined]  # not a real module
     monkeypatch.setattr(entry, "_module", lambda name: module)
     yield module
 
@@ -201,7 +201,7 @@ def test_a_reader_that_goes_away_is_no_error_message(project_root: Path) -> None
         "import sys\n"
         "from pytest_sglprof._cli import main as entry\n"
         "class Command:\n"
-        "    add_parser = staticmethod(lambda subparsers: subparsers.add_parser('kernels'))\n"
+        "    add_parser = staticmethod(lambda new_parser: new_parser())\n"
         "    run = staticmethod(lambda args: sys.stdout.write('x' * 1000000) and 0)\n"
         "entry._module = lambda name: Command\n"
         "sys.exit(entry.main(['kernels']))\n"
@@ -211,6 +211,21 @@ def test_a_reader_that_goes_away_is_no_error_message(project_root: Path) -> None
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("command", entry.COMMANDS)
+def test_the_help_of_a_command_waits_for_no_pandas(command: str, project_root: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pytest_sglprof._cli.main import main\n"
+        f"assert main(['{command}', '--help']) == 0\n"
+        "sys.exit(bool({'pandas', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project_root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: sglprof {command}")
 
 
 def test_help_imports_nothing_heavy(project_root: Path) -> None:

@@ -172,6 +172,17 @@ def test_what_a_run_recorded_is_never_the_output(
     assert kept.read_bytes() == before
 
 
+def test_one_function_reads_windows_for_the_plugin_and_all_commands(project_root: Path) -> None:
+    package = project_root / "pytest_sglprof"
+    callers = {
+        str(file.relative_to(package))
+        for room in ("_cli", "_plugin", "_run")
+        for file in (package / room).glob("*.py")
+        if "read_window(" in file.read_text()
+    }
+    assert callers == {"_run/measure.py"}
+
+
 def test_a_picture_says_what_it_needs(run_folder: Path, capsys: Output) -> None:
     assert main(["export", "--to", "svg", str(run_folder)]) == ExitStatus.UNUSABLE
     assert "-o heat.svg" in capsys.readouterr().err

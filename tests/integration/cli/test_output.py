@@ -124,8 +124,8 @@ def test_fault_f_a_page_that_nobody_named_replaces_only_our_own(
     page.write_text("<!doctype html><title>my notes</title>")
     assert main(["report", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert f"{page} is there already, and sglprof did not write it" in error
-    assert "next: say with -o" in error
+    assert f"{page} exists, and sglprof did not write it" in error
+    assert "next: choose another file with -o" in error
     assert "my notes" in page.read_text()
     assert main(["report", str(folder), "-o", str(page)]) == 0
     assert GENERATOR in page.read_bytes()
@@ -172,7 +172,7 @@ def test_fault_f_a_foreign_open_html_stays(traces: Path, tmp_path: Path, capsys:
     out = tmp_path / "merged.json.gz"
     (tmp_path / "open.html").write_text("<title>of somebody else</title>")
     assert main([*MERGE, str(traces), "-o", str(out)]) == 2
-    assert "open.html is there already" in capsys.readouterr().err
+    assert "open.html exists" in capsys.readouterr().err
     assert (tmp_path / "open.html").read_text() == "<title>of somebody else</title>"
     assert not out.exists()
 

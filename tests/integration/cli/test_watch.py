@@ -126,9 +126,9 @@ def test_json_lines_hold_every_sample_and_onset(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["watch", "nowhere.log"], "is no log"),
-        (["record", "nowhere.log", "--when", "onset"], "a log names no server"),
-        (["record", "nowhere.log"], "a log names no server"),
+        (["watch", "nowhere.log"], "nowhere.log is not a file"),
+        (["record", "nowhere.log", "--when", "onset"], "a log cannot be recorded"),
+        (["record", "nowhere.log"], "a log cannot be recorded"),
         (["watch", "nowhere.log", "--factor", "1"], "more than 1"),
         (["record", "nowhere.log", "--factor", "1"], "more than 1"),
         (["watch", "http://127.0.0.1:9"], "127.0.0.1:9"),

@@ -108,9 +108,17 @@ def test_the_closest_window_marker_wins_whole():
 
 
 def test_who_is_concerned():
-    assert concerns(FakeItem(fixtures=("profile_window",)))
+    assert concerns(FakeItem(fixtures=("profile_window", "sglang_server")))
     assert concerns(FakeItem(server("moe"), fixtures=()))
     assert not concerns(FakeItem(fixtures=("tmp_path",)))
+
+
+def test_every_fixture_of_the_plugin_takes_the_server_by_which_tests_are_recognised(request):
+    manager = request.session._fixturemanager
+    for name in ("bench_serving", "profile_window", "load_watch"):
+        (fixture,) = manager.getfixturedefs(name, request.node)
+        assert fixture.func.__module__ == "pytest_sglprof._plugin.hooks"
+        assert "sglang_server" in fixture.argnames
 
 
 def test_tests_of_one_server_move_together_and_the_others_stay():

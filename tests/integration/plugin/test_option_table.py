@@ -19,7 +19,11 @@ from pytest_sglprof._config.load import (
 )
 from pytest_sglprof._config.options import OPTIONS
 
-VALUES = {"count": "7", "share": "0.25", "regex": "^embed", "flag": "true"}
+VALUES = {
+    "count": "7", "positive": "7", "size": "0.5", "share": "0.25", "regex": "^embed",
+    "flag": "true",
+}  # fmt: skip
+NOT_SCALAR = ("server", "servers", "window", "threshold", "category")
 TEXTS = {"keep": "all", "server_dir": "/a:/b", "server": "http://h:1"}
 WITH_KEY = [option for option in OPTIONS if option.key]
 PER_INVOCATION = {
@@ -57,7 +61,7 @@ def test_flag_environment_assignment_and_file_give_the_same(tmp_path, option):
         read(tmp_path, flags={"set": [f"{option.key}={text}"]}),
     ]
     table, _, key = option.key.partition(".")
-    value = text if option.kind in ("count", "share", "flag") else json.dumps(text)
+    value = json.dumps(text) if option.kind in ("text", "regex") else text
     (tmp_path / "sglprof.toml").write_text(f"[{table}]\n{key} = {value}\n")
     settings.append(read(tmp_path))
     first, *others = [attribute(each, option) for each in settings]
@@ -77,6 +81,40 @@ def test_every_key_stands_in_the_schema_and_in_the_docs(option, project_root):
     assert key in part["properties"]
     text = (project_root / "docs/configuration.md").read_text()
     assert f"`{option.key}`" in text
+
+
+def test_every_scalar_key_of_the_schema_is_a_row():
+    tables = json.loads(SCHEMA.read_text())["properties"]
+    keys = {
+        f"{table}.{key}"
+        for table, rule in tables.items()
+        if table not in NOT_SCALAR
+        for key in rule["properties"]
+    }
+    assert keys == {option.key for option in WITH_KEY} - {"window.repeat"}
+
+
+def test_a_server_keeps_its_own_interpreter_unless_the_invocation_names_one(tmp_path):
+    text = "[tools]\npython = 'all'\n[server]\npython = 'one'\n[servers.moe]\n"
+    (tmp_path / "sglprof.toml").write_text(text)
+    given = [{}, {"flags": {"set": ["tools.python=x"]}}, {"env": {"SGLPROF_PYTHON": "x"}}]
+    pythons = [[s.python for s in read(tmp_path, **each).servers.values()] for each in given]
+    assert pythons == [["one", "all"], ["x", "x"], ["x", "x"]]
+
+
+def test_the_tools_of_this_machine_serve_a_run_that_was_stored_elsewhere(tmp_path):
+    (tmp_path / "sglprof.toml").write_text("[tools]\nnsys = 'here'\n[gate]\nmin_steps = 4\n")
+    settings = read_settings(
+        {},
+        {},
+        start=[tmp_path],
+        rootdir=tmp_path,
+        invocation_dir=tmp_path,
+        of_pytest=False,
+        stored=(tmp_path / "run.json", {"gate": {"min_share": 0.5}}),
+    )
+    assert (settings.nsys, settings.min_steps, settings.min_share) == ("here", 30, 0.5)
+    assert "tools" not in settings.stored
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -62,7 +62,7 @@ def test_the_strongest_source_wins_and_is_named(count):
 def test_without_any_source_the_documented_defaults_hold():
     found = settings()
     assert found.output == HERE / ".sglprof"
-    assert (found.keep, found.keep_runs, found.keep_bytes) == ("failed", 10, 20 * 2**30)
+    assert (found.keep, found.runs, found.max_gib) == ("failed", 10, 20)
     assert (found.min_steps, found.min_share, found.allow_inconclusive) == (30, 0.01, False)
     assert [limit.describe() for limit in found.thresholds] == ["slowdown of compute <= 1.1"]
     assert found.servers == {"default": ServerSpec()}
@@ -94,9 +94,11 @@ def test_a_switch_can_be_set_and_unset_by_the_environment(text, value):
     ("env", "said"),
     [
         ({"SGLPROF_ALLOW_INCONCLUSIVE": "maybe"}, "SGLPROF_ALLOW_INCONCLUSIVE is 'maybe'"),
-        ({"SGLPROF_REPEAT": "two"}, "expected: a whole number, 0 or more"),
+        ({"SGLPROF_REPEAT": "two"}, "expected: a whole number, 1 or more"),
+        ({"SGLPROF_MAX_GIB": "0"}, "SGLPROF_MAX_GIB is '0'\n  expected: a number above 0"),
+        ({"SGLPROF_LOCK_CLOCKS": "0"}, "SGLPROF_LOCK_CLOCKS is '0'"),
         ({"SGLPROF_MIN_SHARE": "1.5"}, "expected: a share from 0 to 1"),
-        ({"SGLPROF_STEP_DELIMITER": "("}, "SGLPROF_STEP_DELIMITER '(' is no regular expression"),
+        ({"SGLPROF_STEP_DELIMITER": "("}, "SGLPROF_STEP_DELIMITER '(' is not a regular expression"),
         ({"SGLPROF_MIN_STEPS": "-1"}, "SGLPROF_MIN_STEPS is '-1'"),
         ({"SGLPROF_KEEP": "some"}, "expected: failed or all or none"),
         ({"SGLPROF_SERVER_DIR": "/a:/b"}, "--sglprof-server-dir is given without --sglprof-server"),
@@ -137,8 +139,8 @@ def test_categories_and_output_limits_come_from_the_file():
     }
     found = settings(document, config=HERE / "sglprof.toml")
     assert found.categories == (("mine", "^my_"),)
-    assert (found.keep_bytes, found.keep_runs) == (2**29, 3)
-    assert found.origins["keep_bytes"] == "sglprof.toml"
+    assert (found.max_gib, found.runs) == (0.5, 3)
+    assert found.origins["max_gib"] == found.origins["categories"] == "sglprof.toml"
     assert "window.num_steps = 100  (config)" in found.describe()
 
 
@@ -165,7 +167,7 @@ def test_configured_thresholds_replace_the_default_one():
         ({"limit": 0.9}, "expected: a ratio that is ≥ 1.0"),
         ({"limit": float("nan")}, "threshold[1].limit is nan"),
         ({"metric": "lost_share", "limit": 1.1}, "expected: a share that is ≥ 0.0 and < 1.0"),
-        ({"limit": 1.1, "kernel": "("}, "'(' is no regular expression"),
+        ({"limit": 1.1, "kernel": "("}, "'(' is not a regular expression"),
     ],
 )
 def test_thresholds_that_can_tell_nothing_are_refused(table, said):

@@ -137,7 +137,7 @@ def test_show_config_names_values_and_origins_and_runs_nothing(pytester, run, mo
             "keep = all  (--sglprof-set output.keep)",
             "min_steps = 7  (SGLPROF_MIN_STEPS)",
             "min_share = 0.2  (sglprof.toml)",
-            "keep_runs = 10  (default)",
+            "runs = 10  (default)",
             "threshold: slowdown of moe <= 1.3  (sglprof.toml)",
             "server default: kind=standin nsys=False args=",
         ]

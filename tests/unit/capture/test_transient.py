@@ -144,7 +144,7 @@ def test_fault_12_a_marked_window_opens_although_its_load_was_not_seen_for_a_mom
 def test_fault_12_a_window_whose_load_is_never_seen_says_why(watched):
     window = watched(itertools.repeat(503), 0.6)
     assert not window.was_opened
-    assert "the load could not be seen" in window.close().reason
+    assert "the load could not be read" in window.close().reason
     assert "/v1/loads answered 503" in window.verdict.reason
     assert window.verdict.word == "inconclusive"
 

@@ -53,7 +53,7 @@ def test_a_mapping_names_scopes_kernels_and_stages() -> None:
         ({"slowdown": {"moe": "x"}}, "slowdown['moe'] is 'x', not a number"),
         ({"slowdown": {3: 1.1}}, "3 is not a scope"),
         ({"slowdown": {" ": 1.1}}, "' ' is not a scope"),
-        ({"slowdown": {"/(/": 1.1}}, "no regular expression"),
+        ({"slowdown": {"/(/": 1.1}}, "not a regular expression"),
         ({"slowdown": {"mode": 1.1}}, "did you mean moe?"),
         ({"slowdown": {"xyz": 1.1}}, "'xyz' is not a scope"),
     ],
