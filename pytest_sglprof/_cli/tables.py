@@ -14,7 +14,7 @@ from typing import Any
 
 from pytest_sglprof._cli.options import Format
 from pytest_sglprof._errors import SettingsError
-from pytest_sglprof._report.model import plain
+from pytest_sglprof._report.model import json_value
 from pytest_sglprof._report.terminal import text_table
 
 Record = Mapping[str, Any]
@@ -64,7 +64,7 @@ def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -
 
 def to_json(value: Any) -> str:
     """Indented JSON; what is not finite becomes null."""
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
@@ -73,7 +73,7 @@ def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(keys)
     for record in records:
-        values = (plain(record[key]) for key in keys)
+        values = (json_value(record[key]) for key in keys)
         writer.writerow("" if value is None else value for value in values)
     return stream.getvalue()
 

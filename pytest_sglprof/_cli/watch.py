@@ -20,7 +20,7 @@ from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetR
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LogFollower
 from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
-from pytest_sglprof._report.model import plain
+from pytest_sglprof._report.model import json_value
 from pytest_sglprof._report.terminal import text_table
 from pytest_sglprof._server.client import SglangClient, patiently
 from pytest_sglprof._server.sizes import ServerSizes
@@ -214,7 +214,7 @@ class JsonLines:
     def onset(self, onset: Onset) -> None:
         """One object; times in Unix s."""
         if self._stream is not None:
-            self._write({"event": "onset", **plain(onset), "lost_share": onset.lost_share})
+            self._write({"event": "onset", **json_value(onset), "lost_share": onset.lost_share})
             self._stream.flush()
 
     def end(self, onset: Onset) -> None:
@@ -232,7 +232,9 @@ class JsonLines:
 
     def _write(self, value: dict[str, Any]) -> None:
         assert self._stream is not None
-        self._stream.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.write(
+            json.dumps(json_value(value), ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
 
 # The table of `sglprof watch`: a row a rank, and onsets as lines.

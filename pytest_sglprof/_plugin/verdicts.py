@@ -119,15 +119,11 @@ def _outcome(report: pytest.TestReport) -> Outcome:
 
 
 def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
-    """Those of this attempt's windows, but for windows that were repeated.
-
-    Returns what could not be written, a line each.
-    """
+    """The properties of this attempt's windows. Returns what could not be written, a line each."""
     from pytest_sglprof._report.ci import attachments, properties_of_test
 
     windows = test.documents()
-    repeated = {window.retry_of for window in windows}
-    ours = dict(properties_of_test([w for w in windows if w.id not in repeated]))
+    ours = dict(properties_of_test(windows))
     if test.verdict is not None and ours.get("verdict") != test.verdict:
         ours |= {"verdict": test.verdict, "reason": test.reason}
     problems = []

@@ -58,16 +58,13 @@ def paired_by(run: Results) -> dict[tuple[str, str, int], RecordedWindow]:
     """The windows of a run that are compared with those of other runs.
 
     By test, name, and how many windows of that name the test had before. Of attempts the last
-    one, of windows that were opened again the last one, of repeats the typical one.
+    one, of repeats the typical one.
     """
     last = {test.nodeid: max(one.number for one in test.attempts) for test in run.tests}
-    replaced = {window.retry_of for window in run.windows}
     paired: dict[tuple[str, str, int], RecordedWindow] = {}
     for window in run.windows:
-        if (
-            window.attempt != last.get(window.nodeid, window.attempt)
-            or window.id in replaced
-            or (window.repeats is not None and window.repeats.typical != window.id)
+        if window.attempt != last.get(window.nodeid, window.attempt) or (
+            window.repeats is not None and window.repeats.typical != window.id
         ):
             continue
         earlier = sum(key[:2] == (window.nodeid, window.name) for key in paired)
