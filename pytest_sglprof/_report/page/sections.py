@@ -15,7 +15,7 @@ from urllib.parse import quote
 from pytest_sglprof._metrics import WORST_FIRST
 from pytest_sglprof._report.model import RecordedTest, Results
 from pytest_sglprof._report.page import data
-from pytest_sglprof._report.page.baseline import against_baseline
+from pytest_sglprof._report.page.baseline import Against, Pair, against_baseline
 from pytest_sglprof._report.page.figures import (
     HeatTable,
     ShownKernel,
@@ -224,6 +224,22 @@ class Verdicts:
     without_window: list[RecordedTest]
 
 
+@dataclass(frozen=True)
+class AnchoredPair:
+    """A pair, and the anchor of its window in this page."""
+
+    pair: Pair
+    anchor: str
+
+
+@dataclass(frozen=True)
+class BaselineSection:
+    """pairs: those of `against`, with anchors."""
+
+    against: Against
+    pairs: list[AnchoredPair]
+
+
 def _verdicts(page: PageRuns) -> Verdicts:
     worst_first = sorted(page.windows, key=lambda w: WORST_FIRST.index(w.doc.verdict))
     return Verdicts(
@@ -235,14 +251,14 @@ def _verdicts(page: PageRuns) -> Verdicts:
     )
 
 
-def _baseline(page: PageRuns) -> dict[str, Any] | None:
+def _baseline(page: PageRuns) -> BaselineSection | None:
     if page.baseline is None:
         return None
-    against = against_baseline(page.baseline, page.runs)
     anchors = {id(window.doc): window.anchor for window in page.windows}
-    for pair in against["pairs"]:
-        pair["anchor"] = anchors[id(pair["window"])]
-    return against
+    against = against_baseline(page.baseline, page.runs)
+    return BaselineSection(
+        against, [AnchoredPair(pair, anchors[id(pair.window)]) for pair in against.pairs]
+    )
 
 
 def _history(page: PageRuns) -> list[History] | None:
