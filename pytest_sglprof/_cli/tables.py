@@ -63,20 +63,20 @@ def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -
 
 def to_json(value: Any) -> str:
     """Indented JSON; numbers that are not finite become null."""
-    from pytest_sglprof._report.model import plain
+    from pytest_sglprof._report.model import json_value
 
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
     """CSV with a header line; None is an empty cell."""
-    from pytest_sglprof._report.model import plain
+    from pytest_sglprof._report.model import json_value
 
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(keys)
     for record in records:
-        values = (plain(record[key]) for key in keys)
+        values = (json_value(record[key]) for key in keys)
         writer.writerow("" if value is None else value for value in values)
     return stream.getvalue()
 

@@ -243,10 +243,12 @@ class JsonLines:
             self._stream.close()
 
     def _write(self, value: dict[str, Any]) -> None:
-        from pytest_sglprof._report.model import plain
+        from pytest_sglprof._report.model import json_value
 
         assert self._stream is not None
-        self._stream.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.write(
+            json.dumps(json_value(value), ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
 
 # The live table: one row for each rank, and onsets as lines.

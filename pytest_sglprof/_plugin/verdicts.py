@@ -113,15 +113,13 @@ def _outcome(report: pytest.TestReport) -> Outcome:
 
 
 def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
-    """Sets the JUnit properties of the item, from all windows but those that were repeated.
+    """Sets the JUnit properties of the item, from the windows of this attempt.
 
     Returns one line for each file that could not be written.
     """
     from pytest_sglprof._report.ci import attachments, properties_of_test
 
-    windows = test.documents()
-    repeated = {window.retry_of for window in windows}
-    new = dict(properties_of_test([w for w in windows if w.id not in repeated]))
+    new = dict(properties_of_test(test.documents()))
     if test.verdict is not None and new.get("verdict") != test.verdict:
         new |= {"verdict": test.verdict, "reason": test.reason}
     problems = []

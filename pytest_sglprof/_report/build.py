@@ -55,7 +55,6 @@ def window_document(
     standin: bool,
     load: str | None,
     root: Path | None = None,
-    retry_of: str | None = None,
     repeat: Repeat | None = None,
     onset: RecordedOnset | None = None,
     load_samples: Sequence[LoadSeries] = (),
@@ -64,9 +63,8 @@ def window_document(
 
     table: None when there was nothing to read. load: id of the load that ran meanwhile.
     root: folder that artifact paths are relative to (None: file names only).
-    retry_of: id of the inconclusive window that this one repeats. repeat: the windows that
-    it was opened with; `verdict` and `reason` are then those over all of them, and the
-    judgements its own. onset, load_samples: see `report.load`.
+    repeat: the windows that it was opened with; `verdict` and `reason` are then those over all
+    of them, and the judgements those of this window. onset, load_samples: see `report.load`.
     """
     together = verdict if repeat is None else repeat.verdict
     window = RecordedWindow(
@@ -75,7 +73,6 @@ def window_document(
         backend=capture.spec.backend,
         nodeid=nodeid,
         attempt=attempt,
-        retry_of=retry_of,
         repeat_of=repeat.of if repeat is not None else None,
         repeat_index=repeat.index if repeat is not None else 1,
         repeats=repeats_document(repeat, verdict) if repeat is not None else None,
@@ -123,13 +120,13 @@ class Repeat:
     verdict: RepeatedVerdict
 
 
-def repeats_document(repeat: Repeat, own: Verdict) -> Repeats:
-    """The spread of each threshold over the windows, and this window's own verdict."""
+def repeats_document(repeat: Repeat, alone: Verdict) -> Repeats:
+    """The spread of each threshold over the windows, and the verdict of this window alone."""
     return Repeats(
         count=repeat.verdict.count,
         typical=repeat.typical,
-        own_verdict=own.word,
-        own_reason=own.reason,
+        own_verdict=alone.word,
+        own_reason=alone.reason,
         spread=tuple(
             RecordedSpread(
                 threshold=spread.threshold,
@@ -146,7 +143,7 @@ def repeats_document(repeat: Repeat, own: Verdict) -> Repeats:
 
 
 def finding_document(finding: ImbalanceFinding | StragglerFinding) -> dict[str, Any]:
-    """One finding as plain data, for the JSON and CSV of commands."""
+    """One finding as builtin types, for the JSON and CSV of commands."""
     document: dict[str, Any] = msgspec.to_builtins(storable(finding))
     return document
 

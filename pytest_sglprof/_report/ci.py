@@ -134,16 +134,16 @@ def properties(window: RecordedWindow) -> list[tuple[str, str]]:
 
 
 def properties_of_test(windows: Sequence[RecordedWindow]) -> list[tuple[str, str]]:
-    """Those of the worst window by their plain names, of the others as `name[window]`.
+    """Properties of all windows of a test: `name` for the worst window, else `name[window]`.
 
-    So that `verdict` is the test's, whatever the number of windows.
+    So `verdict` is always the verdict of the test.
     """
     ordered = sorted(windows, key=lambda window: WORST_FIRST.index(window.verdict))
-    found: list[tuple[str, str]] = []
+    named: list[tuple[str, str]] = []
     for at, window in enumerate(ordered):
         suffix = f"[{window.id}]" if at else ""
-        found.extend((f"{name}{suffix}", value) for name, value in properties(window))
-    return found
+        named.extend((f"{name}{suffix}", value) for name, value in properties(window))
+    return named
 
 
 def attachments(paths: Sequence[Path]) -> list[tuple[str, str]]:

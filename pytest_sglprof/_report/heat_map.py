@@ -71,12 +71,12 @@ class ScopeTimes:
 
 def scope_times(window: RecordedWindow, group: str) -> list[ScopeTimes]:
     """Compute, communication and each category of a work group, in this order."""
-    found = []
+    scopes = []
     for finding in window.findings:
         if finding.group == group and not finding.kernel:
             ns = busy_totals(window, finding)
-            found.append(ScopeTimes(finding, ns, sum(ns.values()) / len(ns) if ns else 0.0))
-    return found
+            scopes.append(ScopeTimes(finding, ns, sum(ns.values()) / len(ns) if ns else 0.0))
+    return scopes
 
 
 def heat_map(window: RecordedWindow) -> HeatMap:

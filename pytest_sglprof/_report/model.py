@@ -167,7 +167,7 @@ class Repeats(msgspec.Struct, frozen=True, kw_only=True):
 class StepCounts(msgspec.Struct, frozen=True, kw_only=True):
     """How many steps of a work group are compared, by stage, and why others are not.
 
-    compared: None where the source tells no steps. assigned_share: of compute, in known steps.
+    compared: None where the source has no step markers. assigned_share: of compute, in known steps.
     """
 
     group: str
@@ -203,10 +203,10 @@ class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
 class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     """One profile window: what was recorded, measured and judged.
 
-    retry_of: id of the inconclusive window that this one repeats. repeat_of: id of the first of
-    the windows that it was opened with; then `verdict` and `reason` are those over all of them.
-    load: id of the load that ran meanwhile. decisive: index of the judgement that decided.
-    source: None where there was nothing to read. partial: a trace is truncated.
+    repeat_of: id of the first of the windows that it was opened with; then `verdict` and
+    `reason` are those over all of them. load: id of the load that ran meanwhile.
+    decisive: index of the judgement that decided. source: None where there was nothing to read.
+    partial: a trace is truncated.
     """
 
     id: str
@@ -214,7 +214,6 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     backend: Backend
     nodeid: str
     attempt: Count
-    retry_of: str | None
     repeat_of: str | None
     repeat_index: Count
     repeats: Repeats | None
@@ -510,7 +509,7 @@ def _storable_item(key: str, item: Any) -> Any:
     return HIDDEN if hidden else _storable(item)
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A copy that JSON can hold: str keys, lists, finite numbers; NaN and ±inf become None.
 
     Takes dataclasses, mappings, sequences, sets, paths and numpy scalars. Raises TypeError
@@ -521,19 +520,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((plain(item) for item in value), key=str)
+        return sorted((json_value(item) for item in value), key=str)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+            field.name: json_value(getattr(value, field.name))
+            for field in dataclasses.fields(value)
         }
     if isinstance(value, Path):
         return value.as_posix()
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return plain(value.item())
+        return json_value(value.item())
     raise TypeError(f"{type(value).__name__} has no place in a results document")
 
 

@@ -34,10 +34,10 @@ CATEGORY_OF_KIND = {"memcpy": "gpu_memcpy", "memset": "gpu_memset", "op": "cpu_o
 
 
 def summary_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
-    """Rows of all ranks under each other: step, compute, communication; then findings.
+    """Rows of all ranks, one below the other: step, compute, communication; then findings.
 
-    Each row has one slice a step: from the first start to the last end of what belongs to
-    it, its kernel time (sum of durations) in the arguments. Findings are instant events on
+    Each row has one slice per step, from the first start to the last end of its activities;
+    their kernel time (sum of durations) is in the arguments. Findings are instant events on
     the compute row of the slowest rank. base_ns: Unix ns of the trace's time 0.
     """
     yield from _process(SUMMARY_PID, "ranks side by side", 0)
@@ -53,8 +53,8 @@ def summary_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
         for at, rank in enumerate(table.ranks):
             tid = _tid(place, at)
             yield from _row(tid, f"{rank} {name}")
-            mine = spans[spans["rank"] == rank].to_dict("records")
-            yield from _slices(mine, name, tid, base_ns)
+            rank_spans = spans[spans["rank"] == rank].to_dict("records")
+            yield from _slices(rank_spans, name, tid, base_ns)
     yield from _finding_events(table, base_ns)
 
 
@@ -91,10 +91,10 @@ def kernel_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
 def streams_of(table: KernelTable) -> dict[str, frozenset[int]]:
     """Rank → its streams, without the unknown one."""
     pairs = table.frame.loc[table.frame["stream"] >= 0, ["rank", "stream"]].drop_duplicates()
-    found: dict[str, set[int]] = {}
+    streams: dict[str, set[int]] = {}
     for rank, stream in zip(pairs["rank"], pairs["stream"], strict=True):
-        found.setdefault(str(rank), set()).add(int(stream))
-    return {rank: frozenset(streams) for rank, streams in found.items()}
+        streams.setdefault(str(rank), set()).add(int(stream))
+    return {rank: frozenset(each) for rank, each in streams.items()}
 
 
 def _rank_pid(at: int) -> int:
@@ -102,7 +102,7 @@ def _rank_pid(at: int) -> int:
 
 
 def _tid(place: int, at: int) -> int:
-    """Rows of one kind stand together, ranks in their order."""
+    """Id of a row: all rows of one kind are adjacent, in the order of the ranks."""
     return 1 + place * 1000 + at
 
 
@@ -125,8 +125,8 @@ def _step_rows(table: KernelTable, base_ns: int) -> Iterator[Event]:
     for at, rank in enumerate(table.ranks):
         tid = _tid(0, at)
         yield from _row(tid, f"{rank} step")
-        mine = steps[steps["rank"] == rank].sort_values("start_ns").to_dict("records")
-        for step in mine:
+        rank_steps = steps[steps["rank"] == rank].sort_values("start_ns").to_dict("records")
+        for step in rank_steps:
             args = {key: int(step[key]) for key in ("step", "batch_size", "tokens")}
             name = f"{step['stage']} {step['step']}"
             yield _slice(name, "step", tid, step["start_ns"] - base_ns, _length(step), args)
@@ -137,7 +137,7 @@ def _length(step: Mapping[Any, Any]) -> int:
 
 
 def _spans(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a rank and step; what belongs to no step only where there are no steps."""
+    """One row per rank and step. Activities outside steps count only if there are no steps."""
     if (rows["step"] >= 0).any():
         rows = rows[rows["step"] >= 0]
     timed = rows.assign(end_ns=rows["start_ns"] + rows["dur_ns"])
@@ -156,7 +156,7 @@ def _spans(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _slices(spans: list[Any], what: str, tid: int, base_ns: int) -> Iterator[Event]:
-    """Slices that never overlap: a row of Perfetto holds none that do."""
+    """Slices that never overlap: Perfetto drops slices that do."""
     free = None
     for span in spans:
         start = span["start_ns"] if free is None else max(span["start_ns"], free)
@@ -183,68 +183,64 @@ def _finding_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
     if not len(table.frame):
         return
     notable = [
-        found
-        for found in all_findings(table)
-        if found.slowest is not None
-        and (found.one_sided or (found.slowdown or 0.0) >= NOTABLE)
-        and found.scope not in NOT_COMPUTE
+        finding
+        for finding in all_findings(table)
+        if finding.slowest is not None
+        and (finding.one_sided or (finding.slowdown or 0.0) >= NOTABLE)
+        and finding.scope not in NOT_COMPUTE
     ]
-    notable.sort(key=lambda found: -found.lost_ns)
-    for found in notable[:MAX_FINDINGS]:
-        at = table.ranks.index(str(found.slowest))
+    notable.sort(key=lambda finding: -finding.lost_ns)
+    for finding in notable[:MAX_FINDINGS]:
+        at = table.ranks.index(str(finding.slowest))
         yield {
             "ph": "i",
             "s": "t",
             "cat": "sglprof finding",
-            "name": _text(found),
+            "name": _text(finding),
             "pid": SUMMARY_PID,
             "tid": _tid(1, at),
-            "ts": (_worst_moment(table, found) - base_ns) / 1e3,
+            "ts": (_worst_moment(table, finding) - base_ns) / 1e3,
             "args": {
-                "rank": found.slowest,
-                "slowdown": found.slowdown,
-                "lost_ns": found.lost_ns,
-                "steps": found.steps,
+                "rank": finding.slowest,
+                "slowdown": finding.slowdown,
+                "lost_ns": finding.lost_ns,
+                "steps": finding.steps,
             },
         }
 
 
-def _text(found: ImbalanceFinding) -> str:
-    what = shorten(found.kernel or found.scope, MAX_NAME)
-    if found.one_sided:
-        return f"{found.slowest}: only this rank has {what}"
-    lost = duration(found.lost_ns)
-    return (
-        f"{found.slowest} is {ratio(found.slowdown)}x slower than its peers in {what}, {lost} lost"
-    )
+def _text(finding: ImbalanceFinding) -> str:
+    what = shorten(finding.kernel or finding.scope, MAX_NAME)
+    if finding.one_sided:
+        return f"{finding.slowest}: only this rank has {what}"
+    times, lost = ratio(finding.slowdown), duration(finding.lost_ns)
+    return f"{finding.slowest} is {times}x slower than its peers in {what}, {lost} lost"
 
 
-def _worst_moment(table: KernelTable, found: ImbalanceFinding) -> int:
-    """Where the slowest rank lost most: the start of the step with the largest excess."""
+def _worst_moment(table: KernelTable, finding: ImbalanceFinding) -> int:
+    """Start of the step in which the slowest rank is furthest above the mean, Unix ns."""
     frame = table.frame
-    if found.kernel:
-        chosen = frame["name"] == found.kernel
-    elif found.scope == "compute":
+    if finding.kernel:
+        chosen = frame["name"] == finding.kernel
+    elif finding.scope == "compute":
         chosen = ~frame["category"].isin(NOT_COMPUTE)
     else:
-        chosen = frame["category"] == found.scope
-    group = [figure.rank for figure in found.ranks]
-    mine = frame[chosen & frame["rank"].isin(group)]
-    wide = mine.pivot_table(
+        chosen = frame["category"] == finding.scope
+    group = [figure.rank for figure in finding.ranks]
+    rows = frame[chosen & frame["rank"].isin(group)]
+    wide = rows.pivot_table(
         index="step", columns="rank", values="dur_ns", aggfunc="sum", observed=True, fill_value=0
     )
-    excess = wide[found.slowest] - wide.mean(axis=1)
-    worst = excess.idxmax()
-    slowest = mine[(mine["rank"] == found.slowest) & (mine["step"] == worst)]
+    above_mean = wide[finding.slowest] - wide.mean(axis=1)
+    worst = above_mean.idxmax()
+    slowest = rows[(rows["rank"] == finding.slowest) & (rows["step"] == worst)]
     return int(slowest["start_ns"].min())
 
 
-# `open.html`: opens a merged trace in the Perfetto UI, the ranks' kernel rows pinned.
-#
-# Follows Perfetto's documented way (docs/visualization/deep-linking-to-perfetto-ui.md): a
-# window on ui.perfetto.dev with `startupCommands` in its address, PING until it answers PONG,
-# then the trace as an ArrayBuffer. The page itself loads nothing from the network.
-
+# `open.html` opens a merged trace in the Perfetto UI and pins the kernel rows of the ranks, as
+# docs/visualization/deep-linking-to-perfetto-ui.md of Perfetto describes: a window on
+# ui.perfetto.dev with `startupCommands` in its address, PING until it answers PONG, then the
+# trace as an ArrayBuffer. The page itself loads nothing from the network.
 
 NAME = "open.html"
 EMBED_BYTES = 24 * 2**20  # a larger trace is chosen by hand, or fetched where a server is

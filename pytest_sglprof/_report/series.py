@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from pytest_sglprof._trace.table import KernelTable
 
 
-# Steps x ranks of a series. A window of more keeps, of each run of consecutive steps, the one
-# in which the ranks differ most.
+# Steps x ranks of a series. A longer window keeps one of every k consecutive steps: the one in
+# which the ranks differ most.
 MAX_CELLS = 200_000
 ABSENT = -1
 State = Literal["compared", "cut", "unmatched"]
 
 
 class StepSeries(msgspec.Struct, frozen=True, kw_only=True):
-    """The steps of one work group, in order. Times in ns, -1 where a figure is not there.
+    """The steps of one work group, in order. Times in ns, -1 for a missing figure.
 
     compute_ns, wait_ns: rows are steps, columns ranks; wait_ns is None without collectives.
     state: "compared", "cut" (a rank has a part only) or "unmatched" (a rank lacks it).
@@ -52,7 +52,7 @@ class StepSeries(msgspec.Struct, frozen=True, kw_only=True):
 def step_times(
     table: KernelTable, groups: Sequence[GroupCells], waited: Sequence[Waits]
 ) -> tuple[StepSeries, ...]:
-    """One series for each work group whose table knows steps."""
+    """One series for each work group; none where the table has no steps."""
     spans = step_spans(table)
     if spans.empty:
         return ()
@@ -69,16 +69,16 @@ def _series(
     waited: Sequence[Waits],
 ) -> StepSeries | None:
     ranks = cells.group.ranks
-    mine = spans[spans["rank"].isin(ranks)]
-    if mine.empty:
+    group_spans = spans[spans["rank"].isin(ranks)]
+    if group_spans.empty:
         return None
-    numbers = np.unique(mine["step"].to_numpy(np.int64))
-    present = _wide(mine.assign(n=1), "n", numbers, ranks, 0) > 0
+    numbers = np.unique(group_spans["step"].to_numpy(np.int64))
+    present = _wide(group_spans.assign(n=1), "n", numbers, ranks, 0) > 0
     ns = _wide(compute[compute["rank"].isin(ranks)], "ns", numbers, ranks, 0)
     ns[~present] = ABSENT
     # A work group lies inside one sync group: ranks with equal input meet.
-    own = next((found for found in waited if set(ranks) <= set(found.group.ranks)), None)
-    wait = None if own is None else by_step(own, numbers.tolist(), ranks)
+    sync_waits = next((one for one in waited if set(ranks) <= set(one.group.ranks)), None)
+    wait = None if sync_waits is None else by_step(sync_waits, numbers.tolist(), ranks)
     if wait is not None:
         wait[~present] = ABSENT
     kept, every = _kept(ns, present)
@@ -87,7 +87,7 @@ def _series(
         {"batch_size": "max", "tokens": "max", "start_ns": "min"}
     )
     first = first.reindex(numbers).fillna(ABSENT).astype(np.int64).iloc[kept]
-    stages = mine.groupby("step")["stage"].first().reindex(numbers)
+    stages = group_spans.groupby("step")["stage"].first().reindex(numbers)
     return StepSeries(
         group=cells.group.label,
         ranks=tuple(ranks),
@@ -104,16 +104,19 @@ def _series(
 
 
 def _compute_sums(table: KernelTable) -> pd.DataFrame:
-    """`rank, step, ns`: busy time of compute; self times are no intervals, but summed."""
+    """`rank, step, ns`: compute of each step.
+
+    Busy time where the table is a timeline, else the sum: self times are no intervals.
+    """
     frame = table.frame
-    mine = frame[(frame["step"] >= 0) & ~frame["category"].isin(list(NOT_COMPUTE))]
-    ns = mine["dur_ns"].to_numpy(np.int64)
+    compute = frame[(frame["step"] >= 0) & ~frame["category"].isin(list(NOT_COMPUTE))]
+    ns = compute["dur_ns"].to_numpy(np.int64)
     if table.is_timeline:
-        rank = mine["rank"].astype("category").cat.codes.to_numpy().astype(np.int64)
-        step = mine["step"].to_numpy(np.int64)
+        rank = compute["rank"].astype("category").cat.codes.to_numpy().astype(np.int64)
+        step = compute["step"].to_numpy(np.int64)
         owner = rank * (step.max(initial=0) + 1) + step
-        ns = busy_parts(owner, mine["start_ns"].to_numpy(np.int64), ns)
-    sums = mine.assign(ns=ns).groupby(["rank", "step"], observed=True, sort=False)["ns"].sum()
+        ns = busy_parts(owner, compute["start_ns"].to_numpy(np.int64), ns)
+    sums = compute.assign(ns=ns).groupby(["rank", "step"], observed=True, sort=False)["ns"].sum()
     typed: pd.DataFrame = sums.reset_index().astype({"rank": object})
     return typed
 
@@ -148,8 +151,7 @@ def _states(cells: GroupCells, numbers: Any, common: Any, kept: Any) -> list[Sta
     return words
 
 
-# Every kernel of a window, rank by rank: how long its calls took, and in which step or call.
-
+# Kernels, rank by rank: how long their calls took, in which step and call.
 
 MAX_KERNELS = 300  # a work group; those with the largest lost time, then total
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -268,13 +270,13 @@ class _Calls:
             kernel[places["category"][category] * width + places["name"][name]] = k
         key = kernel[codes["category"] * width + codes["name"]] * self._ranks
         key += rank[codes["rank"]]
-        mine = (rank >= 0)[codes["rank"]]
+        in_group = (rank >= 0)[codes["rank"]]
         if cells.has_steps:
-            mine &= np.isin(frame["step"].to_numpy(np.int64), np.array(cells.steps.numbers))
-        self._key = key[mine]
-        self._dur = frame["dur_ns"].to_numpy(np.int64)[mine]
-        self._start = frame["start_ns"].to_numpy(np.int64)[mine]
-        self._step = frame["step"].to_numpy(np.int64)[mine]
+            in_group &= np.isin(frame["step"].to_numpy(np.int64), np.array(cells.steps.numbers))
+        self._key = key[in_group]
+        self._dur = frame["dur_ns"].to_numpy(np.int64)[in_group]
+        self._start = frame["start_ns"].to_numpy(np.int64)[in_group]
+        self._step = frame["step"].to_numpy(np.int64)[in_group]
         # One sort of one number is several times faster than a sort by two keys.
         ordered = np.sort((self._key << _DUR_BITS) | np.minimum(self._dur, _DUR_MASK))
         self._sorted_dur = ordered & _DUR_MASK
@@ -283,7 +285,7 @@ class _Calls:
 
     def quantiles(self, kernel: int) -> tuple[list[int], list[list[int] | None]]:
         """Number of calls and the quantiles of their durations, by rank."""
-        counts, found = [], []
+        counts, quantiles = [], []
         for rank in range(self._ranks):
             at = kernel * self._ranks + rank
             calls = self._sorted_dur[self._bounds[at] : self._bounds[at + 1]]
@@ -291,18 +293,18 @@ class _Calls:
             points = (
                 [int(calls[round(q * (len(calls) - 1))]) for q in QUANTILES] if counts[-1] else None
             )
-            found.append(points)
-        return counts, found
+            quantiles.append(points)
+        return counts, quantiles
 
     def by_call(self, kernel: int) -> list[list[int]]:
         """Mean duration of the k-th call in a step, rows k, columns ranks."""
-        mine = self._key // self._ranks == kernel
+        of_kernel = self._key // self._ranks == kernel
         calls = pd.DataFrame(
             {
-                "rank": self._key[mine] % self._ranks,
-                "step": self._step[mine],
-                "start": self._start[mine],
-                "dur": self._dur[mine],
+                "rank": self._key[of_kernel] % self._ranks,
+                "step": self._step[of_kernel],
+                "start": self._start[of_kernel],
+                "dur": self._dur[of_kernel],
             }
         ).sort_values("start", kind="stable")
         calls["call"] = calls.groupby(["rank", "step"]).cumcount()
@@ -312,8 +314,7 @@ class _Calls:
         return [[int(ns) for ns in row] for row in full.to_numpy()]
 
 
-# The activities of a few steps on one time axis: what a person would pin rows for.
-
+# Lanes: the activities of a few steps on one time axis.
 
 MAX_STEPS = 8  # of a window
 MAX_EVENTS = 160_000  # of a window; steps that do not fit are left out
@@ -323,7 +324,7 @@ EDGE_NS = 2_000_000_000  # ns of a window without steps that are shown, from its
 
 
 class Lane(msgspec.Struct, frozen=True, kw_only=True):
-    """The activities of one stream of a rank, in order of time, one item of each list a piece.
+    """The activities of one stream of a rank, in order of time; each list has an item for each.
 
     name: index into `Lanes.names`. start_ns: from the picture's origin. match: the number of
     the collective, the same on all ranks; -1 where there is none.
@@ -401,16 +402,16 @@ def _chosen(
     chosen = []
     for cells in groups[:MAX_STEPS]:
         if not cells.has_steps:
-            found: dict[int | None, list[str]] = {None: ["the window"]}
+            why_by_step: dict[int | None, list[str]] = {None: ["the window"]}
         elif steps:
-            found = {number: ["chosen"] for number in steps[:MAX_STEPS]}
+            why_by_step = {number: ["chosen"] for number in steps[:MAX_STEPS]}
         else:
-            found = _telling(cells, onset)
-        chosen += [(cells, number, why) for number, why in list(found.items())[:each]]
+            why_by_step = _notable_steps(cells, onset)
+        chosen += [(cells, number, why) for number, why in list(why_by_step.items())[:each]]
     return chosen
 
 
-def _telling(cells: GroupCells, onset: set[int]) -> dict[int | None, list[str]]:
+def _notable_steps(cells: GroupCells, onset: set[int]) -> dict[int | None, list[str]]:
     """Step number -> why it is shown, the worst first."""
     numbers = cells.steps.numbers
     if not numbers:
@@ -418,16 +419,16 @@ def _telling(cells: GroupCells, onset: set[int]) -> dict[int | None, list[str]]:
     matrix = cells.matrix(cells.select("compute"))
     spread = matrix.max(axis=1) - matrix.mean(axis=1)
     order = np.argsort(-spread, kind="stable")
-    found: dict[int | None, list[str]] = {numbers[int(order[0])]: ["worst"]}
+    why_by_step: dict[int | None, list[str]] = {numbers[int(order[0])]: ["worst"]}
     longest = matrix.max(axis=1)
     median = int(np.argsort(longest, kind="stable")[len(longest) // 2])
-    found.setdefault(numbers[median], []).append("median")
+    why_by_step.setdefault(numbers[median], []).append("median")
     after = next((number for number in numbers if number in onset), None)
     if after is not None:
-        found.setdefault(after, []).append("first after onset")
+        why_by_step.setdefault(after, []).append("first after onset")
     for place, at in enumerate(order[1:WORST], start=2):
-        found.setdefault(numbers[int(at)], []).append(f"{_ORDINAL[place]} worst")
-    return found
+        why_by_step.setdefault(numbers[int(at)], []).append(f"{_ORDINAL[place]} worst")
+    return why_by_step
 
 
 def _first_after(table: KernelTable, onset_ns: int | None) -> set[int]:
@@ -441,13 +442,13 @@ _ORDINAL = {2: "second", 3: "third"}
 
 
 def _rows(frame: pd.DataFrame, cells: GroupCells, number: int | None) -> pd.DataFrame:
-    mine = frame[frame["rank"].isin(cells.group.ranks)]
+    activities = frame[frame["rank"].isin(cells.group.ranks)]
     if number is not None:
-        return mine[mine["step"] == number]
-    if mine.empty:
-        return mine
-    middle = (int(mine["start_ns"].min()) + int(mine["start_ns"].max())) // 2
-    return mine[(mine["start_ns"] - middle).abs() <= EDGE_NS // 2]
+        return activities[activities["step"] == number]
+    if activities.empty:
+        return activities
+    middle = (int(activities["start_ns"].min()) + int(activities["start_ns"].max())) // 2
+    return activities[(activities["start_ns"] - middle).abs() <= EDGE_NS // 2]
 
 
 def _picture(
@@ -459,22 +460,22 @@ def _picture(
     names: dict[tuple[str, str], int],
     room: int,
 ) -> Picture:
-    """One step. More than `room` events: the shortest are left out."""
+    """One step. Of more than `room` events the shortest are left out."""
     dropped = max(0, len(rows) - room)
     matched = matched_collectives(_slice(table, rows), cells.group.ranks)["match"]
     if dropped:
         rows = rows.nlargest(room, "dur_ns")
     origin = int(rows["start_ns"].min()) if len(rows) else 0
     match = matched.reindex(rows.index).fillna(NO_MATCH).astype(np.int64)
-    found = []
+    drawn = []
     rows = rows.assign(match=match).sort_values("start_ns", kind="stable")
     for rank in cells.group.ranks:
-        mine = rows[rows["rank"] == rank]
-        for stream in np.unique(mine["stream"].to_numpy(np.int64)):
-            events = mine[mine["stream"] == stream]
+        activities = rows[rows["rank"] == rank]
+        for stream in np.unique(activities["stream"].to_numpy(np.int64)):
+            events = activities[activities["stream"] == stream]
             pairs = zip(events["name"], events["category"], strict=True)
             start = events["start_ns"].to_numpy(np.int64) - origin
-            found.append(
+            drawn.append(
                 Lane(
                     rank=rank,
                     stream=int(stream),
@@ -493,7 +494,7 @@ def _picture(
         why=tuple(why),
         origin_ns=origin,
         dropped=dropped,
-        lanes=tuple(found),
+        lanes=tuple(drawn),
     )
 
 

@@ -85,8 +85,6 @@ def window_title(window: RecordedWindow) -> str:
         details.append(CPU_SOURCES[window.source])
     if window.attempt > 1:
         details.append(f"attempt {window.attempt}")
-    if window.retry_of:
-        details.append("repeated")
     if window.repeats:
         details.append(f"{window.repeat_index} of {window.repeats.count}")
     if window.standin:

@@ -205,7 +205,7 @@ def test_runs_side_by_side(browser: Browser, gpu_page: RunPage) -> None:
     for row, document in zip(rows, gpu_page.results["windows"], strict=True):
         finding = next(f for f in document["findings"] if f["scope"] == "compute")
         assert row[5] == f"{finding['slowdown']:.3f}"
-    assert "tells no steps" in browser.js("return document.body.innerText")
+    assert "has no step markers" in browser.js("return document.body.innerText")
 
 
 def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(

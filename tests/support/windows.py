@@ -60,7 +60,6 @@ def window(
     reason: str = "",
     log: Sequence[str] = (),
     attempt: int = 1,
-    retry_of: str | None = None,
     expected: Sequence[str] = (),
 ) -> dict[str, Any]:
     capture = WindowCapture(
@@ -92,7 +91,6 @@ def window(
         standin=standin,
         load="l1",
         root=Path("/run"),
-        retry_of=retry_of,
     )
     return plain(made)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from pytest_sglprof._analysis.compare import (
     UNKNOWN,
@@ -14,7 +14,13 @@ from pytest_sglprof._analysis.compare import (
     StratumChange,
     compare_strata,
 )
-from pytest_sglprof._report.model import RecordedLoad, RecordedServer, RecordedWindow, Results
+from pytest_sglprof._report.model import (
+    RecordedLoad,
+    RecordedServer,
+    RecordedWindow,
+    Results,
+    Run,
+)
 from pytest_sglprof._report.page.figures import shortened
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.wording import duration, percent, ratio, signed_duration
@@ -25,49 +31,153 @@ RECORDED = ("with_stack", "record_shapes", "activities", "detailed_annotations")
 MIN_CHANGE = 0.0005  # of a figure; smaller ones have no bar
 
 
-def against_baseline(baseline: Results, runs: Sequence[Results]) -> dict[str, Any]:
-    """The part "Against the baseline" of a page of `runs`, ready to be placed.
+@dataclass(frozen=True)
+class ChangeRow:
+    """A kernel or a category before and now, as texts.
 
-    environment: versions, GPUs and commands of all runs beside each other. pairs: for each run
-    its windows with the baseline's of the same test and name: `reason` why they are not
-    compared, `warnings`, `stages`, `load`. unpaired: windows that stand in one run only.
+    name: cut where it is long. outside: its time is no compute. share: of compute. bar: -1 to 1,
+    of the longest bar of the table; slower is to the right. direction: "slower", "faster" or
+    None where it hardly changed.
     """
+
+    name: str
+    full: str
+    category: str
+    outside: bool
+    before: str
+    now: str
+    ratio: str
+    difference: str
+    share: str
+    bar: float
+    direction: str | None
+
+
+@dataclass(frozen=True)
+class StratumRow:
+    """Compute of one kind of step before and now. bar: as in `ChangeRow`."""
+
+    work: str
+    before_steps: int | None
+    now_steps: int | None
+    before: str
+    now: str
+    ratio: str
+    bar: float
+
+
+@dataclass(frozen=True)
+class ComparedStage:
+    """One stage of a work group. reason: why it is inconclusive, "" where it is not.
+
+    matched: the share of equal work before and now. most: the kernel that adds most to compute.
+    others: a sentence about the kernels that are not listed, None where all are.
+    """
+
+    title: str
+    unit: str
+    reason: str
+    matched: tuple[str, str]
+    cautions: tuple[str, ...]
+    compute: ChangeRow | None
+    most: ChangeRow | None
+    strata: list[StratumRow]
+    categories: list[ChangeRow]
+    kernels: list[ChangeRow]
+    others: str | None
+
+
+@dataclass(frozen=True)
+class LoadFigure:
+    """A figure of the load before and now. better: "less" or "more"."""
+
+    name: str
+    before: str
+    now: str
+    ratio: str
+    better: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A window and the baseline's of the same test and name.
+
+    run: id of the window's run. reason: why they are not compared, None where they are.
+    """
+
+    window: RecordedWindow
+    run: str
+    reason: str | None
+    warnings: list[str]
+    stages: list[ComparedStage]
+    load: list[LoadFigure]
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A window that stands in one run only. where: in which."""
+
+    window: RecordedWindow
+    where: str
+
+
+@dataclass(frozen=True)
+class EnvironmentRow:
+    """A fact about the runs. values: one a run."""
+
+    name: str
+    values: list[str]
+    differs: bool
+
+
+@dataclass(frozen=True)
+class Against:
+    """Runs against a baseline. run: the run of the baseline. environment: of all runs."""
+
+    run: Run
+    warnings: list[str]
+    environment: list[EnvironmentRow]
+    pairs: list[Pair]
+    unpaired: list[Unpaired]
+
+
+def against_baseline(baseline: Results, runs: Sequence[Results]) -> Against:
+    """What the section "Against the baseline" of a page of `runs` shows."""
     old = paired_by(baseline)
-    pairs, unpaired = [], []
+    pairs: list[Pair] = []
+    unpaired: list[Unpaired] = []
     for run in runs:
         new = paired_by(run)
         for key, window in new.items():
             if key in old:
                 pairs.append(_pair(old[key], window, baseline, run))
             else:
-                unpaired.append((window, f"only in {run.run.id}"))
-        unpaired += [(w, "only in the baseline") for key, w in old.items() if key not in new]
-    return {
-        "run": baseline.run,
-        "warnings": _run_warnings(baseline, runs),
-        "environment": environment([baseline, *runs]),
-        "pairs": pairs,
-        "unpaired": [
-            {"nodeid": window.nodeid, "name": window.name, "where": where}
-            for window, where in unpaired
-        ],
-    }
+                unpaired.append(Unpaired(window, f"only in {run.run.id}"))
+        unpaired += [
+            Unpaired(window, "only in the baseline")
+            for key, window in old.items()
+            if key not in new
+        ]
+    return Against(
+        run=baseline.run,
+        warnings=list(_run_warnings(baseline, runs)),
+        environment=environment([baseline, *runs]),
+        pairs=pairs,
+        unpaired=unpaired,
+    )
 
 
 def paired_by(run: Results) -> dict[tuple[str, str, int], RecordedWindow]:
     """The windows of a run that are compared with those of other runs.
 
     By test, name, and how many windows of that name the test had before. Of attempts the last
-    one, of windows that were opened again the last one, of repeats the typical one.
+    one, of repeats the typical one.
     """
     last = {test.nodeid: max(one.number for one in test.attempts) for test in run.tests}
-    replaced = {window.retry_of for window in run.windows}
     paired: dict[tuple[str, str, int], RecordedWindow] = {}
     for window in run.windows:
-        if (
-            window.attempt != last.get(window.nodeid, window.attempt)
-            or window.id in replaced
-            or (window.repeats is not None and window.repeats.typical != window.id)
+        if window.attempt != last.get(window.nodeid, window.attempt) or (
+            window.repeats is not None and window.repeats.typical != window.id
         ):
             continue
         earlier = sum(key[:2] == (window.nodeid, window.name) for key in paired)
@@ -75,35 +185,29 @@ def paired_by(run: Results) -> dict[tuple[str, str, int], RecordedWindow]:
     return paired
 
 
-def _run_warnings(baseline: Results, runs: Sequence[Results]) -> list[str]:
-    found = []
+def _run_warnings(baseline: Results, runs: Sequence[Results]) -> Iterator[str]:
     if baseline.summary.standin:
-        found.append("The baseline has stand-in windows: they say nothing about SGLang.")
+        yield "The baseline has stand-in windows: they say nothing about SGLang."
     for run in runs:
         name = run.run.id
         if name == baseline.run.id:
-            found.append(f"{name} is the baseline itself.")
+            yield f"{name} is the baseline itself."
         elif (run.run.started or "") < (baseline.run.started or ""):
-            found.append(f"{name} is older than the baseline.")
-    return found
+            yield f"{name} is older than the baseline."
 
 
-def _pair(
-    old: RecordedWindow, new: RecordedWindow, baseline: Results, run: Results
-) -> dict[str, Any]:
+def _pair(old: RecordedWindow, new: RecordedWindow, baseline: Results, run: Results) -> Pair:
     reason = not_comparable(old, new)
     stages = () if reason else compare_strata(old.strata, new.strata)
     loads = (load_of(old, baseline), load_of(new, run))
-    return {
-        "window": new,
-        "run": run.run.id,
-        "nodeid": new.nodeid,
-        "name": new.name,
-        "reason": reason,
-        "warnings": [*_warnings(old, new), *load_options(*loads)],
-        "stages": [_stage(stage) for stage in stages],
-        "load": load_figures(*loads),
-    }
+    return Pair(
+        window=new,
+        run=run.run.id,
+        reason=reason,
+        warnings=[*_warnings(old, new), *load_options(*loads)],
+        stages=[_stage(stage) for stage in stages],
+        load=load_figures(*loads),
+    )
 
 
 def load_of(window: RecordedWindow, run: Results) -> RecordedLoad | None:
@@ -111,8 +215,8 @@ def load_of(window: RecordedWindow, run: Results) -> RecordedLoad | None:
     return next((load for load in run.loads if load.id == window.load), None)
 
 
-def not_comparable(old: RecordedWindow, new: RecordedWindow) -> str:
-    """Why two windows tell nothing about each other; "" where they may."""
+def not_comparable(old: RecordedWindow, new: RecordedWindow) -> str | None:
+    """Why two windows cannot be compared; None where they can."""
     if old.standin != new.standin:
         which = "the baseline" if old.standin else "this run"
         return f"{which} ran on the stand-in, whose times say nothing about SGLang"
@@ -130,11 +234,11 @@ def not_comparable(old: RecordedWindow, new: RecordedWindow) -> str:
             return f"{which} is of a version of pytest-sglprof that did not sort steps by work"
     if old.source != new.source:
         return f"times of {old.source} before and of {new.source} now"
-    return ""
+    return None
 
 
 def _warnings(old: RecordedWindow, new: RecordedWindow) -> Iterator[str]:
-    """What makes the baseline's window a doubtful one to compare with."""
+    """Reasons to doubt a comparison with the baseline's window."""
     if old.verdict != "pass":
         word = "failed" if old.verdict == "fail" else "was inconclusive"
         yield f"The baseline's window {word}: {old.reason}"
@@ -147,7 +251,7 @@ def _warnings(old: RecordedWindow, new: RecordedWindow) -> Iterator[str]:
             yield f"{which} is {window.state}: {window.state_reason}"
 
 
-def _stage(stage: StageChange) -> dict[str, Any]:
+def _stage(stage: StageChange) -> ComparedStage:
     listed = [c for c in stage.kernels if abs(c.share or 0.0) >= MIN_CHANGE][:SHOWN_KERNELS]
     only = [c for c in stage.kernels if _is_one_sided(c) and c not in listed][:SHOWN_KERNELS]
     shown = [*listed, *only]
@@ -155,24 +259,24 @@ def _stage(stage: StageChange) -> dict[str, Any]:
     slower = (c for c in listed if not _outside(c) and (c.share or 0.0) > 0)
     most = max(slower, key=lambda c: c.share or 0.0, default=None)
     whole = "Whole window" if stage.unit == "call" else "All ranks"
-    return {
-        "title": " ".join(part for part in (stage.group, stage.stage) if part) or whole,
-        "unit": stage.unit,
-        "reason": stage.reason,
-        "matched": [percent(stage.matched_before), percent(stage.matched_now)],
-        "cautions": list(stage.cautions),
-        "compute": None if stage.compute is None else _row(stage.compute, 0.0),
-        "most": None if most is None else _row(most, 0.0),
-        "strata": _strata(stage.strata),
-        "categories": _rows(stage.categories),
-        "kernels": _rows(shown),
-        "others": _others(rest),
-    }
+    return ComparedStage(
+        title=" ".join(part for part in (stage.group, stage.stage) if part) or whole,
+        unit=stage.unit,
+        reason=stage.reason,
+        matched=(percent(stage.matched_before), percent(stage.matched_now)),
+        cautions=tuple(stage.cautions),
+        compute=None if stage.compute is None else _row(stage.compute, 0.0),
+        most=None if most is None else _row(most, 0.0),
+        strata=_strata(stage.strata),
+        categories=_rows(stage.categories),
+        kernels=_rows(shown),
+        others=_others(rest),
+    )
 
 
-def _others(rest: Sequence[Change]) -> str:
+def _others(rest: Sequence[Change]) -> str | None:
     if not rest:
-        return ""
+        return None
     most = max(abs(change.share or 0.0) for change in rest)
     limit = "less than 0.05 %" if most < MIN_CHANGE else f"at most {percent(most, 1)}"
     subject = "1 more kernel differs" if len(rest) == 1 else f"{len(rest)} more kernels differ"
@@ -188,54 +292,52 @@ def _outside(change: Change) -> bool:
     return change.category in NOT_COMPUTE
 
 
-def _rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
+def _rows(changes: Sequence[Change]) -> list[ChangeRow]:
     widest = max((abs(change.share or 0.0) for change in changes), default=0.0)
     return [_row(change, widest) for change in changes]
 
 
-def _row(change: Change, widest: float) -> dict[str, Any]:
-    """bar: -1 to 1, of the longest bar of the table; slower is to the right."""
+def _row(change: Change, widest: float) -> ChangeRow:
+    """widest: the largest share of the table, 0.0 for a row without a bar."""
     share = change.share or 0.0
-    word = ""
+    word: str | None = None
     if _is_one_sided(change):
         word = "new" if change.before_ns == 0.0 else "gone"
     elif change.before_ns is None or change.now_ns is None:
         word = "not listed " + ("before" if change.before_ns is None else "now")
-    return {
-        "name": shortened(change.name),
-        "full": change.name,
-        "category": change.category,
-        "outside": _outside(change),
-        "before": _time(change.before_ns),
-        "now": _time(change.now_ns),
-        "ratio": word or ratio(change.ratio, 3),
-        "difference": signed_duration(change.difference_ns, none="–"),
-        "share": percent(change.share, 1, sign=True, none="–"),
-        "bar": share / widest if widest and abs(share) >= MIN_CHANGE else 0.0,
-        "direction": "" if abs(share) < MIN_CHANGE else "slower" if share > 0 else "faster",
-    }
+    direction = "slower" if share > 0 else "faster"
+    return ChangeRow(
+        name=shortened(change.name),
+        full=change.name,
+        category=change.category,
+        outside=_outside(change),
+        before=_time(change.before_ns),
+        now=_time(change.now_ns),
+        ratio=word or ratio(change.ratio, 3),
+        difference=signed_duration(change.difference_ns, none="–"),
+        share=percent(change.share, 1, sign=True, none="–"),
+        bar=share / widest if widest and abs(share) >= MIN_CHANGE else 0.0,
+        direction=direction if abs(share) >= MIN_CHANGE else None,
+    )
 
 
-def _strata(strata: Sequence[StratumChange]) -> list[dict[str, Any]]:
-    ratios = {
-        at: one.now_ns / one.before_ns
-        for at, one in enumerate(strata)
-        if one.now_ns is not None and one.before_ns
-    }
-    widest = max((abs(value - 1) for value in ratios.values()), default=0.0)
+def _strata(strata: Sequence[StratumChange]) -> list[StratumRow]:
+    ratios = [
+        one.now_ns / one.before_ns if one.now_ns is not None and one.before_ns else None
+        for one in strata
+    ]
+    widest = max((abs(value - 1) for value in ratios if value is not None), default=0.0)
     return [
-        {
-            "work": work_words(one.work),
-            "before_steps": one.before_steps,
-            "now_steps": one.now_steps,
-            "before": _time(one.before_ns),
-            "now": _time(one.now_ns),
-            "ratio": ratio(ratios[at], 3) if at in ratios else "no match",
-            "bar": (ratios[at] - 1) / widest
-            if at in ratios and abs(ratios[at] - 1) >= MIN_CHANGE
-            else 0.0,
-        }
-        for at, one in enumerate(strata)
+        StratumRow(
+            work=work_words(one.work),
+            before_steps=one.before_steps,
+            now_steps=one.now_steps,
+            before=_time(one.before_ns),
+            now=_time(one.now_ns),
+            ratio="no match" if value is None else ratio(value, 3),
+            bar=0.0 if value is None or abs(value - 1) < MIN_CHANGE else (value - 1) / widest,
+        )
+        for one, value in zip(strata, ratios, strict=True)
     ]
 
 
@@ -260,10 +362,9 @@ def _time(ns: float | None) -> str:
     return "–" if ns is None else duration(ns) if ns else "0"
 
 
-# What runs were made with, beside each other: versions, GPUs, commands, load figures.
+# What the runs were made with: versions, GPUs, commands, loads.
 
-
-NOT_TOLD = "not recorded"
+NOT_RECORDED = "not recorded"
 # Options whose value changes with every run and says nothing about the load or the server.
 _PLACES = ("--port", "--host", "--base-url", "--output-file", "--nccl-port", "--dist-init-addr")
 _LATENCIES = (("ttft", "TTFT"), ("tpot", "TPOT"))
@@ -275,33 +376,35 @@ _RATES = (
 )
 
 
-def environment(runs: Sequence[Results]) -> list[dict[str, Any]]:
-    """One row a fact: `name`, its `values` in each run, and whether any `differs`.
+def environment(runs: Sequence[Results]) -> list[EnvironmentRow]:
+    """The facts that at least one run recorded, beside each other.
 
-    Only what some run tells. GPUs are those of the windows, where clocks were read.
+    GPUs are those whose clocks were read during windows.
     """
     rows: dict[str, list[str]] = {}
     for name in ("started", "host"):
-        rows[name] = [getattr(run.run, name) or NOT_TOLD for run in runs]
+        rows[name] = [getattr(run.run, name) or NOT_RECORDED for run in runs]
     versions = [run.run.versions for run in runs]
     for name in dict.fromkeys(name for one in versions for name, value in one.items() if value):
-        rows[f"{name} version"] = [one.get(name) or NOT_TOLD for one in versions]
+        rows[f"{name} version"] = [one.get(name) or NOT_RECORDED for one in versions]
     rows["GPUs"] = [_gpus(run) for run in runs]
     servers = [{server.key: server for server in run.servers} for run in runs]
     for key in dict.fromkeys(key for one in servers for key in one):
         lives = [one.get(key) for one in servers]
         rows[f"server {key}"] = [_server(life) for life in lives]
-        rows[f"server {key}, model"] = [(life.model if life else "") or NOT_TOLD for life in lives]
+        rows[f"server {key}, model"] = [
+            (life.model if life else "") or NOT_RECORDED for life in lives
+        ]
         rows[f"server {key}, command"] = [
-            " ".join(stable(life.command if life else ())) or NOT_TOLD for life in lives
+            " ".join(stable(life.command if life else ())) or NOT_RECORDED for life in lives
         ]
     expected_to_differ = ("started",)
     return [
-        {
-            "name": name.replace("_", "-"),
-            "values": values,
-            "differs": name not in expected_to_differ and len(set(values)) > 1,
-        }
+        EnvironmentRow(
+            name=name.replace("_", "-"),
+            values=values,
+            differs=name not in expected_to_differ and len(set(values)) > 1,
+        )
         for name, values in rows.items()
     ]
 
@@ -333,31 +436,31 @@ def load_options(old: RecordedLoad | None, new: RecordedLoad | None) -> list[str
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    found = [f"The loads differ: {'; '.join(changed)}."] if changed else []
+    sentences = [f"The loads differ: {'; '.join(changed)}."] if changed else []
     for which, load in (("baseline's", old), ("run's", new)):
         if load.completed < load.requested:
-            found.append(
+            sentences.append(
                 f"Of the {which} load {load.completed} of {load.requested} requests ended."
             )
-    return found
+    return sentences
 
 
 def _options(command: Sequence[str]) -> dict[str, str]:
     """By option its values; "set" where it has none. What stands before the options is left out."""
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     values: list[str] = []
     for word in stable(command):
         if word.startswith("--"):
             name, given, value = word.partition("=")
-            values = found.setdefault(name, [])
+            values = options.setdefault(name, [])
             if given:
                 values.append(value)
         else:
             values.append(word)
-    return {name: " ".join(listed) or "set" for name, listed in found.items()}
+    return {name: " ".join(listed) or "set" for name, listed in options.items()}
 
 
-def load_figures(old: RecordedLoad | None, new: RecordedLoad | None) -> list[dict[str, Any]]:
+def load_figures(old: RecordedLoad | None, new: RecordedLoad | None) -> list[LoadFigure]:
     """TTFT, TPOT and throughput before and now; rows that neither run has are left out."""
     rows = []
     for key, title in _LATENCIES:
@@ -370,18 +473,18 @@ def load_figures(old: RecordedLoad | None, new: RecordedLoad | None) -> list[dic
     return [row for row in rows if row is not None]
 
 
-def _figure(name: str, values: Sequence[float | None], *, better: str) -> dict[str, Any] | None:
+def _figure(name: str, values: Sequence[float | None], *, better: str) -> LoadFigure | None:
     before, now = values
     if before is None and now is None:
         return None
     quotient = now / before if before and now is not None else None
-    return {
-        "name": name,
-        "before": "–" if before is None else f"{before:,.2f}",
-        "now": "–" if now is None else f"{now:,.2f}",
-        "ratio": ratio(quotient, 3),
-        "better": better,
-    }
+    return LoadFigure(
+        name=name,
+        before="–" if before is None else f"{before:,.2f}",
+        now="–" if now is None else f"{now:,.2f}",
+        ratio=ratio(quotient, 3),
+        better=better,
+    )
 
 
 def _server(server: RecordedServer | None) -> str:
@@ -402,4 +505,4 @@ def _gpus(run: Results) -> str:
         for window in run.windows
         for gpu in window.gpus
     }
-    return ", ".join(described[uuid] for uuid in sorted(described)) or NOT_TOLD
+    return ", ".join(described[uuid] for uuid in sorted(described)) or NOT_RECORDED

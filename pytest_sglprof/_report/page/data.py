@@ -9,9 +9,8 @@ from typing import Any
 
 import msgspec
 
-from pytest_sglprof._report.model import LoadSeries, RecordedWindow, unix_ns
-from pytest_sglprof._report.page.figures import ShownKernel
-from pytest_sglprof._report.series import KernelSpread, Lane, Lanes, Picture, StepSeries
+from pytest_sglprof._report.model import RecordedWindow, unix_ns
+from pytest_sglprof._report.series import KernelSpread, Lane, Picture, StepSeries
 from pytest_sglprof._trace.categories import CATEGORIES
 
 COLOURS = {row.name: row.colour for row in CATEGORIES}
@@ -76,51 +75,48 @@ class DrawnOnset(msgspec.Struct, frozen=True):
     sentence: str
 
 
-class Drawn(msgspec.Struct, frozen=True):
-    """Steps, kernels, lanes and load of a window. more: rows that are made when asked for."""
-
-    id: str
-    series: tuple[StepSeries, ...]
-    kernels: tuple[DrawnKernels, ...]
-    lanes: DrawnLanes | None
-    onset: DrawnOnset | None
-    load: tuple[LoadSeries, ...]
-    more: list[list[ShownKernel]]
-
-
 def embedded(value: Any) -> str:
     """JSON, packed by gzip, as base64: no letter of a name can end the element that holds it."""
     packed = gzip.compress(msgspec.json.encode(value), 9, mtime=0)
     return base64.b64encode(packed).decode("ascii")
 
 
-def unpacked(text: str) -> Any:
-    """The value that `embedded` packed."""
-    return msgspec.json.decode(gzip.decompress(base64.b64decode(text)))
-
-
-def drawn(window: RecordedWindow, more: Sequence[Sequence[ShownKernel]] = ()) -> Drawn:
-    """What scripts draw of a window, times cut after four significant digits.
-
-    Starts in lanes stand as gaps, ns from the end of the activity before, exactly.
-    """
-    return Drawn(
-        id=window.id,
-        series=tuple(
-            msgspec.structs.replace(
-                series, compute_ns=_short(series.compute_ns), wait_ns=_short(series.wait_ns)
-            )
-            for series in window.step_times
-        ),
-        kernels=tuple(
-            DrawnKernels(group.ranks, group.numbers, tuple(map(_kernel, group.rows)))
-            for group in window.kernels
-        ),
-        lanes=None if window.lanes is None else _lanes(window.lanes),
-        onset=_onset(window),
-        load=window.load_samples,
-        more=[list(rows) for rows in more],
+def step_times(window: RecordedWindow) -> tuple[StepSeries, ...]:
+    """The steps of each work group, their times cut after four significant digits."""
+    return tuple(
+        msgspec.structs.replace(
+            series, compute_ns=_short(series.compute_ns), wait_ns=_short(series.wait_ns)
+        )
+        for series in window.step_times
     )
+
+
+def kernels(window: RecordedWindow) -> tuple[DrawnKernels, ...]:
+    """The kernels of each work group, their times cut after four significant digits."""
+    return tuple(
+        DrawnKernels(group.ranks, group.numbers, tuple(map(_kernel, group.rows)))
+        for group in window.kernels
+    )
+
+
+def lanes(window: RecordedWindow) -> DrawnLanes | None:
+    """The lanes of the steps that are shown. Starts stand as gaps: see `DrawnLane`."""
+    if window.lanes is None:
+        return None
+    return DrawnLanes(
+        window.lanes.names,
+        window.lanes.categories,
+        COLOURS,
+        window.lanes.left_out,
+        tuple(map(_picture, window.lanes.steps)),
+    )
+
+
+def onset(window: RecordedWindow) -> DrawnOnset | None:
+    """The moment at which load between ranks began to differ."""
+    if window.onset is None:
+        return None
+    return DrawnOnset(unix_ns(window.onset.time) / 1e6, window.onset.sentence)
 
 
 def _kernel(row: KernelSpread) -> DrawnKernel:
@@ -138,11 +134,6 @@ def _short(value: Any) -> Any:
         return value
     size = 10 ** (len(str(abs(value))) - DIGITS)
     return value - value % size
-
-
-def _lanes(lanes: Lanes) -> DrawnLanes:
-    pictures = tuple(map(_picture, lanes.steps))
-    return DrawnLanes(lanes.names, lanes.categories, COLOURS, lanes.left_out, pictures)
 
 
 def _picture(picture: Picture) -> DrawnPicture:
@@ -166,8 +157,3 @@ def _lane(lane: Lane) -> DrawnLane:
 def _gaps(starts: Sequence[int], durations: Sequence[int]) -> list[int]:
     ends = [0, *(start + dur for start, dur in zip(starts, durations, strict=True))]
     return [start - end for start, end in zip(starts, ends, strict=False)]
-
-
-def _onset(window: RecordedWindow) -> DrawnOnset | None:
-    onset = window.onset
-    return None if onset is None else DrawnOnset(unix_ns(onset.time) / 1e6, onset.sentence)

@@ -1,4 +1,4 @@
-"""What the page's tables show of one window, computed once, so that the template only places it."""
+"""The figures of a window's tables, computed here so that templates only place them."""
 
 from __future__ import annotations
 
@@ -200,12 +200,12 @@ def _waits(window: RecordedWindow, group: str, ranks: Sequence[str]) -> dict[str
 
 
 def _arrival_waits(window: RecordedWindow, ranks: Sequence[str]) -> dict[str, int]:
-    """Waits as the straggler's own analysis tells them, its clocks being brought together."""
+    """Waits from the straggler analysis, which aligned the clocks of the ranks."""
     waits = {
         figure.rank: figure.wait_ns
         for group in window.stragglers
         for figure in group.ranks
-        # Without a matched collective nothing was measured: its zeros are no waits.
+        # Without a matched collective nothing was measured, and zeros are not waits.
         if group.collectives != 0
     }
     return {rank: waits[rank] for rank in ranks} if set(ranks) <= set(waits) else {}
@@ -222,7 +222,7 @@ def _series_waits(window: RecordedWindow, group: str) -> dict[str, int]:
 
 
 def straggler(window: RecordedWindow, group: str) -> str | None:
-    """The straggler among the ranks of a work group, by arrivals; None where nobody is."""
+    """The straggler among the ranks of a work group, by arrivals; None where there is none."""
     members = {rank for one in window.steps.groups if one.group == group for rank in one.ranks}
     named = [finding.straggler for finding in window.stragglers]
     return next((rank for rank in named if rank in members), None)
@@ -240,7 +240,7 @@ def _judged_slow(window: RecordedWindow, group: str) -> str | None:
 
 def _span(compute: ImbalanceFinding) -> str:
     if compute.compared_steps is None:
-        return "in the whole window, whose source tells no steps"
+        return "in the whole window, whose source has no step markers"
     if not compute.compared_steps:
         return "in the whole window, since no step could be compared"
     return f"in {count(compute.compared_steps, 'compared step')}"
@@ -275,17 +275,17 @@ def kernel_rows(group: KernelGroup) -> list[ShownKernel]:
 
 
 def _kernel_row(row: KernelSpread, ranks: Sequence[str], lost: int) -> ShownKernel:
-    """Of communication nobody is called slowest: who takes long there waits for the others."""
+    """Communication has no slowest rank: one that takes long there waits for the others."""
     outside = row.category in NOT_COMPUTE
     totals = row.total_ns
     top = max(range(len(totals)), key=totals.__getitem__)
     others = [ns for at, ns in enumerate(totals) if at != top]
     typical = median(others) if others else 0
-    # Kernels that cost nothing are not shaded, however unequal they are.
-    telling = not outside and lost > 0 and row.lost_ns >= MIN_SHADED * lost
+    # Kernels that cost next to nothing are not shaded, however unequal they are.
+    shaded = not outside and lost > 0 and row.lost_ns >= MIN_SHADED * lost
     slowest = None if outside or totals.count(totals[top]) > 1 else ranks[top]
     slowdown = None if outside or not typical else totals[top] / typical
-    level = shade(slowdown) if telling else 0
+    level = shade(slowdown) if shaded else 0
     return ShownKernel(
         name=shortened(row.name),
         full=row.name,

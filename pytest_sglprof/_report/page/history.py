@@ -16,12 +16,16 @@ Values = list[float | None]
 
 @dataclass(frozen=True)
 class PlacedWindow:
-    """A window on a page. run: its document. load: the one that ran meanwhile."""
+    """A window on a page. run: its document. load: the one that ran meanwhile.
+
+    base: folder of its artifacts relative to the page, "" for the same folder.
+    """
 
     doc: RecordedWindow
     run: Results
     anchor: str
     load: RecordedLoad | None
+    base: str
 
 
 @dataclass(frozen=True)

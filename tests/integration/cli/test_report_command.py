@@ -11,19 +11,15 @@ import pytest
 
 from pytest_sglprof import read_window
 from pytest_sglprof._cli.main import main
-from pytest_sglprof._report.page.data import unpacked
 from pytest_sglprof._report.results import write_results
 from pytest_sglprof._trace.table import KernelTable
+from tests.support.drawn import drawn_of
 from tests.support.windows import as_run, run, window
 
 
 def data(page: Path, number: int = 1) -> dict[str, Any]:
     """What the scripts of a page draw of its window."""
-    text = page.read_text()
-    found = re.search(rf'id="window-{number}-data">(.*?)</script>', text, re.S)
-    assert found is not None
-    drawn: dict[str, Any] = unpacked(found[1])
-    return drawn
+    return drawn_of(page.read_text(), number)
 
 
 @pytest.fixture

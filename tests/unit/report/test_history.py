@@ -41,7 +41,7 @@ def drawn(nights: list[dict[str, Any]]) -> dict[str, Any]:
 
     runs = [*map(as_run, nights)]
     windows = [
-        PlacedWindow(doc=w, run=document, anchor=f"a{at}", load=document.loads[0])
+        PlacedWindow(doc=w, run=document, anchor=f"a{at}", load=document.loads[0], base="")
         for at, document in enumerate(runs)
         for w in document.windows
     ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_sglprof._report.page.data import drawn, embedded, unpacked
 from pytest_sglprof._report.page.figures import heat_maps, kernel_rows, numbers, shade
 from pytest_sglprof._report.page.page import page
+from tests.support.drawn import drawn_of
 from tests.support.kernel_tables import build, slow
 from tests.support.windows import BALANCED, SHORT, SLOW, as_run, as_window, run, window
 
@@ -85,7 +85,7 @@ def test_the_numbers_that_decided() -> None:
 def test_scripts_get_the_three_digits_of_the_exact_value() -> None:
     document = window(SLOW)
     document["step_times"][0]["compute_ns"][0] = [1_234_567, 400_460]
-    data = unpacked(embedded(drawn(as_window(document))))
+    data = drawn_of(page([as_run(run([document]))]))
     assert data["series"][0]["compute_ns"][0] == [1_234_000, 400_400]
     first = document["lanes"]["steps"][0]["lanes"][0]
     lane = data["lanes"]["steps"][0]["lanes"][0]

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 import pytest_sglprof
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import SettingsError, SglprofError
-from pytest_sglprof._report.model import RecordedSpec, Results, plain, storable, utc
+from pytest_sglprof._report.model import RecordedSpec, Results, json_value, storable, utc
 from pytest_sglprof._report.results import attempt_document, load_results, validate, write_results
 from tests.support.kernel_tables import KERNELS, build
 from tests.support.windows import BALANCED, SHORT, SLOW, as_run, run, window
@@ -298,11 +298,11 @@ def test_what_is_no_results_document_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_plain_data_only() -> None:
     value = {1: (np.int64(2), np.float64("nan"), True), "s": {"b", "a"}, "p": Path("a/b")}
-    assert plain(value) == {"1": [2, None, True], "s": ["a", "b"], "p": "a/b"}
-    assert type(plain(np.bool_(True))) is bool
+    assert json_value(value) == {"1": [2, None, True], "s": ["a", "b"], "p": "a/b"}
+    assert type(json_value(np.bool_(True))) is bool
     for strange in (object(), PurePosixPath, b"x"):
         with pytest.raises(TypeError, match="no place in a results document"):
-            plain(strange)
+            json_value(strange)
 
 
 def test_times_are_utc() -> None:

@@ -76,10 +76,10 @@ def test_several_groups_stand_in_one_table_and_many_ranks_are_cut() -> None:
 
 
 def test_other_sources_attempts_and_repeats_are_named() -> None:
-    document = window(BALANCED, attempt=2, retry_of="w0")
+    document = window(BALANCED, attempt=2)
     document["source"] = "cpu_op"
     head = rank_table(as_window(document))[0]
-    assert head == 'window "steady" (torch, 50 steps, CPU operators, attempt 2, repeated): pass'
+    assert head == 'window "steady" (torch, 50 steps, CPU operators, attempt 2): pass'
     document["source"] = "nvtx"
     assert "NVTX ranges" in rank_table(as_window(document))[0]
 

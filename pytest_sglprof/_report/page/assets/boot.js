@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const drawn = new WeakSet();
-  const holder = (place) => place.closest(".window, #history"); // whose data it draws
+  const holder = (place) => place.closest(".window, main > section"); // whose data it draws
 
   function drawNow(place, data) {
     if (drawn.has(place)) return;
@@ -88,7 +88,7 @@
   });
   sglprof.draw = draw;
   sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {
-    for (const window of document.querySelectorAll(".window, #history")) await sglprof.load(window);
+    for (const data of document.querySelectorAll('script[type="application/gzip"]')) await sglprof.load(document.getElementById(data.id.replace(/-data$/, "")));
     done(true);
   }, { timeout: 2000 })));
   document.documentElement.dataset.ready = "true";

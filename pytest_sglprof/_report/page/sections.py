@@ -1,0 +1,280 @@
+"""The sections of a page: each is one row that names its data, its template and its scripts.
+
+A row of `SECTIONS` stands once in the page, a row of `WINDOW_SECTIONS` in every window; both in
+the order in which they are shown. A new section is a row here, a file in `templates/` and, where
+it draws, a file in `assets/` that sets `sglprof.parts[NAME]` for its `data-part="NAME"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+from pytest_sglprof._metrics import WORST_FIRST
+from pytest_sglprof._report.model import RecordedTest, Results
+from pytest_sglprof._report.page import data
+from pytest_sglprof._report.page.baseline import Against, Pair, against_baseline
+from pytest_sglprof._report.page.figures import (
+    HeatTable,
+    ShownKernel,
+    heat_maps,
+    kernel_rows,
+    numbers,
+)
+from pytest_sglprof._report.page.history import History, PlacedWindow, history
+from pytest_sglprof._report.series import KernelGroup
+
+FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True)
+class Section(Generic[Subject]):
+    """One section of a page or of a window.
+
+    name: of the section; where one of `SECTIONS` has `drawn`, also the id of its element.
+    template: file in `templates/`, which finds the content as `section.content`. content: what
+    the template places; a section whose content is None is not shown. scripts: files in
+    `assets/`. drawn: what its script gets, made of the subject and the content; for a window
+    by keys, which no other section of windows has.
+    """
+
+    name: str
+    template: str
+    content: Callable[[Subject], Any]
+    scripts: tuple[str, ...] = ()
+    drawn: Callable[[Subject, Any], Any] | None = None
+
+    def shown(self, subject: Subject) -> ShownSection | None:
+        """The section of this subject; None where it has nothing to show."""
+        content = self.content(subject)
+        if content is None:
+            return None
+        drawn = None if self.drawn is None else self.drawn(subject, content)
+        return ShownSection(self.name, self.template, content, drawn)
+
+
+@dataclass(frozen=True)
+class ShownSection:
+    """A section with its content. drawn: for its script, None where it needs no data."""
+
+    name: str
+    template: str
+    content: Any
+    drawn: Any
+
+
+@dataclass(frozen=True)
+class PageWindow(PlacedWindow):
+    """A window with its sections. data: what scripts draw of it, packed."""
+
+    title: str
+    opened: bool
+    sections: tuple[ShownSection, ...]
+    data: str
+
+
+@dataclass(frozen=True)
+class PageRuns:
+    """What a page is about. baseline: the run that the others are compared with, if any."""
+
+    runs: Sequence[Results]
+    windows: Sequence[PageWindow]
+    baseline: Results | None
+
+
+def all_shown(rows: Sequence[Section[Subject]], subject: Subject) -> tuple[ShownSection, ...]:
+    """Those of the sections that have something to show."""
+    sections = (row.shown(subject) for row in rows)
+    return tuple(section for section in sections if section is not None)
+
+
+def window_data(window: PlacedWindow, sections: Sequence[ShownSection]) -> dict[str, Any]:
+    """What scripts draw of a window: its id and onset, and the data of its sections."""
+    merged: dict[str, Any] = {"id": window.doc.id, "onset": data.onset(window.doc)}
+    for section in sections:
+        drawn: Mapping[str, Any] = section.drawn or {}
+        if same := merged.keys() & drawn.keys():
+            raise ValueError(f"section {section.name} sets {sorted(same)}, which is already set")
+        merged |= drawn
+    return merged
+
+
+# Sections of a window.
+
+
+@dataclass(frozen=True)
+class PageKernels:
+    """The kernels of one work group. first: rows in the page. rest: rows that a script adds."""
+
+    group: KernelGroup
+    first: list[ShownKernel]
+    rest: list[ShownKernel]
+
+
+@dataclass(frozen=True)
+class PageArtifact:
+    """A link to a file of a window."""
+
+    name: str
+    href: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What else is known of a window. gpus: as rows of a table."""
+
+    artifacts: list[PageArtifact]
+    gpus: list[dict[str, object]]
+
+
+def _heat_maps(window: PlacedWindow) -> list[HeatTable] | None:
+    return heat_maps(window.doc) or None
+
+
+def _has_steps(window: PlacedWindow) -> bool | None:
+    """Whether times can be laid out by step; None where no ranks were compared either."""
+    if window.doc.step_times:
+        return True
+    return False if window.doc.of_scope("compute") else None
+
+
+def _kernels(window: PlacedWindow) -> list[PageKernels] | None:
+    groups = [(group, kernel_rows(group)) for group in window.doc.kernels]
+    return [
+        PageKernels(group, rows[:FIRST_KERNELS], rows[FIRST_KERNELS:]) for group, rows in groups
+    ] or None
+
+
+def _has_lanes(window: PlacedWindow) -> bool | None:
+    lanes = window.doc.lanes
+    return True if lanes is not None and any(step.lanes for step in lanes.steps) else None
+
+
+def _facts(window: PlacedWindow) -> Facts:
+    return Facts(
+        artifacts=[
+            PageArtifact(
+                file.rank or file.kind,
+                quote(f"{window.base}/{file.path}" if window.base else file.path),
+            )
+            for file in window.doc.artifacts
+        ],
+        gpus=[asdict(gpu) for gpu in window.doc.gpus],
+    )
+
+
+WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
+    Section("straggler", "straggler.html.j2", lambda window: window.doc.stragglers or None),
+    Section("who", "who.html.j2", _heat_maps),
+    Section(
+        "when",
+        "when.html.j2",
+        _has_steps,
+        scripts=("when.js",),
+        drawn=lambda window, _: {"series": data.step_times(window.doc)},
+    ),
+    Section(
+        "which",
+        "which.html.j2",
+        _kernels,
+        scripts=("which.js",),
+        drawn=lambda window, kernels: {
+            "kernels": data.kernels(window.doc),
+            "more": [group.rest for group in kernels],
+        },
+    ),
+    Section(
+        "load",
+        "load.html.j2",
+        lambda window: window.doc.load_samples or None,
+        scripts=("load.js",),
+        drawn=lambda window, _: {"load": window.doc.load_samples},
+    ),
+    Section(
+        "lanes",
+        "lanes.html.j2",
+        _has_lanes,
+        scripts=("lanes.js",),
+        drawn=lambda window, _: {"lanes": data.lanes(window.doc)},
+    ),
+    Section("facts", "facts.html.j2", _facts),
+)
+
+
+# Sections of the page.
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """A window in the table of verdicts. numbers: the figures that decided."""
+
+    window: PageWindow
+    numbers: list[str]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """rows: the worst window first. without_window: tests that opened none."""
+
+    rows: list[VerdictRow]
+    without_window: list[RecordedTest]
+
+
+@dataclass(frozen=True)
+class AnchoredPair:
+    """A pair, and the anchor of its window in this page."""
+
+    pair: Pair
+    anchor: str
+
+
+@dataclass(frozen=True)
+class BaselineSection:
+    """pairs: those of `against`, with anchors."""
+
+    against: Against
+    pairs: list[AnchoredPair]
+
+
+def _verdicts(page: PageRuns) -> Verdicts:
+    worst_first = sorted(page.windows, key=lambda w: WORST_FIRST.index(w.doc.verdict))
+    return Verdicts(
+        rows=[
+            VerdictRow(window, numbers(window.doc.deciding) if window.doc.deciding else [])
+            for window in worst_first
+        ],
+        without_window=[test for run in page.runs for test in run.tests if test.verdict is None],
+    )
+
+
+def _baseline(page: PageRuns) -> BaselineSection | None:
+    if page.baseline is None:
+        return None
+    anchors = {id(window.doc): window.anchor for window in page.windows}
+    against = against_baseline(page.baseline, page.runs)
+    return BaselineSection(
+        against, [AnchoredPair(pair, anchors[id(pair.window)]) for pair in against.pairs]
+    )
+
+
+def _history(page: PageRuns) -> list[History] | None:
+    return (history(page.runs, page.windows) or None) if len(page.runs) > 1 else None
+
+
+SECTIONS: tuple[Section[PageRuns], ...] = (
+    Section("verdicts", "verdicts.html.j2", _verdicts),
+    Section("baseline", "baseline.html.j2", _baseline),
+    Section(
+        "history",
+        "history.html.j2",
+        _history,
+        scripts=("history.js",),
+        drawn=lambda _, histories: [one.drawn for one in histories],
+    ),
+    Section("windows", "windows.html.j2", lambda page: page.windows),
+    Section("about", "about.html.j2", lambda page: page.runs),
+)
