@@ -15,6 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from _pytest.fixtures import FixtureFunctionDefinition
+
 import pytest_sglprof
 from pytest_sglprof._cli import main as command_line
 from pytest_sglprof._config.model import WindowSpec
@@ -22,7 +24,7 @@ from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._errors import ExitStatus
 from pytest_sglprof._metrics import METRICS
 from pytest_sglprof._plugin import hooks, hookspec
-from pytest_sglprof._plugin.markers import FIXTURES, MARKER_HELP
+from pytest_sglprof._plugin.markers import MARKER_HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "tests/data/api.txt"
@@ -87,9 +89,9 @@ def _is_long(default: Any) -> bool:
 
 
 def _fixtures() -> Iterator[str]:
-    for name in FIXTURES:
-        assert hasattr(hooks, name), name
-        yield name
+    for name, value in vars(hooks).items():
+        if isinstance(value, FixtureFunctionDefinition):
+            yield name
 
 
 def _markers() -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from string import Formatter
 
@@ -103,7 +104,7 @@ def test_a_new_row_is_accepted_by_thresholds_markers_and_configuration(
 
 def test_a_new_row_is_an_option_of_the_command_line(evenness: Metric) -> None:
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
+    command.add_parser(partial(parser.add_subparsers().add_parser, "check"))
     assert parser.parse_args(["check", "x", "--metric", "evenness"]).metric == "evenness"
 
 
