@@ -109,7 +109,7 @@ def window_document(
 
 @dataclass(frozen=True)
 class Repeat:
-    """Where a window stands among those that it was opened with.
+    """The place of a window among those that it was opened with.
 
     of: id of the first of them. index: 1 for the first. typical: id of the one in the middle.
     """

@@ -236,7 +236,7 @@ def validate(document: Any) -> Results:
 def _place(value: Any, kind: Any) -> str:
     """`.windows[0].table[3].total_ns`: the first place that is not of its type.
 
-    msgspec tells the names on the way there, but of a list no index.
+    msgspec's own message has the names on the way there, but not the index in a list.
     """
     if get_origin(kind) in (Union, UnionType):  # of something and None
         kind = get_args(kind)[0]

@@ -115,7 +115,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """A window that stands in one run only. where: in which."""
+    """A window of one run only. where: which run has it."""
 
     window: RecordedWindow
     where: str
@@ -446,7 +446,7 @@ def load_options(old: RecordedLoad | None, new: RecordedLoad | None) -> list[str
 
 
 def _options(command: Sequence[str]) -> dict[str, str]:
-    """By option its values; "set" where it has none. What stands before the options is left out."""
+    """Option -> its values, or "set"; words before the first option are dropped."""
     options: dict[str, list[str]] = {}
     values: list[str] = []
     for word in stable(command):

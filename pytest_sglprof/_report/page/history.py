@@ -76,7 +76,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class RunLabel:
-    """What a chart tells of a run."""
+    """A run as the charts label it."""
 
     run: str
     opened: str
@@ -103,7 +103,7 @@ class History:
 
 
 def history(documents: Sequence[Results], windows: Sequence[PlacedWindow]) -> list[History]:
-    """Every test and window name that stands in more than one run."""
+    """One history for each test and window name that occurs in more than one run."""
     on_page = {id(window.doc): window for window in windows}
     by_key: dict[tuple[str, str, int], list[PlacedWindow]] = {}
     for document in documents:

@@ -54,7 +54,7 @@ def _figure(metric: Metric, value: float | None) -> str:
 
 
 def _moment(text: str | None) -> str:
-    """`2026-11-24 14:35:51 UTC` of what stands in results; other texts as they are."""
+    """`2026-11-24 14:35:51 UTC` from the form of results; any other text unchanged."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
     return f"{match[1]} {match[2]} UTC" if match else text or ""
 

@@ -1,8 +1,8 @@
 """The sections of a page: each is one row that names its data, its template and its scripts.
 
-A row of `SECTIONS` stands once in the page, a row of `WINDOW_SECTIONS` in every window; both in
-the order in which they are shown. A new section is a row here, a file in `templates/` and, where
-it draws, a file in `assets/` that sets `sglprof.parts[NAME]` for its `data-part="NAME"`.
+`SECTIONS` are shown once in the page, `WINDOW_SECTIONS` in every window, in the order of the
+rows. A new section is a row here, a file in `templates/` and, where it draws, a file in `assets/`
+that sets `sglprof.parts[NAME]` for its `data-part="NAME"`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ sglprof.parts.history = (place, _window, data) => {
   const room = sglprof.room(place);
   const width = Math.floor(room / (room >= 900 ? 3 : room >= 620 ? 2 : 1)) - 12;
   const key = `history-${place.dataset.index}`;
-  const mine = [];
+  const plots = [];
   let at = 0;
 
   const figure = (value) => (value == null ? "?" : value >= 100 ? Math.round(value).toLocaleString("en") : value.toPrecision(4));
@@ -66,16 +66,16 @@ sglprof.parts.history = (place, _window, data) => {
     };
     const u = new uPlot(options, [x, ...chart.series.map((one) => one.values)], cell);
     u.whole = width;
-    mine.push(u);
+    plots.push(u);
     charts.add(u);
   }
-  mine.forEach((u) => uPlot.sync(key).sub(u));
+  plots.forEach((u) => uPlot.sync(key).sub(u));
   box.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     tell(Math.min(runs.length - 1, Math.max(0, at + (event.key === "ArrowRight" ? 1 : -1))));
-    const left = mine[0].valToPos(x[at], "x");
-    mine[0].setCursor({ left, top: 10 });
+    const left = plots[0].valToPos(x[at], "x");
+    plots[0].setCursor({ left, top: 10 });
     event.preventDefault();
   });
-  box.sglprofChart = mine[0];
+  box.sglprofChart = plots[0];
 };

@@ -15,15 +15,15 @@
   }
 
   function collectives(picture) {
-    const found = new Map();
+    const byMatch = new Map();
     picture.lanes.forEach((lane, at) => lane.match.forEach((match, event) => {
       if (match < 0) return;
-      if (!found.has(match)) found.set(match, { latest: -Infinity, ends: [] });
-      const one = found.get(match);
+      if (!byMatch.has(match)) byMatch.set(match, { latest: -Infinity, ends: [] });
+      const one = byMatch.get(match);
       one.latest = Math.max(one.latest, lane.start_ns[event]);
       one.ends.push([at, lane.start_ns[event]]);
     }));
-    return found;
+    return byMatch;
   }
 
   /* The first event of a lane that ends at or after `from`; starts ascend. */

@@ -42,7 +42,7 @@ sglprof.parts.which = (section, window) => {
     place.append(element("p", { class: "full", text: row.name.slice(0, 2000) }));
     place.append(element("h4", { text: "Durations of its calls: from the shortest to the longest, half of them in the box, line at the median" }));
     place.append(boxes(group.ranks, row.quantiles));
-    const told = (values, what) => (column, at) => {
+    const readout = (values, what) => (column, at) => {
       const ns = values[column][at];
       const present = values[column].filter((value) => value >= 0);
       const mean = present.reduce((a, b) => a + b, 0) / Math.max(1, present.length);
@@ -53,10 +53,10 @@ sglprof.parts.which = (section, window) => {
       return;
     }
     place.append(element("h4", { text: "Step by step: kernel time relative to the mean of the ranks" }));
-    sglprof.strip(place, { rows: group.ranks, values: row.by_step, label: (column) => String(group.numbers[column]), title: "Point at a step", tell: told(row.by_step, (column) => `step ${group.numbers[column]}`) });
+    sglprof.strip(place, { rows: group.ranks, values: row.by_step, label: (column) => String(group.numbers[column]), title: "Point at a step", tell: readout(row.by_step, (column) => `step ${group.numbers[column]}`) });
     if (row.by_call.length > 1) {
       place.append(element("h4", { text: "Call by call: the k-th call in a step (layer by layer, for most kernels), mean over the steps" }));
-      sglprof.strip(place, { rows: group.ranks, values: row.by_call, label: (column) => String(column + 1), title: "Point at a call", tell: told(row.by_call, (column) => `call ${column + 1}`) });
+      sglprof.strip(place, { rows: group.ranks, values: row.by_call, label: (column) => String(column + 1), title: "Point at a call", tell: readout(row.by_call, (column) => `call ${column + 1}`) });
     }
   }
 
