@@ -107,15 +107,15 @@ def merge_files(
             label = source.label or NO_RANK
             rewriter = EventRewriter(numbers, label, source.base_ns - base)
             notes += _copy(source.path, rewriter, writer, allow_partial, tell)
-            owners += [(source.path, found) for found in rewriter.seen.events]
+            owners += [(source.path, rank) for rank in rewriter.seen.events]
             refuse_twice(owners)
             names = _names(rewriter, numbers, streams or {})
             writer.add(msgspec.json.encode(names)[1:-1])
             events.update(rewriter.seen.events)
             notes += _said(source.path, rewriter.seen)
             lost += sum(rewriter.seen.lost.values())
-        told = {"ranks": {label: events[label] for label in numbers.labels}, "notes": notes}
-        writer.close({"sglprof": told})
+        summary = {"ranks": {label: events[label] for label in numbers.labels}, "notes": notes}
+        writer.close({"sglprof": summary})
     return Merged({label: events[label] for label in numbers.labels}, tuple(notes), lost)
 
 
@@ -173,18 +173,18 @@ def _names(
     rewriter: EventRewriter, numbers: RankNumbers, streams: Mapping[str, frozenset[int]]
 ) -> list[Event]:
     """Names and places of processes and GPU streams that the file itself does not name."""
-    found: list[Event] = []
+    events: list[Event] = []
     seen = rewriter.seen
     for (pid, tid), label in _threads(rewriter):
         if pid not in seen.named:
             seen.named.add(pid)
-            found += process_names(pid, f"{label} GPU", sort_index(numbers.number(label), 0))
+            events += process_names(pid, f"{label} GPU", sort_index(numbers.number(label), 0))
         if (pid, tid) not in seen.named_threads and tid in streams.get(label, ()):
-            found.append(thread_name(pid, tid, f"{label} stream {tid}"))
+            events.append(thread_name(pid, tid, f"{label} stream {tid}"))
     for label, pid, text in rewriter.ids.all:
         if text and pid not in seen.named:
-            found += process_names(pid, f"{label} {text}", sort_index(numbers.number(label), 2))
-    return found
+            events += process_names(pid, f"{label} {text}", sort_index(numbers.number(label), 2))
+    return events
 
 
 def _threads(rewriter: EventRewriter) -> list[tuple[tuple[int, int], str]]:
@@ -212,14 +212,14 @@ def thread_name(pid: int, tid: int, name: str) -> Event:
 
 
 def _said(path: Path, seen: Seen) -> list[str]:
-    found = []
+    notes = []
     if seen.mended:
-        found.append(f"{path.name}: {seen.mended} events were no valid JSON and were mended")
+        notes.append(f"{path.name}: {seen.mended} events were no valid JSON and were mended")
     for what, count in seen.lost.items():
-        found.append(f"{path.name}: {count} {what} cannot be carried over: no valid JSON")
+        notes.append(f"{path.name}: {count} {what} cannot be carried over: no valid JSON")
     if seen.timeless:
-        found.append(f"{path.name}: {seen.timeless} times are no numbers and were kept")
-    return found
+        notes.append(f"{path.name}: {seen.timeless} times are no numbers and were kept")
+    return notes
 
 
 def _truncated(path: Path) -> str:

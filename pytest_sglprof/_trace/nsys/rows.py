@@ -152,9 +152,9 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
         calls = np.flatnonzero((process == process_of(one)) & known)
         # A runtime call and the driver call inside it share their id: the first one counts.
         calls = calls[np.lexsort((start[calls], correlation[calls]))]
-        mine = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
-        at = first_of(correlation[calls], rows.correlation[mine])
-        launched[mine[at >= 0]] = start[calls[at[at >= 0]]]
+        rows_of_process = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
+        at = first_of(correlation[calls], rows.correlation[rows_of_process])
+        launched[rows_of_process[at >= 0]] = start[calls[at[at >= 0]]]
     return launched
 
 
@@ -235,10 +235,10 @@ def read_ranges(tables: ReportTables) -> Ranges:
     """All push/pop and start/end ranges of a report; marks and domains are no ranges."""
     columns = ("start", "end", "eventType", "globalTid", "textId")
     start, end, kind, thread, text_id = tables.integers("NVTX_EVENTS", columns)
-    own, names = tables.texts("NVTX_EVENTS", "text")
+    text_code, names = tables.texts("NVTX_EVENTS", "text")
     wanted = (kind == PUSH_POP) | (kind == START_END)
     done = wanted & usable(start, end)[0]
-    code = own if len(own) else np.full(len(start), -1, dtype=np.int64)
+    code = text_code if len(text_code) else np.full(len(start), -1, dtype=np.int64)
     lost = int(wanted.sum() - done.sum())
     registered = np.where(code < 0, text_id, MISSING)[done]
     ids, at = coded(registered)
@@ -261,10 +261,10 @@ def run_batches(ranges: Ranges) -> tuple[Step, ...]:
     """The steps of one rank: its outermost `scheduler.run_batch` ranges, in order of start."""
     if RUN_BATCH not in ranges.names:
         return ()
-    found = ranges.take(ranges.name == ranges.names.index(RUN_BATCH))
-    found = found.take(np.lexsort((-found.dur, found.start)))
+    batches = ranges.take(ranges.name == ranges.names.index(RUN_BATCH))
+    batches = batches.take(np.lexsort((-batches.dur, batches.start)))
     steps: list[Step] = []
-    for start, dur in zip(found.start.tolist(), found.dur.tolist(), strict=True):
+    for start, dur in zip(batches.start.tolist(), batches.dur.tolist(), strict=True):
         if not steps or start >= steps[-1].end_ns:
             steps.append(Step(len(steps), UNKNOWN_STAGE, start, start + dur))
     return tuple(steps)

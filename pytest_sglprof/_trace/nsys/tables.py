@@ -203,28 +203,28 @@ class Database:
         # Of temporary tables, in which a sum is then found within one page.
         connection.execute("PRAGMA page_size = 16384")
         self.connection = connection
-        found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        self.names = frozenset(str(name) for (name,) in found)
+        rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        self.names = frozenset(str(name) for (name,) in rows)
 
     def columns(self, table: str) -> frozenset[str]:
         """The columns of a table; none where there is no such table."""
         if table not in self.names:
             return frozenset()
-        found = self.connection.execute(f'PRAGMA table_info("{table}")')
-        return frozenset(str(row[1]) for row in found)
+        rows = self.connection.execute(f'PRAGMA table_info("{table}")')
+        return frozenset(str(row[1]) for row in rows)
 
     def strings(self, ids: Iterable[int]) -> dict[int, str]:
         """The texts of `StringIds` under these ids; unknown ids are left out."""
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         if not {"id", "value"} <= self.columns("StringIds"):
-            return found
+            return texts
         left = iter(ids)
         while some := list(islice(left, _IDS)):
             marks = ", ".join("?" * len(some))
             words = f'SELECT "id", "value" FROM "StringIds" WHERE "id" IN ({marks})'
             for number, value in self.connection.execute(words, some):
-                found[int(number)] = "" if value is None else str(value)
-        return found
+                texts[int(number)] = "" if value is None else str(value)
+        return texts
 
 
 def _text(raw: bytes) -> str:

@@ -141,19 +141,19 @@ class Collector:
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
-    def add_quick(self, found: Sequence[Event], kinds: Mapping[str, int], *, calls: bool) -> None:
+    def add_quick(self, events: Sequence[Event], kinds: Mapping[str, int], *, calls: bool) -> None:
         """Adds GPU events with float times. Raises NeedsText when those are too large.
 
         kinds: category -> kind of those that are taken. calls: the process group of one of
         them may be told.
         """
-        columns = _columns(found)
+        columns = _columns(events)
         longest = max(columns.dur) * 1000.0
         if max(columns.ts) >= FLOAT_LIMIT or longest >= LONGEST_NS or min(columns.ts) < 0.0:
             raise NeedsText
         categories = set(columns.category)
         if not kinds.keys() >= categories or min(columns.dur) < 0.0:
-            columns = _columns(self._fitting(found, kinds))
+            columns = _columns(self._fitting(events, kinds))
             categories = set(columns.category)
         if not columns.ts:
             return
@@ -167,13 +167,13 @@ class Collector:
             self._emit(self._quick)
             self._quick = _new_batch(exact=False)
 
-    def _fitting(self, found: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
-        mine = [event for event in found if event.cat in kinds]
-        for event in mine:
+    def _fitting(self, events: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
+        wanted = [event for event in events if event.cat in kinds]
+        for event in wanted:
             if event.dur < 0.0:
                 absent = event.dur == float("-inf")
                 self._count_unfit(event.cat, unfit(0, None if absent else -1), None)
-        return [event for event in mine if event.dur >= 0.0]
+        return [event for event in wanted if event.dur >= 0.0]
 
     def _extend_quick(self, columns: _Columns, kind: bytes) -> None:
         # Whole columns by fromlist or frombytes: this is the hottest path.
@@ -184,11 +184,11 @@ class Collector:
         batch.dur.fromlist(columns.dur)
         batch.name.fromlist([names[name] for name in columns.name])
         batch.kind.frombytes(kind)
-        batch.stream.fromlist([own.stream for own in args])
-        batch.correlation.fromlist([own.correlation for own in args])
-        nodes = [own.graph_node for own in args]
+        batch.stream.fromlist([entry.stream for entry in args])
+        batch.correlation.fromlist([entry.correlation for entry in args])
+        nodes = [entry.graph_node for entry in args]
         batch.graph.frombytes(bytes([node != 0 for node in nodes]) if any(nodes) else bytes(size))
-        batch.device.fromlist([own.device for own in args])
+        batch.device.fromlist([entry.device for entry in args])
         batch.owner.extend(array("h", [self._owners[""]]) * size)
 
     def _add_calls(self, columns: _Columns) -> None:

@@ -277,8 +277,8 @@ class Columns:
 
     def take(self, chosen: npt.NDArray[Any]) -> Columns:
         """The rows that a mask or indices select."""
-        own = vars(self)
-        taken = {key: own[key][chosen] for key in own if key not in ("call", "calls")}
+        columns = vars(self)
+        taken = {key: columns[key][chosen] for key in columns if key not in ("call", "calls")}
         call = None if self.call is None else self.call[chosen]
         return Columns(**taken, call=call, calls=self.calls)
 

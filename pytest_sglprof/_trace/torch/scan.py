@@ -260,23 +260,23 @@ class _Quick:
     def __init__(self, words: Sequence[bytes], collector: Collector) -> None:
         self._words = words
         self._collector = collector
-        mine = _Categories(words)  # others are left to other searches
-        self._kinds = {name: kind for name, kind in collector.kinds.items() if mine[name]}
+        wanted = _Categories(words)  # others are left to other searches
+        self._kinds = {name: kind for name, kind in collector.kinds.items() if wanted[name]}
         self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
         self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
 
     def take(self, chunk: EventChunk) -> None:
         """Adds the chunk's activities."""
-        found: list[Event] = []
+        activities: list[Event] = []
         calls = False
         for run in _runs(chunk, self._words):
-            told = QUICKEST.find(chunk.data, _GROUP, run.start, run.stop) >= 0
-            decoder, kind = (self._calls, CallEvent) if told else (self._plain, Event)
-            calls = calls or told
+            has_groups = QUICKEST.find(chunk.data, _GROUP, run.start, run.stop) >= 0
+            decoder, kind = (self._calls, CallEvent) if has_groups else (self._plain, Event)
+            calls = calls or has_groups
             events = decoder.all(run, self._add_mended)
-            found += [event for event in events if type(event) is kind]
-        if found:
-            self._collector.add_quick(found, self._kinds, calls=calls)
+            activities += [event for event in events if type(event) is kind]
+        if activities:
+            self._collector.add_quick(activities, self._kinds, calls=calls)
 
     def _add_mended(self, event: FullEvent) -> None:
         if event.cat in self._kinds:
@@ -347,8 +347,8 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
     def hits(self) -> list[int]:
         """Where the words stand."""
         data, first, last = self.chunk.data, self.first, self.last
-        found = [offsets(word, data, first, last + len(word)) for word in self.words]
-        return sorted(at for own in found for at in own if at <= last)
+        offsets_by_word = [offsets(word, data, first, last + len(word)) for word in self.words]
+        return sorted(at for places in offsets_by_word for at in places if at <= last)
 
     def parts(self) -> Iterator[_Run]:
         """Runs of only those events that lie close together; an event is in one of them."""
@@ -364,10 +364,10 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
 
 def _runs(chunk: EventChunk, words: Sequence[bytes]) -> Iterator[_Run]:
     """The events that hold words: in one run, unless most of what it holds is something else."""
-    found = survey(words, chunk.data, chunk.begin, chunk.end)
-    if found is None:
+    extent = survey(words, chunk.data, chunk.begin, chunk.end)
+    if extent is None:
         return
-    first, last, count = found
+    first, last, count = extent
     run = _run(chunk, words, first, last, _end(chunk, last))
     if last - first <= _NEAR * (count - 1):
         yield run
@@ -490,9 +490,9 @@ def read_footer(data: bytes, facts: FileFacts) -> int | None:
 def _take(document: bytes, facts: FileFacts) -> bool:
     try:
         document.decode()  # in keys that are not asked for, msgspec takes any bytes
-        found = _OUTSIDE.decode(document)
+        outside = _OUTSIDE.decode(document)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
-    facts.base = bytes(found.base).decode() or facts.base
-    facts.distributed = bytes(found.distributed).decode() or facts.distributed
+    facts.base = bytes(outside.base).decode() or facts.base
+    facts.distributed = bytes(outside.distributed).decode() or facts.distributed
     return True

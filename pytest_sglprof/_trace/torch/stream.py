@@ -230,13 +230,13 @@ QUICKEST = _quickest()
 
 def offsets(word: bytes, data: bytes, begin: int, end: int) -> list[int]:
     """The offsets of `word` in `data`, ascending; all of it lies between begin and end."""
-    found = []
+    hits = []
     find = QUICKEST.find
     at = find(data, word, begin, end)
     while at >= 0:
-        found.append(at)
+        hits.append(at)
         at = find(data, word, at + 1, end)
-    return found
+    return hits
 
 
 def survey(
