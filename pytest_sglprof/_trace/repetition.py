@@ -71,9 +71,7 @@ def with_repetition(
         return list(parts), [f"no steps by {how}: {doubt}"]
     steps_by_rank = iter(steps)
     whole = [_assigned(part, next(steps_by_rank)) if len(part.start) else part for part in parts]
-    return whole, [
-        f"steps are {len(steps[0])} repetitions: found by {how}, without step markers"
-    ]
+    return whole, [f"steps are {len(steps[0])} repetitions: found by {how}, without step markers"]
 
 
 def _main_stream(part: RankActivities, number: dict[str, int]) -> _Stream:

@@ -23,7 +23,7 @@ from pytest_sglprof._trace.table import ns
 from pytest_sglprof._trace.torch.salvage import mended
 from pytest_sglprof._trace.torch.scan import Layout, Unsafe
 
-# With what stands before it: the longer a text, the faster it is found.
+# With what stands before it: longer patterns are found faster.
 _PID = re.compile(rb',\s*"pid"\s*:\s*')
 _ID = re.compile(rb',\s*"id"\s*:\s*')
 _CATEGORY = re.compile(rb'"cat"\s*:\s*"([^"\\]{0,60})"')
@@ -36,7 +36,7 @@ _STREAM = re.compile(r"stream \d+")
 RawEvent = dict[str, msgspec.Raw]
 
 
-SAMPLE = 16  # of so many chunks one is asked for threads that nobody named
+SAMPLE = 16  # one of so many chunks is searched for threads without a name
 
 
 class _Quick(msgspec.Struct, gc=False):

@@ -1,7 +1,7 @@
-"""Torch traces of many ranks become one file for Perfetto, in flat memory: `merge_files`.
+"""Merge the torch traces of many ranks into one file for Perfetto, with constant memory.
 
-Each file is inflated in pieces, its events are rewritten where ranks would collide (process
-ids, flow ids, names, another clock) and deflated again. Nothing else of an event changes.
+Each file is inflated in pieces; its events are rewritten where ranks would collide (process
+ids, flow ids, names, clocks) and deflated again. Nothing else in an event changes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ Event = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Merged:
-    """events: rank label → events of its files that stand in the result. notes: what could
-    not be carried over or was changed beyond ids, in words. lost: how many events."""
+    """events: rank label → events of its files that stand in the result. notes:
+    human-readable notes on lost or altered events. lost: how many events were lost."""
 
     events: dict[str, int]
     notes: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ def merge_files(
     total = sum(path.stat().st_size for path in files)
     done = 0
 
-    def tell(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         done += count
         if progress is not None:
@@ -106,13 +106,13 @@ def merge_files(
         for source in sources:
             label = source.label or NO_RANK
             rewriter = EventRewriter(numbers, label, source.base_ns - base)
-            notes += _copy(source.path, rewriter, writer, allow_partial, tell)
+            notes += _copy(source.path, rewriter, writer, allow_partial, advance)
             owners += [(source.path, rank) for rank in rewriter.seen.events]
             refuse_twice(owners)
             names = _names(rewriter, numbers, streams or {})
             writer.add(msgspec.json.encode(names)[1:-1])
             events.update(rewriter.seen.events)
-            notes += _said(source.path, rewriter.seen)
+            notes += _notes_of(source.path, rewriter.seen)
             lost += sum(rewriter.seen.lost.values())
         summary = {"ranks": {label: events[label] for label in numbers.labels}, "notes": notes}
         writer.close({"sglprof": summary})
@@ -149,7 +149,7 @@ def _copy(
 
 
 def _source(path: Path, allow_partial: bool) -> Source:
-    """Reads the file's beginning; all of it only where that does not tell enough."""
+    """Reads the beginning of a file, and all of it only if rank or clock are not in there."""
     facts = FileFacts()
     try:
         chunks = event_chunks(pieces(path), facts, partial=allow_partial)
@@ -211,14 +211,16 @@ def thread_name(pid: int, tid: int, name: str) -> Event:
     return {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _said(path: Path, seen: Seen) -> list[str]:
+def _notes_of(path: Path, seen: Seen) -> list[str]:
     notes = []
     if seen.mended:
-        notes.append(f"{path.name}: {seen.mended} events were no valid JSON and were mended")
+        notes.append(f"{path.name}: {seen.mended} events were not valid JSON and were mended")
     for what, count in seen.lost.items():
-        notes.append(f"{path.name}: {count} {what} cannot be carried over: no valid JSON")
+        notes.append(f"{path.name}: {count} {what} left out: not valid JSON")
     if seen.timeless:
-        notes.append(f"{path.name}: {seen.timeless} times are no numbers and were kept")
+        notes.append(
+            f"{path.name}: {seen.timeless} times are not numbers and were kept as they are"
+        )
     return notes
 
 

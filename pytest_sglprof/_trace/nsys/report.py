@@ -53,7 +53,7 @@ def read_report(
 
     pid_ranks, gpu_ranks: the rank of a process id, else of a device, as the server had
     them; processes of pid_ranks come back even without any activity. nsys: the command
-    that exports a `.nsys-rep` (see `nsys_files.readable`).
+    that exports a `.nsys-rep` (see `nsys.files.readable`).
 
     Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
     """
@@ -124,7 +124,7 @@ def _without_strangers(
     known = [pid for pid in ranges_of if pid in pid_ranks]
     strangers = [pid for pid in ranges_of if pid not in pid_ranks] if known else []
     notes = [
-        f"left out {ranges_of[pid]} NVTX ranges of process {pid}, which is no rank"
+        f"left out {ranges_of[pid]} NVTX ranges of process {pid}, which is not a rank"
         for pid in strangers
     ]
     return [Owner(pid) for pid in ranges_of if pid not in strangers], notes

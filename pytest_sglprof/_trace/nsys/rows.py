@@ -1,4 +1,4 @@
-"""GPU activities of an nsys report: kernels, copies and sets, with their launches."""
+"""Read the rows of an nsys report: GPU activities, NVTX ranges, and which rank they belong to."""
 
 from __future__ import annotations
 
@@ -192,8 +192,7 @@ def _names(tables: ReportTables, kind: str, keys: Ints, code_of: dict[str, int])
     return codes[at]
 
 
-# NVTX ranges of an nsys report: the scheduler's batches, and self times.
-
+# NVTX ranges: the scheduler's batches are steps, all others have a self time.
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
 PUSH_POP, START_END = 59, 60  # ENUM_NSYS_EVENT_TYPE
@@ -232,7 +231,7 @@ class Ranges:
 
 
 def read_ranges(tables: ReportTables) -> Ranges:
-    """All push/pop and start/end ranges of a report; marks and domains are no ranges."""
+    """All push/pop and start/end ranges of a report; marks and domains are not ranges."""
     columns = ("start", "end", "eventType", "globalTid", "textId")
     start, end, kind, thread, text_id = tables.integers("NVTX_EVENTS", columns)
     text_code, names = tables.texts("NVTX_EVENTS", "text")
@@ -270,11 +269,10 @@ def run_batches(ranges: Ranges) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-# Which rank a process of an nsys report is: the report itself has lost that.
+# Find the rank of each process in an nsys report.
 #
-# nsys cuts the title of a process to 15 characters, the same for every scheduler. So the
-# rank comes from what was known while the server lived, and whatever was used is said.
-
+# nsys cuts process titles to 15 characters, which are the same for every scheduler. So the rank
+# comes from what was known while the server ran, and a note says what was used.
 
 NO_DEVICE = -1
 

@@ -1,4 +1,8 @@
-"""What a reader of nsys exports asks of their tables, whatever file they are stored in."""
+"""Access to the tables of an nsys export, whether it is SQLite or a folder of Parquet files.
+
+From top to bottom: the interface `ReportTables`, names and numbers of the tables, SQLite,
+Parquet, and the type of sums that an engine adds up.
+"""
 
 from __future__ import annotations
 
@@ -113,10 +117,10 @@ USABLE = (
     f'+"start" > {-LARGEST_NS} AND +"end" >= +"start" AND +"end" < {LARGEST_NS} '
     f'AND "end" - "start" < {LONGEST_NS}'
 )
-"""The rows whose times are used, in SQL: the same as `nsys_tables.usable`.
+"""The rows whose times are used, in SQL: the same as `usable`.
 
-A text is more than any number, so that it fails one of the comparisons; the plus keeps SQLite
-from comparing as the column's type would want it. Fractions pass.
+In SQLite a string is greater than any number, so it fails one of the comparisons; the plus
+keeps SQLite from converting it to the column's type first. Fractions pass.
 """
 
 
@@ -187,7 +191,7 @@ def open_database(path: Path) -> Iterator[Database]:
             yield database
     except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
         if "not a database" in str(error):
-            raise _not_an_export(path, "it is no SQLite database") from error
+            raise _not_an_export(path, "it is not an SQLite database") from error
         raise TraceError(
             f"{path} cannot be read: {error}",
             expected="a complete SQLite export of an nsys report",
@@ -233,7 +237,7 @@ def _text(raw: bytes) -> str:
 
 def _not_an_export(path: Path, why: str) -> NotATrace:
     return NotATrace(
-        f"{path} is no export of an nsys report: {why}",
+        f"{path} is not an export of an nsys report: {why}",
         expected="what `nsys export --type=sqlite` writes",
         hint="give the .nsys-rep itself, or export it",
     )
@@ -336,7 +340,7 @@ class ParquetTables:
         self._files = {file.stem: file for file in sorted(folder.glob(f"*{SUFFIX}"))}
         if not KNOWN_TABLES & self._files.keys():
             raise NotATrace(
-                f"{folder} is no export of an nsys report: no file is named like its tables",
+                f"{folder} is not an export of an nsys report: no file is named like its tables",
                 expected="what `nsys export --type=parquetdir` writes",
                 hint="give the .nsys-rep itself, or export it",
             )

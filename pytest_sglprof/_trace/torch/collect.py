@@ -67,9 +67,9 @@ class _Names(Interner):
 
 
 class ScanRequest(msgspec.Struct, frozen=True):
-    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
+    """What to take from a file. kinds: of `KINDS`. partial: a truncated file is allowed.
 
-    sequences: numbers of collectives; a look at a file for these takes a fifth of one for kernels.
+    sequences: numbers of collectives; a scan for these costs a fifth of a scan for kernels.
     """
 
     kinds: frozenset[int] = GPU_KINDS

@@ -54,9 +54,9 @@ SEQUENCE: str = "Seq"
 
 
 def communicates(kernel: str) -> bool:
-    """Whether a kernel of this name is a collective where a process group is told of it.
+    """Whether a kernel of this name, in an event with a process group, is a collective.
 
-    A copy that torch.distributed launched beside its collective is told one, too.
+    A copy that torch.distributed launches beside its collective has a process group, too.
     """
     return "nccl" in kernel.lower()
 
@@ -76,7 +76,7 @@ class Args(msgspec.Struct, gc=False, frozen=True):
 class CallArgs(Args, gc=False, frozen=True):
     """With those that a kernel has which torch.distributed launched; absent ones are -1 or "".
 
-    sequence: mostly told by the `ANNOUNCEMENT` operator of the same `external` only.
+    sequence: mostly only in the `ANNOUNCEMENT` operator of the same `external`.
     """
 
     external: _Int64 = msgspec.field(name="External id", default=-1)
@@ -133,7 +133,7 @@ class Event(msgspec.Struct, gc=False, kw_only=True, tag_field="ph", tag="X"):
 
 
 class CallEvent(Event, gc=False, kw_only=True, tag_field="ph", tag="X"):
-    """The same where process groups are told."""
+    """An `Event` whose arguments may have a process group."""
 
     args: CallArgs = CallArgs()
 
@@ -256,7 +256,7 @@ class Calls:
 class Columns:
     """Parallel arrays; start is int64 ns, dur ns, all but start the smallest integers that fit.
 
-    name, owner: codes of the file's own tables. kind: of `kineto.KINDS`. graph: 1 for the
+    name, owner: codes of the file's own tables. kind: index into `KINDS`. graph: 1 for the
     node of a graph. call: index into `calls`, -1 for none; None when no row has one.
     """
 
@@ -320,7 +320,7 @@ def _calls(batches: Sequence[Batch]) -> dict[str, Any]:
 def exact_ns(times: Any, exact: bool) -> Ints:
     """Exact ns of a batch's `start` or `dur`.
 
-    See the module text of `kineto` for why the fraction rounds right.
+    See the docstring of this module for why the fraction rounds right.
     """
     values = np.asarray(times)
     if exact:

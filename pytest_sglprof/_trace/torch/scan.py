@@ -1,4 +1,4 @@
-"""The quick way through a torch trace: find GPU events by their category, read only those.
+"""Scan a torch trace: find GPU events by their category, and parse only those.
 
 One pass over inflated pieces. The bytes between two events are learned from the beginning
 of the file; spacing inside an event does not matter. Only events of interest are parsed, and
@@ -35,8 +35,6 @@ from pytest_sglprof._trace.torch.events import (
 from pytest_sglprof._trace.torch.salvage import object_end, read_event
 from pytest_sglprof._trace.torch.stream import PIECE, QUICKEST, offsets, pieces, survey
 
-# Scans one torch trace file; what cannot be scanned is said, never guessed.
-
 
 def scan_file(
     path: Path,
@@ -67,12 +65,7 @@ def scan_file(
     raise AssertionError  # reading by text never asks for it again
 
 
-# The events of a torch trace in chunks of whole events, from inflated pieces.
-#
-# The bytes between two events are learned from the beginning of the file; spacing inside an
-# event does not matter. Where something looks other than learned and cannot be resolved,
-# `Unsafe` is raised, and the file must be read the exact way instead.
-
+# Split inflated pieces into chunks of whole events.
 
 MAX_HEAD = 4 << 20  # bytes before the first event; more is left to the exact way
 MAX_EVENT = 8 << 20  # bytes of one event, likewise
@@ -304,7 +297,7 @@ class _Full:
 
 
 class _Named(Generic[E]):
-    """Searches for events of one name; one that cannot be read tells nothing."""
+    """Searches for events of one name; unreadable ones are ignored."""
 
     def __init__(self, name: str, kind: type[E], add: Callable[[E], None]) -> None:
         self._word = f'"{name}"'.encode()

@@ -188,8 +188,8 @@ def test_damaged_events_are_mended_or_said(tmp_path: Path) -> None:
     result, found = merged([path], tmp_path / "out.json.gz")
     assert result.events == {"TP0": len(events) - 1}
     assert result.lost == 1
-    assert "4 events were no valid JSON and were mended" in " ".join(result.notes)
-    assert "1 python_function events cannot be carried over" in " ".join(result.notes)
+    assert "4 events were not valid JSON and were mended" in " ".join(result.notes)
+    assert "1 python_function events left out: not valid JSON" in " ".join(result.notes)
     assert found["sglprof"]["notes"] == list(result.notes)
     names = {e["name"] for e in of_rank(found, 0)}
     assert 'a.py(3): "f" \\d' in names
