@@ -37,7 +37,7 @@ from pytest_sglprof._trace.nsys.tables import (
     whole_graphs,
     whole_number,
 )
-from pytest_sglprof._trace.table import LARGEST_NS, LONGEST_NS
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 KEYS = ("rank", "name", "full_name", "category", "kind")
 

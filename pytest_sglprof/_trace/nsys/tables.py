@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pytest_sglprof._errors import NotATrace, TraceError
-from pytest_sglprof._trace.table import LARGEST_NS, LONGEST_NS, Flags, Ints
+from pytest_sglprof._trace.table import Flags, Ints
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 
 class ReportTables(Protocol):

@@ -37,7 +37,6 @@ from pytest_sglprof._trace.table import (
     GPU,
     Ints,
     RankActivities,
-    base_time,
     calls_of,
 )
 from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
@@ -52,6 +51,7 @@ from pytest_sglprof._trace.torch.events import (
     Columns,
     FullEvent,
     ProcessName,
+    base_time,
     joined,
 )
 from pytest_sglprof._trace.torch.pool import FileContent, read_here, read_in_processes
