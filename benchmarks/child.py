@@ -48,12 +48,12 @@ def report(
     with _watched() as peaks:
         sums = way(folder)
     wall = time.monotonic() - begin
-    own, others = (
+    itself, children = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     right, note = judged(sums, folder)
     figures = {
-        "cpu_s": own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime,
+        "cpu_s": itself.ru_utime + itself.ru_stime + children.ru_utime + children.ru_stime,
         "wall_s": wall,
         "parent_mb": _peak_mb("self"),
         "child_mb": max(peaks.values(), default=0.0),
@@ -89,12 +89,12 @@ def _watched() -> Iterator[dict[int, float]]:
 
 
 def _peak_mb(process: int | str) -> float:
-    """Of a process since it began its program; 0 when it is gone.
+    """Peak memory of a process since its program began, in MB; 0 if it has exited.
 
-    What `getrusage` tells includes the memory of the process from which it was forked.
+    What `getrusage` reports includes the memory of the process from which it was forked.
     """
-    found = re.search(r"VmHWM:\s*(\d+)", _text(Path(f"/proc/{process}/status")))
-    return int(found[1]) / 1024 if found is not None else 0.0
+    peak = re.search(r"VmHWM:\s*(\d+)", _text(Path(f"/proc/{process}/status")))
+    return int(peak[1]) / 1024 if peak is not None else 0.0
 
 
 def _text(path: Path) -> str:

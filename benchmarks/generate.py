@@ -131,9 +131,9 @@ def torch_window(folder: Path, *, ranks: int = 8, megabytes: int = 200) -> Path:
 
 def truth_of(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
     """(rank, full kernel name) -> (count, total ns) over all files of a window."""
-    found = {}
+    truth = {}
     for path in sorted(folder.glob("*.truth")):
         rank = path.name.split("-")[2].split(".")[0]
         for name, (count, total) in json.loads(path.read_text()).items():
-            found[f"TP{rank}", name] = (count, total)
-    return found
+            truth[f"TP{rank}", name] = (count, total)
+    return truth

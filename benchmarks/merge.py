@@ -119,13 +119,13 @@ def check(folder: Path, out: Path) -> bool:
     expected: Counter[tuple[int, str]] = Counter()
     for rank, path in enumerate(sorted(folder.glob("*.json.gz"))):
         expected.update((rank, event.get("cat", event["ph"])) for event in events_of(path))
-    found = Counter(
+    merged = Counter(
         (int(str(event["pid"])[:3]) - 100, event.get("cat", event["ph"]))
         for event in events_of(out)
         if event["pid"] >= 1000
     )
-    print("every event is there" if found == expected else f"DIFFERENT: {expected - found}")
-    return found == expected
+    print("every event is there" if merged == expected else f"DIFFERENT: {expected - merged}")
+    return merged == expected
 
 
 def main() -> int:

@@ -122,9 +122,9 @@ def _rank_step(
             call = begin + 1_000 + place * 5_000
             calls.append((call, call + 3_500, 0, thread, correlation, LAUNCH, 0))
             calls.append((call + 200, call + 3_400, 0, thread, correlation, DRIVER, 0))
-            own = correlation + 1_000_000_000  # calls that launch nothing
-            calls.append((call + 3_600, call + 3_900, 1, thread, own, EVENT, 0))
-            calls.append((call + 4_000, call + 4_400, 1, thread, own, EVENT, 0))
+            unlaunched = correlation + 1_000_000_000  # calls that launch nothing
+            calls.append((call + 3_600, call + 3_900, 1, thread, unlaunched, EVENT, 0))
+            calls.append((call + 4_000, call + 4_400, 1, thread, unlaunched, EVENT, 0))
         rows["CUPTI_ACTIVITY_KIND_KERNEL"].append((
             at, at + dur, device, 1, 0, 13 if collective else 7, correlation, process, name + 1,
             SHORT, MANGLED, 1, 1, 168, 132, 1, 1, 384, 1, 1, 0, 232_448, 0, 162_000_000,

@@ -89,9 +89,9 @@ def nsys_stats(folder: Path) -> Sums:
 def _ours(path: Path) -> Sums:
     from pytest_sglprof._trace.nsys.sums import read_sums
 
-    found = read_sums(path)
-    keys = zip(found.rank, found.full_name, found.kind, strict=True)
-    return dict(zip(keys, zip(found.count, found.total_ns, strict=True), strict=True))
+    sums = read_sums(path)
+    keys = zip(sums.rank, sums.full_name, sums.kind, strict=True)
+    return dict(zip(keys, zip(sums.count, sums.total_ns, strict=True), strict=True))
 
 
 def nsys_cases() -> dict[str, Callable[[Path], Sums]]:

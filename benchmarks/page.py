@@ -167,15 +167,15 @@ def one_load(browser: Browser, page: Path) -> dict[str, float]:
 
 
 def compare(large: Path, empty: Path) -> None:
-    found: dict[Path, list[dict[str, float]]] = {large: [], empty: []}
+    loads: dict[Path, list[dict[str, float]]] = {large: [], empty: []}
     with fresh_browser() as browser:
         one_load(browser, empty)  # the first load of a browser warms its own caches
         for _ in range(LOADS):
-            for page in found:
-                found[page].append(one_load(browser, page))
+            for page in loads:
+                loads[page].append(one_load(browser, page))
     for figure in ("interactive ms", "heap MB", "renderer MB"):
         ours, theirs = (
-            statistics.median(load[figure] for load in found[page]) for page in (large, empty)
+            statistics.median(load[figure] for load in loads[page]) for page in (large, empty)
         )
         print(f"{figure:>15}  page {ours:8.1f}  empty {theirs:8.1f}  ratio {ours / theirs:6.2f}")
 

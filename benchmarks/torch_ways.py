@@ -79,8 +79,8 @@ def tracelens(folder: Path) -> Sums:
         for path in sorted(folder.glob("*.gz")):
             analyzer = TreePerfAnalyzer.from_file(str(path))
             kernels = analyzer.get_df_kernels(launcher_detail=False, cpu_op_detail=False)
-            found = kernels.groupby("Kernel name")["Kernel duration (µs)"].agg(["size", "sum"])
-            for name, n, us in found.itertuples():
+            totals = kernels.groupby("Kernel name")["Kernel duration (µs)"].agg(["size", "sum"])
+            for name, n, us in totals.itertuples():
                 sums[rank_of(path), str(name)] = (int(n), round(us * 1000))
     return sums
 
@@ -128,7 +128,7 @@ OTHERS = {"HolisticTraceAnalysis": "hta", "TraceLens": "TraceLens"}
 
 
 def judged(sums: Sums, folder: Path) -> tuple[bool | None, str]:
-    """Whether the sums are the truth, None of none, and how far they are from it."""
+    """Whether the sums are right (None without sums), and how far off they are."""
     from benchmarks.generate import truth_of
 
     truth = truth_of(folder)

@@ -50,7 +50,7 @@ class Slice:
     begin: float
     end: float
     spent: float
-    own: float
+    client_busy: float
 
     def requests(self, done: list[tuple[float, float]]) -> float:
         """Requests served in it: of each, the share of its time that lies inside."""
@@ -99,10 +99,14 @@ def measure(server: Server, options: argparse.Namespace) -> int:
             if watched:
                 watch.start()
             time.sleep(SETTLE_S)
-            spent, own, begin = tree_seconds(server.pid), time.process_time(), time.perf_counter()
+            spent, client_busy, begin = (
+                tree_seconds(server.pid),
+                time.process_time(),
+                time.perf_counter(),
+            )
             time.sleep(options.seconds)
-            end, own = time.perf_counter(), time.process_time() - own
-            slices.append(Slice(watched, begin, end, tree_seconds(server.pid) - spent, own))
+            end, client_busy = time.perf_counter(), time.process_time() - client_busy
+            slices.append(Slice(watched, begin, end, tree_seconds(server.pid) - spent, client_busy))
             watch.stop()
     output, _ = client.communicate()
     assert client.returncode == 0
@@ -120,12 +124,12 @@ def report(slices: list[Slice], done: list[tuple[float, float]], kind: str) -> f
     rates = [one.requests(done) / (one.end - one.begin) for one in slices]
     yields = [one.requests(done) / max(one.spent, 0.01) for one in slices]
     for watched, word in ((False, "without"), (True, "with")):
-        mine = [rate for rate, one in zip(rates, slices, strict=True) if one.watched is watched]
-        own = sum(one.own for one in slices if one.watched is watched)
+        chosen = [rate for rate, one in zip(rates, slices, strict=True) if one.watched is watched]
+        busy = sum(one.client_busy for one in slices if one.watched is watched)
         seconds = sum(one.end - one.begin for one in slices if one.watched is watched)
         print(
-            f"{kind} {word}: {statistics.fmean(mine):.2f} requests/s, this process "
-            f"{100 * own / seconds:.2f} % of one core"
+            f"{kind} {word}: {statistics.fmean(chosen):.2f} requests/s, this process "
+            f"{100 * busy / seconds:.2f} % of one core"
         )
     lows = []
     for name, figures in (("requests/s", rates), ("requests/s of its processor time", yields)):

@@ -1,9 +1,10 @@
-"""The category of a kernel, by an ordered table of patterns.
+"""Which category a kernel belongs to, and which kind of communication it is.
 
-Patterns are searched in the *words* of a kernel's key, not in its full name: types and
-argument lists mention attention, scans and GEMMs of which the kernel does nothing, and a
-pattern for `conv` must not find `convert`. `flashinfer::norm::FusedAddRMSNormKernel` is
-the words `flashinfer norm fused add rms norm kernel`.
+`CATEGORIES` is the one list of categories: a new one is one more row. Its patterns are
+matched against the *words* of a kernel's key, not against its full name: types and argument
+lists mention attention, scans and GEMMs that the kernel does not do, and a pattern for `conv`
+must not match `convert`. `flashinfer::norm::FusedAddRMSNormKernel` is split into the words
+`flashinfer norm fused add rms norm kernel`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Category(NamedTuple):
 
     colour: hue in degrees and saturation in %; a kernel's name picks the lightness.
     patterns: by the order in which those of all categories are tried, the lowest number first.
-    is_compute: whether its time is work of the server, as opposed to what it says to its peers
-    and to the host: a collective's duration is mostly waiting, a copy's depends on the bus.
+    is_compute: whether its time is work of the rank itself, as opposed to communication with
+    peers or the host: a collective mostly waits, and a copy depends on the bus.
     """
 
     name: str
@@ -32,10 +33,9 @@ class Category(NamedTuple):
     is_compute: bool = True
 
 
-# In the order of reports. Patterns are whole words; what is fused is counted as the most
-# particular part of it. A grouped GEMM of experts is moe, an all-reduce with RMSNorm
-# communication, RMSNorm that also quantizes norm. A blank in front of `?` is optional, since
-# both spellings exist.
+# In the order of reports. Patterns match whole words. A fused kernel counts as its most
+# specific part: a grouped GEMM of experts is moe, an all-reduce with RMSNorm is communication,
+# RMSNorm that also quantizes is norm. `all ?reduce` matches both spellings.
 CATEGORIES: tuple[Category, ...] = (
     Category(
         "attention",
@@ -157,15 +157,14 @@ CATEGORIES: tuple[Category, ...] = (
         {},
     ),
 )
-"""Every category; what no pattern finds is `elementwise` or `other`."""
+"""Every category; a kernel that no pattern matches is `elementwise` or `other`."""
 
 CATEGORY_NAMES = tuple(row.name for row in CATEGORIES)
 NOT_COMPUTE = tuple(row.name for row in CATEGORIES if not row.is_compute)
-"""Those that are not compute; users' own categories are."""
+"""Categories that do not count as compute; every category of a user does."""
 
-# What moves or combines numbers, tried when neither the kernel's own name nor its namespaces
-# say anything better.
-_PLAIN_WORK = (
+# Kernels that move or combine numbers; tried last, when no category's pattern matches.
+_ELEMENTWISE_WORDS = (
     r"\w*elementwise|elt ?wise|\w*gather|\w*scatter|index\w*|\w*copy|cat|concat|cat array|reduce"
     r"|fill|arange|scan|cum(sum|prod)|cub|rocprim|hipcub|thrust|where|embedding|positions?|future"
     r"|req to token|clamp|pool|pow|nchw|nhwc|transpose|permute|pad|unrolled|multi tensor apply"
@@ -178,19 +177,19 @@ _PLAIN_WORK = (
 def category(name: str, patterns: Sequence[tuple[str, str]] = ()) -> str:
     """The category of a kernel's full name; `patterns` (category, regex) are tried first.
 
-    Users' patterns are searched in the full name. Raises `SettingsError` for one that is no
-    regular expression.
+    Users' patterns are searched in the full name. Raises `SettingsError` for one that is not
+    a regular expression.
     """
-    for found, pattern in patterns:
-        if _user_pattern(found, pattern).search(name):
-            return found
+    for user_category, pattern in patterns:
+        if _user_pattern(user_category, pattern).search(name):
+            return user_category
     return _of_key(normalise(name))
 
 
 def words(key: str) -> str:
     """The words of a key, lower case, with blanks between: `FusedAddRMSNorm` is four."""
-    plain = key.replace("MoE", "Moe").replace("SoftMax", "Softmax").replace("KVCache", "Kvcache")
-    return " ".join(_WORD.findall(plain)).lower()
+    joined = key.replace("MoE", "Moe").replace("SoftMax", "Softmax").replace("KVCache", "Kvcache")
+    return " ".join(_WORD.findall(joined)).lower()
 
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
@@ -198,22 +197,22 @@ _PATTERNS = sorted((at, row.name, text) for row in CATEGORIES for at, text in ro
 _CATEGORY_PATTERNS = tuple(
     (name, re.compile(rf"\b(?:{pattern})\b")) for _, name, pattern in _PATTERNS
 )
-_ELEMENTWISE = re.compile(rf"\b(?:{_PLAIN_WORK})\b")
+_ELEMENTWISE = re.compile(rf"\b(?:{_ELEMENTWISE_WORDS})\b")
 _BARE_ATTENTION = ("_fwd_kernel", "_fwd_kernel_unified")
 
 
 @lru_cache(maxsize=4096)
 def _of_key(key: str) -> str:
-    # Triton's context and extend attention; nothing in the name says so.
+    # Triton's context and extend attention, whose names do not mention attention.
     if key in _BARE_ATTENTION:
         return "attention"
     whole = words(key)
     head, bracket, inner = key.partition("[")
-    own = words(head.rsplit("::", 1)[-1] + bracket + inner)
-    for text in dict.fromkeys((own, whole)):
-        for found, compiled in _CATEGORY_PATTERNS:
+    leaf = words(head.rsplit("::", 1)[-1] + bracket + inner)
+    for text in dict.fromkeys((leaf, whole)):
+        for row_name, compiled in _CATEGORY_PATTERNS:
             if compiled.search(text):
-                return found
+                return row_name
     return "elementwise" if _ELEMENTWISE.search(whole) else "other"
 
 
@@ -222,14 +221,13 @@ def _user_pattern(category: str, pattern: str) -> re.Pattern[str]:
     return compiled_pattern(pattern, f"the pattern {pattern!r} of category {category}")
 
 
-# What kind of communication a kernel is, by its name: only some let a straggler be seen.
-
+# Which kind of communication a kernel is. Stragglers can be found in some kinds only.
 
 CollectiveKind = Literal["collective", "all_to_all", "p2p", "fused"]
 
-# The first that is found decides. A fused kernel computes and communicates, so its time is
-# neither; between point-to-point peers the receiver always waits; in an all-to-all the
-# bytes differ from rank to rank. What is left is symmetric: everybody waits for the last.
+# The first match decides. A fused kernel both computes and communicates, so its time is
+# neither; of point-to-point peers the receiver always waits; in an all-to-all the bytes
+# differ from rank to rank. Everything else is symmetric: all ranks wait for the last one.
 _KINDS: tuple[tuple[CollectiveKind, str], ...] = (
     (
         "fused",
@@ -248,14 +246,14 @@ _KIND_PATTERNS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, patt
 
 
 def collective_kind(name: str) -> CollectiveKind:
-    """The kind of a communication kernel (any name; full names tell most)."""
+    """The kind of a communication kernel (any name; the full name is the most reliable)."""
     for kind, pattern in _KIND_PATTERNS:
         if pattern.search(name):
             return kind
     return "collective"
 
 
-# The root of these waits for nobody, and nobody need wait for the rest.
+# Collectives with a root: not every rank has to wait for every other one.
 _ROOTED = re.compile(
     r"broadcast|(?<!all)(?<!all_)gather|(?<!reduce)(?<!reduce_)scatter"
     r"|(?<!all)(?<!all_)reduce(?!_?scatter|_?[12]stage|_prototype)(?=_Sum|_Max|_Min|_Prod|$)",

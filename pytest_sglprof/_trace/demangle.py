@@ -1,8 +1,8 @@
-"""Names that a C++ compiler mangled (Itanium ABI), made readable again.
+"""Demangle C++ names (Itanium ABI) far enough to tell kernels apart.
 
-Only what tells kernels apart is rebuilt: the qualified name and its template arguments,
-nested as they were. A type that refers back to an earlier one (`S1_`) stays that reference,
-and the function's own parameters are left out, since no key is made of them.
+The result is the qualified name with its nested template arguments. A back reference to an
+earlier type (`S1_`) stays as it is, and the function's parameters are left out, since keys
+do not contain them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _ANONYMOUS = "_GLOBAL__N_"
 
 
 class _Unreadable(Exception):
-    """Grammar that is not read here."""
+    """A production that this reader does not know."""
 
 
 def demangled(name: str) -> str:
     """`_ZN5aiter10add_kernelILi4EEEvPi` becomes `aiter::add_kernel<4>`.
 
-    Arguments that cannot be read are reduced to the identifiers in them; a name of which
-    nothing can be read comes back as it is.
+    Arguments that cannot be parsed are reduced to the identifiers in them. A name that cannot
+    be parsed at all is returned unchanged.
     """
     reader = _Reader(name, len("_Z"))
     if not _STARTS_NAME.match(name):
@@ -160,11 +160,11 @@ class _Reader:
     def _arguments(self) -> str:
         """`I…E` as `<…>`."""
         self._take("I")
-        found: list[str] = []
+        arguments: list[str] = []
         while not self._take("E"):
             if argument := self._argument():
-                found.append(argument)
-        return f"<{', '.join(found)}>"
+                arguments.append(argument)
+        return f"<{', '.join(arguments)}>"
 
     def _argument(self) -> str:
         if self._take("Tn"):  # the type of the argument that follows
@@ -266,13 +266,13 @@ def _roughly(name: str) -> str:
 
 
 def _identifiers(text: str) -> list[str]:
-    found: list[str] = []
+    identifiers: list[str] = []
     at = 0
     while match := _NUMBER.search(text, at):
         length = int(match[0][:6])
         word = text[match.end() : match.end() + length]
         is_name = 2 < length == len(word) and (word[0].isalpha() or word[0] == "_")
         if is_name:
-            found.append(word)
+            identifiers.append(word)
         at = match.end() + (length if is_name else 0)
-    return found
+    return identifiers

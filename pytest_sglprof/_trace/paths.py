@@ -1,4 +1,8 @@
-"""Which files a window consists of, from a path that a user gives, and what reads them."""
+"""Find the files of a window, what reads each of them, and which rank wrote a trace.
+
+`READERS` is the one list of what can be read: a new source is a module that returns
+`RankActivities`, and one more row here, which says how its files are recognised.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ if TYPE_CHECKING:
 
 
 TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
-NSYS_ENDINGS = (".sqlite", ".nsys-rep", ".qdstrm")
+NSYS_ENDINGS = (".sqlite", ".nsys-rep")
 _SQLITE = b"SQLite format 3\x00"
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a reader may need to know; see `read_window`."""
+    """The arguments of `read_window` that readers need; described there."""
 
     pid_ranks: Mapping[int, str] = field(default_factory=dict)
     gpu_ranks: Mapping[int, str] = field(default_factory=dict)
@@ -39,21 +43,25 @@ Activities = list[tuple[Path, "RankActivities"]]
 
 
 class Reader(NamedTuple):
-    """What reads one kind of file.
+    """One source of activities.
 
-    matches: whether a path is of that kind, given the first bytes of a file (b"" of a folder).
-    read: the activities of each rank in each file.
+    endings: of the names of its files, by which they are listed in a folder. matches: whether
+    a path is of this source, given the first bytes of a file (b"" for a folder). read: the
+    activities of each rank in each file. pick: which of a folder's files with these endings
+    belong to the window; all of them by default.
     """
 
     name: str
+    endings: tuple[str, ...]
     matches: Callable[[Path, bytes], bool]
     read: Callable[[Sequence[Path], ReadOptions], Activities]
+    pick: Callable[[Sequence[Path]], list[Path]] = list
 
 
 def _is_of_nsys(path: Path, head: bytes) -> bool:
     if path.is_dir() or head.startswith(_SQLITE):
         return True
-    return path.suffix in NSYS_ENDINGS and not head.startswith((GZIP, ZSTD))
+    return path.suffix in (*NSYS_ENDINGS, ".qdstrm") and not head.startswith((GZIP, ZSTD))
 
 
 def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
@@ -78,35 +86,49 @@ def _read_torch(files: Sequence[Path], options: ReadOptions) -> Activities:
     )
 
 
-# Tried in this order. The last one takes what is left, and says what is wrong with it.
+def _pick_nsys(files: Sequence[Path]) -> list[Path]:
+    """Exports that are up to date, and reports that have none."""
+    exports = [file for file in files if file.suffix == ".sqlite" and not _stale(file)]
+    stems = {file.stem for file in exports}
+    return exports + [f for f in files if f.suffix == ".nsys-rep" and f.stem not in stems]
+
+
+def _pick_torch(files: Sequence[Path]) -> list[Path]:
+    """The traces of single ranks; a merged file only where there are none."""
+    traces = [file for file in files if ".trace.json" in file.name] or list(files)
+    return [file for file in traces if not file.name.startswith("merged-")] or traces
+
+
+# Tried in this order. The last reader takes what no other one matches, and its errors say what
+# is wrong with the file.
 READERS: tuple[Reader, ...] = (
-    Reader("nsys", _is_of_nsys, _read_nsys),
-    Reader("torch", lambda path, head: True, _read_torch),
+    Reader("nsys", NSYS_ENDINGS, _is_of_nsys, _read_nsys, _pick_nsys),
+    Reader("torch", TORCH_ENDINGS, lambda path, head: True, _read_torch, _pick_torch),
 )
 
 
 def reader_of(path: Path) -> Reader:
-    """What reads a file, a report or a folder of Parquet files: contents decide, then names."""
+    """The reader of a file or a folder of Parquet files: by content, else by name."""
     try:
         with path.open("rb") as stream:
             head = stream.read(len(_SQLITE))
-    except OSError:  # a folder; of a file that cannot be read, the reader says why
+    except OSError:  # a folder, or an unreadable file, of which the reader says why
         head = b""
     return next(reader for reader in READERS if reader.matches(path, head))
 
 
 def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """What to read of each path: itself, or the traces, exports and reports of a folder.
+    """The files to read for each path: the path itself, or what a folder holds.
 
-    A folder of Parquet files is one export. Hidden files are none of the window's. Raises
-    `NotATrace` when there is no such path, and when there is nothing to read at all.
+    A folder of Parquet files is one export. Hidden files are ignored. Raises `NotATrace` when
+    a path does not exist, and when there is nothing to read at all.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [file for path in listed for file in _files(Path(path))]
     if not files:
         raise NotATrace(
-            "there is no trace to read" + (f" in {listed[0]}" if listed else ""),
-            expected="*.trace.json.gz, *.json, *.nsys-rep, *.sqlite or a folder of them",
+            "no trace to read" + (f" in {listed[0]}" if listed else ""),
+            expected=f"{', '.join(f'*{ending}' for ending in _endings())}, or a folder of them",
             hint="check the path",
         )
     return files
@@ -129,17 +151,19 @@ def _files(path: Path) -> list[Path]:
     inside = sorted(file for file in path.iterdir() if file.name[0] != ".")
     if any(file.suffix == ".parquet" for file in inside):
         return [path]
-    traces = [file for file in inside if file.name.endswith(TORCH_ENDINGS)]
-    traces = [file for file in traces if ".trace.json" in file.name] or traces
-    ranked = [file for file in traces if not file.name.startswith("merged-")]
-    exports = [file for file in inside if file.suffix == ".sqlite" and not _stale(file)]
-    stems = {file.stem for file in exports}
-    reports = [f for f in inside if f.suffix == ".nsys-rep" and f.stem not in stems]
-    return (ranked or traces) + exports + reports
+    return [
+        file
+        for reader in READERS
+        for file in reader.pick([file for file in inside if file.name.endswith(reader.endings)])
+    ]
+
+
+def _endings() -> list[str]:
+    return [ending for reader in READERS for ending in reader.endings]
 
 
 def _stale(export: Path) -> bool:
-    """Whether the report of the same name beside it holds something else."""
+    """Whether the report of the same name beside it has other contents."""
     report = export.with_suffix(".nsys-rep")
     if not report.is_file():
         return False
@@ -148,15 +172,14 @@ def _stale(export: Path) -> bool:
     origin = signed_origin(export)
     if origin is not None:
         return not origin.is_of(report)
-    # It does not say what it was made of; but nothing is made of what comes later.
+    # The export does not name its report, but it cannot be older than the report.
     return export.stat().st_mtime_ns < report.stat().st_mtime_ns
 
 
-# Whose a torch trace is: its file's name first, then what the file says itself.
+# Find which rank wrote a trace: from its file name, else from its contents.
 #
-# A kernel's `pid` is the index of its device, which is not the rank: it is never asked. Only
-# SGLang's merged files write ranks into it.
-
+# A kernel's `pid` is never used: it is the index of the device, which is not the rank. Only
+# files that SGLang merged have ranks in it.
 
 _FILE_RANK = re.compile(r"(?:^|[-_.])rank[-_]?(\d{1,6})(?=[-_.])")
 _MERGED_PID = re.compile(r"^\[((?:[A-Z]+\d+-?)+)\]")
@@ -171,31 +194,31 @@ _DISTRIBUTED = msgspec.json.Decoder(_Distributed)
 
 
 def rank_of_file(path: Path, distributed: bytes) -> tuple[str, list[str]]:
-    """The label of a file's rank, and notes where name and content contradict each other.
+    """The label of a file's rank, and a note if name and contents contradict each other.
 
-    distributed: JSON text of the trace's `distributedInfo`, empty where it has none. A file
-    of one process that tells nothing is TP0. Raises `TraceError` when there were several
-    processes and nothing tells which this was.
+    distributed: JSON text of the trace's `distributedInfo`, empty if it has none. The only
+    process of a run is TP0. Raises `TraceError` when there were several processes and the
+    file does not say which one wrote it.
     """
-    told = _decoded(distributed)
-    several = (told.world_size or 1) > 1
+    info = _decoded(distributed)
+    several = (info.world_size or 1) > 1
     named = _named(path.name)
     if named is not None:
-        # With DP or PP in the name the global rank is another number than tp.
+        # With DP or PP in the name the global rank is not the tp rank.
         alone = named.pp is None and named.dp is None
-        if alone and several and told.rank is not None and told.rank != named.tp:
+        if alone and several and info.rank is not None and info.rank != named.tp:
             return named.label, [
-                f"{path.name}: its name says {named.label}, its distributedInfo rank {told.rank} "
-                f"of {told.world_size}; the name was believed"
+                f"{path.name}: its name says {named.label}, its distributedInfo rank {info.rank} "
+                f"of {info.world_size}; the name is used"
             ]
         return named.label, []
-    if told.rank is None and several:
+    if info.rank is None and several:
         raise TraceError(
-            f"{path} does not tell its rank: neither its name nor its distributedInfo",
+            f"{path} has no rank, neither in its name nor in its distributedInfo",
             expected="a name such as ID-TP-1.trace.json.gz",
             hint="rename the file after its rank",
         )
-    return Rank(tp=max(told.rank or 0, 0)).label, []
+    return Rank(tp=max(info.rank or 0, 0)).label, []
 
 
 def rank_of_pid(pid: bytes) -> str:

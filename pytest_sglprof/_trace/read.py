@@ -1,4 +1,8 @@
-"""Files of a window become one kernel table: `read_window`."""
+"""Read the files of a window into one kernel table.
+
+`read_window` finds the files and asks the reader of each (`_trace.paths.READERS`) for the
+activities of its ranks; `build_table` joins those of all ranks into one table.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +52,13 @@ def read_window(
 ) -> KernelTable:
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
-    pid_ranks, gpu_ranks: which process, else which device, is which rank, for nsys
-    reports. allow_partial: reads what a truncated trace still holds, and marks the table.
-    settle_s: seconds dropped from the front. patterns: (category, regex) tried before the
-    built-in ones. step_delimiter: regex of the kernel that begins a step, for sources that
-    tell no steps. nsys: command that exports `.nsys-rep`. processes: at most so many
-    readers at once. sequences: look for the numbers of collectives, which takes a second look
-    at large torch traces with NCCL kernels.
+    pid_ranks, gpu_ranks: the rank of a process id, else of a device, for nsys reports.
+    allow_partial: whether to read what is left of a truncated trace; the table is then
+    `partial`. settle_s: seconds to drop from the front. patterns: (category, regex) tried
+    before the built-in ones. step_delimiter: regex of the kernel that begins a step, for
+    sources without step markers; "" for none. nsys: the command that exports `.nsys-rep`.
+    processes: the maximum number of reader processes. sequences: whether to read the numbers
+    of collectives, for which large torch traces with NCCL kernels are scanned twice.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
@@ -69,24 +73,24 @@ def read_window(
     files: dict[Reader, list[Path]] = {}
     for file in window_files(paths):
         files.setdefault(reader_of(file), []).append(file)
-    found = [part for reader, same in files.items() for part in reader.read(same, options)]
-    return build_table(found, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
+    parts = [part for reader, same in files.items() for part in reader.read(same, options)]
+    return build_table(parts, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
 
 
 def build_table(
-    found: list[tuple[Path, RankActivities]],
+    parts_by_file: list[tuple[Path, RankActivities]],
     *,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
     step_delimiter: str = "",
 ) -> KernelTable:
-    """Joins what was read of each rank; refuses a rank that stands in two files.
+    """Joins the activities of all ranks. Raises `TraceError` for a rank that is in two files.
 
-    Empties `found`, so that no activity is held twice for longer than it must be.
+    Empties `parts_by_file`, so that activities are not held twice for longer than necessary.
     """
-    files = tuple(dict.fromkeys(str(file) for file, _ in found))
-    merged = joined(found)
-    found.clear()
+    files = tuple(dict.fromkeys(str(file) for file, _ in parts_by_file))
+    merged = joined(parts_by_file)
+    parts_by_file.clear()
     source, parts, left_out = one_source(merged)
     parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
@@ -122,7 +126,7 @@ def build_table(
 def _frame(
     parts: list[RankActivities], ranks: Sequence[str], patterns: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
-    """One row an activity. Empties `parts`: each is let go once its rows are copied."""
+    """One row for each activity. Empties `parts`: each is freed once its rows are copied."""
     full_names, kinds, stages = Interner(), Interner(), Interner({UNKNOWN_STAGE: 0})
     size = sum(len(part.start) for part in parts)
     numbers = {key: np.empty(size, np.int64) for key in ("step", "stream", "start_ns", "dur_ns")}
@@ -161,14 +165,14 @@ def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
 
 
 def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
-    """Categorical of `texts[code]`, equal texts being one category."""
+    """A categorical of `texts[code]`; equal texts become one category."""
     unique = Interner()
     numbers = _codes(unique, texts).astype(np.int32)
     return pd.Categorical.from_codes(numbers[codes], categories=pd.Index(list(unique)))
 
 
 def _stages(part: RankActivities, stages: Interner) -> Ints:
-    """The number of each activity's stage; that of "unknown" outside of steps."""
+    """The code of each activity's stage; outside of steps that of `UNKNOWN_STAGE`."""
     at = StepIndex(part.steps).numbered(part.step)
     codes = np.full(len(part.step), stages[UNKNOWN_STAGE], dtype=np.int64)
     codes[at >= 0] = _codes(stages, [step.stage for step in part.steps])[at[at >= 0]]
@@ -178,7 +182,7 @@ def _stages(part: RankActivities, stages: Interner) -> Ints:
 def _settle(
     frame: pd.DataFrame, steps: list[Any], seconds: float
 ) -> tuple[Any, list[Any], int, str]:
-    """What is left, how many steps some rank lost, and a note."""
+    """The remaining activities and steps, the number of dropped steps, and a note."""
     starts = [step.start_ns for _, step in steps] or [int(frame["start_ns"].min())]
     edge = min(starts) + round(seconds * 1e9)
     kept = [(rank, step) for rank, step in steps if step.start_ns >= edge]
@@ -192,21 +196,20 @@ def _settle(
     return frame.loc[~drop], kept, settled, note
 
 
-# What several files tell of one window is made to fit: ranks, step numbers, one source.
-
+# Combine the files of one window: one file for each rank, one numbering of steps, one source.
 
 _STAGE_PART = re.compile(r"-(EXTEND|DECODE)(?=\.)")
 
 
-def joined(found: Sequence[tuple[Path, RankActivities]]) -> list[RankActivities]:
+def joined(parts_by_file: Sequence[tuple[Path, RankActivities]]) -> list[RankActivities]:
     """All parts of a window, with step numbers that mean the same on every rank.
 
-    A by-stage window has two files a rank: the steps of the second stage are numbered after
-    those of the first. Raises `TraceError` for a rank that stands in two files.
+    A window by stage has two files for each rank: steps of the second stage are numbered after
+    those of the first. Raises `TraceError` for a rank that is in two files otherwise.
     """
-    refuse_twice([(file, part.rank) for file, part in found])
-    parts = _one_numbering([part for _, part in found])
-    stages = [_stage(file) for file, _ in found]
+    refuse_twice([(file, part.rank) for file, part in parts_by_file])
+    parts = _one_numbering([part for _, part in parts_by_file])
+    stages = [_stage(file) for file, _ in parts_by_file]
     offsets = _offsets(parts, stages)
     return [_moved(part, offsets[s]) for part, s in zip(parts, stages, strict=True)]
 
@@ -214,9 +217,10 @@ def joined(found: Sequence[tuple[Path, RankActivities]]) -> list[RankActivities]
 def one_source(
     parts: Sequence[RankActivities],
 ) -> tuple[str, list[RankActivities], list[str]]:
-    """The table's source, the parts that have it (or nothing), and notes on the others.
+    """The table's source, the parts of that source (or without activities), and notes.
 
-    GPU activities where any rank has them: idle ranks then have none, not CPU operators.
+    The source is the GPU if any rank has GPU activities: the table of an idle rank is then
+    empty instead of holding CPU operators. The notes name what was left out.
     """
     sources = {part.source for part in parts if len(part.start)}
     source = GPU if GPU in sources or not sources else sorted(sources)[0]
@@ -234,31 +238,33 @@ def _stage(file: Path) -> str:
     return match[1] if match else ""
 
 
-def refuse_twice(found: Sequence[tuple[Path, str]]) -> None:
-    """Raises TraceError when a rank stands in two files that are not of different stages."""
+def refuse_twice(ranks_by_file: Sequence[tuple[Path, str]]) -> None:
+    """Raises `TraceError` for a rank that is in two files, unless they are of two stages."""
     seen: dict[str, dict[str, Path]] = {}
-    for file, rank in found:
+    for file, rank in ranks_by_file:
         stage = _stage(file)
         files = seen.setdefault(rank, {})
         other = files.get(stage) or files.get("")
-        if not stage and files:  # beside files by stage, one of all stages is another window's
+        if (
+            not stage and files
+        ):  # a file of all stages cannot belong to the window of files by stage
             other = next(iter(files.values()))
         if other is not None:
             where = (
                 f"is given twice: {file}"
                 if other == file
-                else f"stands in two files: {other.name} and {file.name}"
+                else f"is in two files: {other.name} and {file.name}"
             )
             raise TraceError(
                 f"rank {rank} {where}",
-                expected="one file a rank, of one window",
+                expected="one file for each rank, all of one window",
                 hint="give the files of one window only, each once",
             )
         files[stage] = file
 
 
 def _one_numbering(parts: Sequence[RankActivities]) -> list[RankActivities]:
-    """Steps of all ranks by forward id, or of all by order: a mix means nothing."""
+    """Numbers the steps of all ranks by forward id, or else of all ranks by order, never mixed."""
     by_id = [all(s.step == step_key(s) for s in part.steps) for part in parts if part.steps]
     if not any(by_id):
         return list(parts)
@@ -270,7 +276,7 @@ def _one_numbering(parts: Sequence[RankActivities]) -> list[RankActivities]:
             starts.setdefault(step.step, []).append(step.start_ns)
     if max(starts) < DRAFTS:
         return list(parts)
-    # Target and draft take turns: numbered in the order in which they ran.
+    # Target and draft model take turns, so their steps are numbered in the order they ran.
     ordered = sorted(starts, key=lambda key: (sum(starts[key]) / len(starts[key]), key))
     number_of = {key: number for number, key in enumerate(ordered)}
     return [_renumbered(part, [number_of[step.step] for step in part.steps]) for part in parts]

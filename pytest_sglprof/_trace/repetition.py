@@ -1,10 +1,10 @@
-"""Steps where no source tells any: the kernels of forward passes repeat.
+"""Find steps in windows without step markers: the kernels of forward passes repeat.
 
-Two ways, both only where nothing is left to guess. With a delimiter kernel, a step reaches
-from one to the next. Without, the sequence of a rank's main stream must repeat exactly from
-its first kernel to its last, and each repetition must sample a token once: layers repeat as
-well, and a part of one long prefill would otherwise look like many steps. In both ways every
-rank must run the same sequence, at about the same time.
+Two ways, both without guessing. With a delimiter kernel, a step reaches from one delimiter to
+the next. Without, the sequence of a rank's main stream must repeat exactly from its first
+kernel to its last, and each repetition must sample a token exactly once: layers repeat too,
+and part of a long prefill would otherwise look like many steps. Either way all ranks must run
+the same sequence, at about the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pytest_sglprof._trace.steps import StepIndex
 from pytest_sglprof._trace.table import UNKNOWN_STAGE, Ints, RankActivities, Step
 
 MIN_REPETITIONS = 3
-# Kernels of all ranks up to which a period is looked for unasked: it takes 0.1 KB for each.
+# Without a delimiter, a repetition is searched in at most so many kernels (0.1 KB for each).
 MAX_KERNELS = 2_000_000
 _SAMPLES = re.compile(r"\b(sampling|arg ?max|multinomial|top ?p|min ?p)\b")
 
@@ -39,19 +39,19 @@ class _Stream:
 def with_repetition(
     parts: Sequence[RankActivities], delimiter: str = ""
 ) -> tuple[list[RankActivities], list[str]]:
-    """The parts with steps by repetition, or as they are, and a note on what was decided.
+    """The parts with steps by repetition, or unchanged, and a note that says why.
 
-    Only for GPU activities of which no rank tells any step. delimiter: a regular expression
-    that is searched in full kernel names; the kernel that it finds begins a step. Raises
-    `SettingsError` for one that is no regular expression.
+    Only for GPU activities, and only if no rank has step markers. delimiter: a regular
+    expression; a kernel whose full name it matches begins a step. Raises `SettingsError` for
+    one that is not a regular expression.
     """
     pattern = compiled(delimiter, f"the step delimiter {delimiter!r}") if delimiter else None
     active = [part for part in parts if len(part.start)]
     if not active or any(part.steps for part in parts) or not active[0].is_timeline:
         return list(parts), []
     if pattern is None and sum(len(part.start) for part in active) > MAX_KERNELS:
-        note = f"no steps: a repetition is looked for in up to {MAX_KERNELS:,} kernels"
-        return list(parts), [f"{note}; a step_delimiter has no such limit"]
+        note = f"no steps: a window with more than {MAX_KERNELS:,} kernels is not searched"
+        return list(parts), [f"{note} for a repetition; set step_delimiter to find steps"]
     names = list(dict.fromkeys(name for part in active for name in part.names))
     keys = {name: normalise(name) for name in names}
     number = {key: n for n, key in enumerate(dict.fromkeys(keys.values()))}
@@ -62,20 +62,20 @@ def with_repetition(
         how = f"the kernel /{delimiter}/ that begins each"
     else:
         samplers = {n for key, n in number.items() if _SAMPLES.search(words(key))}
-        found = _cycles(streams, samplers)
-        if found is None:
+        cycles = _cycles(streams, samplers)
+        if cycles is None:
             return list(parts), []
-        cuts, how = found, "the sequence of kernels, which repeats exactly on every rank"
+        cuts, how = cycles, "the sequence of kernels, which repeats exactly on every rank"
     steps, doubt = _steps(streams, cuts)
     if doubt:
         return list(parts), [f"no steps by {how}: {doubt}"]
-    told = iter(steps)
-    whole = [_assigned(part, next(told)) if len(part.start) else part for part in parts]
-    return whole, [f"steps are {len(steps[0])} repetitions: told by {how}, not by the trace itself"]
+    steps_by_rank = iter(steps)
+    whole = [_assigned(part, next(steps_by_rank)) if len(part.start) else part for part in parts]
+    return whole, [f"steps are {len(steps[0])} repetitions: found by {how}, without step markers"]
 
 
 def _main_stream(part: RankActivities, number: dict[str, int]) -> _Stream:
-    """The stream with the most kernels; copies and sets come and go between steps."""
+    """The stream with the most kernels, without copies and sets, which differ between steps."""
     kernel = part.kinds.index("kernel") if "kernel" in part.kinds else -1
     rows = np.flatnonzero(part.kind_codes == kernel)
     if len(rows):
@@ -88,7 +88,7 @@ def _main_stream(part: RankActivities, number: dict[str, int]) -> _Stream:
 
 
 def _cycles(streams: Sequence[_Stream], samplers: set[int]) -> list[Ints] | None:
-    """Where a cycle begins on each rank; None unless all ranks run one and the same."""
+    """Where each repetition begins on each rank; None unless all ranks repeat the same cycle."""
     first = streams[0]
     period = _period(first.keys)
     if period is None or any(_period(stream.keys) != period for stream in streams):
@@ -114,7 +114,7 @@ def _cycles(streams: Sequence[_Stream], samplers: set[int]) -> list[Ints] | None
 def _period(keys: Ints) -> int | None:
     """The shortest distance at which the whole sequence repeats, at least three times."""
     listed = keys.tolist()
-    borders = [0] * len(listed)  # of each prefix, as Knuth, Morris and Pratt count them
+    borders = [0] * len(listed)  # of each prefix, as in Knuth, Morris and Pratt's string search
     border = 0
     for n in range(1, len(listed)):
         while border and listed[n] != listed[border]:
@@ -126,23 +126,23 @@ def _period(keys: Ints) -> int | None:
 
 
 def _steps(streams: Sequence[_Stream], cuts: Sequence[Ints]) -> tuple[list[list[Step]], str]:
-    """Steps between cuts, aligned across ranks by time; or why they cannot be told."""
+    """The steps between cuts, aligned across ranks by time; or a reason why there are none."""
     spans: list[list[tuple[int, int]]] = []
     for cut in cuts:
         spans.append(list(zip(cut[:-1].tolist(), cut[1:].tolist(), strict=True)))
-    if min(len(found) for found in spans) < MIN_REPETITIONS:
+    if min(len(pairs) for pairs in spans) < MIN_REPETITIONS:
         return [], f"there are fewer than {MIN_REPETITIONS} of them on some rank"
     begins = [
-        [int(stream.start[a]) for a, _ in found]
-        for stream, found in zip(streams, spans, strict=True)
+        [int(stream.start[a]) for a, _ in pairs]
+        for stream, pairs in zip(streams, spans, strict=True)
     ]
     lengths = np.diff(np.array(begins[0]))
     half = int(np.median(lengths)) // 2
-    latest = max(found[0] for found in begins)
-    for found, times in zip(spans, begins, strict=True):
+    latest = max(pairs[0] for pairs in begins)
+    for pairs, times in zip(spans, begins, strict=True):
         early = sum(time < latest - half for time in times)
-        del found[:early], times[:early]
-    count = min(len(found) for found in spans)
+        del pairs[:early], times[:early]
+    count = min(len(pairs) for pairs in spans)
     if count < MIN_REPETITIONS:
         return [], "the ranks' windows hardly overlap"
     steps: list[list[Step]] = [[] for _ in streams]
@@ -151,16 +151,16 @@ def _steps(streams: Sequence[_Stream], cuts: Sequence[Ints]) -> tuple[list[list[
         if max(at) - min(at) > half // 2:  # else the neighbour would fit nearly as well
             return [], "the ranks do not run them at the same time"
         kernels = {
-            stream.keys[slice(*found[n])].tobytes()
-            for stream, found in zip(streams, spans, strict=True)
+            stream.keys[slice(*pairs[n])].tobytes()
+            for stream, pairs in zip(streams, spans, strict=True)
         }
         if len(kernels) > 1:
             return [], "the ranks run different kernels in them"
-        for own, stream, found in zip(steps, streams, spans, strict=True):
-            first, after = found[n]
+        for rank_steps, stream, pairs in zip(steps, streams, spans, strict=True):
+            first, after = pairs[n]
             last = after < len(stream.start)
             end = int(stream.start[after]) if last else int(stream.end[after - 1])
-            own.append(Step(n, UNKNOWN_STAGE, int(stream.start[first]), end))
+            rank_steps.append(Step(n, UNKNOWN_STAGE, int(stream.start[first]), end))
     return steps, ""
 
 

@@ -1,4 +1,9 @@
-"""Steps: which forward pass an activity belongs to, from SGLang's `step[...]` spans."""
+"""Which step each activity belongs to, and which steps may be compared.
+
+From top to bottom: read SGLang's `step[...]` spans, find the step of GPU activities, exclude
+steps in which something was compiled or captured, drop impossible durations, compute self
+times, and add what the server's log says about the window.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +57,9 @@ class StepSpans:
 
 
 def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
-    """The time of the first launch with each correlation id, -1 where there was none.
+    """The time of the first launch with each correlation id; -1 if there is none.
 
-    An id of 0 or less ties nothing.
+    A correlation id of 0 or less belongs to no launch.
     """
     order = np.argsort(ids, kind="stable")
     at = np.where(correlation > 0, first_of(ids[order], correlation), -1)
@@ -69,7 +74,7 @@ class StepIndex:
         starts, ends, self._numbers = np.array(times, dtype=np.int64).reshape(-1, 3).T
         self._by_start = np.argsort(starts, kind="stable")
         self._starts = starts[self._by_start]
-        # A step without length holds the moment at which it stands.
+        # A step of length 0 still holds the moment at which it starts.
         self._ends = np.maximum(ends, starts + 1)[self._by_start]
         self._by_number = np.argsort(self._numbers, kind="stable")
 
@@ -104,12 +109,12 @@ def step_spans(spans: Sequence[Annotation]) -> StepSpans:
 
 
 def _numbered(spans: Sequence[Annotation]) -> tuple[Step, ...]:
-    found = [step for span in spans if (step := parse_step(span)) is not None]
-    found.sort(key=lambda step: step.start_ns)
-    keys = [step_key(step) for step in found]
-    if found and min(keys) >= 0 and len(set(keys)) == len(keys):
-        return tuple(step.changed(step=key) for step, key in zip(found, keys, strict=True))
-    return tuple(step.changed(step=number) for number, step in enumerate(found))
+    steps = [step for span in spans if (step := parse_step(span)) is not None]
+    steps.sort(key=lambda step: step.start_ns)
+    keys = [step_key(step) for step in steps]
+    if steps and min(keys) >= 0 and len(set(keys)) == len(keys):
+        return tuple(step.changed(step=key) for step, key in zip(steps, keys, strict=True))
+    return tuple(step.changed(step=number) for number, step in enumerate(steps))
 
 
 def is_step(name: str) -> bool:
@@ -118,10 +123,10 @@ def is_step(name: str) -> bool:
 
 
 def step_key(step: Step) -> int:
-    """The number that means the same forward pass on every rank; -1 without a forward id.
+    """The number of a forward pass, the same on every rank; `NO_STEP` without a forward id.
 
-    The target and the draft model of speculative decoding count their passes each by
-    itself, so a draft's number is moved out of the way.
+    The target and the draft model of speculative decoding count their passes separately, so
+    `DRAFTS` is added to the numbers of drafts.
     """
     if step.forward_id < 0:
         return NO_STEP
@@ -132,7 +137,7 @@ def parse_step(span: Annotation) -> Step | None:
     """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise.
 
     With detailed annotations `c_sk` and `g_sk` are the KV tokens of the batch's prefills and
-    decodes. `raw_bs` beside `bs` tells that `bs` is padded for a graph.
+    decodes. With `raw_bs`, `bs` is the batch size padded for a CUDA graph.
     """
     match = _STEP.match(span.name)
     if match is None:
@@ -159,11 +164,11 @@ def parse_step(span: Annotation) -> Step | None:
 def with_graph_share(
     steps: Sequence[Step], step: Ints, kernel: Flags, graph: Flags
 ) -> tuple[Step, ...]:
-    """The steps with the share of their kernels that are nodes of a graph.
+    """The steps with their `graph_share`: the share of their kernels that are graph nodes.
 
-    step, kernel, graph: the step of each activity, whether it is a kernel, and whether a
-    graph's node. A rank without any node tells nothing: old profilers, and those of AMD,
-    do not mark nodes.
+    step, kernel, graph: of each activity its step, whether it is a kernel, and whether it is
+    a graph node. Unchanged for a rank without nodes: older profilers, and AMD's, do not mark
+    them.
     """
     if not steps or not graph.any():
         return tuple(steps)
@@ -178,26 +183,24 @@ def with_graph_share(
     )
 
 
-# To which step a GPU activity belongs, by the best evidence that the trace has.
+# Find the step of each GPU activity.
 #
 # Kineto projects a CPU annotation onto every stream that its kernels ran on; the two share
-# an `External id`. Where those projections exist they are the answer, and the launches need
-# not be read. Else the launch of an activity (same correlation id) lies in the step's span
-# on the CPU.
+# an `External id`. With these projections the launches need not be read. Without, an activity
+# belongs to the step whose span on the CPU holds its launch (same correlation id).
 
-
-PROJECTED_SHARE = 0.5  # of the steps; fewer projections mean that the profiler made none
+PROJECTED_SHARE = 0.5  # of the steps; with fewer, the profiler did not project steps
 
 
 class TraceSteps:
-    """The steps of one rank of a torch trace, told by its annotations."""
+    """The steps of one rank of a torch trace, from its annotations."""
 
     def __init__(self, annotations: Sequence[Annotation]) -> None:
         ordered = sorted((a for a in annotations if is_step(a.name)), key=lambda a: a.start)
         cpu = [a for a in ordered if not a.gpu]
         spans = step_spans(ordered)
         self.steps = spans.cpu or spans.gpu
-        """All of them, in order of their start."""
+        """In order of their start."""
         self._by_launch = StepIndex(spans.cpu)
         self._by_gpu_time = StepIndex(spans.gpu)
         self._projections = Projections(spans.cpu, cpu, [a for a in ordered if a.gpu])
@@ -207,7 +210,7 @@ class TraceSteps:
         return self._by_launch.of(start)
 
     def of_gpu(self, start: Ints, stream: npt.NDArray[Any], launched: Ints) -> Ints:
-        """The step of each GPU activity, else -1. launched: when the CPU did it, -1 unknown."""
+        """The step of each GPU activity, else -1. launched: ns of the launch, -1 if unknown."""
         if self._projections.complete:
             return self._projections.find(start, stream)
         step = self._by_launch.of(launched)
@@ -245,30 +248,29 @@ class Projections:
 
     def find(self, start: Ints, stream: npt.NDArray[Any]) -> Ints:
         """The step whose projection on the activity's own stream holds its start, else -1."""
-        found = np.full(len(start), NO_STEP, dtype=np.int64)
+        step = np.full(len(start), NO_STEP, dtype=np.int64)
         for number, spans in self._streams.items():
             rows = np.flatnonzero(stream == number)
             at = holding(spans[:, 0], spans[:, 1], start[rows])
-            found[rows[at >= 0]] = spans[at[at >= 0], 2]
-        return found
+            step[rows[at >= 0]] = spans[at[at >= 0], 2]
+        return step
 
 
 def projected(cpu: Sequence[Annotation], gpu: Sequence[Annotation]) -> bool:
     """Whether the profiler projected the CPU's steps onto the GPU, at least half of them."""
     known = {(span.external, span.name) for span in cpu if span.external >= 0}
-    found = {(span.external, span.name) for span in gpu if _on_stream(span)}
-    return len(known & found) >= PROJECTED_SHARE * len(cpu) > 0
+    on_gpu = {(span.external, span.name) for span in gpu if _on_stream(span)}
+    return len(known & on_gpu) >= PROJECTED_SHARE * len(cpu) > 0
 
 
 def _on_stream(span: Annotation) -> bool:
     return span.thread.lstrip("-").isdigit()
 
 
-# What makes a forward pass unlike its peers: kernels compiled, or graphs captured, inside it.
+# Exclude steps in which kernels were compiled or graphs captured.
 #
-# Both show as calls of the driver. A step with one is excluded from comparison, since its
-# launches waited for the host, and the rank's notes count them.
-
+# Both show as calls of the driver. Launches of such a step waited for the host, so it is not
+# compared with others; the rank's notes count them.
 
 JIT = "jit compilation"
 CAPTURE = "graph capture"
@@ -313,14 +315,15 @@ def with_interruptions(
     return marked, notes
 
 
-# Durations that cannot be true: a stream runs its kernels in order.
+# Drop impossible durations.
 #
-# A kernel that contains a whole later kernel of its stream was not measured but made up
-# (seen in real traces). Short overlaps are programmatic dependent launch and are fine.
+# A stream runs its kernels in order, so a kernel that contains a whole later kernel of its
+# stream is a profiler artefact (seen in real traces). Short overlaps are programmatic
+# dependent launch and are fine.
 
 
 def timelines(device: npt.NDArray[Any], stream: npt.NDArray[Any]) -> Ints:
-    """A number for each stream of each device; -1 where one of them is not known."""
+    """A number for each stream of each device; -1 if stream or device is unknown."""
     known = (device >= 0) & (device < 2**15) & (stream >= 0) & (stream < 2**32)
     return np.where(known, (device.astype(np.int64) << 32) + stream, -1)
 
@@ -328,8 +331,7 @@ def timelines(device: npt.NDArray[Any], stream: npt.NDArray[Any]) -> Ints:
 def impossible_rows(start: Ints, dur: Ints, timeline: Ints, graph: Flags) -> Flags:
     """Rows (sorted by timeline, then start) that contain a whole later row of their timeline.
 
-    Short overlaps are programmatic dependent launch and stay; so do nodes of graphs, and
-    rows of no known timeline (-1).
+    Nodes of graphs, which run side by side, and rows without a timeline (-1) never count.
     """
     return contains_later(start + dur, timeline) & (timeline >= 0) & ~graph
 
@@ -340,7 +342,7 @@ def contains_later(end: Ints, stream: Ints) -> Flags:
     edges = np.flatnonzero(np.diff(stream)) + 1
     for first, last in zip([0, *edges], [*edges, len(end)], strict=True):
         if last - first > 1:
-            # The earliest end of all later rows: it lies inside when any of them does.
+            # If any later row ends inside, the one that ends earliest does.
             earliest = np.minimum.accumulate(end[first + 1 : last][::-1])[::-1]
             bad[first : last - 1] = earliest < end[first : last - 1]
     return bad
@@ -354,21 +356,21 @@ def excluded(durations: Ints) -> str:
     )
 
 
-# Self time: what a nested span takes itself, without the spans inside it.
+# Self time: the time of a span without the spans inside it.
 #
-# CPU operators and NVTX ranges nest, so the sum of their durations counts time again and
-# again; the sum of their self times is the length of the union of the outermost ones.
+# CPU operators and NVTX ranges nest, so the sum of their durations counts time several times;
+# the sum of their self times is the length of the union of the outermost spans.
 
 
 def self_times(start: Ints, dur: Ints, thread: Ints) -> Ints:
     """Self time of each span, ns, shape (spans,).
 
-    Spans of one thread nest. Where one overlaps another without lying inside it (clocks are
-    not perfect), the time belongs to the one that began last, so that the sum of a thread
-    is always the length of its union.
+    Spans of one thread nest. If one overlaps another without lying inside it (clocks are not
+    perfect), the overlap belongs to the span that began last, so that the sum over a thread is
+    always the length of its union.
     """
     order = np.lexsort((-dur, start, thread))
-    own = dur[order].tolist()
+    times_left = dur[order].tolist()
     starts, ends = start[order].tolist(), (start + dur)[order].tolist()
     threads = thread[order].tolist()
     open_spans: list[int] = []
@@ -383,27 +385,26 @@ def self_times(start: Ints, dur: Ints, thread: Ints) -> Ints:
                 break
             if ends[outer] > taken:
                 stop = min(end, ends[outer])
-                own[outer] -= stop - taken
+                times_left[outer] -= stop - taken
                 taken = stop
         open_spans.append(at)
-    times = np.empty(len(own), dtype=np.int64)
-    times[order] = own
+    times = np.empty(len(times_left), dtype=np.int64)
+    times[order] = times_left
     return times
 
 
-# Joins what the server's log told of a window to the steps of its kernel table.
-
+# Add what the server's log says about the window to the steps of its kernel table.
 
 REBALANCE = "eplb rebalance"
-GRAPH_SHARE = 0.5  # of a step's kernels; a replayed decode step has a few launched by hand
+GRAPH_SHARE = 0.5  # of a step's kernels; in a replayed decode step a few are not graph nodes
 _UNIX_NS = 10**18  # September 2001; clocks that count from a start are far below
 
 
 def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
     """The table with steps inside a rebalance excluded, and accept lengths filled in.
 
-    Both need steps on the Unix clock, as torch traces have them. On another clock nobody
-    knows which steps a rebalance hit: then all of them are excluded.
+    Both need steps on the Unix clock, as in torch traces. On another clock it is unknown which
+    steps a rebalance hit, so all of them are excluded.
     """
     if table.steps.empty or facts == ServerFacts():
         return table
@@ -448,7 +449,7 @@ def _inside(steps: pd.DataFrame, spans: Sequence[tuple[float, float]]) -> np.nda
 
 
 def _accept_lengths(steps: pd.DataFrame, accepted: Sequence[AcceptLength]) -> np.ndarray:
-    """A line's figure is the mean since the line before: it holds for the steps between."""
+    """Of each step the figure of the next log line, which is the mean since the line before."""
     lengths = steps["accept_length"].to_numpy(float).copy()
     end = steps["end_ns"].to_numpy() / 1e9
     drafts = steps["substage"].astype(str).str.startswith("DRAFT")
@@ -456,12 +457,12 @@ def _accept_lengths(steps: pd.DataFrame, accepted: Sequence[AcceptLength]) -> np
     labels = steps["rank"].astype(str)
     for label in labels.unique():
         rank = Rank.parse(label)
-        mine = [a for a in accepted if a.dp is None or rank is None or rank.dp in (None, a.dp)]
-        if not mine:
+        samples = [a for a in accepted if a.dp is None or rank is None or rank.dp in (None, a.dp)]
+        if not samples:
             continue
         rows = np.flatnonzero((labels == label).to_numpy() & verifies)
-        mine.sort(key=lambda sample: sample.time)
-        at = np.searchsorted([sample.time for sample in mine], end[rows])
-        values = np.array([*(sample.length for sample in mine), -1.0])
+        samples.sort(key=lambda sample: sample.time)
+        at = np.searchsorted([sample.time for sample in samples], end[rows])
+        values = np.array([*(sample.length for sample in samples), -1.0])
         lengths[rows] = values[at]
     return lengths

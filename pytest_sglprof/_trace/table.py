@@ -1,11 +1,14 @@
-"""The kernel table: one row an activity, one clock, one rank label for each process."""
+"""The kernel table, and the types from which every reader builds it.
+
+A reader returns one `RankActivities` for each rank; `_trace.read` joins them into one
+`KernelTable`, with one row for each activity and all times on one clock. Below them: look-ups
+in sorted arrays, and the numbers of collectives.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -41,18 +44,18 @@ _STEP_TEXTS = ("stage", "substage", "excluded")
 _STEP_SHARES = ("graph_share", "accept_length")
 GPU, CPU_OPERATORS, NVTX = "gpu", "cpu_op", "nvtx"  # sources
 NO_STEP = -1
-_GROUPED = 131_072  # rows at once
+_GROUPED = 131_072  # rows that are grouped at once
 UNKNOWN_STAGE = "unknown"
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One forward pass of one rank. Times in ns; -1 where the source does not tell.
+    """One forward pass of one rank. Times in ns; numbers are -1 where they are unknown.
 
-    substage: SGLang's own word (DECODE, VERIFY, DRAFT, EXTEND, ...), "" where there is none.
-    padded_batch: the batch size that a graph was replayed for. kv_tokens: tokens of the KV
-    cache that the batch looks back on. graph_share: share of the step's kernels that are nodes
-    of a graph, 0 to 1. accept_length: mean tokens that a verify step accepts for a request.
-    excluded: why the step may not be compared ("jit compilation"), "" where it may.
+    substage: SGLang's name of it (DECODE, VERIFY, DRAFT, EXTEND, ...), "" if unknown.
+    padded_batch: the batch size of the CUDA graph that was replayed. kv_tokens: tokens in the
+    KV cache that the batch attends to. graph_share: share of the step's kernels that are graph
+    nodes, 0 to 1. accept_length: mean tokens accepted per request in a verify step.
+    excluded: why the step must not be compared ("jit compilation"), "" if it may be.
     """
 
     step: int
@@ -80,10 +83,11 @@ class Step(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class RankActivities:
-    """What one reader found of one rank: parallel columns over its activities.
+    """The activities of one rank in one file: parallel columns, shape (activities,).
 
     name_codes, kind_codes: indices into names (full, as recorded) and kinds. start, dur:
-    int64 ns. step: the number of a `Step` or -1. stream: -1 where there is none. calls: the
+    int64 ns. step: the number of a `Step`, or `NO_STEP`. stream: -1 if unknown. source: `GPU`,
+    `CPU_OPERATORS` or `NVTX`. notes: what was skipped, for the reader of the report. calls:
     collectives whose process group is known.
     """
 
@@ -97,7 +101,7 @@ class RankActivities:
     stream: NDArray[np.int64]
     step: NDArray[np.int64]
     steps: Sequence[Step] = ()
-    source: str = "gpu"
+    source: str = GPU
     notes: Sequence[str] = ()
     partial: bool = False
     calls: CollectiveCalls | None = None
@@ -112,17 +116,17 @@ class RankActivities:
 class KernelTable:
     """All activities of a window.
 
-    frame: one row an activity with the columns `rank, name, full_name, category, kind,
-    stage` (categorical text), `step, stream, start_ns, dur_ns` (int64; ns). step is -1
-    outside of any step; equal numbers mean the same forward pass on every rank. kind is
+    frame: one row for each activity, with the columns `rank, name, full_name, category, kind,
+    stage` (categorical text), `step, stream, start_ns, dur_ns` (int64; ns). step is `NO_STEP`
+    outside of steps; equal numbers mean the same forward pass on every rank. kind is
     "kernel", "memcpy", "memset", "op", "range" or "collective".
-    ranks: labels in rank order, also of ranks without any activity. steps: one row a rank
-    and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
-    time of NVTX ranges). partial: a truncated file was allowed. notes: what was skipped,
-    and which way of reading was taken. files: what was read. collectives: `process_group`
-    (categorical text) and `sequence` (int64, -1 unknown) of the activities of which the trace
-    tells them; its index holds labels of `frame`'s. settled: steps that were
-    dropped because they began in the window's settle time.
+    ranks: labels in rank order, including ranks without any activity. steps: one row for each
+    rank and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
+    time of NVTX ranges). partial: whether a truncated file was read. notes: what was skipped,
+    and how the files were read. files: the paths that were read. collectives: `process_group`
+    (categorical text) and `sequence` (int64, -1 if unknown) of the activities for which the
+    trace has them, indexed by row label of `frame`. settled: number of steps that were dropped
+    because they began within the settle time.
     """
 
     __module__ = "pytest_sglprof"
@@ -130,7 +134,7 @@ class KernelTable:
     frame: pd.DataFrame
     ranks: tuple[str, ...]
     steps: pd.DataFrame
-    source: str = "gpu"
+    source: str = GPU
     partial: bool = False
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = field(default=())
@@ -139,12 +143,12 @@ class KernelTable:
 
     @property
     def is_timeline(self) -> bool:
-        """Whether activities are intervals on a GPU's timeline; else self times, to be summed."""
+        """Whether activities are intervals on a GPU; otherwise they are self times."""
         return self.source == GPU
 
     @property
     def has_idle_ranges(self) -> bool:
-        """Whether activities outside of steps are the scheduler's own loop, which also waits."""
+        """Whether activities outside of steps include the scheduler's loop, which also waits."""
         return self.source == NVTX
 
     def by(self, *keys: str) -> pd.DataFrame:
@@ -164,7 +168,7 @@ class KernelTable:
 
 
 def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The keys, `count` and `total_ns`: part by part, for grouping needs 50 bytes a row."""
+    """The keys, `count` and `total_ns`; in parts, since grouping needs 50 bytes for each row."""
     parts = []
     for at in range(0, max(len(frame), 1), _GROUPED):
         grouped = frame.iloc[at : at + _GROUPED].groupby(keys, observed=True, sort=False)
@@ -177,7 +181,7 @@ def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:
-    """The `steps` table: one row a rank and step."""
+    """The `steps` of a table: one row for each rank and step."""
     values: dict[str, object] = {
         "rank": pd.Categorical([rank for rank, _ in steps], categories=list(ranks), ordered=True)
     }
@@ -190,15 +194,14 @@ def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.Da
     return pd.DataFrame(values, columns=list(STEP_COLUMNS))
 
 
-# Array types of the readers, and the look-ups that all of them need.
-
+# Look-ups that all readers need.
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 
 def first_of(ids: Ints, wanted: Ints) -> Ints:
-    """Where each of `wanted` stands first in `ids` (ascending); -1 where it does not."""
+    """The first index of each of `wanted` in `ids` (ascending); -1 if it is not there."""
     if not len(ids):
         return np.full(len(wanted), -1, dtype=np.int64)
     at = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
@@ -208,7 +211,7 @@ def first_of(ids: Ints, wanted: Ints) -> Ints:
 def holding(starts: Ints, ends: Ints, times: Ints) -> Ints:
     """Which interval [start, end) holds each time; -1 for none.
 
-    starts: ascending. Of overlapping intervals only the last that began is looked at.
+    starts: ascending. Of overlapping intervals only the one that began last counts.
     """
     if not len(starts):
         return np.full(len(times), -1, dtype=np.int64)
@@ -217,74 +220,18 @@ def holding(starts: Ints, ends: Ints, times: Ints) -> Ints:
     return np.where(inside, at, -1)
 
 
-# Exact times from the text of a trace.
-
-
-_NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
-LARGEST_NS = 2**62  # two of them can be added in int64
-LONGEST_NS = 2**50  # of a duration, 13 days: thousands of them can be added in int64
-
-
-def unfit(start: int | None, dur: int | None) -> str:
-    """What is wrong with the time of an event, in ns; "" of one that is used."""
-    if start is None or dur is None:
-        return "a missing or unreadable"
-    if dur < 0:
-        return "a negative"
-    return "an impossible" if dur >= LONGEST_NS else ""
-
-
-def ns(raw: bytes) -> int | None:
-    """Exact ns of a time in µs from its JSON text (a number or a quoted one).
-
-    None when it is absent or not a finite number. Digits below 1 ns are rounded half up.
-    """
-    match = _NUMBER.match(bytes(raw).decode("ascii", "replace").strip())
-    if match is None:
-        return None
-    sign, whole, fraction, exponent = match.groups()
-    fraction = fraction or ""
-    shift = 3 + int(exponent or 0) - len(fraction)
-    if abs(shift) > 60:
-        return None
-    value: int = int(whole + fraction)
-    if shift >= 0:
-        value *= int(10**shift)
-    else:
-        value = (2 * value + 10**-shift) // (2 * 10**-shift)
-    if value >= LARGEST_NS:
-        return None
-    return -value if sign else value
-
-
-def base_time(path: Path, text: str) -> tuple[int, list[str]]:
-    """ns to add to every time, which newer files write relative to this; and notes.
-
-    text: the JSON text of `baseTimeNanoseconds`, "" for none.
-    """
-    number = text.strip('" ')
-    if number.isdecimal() and number.isascii() and len(number) <= 19 and int(number) < LARGEST_NS:
-        return int(number), []
-    if number in ("", "null"):
-        return 0, []
-    note = (
-        f"{path.name}: baseTimeNanoseconds {number[:40]} is no time; this rank's clock is its own"
-    )
-    return 0, [note]
-
-
 # Which collective each call of a rank is: its process group, and its number in that group.
 
-
-UNKNOWN = -1
+NO_SEQUENCE = -1
 
 
 @dataclass(frozen=True)
 class CollectiveCalls:
-    """Activities of a rank whose process group is known; parallel to each other.
+    """The activities of a rank whose process group is known; parallel columns.
 
-    row: index of the activity. group: names of process groups, as torch.distributed numbers
-    them alike on every rank. sequence: the number of the collective in its group, -1 unknown.
+    row: index of the activity. group: name of the process group, which torch.distributed
+    assigns alike on every rank. sequence: number of the collective in its group, or
+    `NO_SEQUENCE`.
     """
 
     row: Ints
@@ -295,29 +242,31 @@ class CollectiveCalls:
 def calls_of(
     columns: Columns, groups: Sequence[str], sequences: Mapping[int, int]
 ) -> CollectiveCalls | None:
-    """Those of a file's columns; sequences: external id -> number, where kernels lack it."""
+    """The calls in a file's columns. sequences: external id -> number, for kernels without."""
     if columns.call is None or columns.calls is None:
         return None
     row = np.flatnonzero(columns.call >= 0).astype(np.int64)
     at = columns.call[row]
-    told = columns.calls.sequence[at].tolist()
+    sequence = columns.calls.sequence[at].tolist()
     external = columns.calls.external[at].tolist()
     return CollectiveCalls(
         row=row,
         group=[groups[code] for code in columns.calls.group[at].tolist()],
-        sequence=numbered(told, external, sequences),
+        sequence=numbered(sequence, external, sequences),
     )
 
 
-def numbered(told: Sequence[int], external: Sequence[int], sequences: Mapping[int, int]) -> Ints:
-    """The number of each collective: what its kernel told, else its announcement."""
-    pairs = zip(told, external, strict=True)
-    found = [own if own >= 0 else sequences.get(key, UNKNOWN) for own, key in pairs]
-    return np.array(found, np.int64)
+def numbered(
+    in_kernel: Sequence[int], external: Sequence[int], sequences: Mapping[int, int]
+) -> Ints:
+    """The number of each collective: from its kernel, else from its announcement."""
+    pairs = zip(in_kernel, external, strict=True)
+    numbers = [number if number >= 0 else sequences.get(key, NO_SEQUENCE) for number, key in pairs]
+    return np.array(numbers, np.int64)
 
 
 def collective_frame(parts: Sequence[tuple[int, CollectiveCalls | None]]) -> pd.DataFrame:
-    """The `collectives` of a table, of (rows of the rank, its calls), in the table's order."""
+    """The `collectives` of a table. parts: (number of rows, calls) of each rank, in order."""
     rows, sequences = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     groups: list[str] = []
     before = 0

@@ -1,4 +1,4 @@
-"""`python -m pytest_sglprof.standin`: runs the stand-in until it is told to stop."""
+"""`python -m pytest_sglprof.standin`: runs the stand-in until a signal ends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which path answers what: health, control and information. Generation has its own module."""
+"""The routes of the stand-in, and what each of them answers."""
 
 from __future__ import annotations
 

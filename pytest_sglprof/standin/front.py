@@ -1,4 +1,4 @@
-"""The front process: starts the ranks, owns the replicas, and decides how all of it ends."""
+"""The front process: starts the ranks, owns the replicas, and shuts everything down."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Front:
         for rank in self.ranks:
             rank.receive()
         for number in range(self.options.sizes.engines):
-            mine = [rank for rank in self.ranks if rank.place.engine == number]
-            self.engines.append(Engine(self.options, mine, self._rank_died))
+            members = [rank for rank in self.ranks if rank.place.engine == number]
+            self.engines.append(Engine(self.options, members, self._rank_died))
 
     def serve(self) -> None:
         """Lets the replicas run; from then on the server can become ready."""
@@ -84,7 +84,7 @@ class Front:
         self._ended.set()
 
     def wait(self) -> int:
-        """Blocks until the server is told to stop or has crashed: its exit status."""
+        """Blocks until the server is stopped or has crashed; returns its exit status."""
         while not self._ended.wait(0.5):
             pass
         if self.dead_rank is not None and not self.stopping:

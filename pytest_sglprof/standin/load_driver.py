@@ -71,14 +71,14 @@ class WarmUpFailed(Exception):
 def rows(options: argparse.Namespace) -> list[Row]:
     """The requests of a run; the same seed gives the same rows."""
     rng = random.Random(options.seed)
-    found: list[Row] = []
+    requests: list[Row] = []
     for number in range(options.num_prompts):
         size = _length(rng, options.random_input_len, options.random_range_ratio)
         output = _length(rng, options.random_output_len, options.random_range_ratio)
         offset = rng.randrange(VOCABULARY)
         ids = tuple((offset + number + i) % VOCABULARY for i in range(size))
-        found.append(Row(ids, output))
-    return found
+        requests.append(Row(ids, output))
+    return requests
 
 
 def _length(rng: random.Random, full: int, ratio: float) -> int:
@@ -199,10 +199,10 @@ def _payload(options: argparse.Namespace, row: Row) -> dict[str, Any]:
     }
     if PATHS[options.backend].endswith("chat/completions"):
         messages = [{"role": "user", "content": row.text}]
-        own = {"messages": messages, "max_completion_tokens": row.output_len}
+        format_fields = {"messages": messages, "max_completion_tokens": row.output_len}
     else:
-        own = {"prompt": row.text, "max_tokens": row.output_len}
-    return {**shared, **own, **options.extra}
+        format_fields = {"prompt": row.text, "max_tokens": row.output_len}
+    return {**shared, **format_fields, **options.extra}
 
 
 def _result(
@@ -257,8 +257,8 @@ def _wait(url: str, headers: dict[str, str], limit: float) -> bool:
 
 
 def _model(url: str, headers: dict[str, str]) -> str:
-    found = httpx.get(f"{url}/v1/models", headers=headers, timeout=5).json()["data"]
-    return str(found[0]["id"])
+    models = httpx.get(f"{url}/v1/models", headers=headers, timeout=5).json()["data"]
+    return str(models[0]["id"])
 
 
 async def _server_info(client: httpx.AsyncClient) -> dict[str, Any] | None:

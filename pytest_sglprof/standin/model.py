@@ -1,7 +1,7 @@
 """The model that the stand-in pretends to run: the kernels of one forward pass.
 
-A decoder with experts, as it looks on NVIDIA hardware: names are those that real traces
-hold, weights are rough shares of a decode step. A rank's true time in a category is the
+A decoder with experts, as it looks on NVIDIA hardware: kernel names are taken from real
+traces, weights are rough shares of a decode step. A rank's true time in a category is the
 sum of `nominal_ns` over its kernels times the planted factor, plus jitter whose mean is 0.
 """
 
@@ -330,7 +330,7 @@ class Model:
         gap = int(self.step_ns * GAP)
         clock = {place.index: int(self.step_ns * LEAD) for place in peers}
         noise = {place.index: self._noise(place, step, jitter) for place in peers}
-        found: dict[int, list[Launch]] = {place.index: [] for place in peers}
+        launches: dict[int, list[Launch]] = {place.index: [] for place in peers}
         groups = _attention_groups(peers)
         for kernel in kernels:
             if kernel.kind == "collective":
@@ -340,7 +340,7 @@ class Model:
                     end = max(clock[p.index] for p in group) + transfer
                     for place in group:
                         start = clock[place.index]
-                        found[place.index].append(Launch(kernel, start, end - start))
+                        launches[place.index].append(Launch(kernel, start, end - start))
                         clock[place.index] = end + gap
                 continue
             for place in peers:
@@ -351,9 +351,9 @@ class Model:
                 if jitter:
                     length *= 1 + noise[place.index].uniform(-JITTER, JITTER)
                 start, dur = clock[place.index], max(1, round(length))
-                found[place.index].append(Launch(kernel, start, dur))
+                launches[place.index].append(Launch(kernel, start, dur))
                 clock[place.index] = start + dur + gap
-        return found
+        return launches
 
     def wall_ns(self, step: int, peers: Sequence[Place], batches: Sequence[Batch]) -> int:
         """How long the step takes on the wall, ns: its longest rank leaves some idle time."""
@@ -479,15 +479,15 @@ class Place:
 
 def places(sizes: Sizes) -> tuple[Place, ...]:
     """All ranks: by replica, then pipeline stage, then tensor rank."""
-    found: list[Place] = []
+    everyone: list[Place] = []
     for engine in range(sizes.engines):
         for pp in range(sizes.pp):
             for tp in range(sizes.tp):
                 queue = tp // sizes.attention_tp
                 dp = queue if sizes.dp_attention else engine if sizes.dp > 1 else None
                 ep = tp * sizes.ep // sizes.tp
-                found.append(Place(len(found), engine, queue, tp, pp, ep, dp, sizes))
-    return tuple(found)
+                everyone.append(Place(len(everyone), engine, queue, tp, pp, ep, dp, sizes))
+    return tuple(everyone)
 
 
 def stage_peers(place: Place, everyone: tuple[Place, ...]) -> tuple[Place, ...]:

@@ -99,26 +99,26 @@ def _parser() -> argparse.ArgumentParser:
         "model. Options that it does not know are taken as SGLang's and ignored.",
         allow_abbrev=False,
     )
-    own = parser.add_argument_group("options of SGLang that have an effect")
-    own.add_argument("--host", default="127.0.0.1")
-    own.add_argument("--port", type=int, default=30000)
-    own.add_argument("--model-path", "--model", default="standin")
-    own.add_argument("--served-model-name", default="")
-    own.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
-    own.add_argument("--dp", "--dp-size", "--data-parallel-size", type=int, default=1)
-    own.add_argument("--pp", "--pp-size", "--pipeline-parallel-size", type=int, default=1)
-    own.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, default=1)
-    own.add_argument("--enable-dp-attention", action="store_true")
-    own.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    own.add_argument("--api-key", default="")
-    own.add_argument("--admin-api-key", default="")
-    own.add_argument("--decode-log-interval", type=int, default=40)
-    own.add_argument("--max-running-requests", type=int, default=256)
-    own.add_argument("--max-total-tokens", type=int, default=400_000)
-    own.add_argument("--chunked-prefill-size", type=int, default=8192)
-    own.add_argument("--context-length", type=int, default=131_072)
-    own.add_argument("--random-seed", type=int, default=0)
-    own.add_argument("--enable-metrics", action="store_true")
+    effective = parser.add_argument_group("options of SGLang that have an effect")
+    effective.add_argument("--host", default="127.0.0.1")
+    effective.add_argument("--port", type=int, default=30000)
+    effective.add_argument("--model-path", "--model", default="standin")
+    effective.add_argument("--served-model-name", default="")
+    effective.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
+    effective.add_argument("--dp", "--dp-size", "--data-parallel-size", type=int, default=1)
+    effective.add_argument("--pp", "--pp-size", "--pipeline-parallel-size", type=int, default=1)
+    effective.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, default=1)
+    effective.add_argument("--enable-dp-attention", action="store_true")
+    effective.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    effective.add_argument("--api-key", default="")
+    effective.add_argument("--admin-api-key", default="")
+    effective.add_argument("--decode-log-interval", type=int, default=40)
+    effective.add_argument("--max-running-requests", type=int, default=256)
+    effective.add_argument("--max-total-tokens", type=int, default=400_000)
+    effective.add_argument("--chunked-prefill-size", type=int, default=8192)
+    effective.add_argument("--context-length", type=int, default=131_072)
+    effective.add_argument("--random-seed", type=int, default=0)
+    effective.add_argument("--enable-metrics", action="store_true")
     model = parser.add_argument_group("the modelled device")
     model.add_argument("--step-ms", type=float, default=10.0, help="wall time of a decode step")
     model.add_argument("--layers", type=int, default=4, help="decoder layers of a forward pass")
@@ -162,7 +162,7 @@ def _slow(text: str, sizes: Sizes) -> Slow:
     until = values.get("until_step")
     rank, category = values["rank"].replace(".", " "), values.get("category", "compute")
     if all(rank not in (place.label, str(place.index)) for place in places(sizes)):
-        raise ValueError(f"--slow {text!r}: there is no rank {rank}")
+        raise ValueError(f"--slow {text!r}: the server has no rank {rank}")
     if category not in SLOWABLE:
         raise ValueError(f"--slow {text!r}: expected a category of {', '.join(SLOWABLE)}")
     return Slow(
@@ -176,22 +176,22 @@ def _slow(text: str, sizes: Sizes) -> Slow:
 
 def _others(words: Sequence[str]) -> dict[str, Any]:
     """SGLang's other options as `/server_info` shows them: `--foo-bar 3` is foo_bar: 3."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     name = ""
     for word in words:
         if word.startswith("--"):
             key, _, value = word[2:].partition("=")
             name = key.replace("-", "_")
-            found[name] = _plain(value) if value else True
+            values[name] = _plain(value) if value else True
         elif not name:
             raise ValueError(f"unexpected argument: {word}")
-        elif found[name] is True:
-            found[name] = _plain(word)
-        elif isinstance(found[name], list):
-            found[name].append(_plain(word))
+        elif values[name] is True:
+            values[name] = _plain(word)
+        elif isinstance(values[name], list):
+            values[name].append(_plain(word))
         else:
-            found[name] = [found[name], _plain(word)]
-    return found
+            values[name] = [values[name], _plain(word)]
+    return values
 
 
 def _plain(text: str) -> Any:
@@ -233,5 +233,5 @@ def raw(text: str) -> None:
     """One write, so that lines of several processes never mix."""
     try:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, (text + "\n").encode())
-    except OSError:  # the reader of the log is gone; nothing can be said any more
+    except OSError:  # the reader of the log is gone, and there is no other place to write to
         return

@@ -1,8 +1,8 @@
-"""The profiler of one rank: when a window opens and closes, and the file that it leaves.
+"""The profiler of one rank: when a window opens and closes, and which file it writes.
 
-It keeps the habits of the real one that a client has to know, the harmful ones included:
-a second start throws the first window away, a start step that was armed stays armed, a
-window by stage without a number of steps kills the rank, so does a bad folder.
+It reproduces what a client has to know about the real profiler, including what goes wrong:
+a second start discards the first window, a start step stays armed once it was set, and a
+window by stage without a number of steps ends the rank, as does an unusable folder.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class Profiler:
             self._stop("EXTEND")
         if self.stage_counts[stage] == 0:
             self._start(stage)
-        # As in the real server, counting from nothing is a TypeError that ends the rank; so
-        # mypy, which sees it, is told to let both lines be.
+        # As in the real server, counting up from None is a TypeError that ends the rank. It is
+        # deliberate, hence the two exceptions for mypy.
         self.stage_counts[stage] += 1  # type: ignore[operator]
         if self.stage_counts[stage] > self.stage_limit and self.running:  # type: ignore[operator]
             self._stop(stage)
@@ -174,13 +174,13 @@ class Profiler:
             record_shapes=self.params.get("record_shapes") is not False,
             detailed=bool(self.params.get("detailed_annotations")),
         )
-        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as plain:
-            write(recording, plain, plain.name)
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as unpacked:
+            write(recording, unpacked, unpacked.name)
         try:
-            with Path(plain.name).open("rb") as source, gzip.open(target, "wb", 6) as file:
+            with Path(unpacked.name).open("rb") as source, gzip.open(target, "wb", 6) as file:
                 shutil.copyfileobj(source, file)
         finally:
-            Path(plain.name).unlink()
+            Path(unpacked.name).unlink()
 
     def _memory_snapshot(self, folder: Path, suffix: str) -> None:
         name = f"{self._prefix()}{time.time()}-TP-{self.place.tp}-memory{suffix}.pickle"

@@ -505,5 +505,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _label(name: str) -> str:
     parts = dict(re.findall(r"(TP|DP|PP|EP)-(\d+)", name))
-    found = [f"{key}{int(parts[key]):02d}" for key in ("TP", "DP", "PP", "EP") if key in parts]
-    return f"[{'-'.join(found)}]"
+    tags = [f"{key}{int(parts[key]):02d}" for key in ("TP", "DP", "PP", "EP") if key in parts]
+    return f"[{'-'.join(tags)}]"

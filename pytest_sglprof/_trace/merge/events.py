@@ -19,11 +19,11 @@ import msgspec
 
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._trace.paths import rank_of_pid
-from pytest_sglprof._trace.table import ns
+from pytest_sglprof._trace.torch.events import ns
 from pytest_sglprof._trace.torch.salvage import mended
 from pytest_sglprof._trace.torch.scan import Layout, Unsafe
 
-# With what stands before it: the longer a text, the faster it is found.
+# With what stands before it: longer patterns are found faster.
 _PID = re.compile(rb',\s*"pid"\s*:\s*')
 _ID = re.compile(rb',\s*"id"\s*:\s*')
 _CATEGORY = re.compile(rb'"cat"\s*:\s*"([^"\\]{0,60})"')
@@ -36,7 +36,7 @@ _STREAM = re.compile(r"stream \d+")
 RawEvent = dict[str, msgspec.Raw]
 
 
-SAMPLE = 16  # of so many chunks one is asked for threads that nobody named
+SAMPLE = 16  # one of so many chunks is searched for threads without a name
 
 
 class _Quick(msgspec.Struct, gc=False):
@@ -103,8 +103,8 @@ class EventRewriter:
         """
         if layout.merged:
             self._quick = False
-        found = self._quickly(events) if self._quick else None
-        return self._slowly(layout, events) if found is None else found
+        rewritten = self._quickly(events) if self._quick else None
+        return self._slowly(layout, events) if rewritten is None else rewritten
 
     def listed(self, events: list[RawEvent]) -> bytes:
         """The same for events that were decoded already."""
@@ -164,13 +164,13 @@ class EventRewriter:
             (opening if at else b"") + chunk + (b"}" if at < len(chunks) - 1 else b"")
             for at, chunk in enumerate(chunks)
         ]
-        found: list[RawEvent] = []
+        readable: list[RawEvent] = []
         lost: list[str] = []
         at = repaired = 0
         while at < len(texts):
             event, was_mended, used = _event(texts, at, layout)
             if event is not None:
-                found.append(event)
+                readable.append(event)
                 repaired += was_mended
             elif at == len(texts) - 1 and texts[at].count(b"{") > texts[at].count(b"}"):
                 raise Unsafe("an event was cut where another one seemed to begin")
@@ -180,7 +180,7 @@ class EventRewriter:
         self.taken += len(lost)
         self.seen.lost.update(lost)
         self.seen.mended += repaired
-        return found
+        return readable
 
     def _rewrite(self, event: RawEvent, gpus: frozenset[bytes]) -> None:
         raw = bytes(event.get("pid", b"0"))
@@ -226,8 +226,8 @@ class EventRewriter:
 
 def _threads(events: bytes) -> set[tuple[int, int]]:
     """The (process, thread) pairs with numeric threads."""
-    found = _THREADS.decode(b"".join((b"[", events, b"]")))
-    return {(event.pid, event.tid) for event in found if isinstance(event.tid, int)}
+    decoded = _THREADS.decode(b"".join((b"[", events, b"]")))
+    return {(event.pid, event.tid) for event in decoded if isinstance(event.tid, int)}
 
 
 def sort_index(rank_number: int, place: int) -> int:
@@ -237,36 +237,38 @@ def sort_index(rank_number: int, place: int) -> int:
 
 def _gpu_processes(events: list[RawEvent]) -> frozenset[bytes]:
     """Pids (JSON text) that the profiler labelled as a GPU."""
-    found = set()
+    pids = set()
     for event in events:
         labels = bytes(event.get("name", b"")) == b'"process_labels"'
         if labels and _GPU_LABEL.search(bytes(event.get("args", b""))):
-            found.add(bytes(event.get("pid", b"")))
-    return frozenset(found)
+            pids.add(bytes(event.get("pid", b"")))
+    return frozenset(pids)
 
 
 def _event(texts: list[bytes], at: int, layout: Layout) -> tuple[RawEvent | None, bool, int]:
     """The event at `at`, whether it was mended, and how many texts it took."""
     text = texts[at]
-    found = _whole(text)
-    if found is not None:
-        return found, False, 1
+    event = _whole(text)
+    if event is not None:
+        return event, False, 1
     escaped = _with_escaped_name(text)
     for candidate in (mended(text), escaped, mended(escaped)):
-        found = _whole(candidate)
-        if found is not None:
-            return found, True, 1
+        event = _whole(candidate)
+        if event is not None:
+            return event, True, 1
     if at + 1 < len(texts):  # a list of objects inside the event looks like two events
         comma = layout.between[1 : layout.open_at]
-        found = _whole(text + comma + texts[at + 1])
-        if found is not None:
-            return found, False, 2
+        event = _whole(text + comma + texts[at + 1])
+        if event is not None:
+            return event, False, 2
     return None, False, 1
 
 
 def _with_escaped_name(text: bytes) -> bytes:
     def escaped(match: re.Match[bytes]) -> bytes:
-        return match[1] + _UNESCAPED.sub(lambda found: b"\\" + found[0], match[2]) + match[3]
+        return (
+            match[1] + _UNESCAPED.sub(lambda character: b"\\" + character[0], match[2]) + match[3]
+        )
 
     return _NAME.sub(escaped, text, count=1)
 
@@ -274,10 +276,10 @@ def _with_escaped_name(text: bytes) -> bytes:
 def _whole(text: bytes) -> RawEvent | None:
     try:
         text.decode()
-        found: list[RawEvent] = _SLOW.decode(b"[" + text + b"]")
+        decoded: list[RawEvent] = _SLOW.decode(b"[" + text + b"]")
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return found[0] if len(found) == 1 else None
+    return decoded[0] if len(decoded) == 1 else None
 
 
 def _kind(text: bytes) -> str:
@@ -316,14 +318,14 @@ class RankNumbers:
 
     def number(self, label: str) -> int:
         """0 for the first rank. Raises TraceError for more than 328 ranks."""
-        found = self._numbers.setdefault(label, len(self._numbers))
-        if found >= MAX_RANKS:
+        number = self._numbers.setdefault(label, len(self._numbers))
+        if number >= MAX_RANKS:
             raise TraceError(
-                f"{label} is rank number {found + 1} of one merged file",
+                f"{label} is rank number {number + 1} of one merged file",
                 expected=f"at most {MAX_RANKS} ranks, since Perfetto's process ids have 32 bits",
                 hint="merge fewer ranks, for example one node's",
             )
-        return found
+        return number
 
     def prefix(self, label: str) -> bytes:
         """The three digits before every id of a rank."""
@@ -341,10 +343,10 @@ class ProcessIds:
 
     def of(self, raw: bytes) -> tuple[str, int, str]:
         """(rank, new pid, the name that a textual pid was) of a pid's JSON text."""
-        found = self._known.get(raw)
-        if found is None:
-            found = self._known[raw] = self._new(raw)
-        return found
+        known = self._known.get(raw)
+        if known is None:
+            known = self._known[raw] = self._new(raw)
+        return known
 
     @property
     def all(self) -> list[tuple[str, int, str]]:
@@ -352,13 +354,13 @@ class ProcessIds:
         return list(self._known.values())
 
     def _new(self, raw: bytes) -> tuple[str, int, str]:
-        told = rank_of_pid(raw)
-        label = told or self._default
+        named = rank_of_pid(raw)
+        label = named or self._default
         prefix = int(self._numbers.prefix(label))
         text = raw.decode("utf-8", "replace")
         if text.startswith('"'):
             text = str(msgspec.json.decode(raw, strict=False))
-        if told:
+        if named:
             text = _MERGED_PID.sub("", text)
         if _NUMBER.fullmatch(text) and int(text) < _NAMED:
             return label, int(f"{prefix}{text}"), ""

@@ -1,7 +1,7 @@
-"""Torch traces of many ranks become one file for Perfetto, in flat memory: `merge_files`.
+"""Merge the torch traces of many ranks into one file for Perfetto, with constant memory.
 
-Each file is inflated in pieces, its events are rewritten where ranks would collide (process
-ids, flow ids, names, another clock) and deflated again. Nothing else of an event changes.
+Each file is inflated in pieces; its events are rewritten where ranks would collide (process
+ids, flow ids, names, clocks) and deflated again. Nothing else in an event changes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from pytest_sglprof._trace.merge.events import (
 )
 from pytest_sglprof._trace.paths import rank_of_file
 from pytest_sglprof._trace.read import refuse_twice
-from pytest_sglprof._trace.table import base_time
-from pytest_sglprof._trace.torch.events import FileFacts
+from pytest_sglprof._trace.torch.events import FileFacts, base_time
 from pytest_sglprof._trace.torch.salvage import Document, read_whole
 from pytest_sglprof._trace.torch.scan import Unsafe, event_chunks
 from pytest_sglprof._trace.torch.stream import pieces
@@ -45,8 +44,8 @@ Event = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Merged:
-    """events: rank label → events of its files that stand in the result. notes: what could
-    not be carried over or was changed beyond ids, in words. lost: how many events."""
+    """events: rank label → events of its files that stand in the result. notes:
+    human-readable notes on lost or altered events. lost: how many events were lost."""
 
     events: dict[str, int]
     notes: tuple[str, ...] = ()
@@ -92,7 +91,7 @@ def merge_files(
     total = sum(path.stat().st_size for path in files)
     done = 0
 
-    def tell(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         done += count
         if progress is not None:
@@ -106,16 +105,16 @@ def merge_files(
         for source in sources:
             label = source.label or NO_RANK
             rewriter = EventRewriter(numbers, label, source.base_ns - base)
-            notes += _copy(source.path, rewriter, writer, allow_partial, tell)
-            owners += [(source.path, found) for found in rewriter.seen.events]
+            notes += _copy(source.path, rewriter, writer, allow_partial, advance)
+            owners += [(source.path, rank) for rank in rewriter.seen.events]
             refuse_twice(owners)
             names = _names(rewriter, numbers, streams or {})
             writer.add(msgspec.json.encode(names)[1:-1])
             events.update(rewriter.seen.events)
-            notes += _said(source.path, rewriter.seen)
+            notes += _notes_of(source.path, rewriter.seen)
             lost += sum(rewriter.seen.lost.values())
-        told = {"ranks": {label: events[label] for label in numbers.labels}, "notes": notes}
-        writer.close({"sglprof": told})
+        summary = {"ranks": {label: events[label] for label in numbers.labels}, "notes": notes}
+        writer.close({"sglprof": summary})
     return Merged({label: events[label] for label in numbers.labels}, tuple(notes), lost)
 
 
@@ -149,7 +148,7 @@ def _copy(
 
 
 def _source(path: Path, allow_partial: bool) -> Source:
-    """Reads the file's beginning; all of it only where that does not tell enough."""
+    """Reads the beginning of a file, and all of it only if rank or clock are not in there."""
     facts = FileFacts()
     try:
         chunks = event_chunks(pieces(path), facts, partial=allow_partial)
@@ -173,18 +172,18 @@ def _names(
     rewriter: EventRewriter, numbers: RankNumbers, streams: Mapping[str, frozenset[int]]
 ) -> list[Event]:
     """Names and places of processes and GPU streams that the file itself does not name."""
-    found: list[Event] = []
+    events: list[Event] = []
     seen = rewriter.seen
     for (pid, tid), label in _threads(rewriter):
         if pid not in seen.named:
             seen.named.add(pid)
-            found += process_names(pid, f"{label} GPU", sort_index(numbers.number(label), 0))
+            events += process_names(pid, f"{label} GPU", sort_index(numbers.number(label), 0))
         if (pid, tid) not in seen.named_threads and tid in streams.get(label, ()):
-            found.append(thread_name(pid, tid, f"{label} stream {tid}"))
+            events.append(thread_name(pid, tid, f"{label} stream {tid}"))
     for label, pid, text in rewriter.ids.all:
         if text and pid not in seen.named:
-            found += process_names(pid, f"{label} {text}", sort_index(numbers.number(label), 2))
-    return found
+            events += process_names(pid, f"{label} {text}", sort_index(numbers.number(label), 2))
+    return events
 
 
 def _threads(rewriter: EventRewriter) -> list[tuple[tuple[int, int], str]]:
@@ -211,15 +210,17 @@ def thread_name(pid: int, tid: int, name: str) -> Event:
     return {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _said(path: Path, seen: Seen) -> list[str]:
-    found = []
+def _notes_of(path: Path, seen: Seen) -> list[str]:
+    notes = []
     if seen.mended:
-        found.append(f"{path.name}: {seen.mended} events were no valid JSON and were mended")
+        notes.append(f"{path.name}: {seen.mended} events were not valid JSON and were mended")
     for what, count in seen.lost.items():
-        found.append(f"{path.name}: {count} {what} cannot be carried over: no valid JSON")
+        notes.append(f"{path.name}: {count} {what} left out: not valid JSON")
     if seen.timeless:
-        found.append(f"{path.name}: {seen.timeless} times are no numbers and were kept")
-    return found
+        notes.append(
+            f"{path.name}: {seen.timeless} times are not numbers and were kept as they are"
+        )
+    return notes
 
 
 def _truncated(path: Path) -> str:

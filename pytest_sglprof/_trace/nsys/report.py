@@ -53,7 +53,7 @@ def read_report(
 
     pid_ranks, gpu_ranks: the rank of a process id, else of a device, as the server had
     them; processes of pid_ranks come back even without any activity. nsys: the command
-    that exports a `.nsys-rep` (see `nsys_files.readable`).
+    that exports a `.nsys-rep` (see `nsys.files.readable`).
 
     Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
     """
@@ -96,17 +96,17 @@ def _read(
     members: dict[str, list[Owner]] = {}
     for owner in owners:
         members.setdefault(labels[owner], []).append(owner)
-    pids = {label: {owner.pid for owner in own} for label, own in members.items()}
+    pids = {label: {owner.pid for owner in its_owners} for label, its_owners in members.items()}
     for pid, label in pid_ranks.items():
         pids.setdefault(label, {pid})
-    own_ranges = {label: ranges.of_pids(own) for label, own in pids.items()}
+    own_ranges = {label: ranges.of_pids(its_owners) for label, its_owners in pids.items()}
     if not on_gpu:
-        return [_of_ranges(label, own, notes) for label, own in own_ranges.items()]
-    steps = {label: run_batches(own) for label, own in own_ranges.items()}
+        return [_of_ranges(label, its_owners, notes) for label, its_owners in own_ranges.items()]
+    steps = {label: run_batches(its_owners) for label, its_owners in own_ranges.items()}
     launched = launch_times(tables, rows) if any(steps.values()) else None
     return [
-        _of_gpu(label, rows, rows.of_owners(members.get(label, [])), launched, own, notes)
-        for label, own in steps.items()
+        _of_gpu(label, rows, rows.of_owners(members.get(label, [])), launched, its_owners, notes)
+        for label, its_owners in steps.items()
     ]
 
 
@@ -124,7 +124,7 @@ def _without_strangers(
     known = [pid for pid in ranges_of if pid in pid_ranks]
     strangers = [pid for pid in ranges_of if pid not in pid_ranks] if known else []
     notes = [
-        f"left out {ranges_of[pid]} NVTX ranges of process {pid}, which is no rank"
+        f"left out {ranges_of[pid]} NVTX ranges of process {pid}, which is not a rank"
         for pid in strangers
     ]
     return [Owner(pid) for pid in ranges_of if pid not in strangers], notes

@@ -1,4 +1,4 @@
-"""GPU activities of an nsys report: kernels, copies and sets, with their launches."""
+"""Read the rows of an nsys report: GPU activities, NVTX ranges, and which rank they belong to."""
 
 from __future__ import annotations
 
@@ -152,9 +152,9 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
         calls = np.flatnonzero((process == process_of(one)) & known)
         # A runtime call and the driver call inside it share their id: the first one counts.
         calls = calls[np.lexsort((start[calls], correlation[calls]))]
-        mine = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
-        at = first_of(correlation[calls], rows.correlation[mine])
-        launched[mine[at >= 0]] = start[calls[at[at >= 0]]]
+        rows_of_process = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
+        at = first_of(correlation[calls], rows.correlation[rows_of_process])
+        launched[rows_of_process[at >= 0]] = start[calls[at[at >= 0]]]
     return launched
 
 
@@ -192,8 +192,7 @@ def _names(tables: ReportTables, kind: str, keys: Ints, code_of: dict[str, int])
     return codes[at]
 
 
-# NVTX ranges of an nsys report: the scheduler's batches, and self times.
-
+# NVTX ranges: the scheduler's batches are steps, all others have a self time.
 
 RUN_BATCH = "scheduler.run_batch"  # SGLang with SGLANG_ENABLE_NVTX_SCHEDULER=1
 PUSH_POP, START_END = 59, 60  # ENUM_NSYS_EVENT_TYPE
@@ -232,13 +231,13 @@ class Ranges:
 
 
 def read_ranges(tables: ReportTables) -> Ranges:
-    """All push/pop and start/end ranges of a report; marks and domains are no ranges."""
+    """All push/pop and start/end ranges of a report; marks and domains are not ranges."""
     columns = ("start", "end", "eventType", "globalTid", "textId")
     start, end, kind, thread, text_id = tables.integers("NVTX_EVENTS", columns)
-    own, names = tables.texts("NVTX_EVENTS", "text")
+    text_code, names = tables.texts("NVTX_EVENTS", "text")
     wanted = (kind == PUSH_POP) | (kind == START_END)
     done = wanted & usable(start, end)[0]
-    code = own if len(own) else np.full(len(start), -1, dtype=np.int64)
+    code = text_code if len(text_code) else np.full(len(start), -1, dtype=np.int64)
     lost = int(wanted.sum() - done.sum())
     registered = np.where(code < 0, text_id, MISSING)[done]
     ids, at = coded(registered)
@@ -261,20 +260,19 @@ def run_batches(ranges: Ranges) -> tuple[Step, ...]:
     """The steps of one rank: its outermost `scheduler.run_batch` ranges, in order of start."""
     if RUN_BATCH not in ranges.names:
         return ()
-    found = ranges.take(ranges.name == ranges.names.index(RUN_BATCH))
-    found = found.take(np.lexsort((-found.dur, found.start)))
+    batches = ranges.take(ranges.name == ranges.names.index(RUN_BATCH))
+    batches = batches.take(np.lexsort((-batches.dur, batches.start)))
     steps: list[Step] = []
-    for start, dur in zip(found.start.tolist(), found.dur.tolist(), strict=True):
+    for start, dur in zip(batches.start.tolist(), batches.dur.tolist(), strict=True):
         if not steps or start >= steps[-1].end_ns:
             steps.append(Step(len(steps), UNKNOWN_STAGE, start, start + dur))
     return tuple(steps)
 
 
-# Which rank a process of an nsys report is: the report itself has lost that.
+# Find the rank of each process in an nsys report.
 #
-# nsys cuts the title of a process to 15 characters, the same for every scheduler. So the
-# rank comes from what was known while the server lived, and whatever was used is said.
-
+# nsys cuts process titles to 15 characters, which are the same for every scheduler. So the rank
+# comes from what was known while the server ran, and a note says what was used.
 
 NO_DEVICE = -1
 

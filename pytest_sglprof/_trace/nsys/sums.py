@@ -37,7 +37,7 @@ from pytest_sglprof._trace.nsys.tables import (
     whole_graphs,
     whole_number,
 )
-from pytest_sglprof._trace.table import LARGEST_NS, LONGEST_NS
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 KEYS = ("rank", "name", "full_name", "category", "kind")
 
@@ -67,7 +67,7 @@ class KernelSums:
 
     def of(self, key: str, text: str) -> KernelSums:
         """Only those whose `key` (out of `KEYS`) is `text`."""
-        chosen = [at for at, own in enumerate(getattr(self, key)) if own == text]
+        chosen = [at for at, value in enumerate(getattr(self, key)) if value == text]
         columns: dict[str, Any] = {
             name: tuple(getattr(self, name)[at] for at in chosen)
             for name in (*KEYS, "count", "total_ns")
@@ -119,15 +119,15 @@ def read_sums(
             return _sums(labelled, patterns, "gpu", notes)
         from pytest_sglprof._trace.nsys.report import read_report
 
-        found = read_report(export, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks)
+        parts = read_report(export, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks)
     sums: _Labelled = {}
-    for part in found:
+    for part in parts:
         rows = zip(part.name_codes.tolist(), part.kind_codes.tolist(), part.dur.tolist(),
                    strict=True)  # fmt: skip
         for name, kind, dur in rows:
             _add(sums, (part.rank, part.names[name], part.kinds[kind]), 1, dur)
-    notes = list(dict.fromkeys(note for part in found for note in part.notes))
-    return _sums(sums, patterns, found[0].source if found else "gpu", notes)
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    return _sums(sums, patterns, parts[0].source if parts else "gpu", notes)
 
 
 def _counted(export: Path) -> Counted | None:
@@ -176,8 +176,7 @@ def _sums(
     )
 
 
-# Sums of an nsys export in Parquet: batches of columns are added up one after the other.
-
+# Exports in Parquet: pyarrow adds up one batch of columns after the other.
 
 _COLUMNS = ("start", "end", "globalPid", "deviceId", "streamId", "graphNodeId")
 _PARQUET_NAMES: dict[str, tuple[str, ...]] = {
@@ -196,16 +195,16 @@ def count_folder(folder: Path) -> Counted | None:
     missing = beyond = 0
     for kind in KINDS:
         order = _Order()
-        found: _Sums = {}
+        summed: _Sums = {}
         columns = (*_COLUMNS, *_PARQUET_NAMES[kind])
         for batch in tables.batches(table_of(kind), columns):
             known, timed = _timed(batch)
             missing += batch.num_rows - known.num_rows
             beyond += known.num_rows - timed.num_rows
-            _add_up_parquet(timed, _PARQUET_NAMES[kind], found)
+            _add_up_parquet(timed, _PARQUET_NAMES[kind], summed)
             if kind == "kernel" and not order.holds(timed):
                 return None
-        sums.update(_named(tables, kind, found))
+        sums.update(_named(tables, kind, summed))
     graphs = read_whole_graphs(tables)
     owners = graphs.owners | {(pid, device) for pid, device, _, _ in sums}
     (recorded,) = tables.integers("PROCESSES", ["globalPid"])
@@ -215,7 +214,7 @@ def count_folder(folder: Path) -> Counted | None:
 
 
 def _timed(batch: Any) -> tuple[Any, Any]:
-    """The rows that have times, and of these the ones whose times can be: see `usable`."""
+    """The rows with times, and those of them whose times are possible: see `usable`."""
     import pyarrow.compute as pc
 
     known = batch.filter(pc.greater_equal(batch["end"], batch["start"]))
@@ -225,7 +224,7 @@ def _timed(batch: Any) -> tuple[Any, Any]:
     return known, timed.filter(short)
 
 
-def _add_up_parquet(rows: Any, names: tuple[str, ...], found: _Sums) -> None:
+def _add_up_parquet(rows: Any, names: tuple[str, ...], sums: _Sums) -> None:
     import pyarrow.compute as pc
 
     keys = ["globalPid", "deviceId", *names]
@@ -236,15 +235,15 @@ def _add_up_parquet(rows: Any, names: tuple[str, ...], found: _Sums) -> None:
         pid = (process or 0) >> PID_SHIFT & PID_MASK
         number = next((one for one in ids if one is not None), MISSING)
         key = (pid, -1 if device is None or device < 0 else device, number)
-        before = found.get(key, (0, 0))
-        found[key] = (before[0] + count, before[1] + total)
+        before = sums.get(key, (0, 0))
+        sums[key] = (before[0] + count, before[1] + total)
 
 
-def _named(tables: ParquetTables, kind: str, found: _Sums) -> Iterator[tuple[Key, Any]]:
+def _named(tables: ParquetTables, kind: str, summed: _Sums) -> Iterator[tuple[Key, Any]]:
     """The sums under their names; two ids may stand for one text."""
-    texts = tables.strings(number for _, _, number in found) if kind == "kernel" and found else {}
+    texts = tables.strings(number for _, _, number in summed) if kind == "kernel" and summed else {}
     merged: dict[Key, tuple[int, int]] = {}
-    for (pid, device, number), (count, total) in found.items():
+    for (pid, device, number), (count, total) in summed.items():
         key = (pid, device, kind, activity_name(kind, number, texts))
         before = merged.get(key, (0, 0))
         merged[key] = (before[0] + count, before[1] + total)
@@ -268,7 +267,7 @@ class _Order:
         rows = rows.filter(pc.or_kleene(pc.is_null(node), pc.equal(node, 0)))
         if not rows.num_rows:
             return True
-        # Should two streams get one key, that can only look like disorder, never hide it.
+        # If two streams share a key, that can only look like disorder, never hide it.
         parts = (pc.fill_null(rows[name], -1) for name in ("globalPid", "deviceId", "streamId"))
         process, device, stream = parts
         key = pc.add(process, pc.add(pc.shift_left(device, 16), stream))
@@ -292,8 +291,7 @@ class _Order:
         return True
 
 
-# Sums of an nsys export in SQLite: the engine adds them up, no row becomes an object.
-
+# Exports in SQLite: the engine adds up, no row becomes a Python object.
 
 # A sum's key is one integer, so that looking it up is one comparison a level: process id,
 # device and id of the name, in 24, 8 and 31 bits. Rows that do not fit are not added.
@@ -303,11 +301,11 @@ _SQLITE_NAMES = {"kernel": ("demangledName", "shortName"), "memcpy": ("copyKind"
 
 
 def count_database(database: Database) -> Counted | None:
-    """All GPU activities, added up; None where only reading row by row gives the right sums.
+    """Count and total time of all GPU activities; None if they must be read row by row.
 
-    That is when a row holds what no nsys writes (no process, an id of more than 31 bits),
-    or when kernels of a stream are not in order of start *and* of end: one of them may then
-    contain a whole later one, which is impossible and must not be counted.
+    That is the case when a row holds what nsys never writes (no process, an id of more than
+    31 bits), or when the kernels of a stream are not ordered by start *and* by end: one of
+    them may then contain a whole later one, which is impossible and must not be counted.
     """
     sums: dict[Key, tuple[int, int]] = {}
     missing = beyond = 0
@@ -317,15 +315,15 @@ def count_database(database: Database) -> Counted | None:
         added = _add_up_sqlite(database, kind)
         if added is None:
             return None
-        found = _sqlite_sums(database, kind)
+        summed = _sqlite_sums(database, kind)
         others = _rows(database, kind, added) - added
-        whole = all(isinstance(total, int) for _, total in found.values())
+        whole = all(isinstance(total, int) for _, total in summed.values())
         lost = _untimed(database, kind) if others else (0, 0)
         if not whole or others != sum(lost):
             return None
         missing += lost[0]
         beyond += lost[1]
-        sums.update(found)
+        sums.update(summed)
     if not _in_order(database, all_timed=not (missing or beyond)):
         return None
     owners, notes = _whole_graphs(database)
@@ -395,7 +393,7 @@ def _sqlite_sums(database: Database, kind: str) -> dict[Key, tuple[int, int]]:
 
 
 def _untimed(database: Database, kind: str) -> tuple[int, int]:
-    """How many rows lack a time, and how many have one that cannot be."""
+    """How many rows have no time, and how many have an impossible one."""
     known = (
         f"{whole_number('start')} AND {whole_number('end')} "
         f'AND "start" <> {MISSING} AND "end" >= "start"'
@@ -410,14 +408,14 @@ def _untimed(database: Database, kind: str) -> tuple[int, int]:
 def _in_order(database: Database, *, all_timed: bool) -> bool:
     """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
 
-    Then none contains a later one. Of two kernels of which one contains a later one, the
-    ends fall; so they fall somewhere between neighbours in order of start, too.
+    Then none contains a later one: a kernel that did would end after it, so the ends would
+    fall somewhere between neighbours in order of start.
     """
     table = table_of("kernel")
     columns = database.columns(table)
     if not columns:
         return True
-    # Should two streams get one key, that can only look like disorder, never hide it.
+    # If two streams share a key, that can only look like disorder, never hide it.
     parts = ['"globalPid"'] if "globalPid" in columns else []
     parts += ['("deviceId" << 16)'] if "deviceId" in columns else []
     parts += ['COALESCE("streamId", -1)'] if "streamId" in columns else []
@@ -466,8 +464,8 @@ def _whole_graphs(database: Database) -> tuple[set[tuple[int, int]], list[str]]:
 def _recorded(database: Database) -> frozenset[int]:
     if "globalPid" not in database.columns("PROCESSES"):
         return frozenset()
-    found = database.connection.execute(
+    pids = database.connection.execute(
         f'SELECT DISTINCT "globalPid" >> {PID_SHIFT} & {PID_MASK} FROM "PROCESSES" '
         'WHERE "globalPid" IS NOT NULL'
     )
-    return frozenset(int(pid) for (pid,) in found)
+    return frozenset(int(pid) for (pid,) in pids)

@@ -1,4 +1,8 @@
-"""What a reader of nsys exports asks of their tables, whatever file they are stored in."""
+"""Access to the tables of an nsys export, whether it is SQLite or a folder of Parquet files.
+
+From top to bottom: the interface `ReportTables`, names and numbers of the tables, SQLite,
+Parquet, and the type of sums that an engine adds up.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pytest_sglprof._errors import NotATrace, TraceError
-from pytest_sglprof._trace.table import LARGEST_NS, LONGEST_NS, Flags, Ints
+from pytest_sglprof._trace.table import Flags, Ints
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 
 class ReportTables(Protocol):
@@ -113,10 +118,10 @@ USABLE = (
     f'+"start" > {-LARGEST_NS} AND +"end" >= +"start" AND +"end" < {LARGEST_NS} '
     f'AND "end" - "start" < {LONGEST_NS}'
 )
-"""The rows whose times are used, in SQL: the same as `nsys_tables.usable`.
+"""The rows whose times are used, in SQL: the same as `usable`.
 
-A text is more than any number, so that it fails one of the comparisons; the plus keeps SQLite
-from comparing as the column's type would want it. Fractions pass.
+In SQLite a string is greater than any number, so it fails one of the comparisons; the plus
+keeps SQLite from converting it to the column's type first. Fractions pass.
 """
 
 
@@ -187,7 +192,7 @@ def open_database(path: Path) -> Iterator[Database]:
             yield database
     except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
         if "not a database" in str(error):
-            raise _not_an_export(path, "it is no SQLite database") from error
+            raise _not_an_export(path, "it is not an SQLite database") from error
         raise TraceError(
             f"{path} cannot be read: {error}",
             expected="a complete SQLite export of an nsys report",
@@ -203,28 +208,28 @@ class Database:
         # Of temporary tables, in which a sum is then found within one page.
         connection.execute("PRAGMA page_size = 16384")
         self.connection = connection
-        found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        self.names = frozenset(str(name) for (name,) in found)
+        rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        self.names = frozenset(str(name) for (name,) in rows)
 
     def columns(self, table: str) -> frozenset[str]:
         """The columns of a table; none where there is no such table."""
         if table not in self.names:
             return frozenset()
-        found = self.connection.execute(f'PRAGMA table_info("{table}")')
-        return frozenset(str(row[1]) for row in found)
+        rows = self.connection.execute(f'PRAGMA table_info("{table}")')
+        return frozenset(str(row[1]) for row in rows)
 
     def strings(self, ids: Iterable[int]) -> dict[int, str]:
         """The texts of `StringIds` under these ids; unknown ids are left out."""
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         if not {"id", "value"} <= self.columns("StringIds"):
-            return found
+            return texts
         left = iter(ids)
         while some := list(islice(left, _IDS)):
             marks = ", ".join("?" * len(some))
             words = f'SELECT "id", "value" FROM "StringIds" WHERE "id" IN ({marks})'
             for number, value in self.connection.execute(words, some):
-                found[int(number)] = "" if value is None else str(value)
-        return found
+                texts[int(number)] = "" if value is None else str(value)
+        return texts
 
 
 def _text(raw: bytes) -> str:
@@ -233,7 +238,7 @@ def _text(raw: bytes) -> str:
 
 def _not_an_export(path: Path, why: str) -> NotATrace:
     return NotATrace(
-        f"{path} is no export of an nsys report: {why}",
+        f"{path} is not an export of an nsys report: {why}",
         expected="what `nsys export --type=sqlite` writes",
         hint="give the .nsys-rep itself, or export it",
     )
@@ -336,7 +341,7 @@ class ParquetTables:
         self._files = {file.stem: file for file in sorted(folder.glob(f"*{SUFFIX}"))}
         if not KNOWN_TABLES & self._files.keys():
             raise NotATrace(
-                f"{folder} is no export of an nsys report: no file is named like its tables",
+                f"{folder} is not an export of an nsys report: no file is named like its tables",
                 expected="what `nsys export --type=parquetdir` writes",
                 hint="give the .nsys-rep itself, or export it",
             )

@@ -1,9 +1,9 @@
-"""All torch traces of a window: large ones are scanned, in processes; small ones decoded.
+"""Read all torch traces of a window: large files are scanned in processes, small ones decoded.
 
-Scanning looks at the GPU's events only: fast, flat in memory, and blind for defects of
-everything else. Decoding reads every event and tells of each defect; a file below
-`SCAN_BYTES` is decoded in no time. A large file that holds no GPU activity, or whose
-layout cannot be scanned safely, is decoded too. Both give the same table.
+Scanning parses GPU events only: it is fast and needs little memory, but does not see defects
+elsewhere in the file. Decoding parses every event and reports each defect. It is used for
+files below `SCAN_BYTES`, for files without GPU activities, and for those whose layout cannot
+be scanned safely. Both give the same table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from pytest_sglprof._trace.table import (
     GPU,
     Ints,
     RankActivities,
-    base_time,
     calls_of,
 )
 from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
@@ -52,13 +51,14 @@ from pytest_sglprof._trace.torch.events import (
     Columns,
     FullEvent,
     ProcessName,
+    base_time,
     joined,
 )
 from pytest_sglprof._trace.torch.pool import FileContent, read_here, read_in_processes
 from pytest_sglprof._trace.torch.salvage import Document, read_whole
 
 SCAN_BYTES = 2 * 2**20  # stored bytes of a file
-POOL_BYTES = 8 * 2**20  # of all files; below, starting processes costs more than it saves
+POOL_BYTES = 8 * 2**20  # of all files; with less, starting processes costs more than it saves
 
 Jobs = Sequence[tuple[Path, ScanRequest]]
 
@@ -72,8 +72,8 @@ def read_traces(
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
-    processes: at most so many readers at once, by default one a processor; 1 reads in this
-    process. sequences: look for the numbers of collectives too.
+    processes: the maximum number of reader processes, by default one for each processor; 1
+    reads in this process. sequences: whether to read the numbers of collectives.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
@@ -86,7 +86,7 @@ def read_traces(
         (path, _second_look(content, request, sequences)) for path, content in contents.items()
     ]
     seconds = {c.path: c for c in _read([(path, look) for path, look in again if look], readers)}
-    found: list[tuple[Path, RankActivities]] = []
+    parts: list[tuple[Path, RankActivities]] = []
     for path in files:
         content, second = contents.pop(path, None), seconds.pop(path, None)
         unsafe = [c.facts.unsafe for c in (content, second) if c is not None and c.facts.unsafe]
@@ -95,8 +95,8 @@ def read_traces(
             content, second = decode_file(path, allow_partial=allow_partial)
             whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
             content.facts.notes += whys
-        found += [(path, part) for part in _assembled(content, second)]
-    return found
+        parts += [(path, part) for part in _assembled(content, second)]
+    return parts
 
 
 def _read(jobs: Jobs, processes: int) -> list[FileContent]:
@@ -107,7 +107,7 @@ def _read(jobs: Jobs, processes: int) -> list[FileContent]:
 
 
 def _second_look(content: FileContent, request: ScanRequest, sequences: bool) -> ScanRequest | None:
-    """What a file must be read for once more; None for nothing."""
+    """What a second scan of the file must read; None if it is not needed."""
     kinds = frozenset({LAUNCH} if _needs_launches(content) else ())
     calls = content.columns.calls
     sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
@@ -117,7 +117,7 @@ def _second_look(content: FileContent, request: ScanRequest, sequences: bool) ->
 
 
 def _needs_launches(content: FileContent) -> bool:
-    """Whether steps are known on the CPU, and the profiler did not project them."""
+    """Whether there are steps on the CPU that the profiler did not project onto the GPU."""
     cpu = [a for a in content.facts.annotations if not a.gpu]
     gpu = [a for a in content.facts.annotations if a.gpu]
     if not cpu or not len(content.columns):
@@ -129,14 +129,14 @@ def _needs_launches(content: FileContent) -> bool:
 
 
 def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
-    """The activities of each rank. Gives up the columns of `content`, for memory's sake."""
+    """The activities of each rank. Empties the columns of `content`, to save memory."""
     facts, path = content.facts, content.path
     base, unclear = base_time(path, facts.base)
     notes = [*facts.notes, *unclear]
     if facts.truncated:
         notes.append(f"{path.name}: truncated; only what stands before its end was read")
     on_gpu = bool((content.columns.kind < LAUNCH).any())
-    pids: dict[str, set[str]] = {}  # rank -> the ranks that its processes name, "" of none
+    pids: dict[str, set[str]] = {}  # rank -> the ranks in its pids, "" for a pid without
     for pid in facts.owners:
         named = label = rank_of_pid(pid.encode())
         if not label:
@@ -153,7 +153,7 @@ def _assembled(content: FileContent, second: FileContent | None) -> list[RankAct
 
 
 def _of_processes(content: FileContent, named_ranks: Set[str]) -> FileContent:
-    """Of a merged file's content, that of the processes that name one of these ranks."""
+    """The part of a merged file's content whose pids name one of these ranks."""
     facts = content.facts
     ranks = [rank_of_pid(pid.encode()) for pid in facts.owners]
     owners = {number for number, rank in enumerate(ranks) if rank in named_ranks}
@@ -172,7 +172,7 @@ def _of_processes(content: FileContent, named_ranks: Set[str]) -> FileContent:
 
 
 def _interruptions(launches: FileContent) -> list[Call]:
-    """Calls that compile or capture; none where the launches were not read."""
+    """Calls that compile or capture; empty if the launches were not read."""
     columns = launches.columns
     what = [interruption(name) for name in launches.facts.names]
     codes = [code for code, word in enumerate(what) if word]
@@ -190,7 +190,10 @@ def _activities(
     *,
     on_gpu: bool,
 ) -> RankActivities:
-    """on_gpu: the file has GPU activities; a rank of it without any did nothing there."""
+    """The activities of one rank.
+
+    on_gpu: whether any rank of the file has GPU activities; one without any was then idle.
+    """
     facts, columns = part.facts, part.columns
     skipped: Counter[str] = Counter()
     for (_, what), count in facts.skipped.items():
@@ -233,7 +236,7 @@ def _activities(
 
 
 def _used(names: Sequence[str], codes: npt.NDArray[Any]) -> tuple[Sequence[str], npt.NDArray[Any]]:
-    """The names that are used, and the codes in them: a file has others of other events."""
+    """The names that occur in `codes`, and the codes renumbered: other events have names too."""
     used = np.zeros(len(names), bool)
     used[codes] = True
     if used.all():
@@ -251,16 +254,16 @@ def _cpu_times(columns: Columns) -> Ints:
     return dur
 
 
-def _possible(label: str, mine: Columns) -> tuple[Columns, list[str]]:
-    """Sorted by device, stream and start, without durations that cannot be true."""
-    where = timelines(mine.device, mine.stream)
-    if not _ascends(where, mine.start):
-        order = np.lexsort((-mine.dur, mine.start, where))
-        mine, where = mine.take(order), where[order]
-    bad = impossible_rows(mine.start, mine.dur, where, mine.graph > 0)
+def _possible(label: str, columns: Columns) -> tuple[Columns, list[str]]:
+    """The rows with possible durations, sorted by device, stream and start; and a note."""
+    where = timelines(columns.device, columns.stream)
+    if not _ascends(where, columns.start):
+        order = np.lexsort((-columns.dur, columns.start, where))
+        columns, where = columns.take(order), where[order]
+    bad = impossible_rows(columns.start, columns.dur, where, columns.graph > 0)
     if not bad.any():
-        return mine, []
-    return mine.take(~bad), [f"{label}: {excluded(mine.dur[bad])}"]
+        return columns, []
+    return columns.take(~bad), [f"{label}: {excluded(columns.dur[bad])}"]
 
 
 def _ascends(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> bool:
@@ -269,11 +272,9 @@ def _ascends(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> boo
     return bool(np.all(later | ((np.diff(first) == 0) & (np.diff(second) > 0))))
 
 
-# Kineto traces of the torch profiler, read whole: every event is decoded, every defect told.
+# Decode a whole trace: every event is parsed, every defect reported.
 #
-# Times are converted to integer ns from the text of the file; floats are never summed. A file
-# is used only when its end was reached and every checksum was right, unless `allow_partial`.
-
+# Times are converted to integer ns from the text of the file; floats are never summed.
 
 _CATEGORIES = {name.lower(): name for name in KIND_OF_CATEGORY}
 _EVERYTHING = frozenset(range(len(KINDS)))
@@ -294,10 +295,10 @@ _DOCUMENT = msgspec.json.Decoder(Document[_Event])
 
 
 def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent, FileContent]:
-    """What scanning a file gives, by decoding all of it: its activities, and its launches.
+    """The activities and the launches of a file, as from two scans, by decoding all of it.
 
-    The activities are the GPU's, or of a file without any those of the CPU: operators and
-    collectives. Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
+    The activities are those of the GPU; in a file without any, operators and collectives of
+    the CPU. Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     trace = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
     batches: list[Batch] = []
@@ -307,7 +308,7 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent
         raw = bytes(event.pid)
         if raw not in pids:
             pids[raw] = _merged_pid(raw)
-            if rank_of_pid(raw):  # a rank of a merged file, even when it did nothing
+            if rank_of_pid(raw):  # lists a rank of a merged file even if it has no activities
                 collector.add_process(ProcessName(pids[raw]))
         category = _CATEGORIES.get((event.cat or "").lower())
         if event.ph == "X" and category is not None:
@@ -330,7 +331,7 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent
 
 
 def _merged_pid(raw: bytes) -> str | None:
-    """A process id that is a text, as those of merged files are; None for any other."""
+    """A process id that is a string, as in merged files; None for any other."""
     return str(msgspec.json.decode(raw)) if raw.startswith(b'"') else None
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pytest_sglprof._trace.table import LONGEST_NS, ns, unfit
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
     COLLECTIVE,
@@ -23,6 +22,7 @@ from pytest_sglprof._trace.torch.events import (
     GPU_SPAN,
     KIND_OF_CATEGORY,
     LAUNCH,
+    LONGEST_NS,
     OPERATOR,
     SUBMITTED,
     Annotation,
@@ -35,6 +35,8 @@ from pytest_sglprof._trace.torch.events import (
     ProcessName,
     arguments,
     communicates,
+    ns,
+    unfit,
 )
 
 BATCH = 8192  # activities; about 380 KB
@@ -67,9 +69,9 @@ class _Names(Interner):
 
 
 class ScanRequest(msgspec.Struct, frozen=True):
-    """What to take from a file. kinds: of `kineto`. partial: a truncated file is allowed.
+    """What to take from a file. kinds: of `KINDS`. partial: a truncated file is allowed.
 
-    sequences: numbers of collectives; a look at a file for these takes a fifth of one for kernels.
+    sequences: numbers of collectives; a scan for these costs a fifth of a scan for kernels.
     """
 
     kinds: frozenset[int] = GPU_KINDS
@@ -141,19 +143,19 @@ class Collector:
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
-    def add_quick(self, found: Sequence[Event], kinds: Mapping[str, int], *, calls: bool) -> None:
+    def add_quick(self, events: Sequence[Event], kinds: Mapping[str, int], *, calls: bool) -> None:
         """Adds GPU events with float times. Raises NeedsText when those are too large.
 
         kinds: category -> kind of those that are taken. calls: the process group of one of
         them may be told.
         """
-        columns = _columns(found)
+        columns = _columns(events)
         longest = max(columns.dur) * 1000.0
         if max(columns.ts) >= FLOAT_LIMIT or longest >= LONGEST_NS or min(columns.ts) < 0.0:
             raise NeedsText
         categories = set(columns.category)
         if not kinds.keys() >= categories or min(columns.dur) < 0.0:
-            columns = _columns(self._fitting(found, kinds))
+            columns = _columns(self._fitting(events, kinds))
             categories = set(columns.category)
         if not columns.ts:
             return
@@ -167,13 +169,13 @@ class Collector:
             self._emit(self._quick)
             self._quick = _new_batch(exact=False)
 
-    def _fitting(self, found: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
-        mine = [event for event in found if event.cat in kinds]
-        for event in mine:
+    def _fitting(self, events: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
+        wanted = [event for event in events if event.cat in kinds]
+        for event in wanted:
             if event.dur < 0.0:
                 absent = event.dur == float("-inf")
                 self._count_unfit(event.cat, unfit(0, None if absent else -1), None)
-        return [event for event in mine if event.dur >= 0.0]
+        return [event for event in wanted if event.dur >= 0.0]
 
     def _extend_quick(self, columns: _Columns, kind: bytes) -> None:
         # Whole columns by fromlist or frombytes: this is the hottest path.
@@ -184,11 +186,11 @@ class Collector:
         batch.dur.fromlist(columns.dur)
         batch.name.fromlist([names[name] for name in columns.name])
         batch.kind.frombytes(kind)
-        batch.stream.fromlist([own.stream for own in args])
-        batch.correlation.fromlist([own.correlation for own in args])
-        nodes = [own.graph_node for own in args]
+        batch.stream.fromlist([entry.stream for entry in args])
+        batch.correlation.fromlist([entry.correlation for entry in args])
+        nodes = [entry.graph_node for entry in args]
         batch.graph.frombytes(bytes([node != 0 for node in nodes]) if any(nodes) else bytes(size))
-        batch.device.fromlist([own.device for own in args])
+        batch.device.fromlist([entry.device for entry in args])
         batch.owner.extend(array("h", [self._owners[""]]) * size)
 
     def _add_calls(self, columns: _Columns) -> None:

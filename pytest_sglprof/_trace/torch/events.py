@@ -8,17 +8,21 @@ the integer part and the rounded fraction give exactly the ns of the text. Large
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from pytest_sglprof._trace.table import Ints
+if TYPE_CHECKING:  # reader processes use this module, and start faster without numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    from pytest_sglprof._trace.table import Ints
 
 FLOAT_LIMIT = float(2**43)  # µs; beyond it float64 cannot hold three decimals
 KINDS = ("kernel", "memcpy", "memset", "launch", "op", "collective")
@@ -54,9 +58,9 @@ SEQUENCE: str = "Seq"
 
 
 def communicates(kernel: str) -> bool:
-    """Whether a kernel of this name is a collective where a process group is told of it.
+    """Whether a kernel of this name, in an event with a process group, is a collective.
 
-    A copy that torch.distributed launched beside its collective is told one, too.
+    A copy that torch.distributed launches beside its collective has a process group, too.
     """
     return "nccl" in kernel.lower()
 
@@ -76,7 +80,7 @@ class Args(msgspec.Struct, gc=False, frozen=True):
 class CallArgs(Args, gc=False, frozen=True):
     """With those that a kernel has which torch.distributed launched; absent ones are -1 or "".
 
-    sequence: mostly told by the `ANNOUNCEMENT` operator of the same `external` only.
+    sequence: mostly only in the `ANNOUNCEMENT` operator of the same `external`.
     """
 
     external: _Int64 = msgspec.field(name="External id", default=-1)
@@ -133,7 +137,7 @@ class Event(msgspec.Struct, gc=False, kw_only=True, tag_field="ph", tag="X"):
 
 
 class CallEvent(Event, gc=False, kw_only=True, tag_field="ph", tag="X"):
-    """The same where process groups are told."""
+    """An `Event` whose arguments may have a process group."""
 
     args: CallArgs = CallArgs()
 
@@ -256,7 +260,7 @@ class Calls:
 class Columns:
     """Parallel arrays; start is int64 ns, dur ns, all but start the smallest integers that fit.
 
-    name, owner: codes of the file's own tables. kind: of `kineto.KINDS`. graph: 1 for the
+    name, owner: codes of the file's own tables. kind: index into `KINDS`. graph: 1 for the
     node of a graph. call: index into `calls`, -1 for none; None when no row has one.
     """
 
@@ -277,14 +281,16 @@ class Columns:
 
     def take(self, chosen: npt.NDArray[Any]) -> Columns:
         """The rows that a mask or indices select."""
-        own = vars(self)
-        taken = {key: own[key][chosen] for key in own if key not in ("call", "calls")}
+        columns = vars(self)
+        taken = {key: columns[key][chosen] for key in columns if key not in ("call", "calls")}
         call = None if self.call is None else self.call[chosen]
         return Columns(**taken, call=call, calls=self.calls)
 
 
 def joined(batches: Sequence[Batch]) -> Columns:
     """All batches of a file in one."""
+    import numpy as np
+
     columns: dict[str, Any] = {}
     for key in ("start", "dur"):
         parts = [exact_ns(getattr(batch, key), batch.exact) for batch in batches]
@@ -301,6 +307,8 @@ def joined(batches: Sequence[Batch]) -> Columns:
 
 def _calls(batches: Sequence[Batch]) -> dict[str, Any]:
     """`call` and `calls` of the batches; nothing where no process group is known."""
+    import numpy as np
+
     if not any(len(batch.call_row) for batch in batches):
         return {}
     sizes = np.array([len(batch) for batch in batches])
@@ -320,8 +328,10 @@ def _calls(batches: Sequence[Batch]) -> dict[str, Any]:
 def exact_ns(times: Any, exact: bool) -> Ints:
     """Exact ns of a batch's `start` or `dur`.
 
-    See the module text of `kineto` for why the fraction rounds right.
+    See the docstring of this module for why the fraction rounds right.
     """
+    import numpy as np
+
     values = np.asarray(times)
     if exact:
         return np.asarray(values, dtype=np.int64)
@@ -332,6 +342,65 @@ def exact_ns(times: Any, exact: bool) -> Ints:
 
 
 def _compact(values: Ints) -> npt.NDArray[Any]:
+    import numpy as np
+
     small = np.iinfo(np.int32)
     fits = not len(values) or (values.min() >= small.min and values.max() <= small.max)
     return values.astype(np.int32) if fits else values
+
+
+# Exact times from the text of a trace.
+
+_NUMBER = re.compile(r'^"?\s*(-?)(\d{1,30})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,3}))?\s*"?$')
+LARGEST_NS = 2**62  # two of them can be added in int64
+LONGEST_NS = 2**50  # of one duration, 13 days: thousands of them can be added in int64
+
+
+def unfit(start: int | None, dur: int | None) -> str:
+    """What is wrong with the times (ns) of an event; "" if nothing is."""
+    if start is None or dur is None:
+        return "a missing or unreadable"
+    if dur < 0:
+        return "a negative"
+    return "an impossible" if dur >= LONGEST_NS else ""
+
+
+def ns(raw: bytes) -> int | None:
+    """Exact ns of a time in µs from its JSON text (a number or a quoted one).
+
+    None when it is absent or not a finite number. Digits below 1 ns are rounded half up.
+    """
+    match = _NUMBER.match(bytes(raw).decode("ascii", "replace").strip())
+    if match is None:
+        return None
+    sign, whole, fraction, exponent = match.groups()
+    fraction = fraction or ""
+    shift = 3 + int(exponent or 0) - len(fraction)
+    if abs(shift) > 60:
+        return None
+    value: int = int(whole + fraction)
+    if shift >= 0:
+        value *= int(10**shift)
+    else:
+        value = (2 * value + 10**-shift) // (2 * 10**-shift)
+    if value >= LARGEST_NS:
+        return None
+    return -value if sign else value
+
+
+def base_time(path: Path, text: str) -> tuple[int, list[str]]:
+    """The ns to add to every time of a file, and notes.
+
+    Newer files write times relative to `baseTimeNanoseconds`. text: its JSON text, "" if the
+    file has none.
+    """
+    number = text.strip('" ')
+    if number.isdecimal() and number.isascii() and len(number) <= 19 and int(number) < LARGEST_NS:
+        return int(number), []
+    if number in ("", "null"):
+        return 0, []
+    note = (
+        f"{path.name}: baseTimeNanoseconds {number[:40]} is not a time; "
+        "this rank's clock is not aligned with the others"
+    )
+    return 0, [note]

@@ -63,7 +63,7 @@ def read_in_processes(
     ends (Ctrl-C too), no reader outlives the call.
     """
     todo = iter(range(len(jobs)))
-    found: dict[int, FileContent] = {}
+    contents: dict[int, FileContent] = {}
     readers: list[_Reader] = []
     try:
         with selectors.DefaultSelector() as frames:
@@ -71,11 +71,11 @@ def read_in_processes(
                 readers.append(_Reader())
                 readers[-1].give(number, *jobs[number])
                 frames.register(readers[-1].output, selectors.EVENT_READ, readers[-1])
-            while len(found) < len(jobs):
+            while len(contents) < len(jobs):
                 for key, _ in frames.select():
                     content = key.data.take()
                     if content is not None:
-                        found[key.data.number] = content
+                        contents[key.data.number] = content
                         following = next(todo, None)
                         if following is None:
                             frames.unregister(key.fileobj)
@@ -87,7 +87,7 @@ def read_in_processes(
             reader.process.kill()
         for reader in readers:
             reader.close()
-    return [found[number] for number in range(len(jobs))]
+    return [contents[number] for number in range(len(jobs))]
 
 
 class _Reader:
@@ -148,8 +148,8 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _error(name: str, what: str, said: dict[str, Any]) -> SglprofError:
-    error: SglprofError = getattr(errors, name, TraceError)(what, **said)
+def _error(name: str, what: str, details: dict[str, Any]) -> SglprofError:
+    error: SglprofError = getattr(errors, name, TraceError)(what, **details)
     return error
 
 
@@ -217,7 +217,7 @@ def _read(results: IO[bytes], path: str, request: ScanRequest) -> None:
             restart=lambda: send(results, RESTART),
         )
     except SglprofError as error:
-        said = {"expected": error.expected, "hint": error.hint, "log": error.log}
-        send(results, ERROR, (type(error).__name__, error.what, said))
+        details = {"expected": error.expected, "hint": error.hint, "log": error.log}
+        send(results, ERROR, (type(error).__name__, error.what, details))
     else:
         send(results, DONE, facts)

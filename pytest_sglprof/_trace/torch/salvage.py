@@ -1,8 +1,8 @@
-"""Traces that are not valid JSON: what of them can be read, and the errors of what cannot.
+"""Read a whole trace, and repair one that is not valid JSON as far as possible.
 
-Kineto copies names into the file as they are, so one Python function with a quote in its
-name makes the whole file invalid, though its GPU events are sound. Then events are told
-apart by Kineto's own layout, in which every event begins with `"ph"`, and read one by one.
+Kineto copies names into the file without escaping, so one Python function with a quote in its
+name makes the whole file invalid, though its GPU events are sound. Then the file is split by
+Kineto's layout, in which every event begins with `"ph"`, and events are read one by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The quick way through a torch trace: find GPU events by their category, read only those.
+"""Scan a torch trace: find GPU events by their category, and parse only those.
 
 One pass over inflated pieces. The bytes between two events are learned from the beginning
 of the file; spacing inside an event does not matter. Only events of interest are parsed, and
@@ -35,8 +35,6 @@ from pytest_sglprof._trace.torch.events import (
 from pytest_sglprof._trace.torch.salvage import object_end, read_event
 from pytest_sglprof._trace.torch.stream import PIECE, QUICKEST, offsets, pieces, survey
 
-# Scans one torch trace file; what cannot be scanned is said, never guessed.
-
 
 def scan_file(
     path: Path,
@@ -67,12 +65,7 @@ def scan_file(
     raise AssertionError  # reading by text never asks for it again
 
 
-# The events of a torch trace in chunks of whole events, from inflated pieces.
-#
-# The bytes between two events are learned from the beginning of the file; spacing inside an
-# event does not matter. Where something looks other than learned and cannot be resolved,
-# `Unsafe` is raised, and the file must be read the exact way instead.
-
+# Split inflated pieces into chunks of whole events.
 
 MAX_HEAD = 4 << 20  # bytes before the first event; more is left to the exact way
 MAX_EVENT = 8 << 20  # bytes of one event, likewise
@@ -260,23 +253,23 @@ class _Quick:
     def __init__(self, words: Sequence[bytes], collector: Collector) -> None:
         self._words = words
         self._collector = collector
-        mine = _Categories(words)  # others are left to other searches
-        self._kinds = {name: kind for name, kind in collector.kinds.items() if mine[name]}
+        wanted = _Categories(words)  # others are left to other searches
+        self._kinds = {name: kind for name, kind in collector.kinds.items() if wanted[name]}
         self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
         self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
 
     def take(self, chunk: EventChunk) -> None:
         """Adds the chunk's activities."""
-        found: list[Event] = []
+        activities: list[Event] = []
         calls = False
         for run in _runs(chunk, self._words):
-            told = QUICKEST.find(chunk.data, _GROUP, run.start, run.stop) >= 0
-            decoder, kind = (self._calls, CallEvent) if told else (self._plain, Event)
-            calls = calls or told
+            has_groups = QUICKEST.find(chunk.data, _GROUP, run.start, run.stop) >= 0
+            decoder, kind = (self._calls, CallEvent) if has_groups else (self._plain, Event)
+            calls = calls or has_groups
             events = decoder.all(run, self._add_mended)
-            found += [event for event in events if type(event) is kind]
-        if found:
-            self._collector.add_quick(found, self._kinds, calls=calls)
+            activities += [event for event in events if type(event) is kind]
+        if activities:
+            self._collector.add_quick(activities, self._kinds, calls=calls)
 
     def _add_mended(self, event: FullEvent) -> None:
         if event.cat in self._kinds:
@@ -304,7 +297,7 @@ class _Full:
 
 
 class _Named(Generic[E]):
-    """Searches for events of one name; one that cannot be read tells nothing."""
+    """Searches for events of one name; unreadable ones are ignored."""
 
     def __init__(self, name: str, kind: type[E], add: Callable[[E], None]) -> None:
         self._word = f'"{name}"'.encode()
@@ -347,8 +340,8 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
     def hits(self) -> list[int]:
         """Where the words stand."""
         data, first, last = self.chunk.data, self.first, self.last
-        found = [offsets(word, data, first, last + len(word)) for word in self.words]
-        return sorted(at for own in found for at in own if at <= last)
+        offsets_by_word = [offsets(word, data, first, last + len(word)) for word in self.words]
+        return sorted(at for places in offsets_by_word for at in places if at <= last)
 
     def parts(self) -> Iterator[_Run]:
         """Runs of only those events that lie close together; an event is in one of them."""
@@ -364,10 +357,10 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
 
 def _runs(chunk: EventChunk, words: Sequence[bytes]) -> Iterator[_Run]:
     """The events that hold words: in one run, unless most of what it holds is something else."""
-    found = survey(words, chunk.data, chunk.begin, chunk.end)
-    if found is None:
+    extent = survey(words, chunk.data, chunk.begin, chunk.end)
+    if extent is None:
         return
-    first, last, count = found
+    first, last, count = extent
     run = _run(chunk, words, first, last, _end(chunk, last))
     if last - first <= _NEAR * (count - 1):
         yield run
@@ -490,9 +483,9 @@ def read_footer(data: bytes, facts: FileFacts) -> int | None:
 def _take(document: bytes, facts: FileFacts) -> bool:
     try:
         document.decode()  # in keys that are not asked for, msgspec takes any bytes
-        found = _OUTSIDE.decode(document)
+        outside = _OUTSIDE.decode(document)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
-    facts.base = bytes(found.base).decode() or facts.base
-    facts.distributed = bytes(found.distributed).decode() or facts.distributed
+    facts.base = bytes(outside.base).decode() or facts.base
+    facts.distributed = bytes(outside.distributed).decode() or facts.distributed
     return True

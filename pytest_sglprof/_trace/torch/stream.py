@@ -168,7 +168,7 @@ def _inflate(
                 return
             if not rest.startswith(magic):
                 raise TraceError(
-                    f"{path} has bytes after its compressed data that are no compressed data",
+                    f"{path} has bytes after its compressed data that are not compressed data",
                     expected="nothing, or another member of the same kind",
                     hint="the file was damaged or written twice; copy or record it again",
                 )
@@ -196,10 +196,9 @@ def _inflate(
             yield piece
 
 
-# Where a word stands in large pieces of bytes.
+# Fast substring search in large buffers.
 #
-# StringZilla looks at 25 GB a second, `bytes.find`, which is the way without it, at 2 to 4.
-
+# StringZilla searches 25 GB/s; `bytes.find`, used where it is not installed, 2 to 4.
 
 _Find = Callable[[bytes, bytes, int, int], int]
 
@@ -207,8 +206,8 @@ _Find = Callable[[bytes, bytes, int, int], int]
 class Search(NamedTuple):
     """The ways of a library to look for a word in `data[begin:end]`: (data, word, begin, end).
 
-    find, rfind: the first and the last offset, -1 for none. tally: its `count`, which is no
-    name for a tuple's field.
+    find, rfind: the first and the last offset, -1 for none. tally: the number of matches, not
+    named count because tuples already have `count()`.
     """
 
     find: _Find
@@ -230,13 +229,13 @@ QUICKEST = _quickest()
 
 def offsets(word: bytes, data: bytes, begin: int, end: int) -> list[int]:
     """The offsets of `word` in `data`, ascending; all of it lies between begin and end."""
-    found = []
+    hits = []
     find = QUICKEST.find
     at = find(data, word, begin, end)
     while at >= 0:
-        found.append(at)
+        hits.append(at)
         at = find(data, word, at + 1, end)
-    return found
+    return hits
 
 
 def survey(

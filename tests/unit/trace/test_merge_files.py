@@ -188,8 +188,8 @@ def test_damaged_events_are_mended_or_said(tmp_path: Path) -> None:
     result, found = merged([path], tmp_path / "out.json.gz")
     assert result.events == {"TP0": len(events) - 1}
     assert result.lost == 1
-    assert "4 events were no valid JSON and were mended" in " ".join(result.notes)
-    assert "1 python_function events cannot be carried over" in " ".join(result.notes)
+    assert "4 events were not valid JSON and were mended" in " ".join(result.notes)
+    assert "1 python_function events left out: not valid JSON" in " ".join(result.notes)
     assert found["sglprof"]["notes"] == list(result.notes)
     names = {e["name"] for e in of_rank(found, 0)}
     assert 'a.py(3): "f" \\d' in names
@@ -248,7 +248,7 @@ def test_an_idle_rank_and_a_plain_result(tmp_path: Path) -> None:
 
 def test_one_rank_twice_is_refused(tmp_path: Path) -> None:
     paths = [write(tmp_path, document(rank_events(0)), f"{run}-TP-0.trace.json") for run in (1, 2)]
-    with pytest.raises(TraceError, match="stands in two files"):
+    with pytest.raises(TraceError, match="is in two files"):
         merge_files(paths, tmp_path / "out.json.gz")
 
 
@@ -289,7 +289,7 @@ def test_a_merged_file_beside_one_of_its_ranks_is_refused(tmp_path: Path) -> Non
         write(tmp_path, text, "merged-1.trace.json"),
         write(tmp_path, document(rank_events(0)), "1-TP-0.trace.json"),
     ]
-    with pytest.raises(TraceError, match="TP0 stands in two files"):
+    with pytest.raises(TraceError, match="TP0 is in two files"):
         merge_files(paths, tmp_path / "out.json.gz")
     assert not (tmp_path / "out.json.gz").exists()
 

@@ -212,7 +212,7 @@ def test_ranges_of_other_processes_are_left_out(tmp_path: Path) -> None:
     found = one(read_report(path, pid_ranks={100: "TP0"}))
     assert by_name(found) == {"a": (1, 9)}
     assert found.stream.tolist() == [100]
-    assert "left out 1 NVTX ranges of process 300, which is no rank" in found.notes
+    assert "left out 1 NVTX ranges of process 300, which is not a rank" in found.notes
     assert "skipped 1 NVTX ranges without an end" in found.notes
 
 

@@ -55,7 +55,7 @@ def test_exact_repetition_is_cut_at_the_longest_pause(tmp_path: Path) -> None:
         assert names_by_step(table, rank) == {n: list(PASS) for n in range(5)}
     assert set(table.steps["stage"]) == {"unknown"}
     assert any(
-        note.startswith("steps are 5 repetitions: told by the sequence") for note in table.notes
+        note.startswith("steps are 5 repetitions: found by the sequence") for note in table.notes
     )
 
 
