@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 from pytest_sglprof._cli.options import Format
 from pytest_sglprof._errors import SettingsError
-from pytest_sglprof._report.terminal import text_table
+from pytest_sglprof._verdict.wording import text_table
 
 Record = Mapping[str, Any]
 
@@ -63,14 +65,12 @@ def render(records: Sequence[Record], columns: Sequence[Column], form: Format) -
 
 def to_json(value: Any) -> str:
     """Indented JSON; numbers that are not finite become null."""
-    from pytest_sglprof._report.model import json_value
 
     return json.dumps(json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
     """CSV with a header line; None is an empty cell."""
-    from pytest_sglprof._report.model import json_value
 
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -145,3 +145,31 @@ def _is_our_page(page: Path) -> bool:
             return GENERATOR in stream.read(_HEAD)
     except OSError:
         return False
+
+
+def json_value(value: Any) -> Any:
+    """A copy that JSON can hold: str keys, lists, finite numbers; NaN and ±inf become None.
+
+    Takes dataclasses, mappings, sequences, sets, paths and numpy scalars. Raises TypeError
+    for anything else, so that nothing enters a document by its `repr`.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value if not isinstance(value, int) or type(value) in (bool, int) else int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((json_value(item) for item in value), key=str)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: json_value(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return json_value(value.item())
+    raise TypeError(f"{type(value).__name__} has no place in a results document")

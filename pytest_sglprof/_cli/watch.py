@@ -20,10 +20,9 @@ from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetR
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LogFollower
 from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
-from pytest_sglprof._report.terminal import text_table
 from pytest_sglprof._server.client import SglangClient, patiently
 from pytest_sglprof._server.sizes import ServerSizes
-from pytest_sglprof._verdict.wording import percent
+from pytest_sglprof._verdict.wording import percent, text_table
 
 if TYPE_CHECKING:
     from pytest_sglprof._load.change_points import LoadOutline
@@ -180,7 +179,7 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
 
 
 def _rank_lines(outline: LoadOutline) -> list[str]:
-    from pytest_sglprof._report.terminal import text_table
+    from pytest_sglprof._verdict.wording import text_table
 
     rows = []
     for label, rank in sorted(outline.ranks.items()):
@@ -243,7 +242,7 @@ class JsonLines:
             self._stream.close()
 
     def _write(self, value: dict[str, Any]) -> None:
-        from pytest_sglprof._report.model import json_value
+        from pytest_sglprof._cli.tables import json_value
 
         assert self._stream is not None
         self._stream.write(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._metrics import METRICS, WORST_FIRST
-from pytest_sglprof._report.terminal import STANDIN_NOTE, rank_table, shorten, window_title
-from pytest_sglprof._verdict.wording import milliseconds, percent, ratio
+from pytest_sglprof._report.terminal import STANDIN_NOTE, rank_table, window_title
+from pytest_sglprof._verdict.wording import milliseconds, percent, ratio, shorten
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedWindow, Results

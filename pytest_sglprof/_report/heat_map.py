@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._metrics import WORST_FIRST
 from pytest_sglprof._report.page.jinja import template
-from pytest_sglprof._report.terminal import busy_totals, shorten, window_title
+from pytest_sglprof._report.terminal import busy_totals, window_title
+from pytest_sglprof._verdict.wording import shorten
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw

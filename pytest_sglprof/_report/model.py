@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
 
 import msgspec
@@ -507,34 +506,6 @@ def _changes(value: object, names: tuple[str, ...]) -> dict[str, Any]:
 def _storable_item(key: str, item: Any) -> Any:
     hidden = item and isinstance(item, str) and is_secret_name(key)
     return HIDDEN if hidden else _storable(item)
-
-
-def json_value(value: Any) -> Any:
-    """A copy that JSON can hold: str keys, lists, finite numbers; NaN and ±inf become None.
-
-    Takes dataclasses, mappings, sequences, sets, paths and numpy scalars. Raises TypeError
-    for anything else, so that nothing enters a document by its `repr`.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value if not isinstance(value, int) or type(value) in (bool, int) else int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((json_value(item) for item in value), key=str)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: json_value(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-        }
-    if isinstance(value, Path):
-        return value.as_posix()
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return json_value(value.item())
-    raise TypeError(f"{type(value).__name__} has no place in a results document")
 
 
 def unix_ns(text: str) -> int:

@@ -14,9 +14,8 @@ import numpy as np
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, all_findings
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._report.page.jinja import template
-from pytest_sglprof._report.terminal import shorten
 from pytest_sglprof._trace.categories import NOT_COMPUTE
-from pytest_sglprof._verdict.wording import duration, ratio
+from pytest_sglprof._verdict.wording import duration, ratio, shorten
 
 if TYPE_CHECKING:
     import pandas as pd

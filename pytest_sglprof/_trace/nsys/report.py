@@ -14,28 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
+from pytest_sglprof._trace.nsys.database import KINDS, MISSING, Owner, label_owners, not_recorded
 from pytest_sglprof._trace.nsys.files import readable
 from pytest_sglprof._trace.nsys.rows import (
     RUN_BATCH,
     GpuRows,
-    Owner,
     Ranges,
-    label_owners,
     launch_times,
-    not_recorded,
     read_gpu_rows,
     read_ranges,
     read_whole_graphs,
     run_batches,
 )
-from pytest_sglprof._trace.nsys.tables import (
-    KINDS,
-    MISSING,
-    ParquetTables,
-    ReportTables,
-    open_sqlite,
-    pid_of,
-)
+from pytest_sglprof._trace.nsys.tables import ParquetTables, ReportTables, open_sqlite, pid_of
 from pytest_sglprof._trace.steps import StepIndex, self_times, with_graph_share
 from pytest_sglprof._trace.table import GPU, NO_STEP, NVTX, Ints, RankActivities, Step
 

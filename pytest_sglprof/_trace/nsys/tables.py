@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pytest_sglprof._errors import NotATrace, TraceError
+from pytest_sglprof._trace.nsys.database import (
+    KNOWN_TABLES,
+    MISSING,
+    Database,
+    open_database,
+    whole_number,
+)
 from pytest_sglprof._trace.table import Flags, Ints
-from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
+from pytest_sglprof._trace.times import LARGEST_NS, LONGEST_NS
 
 
 class ReportTables(Protocol):
@@ -75,49 +81,12 @@ def pid_of(global_id: Ints) -> Ints:
 # What the tables and columns of an nsys export are called, and what their numbers mean.
 
 
-KNOWN_TABLES = frozenset(
-    {
-        "META_DATA_EXPORT",
-        "EXPORT_META_DATA",  # its name up to schema 2
-        "StringIds",
-        "PROCESSES",
-        "NVTX_EVENTS",
-        "CUPTI_ACTIVITY_KIND_KERNEL",
-        "CUPTI_ACTIVITY_KIND_RUNTIME",
-    }
-)
 """At least one of these stands in every export; nsys leaves out tables without rows."""
 
-KINDS = ("kernel", "memcpy", "memset")
-PREFIX = "CUPTI_ACTIVITY_KIND_"
-MISSING = -(2**63)
 """Stands for NULL and for columns that this version of nsys does not write."""
-PID_SHIFT, PID_MASK = 24, 0xFFFFFF
 """Where the operating system's process id stands in a globalPid or globalTid."""
 
-# ENUM_CUDA_MEMCPY_OPER; older exports do not bring it along.
-_COPIES = (
-    "Unknown",
-    "Host-to-Device",
-    "Device-to-Host",
-    "Host-to-Array",
-    "Array-to-Host",
-    "Array-to-Array",
-    "Array-to-Device",
-    "Device-to-Array",
-    "Device-to-Device",
-    "Host-to-Host",
-    "Peer-to-Peer",
-    "Unified Host-to-Device",
-    "Unified Device-to-Host",
-    "Unified Device-to-Device",
-)
 
-
-USABLE = (
-    f'+"start" > {-LARGEST_NS} AND +"end" >= +"start" AND +"end" < {LARGEST_NS} '
-    f'AND "end" - "start" < {LONGEST_NS}'
-)
 """The rows whose times are used, in SQL: the same as `usable`.
 
 In SQLite a string is greater than any number, so it fails one of the comparisons; the plus
@@ -125,123 +94,7 @@ keeps SQLite from converting it to the column's type first. Fractions pass.
 """
 
 
-def whole_number(column: str) -> str:
-    """Whether a row has a whole number in this column, in SQL."""
-    return (
-        f"(TYPEOF(\"{column}\") = 'integer' OR "
-        f'(TYPEOF("{column}") = \'real\' AND CAST("{column}" AS INTEGER) = "{column}"))'
-    )
-
-
-def table_of(kind: str) -> str:
-    """The table of one of `KINDS`."""
-    return PREFIX + kind.upper()
-
-
-def activity_name(kind: str, key: int, texts: dict[int, str]) -> str:
-    """The full name of an activity. key: the id of a kernel's name, or a copy's kind."""
-    if kind == "kernel":
-        return texts.get(key, "") or "unnamed kernel"
-    if kind == "memset":
-        return "[CUDA memset]"
-    return f"[CUDA memcpy {_COPIES[key] if 0 <= key < len(_COPIES) else _COPIES[0]}]"
-
-
-def skipped(missing: int, beyond: int) -> list[str]:
-    """Notes on rows that are left out: without a time, and with one that cannot be."""
-    notes = []
-    if missing:
-        notes.append(f"skipped {missing} GPU activities with a missing or negative duration")
-    if beyond:
-        days = LONGEST_NS // (86_400 * 10**9)
-        notes.append(
-            f"skipped {beyond} GPU activities that last {days} days or lie outside of time"
-        )
-    return notes
-
-
-def whole_graphs(count: int, total_ns: int) -> str:
-    """The note on what `--cuda-graph-trace=graph` leaves instead of kernels."""
-    return (
-        f"{count} launches of CUDA graphs ({total_ns / 1e6:.3f} ms) were recorded as a whole, "
-        "their kernels are missing: nsys needs --cuda-graph-trace=node"
-    )
-
-
 # An nsys export in SQLite, opened for reading, with errors that say what is wrong.
-
-
-_IDS = 500  # in one statement; old SQLite allows 999 variables
-
-
-@contextlib.contextmanager
-def open_database(path: Path) -> Iterator[Database]:
-    """The export at `path`, whose file is only ever read.
-
-    Raises `NotATrace` when it is no export, `TraceError` when it cannot be read; also for
-    errors that show only while the body reads.
-    """
-    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.text_factory = _text
-            connection.isolation_level = None
-            database = Database(connection)
-            if not KNOWN_TABLES & database.names:
-                raise _not_an_export(path, "it has none of an nsys export's tables")
-            yield database
-    except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
-        if "not a database" in str(error):
-            raise _not_an_export(path, "it is not an SQLite database") from error
-        raise TraceError(
-            f"{path} cannot be read: {error}",
-            expected="a complete SQLite export of an nsys report",
-            hint="the file may be cut off: export the .nsys-rep again",
-        ) from error
-
-
-class Database:
-    """An open export. names: its tables; `temp` ones may be made, in memory."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA temp_store = MEMORY")
-        # Of temporary tables, in which a sum is then found within one page.
-        connection.execute("PRAGMA page_size = 16384")
-        self.connection = connection
-        rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        self.names = frozenset(str(name) for (name,) in rows)
-
-    def columns(self, table: str) -> frozenset[str]:
-        """The columns of a table; none where there is no such table."""
-        if table not in self.names:
-            return frozenset()
-        rows = self.connection.execute(f'PRAGMA table_info("{table}")')
-        return frozenset(str(row[1]) for row in rows)
-
-    def strings(self, ids: Iterable[int]) -> dict[int, str]:
-        """The texts of `StringIds` under these ids; unknown ids are left out."""
-        texts: dict[int, str] = {}
-        if not {"id", "value"} <= self.columns("StringIds"):
-            return texts
-        left = iter(ids)
-        while some := list(islice(left, _IDS)):
-            marks = ", ".join("?" * len(some))
-            words = f'SELECT "id", "value" FROM "StringIds" WHERE "id" IN ({marks})'
-            for number, value in self.connection.execute(words, some):
-                texts[int(number)] = "" if value is None else str(value)
-        return texts
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", errors="replace")
-
-
-def _not_an_export(path: Path, why: str) -> NotATrace:
-    return NotATrace(
-        f"{path} is not an export of an nsys report: {why}",
-        expected="what `nsys export --type=sqlite` writes",
-        hint="give the .nsys-rep itself, or export it",
-    )
 
 
 # Tables of an nsys report that was exported to SQLite.
@@ -435,19 +288,4 @@ def _unreadable(file: Path, why: str) -> TraceError:
 # GPU activities of an nsys report as the engine of a file format added them up.
 
 
-Key = tuple[int, int, str, str]
 """Process id, device (-1: none), kind and full name."""
-
-
-@dataclass(frozen=True)
-class Counted:
-    """sums: count and total ns of each key. owners: every (process id, device) with an activity.
-
-    owners include those of whole graphs, which have no rows. recorded: process ids that
-    stand in the report. notes: what was left out.
-    """
-
-    sums: Mapping[Key, tuple[int, int]]
-    owners: frozenset[tuple[int, int]]
-    recorded: frozenset[int]
-    notes: tuple[str, ...] = ()

@@ -39,6 +39,7 @@ from pytest_sglprof._trace.table import (
     RankActivities,
     calls_of,
 )
+from pytest_sglprof._trace.times import base_time
 from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
@@ -51,7 +52,6 @@ from pytest_sglprof._trace.torch.events import (
     Columns,
     FullEvent,
     ProcessName,
-    base_time,
     joined,
 )
 from pytest_sglprof._trace.torch.pool import FileContent, read_here, read_in_processes

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pytest_sglprof._trace.times import LONGEST_NS, ns, unfit
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
     COLLECTIVE,
@@ -22,7 +23,6 @@ from pytest_sglprof._trace.torch.events import (
     GPU_SPAN,
     KIND_OF_CATEGORY,
     LAUNCH,
-    LONGEST_NS,
     OPERATOR,
     SUBMITTED,
     Annotation,
@@ -35,8 +35,6 @@ from pytest_sglprof._trace.torch.events import (
     ProcessName,
     arguments,
     communicates,
-    ns,
-    unfit,
 )
 
 BATCH = 8192  # activities; about 380 KB

@@ -17,9 +17,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import pytest_sglprof
+from pytest_sglprof._cli.tables import json_value
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import SettingsError, SglprofError
-from pytest_sglprof._report.model import RecordedSpec, Results, json_value, storable, utc
+from pytest_sglprof._report.model import RecordedSpec, Results, storable, utc
 from pytest_sglprof._report.results import attempt_document, load_results, validate, write_results
 from tests.support.kernel_tables import KERNELS, build
 from tests.support.windows import BALANCED, SHORT, SLOW, as_run, run, window

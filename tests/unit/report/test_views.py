@@ -10,13 +10,8 @@ from pytest_sglprof._report.ci import (
     step_summary,
 )
 from pytest_sglprof._report.results import attempt_document
-from pytest_sglprof._report.terminal import (
-    STANDIN_NOTE,
-    rank_table,
-    shorten,
-    summary_lines,
-    text_table,
-)
+from pytest_sglprof._report.terminal import STANDIN_NOTE, rank_table, summary_lines
+from pytest_sglprof._verdict.wording import shorten, text_table
 from tests.support.kernel_tables import build, slow
 from tests.support.windows import BALANCED, SHORT, SLOW, as_run, as_window, run, window
 
