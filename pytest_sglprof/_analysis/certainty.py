@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 Floats = npt.NDArray[np.float64]
 Interval = tuple[float, float]
@@ -191,3 +193,12 @@ def _shifts(blocks: int, ranks: int) -> tuple[npt.NDArray[np.int64], bool]:
         shift = np.random.default_rng(SEED + 1).integers(0, ranks, (SHIFTS, blocks))
     shift.flags.writeable = False
     return shift, is_all
+
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+Amount = Annotated[float, Meta(ge=0.0)]
+
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]

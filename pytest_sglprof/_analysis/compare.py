@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pytest_sglprof._analysis.certainty import Amount, Count, Share
 from pytest_sglprof._analysis.imbalance import MIN_ASSIGNED_SHARE, MIN_MATCHED_SHARE
 from pytest_sglprof._analysis.times import GroupCells
-from pytest_sglprof._figures import Amount, Count, Share
 from pytest_sglprof._metrics import MIN_STEPS
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._trace.table import Ints, first_of

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from pytest_sglprof._analysis.busy import Ints, Mask
-from pytest_sglprof._analysis.certainty import Certainty, Interval, certainty
+from pytest_sglprof._analysis.certainty import Amount, Certainty, Count, Interval, Share, certainty
 from pytest_sglprof._analysis.groups import steps_per_rank
 from pytest_sglprof._analysis.times import GroupCells, sum_times
 from pytest_sglprof._analysis.work import (
@@ -25,7 +25,6 @@ from pytest_sglprof._analysis.work import (
     WorkWord,
     compare_work,
 )
-from pytest_sglprof._figures import Amount, Count, Share
 
 if TYPE_CHECKING:
     from pytest_sglprof._trace.table import KernelTable

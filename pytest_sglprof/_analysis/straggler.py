@@ -15,7 +15,14 @@ import pandas as pd
 from msgspec.structs import replace
 
 from pytest_sglprof._analysis.busy import busy_parts
-from pytest_sglprof._analysis.certainty import MAX_P, Interval, excess_certainty
+from pytest_sglprof._analysis.certainty import (
+    MAX_P,
+    Amount,
+    Count,
+    Interval,
+    Share,
+    excess_certainty,
+)
 from pytest_sglprof._analysis.collectives import (
     Method,
     Segments,
@@ -26,7 +33,6 @@ from pytest_sglprof._analysis.collectives import (
 )
 from pytest_sglprof._analysis.imbalance import KernelTime
 from pytest_sglprof._analysis.work import compare_work, step_inputs
-from pytest_sglprof._figures import Amount, Count, Share
 from pytest_sglprof._metrics import MIN_STEPS, VerdictWord
 from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._trace.categories import NOT_COMPUTE

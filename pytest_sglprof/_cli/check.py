@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
     LATENESS,
+    Column,
     NewParser,
     input_options,
     output_options,
+    render,
     select_options,
     settings_of,
     settings_options,
+    to_csv,
+    to_json,
+    write_text,
 )
-from pytest_sglprof._cli.tables import Column, render, to_csv, to_json, write_text
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
 from pytest_sglprof._metrics import WORST_FIRST

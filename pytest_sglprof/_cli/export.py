@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
+    Column,
     NewParser,
     input_options,
+    milliseconds,
     output_options,
     read_table,
     recorded_by,
+    render,
     settings_of,
     settings_options,
+    write_text,
 )
-from pytest_sglprof._cli.tables import Column, milliseconds, render, write_text
 from pytest_sglprof._config.load import Settings
 from pytest_sglprof._errors import (
     ExitStatus,
@@ -90,7 +93,7 @@ PROGRESS_S = 1.0  # between two lines of progress
 
 def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
     """Writes the merged trace and a page that opens it, and prints how many events they hold."""
-    from pytest_sglprof._cli.tables import refuse_foreign, refuse_inputs
+    from pytest_sglprof._cli.options import refuse_foreign, refuse_inputs
     from pytest_sglprof._report.perfetto import NAME, write_open_page
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
@@ -207,9 +210,8 @@ def _progress() -> Callable[[int, int], None] | None:
 
 def write_picture(args: argparse.Namespace) -> None:
     """Draws `args.window`, or the worst window of the run."""
-    from pytest_sglprof._cli.options import results_file
+    from pytest_sglprof._cli.options import refuse_inputs, results_file
     from pytest_sglprof._cli.report import recorded
-    from pytest_sglprof._cli.tables import refuse_inputs
     from pytest_sglprof._files import atomic_write
     from pytest_sglprof._report.heat_map import heat_map_png, heat_map_svg, worst_window
     from pytest_sglprof._report.results import load_results

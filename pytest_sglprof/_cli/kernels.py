@@ -9,17 +9,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
+    Column,
     NewParser,
     Recorded,
     count,
     input_options,
+    milliseconds,
     output_options,
     read_table,
     recorded_by,
+    render,
     settings_of,
     settings_options,
+    write_text,
 )
-from pytest_sglprof._cli.tables import Column, milliseconds, render, write_text
 from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
 
 if TYPE_CHECKING:

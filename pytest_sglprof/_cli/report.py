@@ -13,12 +13,13 @@ from pytest_sglprof._cli.options import (
     choose_window,
     input_options,
     read_table,
+    refuse_foreign,
+    refuse_inputs,
     results_file,
     settings_of,
     settings_options,
     window_files,
 )
-from pytest_sglprof._cli.tables import refuse_foreign, refuse_inputs
 from pytest_sglprof._errors import ExitStatus, SglprofError
 
 if TYPE_CHECKING:

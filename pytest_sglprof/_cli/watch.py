@@ -107,7 +107,7 @@ def is_url(target: str) -> bool:
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Watches a server or reads a log; `EXCEEDED` if there was an onset."""
-    from pytest_sglprof._cli.tables import refuse_inputs
+    from pytest_sglprof._cli.options import refuse_inputs
 
     rule = rule_of(args)
     is_live = is_url(args.target)
@@ -242,7 +242,7 @@ class JsonLines:
             self._stream.close()
 
     def _write(self, value: dict[str, Any]) -> None:
-        from pytest_sglprof._cli.tables import json_value
+        from pytest_sglprof._cli.options import json_value
 
         assert self._stream is not None
         self._stream.write(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
 
 import msgspec
 
+from pytest_sglprof._analysis.certainty import Amount, Count, Share
 from pytest_sglprof._analysis.compare import GroupStrata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._analysis.straggler import StragglerFinding
 from pytest_sglprof._config.model import Backend, LauncherName, Threshold
-from pytest_sglprof._figures import Amount, Count, Share
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from pytest_sglprof._analysis.busy import Ints, busy_parts
+from pytest_sglprof._analysis.certainty import Count
 from pytest_sglprof._analysis.collectives import Waits, by_step, matched_collectives
 from pytest_sglprof._analysis.groups import step_spans
 from pytest_sglprof._analysis.times import GroupCells
-from pytest_sglprof._figures import Count
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
 if TYPE_CHECKING:

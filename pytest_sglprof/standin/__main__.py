@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 
 from pytest_sglprof.standin.answers import find
+from pytest_sglprof.standin.engine import RankGone, end_all
 from pytest_sglprof.standin.front import Front, address_in_use, died_while_starting, start_failure
 from pytest_sglprof.standin.http import Listener
 from pytest_sglprof.standin.options import log, parse, web
-from pytest_sglprof.standin.ranks import RankGone, end_all
 
 
 def main(argv: Sequence[str] | None = None) -> int:

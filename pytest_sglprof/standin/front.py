@@ -11,10 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_sglprof.standin.engine import Engine, Lane, Order, Request
+from pytest_sglprof.standin.engine import (
+    Engine,
+    Lane,
+    Order,
+    RankGone,
+    RankProcess,
+    Request,
+    end_all,
+)
 from pytest_sglprof.standin.model import places
 from pytest_sglprof.standin.options import Options, log, web
-from pytest_sglprof.standin.ranks import RankGone, RankProcess, end_all
 
 READY = "The server is fired up and ready to roll!"
 

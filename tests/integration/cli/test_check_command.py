@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pytest_sglprof._cli.main import main
-from pytest_sglprof._cli.tables import Column, render
+from pytest_sglprof._cli.options import Column, render
 from pytest_sglprof._trace.table import KernelTable
 from tests.support.kernel_tables import build, slow
 

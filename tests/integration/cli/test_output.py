@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pytest_sglprof._cli.main import main
+from pytest_sglprof._cli.options import GENERATOR
 from pytest_sglprof._cli.record import _fresh
-from pytest_sglprof._cli.tables import GENERATOR
 from pytest_sglprof._report.results import write_results
 from tests.integration.cli.test_perfetto_command import trace
 from tests.support.windows import BALANCED, SLOW, as_run, run, window

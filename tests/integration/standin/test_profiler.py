@@ -13,7 +13,7 @@ import pytest
 
 from pytest_sglprof.standin.model import Batch, places
 from pytest_sglprof.standin.options import parse
-from pytest_sglprof.standin.profiler import NOT_RUNNING, RUNNING, Profiler
+from pytest_sglprof.standin.rank import NOT_RUNNING, RUNNING, Profiler
 from pytest_sglprof.standin.traces import Recorded
 
 DECODE = Batch("DECODE", 4, 4, 400)

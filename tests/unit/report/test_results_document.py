@@ -17,7 +17,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import pytest_sglprof
-from pytest_sglprof._cli.tables import json_value
+from pytest_sglprof._cli.options import json_value
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import SettingsError, SglprofError
 from pytest_sglprof._report.model import RecordedSpec, Results, storable, utc

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_sglprof._errors import SettingsError
-from pytest_sglprof._trace.read import read_window
-from pytest_sglprof._trace.repetition import _period
+from pytest_sglprof._trace.read import _period, read_window
 from pytest_sglprof._trace.table import KernelTable
 from tests.support.kineto import Event, document, event, kernel, write
 
@@ -97,7 +96,7 @@ def test_one_kernel_more_and_nothing_is_told(tmp_path: Path) -> None:
 def test_in_a_very_long_trace_nobody_looks_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sglprof._trace.repetition.MAX_KERNELS", 29)
+    monkeypatch.setattr("pytest_sglprof._trace.read.MAX_KERNELS", 29)
     table = read_window(rank_file(tmp_path, 0))
     assert (len(table.steps), len(table.notes)) == (0, 1)
     assert len(read_window(rank_file(tmp_path, 0), step_delimiter="embed").steps) == 4
