@@ -4,7 +4,7 @@
 
 Runs each way in a process of its own, in turn, and prints the median of its figures: CPU
 seconds (imports and children included), wall seconds, peak memory of the process and of its
-largest child, CPU time as a multiple of ours, and whether every sum equals the generator's
+largest child, CPU time as a multiple of the plugin's, and whether every sum equals the generator's
 truth. HolisticTraceAnalysis (which needs pandas before 3) and TraceLens run where they can be
 imported; `--other HolisticTraceAnalysis=/venv/bin/python` names an interpreter that has one.
 """

@@ -219,7 +219,7 @@ def do_every(steps: Iterable[Callable[[], object]]) -> None:
     first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
     for other in errors:
         if other is not first:
-            note(first, f"also: {described(other)}")
+            note(first, f"and besides: {described(other)}")
     raise first
 
 

@@ -1,7 +1,7 @@
 """Compares the windows of two runs on equal work, stratum by stratum.
 
 A stratum is the steps of a window that do equal work. One run is compared with one other, so
-there is no verdict here and no statistics over repeats.
+no limit is applied, and repeats are not considered.
 """
 
 from __future__ import annotations

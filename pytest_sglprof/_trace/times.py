@@ -1,4 +1,4 @@
-"""Times as traces write them: which can be true, and the ns of a text."""
+"""Times as traces write them: which can be true, and how many ns a string means."""
 
 from __future__ import annotations
 

@@ -206,9 +206,8 @@ def test_start_makes_the_folder_and_forces(tmp_path):
 
 def test_start_that_starts_nothing_is_noticed(tmp_path):
     path = fake_nsys(tmp_path, sessions=listed("mine", "Launched"))
-    with pytest.raises(
-        NsysSessionError, match=r"asked to collect, but after 0\.2 s its state is Launched"
-    ):
+    refused = r"asked to collect, but after 0\.2 s its state is Launched"
+    with pytest.raises(NsysSessionError, match=refused):
         session(path).start(tmp_path / "w.nsys-rep", timeout=0.2)
 
 

@@ -324,7 +324,7 @@ class ServerLife:
         lines = redact_text(log_text).splitlines()
         if self._cancelled():
             return ServerNotReady(
-                f"the keeper process (pid {os.getpid()}) received SIGTERM while it started "
+                f"the keeper process (pid {os.getpid()}) was sent SIGTERM while it started "
                 "the server",
                 expected="a keeper that lives as long as its server",
                 hint="find out what sent it SIGTERM",

@@ -99,7 +99,7 @@ class EventRewriter:
     def chunk(self, layout: Layout, events: bytes) -> bytes:
         """Events joined by commas, as they stand in the file, for the result.
 
-        Raises Unsafe where they cannot be told apart.
+        Raises Unsafe where it is not clear where one event ends.
         """
         if layout.merged:
             self._quick = False

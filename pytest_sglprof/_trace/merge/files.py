@@ -137,7 +137,7 @@ def _copy(
         if rewriter.taken and whole.skipped:
             raise TraceError(
                 f"{path} is damaged in a way that leaves unclear which events were merged",
-                expected="a Kineto trace whose events can be told apart",
+                expected="a Kineto trace in which it is clear where each event ends",
                 hint="record the window again with with_stack=False",
             ) from unsafe
         writer.add(rewriter.listed(whole.events[rewriter.taken :]))

@@ -1,4 +1,4 @@
-"""Reads many torch traces at once, in processes of our own.
+"""Read many torch traces at once, in separate processes.
 
 Plain child processes instead of `multiprocessing`: those import the caller's main module
 again, which may be pytest or an unguarded script, and fork is ruled out by the caller's

@@ -131,7 +131,7 @@ def _cut(path: Path) -> TraceTruncated:
 
 
 class Unrepairable(ValueError):
-    """The events cannot be told apart, or one that counts is itself unreadable."""
+    """It is not clear where events end, or one that counts is unreadable."""
 
 
 class Repaired(msgspec.Struct, frozen=True):

@@ -175,7 +175,7 @@ def test_fault_3_a_keeper_that_is_frozen_leaves_nothing(phase, begin, lease_fold
 def test_fault_d_a_keeper_that_is_told_to_end_says_so(phase, begin, lease_folder, tmp_path):
     starting, keeper = kill_in(phase, signal.SIGTERM, begin, lease_folder, tmp_path)
     if phase != "leasing":
-        assert f"the keeper process (pid {keeper.pid}) received SIGTERM" in told(starting)
+        assert f"the keeper process (pid {keeper.pid}) was sent SIGTERM" in told(starting)
 
 
 @pytest.mark.real_nsys

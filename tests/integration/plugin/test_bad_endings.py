@@ -115,7 +115,7 @@ def test_fault_14_every_error_is_shown(ran, name, said):
 @pytest.mark.parametrize("name", ["test_body_fails_too", "test_judge_is_broken_and_the_body_fails"])
 def test_fault_14_the_bodys_own_error_is_not_replaced(ran, name):
     assert "AssertionError: the body's own words" in ran.cases[name].find("failure").get("message")
-    assert "also: Traceback" in ran.section(name)
+    assert "and besides: Traceback" in ran.section(name)
 
 
 @pytest.mark.parametrize("name", ["test_after_it", "test_after_all"])

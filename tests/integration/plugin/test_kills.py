@@ -244,4 +244,5 @@ def test_fault_3_a_keeper_that_froze_while_the_tests_passed_is_a_warning(project
     assert time.monotonic() - began < 30.0
     assert project.left_over(within=5) == []
     assert ran.status == pytest.ExitCode.OK
-    assert re.search(r"Warning: the keeper process \(pid \d+\) was stopped and did not", ran.text)
+    warning = r"Warning: the keeper process \(pid \d+\) was stopped \(SIGSTOP\) and did not"
+    assert re.search(warning, ran.text)

@@ -96,7 +96,7 @@ def test_the_command(results: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "pass: " in out.read_text()
     capsys.readouterr()
     for words, message in (
-        (["-o", str(tmp_path / "x.gif")], "a name that ends in .svg or .png"),
+        (["-o", str(tmp_path / "x.gif")], "a name that ends in .svg"),
         (["-o", str(out), "--window", "c"], "its windows: a, b"),
     ):
         assert main(["export", "--to", "svg", str(results), *words]) == 2
