@@ -56,7 +56,7 @@ def test_after_all(recorded):
 
 @pytest.fixture
 def broken_judge(monkeypatch):
-    monkeypatch.setattr("pytest_sglprof._run.measure.judge", raiser("judge", ValueError))
+    monkeypatch.setattr("pytest_sglprof._verdict.judge.judge", raiser("judge", ValueError))
 
 @pytest.fixture
 def broken_reader(monkeypatch):

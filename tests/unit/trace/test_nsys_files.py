@@ -29,7 +29,7 @@ from tests.support.nsys_exports import (
 def test_files_that_are_no_export(tmp_path: Path) -> None:
     text = tmp_path / "x.sqlite"
     text.write_text("this is text, not a database, however long it may be\n" * 40)
-    with pytest.raises(NotATrace, match="no SQLite database"):
+    with pytest.raises(NotATrace, match="not an SQLite database"):
         read_report(text)
     empty = tmp_path / "empty.sqlite"
     empty.touch()
