@@ -96,7 +96,7 @@ def test_pure_tp_cannot_know(bench_serving):
     bench_serving(**equal())
 
 def test_a_window_by_hand_has_no_trigger(profile_window):
-    with pytest.raises(SettingsError, match="opened by you"):
+    with pytest.raises(SettingsError, match="you open this window yourself"):
         profile_window("mine", trigger=ImbalanceOnset())
 """
 
