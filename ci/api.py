@@ -28,7 +28,7 @@ from pytest_sglprof._plugin.markers import MARKER_HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "tests/data/api.txt"
-SCHEMAS = ROOT / "pytest_sglprof/schemas"
+SCHEMAS = Path(pytest_sglprof.__file__).parent / "schemas"
 
 # What docs/servers.md, docs/windows.md and docs/watch.md promise of the fixtures' values.
 OF_FIXTURES = {

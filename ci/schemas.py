@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
+import pytest_sglprof
 from pytest_sglprof._config.model import SERVER_KINDS
 from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
 
-FOLDER = Path(__file__).parents[1] / "pytest_sglprof" / "schemas"
+FOLDER = Path(pytest_sglprof.__file__).parent / "schemas"
 CONFIG = "config.schema.json"
 KINDS: dict[str, dict[str, Any]] = {  # what a value of each `Option.kind` may be
     "flag": {"type": "boolean"},

@@ -117,7 +117,7 @@ def test_the_overview_says_what_is_compared_and_what_is_not(
     assert mix[0].startswith("other work")
     assert re.search(r"inconclusive other work: 0% of the baseline's and 0%", mix[2])
     text = browser.js("return document.querySelector('#baseline').textContent")
-    assert "One run against one run: this is no verdict" in text
+    assert "One run against one run: this is not a verdict" in text
     assert "they say nothing about SGLang" in text
     assert "“renamed before”: only in the baseline" in text
     assert "“renamed now”: only in run-" in text

@@ -257,7 +257,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert 'id="baseline"' not in (tmp_path / "new" / "report.html").read_text()
     assert main(["report", new, "--baseline", str(tmp_path / "old")]) == 0
     text = (tmp_path / "new" / "report.html").read_text()
-    assert "this is no verdict" in text
+    assert "this is not a verdict" in text
     assert "fused_moe_kernel" in text
     capsys.readouterr()
     assert main(["report", new, "--baseline", str(tmp_path / "empty")]) == 2
