@@ -93,7 +93,6 @@ def add_rule(parser: argparse.ArgumentParser) -> None:
 
 def rule_of(args: argparse.Namespace) -> OnsetRule:
     """What the options define as an onset; `SettingsError` for a factor of 1 or less."""
-    from pytest_sglprof._load.onset import OnsetRule
 
     if args.factor <= 1.0:
         raise SettingsError(f"--factor {args.factor:g}", expected="more than 1: max / mean")
@@ -127,8 +126,6 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
     The log is read several times, so that its samples need not be kept in memory.
     """
     from pytest_sglprof._load.change_points import LoadOutline, finished_load
-    from pytest_sglprof._load.onset import CANNOT_KNOW, OnsetDetector
-    from pytest_sglprof._load.samples import LoadSample
     from pytest_sglprof._load.sources import FinishedLog
 
     if not path.is_file():
@@ -179,7 +176,6 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
 
 
 def _rank_lines(outline: LoadOutline) -> list[str]:
-    from pytest_sglprof._verdict.wording import text_table
 
     rows = []
     for label, rank in sorted(outline.ranks.items()):

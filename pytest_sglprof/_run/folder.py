@@ -196,7 +196,7 @@ class RunBook:
 
     def _document(self, records: Sequence[Record], exit_status: int) -> Results:
         """The results of the run, from which every view is made."""
-        from pytest_sglprof._report.model import Run, utc
+        from pytest_sglprof._report.model import Run
         from pytest_sglprof._report.results import run_document
 
         facts = dict(self._facts)
