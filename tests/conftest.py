@@ -15,6 +15,8 @@ from tests.support.browser import find_chromium
 # Before numpy is loaded, here and in what tests start: its threads wait for each other in
 # small products, which costs several times the work itself where workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# What tests start keeps its bytecode, as on the machine of a user: 2 s of CPU for each pytest.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from pytest_sglprof import _redact as redact
 

@@ -154,6 +154,7 @@ class Project:
 
     def command(self, *options: str) -> list[str]:
         start = [sys.executable, "-W", "error", "-m", "pytest", "--strict-markers", "-rA"]
+        start += ["-p", "no:hypothesispytest"]  # imports all of hypothesis at the end of a run
         return [*start, "--sglprof", f"--junitxml={self.folder / 'junit.xml'}", *options]
 
     def run(self, *options: str, **environment: str) -> Outcome:

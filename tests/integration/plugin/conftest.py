@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeProje
         for process in project.family():
             process.kill()
     assert not any(left.values()), left
+
+
+@pytest.fixture(scope="module")
+def two_at_once() -> Iterator[ThreadPoolExecutor]:
+    """Runs projects two at a time: most of a run is the load, which sleeps between its steps."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
 
 
 RunHere = Callable[..., pytest.RunResult]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
@@ -107,13 +108,20 @@ def onsets(make_project: MakeProject) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def balanced(make_project: MakeProject) -> Outcome:
-    return make_project(HEAD + BALANCED + LAST, CONFIG).run("-p", "no:cacheprovider")
+def quiet(make_project: MakeProject, two_at_once: ThreadPoolExecutor) -> list[Future[Outcome]]:
+    """The two projects without an onset, at the same time."""
+    projects = [make_project(HEAD + tests + LAST, CONFIG) for tests in (BALANCED, UNKNOWN)]
+    return [two_at_once.submit(project.run, "-p", "no:cacheprovider") for project in projects]
 
 
 @pytest.fixture(scope="module")
-def unknown(make_project: MakeProject) -> Outcome:
-    return make_project(HEAD + UNKNOWN + LAST, CONFIG).run("-p", "no:cacheprovider")
+def balanced(quiet: list[Future[Outcome]]) -> Outcome:
+    return quiet[0].result()
+
+
+@pytest.fixture(scope="module")
+def unknown(quiet: list[Future[Outcome]]) -> Outcome:
+    return quiet[1].result()
 
 
 def moment(text: str) -> float:

@@ -29,11 +29,21 @@ def test_repeated_too_little(bench_serving, profile_window):
 }
 
 
+@pytest.fixture(scope="module")
+def runs(make_project, two_at_once):
+    return {
+        name: two_at_once.submit(
+            make_project(HEAD + REPEATED + tests).run, "-p", "no:cacheprovider"
+        )
+        for name, tests in TESTS.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "word"), [("test_repeated", "fail"), ("test_repeated_too_little", "inconclusive")]
 )
-def test_fault_19_a_check_of_windows_that_were_repeated_is_in_all_of_them(make_project, name, word):
-    ran = make_project(HEAD + REPEATED + TESTS[name]).run("-p", "no:cacheprovider")
+def test_fault_19_a_check_of_windows_that_were_repeated_is_in_all_of_them(runs, name, word):
+    ran = runs[name].result()
     assert ran.test(name)["verdict"] == word
     windows = ran.windows(name)
     assert len(windows) == 2

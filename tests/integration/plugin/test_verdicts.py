@@ -10,7 +10,7 @@ import pytest
 from pytest_sglprof._report.results import validate
 
 TESTS = """
-from pytest_sglprof import Inconclusive, VerdictFailed
+from pytest_sglprof import VerdictFailed
 
 whole = pytest.mark.profile_window(whole_body=True)
 slow = pytest.mark.sglang_server("slow")
@@ -78,6 +78,20 @@ def test_checks(drive, profile_window):
     with pytest.raises(Exception, match="is not a metric"):
         one.check("speed", 1.0)
 
+def test_of_no_concern():
+    pass
+
+@pytest.mark.flaky(reruns=1, only_rerun=["VerdictFailed"])
+@slow
+@whole
+def test_rerun_in_vain(drive):
+    drive()
+"""
+
+# Of one server, in a run of its own.
+OF_ONE_SERVER = """
+from pytest_sglprof import Inconclusive
+
 def test_check_of_too_little(drive, profile_window):
     with profile_window("short") as window:
         drive(10)
@@ -104,28 +118,31 @@ def test_nsys_by_hand_without_nsys(drive, profile_window):
 def test_wrong_argument_by_hand(drive, profile_window):
     profile_window("w", stepz=3)
 
-def test_of_no_concern():
-    pass
-
 seen = []
 
 @pytest.mark.flaky(reruns=1)
-@whole
+@pytest.mark.profile_window(whole_body=True)
 def test_flaky(drive):
     seen.append(1)
     drive(10 if len(seen) == 1 else 60)
-
-@pytest.mark.flaky(reruns=1, only_rerun=["VerdictFailed"])
-@slow
-@whole
-def test_rerun_in_vain(drive):
-    drive()
 """
 
 
 @pytest.fixture(scope="module")
 def ran(make_project):
     return make_project(TESTS).run("-p", "no:cacheprovider", "--durations=0")
+
+
+@pytest.fixture(scope="module")
+def ran_one_server(make_project):
+    return make_project(OF_ONE_SERVER).run("-p", "no:cacheprovider", "--durations=0")
+
+
+@pytest.fixture
+def ran_it(request, name):
+    """The run that has the test `name`."""
+    fixture = "ran_one_server" if f"def {name}(" in OF_ONE_SERVER else "ran"
+    return request.getfixturevalue(fixture)
 
 
 WORDS = {
@@ -150,32 +167,34 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_terminal_and_results_say_the_same_word(ran, name):
+def test_terminal_and_results_say_the_same_word(ran_it, name):
     shown, outcome, verdict = WORDS[name]
-    assert ran.word(name) == shown
-    assert (ran.test(name)["outcome"], ran.test(name)["verdict"]) == (outcome, verdict)
+    assert ran_it.word(name) == shown
+    assert (ran_it.test(name)["outcome"], ran_it.test(name)["verdict"]) == (outcome, verdict)
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_junit_says_the_same(ran, name):
+def test_junit_says_the_same(ran_it, name):
     shown, _, verdict = WORDS[name]
-    kinds = {child.tag for child in ran.cases[name]} & {"failure", "error", "skipped"}
+    kinds = {child.tag for child in ran_it.cases[name]} & {"failure", "error", "skipped"}
     expected = {"FAILED": {"failure"}, "XFAIL": {"skipped"}}.get(shown, set())
     assert kinds == expected
-    properties = ran.properties(name)
+    properties = ran_it.properties(name)
     assert dict(properties).get("verdict") == verdict
     names = [key for key, _ in properties]
     assert len(names) == len(set(names))
 
 
-def test_junit_attaches_the_heat_map_of_a_window_that_did_not_pass(ran):
+def test_junit_attaches_the_heat_map_of_a_window_that_did_not_pass(ran, ran_one_server):
     values = dict(ran.properties("test_rerun_in_vain"))
     attached = [text for name, text in values.items() if name.startswith("attachment[")]
     assert len(attached) == 1
     path = Path(attached[0].removeprefix("[[ATTACHMENT|").removesuffix("]]"))
     assert path.parent == ran.run_folder.resolve()
     assert "<svg" in path.read_text()
-    assert not [key for key in dict(ran.properties("test_steady")) if "attachment" in key]
+    assert not [
+        key for key in dict(ran_one_server.properties("test_steady")) if "attachment" in key
+    ]
 
 
 def test_the_document_is_valid_and_whole(ran):
@@ -243,37 +262,39 @@ def test_windows_by_hand_are_all_judged(ran):
     assert 'window "one"' not in text
 
 
-def test_too_little_data_says_how_much_is_needed(ran):
-    for name in ("test_check_of_too_little", "test_too_short_is_no_known_failure"):
-        text = ran.section(name)
+def test_too_little_data_says_how_much_is_needed(ran, ran_one_server):
+    for text in (
+        ran_one_server.section("test_check_of_too_little"),
+        ran.section("test_too_short_is_no_known_failure"),
+    ):
         assert text.startswith("profile window verdict: inconclusive\n")
         assert "30 are needed" in text
-    assert "drive a longer load" in ran.section("test_over_before_it_was_steady")
+    assert "drive a longer load" in ran_one_server.section("test_over_before_it_was_steady")
 
 
-def test_a_steady_window_ended_by_its_steps_knows_its_load(ran):
-    (window,) = ran.windows("test_steady")
+def test_a_steady_window_ended_by_its_steps_knows_its_load(ran_one_server):
+    (window,) = ran_one_server.windows("test_steady")
     assert window["spec"]["num_steps"] == 30
     assert window["load"] == f"{window['nodeid']}#1.1"
     assert window["state"] == "complete"
     assert window["steps"]["groups"][0]["compared"] >= 29
 
 
-def test_errors_of_windows_by_hand_say_what_to_do(ran):
-    assert "sglang_server(nsys=True)" in ran.section("test_nsys_by_hand_without_nsys")
-    text = ran.section("test_wrong_argument_by_hand")
+def test_errors_of_windows_by_hand_say_what_to_do(ran_one_server):
+    assert "sglang_server(nsys=True)" in ran_one_server.section("test_nsys_by_hand_without_nsys")
+    text = ran_one_server.section("test_wrong_argument_by_hand")
     assert "profile_window('w'): unknown argument stepz" in text
     assert "plugin_session.py" not in text
 
 
-def test_every_attempt_of_a_rerun_is_kept_and_shown(ran):
-    attempts = ran.test("test_flaky")["attempts"]
+def test_every_attempt_of_a_rerun_is_kept_and_shown(ran, ran_one_server):
+    attempts = ran_one_server.test("test_flaky")["attempts"]
     assert [a["number"] for a in attempts] == [1, 2]
     assert [a["outcome"] for a in attempts] == ["failed", "passed"]
     assert [a["verdict"] for a in attempts] == ["inconclusive", "pass"]
     assert [a["verdict"] for a in ran.test("test_rerun_in_vain")["attempts"]] == ["fail", "fail"]
-    assert "test_flaky: 2 attempts: inconclusive, pass" in ran.text
-    assert [w["attempt"] for w in ran.windows("test_flaky")] == [1, 2]
+    assert "test_flaky: 2 attempts: inconclusive, pass" in ran_one_server.text
+    assert [w["attempt"] for w in ran_one_server.windows("test_flaky")] == [1, 2]
 
 
 def test_traces_of_passed_windows_are_not_kept(ran):
