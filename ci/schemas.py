@@ -21,6 +21,7 @@ from pytest_sglprof._report.model import FORMAT, Results
 
 FOLDER = Path(pytest_sglprof.__file__).parent / "schemas"
 CONFIG = "config.schema.json"
+NO_DEFAULT = object()
 KINDS: dict[str, dict[str, Any]] = {  # what a value of each `Option.kind` may be
     "flag": {"type": "boolean"},
     "text": {"type": "string", "minLength": 1},
@@ -66,10 +67,15 @@ def _text(kind: type, name: str, title: str) -> str:
         "title": f"pytest-sglprof: {title}",
         **msgspec.json.schema(kind),
     }
-    # Writers write every field; only dataclasses that people fill in as well have defaults.
+    # Writers write every field. Older documents lack those added later, whose default is None;
+    # the other defaults are of dataclasses that people fill in as well.
     for definition in schema["$defs"].values():
         if "properties" in definition:
-            definition["required"] = list(definition["properties"])
+            definition["required"] = [
+                name
+                for name, rule in definition["properties"].items()
+                if rule.get("default", NO_DEFAULT) is not None
+            ]
     return json.dumps(schema, indent=1, ensure_ascii=False, default=str) + "\n"
 
 

@@ -240,6 +240,7 @@ def _findings(verdict: Verdict) -> list[ImbalanceFinding]:
 
 def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
     """One threshold: the work group that decided, with all groups under `groups`."""
+    from pytest_sglprof._analysis.imbalance import worst_finding
     from pytest_sglprof._report.build import finding_document
 
     def word(verdict: str) -> str:
@@ -253,12 +254,10 @@ def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
     ]
     deciding = verdict.deciding
     finding = deciding.finding if deciding is not None else None
-    top = finding_document(finding) if finding is not None else _NO_RANK
+    place = {"scope": threshold.scope, "kernel": threshold.kernel, "stage": threshold.stage}
     return {
-        **top,
-        "scope": threshold.scope,
-        "kernel": threshold.kernel,
-        "stage": threshold.stage,
+        **finding_document(finding or worst_finding((), **place)),
+        **place,
         "metric": threshold.metric,
         "value": deciding.value if deciding is not None else None,
         "limit": threshold.limit if math.isfinite(threshold.limit) else None,
@@ -284,21 +283,6 @@ def _stragglers(late: Sequence[StragglerFinding], limit: float | None) -> dict[s
     return {**top, "groups": groups}
 
 
-_NO_RANK: dict[str, Any] = {
-    "group": "",
-    "ranks": [],
-    "contributors": [],
-    "lost_ns": 0,
-    "other_input_steps": 0,
-    **dict.fromkeys(
-        (
-            *("slowdown", "factor", "lost_share", "slowest", "interval", "factor_interval"),
-            *("lost_share_interval", "p_value", "factor_sync", "cv", "lost_ns_per_step"),
-            *("share_of_step", "work", "work_ratio", "work_by", "output_tokens"),
-            *("ns_per_token", "lost_ns_per_token", "steps"),
-        )
-    ),
-}
 _NO_SYNC_GROUP: dict[str, Any] = {
     "group": "",
     "straggler": None,

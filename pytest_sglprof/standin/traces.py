@@ -485,13 +485,15 @@ def merge_traces(
 
 
 def _is_whole(path: Path) -> bool:
+    """False while the file is being written; `gzip` takes an empty file for a whole one."""
+    size = 0
     try:
         with gzip.open(path, "rb") as file:
-            while file.read(1 << 20):
-                pass
+            while chunk := file.read(1 << 20):
+                size += len(chunk)
     except (EOFError, OSError):
         return False
-    return True
+    return size > 0
 
 
 def _read(path: Path) -> dict[str, Any]:

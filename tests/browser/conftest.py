@@ -22,7 +22,7 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4"]
+standin_args = ["--step-ms", "4", "--layers", "1"]
 
 [servers.slow]
 kind = "standin"
@@ -58,7 +58,7 @@ PAIR_CONFIG = """
 [server]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4"{more}]
+standin_args = ["--step-ms", "4", "--layers", "1"{more}]
 
 [[threshold]]
 limit = 1.10

@@ -24,12 +24,12 @@ SERVERS = """
 [server]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4", "--crash-delay", "0.2"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--crash-delay", "0.2"]
 
 [servers.slow]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4", "--slow", "rank=1,category=moe,factor=1.4"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--slow", "rank=1,category=moe,factor=1.4"]
 
 [[threshold]]
 limit = 1.10
@@ -154,7 +154,8 @@ class Project:
 
     def command(self, *options: str) -> list[str]:
         start = [sys.executable, "-W", "error", "-m", "pytest", "--strict-markers", "-rA"]
-        start += ["-p", "no:hypothesispytest"]  # imports all of hypothesis at the end of a run
+        # The one imports all of hypothesis at the end of a run, the other trio at its start.
+        start += ["-p", "no:hypothesispytest", "-p", "no:anyio"]
         return [*start, "--sglprof", f"--junitxml={self.folder / 'junit.xml'}", *options]
 
     def run(self, *options: str, **environment: str) -> Outcome:

@@ -176,7 +176,7 @@ def test_a_log_that_grows_is_followed(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.fixture
 def two_replicas(tmp_path: Path) -> Iterator[Running]:
-    with standin(tmp_path, "--dp", "2", "--step-ms", "4") as running:
+    with standin(tmp_path, "--dp", "2", "--step-ms", "4", "--layers", "1") as running:
         yield running
 
 

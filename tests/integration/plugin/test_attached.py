@@ -31,7 +31,7 @@ def test_by_hand(sglang_server, bench_serving, profile_window):
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     keys = ("--api-key", KEY, "--admin-api-key", ADMIN)
-    with standin(folder, "--tp", "2", "--step-ms", "4", *keys) as running:
+    with standin(folder, "--tp", "2", "--step-ms", "4", "--layers", "1", *keys) as running:
         yield running
 
 

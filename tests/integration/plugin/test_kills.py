@@ -23,18 +23,18 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4", "--crash-delay", "0.2"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--crash-delay", "0.2"]
 stop_timeout = 5
 
 [servers.other]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4"]
+standin_args = ["--step-ms", "4", "--layers", "1"]
 
 [servers.hanging]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4", "--hang-in-stop-profile"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--hang-in-stop-profile"]
 stop_timeout = 2
 
 [servers.never]

@@ -17,12 +17,12 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--dp", "2"]
-standin_args = ["--step-ms", "4", "--crash-delay", "0.2"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--crash-delay", "0.2"]
 
 [servers.tp]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4"]
+standin_args = ["--step-ms", "4", "--layers", "1"]
 
 [[threshold]]
 limit = 1.5

@@ -19,7 +19,7 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--tp", "2", "--model-path", {model}, "--hf-token", {option}]
-standin_args = ["--step-ms", "4"]
+standin_args = ["--step-ms", "4", "--layers", "1"]
 api_key_env = "SVC_API"
 admin_api_key_env = "SVC_ADM"
 secrets = ["MY_SETTING"]

@@ -22,9 +22,7 @@ def test_second(sglang_server, load):
 def test_other(sglang_server):
     pass
 """
-LATE = SERVERS.replace(
-    '"--step-ms", "4", "--crash-delay"', '"--ready-delay", "1.5", "--crash-delay"'
-)
+LATE = SERVERS.replace('"--crash-delay"', '"--ready-delay", "1.5", "--crash-delay"')
 LEAVING = """
 from pytest_sglprof._server.keeper.protocol import KeeperLink
 
