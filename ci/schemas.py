@@ -15,6 +15,7 @@ import msgspec
 from jsonschema import Draft202012Validator
 
 import pytest_sglprof
+from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.model import SERVER_KINDS
 from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
@@ -42,7 +43,7 @@ def schemas() -> dict[str, str]:
 
 
 def _config_text() -> str:
-    """The schema of sglprof.toml with the keys of `OPTIONS` and the kinds of server that exist.
+    """The schema of sglprof.toml: the keys of `OPTIONS`, the kinds of server, the backends.
 
     The rest is written by hand and stays as it is.
     """
@@ -50,6 +51,7 @@ def _config_text() -> str:
     tables = schema["properties"]
     definitions = schema["$defs"]
     definitions["server"]["properties"]["kind"]["enum"] = list(SERVER_KINDS)
+    definitions["window"]["properties"]["backend"]["enum"] = list(BACKENDS)
     for name in {option.table for option in OPTIONS if option.key} - set(definitions):
         tables[name] = {"type": "object", "additionalProperties": False, "properties": {}}
     for option in OPTIONS:

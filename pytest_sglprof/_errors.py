@@ -223,6 +223,11 @@ def do_every(steps: Iterable[Callable[[], object]]) -> None:
     raise first
 
 
+def docs(page: str) -> str:
+    """The address of a page of the documentation, which is not part of the installed package."""
+    return f"https://github.com/pytest-sglprof/pytest-sglprof/blob/main/docs/{page}.md"
+
+
 def did_you_mean(given: Iterable[object], known: Iterable[str], otherwise: str = "") -> str:
     """`did you mean moe?`, with the known names nearest to `given`; `otherwise` if none is near."""
     import difflib  # only where something is wrong

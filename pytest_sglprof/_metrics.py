@@ -145,7 +145,7 @@ _ROWS = (
         value="slowdown",
         interval="interval",
         sentence="{slowest_is} {value}x slower than {their} peers in {subject}{limit}: "
-        "{most} against {others} a rank{over}",
+        "{most} against {others}{over}",
         at_best="{group}no rank is slower in {subject}{over}{limit}",
     ),
     Metric(

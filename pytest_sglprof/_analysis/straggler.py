@@ -265,7 +265,7 @@ def _cause(
                 return "throttled", f"its GPU was throttled ({clock.reason})"
         kernels = _kernels(table, parts)[top]
         first = f", most of all {kernels[0].name}" if kernels else ""
-        return "kernel", f"it computes {slower:.2f}x as long at the same work{first}"
+        return "kernel", f"it computes {slower:.2f}x as long for the same work{first}"
     if more_idle >= CAUSE_SHARE * excess:
         return (
             "host_late",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
     LATENESS,
+    PATHS,
     Column,
     NewParser,
     input_options,
@@ -48,21 +49,23 @@ SMALL_DIFFERENCE = 0.15
 def add_parser(new_parser: NewParser) -> None:
     """Adds the options of the command."""
     parser = new_parser(
-        description="Compares ranks that get the same input, step by step, and finds the rank for "
-        "which the others wait in collectives. The limits are the thresholds of pytest (stored in "
-        "the run, or from sglprof.toml), or a single --limit. Without a limit the command only "
-        "prints what it measured.",
+        description="Compares, step by step, the ranks that get the same input, and finds the "
+        "rank that the others wait for in collectives. With --limit only that limit is judged. "
+        "Without it, the thresholds that the run stored are judged, else those of sglprof.toml. "
+        "Where there are none, the command prints what it measured.",
         epilog="exit status: 0 pass or only measured, 1 a limit is exceeded, 2 wrong usage or "
         "unreadable input, 3 inconclusive",
         parents=[
-            input_options("torch trace, nsys report or export, folder of a window or of a run"),
+            input_options(PATHS),
             select_options(),
             output_options(),
             settings_options(),
         ],
     )
     parser.add_argument(
-        "--exit-zero", action="store_true", help="print the verdict, but exit with status 0"
+        "--exit-zero",
+        action="store_true",
+        help="exit with status 0 whatever the verdict; errors still exit with 2",
     )
 
 

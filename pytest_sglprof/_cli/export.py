@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
+    PATHS,
     Column,
     NewParser,
     input_options,
@@ -48,13 +49,13 @@ def add_parser(new_parser: NewParser) -> None:
         "*.json) with sorted ranks, summary rows on top and findings as instant events, and "
         "writes an open.html beside it that shows the file in the Perfetto UI with the kernel "
         "rows of all ranks pinned. nsight: lists the streams with kernels in nsys reports, which "
-        "are the rows to pin in Nsight Systems. svg, png: draws a heat map of a run's worst "
-        "window, or of --window: the busy time of each rank and category, over the mean of the "
-        "rank's work group.",
+        "are the rows to pin in Nsight Systems. svg, png: draws a heat map of one "
+        "window of a run, the worst unless --window is given: the busy time of each rank in each "
+        "category, divided by the mean of the ranks that get the same input.",
         epilog="exit status: 0 written, 2 wrong usage, unreadable input or unwritable output",
         parents=[
-            input_options("torch trace, nsys report or export, folder of a window or of a run"),
-            output_options(),
+            input_options(PATHS),
+            output_options("file to write; only nsight prints without it", "nsight: "),
             settings_options(),
         ],
     )
@@ -62,7 +63,7 @@ def add_parser(new_parser: NewParser) -> None:
     parser.add_argument(
         "--only",
         choices=("kernels",),
-        help="perfetto: a small file with only kernels, copies and summary rows; also takes nsys "
+        help="perfetto: a small file with only kernels, copies and summary rows, also from nsys "
         "reports",
     )
     parser.set_defaults(exit_zero=True)

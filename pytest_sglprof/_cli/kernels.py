@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
+    PATHS,
     Column,
     NewParser,
     Recorded,
@@ -41,10 +42,10 @@ _Records = tuple[list[dict[str, Any]], list[str]]  # records, notes
 def add_parser(new_parser: NewParser) -> None:
     """Adds the options of the command."""
     parser = new_parser(
-        description="Adds up the number and the time of kernels by rank, kernel and category.",
+        description="Counts the kernels and adds up their time, by rank, name and category.",
         epilog="exit status: 0 done, 2 wrong usage or unreadable input",
         parents=[
-            input_options("torch trace, nsys report or export, folder of a window or of a run"),
+            input_options(PATHS),
             output_options(),
             settings_options(),
         ],

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from pytest_sglprof import __version__
-from pytest_sglprof._errors import ExitStatus, Inconclusive, SglprofError, did_you_mean
+from pytest_sglprof._errors import ExitStatus, Inconclusive, SglprofError, did_you_mean, docs
 from pytest_sglprof._redact import learn_command, learn_environment, redact_text
 
 # Name -> help. To add a command, add a row and the module of that name in this package, with
@@ -145,8 +145,9 @@ def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sglprof",
         description="Find out which rank of an SGLang server is slow, by how much, and why.",
-        epilog="exit status: 0 done or passed, 1 a limit is exceeded, 2 wrong usage or unreadable "
-        "input, 3 inconclusive, 70 a bug of sglprof, 130 interrupted (docs/exit-status.md)",
+        epilog="exit status: 0 done or passed; 1 a limit is exceeded, or watch --check saw an "
+        "onset; 2 wrong usage, unreadable input or unwritable output; 3 inconclusive; 70 a bug of "
+        "sglprof; 130 interrupted. More: " + docs("exit-status"),
     )
     parser.add_argument("--version", action="version", version=f"sglprof {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

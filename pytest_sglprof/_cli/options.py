@@ -35,13 +35,19 @@ RUN_FILE = "run.json"
 _RUN_DEPTH = 4  # a trace is in RUN/windows/ID, or in a folder of its own in there
 
 
+PATHS = "torch trace, nsys report, nsys export, or a folder of these: a window, a run, your own"
+
+
 def input_options(paths: str) -> argparse.ArgumentParser:
     """What to read, and how. paths: the help of PATH."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("paths", nargs="+", metavar="PATH", help=paths)
     group = parser.add_argument_group("input")
     group.add_argument(
-        "--window", default="", metavar="ID", help="the window to read, in a run with several"
+        "--window",
+        default="",
+        metavar="ID",
+        help="which window to read; needed where a run has several",
     )
     group.add_argument(
         "--rank",
@@ -63,22 +69,23 @@ def input_options(paths: str) -> argparse.ArgumentParser:
 def select_options() -> argparse.ArgumentParser:
     """What to compare, and its limit."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("selection (default: the thresholds of the configuration)")
+    group = parser.add_argument_group("selection, instead of the thresholds of the configuration")
     group.add_argument(
         "--metric",
         choices=(*METRICS, LATENESS),
-        help=f"default: slowdown; {LATENESS} is how late the last rank arrives at collectives, as "
-        "a share of the work between them",
+        help=f"default: slowdown. {LATENESS} (only here, not in thresholds): how late the last "
+        "rank arrives at a collective, as a share of the work since the one before",
     )
     group.add_argument(
         "--limit",
         type=float,
         metavar="X",
-        help="fail above this ratio (slowdown, imbalance_factor: 1 or more) or share (0 to 1)",
+        help="fail above X: a ratio, 1 or more, for slowdown and imbalance_factor; a share, "
+        "0 to 1, for lost_share and lateness",
     )
     group.add_argument(
         "--scope",
-        help="compute (all but communication and memory; the default), communication, all, or a "
+        help="compute (the default: all but communication and memory), communication, all, or a "
         "category such as moe",
     )
     group.add_argument(
@@ -89,16 +96,18 @@ def select_options() -> argparse.ArgumentParser:
     return parser
 
 
-def output_options() -> argparse.ArgumentParser:
-    """Where to write, and in which format."""
+def output_options(
+    file: str = "write to FILE instead of printing", form: str = ""
+) -> argparse.ArgumentParser:
+    """Where to write, and in which format. file, form: help of -o, start of that of --format."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("output")
-    add_output_file(group)
+    add_output_file(group, file)
     group.add_argument(
         "--format",
         choices=FORMATS,
         default="table",
-        help="table for people, csv or json for programs (default: table)",
+        help=f"{form}table for people, csv or json for programs (default: table)",
     )
     return parser
 
@@ -110,11 +119,11 @@ def settings_options() -> argparse.ArgumentParser:
     return parser
 
 
-def add_output_file(parser: argparse._ActionsContainer) -> None:
-    """`-o FILE`."""
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="write to FILE instead of printing"
-    )
+def add_output_file(
+    parser: argparse._ActionsContainer, text: str = "write to FILE instead of printing"
+) -> None:
+    """`-o FILE`. text: its help."""
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=text)
 
 
 def add_rows(parser: argparse._ActionsContainer, *names: str) -> None:

@@ -38,10 +38,10 @@ def add_parser(new_parser: NewParser) -> None:
     parser = new_parser(
         description="Opens a profile window on a running server and closes it after a number of "
         "steps or seconds. With --when onset it watches the load as `sglprof watch` does, opens "
-        "the window when the load became uneven, and says whether the trace confirms that. The "
+        "the window once the load has become uneven, and says whether the trace confirms that. The "
         "server's keys are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.",
-        epilog="exit status: 0 recorded, 2 wrong usage or the server refuses, 3 the window is "
-        "incomplete or was never opened, 130 interrupted",
+        epilog="exit status: 0 recorded, 2 wrong usage, or the server cannot be reached or "
+        "refuses, 3 the window is incomplete or was never opened, 130 interrupted",
         parents=[settings_options()],
     )
     add = parser.add_argument
@@ -50,25 +50,32 @@ def add_parser(new_parser: NewParser) -> None:
         "--when",
         choices=("now", "steady", "onset"),
         default="now",
-        help="open the window now, when requests have been running for 2 s (steady), or at an "
-        "onset (default: now)",
+        help="when to open the window. steady: once requests have been running for 2 s; onset: "
+        "once the load has become uneven (default: now)",
     )
     add(
         "--for",
         dest="seconds",
         type=positive,
         metavar="S",
-        help=f"wait at most S s to open it (default: {STEADY_WAIT:g} if steady, no limit if onset)",
+        help=f"wait at most S seconds for that (default: {STEADY_WAIT:g} if steady, no limit if "
+        "onset)",
     )
     add("--backend", choices=tuple(BACKENDS), default="torch", help="profiler (default: torch)")
-    add("--steps", type=count, metavar="N", help="close the window after N steps")
+    add(
+        "--steps",
+        type=count,
+        metavar="N",
+        help="close the window after N steps (num_steps in pytest)",
+    )
     add(
         "--seconds",
         dest="window_s",
         type=positive,
         default=2.0,
         metavar="S",
-        help="close the window after S s, unless --steps is given (default: 2)",
+        help="close the window after S seconds, unless --steps is given (duration in pytest; "
+        "default: 2)",
     )
     add(
         "-o",

@@ -33,7 +33,8 @@ def add_parser(new_parser: NewParser) -> None:
     """Adds the options of the command."""
     parser = new_parser(
         description="Writes one HTML file that needs no network: the verdicts, which rank is slow, "
-        "since which step and in which kernel, and the kernels of all ranks on one time axis.",
+        "since which step and in which kernel, and the kernels of all ranks on one time axis. The "
+        'options under "input" are for --step.',
         epilog="exit status: 0 written, 2 wrong usage or unreadable input",
         parents=[input_options("results.json of a run, or the run's folder"), settings_options()],
     )
@@ -48,8 +49,8 @@ def add_parser(new_parser: NewParser) -> None:
     parser.add_argument(
         "--baseline",
         metavar="PATH",
-        help="earlier run to compare with, its results.json or folder: shows which kernels got "
-        "slower, in steps of equal work",
+        help="earlier run (its results.json or folder) to compare with: the page shows which "
+        "kernels got slower, among steps with equal batches",
     )
     parser.add_argument(
         "--step",
@@ -57,8 +58,8 @@ def add_parser(new_parser: NewParser) -> None:
         action="append",
         default=[],
         metavar="N",
-        help="draw the lanes of step N instead of the steps chosen by default; can be repeated up "
-        "to 8 times; reads the traces of the window again",
+        help="draw the kernels of step N, a lane for each rank, instead of the steps chosen by "
+        "default; can be repeated up to 8 times; reads the traces of the window again",
     )
 
 

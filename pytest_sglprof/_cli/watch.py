@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def add_parser(new_parser: NewParser) -> None:
     """Adds the options of the command."""
     parser = new_parser(
-        description="Watches a running server (URL), or reads the log of a server (LOG), which is "
-        "finished unless --follow is given. An onset is the moment at which the load of the ranks "
-        "became uneven. The server's API key is taken from SGLPROF_API_KEY.",
+        description="Watches a running server (URL) or reads a server's log (LOG). The log is "
+        "taken as complete unless --follow is given. An onset is the moment at which the load of "
+        "the ranks became uneven. The server's API key is taken from SGLPROF_API_KEY.",
         epilog="exit status: 0 done, 2 wrong usage or unreadable input, 130 interrupted; with "
         "--check also 1 if there was an onset, and 3 if that cannot be decided (one DP rank, or "
         "too little load)",
@@ -43,8 +43,14 @@ def add_parser(new_parser: NewParser) -> None:
     add = parser.add_argument
     add("target", metavar="URL|LOG", help="http://HOST:PORT, or the log of a server")
     add_rule(parser)
-    add("--follow", action="store_true", help="LOG is still being written: keep watching it")
-    add("--for", dest="seconds", type=positive, metavar="S", help="stop a live watch after S s")
+    add("--follow", action="store_true", help="keep reading LOG while it grows")
+    add(
+        "--for",
+        dest="seconds",
+        type=positive,
+        metavar="S",
+        help="stop watching a URL, or a LOG with --follow, after S seconds",
+    )
     add(
         "--jsonl",
         metavar="FILE",
@@ -60,40 +66,40 @@ def add_parser(new_parser: NewParser) -> None:
 
 def add_rule(parser: argparse.ArgumentParser) -> None:
     """Adds the options that define an onset."""
-    add = parser.add_argument_group("what counts as an onset").add_argument
+    add = parser.add_argument_group("what counts as an onset (all must hold)").add_argument
     add(
         "--factor",
         type=positive,
         default=1.5,
         metavar="X",
-        help="load of the fullest rank / mean of the ranks, above 1 (default: 1.5)",
+        help="the busiest rank has at least X times the mean load of the ranks; X is above 1 "
+        "(default: 1.5)",
     )
     add(
         "--hold",
         type=positive,
         default=2.0,
         metavar="S",
-        help="seconds for which it has to last (default: 2)",
+        help="the load stays uneven for S seconds (default: 2)",
     )
     add(
         "--min-running",
         type=positive,
         default=8.0,
         metavar="N",
-        help="running requests that the ranks must have on average (default: 8)",
+        help="the ranks have at least N running requests each, on average (default: 8)",
     )
     add(
         "--min-gap",
         type=positive,
         default=4.0,
         metavar="N",
-        help="requests by which the fullest rank must exceed the mean (default: 4)",
+        help="the busiest rank has at least N requests more than the mean (default: 4)",
     )
 
 
 def rule_of(args: argparse.Namespace) -> OnsetRule:
     """What the options define as an onset; `SettingsError` for a factor of 1 or less."""
-
     if args.factor <= 1.0:
         raise SettingsError(f"--factor {args.factor:g}", expected="more than 1: max / mean")
     return OnsetRule(args.factor, args.hold, args.min_running, args.min_gap)
@@ -176,7 +182,6 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
 
 
 def _rank_lines(outline: LoadOutline) -> list[str]:
-
     rows = []
     for label, rank in sorted(outline.ranks.items()):
         running, waiting = rank.running / rank.lines, rank.waiting / rank.lines

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, cast
-
-from pytest_sglprof._config.model import Backend
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 if TYPE_CHECKING:
     from pytest_sglprof._capture.recording import Artifact, RecordingType
+
+
+Backend = Literal["torch", "nsys"]  # the name of a row
 
 
 class CaptureBackend(NamedTuple):

@@ -17,7 +17,7 @@ from pytest_sglprof._config.model import SERVER_KINDS, ServerSpec, Threshold
 from pytest_sglprof._config.options import OPTIONS, Option, compiled, is_on
 from pytest_sglprof._config.thresholds import check_threshold, default_thresholds
 from pytest_sglprof._config.windows import check_name, refuse_too_few_steps
-from pytest_sglprof._errors import SettingsError, did_you_mean
+from pytest_sglprof._errors import SettingsError, did_you_mean, docs
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
@@ -463,8 +463,8 @@ def _refuse(problems: Sequence[str], what: str) -> None:
     if problems:
         raise SettingsError(
             f"{what}:\n    " + "\n    ".join(problems),
-            expected="the keys and types of docs/configuration.md",
-            hint="correct the keys named above",
+            expected="the keys and types of " + docs("configuration"),
+            hint="correct the lines named above",
         )
 
 
@@ -553,7 +553,8 @@ def _described(error: ValidationError) -> str:
     text = error.message
     if unknown := _unknown_keys(error):
         known = schema.get("properties", {})
-        text += f": {did_you_mean(unknown, known, 'expected one of ' + ', '.join(known))}"
+        nearest = did_you_mean(unknown, known, "its keys are " + ", ".join(known))
+        text = f"unknown key {' or '.join(unknown)} ({nearest})"
     elif error.validator == "enum" and (meant := did_you_mean([value], schema["enum"])):
         text += f": {meant}"
     elif error.validator == "format":

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._metrics import METRICS
 
-Backend = Literal["torch", "nsys"]
 LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
 ServerKind = Literal[LauncherName, "auto"]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")

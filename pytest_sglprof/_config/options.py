@@ -105,7 +105,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "keep",
         "text",
-        "which windows keep their traces: failed (all that did not pass), all or none",
+        "which windows keep their traces: failed (those that did not pass), all or none",
         "output.keep",
         choices=("failed", "all", "none"),
         pytest=False,
@@ -152,13 +152,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "server",
         "text",
-        "profile this running server instead of starting one; it is never stopped",
+        "profile this running server instead of starting one; it is not stopped",
         metavar="URL",
     ),
     Option(
         "server_dir",
         "text",
-        "folder to which the running server writes: its path there, and its path here",
+        "where the running server sees its output folder under another path: the path as the "
+        "server sees it, a colon, the path on this machine",
         metavar="SERVER:LOCAL",
         command=True,
     ),
@@ -195,7 +196,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "min_share",
         "share",
-        "kernels with a smaller share of compute time never fail, 0 to 1 (default: 0.01)",
+        "a limit on single kernels is ignored where they take a smaller share of compute time, "
+        "0 to 1 (default: 0.01)",
         "gate.min_share",
         "SHARE",
         pytest=False,
@@ -204,7 +206,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "step_delimiter",
         "regex",
-        "kernel that begins each step, for traces without step markers",
+        "regular expression for the kernel that begins each step, for traces without step markers",
         "trace.step_delimiter",
         "REGEX",
         pytest=False,

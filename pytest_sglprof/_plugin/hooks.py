@@ -27,7 +27,10 @@ OFF = "needs --sglprof: it starts a server and opens profile windows"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Registers one option group: the rows of `OPTIONS` with `pytest=True`."""
-    group = parser.getgroup("sglprof", "profile windows on SGLang servers (pytest-sglprof)")
+    group = parser.getgroup(
+        "sglprof",
+        "profile windows on SGLang servers (pytest-sglprof); [ENVIRONMENT VARIABLE]",
+    )
     actions = {"flag": "store_true", "list": "append"}
     for option in OPTIONS:
         if option.pytest:
@@ -83,7 +86,7 @@ def _enabled(config: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def sglang_server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A running SGLang server, shared by all tests that ask for the same one.
+    """A running SGLang server, shared by all tests whose marker names the same one.
 
     `@pytest.mark.sglang_server("NAME", nsys=True)` chooses `[servers.NAME]` of sglprof.toml;
     without the marker it is `[server]`. It has `.url`, `.client`, `.info`, `.sizes`, `.kind`
@@ -107,7 +110,7 @@ def bench_serving(request: pytest.FixtureRequest, sglang_server: Server) -> Benc
 def profile_window(request: pytest.FixtureRequest, sglang_server: Server) -> ProfileWindow:
     """Opens profile windows by hand: `with profile_window("steady", num_steps=50) as window:`.
 
-    The options are in docs/windows.md. Each window is judged at the end of its test.
+    Its options are those of the marker. Each window is judged at the end of its test.
     """
     return _session(request).profile_window(request.node)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._errors import SettingsError, did_you_mean
+from pytest_sglprof._errors import SettingsError, did_you_mean, docs
 
 if TYPE_CHECKING:
     import pytest
@@ -20,11 +20,11 @@ WINDOW_MARK = "profile_window"
 SERVER_FIXTURE = "sglang_server"  # the other fixtures take it
 TRIGGER_SECONDS = 2.0  # default duration of a torch window that a trigger opens
 MARKER_HELP = (
-    f'{SERVER_MARK}(name="default", nsys=None): choose the server of this test, a [servers.NAME] '
-    "of sglprof.toml; nsys=True starts it under nsys profile --start-later",
-    f"{WINDOW_MARK}(**options): open a profile window while the load of the test is steady, and "
-    "judge it; options are for example backend, num_steps, duration, delay, whole_body, trigger, "
-    "slowdown=1.10 (docs/windows.md)",
+    f'{SERVER_MARK}(name="default", nsys=None): run this test on [servers.NAME] of '
+    "sglprof.toml (default: [server]); nsys=True starts it under nsys profile --start-later",
+    f"{WINDOW_MARK}(**options): open a profile window and judge it; it opens when the load is "
+    "steady, unless trigger, delay or whole_body says otherwise; other options are for example "
+    "backend, num_steps, duration, slowdown=1.10; all of them: " + docs("windows"),
 )
 
 
@@ -35,10 +35,11 @@ def concerns(item: pytest.Item) -> bool:
     )
 
 
-def server_spec(node: Any, servers: Mapping[str, ServerSpec]) -> ServerSpec:
+def server_spec(node: Any, settings: Settings) -> ServerSpec:
     """The server of a test, or of a test function that is about to be parametrised."""
     mark = node.get_closest_marker(SERVER_MARK)
     name, nsys = _server_arguments(mark.args, mark.kwargs) if mark else ("default", None)
+    servers = settings.servers
     if name not in servers:
         raise SettingsError(
             f'@pytest.mark.{SERVER_MARK}("{name}"): there is no such server',
@@ -46,7 +47,7 @@ def server_spec(node: Any, servers: Mapping[str, ServerSpec]) -> ServerSpec:
             hint=did_you_mean([name], servers, f"add [servers.{name}] to sglprof.toml"),
         )
     if nsys is None:
-        nsys = servers[name].nsys or _needs_session(node)
+        nsys = servers[name].nsys or _needs_session(node, settings)
     return replace(servers[name], name=name, nsys=nsys)
 
 
@@ -85,7 +86,7 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
 def check_item(item: pytest.Item, settings: Settings) -> str | None:
     """The first mistake in the markers of a test, or None."""
     try:
-        server = server_spec(item, settings.servers)
+        server = server_spec(item, settings)
         window = marked_window(item, settings)
         if window is not None:
             _check_pair(item, server, window, attached=bool(settings.server))
@@ -131,7 +132,10 @@ def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     return name, nsys
 
 
-def _needs_session(node: Any) -> bool:
+def _needs_session(node: Any, settings: Settings) -> bool:
+    """Whether the marked window of a test, if it has one, needs a server under nsys."""
     mark = node.get_closest_marker(WINDOW_MARK)
-    backend = mark.kwargs.get("backend") if mark else None  # of any type: it is checked later
+    if mark is None:
+        return False
+    backend = mark.kwargs.get("backend", settings.window.get("backend"))  # any type: checked later
     return any(row.name == backend and row.needs_session for row in BACKENDS.values())

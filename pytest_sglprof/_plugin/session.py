@@ -311,7 +311,7 @@ class PluginSession:
 
     def _server_spec(self, node: Any) -> ServerSpec:
         try:
-            return server_spec(node, self.settings.servers)
+            return server_spec(node, self.settings)
         except SettingsError:
             return ServerSpec()  # pytest_make_collect_report reports the mistake
 

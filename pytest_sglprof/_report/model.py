@@ -18,7 +18,8 @@ from pytest_sglprof._analysis.certainty import Amount, Count, Share
 from pytest_sglprof._analysis.compare import GroupStrata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._analysis.straggler import StragglerFinding
-from pytest_sglprof._config.model import Backend, LauncherName, Threshold
+from pytest_sglprof._config.backends import Backend
+from pytest_sglprof._config.model import LauncherName, Threshold
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text

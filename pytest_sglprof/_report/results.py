@@ -311,12 +311,14 @@ class _Head(msgspec.Struct):
 
 def load_results(path: Path) -> Results:
     """Reads a results document. Raises SglprofError that names the file and the place in it."""
-    expected = "a results.json that pytest-sglprof wrote"
+    expected = "a results.json that pytest-sglprof wrote, or the folder that holds it"
     try:
         text = path.read_bytes()
     except OSError as error:
         raise SglprofError(
-            f"{path} cannot be read: {error.strerror or error}", expected=expected
+            f"{path} cannot be read: {error.strerror or error}",
+            expected=expected,
+            hint="check the path; the newest run of pytest is .sglprof/latest",
         ) from error
     try:
         head = msgspec.json.decode(text, type=_Head)

@@ -207,6 +207,7 @@ class SglangClient:
             raise ServerUnreachable(
                 f"{self.url}{path}: {error or type(error).__name__}",
                 expected="an SGLang server at this address",
+                hint="check the URL, and that the server is running",
             ) from error
         if response.is_success or response.status_code in allow:
             return response

@@ -116,10 +116,10 @@ def _find_sglang(spec: ServerSpec) -> Entry:
     if sglang.server:
         return Entry("sglang", python, "module", sglang.server, version=sglang.version)
     raise ServerMissing(
-        f"SGLang is not installed in {python}",
+        f"SGLang is not installed for {python}",
         expected="an interpreter that has the package sglang",
-        hint="install SGLang there, name another interpreter with --sglprof-python, or "
-        'set kind = "standin" to run against the embedded stand-in server',
+        hint="install it there, choose another interpreter with --sglprof-python, or set "
+        'kind = "standin" under [server] in sglprof.toml to run on the embedded stand-in server',
     )
 
 

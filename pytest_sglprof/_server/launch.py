@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.model import Backend, LauncherName, ServerSpec
+from pytest_sglprof._config.backends import Backend
+from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
     ServerNotReady,
@@ -296,7 +297,7 @@ def attach(
         raise ServerUnreachable(
             error.what,
             expected="a running SGLang server",
-            hint="check --sglprof-server; without it a server is started",
+            hint="check the URL, and that the server is running",
         ) from error
     except BaseException:
         client.close()

@@ -143,7 +143,7 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise NotATrace(
             f"{path} does not exist",
-            expected="a trace, a report, an export or a folder of a window",
+            expected="a torch trace, an nsys report or nsys export, or a folder of these",
             hint="check the path",
         )
     if not path.is_dir():

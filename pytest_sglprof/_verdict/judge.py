@@ -358,15 +358,15 @@ def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
 
 
 def cause(finding: ImbalanceFinding) -> str:
-    """`; fused_moe_kernel alone makes 11.3 ms of it`; "" if no kernel stands out.
+    """`; fused_moe_kernel alone accounts for 11.3 ms of the difference`.
 
-    For a scope of several categories the category comes first.
+    "" if no kernel stands out. For a scope of several categories the category comes first.
     """
     slowest = finding.figure(finding.slowest)
     if slowest is None or finding.others_ns is None or not finding.contributors:
         return ""
     kernel, ns = finding.contributors[0].name, finding.contributors[0].ns
-    alone = f"{kernel} alone makes {duration(ns)} of it"
+    alone = f"{kernel} alone accounts for {duration(ns)} of the difference"
     if ns > slowest.busy_ns - finding.others_ns:
         alone = f"{kernel} alone takes {duration(ns)} longer"
     if finding.kernel or finding.scope not in ("compute", "all"):

@@ -70,7 +70,7 @@ def count(number: int, singular: str, plural: str = "") -> str:
 
 
 def work_words(word: str | None, ratio: float | None, by: str | None) -> str:
-    """`at the same work`, `with 1.50x the tokens: more work`; "" if it is not known.
+    """`with the same work`, `with 1.50x the tokens: more work`; "" if it is not known.
 
     If extra work explains only part of the slowdown, the phrase reports both.
     """
@@ -79,7 +79,7 @@ def work_words(word: str | None, ratio: float | None, by: str | None) -> str:
     if word == "more_work":
         return f"with {ratio:.2f}x the {by}: more work"
     if f"{ratio:.2f}" == "1.00":
-        return "at the same work"
+        return "with the same work"
     return f"which its {ratio:.2f}x the {by} do not explain"
 
 

@@ -95,8 +95,8 @@ def parse(argv: Sequence[str]) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pytest_sglprof.standin",
-        description="A server that speaks SGLang's HTTP, logs and traces, without a GPU or a "
-        "model. Options that it does not know are taken as SGLang's and ignored.",
+        description="A server with the HTTP interface, the log lines and the traces of SGLang; it "
+        "needs neither a GPU nor a model. Unknown options are taken for SGLang's and ignored.",
         allow_abbrev=False,
     )
     effective = parser.add_argument_group("options of SGLang that have an effect")
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     effective.add_argument("--context-length", type=int, default=131_072)
     effective.add_argument("--random-seed", type=int, default=0)
     effective.add_argument("--enable-metrics", action="store_true")
-    model = parser.add_argument_group("the modelled device")
+    model = parser.add_argument_group("the simulated device")
     model.add_argument("--step-ms", type=float, default=10.0, help="wall time of a decode step")
     model.add_argument("--layers", type=int, default=4, help="decoder layers of a forward pass")
     model.add_argument(
@@ -129,17 +129,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="rank=1,category=moe,factor=1.4[,from_step=50][,until_step=90]",
         help="a rank (number or label such as DP0.TP1) that is slower; may be repeated",
     )
-    fault = parser.add_argument_group("planted faults")
-    fault.add_argument("--ready-delay", type=float, default=0.0, metavar="S")
-    fault.add_argument("--never-ready", action="store_true")
-    fault.add_argument("--hang-in-stop-profile", action="store_true")
-    fault.add_argument("--die-after", type=float, metavar="S", help="seconds after ready")
+    fault = parser.add_argument_group("simulated faults")
     fault.add_argument(
-        "--die-in-window", type=int, nargs="?", const=5, metavar="STEPS", help="default: 5"
+        "--ready-delay", type=float, default=0.0, metavar="S", help="get ready S s late"
     )
-    fault.add_argument("--start-fault", choices=START_FAULTS)
-    fault.add_argument("--crash-delay", type=float, default=5.0, metavar="S")
-    fault.add_argument("--export-delay", type=float, default=0.0, metavar="S")
+    fault.add_argument("--never-ready", action="store_true", help="start, but do not get ready")
+    fault.add_argument(
+        "--hang-in-stop-profile", action="store_true", help="do not answer /stop_profile"
+    )
+    fault.add_argument("--die-after", type=float, metavar="S", help="die S s after it is ready")
+    fault.add_argument(
+        "--die-in-window",
+        type=int,
+        nargs="?",
+        const=5,
+        metavar="STEPS",
+        help="die after STEPS steps of a window (5 if no number is given)",
+    )
+    fault.add_argument(
+        "--start-fault", choices=START_FAULTS, help="fail at the start as SGLang does, and say so"
+    )
+    fault.add_argument(
+        "--crash-delay", type=float, default=5.0, metavar="S", help="s from an error to the end"
+    )
+    fault.add_argument(
+        "--export-delay", type=float, default=0.0, metavar="S", help="write traces S s late"
+    )
     return parser
 
 

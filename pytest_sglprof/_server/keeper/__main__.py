@@ -16,7 +16,7 @@ import sys
 import threading
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.model import Backend
+from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._redact import learn, redact_text
 from pytest_sglprof._server.command import learn_secrets

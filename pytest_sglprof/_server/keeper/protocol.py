@@ -28,7 +28,8 @@ import msgspec
 
 from pytest_sglprof import _errors as errors
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.model import Backend, ServerSpec
+from pytest_sglprof._config.backends import Backend
+from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._errors import LeaseError, ServerError, SglprofError
 from pytest_sglprof._nsys import QUICK as NSYS_QUICK
 from pytest_sglprof._process import KILL_WAIT, TERM_WAIT

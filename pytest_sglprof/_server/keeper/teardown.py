@@ -16,8 +16,7 @@ from pathlib import Path
 
 from pytest_sglprof import _nsys as nsys
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import Backend
+from pytest_sglprof._config.backends import BACKENDS, Backend
 from pytest_sglprof._errors import NsysError, SglprofError
 from pytest_sglprof._server.command import local_url
 from pytest_sglprof._server.keeper.life import ServerLife, processes_on_gpus

@@ -77,7 +77,7 @@ def read_whole(
         raise NotATrace(
             f"{path} is JSON, but not a trace: it has no traceEvents",
             expected="a Kineto trace of the torch profiler",
-            hint="give the *.trace.json.gz files that the server wrote",
+            hint="give the *.trace.json.gz files that the server wrote, or an nsys report",
         )
     base, distributed = (
         bytes(raw).decode("utf-8", "replace") for raw in (document.base, document.distributed)
@@ -108,9 +108,9 @@ def _refusal(path: Path, data: bytes, why: str) -> TraceError:
     """The error of a file that no way of reading understands."""
     if b'"traceEvents"' not in data:
         return NotATrace(
-            f"{path} is not a trace: {why}",
+            f"{path} is not a torch trace: {why}",
             expected="a Kineto trace of the torch profiler (JSON)",
-            hint="give the *.trace.json.gz files that the server wrote",
+            hint="give the *.trace.json.gz files that the server wrote, or an nsys report",
         )
     if not data.rstrip().endswith(b"}"):
         return _cut(path)

@@ -93,7 +93,7 @@ def test_without_a_limit_none_is_spoken_of(sglprof: Sglprof) -> None:
     assert status == 0
     assert "limit" not in out
     assert out.splitlines()[0] == (
-        "measured: TP1 is 1.22x slower than its peers in compute: 67.0 ms against 55.0 ms a rank "
+        "measured: TP1 is 1.22x slower than its peers in compute: 67.0 ms against 55.0 ms "
         "over 50 steps"
     )
     _, document = sglprof(SLOW, "--format", "json")
@@ -111,7 +111,7 @@ def test_the_table_shows_ranks_and_what_makes_the_difference(sglprof: Sglprof) -
 def test_work_and_cost_of_a_token_are_told(sglprof: Sglprof) -> None:
     _, out = sglprof(SLOW)
     # 8 requests a step, of which 120 µs are lost.
-    assert "lost 6.00 ms, 15.0 µs an output token; TP1 at the same work" in out
+    assert "lost 6.00 ms, 15.0 µs an output token; TP1 with the same work" in out
     more = build(scale=lambda rank, category, step: 1.5 if rank == "TP1" else 1.0)
     more.steps.loc[more.steps["rank"] == "TP1", ["tokens", "batch_size"]] = 12
     status, out = sglprof(more, "--limit", "1.1")

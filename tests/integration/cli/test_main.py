@@ -186,7 +186,7 @@ def test_fault_1_results_that_are_nested_too_deeply_are_unreadable(tmp_path: Pat
 def test_fault_1_the_help_names_every_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "3 inconclusive, 70 a bug of sglprof, 130 interrupted" in text
+    assert "3 inconclusive; 70 a bug of sglprof; 130 interrupted" in text
 
 
 def test_the_command_decides_the_status(command: ModuleType) -> None:

@@ -98,4 +98,4 @@ def test_without_a_shared_folder_a_torch_window_is_refused_in_setup(server, proj
 def test_nothing_listens_there(project):
     ran = project.run("--sglprof-server=http://127.0.0.1:9", "-k", "marked")
     assert ran.word("test_marked") == "ERROR"
-    assert "check --sglprof-server" in ran.section("test_marked")
+    assert "check the URL, and that the server is running" in ran.section("test_marked")

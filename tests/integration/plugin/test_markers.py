@@ -51,10 +51,10 @@ server, window = pytest.mark.sglang_server, pytest.mark.profile_window
     ],
 )
 def test_the_server_that_a_test_asks_for(marks, key):
-    found = server_spec(FakeItem(*marks), SERVERS)
+    found = server_spec(FakeItem(*marks), SETTINGS)
     assert found == replace(SERVERS[found.name], nsys=found.nsys)
     assert found.key == key
-    assert found == server_spec(FakeItem(*marks), SERVERS), "so that both tests share one server"
+    assert found == server_spec(FakeItem(*marks), SETTINGS), "so that both tests share one server"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,20 @@ def test_a_window_needs_a_server_and_an_nsys_window_one_under_nsys():
     assert "not started under nsys" in check_item(refused, SETTINGS)
     assert check_item(refused, replace(SETTINGS, server="http://127.0.0.1:1")) is None
     assert check_item(FakeItem(window(backend="nsys")), SETTINGS) is None
+
+
+@pytest.mark.parametrize(
+    ("marks", "key"),
+    [
+        ([window()], "default+nsys"),
+        ([window(backend="torch")], "default"),
+        ([], "default"),
+    ],
+)
+def test_a_backend_that_is_configured_needs_a_server_under_nsys_too(marks, key):
+    settings = replace(SETTINGS, window={"backend": "nsys"})
+    assert server_spec(FakeItem(*marks), settings).key == key
+    assert check_item(FakeItem(*marks), settings) is None
 
 
 def test_all_problems_of_a_module_are_told_in_one_text(monkeypatch):
@@ -132,4 +146,4 @@ def test_tests_of_one_server_move_together_and_the_others_stay():
 
 def test_an_unknown_server_is_an_error_of_settings():
     with pytest.raises(SettingsError, match=r'"none"\): there is no such server'):
-        server_spec(FakeItem(server("none")), SERVERS)
+        server_spec(FakeItem(server("none")), SETTINGS)

@@ -272,11 +272,11 @@ def test_a_mistake_in_the_toml_is_told_with_its_line(tmp_path):
     [
         ('[server]\nkind = "fast"', "server.kind: 'fast' is not one of"),
         ("[servers.moe]\nargs = [1]", "servers.moe.args[0]: 1 is not of type 'string'"),
-        ("[servers.moe]\nmodel = 'x'", "servers.moe: Additional properties are not allowed"),
+        ("[servers.moe]\nmodel = 'x'", "servers.moe: unknown key model (did you mean model_path?)"),
         ('[[threshold]]\nlimit = "low"', "threshold[0].limit: 'low' is not of type 'number'"),
         ("[[threshold]]\nscope = 'moe'", "threshold[0]: 'limit' is a required property"),
         ("[window]\nnum_steps = 0", "window.num_steps: 0 is less than the minimum of 1"),
-        ("[gates]\nmin_steps = 1", "top level: Additional properties are not allowed"),
+        ("[gates]\nmin_steps = 1", "top level: unknown key gates (did you mean gate?)"),
     ],
 )
 def test_schema_violations_name_the_path_in_the_document(tmp_path, text, said):

@@ -64,7 +64,7 @@ def run(*words: str) -> tuple[int, str]:
 
 
 def test_fault_10_a_finished_log_is_not_held(tmp_path: Path) -> None:
-    small, large = (write(tmp_path / f"{count}.log", count) for count in (7_000, 21_000))
+    small, large = (write(tmp_path / f"{count}.log", count) for count in (5_000, 15_000))
     run(str(small))  # imports
     peaks = []
     for path in (small, large):

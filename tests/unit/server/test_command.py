@@ -71,7 +71,7 @@ def test_without_sglang(tmp_path, monkeypatch):
     (tmp_path / "sglang").mkdir()  # a folder of that name is no installation
     (tmp_path / "sglang" / "launch_server.py").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ServerMissing, match="SGLang is not installed in") as caught:
+    with pytest.raises(ServerMissing, match="SGLang is not installed for") as caught:
         command.find_entry(ServerSpec())
     assert "--sglprof-python" in caught.value.hint
     assert command.find_entry(ServerSpec(kind="auto")).kind == "standin"

@@ -61,8 +61,8 @@ def test_value_and_limit_never_look_equal_when_they_differ(
     ("word", "times", "text"),
     [
         ("", None, ""),
-        ("same_work", 1.0, "at the same work"),
-        ("same_work", 1.004, "at the same work"),
+        ("same_work", 1.0, "with the same work"),
+        ("same_work", 1.004, "with the same work"),
         ("same_work", 1.1, "which its 1.10x the tokens do not explain"),
         ("more_work", 1.5, "with 1.50x the tokens: more work"),
     ],
