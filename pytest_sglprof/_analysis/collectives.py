@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from pytest_sglprof._analysis.busy import busy_parts
 from pytest_sglprof._analysis.groups import RankGroup, sync_groups
 from pytest_sglprof._trace.categories import NOT_COMPUTE, collective_kind, is_symmetric
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pytest_sglprof._trace.table import KernelTable
 
 
@@ -64,6 +65,8 @@ def match(calls: pd.DataFrame, ranks: Sequence[str]) -> pd.DataFrame:
     drops only the calls that some rank lacks; matching by order drops them all, since it is
     not known which one is missing. Empty for fewer than two ranks.
     """
+    import pandas as pd
+
     calls = calls[calls["waits"] & calls["rank"].isin(list(ranks))]
     if len(ranks) < 2 or calls.empty:
         return calls.iloc[:0].assign(match=np.zeros(0, np.int64))
@@ -105,6 +108,8 @@ def _pairs(first: Ints, second: Ints) -> Ints:
 
 def _codes(values: Any) -> Ints:
     """Encodes values as 0, 1, ... in order of appearance."""
+    import pandas as pd
+
     codes: Ints = pd.factorize(values)[0].astype(np.int64)
     return codes
 
@@ -222,6 +227,8 @@ def _why_none(group: RankGroup, kinds: dict[str, int], every: int, symmetric: in
 
 def _matched(rows: pd.DataFrame, ranks: Sequence[str]) -> tuple[Ints, Ints, Ints]:
     """Step, start and duration of each instance, in order of time."""
+    import pandas as pd
+
     matched = match(rows, ranks)
     owner = pd.Index(ranks).get_indexer(pd.Index(matched["rank"]))
     matched = matched.iloc[np.lexsort((owner, matched["match"]))]
@@ -363,6 +370,8 @@ class Segments:
 
 def segments(table: KernelTable, waits: Waits) -> Segments:
     """The segments between the collectives of `waits`; empty if there are none."""
+    import pandas as pd
+
     frame = table.frame
     codes = pd.Index(waits.group.ranks).get_indexer(pd.Index(frame["rank"].astype(object)))
     compute = ~frame["category"].isin(NOT_COMPUTE).to_numpy(bool) & (codes >= 0)

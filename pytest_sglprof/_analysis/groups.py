@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from pytest_sglprof._ranks import Rank
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pytest_sglprof._trace.table import KernelTable
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from msgspec.structs import replace
 
 from pytest_sglprof._analysis.busy import busy_parts
@@ -309,6 +308,8 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
 
 def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.int64]:
     """Busy time of compute over the whole window, shape (ranks,), ns."""
+    import pandas as pd
+
     frame = table.frame[~table.frame["category"].isin(NOT_COMPUTE)]
     owner = pd.Index(ranks).get_indexer(pd.Index(frame["rank"].astype(object))).astype(np.int64)
     ns = frame["dur_ns"].to_numpy(np.int64)

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from pytest_sglprof._analysis.busy import Activities, BusyTimes, Ints, Mask, busy_times
 from pytest_sglprof._analysis.collectives import Segments, segments, sync_factor, waits
@@ -29,6 +28,8 @@ from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._trace.table import first_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pytest_sglprof._trace.table import KernelTable
 
 
@@ -193,6 +194,8 @@ class _Rows:
     @cached_property
     def counts(self) -> pd.DataFrame:
         """`rank, step, count`: number of activities."""
+        import pandas as pd
+
         pairs = pd.DataFrame({"rank": self.rank, "step": self.step})
         sums = pairs.groupby(["rank", "step"], sort=False).size().rename("count").reset_index()
         names = [self.ranks[at] for at in sums["rank"]]
@@ -311,5 +314,7 @@ def _sync(
 
 def _positions(known: Sequence[object], values: Sequence[object]) -> Ints:
     """Index into `known` of each value, -1 for none; shape of `values`."""
+    import pandas as pd
+
     at: Ints = pd.Index(list(known)).get_indexer(pd.Index(list(values))).astype(np.int64)
     return at

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from pytest_sglprof._analysis.busy import Ints, Mask
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats = npt.NDArray[np.float64]
 WorkWord = Literal["more_work", "same_work"]
@@ -132,6 +134,8 @@ def _spread(values: Ints) -> Floats:
 def _wide(
     steps: pd.DataFrame, name: str, numbers: Sequence[int], ranks: Sequence[str]
 ) -> npt.NDArray[np.float64]:
+    import pandas as pd
+
     full = np.full((len(numbers), len(ranks)), float(UNKNOWN))
     if name not in steps:
         return full

@@ -64,7 +64,7 @@ def window_document(
     table: None when there was nothing to read. load: id of the load that ran meanwhile.
     root: folder that artifact paths are relative to (None: file names only).
     repeat: the windows that it was opened with; `verdict` and `reason` are then those over all
-    of them, and the judgements those of this window. onset, load_samples: see `report.load`.
+    of them, and the judgements those of this window. onset, load_samples: those that opened it.
     """
     together = verdict if repeat is None else repeat.verdict
     window = RecordedWindow(

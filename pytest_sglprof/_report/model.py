@@ -369,7 +369,7 @@ class LoadAtOnset(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordedOnset(msgspec.Struct, frozen=True, kw_only=True):
-    """What opened a window; fields as in `analysis.unequal.Onset`, times as text.
+    """What opened a window; fields as in `_load.onset.Onset`, times as text.
 
     sentence: with what the trace says about it. correlation: as in `LoadJoin`.
     """

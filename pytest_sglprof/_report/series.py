@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
-import pandas as pd
 
 from pytest_sglprof._analysis.busy import Ints, busy_parts
 from pytest_sglprof._analysis.certainty import Count
@@ -18,6 +17,8 @@ from pytest_sglprof._analysis.times import GroupCells
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pytest_sglprof._trace.table import KernelTable
 
 
@@ -258,6 +259,8 @@ class _Calls:
     """Single calls of a work group in its compared steps, sorted by kernel and rank."""
 
     def __init__(self, frame: pd.DataFrame, cells: GroupCells) -> None:
+        import pandas as pd
+
         codes = {key: frame[key].cat.codes.to_numpy().astype(np.int64) for key in _KEYS}
         words = {key: [str(word) for word in frame[key].cat.categories] for key in _KEYS}
         self._ranks = len(cells.group.ranks)
@@ -298,6 +301,8 @@ class _Calls:
 
     def by_call(self, kernel: int) -> list[list[int]]:
         """Mean duration of the k-th call in a step, rows k, columns ranks."""
+        import pandas as pd
+
         of_kernel = self._key // self._ranks == kernel
         calls = pd.DataFrame(
             {

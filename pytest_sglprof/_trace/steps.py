@@ -11,11 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.log_lines import AcceptLength, ServerFacts
@@ -30,6 +29,9 @@ from pytest_sglprof._trace.table import (
     holding,
 )
 from pytest_sglprof._trace.torch.events import Annotation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
 _PAIR = re.compile(r"(\w+)=(-?\d{1,18})\b")
@@ -406,6 +408,8 @@ def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
     Both need steps on the Unix clock, as in torch traces. On another clock it is unknown which
     steps a rebalance hit, so all of them are excluded.
     """
+    import pandas as pd
+
     if table.steps.empty or facts == ServerFacts():
         return table
     steps = table.steps.copy()

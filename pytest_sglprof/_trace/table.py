@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from pytest_sglprof._trace.torch.events import Columns
@@ -169,6 +169,8 @@ class KernelTable:
 
 def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The keys, `count` and `total_ns`; in parts, since grouping needs 50 bytes for each row."""
+    import pandas as pd
+
     parts = []
     for at in range(0, max(len(frame), 1), _GROUPED):
         grouped = frame.iloc[at : at + _GROUPED].groupby(keys, observed=True, sort=False)
@@ -182,6 +184,8 @@ def _sums(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.DataFrame:
     """The `steps` of a table: one row for each rank and step."""
+    import pandas as pd
+
     values: dict[str, object] = {
         "rank": pd.Categorical([rank for rank, _ in steps], categories=list(ranks), ordered=True)
     }
@@ -267,6 +271,8 @@ def numbered(
 
 def collective_frame(parts: Sequence[tuple[int, CollectiveCalls | None]]) -> pd.DataFrame:
     """The `collectives` of a table. parts: (number of rows, calls) of each rank, in order."""
+    import pandas as pd
+
     rows, sequences = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     groups: list[str] = []
     before = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -82,6 +84,12 @@ def test_without_the_switch_nothing_heavy_is_imported(pytester, run):
     assert "pytest_sglprof._plugin.hooks" in ours
     assert not [name for name in ours if name.partition(".")[0] in HEAVY]
     assert "pytest_sglprof._plugin.session" not in ours
+
+
+def test_with_the_switch_pandas_is_imported_only_for_a_window():
+    code = "import sys, pytest_sglprof._plugin.session as session; print('pandas' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
 
 
 def test_help_and_markers_tell_of_us(pytester):

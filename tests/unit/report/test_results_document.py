@@ -20,7 +20,7 @@ import pytest_sglprof
 from pytest_sglprof._cli.options import json_value
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import SettingsError, SglprofError
-from pytest_sglprof._report.model import RecordedSpec, Results, storable, utc
+from pytest_sglprof._report.model import FORMAT, RecordedSpec, Results, storable, utc
 from pytest_sglprof._report.results import attempt_document, load_results, validate, write_results
 from tests.support.kernel_tables import KERNELS, build
 from tests.support.windows import BALANCED, SHORT, SLOW, as_run, run, window
@@ -206,7 +206,7 @@ def test_a_newer_minor_version_is_read_and_a_newer_major_one_refused(tmp_path: P
     path.write_text(json.dumps(document))
     with pytest.raises(SglprofError, match=r"of format 2\.3, .*cannot read") as caught:
         load_results(path)
-    assert "format 1, this version writes 1.0" in str(caught.value)
+    assert f"format 1, this version writes 1.{FORMAT.minor}" in str(caught.value)
     document["schema_version"] = 1
     path.write_text(json.dumps(document))
     with pytest.raises(SglprofError, match=r"\$\.schema_version: Expected `object`, got `int`"):
