@@ -41,9 +41,11 @@ STARTS_SERVERS = {"make_project", "project", "lease_folder"}  # fixtures
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A file says once what the machine lacks for its tests; files that start servers go first.
+    """A file says once what the machine lacks for its tests.
 
-    A file goes to one worker, so a long one at the end would leave the others idle.
+    Files that start servers, which mostly wait, take turns with files that compute, so that both
+    cores have work; but not to the end: a file goes to one worker, and a long one at the end
+    would leave the others idle.
     """
     unmet = {marker: reason for marker, find in REAL.items() if (reason := _why_missing(find))}
     waiting: dict[tuple[Path, str], list[pytest.Item]] = {}
@@ -58,7 +60,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for other in others:
             items.remove(other)
     long_files = {item.path for item in items if STARTS_SERVERS.intersection(_fixtures(item))}
-    items.sort(key=lambda item: item.path not in long_files)
+    short_files = {item.path for item in items} - long_files
+    turn = {
+        path: share * number / len(files)
+        for files, share in ((long_files, 0.75), (short_files, 1.0))
+        for number, path in enumerate(sorted(files))
+    }
+    items.sort(key=lambda item: (turn[item.path], item.path))
 
 
 def _fixtures(item: pytest.Item) -> tuple[str, ...]:
