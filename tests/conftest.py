@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -43,8 +44,8 @@ STARTS_SERVERS = {"make_project", "project", "lease_folder"}  # fixtures
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A file says once what the machine lacks for its tests.
 
-    Files that start servers, which mostly wait, take turns with files that compute, so that both
-    cores have work; but not to the end: a file goes to one worker, and a long one at the end
+    Files that start servers, which mostly wait, are mixed with files that compute, so that both
+    cores have work; but not at the end: a file goes to one worker, and a long one at the end
     would leave the others idle.
     """
     unmet = {marker: reason for marker, find in REAL.items() if (reason := _why_missing(find))}
@@ -64,9 +65,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     turn = {
         path: share * number / len(files)
         for files, share in ((long_files, 0.75), (short_files, 1.0))
-        for number, path in enumerate(sorted(files))
+        for number, path in enumerate(sorted(files, key=_mixed))
     }
     items.sort(key=lambda item: (turn[item.path], item.path))
+
+
+def _mixed(path: Path) -> int:
+    """A key that sorts files in an order without a pattern, the same in every worker and run."""
+    return zlib.crc32("/".join(path.parts[-3:]).encode())
 
 
 def _fixtures(item: pytest.Item) -> tuple[str, ...]:
