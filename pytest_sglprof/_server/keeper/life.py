@@ -304,16 +304,14 @@ class ServerLife:
         while not self._pid_file.exists():
             assert self.launcher is not None
             over = time.monotonic() > deadline or self._cancelled()
-            if over or self.launcher.poll() is not None:
+            ended = self.launcher.poll() is not None
+            if over or (ended and not self._pid_file.exists()):  # it may have run since
                 raise self._not_started()
             time.sleep(0.02)
         self.pid = int(self._pid_file.read_text())
         with contextlib.suppress(OSError):
             self._pid_file.unlink()
-        created = process.create_time(self.pid)
-        if created is None:
-            raise self._not_started()
-        self.created = created
+        self.created = process.create_time(self.pid) or 0.0  # 0.0: it has ended already
         if self.session is not None:
             self._injection = process.variable(self.pid, INJECTION)
         log.info("server is process %d", self.pid)

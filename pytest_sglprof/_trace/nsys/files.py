@@ -16,6 +16,7 @@ import importlib.util
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
@@ -156,7 +157,7 @@ def _export(tool: NsysTool, report: Path, folder: Path) -> Path:
     if ".parquetdir" in _endings() and can_export_parquet(tool):
         with contextlib.suppress(NsysError):  # then SQLite, whose error says what is wrong
             # First under another name: what is complete is never taken away from a reader.
-            fresh = folder / f"{target.name}.{os.getpid()}"
+            fresh = folder / f"{target.name}.{threading.get_native_id()}"
             export(tool, report, "parquet", fresh, EXPORT_TIMEOUT)
             return _keep_first(fresh, target.with_name(f"{target.name}.parquetdir"))
     target = target.with_name(f"{target.name}.sqlite")
@@ -188,7 +189,7 @@ def _forget(export: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if export.is_dir():
             # Out of the way first: a reader that comes now finds none, and not half of one.
-            gone = export.with_name(f"{export.name}.{os.getpid()}.old")
+            gone = export.with_name(f"{export.name}.{threading.get_native_id()}.old")
             shutil.rmtree(export.rename(gone), ignore_errors=True)
         else:
             export.unlink()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pytest_sglprof._errors import (
     SettingsError,
 )
 from pytest_sglprof._server import lease
+from pytest_sglprof._server.keeper.life import ServerLife
 from pytest_sglprof._server.launch import attach, launch
 
 
@@ -109,6 +111,17 @@ def test_death_while_starting_tells_status_and_the_logs_reason(fake_sglang, noth
     assert "exit status 1" in caught.value.what
     assert caught.value.log[-1] == "RuntimeError: not enough memory for the fake model"
     assert str(tmp_path / "server" / "server.log") in caught.value.hint
+
+
+def test_a_server_that_ends_at_once_has_run(tmp_path):
+    life = object.__new__(ServerLife)
+    life.folder, life.session, life._cancelled = tmp_path, None, lambda: False
+    life.launcher = subprocess.Popen(["false"])
+    life.launcher.wait()
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / "server.pid").write_text(str(life.launcher.pid))
+    life._wait_for_pid()
+    assert (life.pid, life.is_alive()) == (life.launcher.pid, False)
 
 
 def test_an_argument_that_the_server_rejects(fake_sglang, nothing_left, tmp_path):
