@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support.project import SERVERS, Project
+from tests.support.project import SERVERS, Outcome, Project
 
 MakeProject = Callable[..., Project]
+OutcomeOf = Callable[[str], Outcome]
+RunProjects = Callable[..., OutcomeOf]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,21 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeProje
 
 
 @pytest.fixture(scope="module")
-def two_at_once() -> Iterator[ThreadPoolExecutor]:
-    """Runs projects two at a time: most of a run is the load, which sleeps between its steps."""
+def run_projects(make_project: MakeProject) -> Iterator[RunProjects]:
+    """Starts a project of each text, two at a time: most of a run is a load, which sleeps.
+
+    Returns a function that waits for the outcome of one of them by its name.
+    """
     with ThreadPoolExecutor(2) as pool:
-        yield pool
+
+        def run(texts: Mapping[str, str], *options: str, **more: str) -> OutcomeOf:
+            runs = {
+                name: pool.submit(make_project(text, **more).run, *options)
+                for name, text in texts.items()
+            }
+            return lambda name: runs[name].result()
+
+        yield run
 
 
 RunHere = Callable[..., pytest.RunResult]

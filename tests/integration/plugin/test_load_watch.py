@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
 
 from pytest_sglprof._report.results import validate
-from tests.integration.plugin.conftest import MakeProject
+from tests.integration.plugin.conftest import MakeProject, OutcomeOf, RunProjects
 from tests.support.project import Outcome
 
 CONFIG = """
@@ -108,20 +107,19 @@ def onsets(make_project: MakeProject) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def quiet(make_project: MakeProject, two_at_once: ThreadPoolExecutor) -> list[Future[Outcome]]:
-    """The two projects without an onset, at the same time."""
-    projects = [make_project(HEAD + tests + LAST, CONFIG) for tests in (BALANCED, UNKNOWN)]
-    return [two_at_once.submit(project.run, "-p", "no:cacheprovider") for project in projects]
+def without_onset(run_projects: RunProjects) -> OutcomeOf:
+    texts = {"balanced": HEAD + BALANCED + LAST, "unknown": HEAD + UNKNOWN + LAST}
+    return run_projects(texts, "-p", "no:cacheprovider", config=CONFIG)
 
 
 @pytest.fixture(scope="module")
-def balanced(quiet: list[Future[Outcome]]) -> Outcome:
-    return quiet[0].result()
+def balanced(without_onset: OutcomeOf) -> Outcome:
+    return without_onset("balanced")
 
 
 @pytest.fixture(scope="module")
-def unknown(quiet: list[Future[Outcome]]) -> Outcome:
-    return quiet[1].result()
+def unknown(without_onset: OutcomeOf) -> Outcome:
+    return without_onset("unknown")
 
 
 def moment(text: str) -> float:

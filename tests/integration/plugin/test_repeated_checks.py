@@ -30,20 +30,16 @@ def test_repeated_too_little(bench_serving, profile_window):
 
 
 @pytest.fixture(scope="module")
-def runs(make_project, two_at_once):
-    return {
-        name: two_at_once.submit(
-            make_project(HEAD + REPEATED + tests).run, "-p", "no:cacheprovider"
-        )
-        for name, tests in TESTS.items()
-    }
+def outcome_of(run_projects):
+    texts = {name: HEAD + REPEATED + tests for name, tests in TESTS.items()}
+    return run_projects(texts, "-p", "no:cacheprovider")
 
 
 @pytest.mark.parametrize(
     ("name", "word"), [("test_repeated", "fail"), ("test_repeated_too_little", "inconclusive")]
 )
-def test_fault_19_a_check_of_windows_that_were_repeated_is_in_all_of_them(runs, name, word):
-    ran = runs[name].result()
+def test_fault_19_a_check_of_windows_that_were_repeated_is_in_all_of_them(outcome_of, name, word):
+    ran = outcome_of(name)
     assert ran.test(name)["verdict"] == word
     windows = ran.windows(name)
     assert len(windows) == 2

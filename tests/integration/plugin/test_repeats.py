@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 
 from pytest_sglprof._report.results import validate
-from tests.integration.plugin.conftest import MakeProject
-from tests.support.project import SERVERS, Outcome
+from tests.integration.plugin.conftest import OutcomeOf, RunProjects
+from tests.support.project import SERVERS
 
 # Each is a project of its own: a load that lasts three windows takes 15 s.
 TESTS = {
@@ -55,15 +53,9 @@ def test_whole_body(drive):
 
 
 @pytest.fixture(scope="module")
-def outcome_of(
-    make_project: MakeProject, two_at_once: ThreadPoolExecutor
-) -> Callable[[str], Outcome]:
-    """The outcome of the project of a test, which runs once; two projects run at a time."""
-    runs = {
-        name: two_at_once.submit(make_project(tests).run, "--sglprof-set=output.keep=all")
-        for name, tests in TESTS.items()
-    }
-    return lambda name: runs[name].result()
+def outcome_of(run_projects: RunProjects) -> OutcomeOf:
+    """The outcome of the project of a test."""
+    return run_projects(TESTS, "--sglprof-set=output.keep=all")
 
 
 @pytest.mark.parametrize(

@@ -129,20 +129,25 @@ def test_flaky(drive):
 
 
 @pytest.fixture(scope="module")
-def ran(make_project):
-    return make_project(TESTS).run("-p", "no:cacheprovider", "--durations=0")
+def outcome_of(run_projects):
+    texts = {"two servers": TESTS, "one server": OF_ONE_SERVER}
+    return run_projects(texts, "-p", "no:cacheprovider", "--durations=0")
 
 
 @pytest.fixture(scope="module")
-def ran_one_server(make_project):
-    return make_project(OF_ONE_SERVER).run("-p", "no:cacheprovider", "--durations=0")
+def ran(outcome_of):
+    return outcome_of("two servers")
+
+
+@pytest.fixture(scope="module")
+def ran_one_server(outcome_of):
+    return outcome_of("one server")
 
 
 @pytest.fixture
-def ran_it(request, name):
+def ran_it(outcome_of, name):
     """The run that has the test `name`."""
-    fixture = "ran_one_server" if f"def {name}(" in OF_ONE_SERVER else "ran"
-    return request.getfixturevalue(fixture)
+    return outcome_of("one server" if f"def {name}(" in OF_ONE_SERVER else "two servers")
 
 
 WORDS = {
