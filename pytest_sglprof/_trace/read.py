@@ -19,6 +19,7 @@ from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
+from pytest_sglprof._trace.completeness import with_lost_steps
 from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.paths import Reader, ReadOptions, reader_of, window_files
 from pytest_sglprof._trace.steps import DRAFTS, StepIndex, step_key
@@ -96,9 +97,10 @@ def build_table(
     parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
     parts.sort(key=lambda part: ranks.index(part.rank))
+    parts, lost, incomplete = with_lost_steps(parts)
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
-    notes += by_repetition
+    notes += [*by_repetition, *lost]
     partial = any(part.partial for part in merged)
     del merged
     collectives = collective_frame([(len(part.start), part.calls) for part in parts])
@@ -121,6 +123,7 @@ def build_table(
         files=files,
         collectives=collectives,
         settled=settled,
+        incomplete=incomplete,
     )
 
 

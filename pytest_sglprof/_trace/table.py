@@ -82,13 +82,29 @@ class Step(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class Launches:
+    """Calls of one rank that launch kernels, in any order: parallel columns, shape (calls,).
+
+    step: that of the call, int64, `NO_STEP` outside of steps. start: ns. recorded: number of
+    kernels with its correlation id. is_graph: whether it launches a whole graph.
+    """
+
+    step: NDArray[np.int64]
+    start: NDArray[np.int64]
+    recorded: NDArray[np.int64]
+    is_graph: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class RankActivities:
     """The activities of one rank in one file: parallel columns, shape (activities,).
 
     name_codes, kind_codes: indices into names (full, as recorded) and kinds. start, dur:
     int64 ns. step: the number of a `Step`, or `NO_STEP`. stream: -1 if unknown. source: `GPU`,
     `CPU_OPERATORS` or `NVTX`. notes: what was skipped, for the reader of the report. calls:
-    collectives whose process group is known.
+    collectives whose process group is known. launches: calls that launch kernels, None if they
+    were not recorded or not read. unusable: number of kernels that were recorded but left out,
+    since their times cannot be.
     """
 
     rank: str
@@ -105,6 +121,8 @@ class RankActivities:
     notes: Sequence[str] = ()
     partial: bool = False
     calls: CollectiveCalls | None = None
+    launches: Launches | None = None
+    unusable: int = 0
 
     @property
     def is_timeline(self) -> bool:
@@ -126,7 +144,8 @@ class KernelTable:
     and how the files were read. files: the paths that were read. collectives: `process_group`
     (categorical text) and `sequence` (int64, -1 if unknown) of the activities for which the
     trace has them, indexed by row label of `frame`. settled: number of steps that were dropped
-    because they began within the settle time.
+    because they began within the settle time. incomplete: which ranks lack so much of what they
+    launched that ranks cannot be compared; "" if none does.
     """
 
     __module__ = "pytest_sglprof"
@@ -140,6 +159,7 @@ class KernelTable:
     files: tuple[str, ...] = field(default=())
     collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
     settled: int = 0
+    incomplete: str = ""
 
     @property
     def is_timeline(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pytest_sglprof._trace.completeness import CALLS, GRAPH_LAUNCH, KERNEL_LAUNCH
 from pytest_sglprof._trace.paths import rank_of_file, rank_of_pid
 from pytest_sglprof._trace.steps import (
     Call,
@@ -36,13 +37,16 @@ from pytest_sglprof._trace.table import (
     CPU_OPERATORS,
     GPU,
     Ints,
+    Launches,
     RankActivities,
     calls_of,
+    first_of,
 )
 from pytest_sglprof._trace.times import base_time
 from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
+    GPU_KINDS,
     KERNEL,
     KIND_OF_CATEGORY,
     KINDS,
@@ -73,14 +77,16 @@ def read_traces(
     """The activities of each rank in each file, in the order of `files`.
 
     processes: the maximum number of reader processes, by default one for each processor; 1
-    reads in this process. sequences: whether to read the numbers of collectives.
+    reads in this process. sequences: whether to read launches and the numbers of collectives,
+    which only a comparison of ranks needs.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     total = sum(sizes[path] for path in files)
     readers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
-    request = ScanRequest(partial=allow_partial)
+    kinds = GPU_KINDS | {LAUNCH} if sequences else GPU_KINDS
+    request = ScanRequest(partial=allow_partial, kinds=kinds)
     contents = {c.path: c for c in _read([(path, request) for path in large], readers)}
     again = [
         (path, _second_look(content, request, sequences)) for path, content in contents.items()
@@ -90,9 +96,9 @@ def read_traces(
     for path in files:
         content, second = contents.pop(path, None), seconds.pop(path, None)
         unsafe = [c.facts.unsafe for c in (content, second) if c is not None and c.facts.unsafe]
-        if content is None or unsafe or not len(content.columns):
+        if content is None or unsafe or not bool((content.columns.kind < LAUNCH).any()):
             content = second = None  # their memory is needed
-            content, second = decode_file(path, allow_partial=allow_partial)
+            content = decode_file(path, allow_partial=allow_partial)
             whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
             content.facts.notes += whys
         parts += [(path, part) for part in _assembled(content, second)]
@@ -108,7 +114,8 @@ def _read(jobs: Jobs, processes: int) -> list[FileContent]:
 
 def _second_look(content: FileContent, request: ScanRequest, sequences: bool) -> ScanRequest | None:
     """What a second scan of the file must read; None if it is not needed."""
-    kinds = frozenset({LAUNCH} if _needs_launches(content) else ())
+    is_missing = LAUNCH not in request.kinds and _needs_launches(content)
+    kinds = frozenset({LAUNCH} if is_missing else ())
     calls = content.columns.calls
     sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
     if not kinds and not sequences:
@@ -129,8 +136,19 @@ def _needs_launches(content: FileContent) -> bool:
 
 
 def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
-    """The activities of each rank. Empties the columns of `content`, to save memory."""
+    """The activities of each rank. Empties the columns of `content`, to save memory.
+
+    second: what a second scan gave, if there was one.
+    """
     facts, path = content.facts, content.path
+    kind = content.columns.kind
+    launches = FileContent(path, columns=content.columns.take(kind == LAUNCH), facts=facts)
+    content.columns = content.columns.take(
+        kind < LAUNCH if (kind < LAUNCH).any() else kind > LAUNCH
+    )
+    if second is not None and len(second.columns):
+        launches = second
+    announced = content if second is None else second
     base, unclear = base_time(path, facts.base)
     notes = [*facts.notes, *unclear]
     if facts.truncated:
@@ -146,8 +164,9 @@ def _assembled(content: FileContent, second: FileContent | None) -> list[RankAct
     parts = []
     for label, named_ranks in pids.items():
         part = _of_processes(content, named_ranks)
-        launches = FileContent(path) if second is None else _of_processes(second, named_ranks)
-        parts.append(_activities(label, part, launches, base, notes, on_gpu=on_gpu))
+        calls = _of_processes(launches, named_ranks)
+        sequences = _of_processes(announced, named_ranks).facts.sequences
+        parts.append(_activities(label, part, calls, sequences, base, notes, on_gpu=on_gpu))
     content.columns = content.columns.take(np.zeros(0, np.int64))
     return parts
 
@@ -185,6 +204,7 @@ def _activities(
     label: str,
     part: FileContent,
     launches: FileContent,
+    sequences: Mapping[tuple[int, int], int],
     base: int,
     notes: Sequence[str],
     *,
@@ -198,12 +218,14 @@ def _activities(
     skipped: Counter[str] = Counter()
     for (_, what), count in facts.skipped.items():
         skipped[what] += count
+    unusable = sum(count for what, count in skipped.items() if what.startswith("kernel "))
     notes = [*notes, *(f"{label}: skipped {n} {what}" for what, n in skipped.items())]
     steps = TraceSteps(facts.annotations)
     entries = steps.steps
     if on_gpu:
         columns, impossible = _possible(label, columns)
         notes += impossible
+        unusable += len(part.columns) - len(columns)
         known = launches.columns
         launched = launch_times(known.correlation, known.start, columns.correlation)
         step = steps.of_gpu(columns.start, columns.stream, launched)
@@ -216,7 +238,7 @@ def _activities(
     entries, interrupted = with_interruptions(label, entries, _interruptions(launches))
     np.add(columns.start, base, out=columns.start)  # in place: it is the largest column
     names, name_codes = _used(facts.names, columns.name)
-    sequences = {external: number for (_, external), number in launches.facts.sequences.items()}
+    numbers = {external: number for (_, external), number in sequences.items()}
     return RankActivities(
         rank=label,
         names=names,
@@ -231,8 +253,30 @@ def _activities(
         source=GPU if on_gpu else CPU_OPERATORS,
         notes=[*notes, *interrupted],
         partial=facts.truncated,
-        calls=calls_of(columns, facts.groups, sequences),
+        calls=calls_of(columns, facts.groups, numbers),
+        launches=launched_kernels(steps, launches, part.columns) if on_gpu else None,
+        unusable=unusable,
     )
+
+
+def launched_kernels(
+    steps: TraceSteps, launches: FileContent, activities: Columns
+) -> Launches | None:
+    """What the calls of one rank launched and what of it was recorded; None without calls."""
+    columns, names = launches.columns, launches.facts.names
+    codes = {word: [n for n, name in enumerate(names) if word.match(name)] for word in CALLS}
+    is_graph = np.isin(columns.name, codes[GRAPH_LAUNCH])
+    rows = np.flatnonzero(is_graph | np.isin(columns.name, codes[KERNEL_LAUNCH]))
+    ids, first = np.unique(columns.correlation[rows], return_index=True)
+    rows = rows[first[ids >= 0]]
+    if not len(rows):
+        return None
+    start, ids = columns.start[rows], columns.correlation[rows]
+    kernels = activities.correlation[activities.kind == KERNEL]
+    known, counts = np.unique(kernels, return_counts=True)
+    at = first_of(known, ids)
+    recorded = np.where(at >= 0, counts[at], 0)
+    return Launches(steps.of_time(start), start, recorded, is_graph[rows])
 
 
 def _used(names: Sequence[str], codes: npt.NDArray[Any]) -> tuple[Sequence[str], npt.NDArray[Any]]:
@@ -294,11 +338,10 @@ class _Event(msgspec.Struct, gc=False):
 _DOCUMENT = msgspec.json.Decoder(Document[_Event])
 
 
-def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent, FileContent]:
-    """The activities and the launches of a file, as from two scans, by decoding all of it.
+def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
+    """All activities, launches and operators of a file, by decoding all of it.
 
-    The activities are those of the GPU; in a file without any, operators and collectives of
-    the CPU. Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
+    Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     trace = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
     batches: list[Batch] = []
@@ -320,14 +363,7 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent
         facts.notes.append(
             f"{path.name}: invalid JSON; {trace.skipped} events that cannot be read were skipped"
         )
-    columns = joined(batches)
-    on_gpu = columns.kind < LAUNCH
-    activities = columns.take(on_gpu if on_gpu.any() else columns.kind > LAUNCH)
-    launches = columns.take(columns.kind == LAUNCH)
-    return (
-        FileContent(path, columns=activities, facts=facts),
-        FileContent(path, columns=launches, facts=facts),
-    )
+    return FileContent(path, columns=joined(batches), facts=facts)
 
 
 def _merged_pid(raw: bytes) -> str | None:

@@ -231,7 +231,7 @@ def _taker(layout: Layout, collector: Collector, *, by_text: bool) -> Take:
     if KERNEL in kinds:
         activities += [b'"Kernel"', b'"Mem'] if layout.old else [b'"kernel"', b'"gpu_mem']
     if LAUNCH in kinds:
-        full += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
+        activities += [b'"Runtime"'] if layout.old else [b'"cuda_', b'"hip_']
     searches: list[_Quick | _Full | _Named[FullEvent] | _Named[ProcessName]] = []
     searches += [_Quick(quick, collector)] if quick else []
     searches += [_Full(full, collector)] if full else []

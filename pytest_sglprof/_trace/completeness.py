@@ -1,0 +1,168 @@
+"""Compare what each rank launched with what the profiler recorded of it.
+
+A profiler drops kernels: those of the front of a session, those of a stream while a buffer is
+full. A rank that lost kernels looks fast, so that a healthy one would be blamed. A launch call
+has one kernel; a graph launch has as many as most replays of its kind have, on all ranks. What
+was launched near the edges of the window may have run outside of it and proves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pytest_sglprof._trace.table import Ints, RankActivities
+
+_SUFFIX = r"(_ptsz|_v\d+)?$"
+KERNEL_LAUNCH = re.compile(
+    r"(cuda|cu|hip)(Drv)?(Ext)?(Module)?Launch(Cooperative)?Kernel(ExC|Ex)?" + _SUFFIX
+)
+GRAPH_LAUNCH = re.compile(r"(cuda|cu|hip)GraphLaunch" + _SUFFIX)
+Counts = npt.NDArray[np.signedinteger[Any]]
+CALLS = (KERNEL_LAUNCH, GRAPH_LAUNCH)
+
+LOST = "kernels lost"  # why a step is excluded
+EDGE_STEPS = 2  # at each end: the overlap schedule launches one step while another one runs
+MIN_REPLAYS = 3  # of a graph, from which its number of kernels is known
+STEP_SHARE = 0.02  # of a step's kernels; if more are lost, the step is not compared
+LOST_SHARE = 0.01  # of a rank's kernels in the steps between front and edges
+LOST_STEPS = 0.05  # of a rank's steps
+FRONT_SHARE = 0.3  # of a rank's steps
+
+
+def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivities], list[str], str]:
+    """The ranks with steps excluded that lack kernels; notes; why they cannot be compared.
+
+    The last is "" if they can.
+    """
+    calls = [_calls(part) for part in parts]
+    fan_out = _fan_out(calls)
+    checked, notes, reasons = [], [], []
+    for part, own_calls in zip(parts, calls, strict=True):
+        marked, note, reason = _checked(part, own_calls, fan_out)
+        checked.append(marked)
+        notes += [note] if note else []
+        reasons += [reason] if reason else []
+        if share := _unusable_share(part):
+            reasons.append(
+                f"{part.rank}: {part.unusable:,} kernels ({100 * share:.1f} %) have times that "
+                "cannot be"
+            )
+    return checked, notes, "; ".join(reasons)
+
+
+def _unusable_share(part: RankActivities) -> float:
+    """Share of the kernels that cannot be used; 0 where it is small enough."""
+    share = part.unusable / max(len(part.start) + part.unusable, 1)
+    return share if share > LOST_SHARE else 0.0
+
+
+# The stage and batch size of a step, and which of its graph launches: replays of one graph.
+Kind = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of one rank inside of its steps, in the order of their start.
+
+    at: index of the step of each call. kinds: of a graph launch; None for one kernel.
+    """
+
+    at: Ints
+    recorded: Ints
+    kinds: Sequence[Kind | None]
+
+
+def _calls(part: RankActivities) -> _Calls:
+    launches, steps = part.launches, part.steps
+    if launches is None:
+        return _Calls(np.empty(0, np.int64), np.empty(0, np.int64), ())
+    index = {step.step: number for number, step in enumerate(steps) if not step.excluded}
+    at = np.array([index.get(number, -1) for number in launches.step.tolist()], np.int64)
+    order = np.argsort(launches.start, kind="stable")
+    order = order[at[order] >= 0]
+    nth: Counter[int] = Counter()
+    kinds: list[Kind | None] = []
+    for number, is_graph in zip(at[order].tolist(), launches.is_graph[order].tolist(), strict=True):
+        if not is_graph:
+            kinds.append(None)
+            continue
+        step = steps[number]
+        batch = step.padded_batch if step.padded_batch >= 0 else step.batch_size
+        kinds.append((step.substage or step.stage, batch, nth[number]))
+        nth[number] += 1
+    return _Calls(at[order], launches.recorded[order], kinds)
+
+
+def _fan_out(calls: Sequence[_Calls]) -> dict[Kind, int]:
+    """Kernels of a graph launch: the most frequent number over its replays on all ranks.
+
+    Of equally frequent numbers the largest. Graphs with fewer than `MIN_REPLAYS` are left out.
+    """
+    counts: dict[Kind, Counter[int]] = {}
+    for rank in calls:
+        for kind, recorded in zip(rank.kinds, rank.recorded.tolist(), strict=True):
+            if kind is not None:
+                counts.setdefault(kind, Counter())[recorded] += 1
+    return {
+        kind: max(seen, key=lambda number: (seen[number], number))
+        for kind, seen in counts.items()
+        if seen.total() >= MIN_REPLAYS
+    }
+
+
+def _checked(
+    part: RankActivities, calls: _Calls, fan_out: Mapping[Kind, int]
+) -> tuple[RankActivities, str, str]:
+    """The rank with its incomplete steps excluded, a note, and why it cannot be compared."""
+    count = len(part.steps)
+    expected = np.array([1 if kind is None else fan_out.get(kind, 0) for kind in calls.kinds])
+    lost = np.maximum(expected - calls.recorded, 0)
+    if not lost.any():
+        return part, "", ""
+    in_step = np.bincount(calls.at, expected, count)
+    lost_in = np.bincount(calls.at, lost, count)
+    front = _front(in_step, lost_in)
+    is_bad = lost_in > STEP_SHARE * in_step
+    is_bad[:front] = True
+    steps = [
+        step.changed(excluded=LOST) if bad else step
+        for step, bad in zip(part.steps, is_bad.tolist(), strict=True)
+    ]
+    part = replace(part, steps=steps)
+    inner = slice(max(front, EDGE_STEPS), max(count - EDGE_STEPS, 0))
+    bad_steps = int(np.count_nonzero(lost_in[inner]))
+    if not front and not bad_steps:
+        return part, "", ""
+    places = [f"its first {front} steps"] if front else []
+    places += [f"{bad_steps} {'later ' if front else ''}steps"] if bad_steps else []
+    what = "launched kernels are missing" if any(calls.kinds) else "launches have no kernel"
+    where = " and ".join(places)
+    text = f"{part.rank}: {lost.sum():,} of {expected.sum():,} {what} ({where})"
+    too_many = (
+        front > FRONT_SHARE * count
+        or lost_in[inner].sum() > LOST_SHARE * in_step[inner].sum()
+        or np.count_nonzero(is_bad[inner]) > LOST_STEPS * count
+    )
+    if too_many:
+        return part, "", text
+    return part, f"{text}: judged from step {front + 1} on" if front else text, ""
+
+
+def _front(in_step: Counts, lost_in: Counts) -> int:
+    """Number of leading steps before the moment from which kernels were recorded.
+
+    All of them lost every kernel, but for the last, which may have lost a part. 0 where no more
+    than the edge is lost.
+    """
+    recorded = np.flatnonzero(lost_in < in_step)
+    front = int(recorded[0]) if len(recorded) else len(in_step)
+    if front < len(in_step) and lost_in[front] > 0:
+        front += 1
+    return front if front > EDGE_STEPS else 0
