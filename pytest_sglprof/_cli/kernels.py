@@ -108,7 +108,8 @@ def _from_sums(
 def _from_rows(
     keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
 ) -> _Records:
-    table = read_table(recorded.files, args, settings, sequences=False)
+    launches = bool({"step", "stage"} & set(keys))  # by which a torch trace knows its steps
+    table = read_table(recorded.files, args, settings, launches=launches)
     records = kernel_records(table, keys, uncategorised=args.uncategorised)
     return records, _notes(table.notes, bool(len(table.frame)), args)
 

@@ -289,12 +289,12 @@ def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace)
 
 
 def read_table(
-    files: WindowFiles, args: argparse.Namespace, settings: Settings, *, sequences: bool = True
+    files: WindowFiles, args: argparse.Namespace, settings: Settings, *, launches: bool = True
 ) -> KernelTable:
     """The kernel table of a window, partial if `--allow-partial` is given; or `TraceError`."""
     from pytest_sglprof._run.measure import read_recorded
 
-    return read_recorded(files, settings, allow_partial=args.allow_partial, sequences=sequences)
+    return read_recorded(files, settings, allow_partial=args.allow_partial, launches=launches)
 
 
 Record = Mapping[str, Any]

@@ -51,12 +51,12 @@ def read_recorded(
     settings: Settings,
     *,
     allow_partial: bool = False,
-    sequences: bool = True,
+    launches: bool = True,
 ) -> KernelTable:
     """The kernel table of a window, with the categories and the step delimiter of `settings`.
 
     The plugin and every command read windows by this function, so that all of them see the
-    same table. allow_partial, sequences: see `read_window`. Raises `TraceError`.
+    same table. allow_partial, launches: see `read_window`. Raises `TraceError`.
     """
     from pytest_sglprof._trace.read import read_window
 
@@ -69,7 +69,7 @@ def read_recorded(
         patterns=settings.categories,
         step_delimiter=settings.step_delimiter,
         nsys=settings.nsys or None,
-        sequences=sequences,
+        launches=launches,
     )
     if files.facts is None:
         return table

@@ -36,7 +36,7 @@ class ReadOptions:
     allow_partial: bool = False
     nsys: str | None = None
     processes: int | None = None
-    sequences: bool = True
+    launches: bool = True
 
 
 Activities = list[tuple[Path, "RankActivities"]]
@@ -82,7 +82,7 @@ def _read_torch(files: Sequence[Path], options: ReadOptions) -> Activities:
         files,
         allow_partial=options.allow_partial,
         processes=options.processes,
-        sequences=options.sequences,
+        launches=options.launches,
     )
 
 

@@ -50,7 +50,7 @@ def read_window(
     step_delimiter: str = "",
     nsys: str | None = None,
     processes: int | None = None,
-    sequences: bool = True,
+    launches: bool = True,
 ) -> KernelTable:
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
@@ -59,8 +59,9 @@ def read_window(
     `partial`. settle_s: seconds to drop from the front. patterns: (category, regex) tried
     before the built-in ones. step_delimiter: regex of the kernel that begins a step, for
     sources without step markers; "" for none. nsys: the command that exports `.nsys-rep`.
-    processes: the maximum number of reader processes. sequences: whether to read the numbers
-    of collectives, for which large torch traces with NCCL kernels are scanned twice.
+    processes: the maximum number of reader processes. launches: whether to read the calls that
+    launch kernels and the numbers of collectives. Without them it is not known whether kernels
+    are missing, and those of some torch traces have no step.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
@@ -70,7 +71,7 @@ def read_window(
         allow_partial=allow_partial,
         nsys=nsys,
         processes=processes,
-        sequences=sequences,
+        launches=launches,
     )
     files: dict[Reader, list[Path]] = {}
     for file in window_files(paths):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from pytest_sglprof._trace.steps import (
     impossible_rows,
     interruption,
     launch_times,
-    projected,
     self_times,
     timelines,
     with_graph_share,
@@ -72,36 +71,32 @@ def read_traces(
     *,
     allow_partial: bool = False,
     processes: int | None = None,
-    sequences: bool = True,
+    launches: bool = True,
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
     processes: the maximum number of reader processes, by default one for each processor; 1
-    reads in this process. sequences: whether to read launches and the numbers of collectives,
-    which only a comparison of ranks needs.
+    reads in this process. launches: whether to read launches and the numbers of collectives, which
+    only a comparison of ranks and the steps of some traces need.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     total = sum(sizes[path] for path in files)
     readers = (processes or os.cpu_count() or 1) if total >= POOL_BYTES else 1
-    kinds = GPU_KINDS | {LAUNCH} if sequences else GPU_KINDS
-    request = ScanRequest(partial=allow_partial, kinds=kinds)
+    kinds = GPU_KINDS | {LAUNCH} if launches else GPU_KINDS
+    request = ScanRequest(partial=allow_partial, kinds=kinds, sequences=launches)
     contents = {c.path: c for c in _read([(path, request) for path in large], readers)}
-    again = [
-        (path, _second_look(content, request, sequences)) for path, content in contents.items()
-    ]
-    seconds = {c.path: c for c in _read([(path, look) for path, look in again if look], readers)}
     parts: list[tuple[Path, RankActivities]] = []
     for path in files:
-        content, second = contents.pop(path, None), seconds.pop(path, None)
-        unsafe = [c.facts.unsafe for c in (content, second) if c is not None and c.facts.unsafe]
+        content = contents.pop(path, None)
+        unsafe = content.facts.unsafe if content is not None else ""
         if content is None or unsafe or not bool((content.columns.kind < LAUNCH).any()):
-            content = second = None  # their memory is needed
+            content = None  # its memory is needed
             content = decode_file(path, allow_partial=allow_partial)
-            whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
-            content.facts.notes += whys
-        parts += [(path, part) for part in _assembled(content, second)]
+            if unsafe:
+                content.facts.notes.append(f"{path.name}: decoded as a whole, since {unsafe}")
+        parts += [(path, part) for part in _assembled(content)]
     return parts
 
 
@@ -112,43 +107,14 @@ def _read(jobs: Jobs, processes: int) -> list[FileContent]:
     return read_in_processes(jobs, workers)
 
 
-def _second_look(content: FileContent, request: ScanRequest, sequences: bool) -> ScanRequest | None:
-    """What a second scan of the file must read; None if it is not needed."""
-    is_missing = LAUNCH not in request.kinds and _needs_launches(content)
-    kinds = frozenset({LAUNCH} if is_missing else ())
-    calls = content.columns.calls
-    sequences = sequences and calls is not None and bool((calls.sequence < 0).any())
-    if not kinds and not sequences:
-        return None
-    return msgspec.structs.replace(request, kinds=kinds, sequences=sequences)
-
-
-def _needs_launches(content: FileContent) -> bool:
-    """Whether there are steps on the CPU that the profiler did not project onto the GPU."""
-    cpu = [a for a in content.facts.annotations if not a.gpu]
-    gpu = [a for a in content.facts.annotations if a.gpu]
-    if not cpu or not len(content.columns):
-        return False
-    return not all(
-        projected([a for a in cpu if a.owner == owner], [a for a in gpu if a.owner == owner])
-        for owner in {a.owner for a in cpu}
-    )
-
-
-def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
-    """The activities of each rank. Empties the columns of `content`, to save memory.
-
-    second: what a second scan gave, if there was one.
-    """
+def _assembled(content: FileContent) -> list[RankActivities]:
+    """The activities of each rank. Empties the columns of `content`, to save memory."""
     facts, path = content.facts, content.path
     kind = content.columns.kind
     launches = FileContent(path, columns=content.columns.take(kind == LAUNCH), facts=facts)
     content.columns = content.columns.take(
         kind < LAUNCH if (kind < LAUNCH).any() else kind > LAUNCH
     )
-    if second is not None and len(second.columns):
-        launches = second
-    announced = content if second is None else second
     base, unclear = base_time(path, facts.base)
     notes = [*facts.notes, *unclear]
     if facts.truncated:
@@ -165,8 +131,7 @@ def _assembled(content: FileContent, second: FileContent | None) -> list[RankAct
     for label, named_ranks in pids.items():
         part = _of_processes(content, named_ranks)
         calls = _of_processes(launches, named_ranks)
-        sequences = _of_processes(announced, named_ranks).facts.sequences
-        parts.append(_activities(label, part, calls, sequences, base, notes, on_gpu=on_gpu))
+        parts.append(_activities(label, part, calls, base, notes, on_gpu=on_gpu))
     content.columns = content.columns.take(np.zeros(0, np.int64))
     return parts
 
@@ -204,7 +169,6 @@ def _activities(
     label: str,
     part: FileContent,
     launches: FileContent,
-    sequences: Mapping[tuple[int, int], int],
     base: int,
     notes: Sequence[str],
     *,
@@ -238,7 +202,7 @@ def _activities(
     entries, interrupted = with_interruptions(label, entries, _interruptions(launches))
     np.add(columns.start, base, out=columns.start)  # in place: it is the largest column
     names, name_codes = _used(facts.names, columns.name)
-    numbers = {external: number for (_, external), number in sequences.items()}
+    numbers = {external: number for (_, external), number in facts.sequences.items()}
     return RankActivities(
         rank=label,
         names=names,

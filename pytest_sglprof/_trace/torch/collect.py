@@ -170,7 +170,7 @@ class Collector:
     def _fitting(self, events: Sequence[Event], kinds: Mapping[str, int]) -> list[Event]:
         wanted = [event for event in events if event.cat in kinds]
         for event in wanted:
-            if event.dur < 0.0:
+            if event.dur < 0.0 and kinds[event.cat] != LAUNCH:
                 absent = event.dur == float("-inf")
                 self._count_unfit(event.cat, unfit(0, None if absent else -1), None)
         return [event for event in wanted if event.dur >= 0.0]

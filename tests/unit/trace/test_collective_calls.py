@@ -130,7 +130,7 @@ def test_numbers_that_are_not_asked_for_are_not_looked_for(
 ) -> None:
     monkeypatch.setattr("pytest_sglprof._trace.torch.assemble.SCAN_BYTES", 0)
     path = write(tmp_path, document(rank_events()))
-    collectives = read_window(path, sequences=False).collectives
+    collectives = read_window(path, launches=False).collectives
     assert set(collectives["process_group"]) == {"0", "3"}
     assert set(collectives["sequence"]) == {-1}
 
