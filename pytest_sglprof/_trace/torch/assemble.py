@@ -226,7 +226,10 @@ def _activities(
 def launched_kernels(
     steps: TraceSteps, launches: FileContent, activities: Columns
 ) -> Launches | None:
-    """What the calls of one rank launched and what of it was recorded; None without calls."""
+    """What the calls of one rank launched and what of it was recorded.
+
+    None without calls, or where the ids of calls and kernels have nothing in common.
+    """
     columns, names = launches.columns, launches.facts.names
     codes = {word: [n for n, name in enumerate(names) if word.match(name)] for word in CALLS}
     is_graph = np.isin(columns.name, codes[GRAPH_LAUNCH])
@@ -239,7 +242,9 @@ def launched_kernels(
     kernels = activities.correlation[activities.kind == KERNEL]
     known, counts = np.unique(kernels, return_counts=True)
     at = first_of(known, ids)
-    recorded = np.where(at >= 0, counts[at], 0)
+    recorded = np.where(at >= 0, counts[at], 0) if len(known) else np.zeros(len(ids), np.int64)
+    if len(known) and not recorded.any():
+        return None
     return Launches(steps.of_time(start), start, recorded, is_graph[rows])
 
 

@@ -150,6 +150,18 @@ def test_without_launches_nothing_is_known(tmp_path: Path) -> None:
     assert (table.notes, table.incomplete) == ((), "")
 
 
+def test_ids_that_have_nothing_in_common_tell_nothing(tmp_path: Path) -> None:
+    window(tmp_path)
+    path = tmp_path / "w-TP-1.trace.json"
+    trace = json.loads(path.read_text())
+    for event in trace["traceEvents"]:
+        if event["cat"] == "kernel":
+            event["args"]["correlation"] += 10**6
+    path.write_text(json.dumps(trace))
+    table = read_window(tmp_path)
+    assert (table.notes, table.incomplete) == ((), "")
+
+
 def test_kernels_with_impossible_times_are_weighed_like_lost_ones(tmp_path: Path) -> None:
     window(tmp_path, slow=1.15)
     path = tmp_path / "w-TP-1.trace.json"
