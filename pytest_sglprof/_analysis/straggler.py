@@ -121,7 +121,7 @@ def stragglers(
     verdict inconclusive; None if it is.
     """
     doubt = doubt or ("a trace of this window is truncated" if table.partial else None)
-    doubt = doubt or table.incomplete or None
+    doubt = doubt or table.incomparable or None
     waited = waits(table) if waited is None else waited
     findings = (_finding(table, each, limit, min_steps, clocks) for each in waited)
     return tuple(_doubted(finding, doubt) if doubt else finding for finding in findings)

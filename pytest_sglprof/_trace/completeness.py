@@ -1,9 +1,11 @@
-"""Compare what each rank launched with what the profiler recorded of it.
+"""Decide whether the ranks of a window can be compared: nothing is missing, and it is one window.
 
 A profiler drops kernels: those of the front of a session, those of a stream while a buffer is
 full. A rank that lost kernels looks fast, so that a healthy one would be blamed. A launch call
 has one kernel; a graph launch has as many as most replays of its kind have, on all ranks. What
 was launched near the edges of the window may have run outside of it and proves nothing.
+
+Files of different runs are told by the number of processes of their run, and by their times.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,6 +68,27 @@ def _unusable_share(part: RankActivities) -> float:
 
 # The stage and batch size of a step, and which of its graph launches: replays of one graph.
 Kind = tuple[str, int, int]
+
+
+APART_NS = 60 * 10**9  # between the end of one rank's window and the start of another's
+
+
+def different_runs(parts: Sequence[RankActivities]) -> str:
+    """Why these are not the ranks of one window, with both values; "" if nothing says so."""
+    sizes = {part.world_size: part.rank for part in reversed(parts) if part.world_size}
+    if len(sizes) > 1:
+        runs = ", ".join(f"{rank} is of a run of {size}" for size, rank in sorted(sizes.items()))
+        return f"these files are not of one run: {runs} processes"
+    spans = sorted(
+        (int(part.start.min()), int((part.start + part.dur).max()), part.rank)
+        for part in parts
+        if part.is_timeline and len(part.start)
+    )
+    for (_, end, before), (start, _, after) in pairwise(spans):
+        if start - end > APART_NS:
+            apart = f"{after} begins {(start - end) / 1e9:,.0f} s after {before} ended"
+            return f"these files are not of one window: {apart}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -238,6 +238,11 @@ def _named(name: str) -> Rank | None:
     return Rank(tp=int(match[1])) if match else None
 
 
+def world_size(distributed: str) -> int:
+    """Number of processes of the run, by a trace's `distributedInfo`; 0 if it is not known."""
+    return _decoded(distributed.encode()).world_size or 0
+
+
 def _decoded(distributed: bytes) -> _Distributed:
     try:
         return _DISTRIBUTED.decode(distributed) if distributed else _Distributed()

@@ -19,7 +19,7 @@ from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
-from pytest_sglprof._trace.completeness import with_lost_steps
+from pytest_sglprof._trace.completeness import different_runs, with_lost_steps
 from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.paths import Reader, ReadOptions, reader_of, window_files
 from pytest_sglprof._trace.steps import DRAFTS, StepIndex, step_key
@@ -98,7 +98,8 @@ def build_table(
     parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
     parts.sort(key=lambda part: ranks.index(part.rank))
-    parts, lost, incomplete = with_lost_steps(parts)
+    different = different_runs(parts)
+    parts, lost, missing = with_lost_steps(parts)
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
     notes += [*by_repetition, *lost]
@@ -124,7 +125,7 @@ def build_table(
         files=files,
         collectives=collectives,
         settled=settled,
-        incomplete=incomplete,
+        incomparable="; ".join(filter(None, (different, missing))),
     )
 
 

@@ -104,7 +104,8 @@ class RankActivities:
     `CPU_OPERATORS` or `NVTX`. notes: what was skipped, for the reader of the report. calls:
     collectives whose process group is known. launches: calls that launch kernels, None if they
     were not recorded or not read. unusable: number of kernels that were recorded but left out,
-    since their times cannot be.
+    since their times cannot be. world_size: number of processes of the run that recorded it; 0 if
+    not known.
     """
 
     rank: str
@@ -123,6 +124,7 @@ class RankActivities:
     calls: CollectiveCalls | None = None
     launches: Launches | None = None
     unusable: int = 0
+    world_size: int = 0
 
     @property
     def is_timeline(self) -> bool:
@@ -144,8 +146,8 @@ class KernelTable:
     and how the files were read. files: the paths that were read. collectives: `process_group`
     (categorical text) and `sequence` (int64, -1 if unknown) of the activities for which the
     trace has them, indexed by row label of `frame`. settled: number of steps that were dropped
-    because they began within the settle time. incomplete: which ranks lack so much of what they
-    launched that ranks cannot be compared; "" if none does.
+    because they began within the settle time. incomparable: why its ranks cannot be compared
+    (kernels are missing, files of different runs); "" if they can.
     """
 
     __module__ = "pytest_sglprof"
@@ -159,7 +161,7 @@ class KernelTable:
     files: tuple[str, ...] = field(default=())
     collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
     settled: int = 0
-    incomplete: str = ""
+    incomparable: str = ""
 
     @property
     def is_timeline(self) -> bool:

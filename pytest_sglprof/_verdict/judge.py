@@ -114,8 +114,8 @@ def _doubt(
         doubts.append("the window left nothing to read")
     if table is not None and table.partial:
         doubts.append("a trace of this window is truncated, so its times are too small")
-    if table is not None and table.incomplete:
-        doubts.append(table.incomplete)
+    if table is not None and table.incomparable:
+        doubts.append(table.incomparable)
     return "; ".join(doubts) or None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof._trace.completeness import CALLS, GRAPH_LAUNCH, KERNEL_LAUNCH
-from pytest_sglprof._trace.paths import rank_of_file, rank_of_pid
+from pytest_sglprof._trace.paths import rank_of_file, rank_of_pid, world_size
 from pytest_sglprof._trace.steps import (
     Call,
     TraceSteps,
@@ -220,6 +220,7 @@ def _activities(
         calls=calls_of(columns, facts.groups, numbers),
         launches=launched_kernels(steps, launches, part.columns) if on_gpu else None,
         unusable=unusable,
+        world_size=world_size(facts.distributed),
     )
 
 

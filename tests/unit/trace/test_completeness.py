@@ -85,7 +85,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_whole_window_is_judged_as_ever(tmp_path: Path, graphs: bool) -> None:
     table = window(tmp_path, slow=1.15, graphs=graphs)
-    assert (table.incomplete, table.notes) == ("", ())
+    assert (table.incomparable, table.notes) == ("", ())
     assert verdict(table).word == "fail"
 
 
@@ -139,7 +139,7 @@ def test_a_little_is_said_and_judged(tmp_path: Path) -> None:
 def test_what_is_launched_near_the_end_proves_nothing(tmp_path: Path) -> None:
     """Kineto stops while the last kernels run; those steps are not compared either."""
     table = window(tmp_path, slow=1.15, lost=lambda step, number: step >= STEPS - 2)
-    assert (table.notes, table.incomplete) == ((), "")
+    assert (table.notes, table.incomparable) == ((), "")
     judged = verdict(table)
     assert judged.word == "fail"
     assert f"over {STEPS - 2} steps" in judged.reason
@@ -147,7 +147,7 @@ def test_what_is_launched_near_the_end_proves_nothing(tmp_path: Path) -> None:
 
 def test_without_launches_nothing_is_known(tmp_path: Path) -> None:
     table = window(tmp_path, lost=lambda step, number: step < 12, call="cudaEventRecord")
-    assert (table.notes, table.incomplete) == ((), "")
+    assert (table.notes, table.incomparable) == ((), "")
 
 
 def test_ids_that_have_nothing_in_common_tell_nothing(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_ids_that_have_nothing_in_common_tell_nothing(tmp_path: Path) -> None:
             event["args"]["correlation"] += 10**6
     path.write_text(json.dumps(trace))
     table = read_window(tmp_path)
-    assert (table.notes, table.incomplete) == ((), "")
+    assert (table.notes, table.incomparable) == ((), "")
 
 
 def test_kernels_with_impossible_times_are_weighed_like_lost_ones(tmp_path: Path) -> None:
@@ -205,6 +205,31 @@ def test_other_calls(name: str) -> None:
     assert not [word for word in CALLS if word.match(name)]
 
 
+def test_windows_far_apart_are_not_one_window(tmp_path: Path) -> None:
+    window(tmp_path, slow=1.15)
+    path = tmp_path / "w-TP-1.trace.json"
+    trace = json.loads(path.read_text())
+    for event in trace["traceEvents"]:
+        event["ts"] += 3600e6
+    path.write_text(json.dumps(trace))
+    judged = verdict(read_window(tmp_path))
+    assert judged.word == "inconclusive"
+    assert "TP1 begins 3,600 s after TP0 ended" in judged.reason
+
+
+@pytest.mark.parametrize(("sizes", "word"), [((2, 2), "fail"), ((2, 8), "inconclusive")])
+def test_files_of_runs_of_different_sizes(
+    tmp_path: Path, sizes: tuple[int, int], word: str
+) -> None:
+    window(tmp_path, slow=1.15)
+    for rank, size in enumerate(sizes):
+        path = tmp_path / f"w-TP-{rank}.trace.json"
+        trace = json.loads(path.read_text())
+        trace["distributedInfo"] = {"rank": rank, "world_size": size}
+        path.write_text(json.dumps(trace))
+    assert verdict(read_window(tmp_path)).word == word
+
+
 @pytest.fixture(scope="module")
 def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The inputs of ../shared/cases/traces, made anew."""
@@ -222,6 +247,8 @@ def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lost_front_12_of_80_tp1_slower", "fail", "TP1 is 1.15x slower"),
         ("lost_kernels_one_in_five", "inconclusive", "TP1: 40 of 200 launches have no kernel"),
         ("rocm_overflow_whole", "inconclusive", "TP1: 40 kernels (20.0 %)"),
+        ("two_runs", "inconclusive", "TP0 is of a run of 2, TP1 is of a run of 8 processes"),
+        ("skew_5s_tp1_late", "fail", "TP1 is 1.33x slower"),
     ],
 )
 def test_public_reports(cases: Path, name: str, word: str, text: str) -> None:
