@@ -181,8 +181,8 @@ NOT_COMPUTE = tuple(row.name for row in CATEGORIES if not row.is_compute)
 _ELEMENTWISE_WORDS = (
     r"\w*elementwise|elt ?wise|\w*gather|\w*scatter|index\w*|\w*copy|cat|concat|cat array|reduce"
     r"|memcpy|fill|arange|scan|cum(sum|prod)|cub|rocprim|hipcub|thrust|where|embedding|positions?"
-    r"|future|req to token|clamp|pool|pow|nchw|nhwc|transpose|permute|pad|unrolled|multi tensor apply"
-    r"|[sdcz]?(axpy|axpby|scal)|aten|at native|offsets?|scale|alloc|loc|segment"
+    r"|future|req to token|clamp|pool|pow|nchw|nhwc|transpose|permute|pad|unrolled"
+    r"|multi tensor apply|[sdcz]?(axpy|axpby|scal)|aten|at native|offsets?|scale|alloc|loc|segment"
     r"|(add|mul|sub|div|cast|convert|slice|repeat|unique|nonzero|masked|tril|triu|roll|flip)"
     r"|split|tensor transform|zeros?|write|assign|compute|expand"
 )

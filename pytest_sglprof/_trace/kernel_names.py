@@ -414,9 +414,11 @@ def _roughly(name: str) -> str:
     parts: list[str] = []
     while match := _NUMBER.match(name, at):
         end = match.end() + int(match[0][:6])
-        parts.append(name[match.end() : end])  # all that is left, where the name was cut off
+        if end > len(name) and not parts:
+            break
+        parts.append(name[match.end() : end])  # what is left, where a profiler cut the name
         at = end
-    parts = [part for part in parts if not part.startswith(_ANONYMOUS)]
+    parts = [part for part in parts if part and not part.startswith(_ANONYMOUS)]
     if not parts:
         return name
     bare = "::".join(parts)
