@@ -55,15 +55,16 @@ CATEGORIES: tuple[Category, ...] = (
             r"|chunk (fwd|scan|state|gated|local|scaled|cumsum|gla|delta|o)|fused recurrent|gdn|kda"
             r"|gla|retention|r?wkv|state passing|recompute w u|solve tril|to \d+ x \d+ inverse|kkt"
             r"|fwd (none )?diag|indexer|nsa|dsa"
-            r"|topk transform|_fwd_kernel|lightning|lse|k nope|latent"
-            r"|q?(?<!sort )kv|page (table|row)|hicache|swa|(short|s) ?conv|conv (window|state)",
+            r"|topk transform|_fwd_kernel|lightning|lse|k nope"
+            r"|latent|(?<!sort )kv|qkv\w*|page (table|row)|hicache|swa|(short|s) ?conv"
+            r"|conv (window|state)",
         },
     ),
     Category(
         "gemm",
         (168, 48),
         {
-            55: r"lora|sgmv|bgmv",
+            55: r"lora|sgmv|bgmv|(kv|qkv) (proj )?(gemm|matmul|linear)",
             70: r"\w*gemm[skx]?\d*|\w*gemv\w*|matmul|matvec|nvjet|xmma|cublas\w*|cijk|wgmma"
             r"|split ?k([a-z]{0,2}|( ?reduce)?)|trsm|trmm|syrk|mm|bmm|qmm"
             r"|addmm|baddbmm|dot kernel|(?<!to )linear|flatmm|scudnn|wgrad|dgrad|fprop|conv"
@@ -150,8 +151,9 @@ CATEGORIES: tuple[Category, ...] = (
             r"|cross device|local device load|quick ?reduce|(one|two) ?shot|all ?reduce\d*"
             r"|reduce ?scatter|all ?gather|all ?to ?all|a ?2 ?a|send ?recv|deep ?ep"
             r"|(inter|intra) ?node( ll)?|low latency (dispatch|combine)|lamport"
-            r"|symm(etric)? mem(ory)?|(put|wait) signal|barrier"
+            r"|symm(etric)? mem(ory)?|(put|wait) signal"
             r"|(moe|ep) ?(dispatch|combine)|c 10 d",
+            115: "barrier",
         },
         is_compute=False,
     ),
@@ -180,7 +182,7 @@ NOT_COMPUTE = tuple(row.name for row in CATEGORIES if not row.is_compute)
 # Kernels that move or combine numbers; tried last, when no category's pattern matches.
 _ELEMENTWISE_WORDS = (
     r"\w*elementwise|elt ?wise|\w*gather|\w*scatter|index\w*|\w*copy|cat|concat|cat array|reduce"
-    r"|memcpy|fill|arange|scan|cum(sum|prod)|cub|rocprim|hipcub|thrust|where|embedding|positions?"
+    r"|memcpy|memset|fill|arange|scan|cum(sum|prod)|cub|rocprim|hipcub|thrust|where|embedding|positions?"
     r"|future|req to token|clamp|pool|pow|nchw|nhwc|transpose|permute|pad|unrolled"
     r"|multi tensor apply|[sdcz]?(axpy|axpby|scal)|aten|at native|offsets?|scale|alloc|loc|segment"
     r"|(add|mul|sub|div|cast|convert|slice|repeat|unique|nonzero|masked|tril|triu|roll|flip)"
@@ -236,8 +238,8 @@ def _of_key(key: str) -> str:
     is_of_namespace = _first(words(namespace)) in ("moe", "communication")
     leaf = whole if is_of_namespace else words(last + bracket + inner)
     for text in dict.fromkeys((leaf, whole)):
-        if found := _first(text):
-            return found
+        if row_name := _first(text):
+            return row_name
     return "elementwise" if _ELEMENTWISE.search(whole) else "other"
 
 
