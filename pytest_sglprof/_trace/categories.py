@@ -25,12 +25,15 @@ class Category(NamedTuple):
     patterns: by the order in which those of all categories are tried, the lowest number first.
     is_compute: whether its time is work of the rank itself, as opposed to communication with
     peers or the host: a collective mostly waits, and a copy depends on the bus.
+    in_loops: whether a loop that Inductor generates can be of it. Loops multiply no matrices and
+    do no attention, whatever the operators are called whose results they take up.
     """
 
     name: str
     colour: tuple[int, int]
     patterns: Mapping[int, str]
     is_compute: bool = True
+    in_loops: bool = False
 
 
 # In the order of reports. Patterns match whole words. A fused kernel counts as its most
@@ -42,29 +45,31 @@ CATEGORIES: tuple[Category, ...] = (
         (212, 62),
         {
             60: r"\w*attn\w*|\w*attention\w*|flash|flash ?(attn|mla|infer decode)\w*|fmha\w*|mha"
-            r"|mla"
-            r"|mqa|gqa|xqa"
+            r"|mla|mqa|gqa|xqa|sdpa|sage|flex decod(e|ing)|sparse fwd|clean logits|pack ?bits"
+            r"|(and|dequant|quant) cache|copy blocks|hadamard|kn entry"
             r"|batch (decode|prefill) with|prefill with|decode with|variable length merge"
             r"|rotary|m?rope|apply rotary|rotary ?pos|kv ?caches?|kv (buffer|indices|indptr|pool)"
             r"|paged|merge states?|fwd grouped kernel|fwd kernel stage|decode att|extend att"
             r"|cascade"
             r"|mamba\d*|gated ?delta|delta rule|ssd|ssm|selective (scan|state)|causal ?conv ?1 ?d"
-            r"|chunk (fwd|scan|state|gated|local|scaled)|fused recurrent|gdn|kda|indexer|nsa|dsa"
-            r"|topk transform|_fwd_kernel|lightning|lse|k nope|latent"
-            r"|q?(?<!sort )kv|page (table|row)|hicache|swa|(short|s) ?conv|conv (window|state)",
+            r"|chunk (fwd|scan|state|gated|local|scaled|cumsum|gla|delta|o)|fused recurrent|gdn|kda"
+            r"|gla|retention|r?wkv|state passing|recompute w u|solve tril|to \d+ x \d+ inverse|kkt"
+            r"|fwd (none )?diag|indexer|nsa|dsa"
+            r"|topk transform|_fwd_kernel|lightning|lse|k nope"
+            r"|latent|(?<!sort )kv|qkv\w*|page (table|row)|hicache|swa|(short|s) ?conv"
+            r"|conv (window|state)",
         },
     ),
     Category(
         "gemm",
         (168, 48),
         {
-            70: r"\w*gemms?\d*|\w*gemv\w*|matmul|matvec|nvjet|xmma|cublas\w*|cijk|wgmma"
-            r"|split ?k( ?reduce)?"
-            r"|mm|bmm|qmm"
+            55: r"lora|sgmv|bgmv|(kv|qkv) (proj )?(gemm|matmul|linear)",
+            70: r"\w*gemm[skx]?\d*|\w*gemv\w*|matmul|matvec|nvjet|xmma|cublas\w*|cijk|wgmma"
+            r"|split ?k([a-z]{0,2}|( ?reduce)?)|trsm|trmm|syrk|mm|bmm|qmm"
             r"|addmm|baddbmm|dot kernel|(?<!to )linear|flatmm|scudnn|wgrad|dgrad|fprop|conv"
-            r"|conv ?\d ?d"
-            r"|(implicit )?convol(ve|ution)|marlin|machete|gemlite|lora|tensorop|einsum"
-            r"|weight packed",
+            r"|conv ?\d ?d|winograd|(implicit )?convol(ve|ution)|fft 2 d"
+            r"|marlin|machete|gemlite|tensorop|einsum|weight (packed|only kernel)",
         },
     ),
     Category(
@@ -72,13 +77,16 @@ CATEGORIES: tuple[Category, ...] = (
         (278, 42),
         {
             20: r"deep ?ep (permute|post reorder|compute|run moe)|ep (scatter|gather)",
-            50: r"f?moe\w*|\w*experts?|routing\w*|router|grouped ?(gemm|mm|matmul)"
+            50: r"f?moe(gemm|sum|reduce|finalize|sorting|smoothquant)?|\w*experts?|routing\w*"
+            r"|router(?! gemm)|\w*grouped ?(\w+ ){0,2}?(gemm|mm|matmul)|reduce grouped"
             r"|group ?gemm|gemm .*grouped"
             r"|gmm|top ?k (gating|sigmoid|softmax|gate)|topk ?gating\w*|grouped top ?k"
             r"|permute tokens"
             r"|matmul ogs|array tma\w*|ptr ?array|(pre|post) reorder"
             r"|silu and mul (masked )?post (per tensor )?quant|expand input rows|shuffle rows"
             r"|shuffle mul sum|finalize moe|problem sizes|arg sorts|seg indptr|src 2 dst|m range"
+            r"|masked m|gateup|topk (forward|backward)|bitmatrix|expt|combined routing"
+            r"|writeback idx|compute strides|do activation|pplx"
             r"|bmm (e \d m \d|bfloat|bfloat 16|mx\w*|fp 16)",
         },
     ),
@@ -88,17 +96,20 @@ CATEGORIES: tuple[Category, ...] = (
         {
             90: r"(add )?rms ?norm\w*|layer ?norm\w*|batch ?norm\w*|bn (fw|bw)|group ?norm\w*"
             r"|norm|qk ?norm"
-            r"|normali[sz]ation|welford|row ?wise moments|gemma ?rms\w*",
+            r"|normali[sz]ation|welford|row ?wise moments|gemma ?rms\w*"
+            r"|mean .*rsqrt|rsqrt .*var mean",
         },
+        in_loops=True,
     ),
     Category(
         "activation",
         (48, 62),
         {
-            100: r"(act|silu|gelu|swiglu|clamp) (and )?mul|silu|gelu|swiglu\w*|relu\d*|sigmoid|tanh"
-            r"|swish|softplus|threshold|do activation|masked activation|gelu tanh|\w*silu",
+            100: r"(act|clamp) (and )?mul|\w*silu|[a-z]{0,2}elu|\w*relu|swiglu\w*|([gr]e)?glu"
+            r"|\w*sigmoid|(hard)?tanh|\w*swish|mish|softplus|threshold|masked activation",
             120: r"activation",
         },
+        in_loops=True,
     ),
     Category(
         "quantization",
@@ -107,26 +118,29 @@ CATEGORIES: tuple[Category, ...] = (
             110: r"\w*quant(s|ize|ized|ization|izer)?|dequant\w*|scaled fp|cvt fp|to fp ?\d"
             r"|act quant\w*"
             r"|a(bs )?max|absmax|mx ?fp|nv ?fp|block ?scale interleave|swizzle|transform sf"
-            r"|pack (fp|ue)|awq|gptq",
+            r"|pack (fp|ue)|awq|gptq|(cast|convert) fp [48]|to mxfp",
         },
     ),
     Category(
         "sampling",
         (14, 58),
         {
-            80: r"sampl(ing|er)|top ?[kp]|arg ?(max|min)\w*|arg (max|min) ops|multinomial|min ?p"
+            # Speculative decoding chooses tokens, whatever it prepares for attention.
+            57: r"draft|eagle",
+            80: r"(?<!grid )sampl(e|ed|ing|er)|rejection|recovered|gumbel|temperature"
+            r"|distribution (elementwise|nullary)|\w*top ?[kp]|kth values?"
+            r"|arg ?(max|min)\w*|arg (max|min) ops|multinomial|min ?p"
             r"|radix ?sort|sort|bitonic|(log )?softmax\w*|soft ?max|\w*penalt(y|ies)|logits?"
-            r"|logprobs?|bincount|exponential|renorm|speculative|verify tree|tree (greedy|spec\w*)"
-            r"|build tree|bitmask|radix ?top ?k",
+            r"|logprobs?|bincount|exponential|(?<!embedding )renorm|spec(ulative)?|ngram|verify"
+            r"|verified|accept(ed)?|cache locs?|tree mask|evict mask|tree (greedy|spec\w*)"
+            r"|build tree|beam search|bitmask|radix ?top ?k",
         },
+        in_loops=True,
     ),
     Category(
         "elementwise",
         (196, 30),
-        {
-            # Inductor names what it fuses after every operator that went into it.
-            10: r"^triton (poi|red|per|for) (?!.*(softmax|norm|silu|gelu|relu|sigmoid))",
-        },
+        {65: "pooling"},
     ),
     Category(
         "communication",
@@ -137,8 +151,9 @@ CATEGORIES: tuple[Category, ...] = (
             r"|cross device|local device load|quick ?reduce|(one|two) ?shot|all ?reduce\d*"
             r"|reduce ?scatter|all ?gather|all ?to ?all|a ?2 ?a|send ?recv|deep ?ep"
             r"|(inter|intra) ?node( ll)?|low latency (dispatch|combine)|lamport"
-            r"|symm(etric)? mem(ory)?"
+            r"|symm(etric)? mem(ory)?|(put|wait) signal"
             r"|(moe|ep) ?(dispatch|combine)|c 10 d",
+            115: "barrier",
         },
         is_compute=False,
     ),
@@ -146,7 +161,8 @@ CATEGORIES: tuple[Category, ...] = (
         "memory",
         (34, 26),
         {
-            40: r"^(cuda |hip )?(unified memory )?(memcpy|memset)"
+            40: r"^(cuda |hip )?(unified memory )?(memcpy|memset)(?!.* kernel)"
+            r"|^copy (host|device) to (host|device)"
             r"|amd rocclr (copy|fill) ?buffer\w*( aligned)?",
         },
         is_compute=False,
@@ -166,11 +182,11 @@ NOT_COMPUTE = tuple(row.name for row in CATEGORIES if not row.is_compute)
 # Kernels that move or combine numbers; tried last, when no category's pattern matches.
 _ELEMENTWISE_WORDS = (
     r"\w*elementwise|elt ?wise|\w*gather|\w*scatter|index\w*|\w*copy|cat|concat|cat array|reduce"
-    r"|fill|arange|scan|cum(sum|prod)|cub|rocprim|hipcub|thrust|where|embedding|positions?|future"
-    r"|req to token|clamp|pool|pow|nchw|nhwc|transpose|permute|pad|unrolled|multi tensor apply"
-    r"|triton (poi|red|per|for)|[sdcz]?(axpy|axpby|scal)|saxpy|aten|at native|compute offsets"
+    r"|memcpy|memset|fill|arange|scan|cum(sum|prod)|cub|rocprim|hipcub|thrust|where|embedding|positions?"
+    r"|future|req to token|clamp|pool|pow|nchw|nhwc|transpose|permute|pad|unrolled"
+    r"|multi tensor apply|[sdcz]?(axpy|axpby|scal)|aten|at native|offsets?|scale|alloc|loc|segment"
     r"|(add|mul|sub|div|cast|convert|slice|repeat|unique|nonzero|masked|tril|triu|roll|flip)"
-    r"|split|zeros?|write|assign|compute|expand"
+    r"|split|tensor transform|zeros?|write|assign|compute|expand"
 )
 
 
@@ -193,27 +209,43 @@ def words(key: str) -> str:
 
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
-_PATTERNS = sorted((at, row.name, text) for row in CATEGORIES for at, text in row.patterns.items())
-_CATEGORY_PATTERNS = tuple(
-    (name, re.compile(rf"\b(?:{pattern})\b")) for _, name, pattern in _PATTERNS
-)
+# Loops that Inductor generates; it names them after every operator near them. Its templates of
+# matrix multiplication and attention begin with triton_tem.
+_LOOP = re.compile(r"triton_(poi|red|per|for|spl|mix)_")
+# Libraries whose names mention an operation that most of their kernels do not do.
+_LIBRARY = re.compile(r"\b(?:fbgemm|deep_gemm)\w*::")
+_Compiled = tuple[tuple[str, re.Pattern[str]], ...]
+_ORDERED = sorted((at, row.name, text) for row in CATEGORIES for at, text in row.patterns.items())
+_PATTERNS: _Compiled = tuple((name, re.compile(rf"\b(?:{text})\b")) for _, name, text in _ORDERED)
+_IN_LOOPS = tuple(row.name for row in CATEGORIES if row.in_loops)
+_LOOP_PATTERNS = tuple(pair for pair in _PATTERNS if pair[0] in _IN_LOOPS)
 _ELEMENTWISE = re.compile(rf"\b(?:{_ELEMENTWISE_WORDS})\b")
 _BARE_ATTENTION = ("_fwd_kernel", "_fwd_kernel_unified")
 
 
 @lru_cache(maxsize=4096)
 def _of_key(key: str) -> str:
+    if _LOOP.match(key):
+        return _first(words(key), _LOOP_PATTERNS) or "elementwise"
     # Triton's context and extend attention, whose names do not mention attention.
     if key in _BARE_ATTENTION:
         return "attention"
-    whole = words(key)
+    key = _LIBRARY.sub("", key)
     head, bracket, inner = key.partition("[")
-    leaf = words(head.rsplit("::", 1)[-1] + bracket + inner)
+    namespace, _, last = head.rpartition("::")
+    whole = words(key)
+    # What is in a namespace of experts or of collectives belongs to them, whatever its own name.
+    is_of_namespace = _first(words(namespace)) in ("moe", "communication")
+    leaf = whole if is_of_namespace else words(last + bracket + inner)
     for text in dict.fromkeys((leaf, whole)):
-        for row_name, compiled in _CATEGORY_PATTERNS:
-            if compiled.search(text):
-                return row_name
+        if row_name := _first(text):
+            return row_name
     return "elementwise" if _ELEMENTWISE.search(whole) else "other"
+
+
+def _first(text: str, patterns: _Compiled = _PATTERNS) -> str:
+    """The category of the first pattern that is found in `text`; empty if there is none."""
+    return next((name for name, compiled in patterns if compiled.search(text)), "")
 
 
 @lru_cache(maxsize=256)

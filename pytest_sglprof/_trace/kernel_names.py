@@ -24,7 +24,7 @@ _GROUPED = re.compile(r"GemmType\)?\s*(?:[1-9]|::\w*[Gg]rouped)")
 _FRAME = re.compile(
     r"\w*elementwise_kernel\w*|reduce_kernel|multi_tensor_apply_kernel|fused_\w*_apply_kernel"
     r"|device_kernel|Kernel\d?|KernelEntry|kentry|trampoline_kernel|_kernel_agent"
-    r"|static_kernel|kernel_agent|transform_kernel"
+    r"|static_kernel|kernel_agent|transform_kernel|PersistentKernelTemplate"
 )
 # Wrapper types: the operation is among their own template arguments.
 _WRAPPER = re.compile(
@@ -414,11 +414,11 @@ def _roughly(name: str) -> str:
     parts: list[str] = []
     while match := _NUMBER.match(name, at):
         end = match.end() + int(match[0][:6])
-        if end > len(name):
+        if end > len(name) and not parts:
             break
-        parts.append(name[match.end() : end])
+        parts.append(name[match.end() : end])  # what is left, where a profiler cut the name
         at = end
-    parts = [part for part in parts if not part.startswith(_ANONYMOUS)]
+    parts = [part for part in parts if part and not part.startswith(_ANONYMOUS)]
     if not parts:
         return name
     bare = "::".join(parts)
