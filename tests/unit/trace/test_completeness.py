@@ -248,7 +248,7 @@ def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lost_kernels_one_in_five", "inconclusive", "TP1: 40 of 200 launches have no kernel"),
         ("rocm_overflow_whole", "inconclusive", "TP1: 40 kernels (20.0 %)"),
         ("two_runs", "inconclusive", "TP0 is of a run of 2, TP1 is of a run of 8 processes"),
-        ("skew_5s_tp1_late", "fail", "TP1 is 1.33x slower"),
+        ("skew_5s_tp1_late", "fail", "TP1 is 1.50x slower"),
     ],
 )
 def test_public_reports(cases: Path, name: str, word: str, text: str) -> None:
