@@ -138,6 +138,7 @@ def _everything(args: argparse.Namespace, settings: Settings, recorded: WindowFi
     merged = merge_files(
         recorded.paths,
         args.output,
+        file_ranks=recorded.file_ranks,
         ranks=table.ranks if table is not None else (),
         streams=streams_of(table) if table is not None else {},
         extra=lambda base: summary_events(table, base) if table is not None else (),
@@ -257,7 +258,7 @@ one after the other.
 def write_hints(args: argparse.Namespace, settings: Settings) -> None:
     """Prints the rows to pin, or writes them to `args.output`."""
     from pytest_sglprof._trace.nsys.report import stream_rows
-    from pytest_sglprof._trace.paths import is_nsys, window_files
+    from pytest_sglprof._trace.paths import is_nsys, names_of_reports, window_files
 
     recorded = recorded_by(args).files
     files = window_files(recorded.paths)
@@ -270,9 +271,14 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
         )
     records: list[dict[str, Any]] = []
     notes: list[str] = []
+    names = names_of_reports(files, recorded.file_ranks)
     for file in files:
         for row in stream_rows(
-            file, pid_ranks=recorded.pid_ranks, nsys=settings.nsys or None, notes=notes
+            file,
+            pid_ranks=recorded.pid_ranks,
+            name=names[file],
+            nsys=settings.nsys or None,
+            notes=notes,
         ):
             record = {"file": file.name, **asdict(row)}
             records.append({**record, "row": _row(row.pid, row.device, row.stream)})

@@ -43,6 +43,7 @@ def read_window(
     *,
     pid_ranks: Mapping[int, str] | None = None,
     gpu_ranks: Mapping[int, str] | None = None,
+    file_ranks: Mapping[str, str] | None = None,
     allow_partial: bool = False,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
@@ -54,6 +55,8 @@ def read_window(
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
     pid_ranks, gpu_ranks: the rank of a process id, else of a device, for nsys reports.
+    file_ranks: that of a file (its name, its path, or the end of it) whose rank nothing tells;
+    an nsys report of several ranks takes the name of its node.
     allow_partial: whether to read what is left of a truncated trace; the table is then
     `partial`. settle_s: seconds to drop from the front. patterns: (category, regex) tried
     before the built-in ones. step_delimiter: regex of the kernel that begins a step, for
@@ -66,6 +69,7 @@ def read_window(
     options = ReadOptions(
         pid_ranks=pid_ranks or {},
         gpu_ranks=gpu_ranks or {},
+        file_ranks=file_ranks or {},
         allow_partial=allow_partial,
         nsys=nsys,
         processes=processes,
@@ -259,7 +263,8 @@ def refuse_twice(ranks_by_file: Sequence[tuple[Path, str]]) -> None:
             raise TraceError(
                 f"rank {rank} {where}",
                 expected="one file for each rank, all of one window",
-                hint="give the files of one window only, each once",
+                hint="give the files of one window only, each once; where the names hide that they "
+                "are of several ranks, name these: --rank FILE=LABEL",
             )
         files[stage] = file
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pytest_sglprof._trace.paths import rank_of_file, rank_of_pid
+from pytest_sglprof._trace.paths import FileRanks, rank_of_pid
 from pytest_sglprof._trace.steps import (
     Call,
     TraceSteps,
@@ -66,16 +66,20 @@ Jobs = Sequence[tuple[Path, ScanRequest]]
 def read_traces(
     files: Sequence[Path],
     *,
+    file_ranks: Mapping[str, str],
     allow_partial: bool = False,
     processes: int | None = None,
     sequences: bool = True,
+    notes: Sequence[str] = (),
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
+    file_ranks: file → label, as in `read_window`. notes: on files that were left out.
     processes: the maximum number of reader processes, by default one for each processor; 1
     reads in this process. sequences: whether to read the numbers of collectives.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
+    file_rank = FileRanks(files, file_ranks)
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     total = sum(sizes[path] for path in files)
@@ -95,7 +99,8 @@ def read_traces(
             content, second = decode_file(path, allow_partial=allow_partial)
             whys = [f"{path.name}: decoded as a whole, since {why}" for why in unsafe]
             content.facts.notes += whys
-        parts += [(path, part) for part in _assembled(content, second)]
+        content.facts.notes = [*notes, *content.facts.notes]
+        parts += [(path, part) for part in _assembled(content, second, file_rank)]
     return parts
 
 
@@ -128,7 +133,9 @@ def _needs_launches(content: FileContent) -> bool:
     )
 
 
-def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:
+def _assembled(
+    content: FileContent, second: FileContent | None, ranks: FileRanks
+) -> list[RankActivities]:
     """The activities of each rank. Empties the columns of `content`, to save memory."""
     facts, path = content.facts, content.path
     base, unclear = base_time(path, facts.base)
@@ -140,7 +147,7 @@ def _assembled(content: FileContent, second: FileContent | None) -> list[RankAct
     for pid in facts.owners:
         named = label = rank_of_pid(pid.encode())
         if not label:
-            label, contradiction = rank_of_file(path, facts.distributed.encode())
+            label, contradiction = ranks.of(path, facts.distributed.encode())
             notes += contradiction
         pids.setdefault(label, set()).add(named)
     parts = []
