@@ -66,7 +66,7 @@ Jobs = Sequence[tuple[Path, ScanRequest]]
 def read_traces(
     files: Sequence[Path],
     *,
-    file_ranks: Mapping[str, str],
+    file_ranks: Mapping[str, str] | None = None,
     allow_partial: bool = False,
     processes: int | None = None,
     sequences: bool = True,
@@ -79,7 +79,7 @@ def read_traces(
     reads in this process. sequences: whether to read the numbers of collectives.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
-    file_rank = FileRanks(files, file_ranks)
+    file_rank = FileRanks(files, file_ranks or {})
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     total = sum(sizes[path] for path in files)
@@ -262,8 +262,8 @@ def _cpu_times(columns: Columns) -> Ints:
 
 
 def _possible(label: str, columns: Columns) -> tuple[Columns, list[str]]:
-    """The rows with possible durations, sorted by device, stream and start; and a note."""
-    where = timelines(columns.device, columns.stream)
+    """The rows with possible durations, sorted by device, context, stream and start; and a note."""
+    where = timelines(columns.device, columns.context, columns.stream)
     if not _ascends(where, columns.start):
         order = np.lexsort((-columns.dur, columns.start, where))
         columns, where = columns.take(order), where[order]

@@ -116,6 +116,7 @@ def _new_batch(*, exact: bool) -> Batch:
         correlation=array("q"),
         graph=array("b"),
         device=array("h"),
+        context=array("q"),
         owner=array("h"),
         call_row=array("i"),
         call_group=array("i"),
@@ -189,6 +190,7 @@ class Collector:
         nodes = [entry.graph_node for entry in args]
         batch.graph.frombytes(bytes([node != 0 for node in nodes]) if any(nodes) else bytes(size))
         batch.device.fromlist([entry.device for entry in args])
+        batch.context.fromlist([entry.context for entry in args])
         batch.owner.extend(array("h", [self._owners[""]]) * size)
 
     def _add_calls(self, columns: _Columns) -> None:
@@ -258,6 +260,7 @@ class Collector:
         batch.correlation.append(args.correlation)
         batch.graph.append(args.graph_node != 0)
         batch.device.append(args.device if 0 <= args.device < 2**15 else -1)
+        batch.context.append(args.context)
         batch.owner.append(self._owner(event.pid))
         self._add_call(batch, len(batch) - 1, event.name, args)
         if len(batch) >= BATCH:
