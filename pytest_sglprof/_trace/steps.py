@@ -336,7 +336,7 @@ def timelines(
     if not len(context) or (context == context[0]).all():
         return number
     places, place = np.unique(context, return_inverse=True)
-    distinct, codes = np.unique(number, return_inverse=True)
+    codes = np.unique(number, return_inverse=True)[1]
     return np.where(known, codes * len(places) + place, -1)
 
 
