@@ -61,9 +61,8 @@ class Rank:
 
         Read from the right, since a prefix may itself contain ``TP-3``.
         """
-        found = _matches(NAME_PATTERNS[0], name)
-        named = found[-1][1].rank if found else None
-        return named if named is not None and named.tp is not None else None
+        matches = _matches(NAME_PATTERNS[0], name)
+        return matches[-1][1].rank if matches else None
 
     @classmethod
     def from_process_title(cls, title: str) -> Rank | None:
@@ -129,6 +128,14 @@ def _dimensions(match: re.Match[str]) -> NamedRank | None:
     return NamedRank(Rank(**values), None if values.keys() & {"dp", "pp"} else values["tp"])
 
 
+def _of_sglang(match: re.Match[str]) -> NamedRank | None:
+    """`TP-1-DP-0`: tp counts through a pipeline stage, so in the first one it is the rank."""
+    named = _dimensions(match)
+    if named is None or named.rank.tp is None:
+        return None
+    return named._replace(number=None if named.rank.pp else named.rank.tp)
+
+
 def _of_all_dimensions(match: re.Match[str]) -> NamedRank | None:
     """`DP1 TP0`: the numbers that are left out follow from these."""
     dp, pp, tp, number = map(int, match.groups())
@@ -166,7 +173,7 @@ NAME_PATTERNS: tuple[NamePattern, ...] = (
         "SGLang: {prefix-}ID-TP-1-DP-0[-PP-0][-EP-1][-DECODE].trace.json.gz",
         re.compile(rf"(?:^|-)TP-\d+(?:-(?:DP|PP|EP)-\d+)*(?={FILE_END.pattern})"),
         True,
-        _dimensions,
+        _of_sglang,
     ),
     NamePattern(
         "vLLM: dp1_pp0_tp0_dcp0_ep2_rank2",
@@ -208,15 +215,11 @@ def named_ranks(paths: Iterable[Path]) -> dict[Path, NamedRank]:
     for of_folder in (False, True):
         for row in NAME_PATTERNS:
             left = [path for path in files if path not in ranks]
-            matches = {
-                path: _matches(row, folders[path], whole=True)
-                if of_folder
-                else _matches(row, path.name)
-                for path in left
-            }
-            found = {path: pairs[-1] for path, pairs in matches.items() if pairs}
-            if row.is_index or any(_has_zero(match) for match, _ in found.values()):
-                ranks |= {path: named for path, (_, named) in found.items()}
+            texts = {path: folders[path] if of_folder else path.name for path in left}
+            matches = {path: _matches(row, texts[path], whole=of_folder) for path in left}
+            last = {path: pairs[-1] for path, pairs in matches.items() if pairs}
+            if row.is_index or any(_has_zero(match) for match, _ in last.values()):
+                ranks |= {path: named for path, (_, named) in last.items()}
     return ranks
 
 
@@ -229,8 +232,8 @@ def node_in_name(path: Path) -> str:
 def _matches(
     row: NamePattern, text: str, *, whole: bool = False
 ) -> list[tuple[re.Match[str], NamedRank]]:
-    found = [row.pattern.fullmatch(text)] if whole else row.pattern.finditer(text)
-    return [(match, named) for match in found if match and (named := row.rank(match))]
+    matches = [row.pattern.fullmatch(text)] if whole else row.pattern.finditer(text)
+    return [(match, named) for match in matches if match and (named := row.rank(match))]
 
 
 def _has_zero(match: re.Match[str]) -> bool:

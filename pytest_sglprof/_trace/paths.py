@@ -30,11 +30,14 @@ _SQLITE = b"SQLite format 3\x00"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The arguments of `read_window` that readers need; described there."""
+    """The arguments of `read_window` that readers need; described there.
+
+    file_ranks: label of each file for which one is given; see `given_labels`.
+    """
 
     pid_ranks: Mapping[int, str] = field(default_factory=dict)
     gpu_ranks: Mapping[int, str] = field(default_factory=dict)
-    file_ranks: Mapping[str, str] = field(default_factory=dict)
+    file_ranks: Mapping[Path, str] = field(default_factory=dict)
     allow_partial: bool = False
     nsys: str | None = None
     processes: int | None = None
@@ -72,15 +75,15 @@ def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
     names = names_of_reports(files, options.file_ranks)
     parts: Activities = []
     for file in files:
-        found = read_report(
+        activities_by_rank = read_report(
             file,
             pid_ranks=options.pid_ranks,
             gpu_ranks=options.gpu_ranks,
             name=names[file],
             nsys=options.nsys,
         )
-        _refuse_several(file, names[file], [activities.rank for activities in found])
-        parts += [(file, activities) for activities in found]
+        _refuse_several(file, names[file], [part.rank for part in activities_by_rank])
+        parts += [(file, part) for part in activities_by_rank]
     return parts
 
 
@@ -143,8 +146,9 @@ def reader_of(path: Path) -> Reader:
 def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files to read for each path: the path itself, or what a folder holds.
 
-    A folder of Parquet files is one export. Hidden files are ignored. Raises `NotATrace` when
-    a path does not exist, and when there is nothing to read at all.
+    A folder of Parquet files is one export; of a folder without any files, those in its folders
+    that are named after a rank or a node are listed. Hidden files are ignored. Raises `NotATrace`
+    when a path does not exist, and when there is nothing to read at all.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [file for path in listed for file in _files(Path(path))]
@@ -174,11 +178,19 @@ def _files(path: Path) -> list[Path]:
     inside = sorted(file for file in path.iterdir() if file.name[0] != ".")
     if any(file.suffix == ".parquet" for file in inside):
         return [path]
-    return [
+    files = [
         file
         for reader in READERS
         for file in reader.pick([file for file in inside if file.name.endswith(reader.endings)])
     ]
+    return files or [file for folder in _of_ranks_or_nodes(inside) for file in _files(folder)]
+
+
+def _of_ranks_or_nodes(inside: Sequence[Path]) -> list[Path]:
+    """The folders that are named after a rank or a node (`rank0`)."""
+    folders = [path for path in inside if path.is_dir()]
+    named = named_ranks(folder / "*" for folder in folders)
+    return [f for f in folders if f / "*" in named or node_in_name(f / "*")]
 
 
 def _endings() -> list[str]:
@@ -220,12 +232,11 @@ _DISTRIBUTED = msgspec.json.Decoder(_Distributed)
 class FileRanks:
     """Which rank wrote each torch trace of a window.
 
-    given: file → label, as in `read_window`. Raises `TraceError` for a file of `given` that is
-    not, or more than once, among `files`.
+    given: label of each file for which one is given.
     """
 
-    def __init__(self, files: Sequence[Path], given: Mapping[str, str]) -> None:
-        self._given = given_labels(files, given)
+    def __init__(self, files: Sequence[Path], given: Mapping[Path, str]) -> None:
+        self._given = given
         self._named = named_ranks(files)
         stages = {str(path): FILE_END.sub("", str(path)) for path in files}
         self._alone = len(set(stages.values())) <= 1
@@ -241,12 +252,12 @@ class FileRanks:
         if path in self._given:
             return self._given[path], []
         info = _decoded(distributed)
-        several = (info.world_size or 1) > 1
+        several = (info.world_size or 1) > 1 or (info.rank or 0) > 0
         if (named := self._named.get(path)) is not None:
             if info.rank is None or not several or named.agrees(info.rank):
                 return named.rank.label, []
-            return named.rank.label, [self._contradiction(path, named, info)]
-        is_told = info.rank is not None and info.rank >= 0 and info.world_size != 1
+            return named.rank.label, self._contradiction(path, named, info)
+        is_told = info.rank is not None and (several or info.world_size is None)
         if not is_told and (several or not self._alone):
             raise TraceError(
                 f"{path} has no rank, neither in its name nor in its distributedInfo",
@@ -254,9 +265,9 @@ class FileRanks:
                 "that of a step, and tp2 beside tp4 a size",
                 hint="rename the file after its rank, or give it: --rank FILE=TP1",
             )
-        return Rank(tp=max(info.rank or 0, 0)).label, []
+        return Rank(tp=info.rank or 0).label, []
 
-    def _contradiction(self, path: Path, named: NamedRank, info: _Distributed) -> str:
+    def _contradiction(self, path: Path, named: NamedRank, info: _Distributed) -> list[str]:
         label = named.rank.label
         values = f"its name says {label}, its distributedInfo rank {info.rank} of {info.world_size}"
         if not self._alone:
@@ -265,11 +276,12 @@ class FileRanks:
                 expected="a name and contents of the same rank",
                 hint=f"look which is right, and give it: --rank {path.name}={label}",
             )
-        return f"{path.name}: {values}; the name is used"
+        # Alone, a file of one of several replicas may have been counted in another way.
+        return [f"{path.name}: {values}; the name is used"] if named.rank.dp is None else []
 
 
 def given_labels(files: Sequence[Path], given: Mapping[str, str]) -> dict[Path, str]:
-    """The labels of files that are given by name, or by a path or the end of one.
+    """The label of each file for which one is given, by its name, or a path or the end of one.
 
     Raises `TraceError` for one that is not, or more than once, among `files`.
     """
@@ -277,15 +289,15 @@ def given_labels(files: Sequence[Path], given: Mapping[str, str]) -> dict[Path, 
     for name, label in given.items():
         parts = Path(name).parts
         ends = {path for path in files if parts and path.parts[-len(parts) :] == parts}
-        found = ends or {path for path in files if path.absolute() == Path(name).absolute()}
-        if len(found) != 1:
+        meant = ends or {path for path in files if path.absolute() == Path(name).absolute()}
+        if len(meant) != 1:
             raise TraceError(
-                f"the rank of {name} is given as {label}, but {len(found)} of the files that are "
+                f"the rank of {name} is given as {label}, but {len(meant)} of the files that are "
                 "read have that name",
                 expected="the name or path of one of the files",
                 hint=f"they are {', '.join(dict.fromkeys(map(str, files))) or 'none'}",
             )
-        labels[found.pop()] = label
+        labels[meant.pop()] = label
     return labels
 
 
@@ -300,17 +312,17 @@ def of_ranks(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return ranks, [f"{path.name} is left out: {why}" for path in sorted(others)]
 
 
-def names_of_reports(files: Sequence[Path], given: Mapping[str, str]) -> dict[Path, ReportName]:
+def names_of_reports(files: Sequence[Path], given: Mapping[Path, str]) -> dict[Path, ReportName]:
     """What the names of reports say of their ranks and nodes. given: as of `FileRanks`."""
     from pytest_sglprof._trace.nsys.database import ReportName
 
-    labels, named = given_labels(files, given), named_ranks(files)
+    named = named_ranks(files)
     names: dict[Path, ReportName] = {}
     for path in files:
         rank = named[path].rank.label if path in named else ""
         node = (node_in_name(path) or rank) if len(set(files)) > 1 else ""
         names[path] = ReportName(rank, node)
-        if (label := labels.get(path)) is not None:
+        if (label := given.get(path)) is not None:
             names[path] = ReportName(label, "" if Rank.parse(label) else label, is_given=True)
     return names
 
@@ -327,6 +339,7 @@ def rank_of_pid(pid: bytes) -> str:
 
 def _decoded(distributed: bytes) -> _Distributed:
     try:
-        return _DISTRIBUTED.decode(distributed) if distributed else _Distributed()
+        info = _DISTRIBUTED.decode(distributed) if distributed else _Distributed()
+        return _Distributed(None, info.world_size) if (info.rank or 0) < 0 else info
     except msgspec.DecodeError:  # null, or fields of other types
         return _Distributed()

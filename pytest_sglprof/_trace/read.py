@@ -20,7 +20,13 @@ from pytest_sglprof._errors import TraceError
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
 from pytest_sglprof._trace.kernel_names import normalise
-from pytest_sglprof._trace.paths import Reader, ReadOptions, reader_of, window_files
+from pytest_sglprof._trace.paths import (
+    Reader,
+    ReadOptions,
+    given_labels,
+    reader_of,
+    window_files,
+)
 from pytest_sglprof._trace.steps import DRAFTS, StepIndex, step_key
 from pytest_sglprof._trace.table import (
     COLUMNS,
@@ -66,17 +72,18 @@ def read_window(
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
+    listed = window_files(paths)
     options = ReadOptions(
         pid_ranks=pid_ranks or {},
         gpu_ranks=gpu_ranks or {},
-        file_ranks=file_ranks or {},
+        file_ranks=given_labels(listed, file_ranks or {}),
         allow_partial=allow_partial,
         nsys=nsys,
         processes=processes,
         sequences=sequences,
     )
     files: dict[Reader, list[Path]] = {}
-    for file in window_files(paths):
+    for file in listed:
         files.setdefault(reader_of(file), []).append(file)
     parts = [part for reader, same in files.items() for part in reader.read(same, options)]
     return build_table(parts, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)

@@ -70,7 +70,7 @@ def merge_files(
     files: Sequence[Path],
     out: Path,
     *,
-    file_ranks: Mapping[str, str] | None = None,
+    file_ranks: Mapping[Path, str] | None = None,
     ranks: Sequence[str] = (),
     streams: Mapping[str, frozenset[int]] | None = None,
     extra: Callable[[int], Iterable[Event]] = lambda base_ns: (),
@@ -79,7 +79,7 @@ def merge_files(
 ) -> Merged:
     """Writes all events of `files` into `out`, whole or not at all; packed if `*.gz`.
 
-    file_ranks: file → label, where nothing else tells it; a coordinator's file is left out.
+    file_ranks: label of each file for which one is given. A coordinator's file is left out.
     ranks: labels in the order in which they are to stand; by default that of the files.
     streams: rank → the GPU's streams, to name their rows. extra: events to stand first,
     given the clock's zero in Unix ns. progress: (stored bytes read, bytes in all).

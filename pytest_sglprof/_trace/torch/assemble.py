@@ -66,7 +66,7 @@ Jobs = Sequence[tuple[Path, ScanRequest]]
 def read_traces(
     files: Sequence[Path],
     *,
-    file_ranks: Mapping[str, str] | None = None,
+    file_ranks: Mapping[Path, str] | None = None,
     allow_partial: bool = False,
     processes: int | None = None,
     sequences: bool = True,
@@ -74,7 +74,7 @@ def read_traces(
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
-    file_ranks: file → label, as in `read_window`. notes: on files that were left out.
+    file_ranks: label of each file for which one is given. notes: on files that were left out.
     processes: the maximum number of reader processes, by default one for each processor; 1
     reads in this process. sequences: whether to read the numbers of collectives.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
