@@ -133,11 +133,13 @@ Outcome = tuple[dict[str, int], Sequence[str], Sequence[str], bool]
 def _everything(args: argparse.Namespace, settings: Settings, recorded: WindowFiles) -> Outcome:
     from pytest_sglprof._report.perfetto import streams_of, summary_events
     from pytest_sglprof._trace.merge.files import merge_files
+    from pytest_sglprof._trace.paths import given_labels
 
     table, notes = _table(args, settings, recorded)
     merged = merge_files(
         recorded.paths,
         args.output,
+        file_ranks=given_labels(recorded.paths, recorded.file_ranks),
         ranks=table.ranks if table is not None else (),
         streams=streams_of(table) if table is not None else {},
         extra=lambda base: summary_events(table, base) if table is not None else (),
@@ -257,7 +259,7 @@ one after the other.
 def write_hints(args: argparse.Namespace, settings: Settings) -> None:
     """Prints the rows to pin, or writes them to `args.output`."""
     from pytest_sglprof._trace.nsys.report import stream_rows
-    from pytest_sglprof._trace.paths import is_nsys, window_files
+    from pytest_sglprof._trace.paths import given_labels, is_nsys, names_of_reports, window_files
 
     recorded = recorded_by(args).files
     files = window_files(recorded.paths)
@@ -270,9 +272,14 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
         )
     records: list[dict[str, Any]] = []
     notes: list[str] = []
+    names = names_of_reports(files, given_labels(files, recorded.file_ranks))
     for file in files:
         for row in stream_rows(
-            file, pid_ranks=recorded.pid_ranks, nsys=settings.nsys or None, notes=notes
+            file,
+            pid_ranks=recorded.pid_ranks,
+            name=names[file],
+            nsys=settings.nsys or None,
+            notes=notes,
         ):
             record = {"file": file.name, **asdict(row)}
             records.append({**record, "row": _row(row.pid, row.device, row.stream)})

@@ -90,7 +90,7 @@ def _from_sums(
     keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
 ) -> _Records | None:
     """The totals of one nsys report, added up by its engine; None if its rows are needed."""
-    from pytest_sglprof._trace.paths import is_nsys, window_files
+    from pytest_sglprof._trace.paths import is_nsys, names_of_reports, window_files
 
     files = window_files(recorded.files.paths)
     if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
@@ -100,7 +100,12 @@ def _from_sums(
 
     if not set(keys) <= set(SUMMED):
         return None
-    sums = read_sums(files[0], nsys=settings.nsys or None, patterns=settings.categories)
+    sums = read_sums(
+        files[0],
+        name=names_of_reports(files, {})[files[0]],
+        nsys=settings.nsys or None,
+        patterns=settings.categories,
+    )
     records = sum_records(sums, keys, uncategorised=args.uncategorised)
     return records, _notes(sums.notes, bool(len(sums)), args)
 

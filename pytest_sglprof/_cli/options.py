@@ -53,9 +53,10 @@ def input_options(paths: str) -> argparse.ArgumentParser:
         "--rank",
         action="append",
         default=[],
-        type=_pid_and_label,
-        metavar="PID=LABEL",
-        help="rank of a process in an nsys report, for example 31205=TP0; can be repeated",
+        type=_owner_and_label,
+        metavar="PID|FILE=LABEL",
+        help="rank of a process in an nsys report, for example 31205=TP0, or of a file whose rank "
+        "nothing tells, for example trace_7.json=TP1; can be repeated",
     )
     group.add_argument(
         "--allow-partial",
@@ -191,11 +192,18 @@ def count(text: str) -> int:
     return number
 
 
-def _pid_and_label(text: str) -> tuple[int, str]:
-    pid, _, label = text.partition("=")
-    if not pid.isdigit() or not label:
-        raise argparse.ArgumentTypeError("must be PID=LABEL, for example 31205=TP0")
-    return int(pid), label
+def _owner_and_label(text: str) -> tuple[int | str, str]:
+    owner, _, label = text.rpartition("=")
+    if not owner or not label.strip():
+        raise argparse.ArgumentTypeError("must be PID=LABEL or FILE=LABEL, for example 31205=TP0")
+    return int(owner) if owner.isdecimal() else owner, label.strip()
+
+
+def _given_ranks(args: argparse.Namespace) -> tuple[dict[int, str], dict[str, str]]:
+    """The labels of `--rank` by process id, and by file."""
+    given = dict(args.rank)
+    by_pid = {owner: label for owner, label in given.items() if isinstance(owner, int)}
+    return by_pid, {owner: label for owner, label in given.items() if isinstance(owner, str)}
 
 
 # What a command reads: files as they are given, or a window of a run.
@@ -223,7 +231,9 @@ def recorded_by(args: argparse.Namespace) -> Recorded:
             )
         from pytest_sglprof._run.measure import WindowFiles
 
-        return Recorded(WindowFiles(tuple(map(Path, args.paths)), pid_ranks=dict(args.rank)))
+        pid_ranks, file_ranks = _given_ranks(args)
+        paths = tuple(map(Path, args.paths))
+        return Recorded(WindowFiles(paths, pid_ranks=pid_ranks, file_ranks=file_ranks))
     from pytest_sglprof._report.results import load_results
 
     window, folder = choose_window([load_results(results[0])], [results[0].parent], args.window)
@@ -279,10 +289,12 @@ def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace)
             expected="the files that results.json names, beside it",
             hint="keep the traces of windows that pass: --sglprof-set=output.keep=all",
         )
+    by_pid, by_file = _given_ranks(args)
     pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()}
     return WindowFiles(
         tuple(paths),
-        pid_ranks={**pid_ranks, **dict(args.rank)},
+        pid_ranks={**pid_ranks, **by_pid},
+        file_ranks=by_file,
         gpu_ranks={int(gpu): rank for gpu, rank in window.gpu_ranks.items()},
         settle=window.spec.settle,
     )

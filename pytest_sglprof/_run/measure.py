@@ -24,13 +24,15 @@ class WindowFiles:
     """The files of one window, and what is known of the window that they do not hold.
 
     pid_ranks, gpu_ranks: the rank label of each process, else of each device, for nsys
-    reports. settle: seconds that are dropped from the front. facts: what the server's log
-    says about the time of the window; None for a window without facts.
+    reports; file_ranks: that of a file whose rank nothing tells. settle: seconds that are
+    dropped from the front. facts: what the server's log says about the time of the window;
+    None for a window without facts.
     """
 
     paths: tuple[Path, ...]
     pid_ranks: Mapping[int, str] = field(default_factory=dict)
     gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    file_ranks: Mapping[str, str] = field(default_factory=dict)
     settle: float = 0.0
     facts: ServerFacts | None = None
 
@@ -41,8 +43,8 @@ class WindowFiles:
             tuple(artifact.path for artifact in readable(capture.artifacts)),
             capture.pid_ranks,
             capture.gpu_ranks,
-            capture.spec.settle,
-            capture.facts,
+            settle=capture.spec.settle,
+            facts=capture.facts,
         )
 
 
@@ -64,6 +66,7 @@ def read_recorded(
         files.paths,
         pid_ranks=files.pid_ranks,
         gpu_ranks=files.gpu_ranks,
+        file_ranks=files.file_ranks,
         allow_partial=allow_partial,
         settle_s=files.settle,
         patterns=settings.categories,

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError
-from pytest_sglprof._ranks import Rank
+from pytest_sglprof._ranks import FILE_END, NamedRank, Rank, named_ranks, node_in_name
 from pytest_sglprof._trace.torch.stream import GZIP, ZSTD
 
 if TYPE_CHECKING:
+    from pytest_sglprof._trace.nsys.database import ReportName
     from pytest_sglprof._trace.table import RankActivities
 
 
@@ -29,10 +30,14 @@ _SQLITE = b"SQLite format 3\x00"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The arguments of `read_window` that readers need; described there."""
+    """The arguments of `read_window` that readers need; described there.
+
+    file_ranks: label of each file for which one is given; see `given_labels`.
+    """
 
     pid_ranks: Mapping[int, str] = field(default_factory=dict)
     gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    file_ranks: Mapping[Path, str] = field(default_factory=dict)
     allow_partial: bool = False
     nsys: str | None = None
     processes: int | None = None
@@ -67,22 +72,43 @@ def _is_of_nsys(path: Path, head: bytes) -> bool:
 def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
     from pytest_sglprof._trace.nsys.report import read_report
 
-    known = {"pid_ranks": options.pid_ranks, "gpu_ranks": options.gpu_ranks}
-    return [
-        (file, activities)
-        for file in files
-        for activities in read_report(file, **known, nsys=options.nsys)
-    ]
+    names = names_of_reports(files, options.file_ranks)
+    parts: Activities = []
+    for file in files:
+        activities_by_rank = read_report(
+            file,
+            pid_ranks=options.pid_ranks,
+            gpu_ranks=options.gpu_ranks,
+            name=names[file],
+            nsys=options.nsys,
+        )
+        _refuse_several(file, names[file], [part.rank for part in activities_by_rank])
+        parts += [(file, part) for part in activities_by_rank]
+    return parts
+
+
+def _refuse_several(file: Path, name: ReportName, labels: Sequence[str]) -> None:
+    """Raises `TraceError` where one rank was given for a report of several."""
+    if name.is_given and not name.node and [*labels] != [name.rank]:
+        raise TraceError(
+            f"the rank of {file} is given as {name.rank}, but it holds {', '.join(labels)}",
+            expected="a report of one process on one device",
+            hint="give the rank of each process, --rank PID=LABEL, or the report a name of its "
+            "node: --rank FILE=node1",
+        )
 
 
 def _read_torch(files: Sequence[Path], options: ReadOptions) -> Activities:
     from pytest_sglprof._trace.torch.assemble import read_traces
 
+    ranks, notes = of_ranks(files)
     return read_traces(
-        files,
+        ranks,
+        file_ranks=options.file_ranks,
         allow_partial=options.allow_partial,
         processes=options.processes,
         launches=options.launches,
+        notes=notes,
     )
 
 
@@ -120,8 +146,9 @@ def reader_of(path: Path) -> Reader:
 def window_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files to read for each path: the path itself, or what a folder holds.
 
-    A folder of Parquet files is one export. Hidden files are ignored. Raises `NotATrace` when
-    a path does not exist, and when there is nothing to read at all.
+    A folder of Parquet files is one export; of a folder without any files, those in its folders
+    that are named after a rank or a node are listed. Hidden files are ignored. Raises `NotATrace`
+    when a path does not exist, and when there is nothing to read at all.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     files = [file for path in listed for file in _files(Path(path))]
@@ -151,11 +178,19 @@ def _files(path: Path) -> list[Path]:
     inside = sorted(file for file in path.iterdir() if file.name[0] != ".")
     if any(file.suffix == ".parquet" for file in inside):
         return [path]
-    return [
+    files = [
         file
         for reader in READERS
         for file in reader.pick([file for file in inside if file.name.endswith(reader.endings)])
     ]
+    return files or [file for folder in _of_ranks_or_nodes(inside) for file in _files(folder)]
+
+
+def _of_ranks_or_nodes(inside: Sequence[Path]) -> list[Path]:
+    """The folders that are named after a rank or a node (`rank0`)."""
+    folders = [path for path in inside if path.is_dir()]
+    named = named_ranks(folder / "*" for folder in folders)
+    return [f for f in folders if f / "*" in named or node_in_name(f / "*")]
 
 
 def _endings() -> list[str]:
@@ -176,13 +211,14 @@ def _stale(export: Path) -> bool:
     return export.stat().st_mtime_ns < report.stat().st_mtime_ns
 
 
-# Find which rank wrote a trace: from its file name, else from its contents.
+# Find which rank wrote a trace: from what is given, its file name, else from its contents.
 #
 # A kernel's `pid` is never used: it is the index of the device, which is not the rank. Only
 # files that SGLang merged have ranks in it.
 
-_FILE_RANK = re.compile(r"(?:^|[-_.])rank[-_]?(\d{1,6})(?=[-_.])")
 _MERGED_PID = re.compile(r"^\[((?:[A-Z]+\d+-?)+)\]")
+# vLLM's process between the clients and the ranks profiles itself, too.
+_COORDINATOR = re.compile(r"(?:^|[-_.])async_llm(?=[-_.])")
 
 
 class _Distributed(msgspec.Struct):
@@ -193,32 +229,102 @@ class _Distributed(msgspec.Struct):
 _DISTRIBUTED = msgspec.json.Decoder(_Distributed)
 
 
-def rank_of_file(path: Path, distributed: bytes) -> tuple[str, list[str]]:
-    """The label of a file's rank, and a note if name and contents contradict each other.
+class FileRanks:
+    """Which rank wrote each torch trace of a window.
 
-    distributed: JSON text of the trace's `distributedInfo`, empty if it has none. The only
-    process of a run is TP0. Raises `TraceError` when there were several processes and the
-    file does not say which one wrote it.
+    given: label of each file for which one is given.
     """
-    info = _decoded(distributed)
-    several = (info.world_size or 1) > 1
-    named = _named(path.name)
-    if named is not None:
-        # With DP or PP in the name the global rank is not the tp rank.
-        alone = named.pp is None and named.dp is None
-        if alone and several and info.rank is not None and info.rank != named.tp:
-            return named.label, [
-                f"{path.name}: its name says {named.label}, its distributedInfo rank {info.rank} "
-                f"of {info.world_size}; the name is used"
-            ]
-        return named.label, []
-    if info.rank is None and several:
-        raise TraceError(
-            f"{path} has no rank, neither in its name nor in its distributedInfo",
-            expected="a name such as ID-TP-1.trace.json.gz",
-            hint="rename the file after its rank",
-        )
-    return Rank(tp=max(info.rank or 0, 0)).label, []
+
+    def __init__(self, files: Sequence[Path], given: Mapping[Path, str]) -> None:
+        self._given = given
+        self._named = named_ranks(files)
+        stages = {str(path): FILE_END.sub("", str(path)) for path in files}
+        self._alone = len(set(stages.values())) <= 1
+
+    def of(self, path: Path, distributed: bytes) -> tuple[str, list[str]]:
+        """The label of a file's rank, and notes on it.
+
+        distributed: JSON text of the trace's `distributedInfo`, empty if it has none. The only
+        process of a run is TP0. Raises `TraceError` when the file does not say which of several
+        processes wrote it; also when name and contents contradict each other, unless the file is
+        alone: then the name is used, with a note.
+        """
+        if path in self._given:
+            return self._given[path], []
+        info = _decoded(distributed)
+        several = (info.world_size or 1) > 1 or (info.rank or 0) > 0
+        if (named := self._named.get(path)) is not None:
+            if info.rank is None or not several or named.agrees(info.rank):
+                return named.rank.label, []
+            return named.rank.label, self._contradiction(path, named, info)
+        is_told = info.rank is not None and (several or info.world_size is None)
+        if not is_told and (several or not self._alone):
+            raise TraceError(
+                f"{path} has no rank, neither in its name nor in its distributedInfo",
+                expected="a name such as ID-TP-1.trace.json.gz or rank1.json; a bare number may be "
+                "that of a step, and tp2 beside tp4 a size",
+                hint="rename the file after its rank, or give it: --rank FILE=TP1",
+            )
+        return Rank(tp=info.rank or 0).label, []
+
+    def _contradiction(self, path: Path, named: NamedRank, info: _Distributed) -> list[str]:
+        label = named.rank.label
+        values = f"its name says {label}, its distributedInfo rank {info.rank} of {info.world_size}"
+        if not self._alone:
+            raise TraceError(
+                f"{path}: {values}",
+                expected="a name and contents of the same rank",
+                hint=f"look which is right, and give it: --rank {path.name}={label}",
+            )
+        # Alone, a file of one of several replicas may have been counted in another way.
+        return [f"{path.name}: {values}; the name is used"] if named.rank.dp is None else []
+
+
+def given_labels(files: Sequence[Path], given: Mapping[str, str]) -> dict[Path, str]:
+    """The label of each file for which one is given, by its name, or a path or the end of one.
+
+    Raises `TraceError` for one that is not, or more than once, among `files`.
+    """
+    labels: dict[Path, str] = {}
+    for name, label in given.items():
+        parts = Path(name).parts
+        ends = {path for path in files if parts and path.parts[-len(parts) :] == parts}
+        meant = ends or {path for path in files if path.absolute() == Path(name).absolute()}
+        if len(meant) != 1:
+            raise TraceError(
+                f"the rank of {name} is given as {label}, but {len(meant)} of the files that are "
+                "read have that name",
+                expected="the name or path of one of the files",
+                hint=f"they are {', '.join(dict.fromkeys(map(str, files))) or 'none'}",
+            )
+        labels[meant.pop()] = label
+    return labels
+
+
+def of_ranks(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Torch traces without those of a coordinator beside the ranks, and notes on these."""
+    named = named_ranks(files)
+    others = {path for path in files if _COORDINATOR.search(path.name) and path not in named}
+    ranks = [path for path in files if path not in others]
+    if not ranks:
+        return list(files), []
+    why = "it is of the process that serves the ranks' clients, not of a rank"
+    return ranks, [f"{path.name} is left out: {why}" for path in sorted(others)]
+
+
+def names_of_reports(files: Sequence[Path], given: Mapping[Path, str]) -> dict[Path, ReportName]:
+    """What the names of reports say of their ranks and nodes. given: as of `FileRanks`."""
+    from pytest_sglprof._trace.nsys.database import ReportName
+
+    named = named_ranks(files)
+    names: dict[Path, ReportName] = {}
+    for path in files:
+        rank = named[path].rank.label if path in named else ""
+        node = (node_in_name(path) or rank) if len(set(files)) > 1 else ""
+        names[path] = ReportName(rank, node)
+        if (label := given.get(path)) is not None:
+            names[path] = ReportName(label, "" if Rank.parse(label) else label, is_given=True)
+    return names
 
 
 def rank_of_pid(pid: bytes) -> str:
@@ -231,13 +337,6 @@ def rank_of_pid(pid: bytes) -> str:
     return rank.label if rank is not None else match[1]
 
 
-def _named(name: str) -> Rank | None:
-    if (rank := Rank.from_file_name(name)) is not None:
-        return rank
-    match = _FILE_RANK.search(name)
-    return Rank(tp=int(match[1])) if match else None
-
-
 def world_size(distributed: str) -> int:
     """Number of processes of the run, by a trace's `distributedInfo`; 0 if it is not known."""
     return _decoded(distributed.encode()).world_size or 0
@@ -245,6 +344,7 @@ def world_size(distributed: str) -> int:
 
 def _decoded(distributed: bytes) -> _Distributed:
     try:
-        return _DISTRIBUTED.decode(distributed) if distributed else _Distributed()
+        info = _DISTRIBUTED.decode(distributed) if distributed else _Distributed()
+        return _Distributed(None, info.world_size) if (info.rank or 0) < 0 else info
     except msgspec.DecodeError:  # null, or fields of other types
         return _Distributed()

@@ -21,7 +21,13 @@ from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
 from pytest_sglprof._trace.completeness import different_runs, with_lost_steps
 from pytest_sglprof._trace.kernel_names import normalise
-from pytest_sglprof._trace.paths import Reader, ReadOptions, reader_of, window_files
+from pytest_sglprof._trace.paths import (
+    Reader,
+    ReadOptions,
+    given_labels,
+    reader_of,
+    window_files,
+)
 from pytest_sglprof._trace.steps import DRAFTS, StepIndex, step_key
 from pytest_sglprof._trace.table import (
     COLUMNS,
@@ -44,6 +50,7 @@ def read_window(
     *,
     pid_ranks: Mapping[int, str] | None = None,
     gpu_ranks: Mapping[int, str] | None = None,
+    file_ranks: Mapping[str, str] | None = None,
     allow_partial: bool = False,
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
@@ -55,6 +62,8 @@ def read_window(
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
     pid_ranks, gpu_ranks: the rank of a process id, else of a device, for nsys reports.
+    file_ranks: that of a file (its name, its path, or the end of it) whose rank nothing tells;
+    an nsys report of several ranks takes the name of its node.
     allow_partial: whether to read what is left of a truncated trace; the table is then
     `partial`. settle_s: seconds to drop from the front. patterns: (category, regex) tried
     before the built-in ones. step_delimiter: regex of the kernel that begins a step, for
@@ -65,16 +74,18 @@ def read_window(
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
     """
+    listed = window_files(paths)
     options = ReadOptions(
         pid_ranks=pid_ranks or {},
         gpu_ranks=gpu_ranks or {},
+        file_ranks=given_labels(listed, file_ranks or {}),
         allow_partial=allow_partial,
         nsys=nsys,
         processes=processes,
         launches=launches,
     )
     files: dict[Reader, list[Path]] = {}
-    for file in window_files(paths):
+    for file in listed:
         files.setdefault(reader_of(file), []).append(file)
     parts = [part for reader, same in files.items() for part in reader.read(same, options)]
     return build_table(parts, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
@@ -264,7 +275,8 @@ def refuse_twice(ranks_by_file: Sequence[tuple[Path, str]]) -> None:
             raise TraceError(
                 f"rank {rank} {where}",
                 expected="one file for each rank, all of one window",
-                hint="give the files of one window only, each once",
+                hint="give the files of one window only, each once; where the names hide that they "
+                "are of several ranks, name these: --rank FILE=LABEL",
             )
         files[stage] = file
 

@@ -324,10 +324,20 @@ def with_interruptions(
 # dependent launch and are fine.
 
 
-def timelines(device: npt.NDArray[Any], stream: npt.NDArray[Any]) -> Ints:
-    """A number for each stream of each device; -1 if stream or device is unknown."""
+def timelines(
+    device: npt.NDArray[Any], context: npt.NDArray[Any], stream: npt.NDArray[Any]
+) -> Ints:
+    """A number for each stream of each device and context; -1 if stream or device is unknown.
+
+    Two contexts of a process each have their stream 7. AMD's traces name no context (-1).
+    """
     known = (device >= 0) & (device < 2**15) & (stream >= 0) & (stream < 2**32)
-    return np.where(known, (device.astype(np.int64) << 32) + stream, -1)
+    number = np.where(known, (device.astype(np.int64) << 32) + stream, -1)
+    if not len(context) or (context == context[0]).all():
+        return number
+    places, place = np.unique(context, return_inverse=True)
+    codes = np.unique(number, return_inverse=True)[1]
+    return np.where(known, codes * len(places) + place, -1)
 
 
 def impossible_rows(start: Ints, dur: Ints, timeline: Ints, graph: Flags) -> Flags:

@@ -27,7 +27,7 @@ from pytest_sglprof._trace.merge.events import (
     sort_index,
     was_text,
 )
-from pytest_sglprof._trace.paths import rank_of_file
+from pytest_sglprof._trace.paths import FileRanks, of_ranks
 from pytest_sglprof._trace.read import refuse_twice
 from pytest_sglprof._trace.times import base_time
 from pytest_sglprof._trace.torch.events import FileFacts
@@ -70,6 +70,7 @@ def merge_files(
     files: Sequence[Path],
     out: Path,
     *,
+    file_ranks: Mapping[Path, str] | None = None,
     ranks: Sequence[str] = (),
     streams: Mapping[str, frozenset[int]] | None = None,
     extra: Callable[[int], Iterable[Event]] = lambda base_ns: (),
@@ -78,17 +79,20 @@ def merge_files(
 ) -> Merged:
     """Writes all events of `files` into `out`, whole or not at all; packed if `*.gz`.
 
+    file_ranks: label of each file for which one is given. A coordinator's file is left out.
     ranks: labels in the order in which they are to stand; by default that of the files.
     streams: rank → the GPU's streams, to name their rows. extra: events to stand first,
     given the clock's zero in Unix ns. progress: (stored bytes read, bytes in all).
     Raises NotATrace, TraceTruncated, TraceError; each names the file.
     """
-    sources = [_source(path, allow_partial) for path in files]
+    files, left_out = of_ranks(files)
+    file_rank = FileRanks(files, file_ranks or {})
+    sources = [_source(path, file_rank, allow_partial) for path in files]
     refuse_twice([(source.path, source.label) for source in sources if source.label])
     base = next((source.base_ns for source in sources if source.base_ns), 0)
     labels = dict.fromkeys([*ranks, *(source.label for source in sources if source.label)])
     numbers = RankNumbers(tuple(labels))
-    notes = [note for source in sources for note in source.notes]
+    notes = [*left_out, *(note for source in sources for note in source.notes)]
     total = sum(path.stat().st_size for path in files)
     done = 0
 
@@ -148,7 +152,7 @@ def _copy(
     return [_truncated(path)] if facts.truncated else []
 
 
-def _source(path: Path, allow_partial: bool) -> Source:
+def _source(path: Path, file_rank: FileRanks, allow_partial: bool) -> Source:
     """Reads the beginning of a file, and all of it only if rank or clock are not in there."""
     facts = FileFacts()
     try:
@@ -165,7 +169,7 @@ def _source(path: Path, allow_partial: bool) -> Source:
     base, notes = base_time(path, facts.base)
     if merged:
         return Source(path, "", base, notes)
-    label, contradiction = rank_of_file(path, facts.distributed.encode())
+    label, contradiction = file_rank.of(path, facts.distributed.encode())
     return Source(path, label, base, notes + contradiction)
 
 

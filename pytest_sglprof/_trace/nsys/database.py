@@ -206,18 +206,36 @@ class Owner:
     device: int = NO_DEVICE
 
 
+@dataclass(frozen=True)
+class ReportName:
+    """What is known of a report as a whole.
+
+    rank: the label of its process, if it is the only one and nothing else tells it. node: what
+    stands before the labels of those whose rank nothing tells. is_given: somebody said so.
+    """
+
+    rank: str = ""
+    node: str = ""
+    is_given: bool = False
+
+
+NO_NAME = ReportName()
+
+
 def label_owners(
     owners: Sequence[Owner],
     *,
     pid_ranks: Mapping[int, str],
     gpu_ranks: Mapping[int, str],
+    name: ReportName,
     recorded: Set[int],
 ) -> tuple[dict[Owner, str], list[str]]:
     """A label for each owner, and notes on how they were found.
 
     By process id, else by device where exactly one unknown process uses it and its rank
-    is not one of a recorded process, else `GPU<device>` (`GPU<device> pid <pid>` where
-    processes share it) or `pid <pid>`. recorded: pids that stand in the report.
+    is not one of a recorded process, else by the report's name where it has one owner, else
+    `GPU<device>` (`GPU<device> pid <pid>` where processes share it) or `pid <pid>`, after the
+    report's node. recorded: pids that stand in the report.
     """
     labels = {owner: pid_ranks[owner.pid] for owner in owners if owner.pid in pid_ranks}
     notes = ["ranks of nsys activities: by process id"] if labels else []
@@ -225,19 +243,23 @@ def label_owners(
     if pid_ranks and unknown and not labels:
         notes.append("none of the known process ids has an activity in the nsys report")
     taken = {label for pid, label in pid_ranks.items() if pid in recorded}
+    by_name = {owner: name.rank for owner in unknown if name.rank and len(owners) == 1}
     by_device = {
         owner: label
         for owner in unknown
+        if not (by_name and name.is_given)
         if (label := gpu_ranks.get(owner.device, "")) and label not in taken
         if _alone(owner, unknown)
     }
     if by_device:
         pairs = ", ".join(f"GPU{owner.device} is {by_device[owner]}" for owner in by_device)
         notes.append(f"ranks of nsys activities: by device, no process id was known: {pairs}")
-    labels |= by_device
+    elif by_name and not name.is_given:
+        notes.append(f"ranks of nsys activities: by the report's name: {name.rank}")
+    labels = by_name | labels | by_device
     for owner in unknown:
         if owner not in labels:
-            labels[owner], note = _unknown_rank(owner, _alone(owner, unknown))
+            labels[owner], note = _unknown_rank(owner, _alone(owner, unknown), name.node)
             notes.append(note)
     return labels, notes
 
@@ -255,11 +277,13 @@ def _alone(owner: Owner, unknown: Sequence[Owner]) -> bool:
     return sum(other.device == owner.device for other in unknown) == 1
 
 
-def _unknown_rank(owner: Owner, alone: bool) -> tuple[str, str]:
+def _unknown_rank(owner: Owner, alone: bool, node: str) -> tuple[str, str]:
+    before = f"{node} " if node else ""
     if owner.device == NO_DEVICE:
-        return f"pid {owner.pid}", f"rank unknown: process {owner.pid} is named by its id"
+        label = f"{before}pid {owner.pid}"
+        return label, f"rank unknown: process {owner.pid} is named by its id"
     if alone:
-        label = f"GPU{owner.device}"
+        label = f"{before}GPU{owner.device}"
         return label, f"rank unknown: {label} is device {owner.device} of process {owner.pid}"
-    label = f"GPU{owner.device} pid {owner.pid}"
+    label = f"{before}GPU{owner.device} pid {owner.pid}"
     return label, f"rank unknown: {label} is one of several processes on that device number"

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pytest_sglprof._trace.nsys.database import KINDS, MISSING, Owner, label_owners, not_recorded
+from pytest_sglprof._trace.nsys.database import (
+    KINDS,
+    MISSING,
+    NO_NAME,
+    Owner,
+    ReportName,
+    label_owners,
+    not_recorded,
+)
 from pytest_sglprof._trace.nsys.files import readable
 from pytest_sglprof._trace.nsys.rows import (
     RUN_BATCH,
@@ -38,18 +46,20 @@ def read_report(
     *,
     pid_ranks: Mapping[int, str] | None = None,
     gpu_ranks: Mapping[int, str] | None = None,
+    name: ReportName = NO_NAME,
     nsys: str | None = None,
 ) -> list[RankActivities]:
     """The activities of each rank in a `.sqlite` export, a `.nsys-rep` or a Parquet folder.
 
     pid_ranks, gpu_ranks: the rank of a process id, else of a device, as the server had
-    them; processes of pid_ranks come back even without any activity. nsys: the command
+    them; processes of pid_ranks come back even without any activity. name: what the report's
+    name says of its rank or node. nsys: the command
     that exports a `.nsys-rep` (see `nsys.files.readable`).
 
     Raises `NotATrace` or `TraceError`; `NsysError` (`NsysMissing`) when the export fails.
     """
     with opened(path, nsys) as tables:
-        return _read(tables, pid_ranks or {}, gpu_ranks or {})
+        return _read(tables, pid_ranks or {}, gpu_ranks or {}, name)
 
 
 @contextlib.contextmanager
@@ -64,7 +74,10 @@ def opened(path: Path, nsys: str | None) -> Iterator[ReportTables]:
 
 
 def _read(
-    tables: ReportTables, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
+    tables: ReportTables,
+    pid_ranks: Mapping[int, str],
+    gpu_ranks: Mapping[int, str],
+    name: ReportName,
 ) -> list[RankActivities]:
     ranges = read_ranges(tables)
     rows = read_gpu_rows(tables, correlated=RUN_BATCH in ranges.names)
@@ -80,7 +93,9 @@ def _read(
         owners, more = _without_strangers(ranges, pid_ranks)
         notes += [*more, *ranges.notes]
     recorded = _recorded(tables)
-    labels, how = label_owners(owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, recorded=recorded)
+    labels, how = label_owners(
+        owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, name=name, recorded=recorded
+    )
     seen = recorded | {owner.pid for owner in owners}
     notes += how
     notes += not_recorded(pid_ranks, seen)
@@ -189,6 +204,7 @@ def stream_rows(
     path: Path,
     *,
     pid_ranks: Mapping[int, str] | None = None,
+    name: ReportName = NO_NAME,
     nsys: str | None = None,
     notes: list[str] | None = None,
 ) -> list[StreamRow]:
@@ -212,7 +228,9 @@ def stream_rows(
     streams = distinct.tolist()
     owners = sorted({Owner(pid, device) for pid, device, _ in streams})
     recorded = {owner.pid for owner in owners}
-    labels, _ = label_owners(owners, pid_ranks=pid_ranks or {}, gpu_ranks={}, recorded=recorded)
+    labels, _ = label_owners(
+        owners, pid_ranks=pid_ranks or {}, gpu_ranks={}, name=name, recorded=recorded
+    )
     summed = [
         StreamRow(labels[Owner(pid, device)], pid, device, stream, int(count), int(total))
         for (pid, device, stream), count, total in zip(streams, counts, totals, strict=True)

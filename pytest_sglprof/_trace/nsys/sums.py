@@ -17,6 +17,7 @@ from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.nsys.database import (
     KINDS,
     MISSING,
+    NO_NAME,
     PID_MASK,
     PID_SHIFT,
     PREFIX,
@@ -25,6 +26,7 @@ from pytest_sglprof._trace.nsys.database import (
     Database,
     Key,
     Owner,
+    ReportName,
     activity_name,
     label_owners,
     not_recorded,
@@ -100,6 +102,7 @@ def read_sums(
     *,
     pid_ranks: Mapping[int, str] | None = None,
     gpu_ranks: Mapping[int, str] | None = None,
+    name: ReportName = NO_NAME,
     patterns: Sequence[tuple[str, str]] = (),
     nsys: str | None = None,
 ) -> KernelSums:
@@ -112,17 +115,17 @@ def read_sums(
     with readable(path, nsys) as export:
         counted = _counted(export)
         if counted is not None and counted.owners:
-            labelled, notes = _labelled(counted, pid_ranks or {}, gpu_ranks or {})
+            labelled, notes = _labelled(counted, pid_ranks or {}, gpu_ranks or {}, name)
             return _sums(labelled, patterns, "gpu", notes)
         from pytest_sglprof._trace.nsys.report import read_report
 
-        parts = read_report(export, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks)
+        parts = read_report(export, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, name=name)
     sums: _Labelled = {}
     for part in parts:
         rows = zip(part.name_codes.tolist(), part.kind_codes.tolist(), part.dur.tolist(),
                    strict=True)  # fmt: skip
-        for name, kind, dur in rows:
-            _add(sums, (part.rank, part.names[name], part.kinds[kind]), 1, dur)
+        for code, kind, dur in rows:
+            _add(sums, (part.rank, part.names[code], part.kinds[kind]), 1, dur)
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     return _sums(sums, patterns, parts[0].source if parts else "gpu", notes)
 
@@ -137,15 +140,18 @@ def _counted(export: Path) -> Counted | None:
 
 
 def _labelled(
-    counted: Counted, pid_ranks: Mapping[int, str], gpu_ranks: Mapping[int, str]
+    counted: Counted,
+    pid_ranks: Mapping[int, str],
+    gpu_ranks: Mapping[int, str],
+    name: ReportName,
 ) -> tuple[_Labelled, list[str]]:
     owners = sorted(Owner(pid, device) for pid, device in counted.owners)
     labels, how = label_owners(
-        owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, recorded=counted.recorded
+        owners, pid_ranks=pid_ranks, gpu_ranks=gpu_ranks, name=name, recorded=counted.recorded
     )
     sums: _Labelled = {}
-    for (pid, device, kind, name), (count, total) in counted.sums.items():
-        _add(sums, (labels[Owner(pid, device)], name, kind), count, total)
+    for (pid, device, kind, kernel), (count, total) in counted.sums.items():
+        _add(sums, (labels[Owner(pid, device)], kernel, kind), count, total)
     seen = counted.recorded | {owner.pid for owner in owners}
     return sums, [*counted.notes, *how, *not_recorded(pid_ranks, seen)]
 

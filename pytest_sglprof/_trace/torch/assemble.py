@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof._trace.completeness import CALLS, GRAPH_LAUNCH, KERNEL_LAUNCH
-from pytest_sglprof._trace.paths import rank_of_file, rank_of_pid, world_size
+from pytest_sglprof._trace.paths import FileRanks, rank_of_pid, world_size
 from pytest_sglprof._trace.steps import (
     Call,
     TraceSteps,
@@ -69,17 +69,21 @@ Jobs = Sequence[tuple[Path, ScanRequest]]
 def read_traces(
     files: Sequence[Path],
     *,
+    file_ranks: Mapping[Path, str] | None = None,
     allow_partial: bool = False,
     processes: int | None = None,
     launches: bool = True,
+    notes: Sequence[str] = (),
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
+    file_ranks: label of each file for which one is given. notes: on files that were left out.
     processes: the maximum number of reader processes, by default one for each processor; 1
     reads in this process. launches: whether to read launches and the numbers of collectives, which
     only a comparison of ranks and the steps of some traces need.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
+    file_rank = FileRanks(files, file_ranks or {})
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     total = sum(sizes[path] for path in files)
@@ -96,7 +100,8 @@ def read_traces(
             content = decode_file(path, allow_partial=allow_partial)
             if unsafe:
                 content.facts.notes.append(f"{path.name}: decoded as a whole, since {unsafe}")
-        parts += [(path, part) for part in _assembled(content)]
+        content.facts.notes = [*notes, *content.facts.notes]
+        parts += [(path, part) for part in _assembled(content, file_rank)]
     return parts
 
 
@@ -107,7 +112,7 @@ def _read(jobs: Jobs, processes: int) -> list[FileContent]:
     return read_in_processes(jobs, workers)
 
 
-def _assembled(content: FileContent) -> list[RankActivities]:
+def _assembled(content: FileContent, ranks: FileRanks) -> list[RankActivities]:
     """The activities of each rank. Empties the columns of `content`, to save memory."""
     facts, path = content.facts, content.path
     kind = content.columns.kind
@@ -124,7 +129,7 @@ def _assembled(content: FileContent) -> list[RankActivities]:
     for pid in facts.owners:
         named = label = rank_of_pid(pid.encode())
         if not label:
-            label, contradiction = rank_of_file(path, facts.distributed.encode())
+            label, contradiction = ranks.of(path, facts.distributed.encode())
             notes += contradiction
         pids.setdefault(label, set()).add(named)
     parts = []
@@ -269,8 +274,8 @@ def _cpu_times(columns: Columns) -> Ints:
 
 
 def _possible(label: str, columns: Columns) -> tuple[Columns, list[str]]:
-    """The rows with possible durations, sorted by device, stream and start; and a note."""
-    where = timelines(columns.device, columns.stream)
+    """The rows with possible durations, sorted by device, context, stream and start; and a note."""
+    where = timelines(columns.device, columns.context, columns.stream)
     if not _ascends(where, columns.start):
         order = np.lexsort((-columns.dur, columns.start, where))
         columns, where = columns.take(order), where[order]

@@ -104,6 +104,14 @@ def _kinds(column: Sequence[str], distinct: set[str], kinds: Mapping[str, int]) 
     return bytes([kinds[category] for category in column])
 
 
+def _extend_alike(column: array[int], values: list[int]) -> None:
+    """Adds values that are nearly always all the same: counting is quicker than converting."""
+    if values.count(values[0]) == len(values):
+        column.extend(array(column.typecode, values[:1]) * len(values))
+    else:
+        column.fromlist(values)
+
+
 def _new_batch(*, exact: bool) -> Batch:
     time = "q" if exact else "d"
     return Batch(
@@ -116,6 +124,7 @@ def _new_batch(*, exact: bool) -> Batch:
         correlation=array("q"),
         graph=array("b"),
         device=array("h"),
+        context=array("q"),
         owner=array("h"),
         call_row=array("i"),
         call_group=array("i"),
@@ -186,9 +195,9 @@ class Collector:
         batch.kind.frombytes(kind)
         batch.stream.fromlist([entry.stream for entry in args])
         batch.correlation.fromlist([entry.correlation for entry in args])
-        nodes = [entry.graph_node for entry in args]
-        batch.graph.frombytes(bytes([node != 0 for node in nodes]) if any(nodes) else bytes(size))
-        batch.device.fromlist([entry.device for entry in args])
+        _extend_alike(batch.graph, [entry.graph_node != 0 for entry in args])
+        _extend_alike(batch.device, [entry.device for entry in args])
+        _extend_alike(batch.context, [entry.context for entry in args])
         batch.owner.extend(array("h", [self._owners[""]]) * size)
 
     def _add_calls(self, columns: _Columns) -> None:
@@ -258,6 +267,7 @@ class Collector:
         batch.correlation.append(args.correlation)
         batch.graph.append(args.graph_node != 0)
         batch.device.append(args.device if 0 <= args.device < 2**15 else -1)
+        batch.context.append(args.context)
         batch.owner.append(self._owner(event.pid))
         self._add_call(batch, len(batch) - 1, event.name, args)
         if len(batch) >= BATCH:

@@ -70,6 +70,7 @@ class Args(msgspec.Struct, gc=False, frozen=True):
     """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
 
     device: _Int64 = -1
+    context: _Int64 = -1
     stream: _Int64 = -1
     correlation: _Int64 = -1
     graph_node: _Int64 = msgspec.field(name="graph node id", default=0)
@@ -88,6 +89,7 @@ class CallArgs(Args, gc=False, frozen=True):
 
 class _OddArgs(msgspec.Struct, gc=False):
     device: Any = None
+    context: Any = None
     stream: Any = None
     correlation: Any = None
     graph_node: Any = msgspec.field(name="graph node id", default=None)
@@ -108,6 +110,7 @@ def arguments(text: bytes | msgspec.Raw) -> CallArgs:
         odd = _ODD_ARGS.decode(text)
         return CallArgs(
             device=_integer(odd.device, -1),
+            context=_integer(odd.context, -1),
             stream=_integer(odd.stream, -1),
             correlation=_integer(odd.correlation, -1),
             graph_node=_integer(odd.graph_node, 0),
@@ -202,6 +205,7 @@ class Batch(msgspec.Struct):
     correlation: array[int]
     graph: array[int]
     device: array[int]
+    context: array[int]
     owner: array[int]
     call_row: array[int]
     call_group: array[int]
@@ -270,6 +274,7 @@ class Columns:
     correlation: npt.NDArray[Any]
     graph: npt.NDArray[Any]
     device: npt.NDArray[Any]
+    context: npt.NDArray[Any]
     owner: npt.NDArray[Any]
     call: npt.NDArray[np.int32] | None = None
     calls: Calls | None = None
@@ -297,7 +302,7 @@ def joined(batches: Sequence[Batch]) -> Columns:
     for key, kind in _NARROW:
         arrays = [np.asarray(getattr(batch, key)) for batch in batches]
         columns[key] = np.concatenate([np.empty(0, kind), *arrays]).astype(kind, copy=False)
-    for key in ("stream", "correlation"):
+    for key in ("context", "stream", "correlation"):
         arrays = [np.asarray(getattr(batch, key)) for batch in batches]
         columns[key] = _compact(np.concatenate([np.empty(0, np.int64), *arrays]))
     return Columns(**columns, **_calls(batches))
