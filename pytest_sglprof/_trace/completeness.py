@@ -5,7 +5,7 @@ full. A rank that lost kernels looks fast, so that a healthy one would be blamed
 has one kernel; a graph launch has as many as most replays of its kind have, on all ranks. What
 was launched near the edges of the window may have run outside of it and proves nothing.
 
-Files of different runs are told by the number of processes of their run, and by their times.
+Files of different runs are known by the number of processes of their run, and by their times.
 """
 
 from __future__ import annotations
