@@ -264,15 +264,20 @@ _KINDS: tuple[tuple[CollectiveKind, str], ...] = (
     (
         "fused",
         r"all_?reduce_?(fusion|rms|add|norm|residual)|fused_?(all_?reduce|allreduce|rs|ag|moe_?ep)"
-        r"|(rms_?norm|gemm).*(all_?reduce|reduce_?scatter|all_?gather)"
-        r"|(all_?reduce|reduce_?scatter|all_?gather).*(rms_?norm|gemm|lamport)|moe_?finalize_?all",
+        r"|(rms_?norm|gemm|matmul).*(all_?reduce|reduce_?scatter|all_?gather)"
+        r"|(all_?reduce|reduce_?scatter|all_?gather).*(rms_?norm|gemm|matmul|lamport)"
+        r"|moe_?finalize_?all|device_load_rms_?norm",
     ),
     (
         "all_to_all",
-        r"all_?to_?all|a2a|deep_?ep|(intra|inter)node::|low_latency.*(dispatch|combine)"
+        r"all_?to_?all|a2a|deep_?ep|hybrid_ep|(intra|inter)node::|low_latency.*(dispatch|combine)"
         r"|(moe|ep|mooncake)_?\w*?(dispatch|combine)|mooncake",
     ),
-    ("p2p", r"send_?recv|isend|irecv|gloo:(send|recv)|\b(send|recv)\b|p2p(?!_?all)"),
+    (
+        "p2p",
+        r"send_?recv|isend|irecv|gloo:(send|recv)|\b(send|recv)\b|p2p(?!_?all)"
+        r"|(put|get|wait)_?(signal|nbi)|nvshmemi_(init|proxy)",
+    ),
 )
 _KIND_PATTERNS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _KINDS)
 

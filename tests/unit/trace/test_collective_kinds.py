@@ -25,6 +25,13 @@ from pytest_sglprof._trace.categories import collective_kind, is_symmetric
         ("moe_dispatch_kernel", "all_to_all"),
         ("flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport", "fused"),
         ("fused_allreduce_rmsnorm_kernel", "fused"),
+        ("fused_all_gather_matmul_kernel", "fused"),
+        ("void aiter::local_device_load_rmsnorm_naive<1>(...)", "fused"),
+        ("void hybrid_ep::combine_kernel<1>(...)", "all_to_all"),
+        ("void c10d::symmetric_memory::put_signal_kernel(...)", "p2p"),
+        ("wait_signal_kernel", "p2p"),
+        ("void nvshmem::put_nbi<1>(...)", "p2p"),
+        ("void c10d::symmetric_memory::barrier_kernel(...)", "collective"),
     ],
 )  # fmt: skip
 def test_the_name_tells_the_kind(name: str, kind: str) -> None:
@@ -44,6 +51,10 @@ def test_the_name_tells_the_kind(name: str, kind: str) -> None:
         ("ncclDevKernel_Broadcast_RING_LL", False),
         ("ncclDevKernel_Reduce_Sum_f32_RING_LL", False),
         ("ncclDevKernel_SendRecv", False),
+        ("put_signal_kernel", False),
+        ("wait_signal_kernel", False),
+        ("nvshmemi_proxy_progress_kernel", False),
+        ("nvshmem_barrier_all_on_stream_kernel", True),
     ],
 )
 def test_only_where_all_wait_for_the_last_can_a_wait_be_told(name: str, symmetric: bool) -> None:
