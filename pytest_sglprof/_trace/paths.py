@@ -89,7 +89,7 @@ def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
 
 def _refuse_several(file: Path, name: ReportName, labels: Sequence[str]) -> None:
     """Raises `TraceError` where one rank was given for a report of several."""
-    if name.is_given and not name.node and [*labels] != [name.rank]:
+    if name.is_given and not name.node and labels and [*labels] != [name.rank]:
         raise TraceError(
             f"the rank of {file} is given as {name.rank}, but it holds {', '.join(labels)}",
             expected="a report of one process on one device",

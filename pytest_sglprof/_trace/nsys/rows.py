@@ -21,7 +21,7 @@ from pytest_sglprof._trace.nsys.tables import ReportTables, coded, pid_of, proce
 from pytest_sglprof._trace.steps import contains_later, excluded
 from pytest_sglprof._trace.table import UNKNOWN_STAGE, Flags, Ints, Step, first_of
 
-_COLUMNS = ("start", "end", "deviceId", "contextId", "streamId", "globalPid", "graphNodeId")
+_COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "graphNodeId")
 _NAMED = {"kernel": ("demangledName",), "memcpy": ("copyKind",), "memset": ()}
 
 
@@ -82,17 +82,23 @@ def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
             columns, (*(read[c] for c in _COLUMNS), correlation, kinds, names), strict=True
         ):
             parts.append(part)
-    start, end, device, context, stream, process, node, correlation, kinds, names = (
+    start, end, device, stream, process, node, correlation, kinds, names = (
         _joined(parts) for parts in columns
     )
     timed, untimed = usable(start, end)
     notes = skipped(*untimed)
     graph = (node != MISSING) & (node != 0)
     group = np.zeros(len(start), dtype=np.int64)
-    for part in (process, device, context, stream):
+    for part in (process, device, stream):
         distinct, codes = coded(part)
         group = group * len(distinct) + codes
-    bad = impossible(start, end, group, (kinds == 0) & ~graph & timed)
+    candidate = (kinds == 0) & ~graph & timed
+    bad = impossible(start, end, group, candidate)
+    if bad.any():  # Or they are of two contexts, which each have their stream 7: seldom asked for.
+        (context,) = tables.integers(table_of(KINDS[0]), ["contextId"])
+        contexts, codes = coded(context)
+        group[: len(codes)] = group[: len(codes)] * len(contexts) + codes  # kernels come first
+        bad = impossible(start, end, group, candidate)
     if bad.any():
         notes.append(excluded((end - start)[bad]))
     device = np.maximum(device, -1)

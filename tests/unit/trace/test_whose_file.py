@@ -181,6 +181,25 @@ def test_replicas_are_counted_in_two_ways(tmp_path: Path, name: str, rank: int) 
     assert (len(table.ranks), table.notes) == (2, ())
 
 
+def test_the_two_stages_of_one_process_are_no_several_files(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path, document(KERNELS), f"a-{stage}.json") for stage in ("EXTEND", "DECODE")
+    ]
+    assert (read_window(files).ranks, len(read_window(files).frame)) == (("TP0",), 4)
+    with pytest.raises(TraceError, match="has no rank"):
+        read_window([*files, write(tmp_path, document(KERNELS), "b-DECODE.json")])
+
+
+@pytest.mark.parametrize(
+    "info", [{"rank": -1, "world_size": 8}, {"rank": None, "world_size": 8}, {"world_size": 2}]
+)
+def test_contents_of_one_of_many_may_hold_no_rank(tmp_path: Path, info: dict[str, Any]) -> None:
+    path = write(tmp_path, document(KERNELS, distributedInfo=info), "a.json")
+    with pytest.raises(TraceError, match=r"a\.json has no rank"):
+        read_window(path)
+    assert read_window(path, file_ranks={"a.json": "TP6"}).ranks == ("TP6",)
+
+
 # A coordinator beside the ranks --------------------------------------------------------------
 
 
