@@ -65,13 +65,13 @@ def _is_of_nsys(path: Path, head: bytes) -> bool:
 
 
 def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
-    from pytest_sglprof._trace.nsys.report import read_report
+    from pytest_sglprof._trace.nsys.report import read_recorded
 
     known = {"pid_ranks": options.pid_ranks, "gpu_ranks": options.gpu_ranks}
     return [
         (file, activities)
         for file in files
-        for activities in read_report(file, **known, nsys=options.nsys)
+        for activities in read_recorded(file, **known, nsys=options.nsys)
     ]
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pytest_sglprof._trace.torch.events import Columns
+    from pytest_sglprof._trace.unrecorded import Unrecorded
 
 
 TEXT_COLUMNS = ("rank", "name", "full_name", "category", "kind", "stage")
@@ -88,7 +89,7 @@ class RankActivities:
     name_codes, kind_codes: indices into names (full, as recorded) and kinds. start, dur:
     int64 ns. step: the number of a `Step`, or `NO_STEP`. stream: -1 if unknown. source: `GPU`,
     `CPU_OPERATORS` or `NVTX`. notes: what was skipped, for the reader of the report. calls:
-    collectives whose process group is known.
+    collectives whose process group is known. unrecorded: why its kernels are missing.
     """
 
     rank: str
@@ -105,6 +106,7 @@ class RankActivities:
     notes: Sequence[str] = ()
     partial: bool = False
     calls: CollectiveCalls | None = None
+    unrecorded: Unrecorded | None = None
 
     @property
     def is_timeline(self) -> bool:

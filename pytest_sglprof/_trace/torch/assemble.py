@@ -40,6 +40,7 @@ from pytest_sglprof._trace.table import (
     calls_of,
 )
 from pytest_sglprof._trace.times import base_time
+from pytest_sglprof._trace.torch.absence import refuse_other_programs, unrecorded
 from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
@@ -48,6 +49,7 @@ from pytest_sglprof._trace.torch.events import (
     KINDS,
     LAUNCH,
     OPERATOR,
+    OTHER_DEVICES,
     Batch,
     Columns,
     FullEvent,
@@ -117,7 +119,12 @@ def _second_look(content: FileContent, request: ScanRequest, sequences: bool) ->
 
 
 def _needs_launches(content: FileContent) -> bool:
-    """Whether there are steps on the CPU that the profiler did not project onto the GPU."""
+    """Whether launches tell something: of which step a kernel is, or that kernels are missing.
+
+    The former where steps on the CPU were not projected onto the GPU by the profiler.
+    """
+    if len(content.columns) and not (content.columns.kind == KERNEL).any():
+        return True
     cpu = [a for a in content.facts.annotations if not a.gpu]
     gpu = [a for a in content.facts.annotations if a.gpu]
     if not cpu or not len(content.columns):
@@ -198,6 +205,7 @@ def _activities(
     skipped: Counter[str] = Counter()
     for (_, what), count in facts.skipped.items():
         skipped[what] += count
+    missing = unrecorded(columns, facts, launches.columns, launches.facts.names)
     notes = [*notes, *(f"{label}: skipped {n} {what}" for what, n in skipped.items())]
     steps = TraceSteps(facts.annotations)
     entries = steps.steps
@@ -232,6 +240,7 @@ def _activities(
         notes=[*notes, *interrupted],
         partial=facts.truncated,
         calls=calls_of(columns, facts.groups, sequences),
+        unrecorded=missing,
     )
 
 
@@ -291,7 +300,8 @@ class _Event(msgspec.Struct, gc=False):
     args: msgspec.Raw = msgspec.Raw(b"")
 
 
-_DOCUMENT = msgspec.json.Decoder(Document[_Event])
+_DOCUMENT = msgspec.json.Decoder(Document[_Event] | list[_Event])
+_DEVICES = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent, FileContent]:
@@ -304,14 +314,19 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent
     batches: list[Batch] = []
     collector = Collector(ScanRequest(kinds=_EVERYTHING), batches.append)
     pids: dict[bytes, str | None] = {}
+    categories: Counter[str] = Counter()
     for event in trace.events:
         raw = bytes(event.pid)
         if raw not in pids:
             pids[raw] = _merged_pid(raw)
             if rank_of_pid(raw):  # lists a rank of a merged file even if it has no activities
                 collector.add_process(ProcessName(pids[raw]))
-        category = _CATEGORIES.get((event.cat or "").lower())
-        if event.ph == "X" and category is not None:
+        if event.ph != "X":
+            continue
+        lowered = (event.cat or "").lower()
+        categories[lowered] += 1
+        category = _CATEGORIES.get(lowered)
+        if category is not None:
             _add(collector, event, category, pids[raw])
     facts = collector.finish()
     facts.base, facts.distributed = trace.base, trace.distributed
@@ -322,12 +337,23 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> tuple[FileContent
         )
     columns = joined(batches)
     on_gpu = columns.kind < LAUNCH
+    if not on_gpu.any():
+        refuse_other_programs(path, trace.events, categories)
+        facts.devices = _count_devices(trace.devices)
+        facts.elsewhere = {name: n for name, n in categories.items() if name in OTHER_DEVICES}
     activities = columns.take(on_gpu if on_gpu.any() else columns.kind > LAUNCH)
     launches = columns.take(columns.kind == LAUNCH)
     return (
         FileContent(path, columns=activities, facts=facts),
         FileContent(path, columns=launches, facts=facts),
     )
+
+
+def _count_devices(text: str) -> int:
+    try:
+        return len(_DEVICES.decode(text.encode())) if text else 0
+    except msgspec.DecodeError:  # null, or no list
+        return 0
 
 
 def _merged_pid(raw: bytes) -> str | None:
