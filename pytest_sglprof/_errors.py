@@ -20,7 +20,8 @@ SglprofError                 exit status 2 of the command line
 │   └── WindowRefused        asked for something that would break the server or the data
 ├── TraceError               a trace, report or export cannot be read
 │   ├── TraceTruncated       it ends too early
-│   └── NotATrace            it is something else
+│   ├── NotATrace            it is something else
+│   └── NoKernels            a GPU was used, but none of its kernels was recorded
 └── Inconclusive             too little data for an answer      exit status 3
 
 Each says what happened, what was expected and what to do next.
@@ -181,6 +182,10 @@ class NotATrace(TraceError):
     """A file is readable but is not a trace."""
 
 
+class NoKernels(TraceError):
+    """A GPU was used, but none of its kernels was recorded."""
+
+
 class Inconclusive(SglprofError):
     """There is too little data for an answer."""
 
@@ -201,6 +206,11 @@ def described(error: BaseException) -> str:
     import traceback
 
     return "".join(traceback.format_exception(error)).rstrip()
+
+
+def in_shell(text: str) -> str:
+    """A message in which arguments of `read_window` are the options of the commands."""
+    return text.replace("allow_partial=True", "--allow-partial")
 
 
 def do_every(steps: Iterable[Callable[[], object]]) -> None:

@@ -24,7 +24,7 @@ from pytest_sglprof._cli.options import (
     write_text,
 )
 from pytest_sglprof._config.model import Threshold
-from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
+from pytest_sglprof._errors import ExitStatus, NoKernels, SettingsError, did_you_mean
 from pytest_sglprof._metrics import WORST_FIRST
 
 if TYPE_CHECKING:
@@ -71,22 +71,15 @@ def add_parser(new_parser: NewParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Prints figures and verdict; returns the exit status of the verdict."""
-    from pytest_sglprof._cli.options import read_table, recorded_by
+    from pytest_sglprof._cli.options import recorded_by
 
     settings = settings_of(args, args.paths)
     recorded = recorded_by(args)
-    if args.metric == LATENESS:
-        _check_lateness(args, settings)
-        table = read_table(recorded.files, args, settings)
-        findings: list[ImbalanceFinding] = []
-        document = check_document(table, (), None, _late(table, args, settings), args.limit)
-    else:
-        thresholds = _thresholds(args, settings, recorded)
-        table = read_table(recorded.files, args, settings)
-        verdict = _judged(table, thresholds, settings, recorded)
-        findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
-        late = None if _is_selected(args) else _late(table, args, settings)
-        document = check_document(table, thresholds, verdict, late, None)
+    findings: list[ImbalanceFinding] = []
+    try:
+        document, findings = _measured(args, settings, recorded)
+    except NoKernels as error:
+        document = _unmeasured(error)
     if args.format == "json":
         text = to_json(document)
     elif args.format == "csv":
@@ -95,6 +88,36 @@ def run(args: argparse.Namespace) -> ExitStatus:
         text = _table_text(document, findings)
     write_text(text, args.output, [*recorded.files.paths, *args.paths])
     return STATUS[document["verdict"]]
+
+
+def _measured(
+    args: argparse.Namespace, settings: Settings, recorded: Recorded
+) -> tuple[dict[str, Any], list[ImbalanceFinding]]:
+    """The document of the command, and the finding of each group of each check."""
+    from pytest_sglprof._cli.options import read_table
+
+    if args.metric == LATENESS:
+        _check_lateness(args, settings)
+        table = read_table(recorded.files, args, settings)
+        return check_document(table, (), None, _late(table, args, settings), args.limit), []
+    thresholds = _thresholds(args, settings, recorded)
+    table = read_table(recorded.files, args, settings)
+    verdict = _judged(table, thresholds, settings, recorded)
+    findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
+    late = None if _is_selected(args) else _late(table, args, settings)
+    return check_document(table, thresholds, verdict, late, None), findings
+
+
+def _unmeasured(error: NoKernels) -> dict[str, Any]:
+    """The document of a window whose kernels were not recorded: nothing can be compared."""
+    return {
+        "verdict": "inconclusive",
+        "reason": error.what,
+        "source": "gpu",
+        "notes": [error.hint],
+        "checks": [],
+        "stragglers": None,
+    }
 
 
 def check_document(
@@ -320,7 +343,7 @@ def _csv_text(document: dict[str, Any]) -> str:
             for rank in group["ranks"]
         ]
         return to_csv(records, _CHECK_KEYS)
-    groups = document["stragglers"]["groups"]
+    groups = (document["stragglers"] or {"groups": []})["groups"]
     return to_csv(
         [{**group, **rank} for group in groups for rank in group["ranks"]], _STRAGGLER_KEYS
     )

@@ -27,6 +27,7 @@ from pytest_sglprof._cli.options import (
 from pytest_sglprof._config.load import Settings
 from pytest_sglprof._errors import (
     ExitStatus,
+    NoKernels,
     NotATrace,
     SettingsError,
     SglprofError,
@@ -157,7 +158,7 @@ def _table(
     """The kernel table for the summary rows, and notes; None if only the summary is impossible."""
     try:
         table = read_table(recorded, args, settings)
-    except (NotATrace, TraceTruncated):
+    except (NotATrace, NoKernels, TraceTruncated):
         raise
     except TraceError as error:
         return None, [f"no summary rows: {error.what}"]

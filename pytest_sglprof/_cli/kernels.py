@@ -89,7 +89,10 @@ def run(args: argparse.Namespace) -> ExitStatus:
 def _from_sums(
     keys: Sequence[str], args: argparse.Namespace, settings: Settings, recorded: Recorded
 ) -> _Records | None:
-    """The totals of one nsys report, added up by its engine; None if its rows are needed."""
+    """The totals of one nsys report, added up by its engine; None if its rows are needed.
+
+    They are where it has no kernels: then the rows tell why.
+    """
     from pytest_sglprof._trace.paths import is_nsys, names_of_reports, window_files
 
     files = window_files(recorded.files.paths)
@@ -106,6 +109,8 @@ def _from_sums(
         nsys=settings.nsys or None,
         patterns=settings.categories,
     )
+    if sums.source != "gpu" or not len(sums):
+        return None
     records = sum_records(sums, keys, uncategorised=args.uncategorised)
     return records, _notes(sums.notes, bool(len(sums)), args)
 

@@ -16,7 +16,14 @@ from types import ModuleType
 from typing import Any
 
 from pytest_sglprof import __version__
-from pytest_sglprof._errors import ExitStatus, Inconclusive, SglprofError, did_you_mean, docs
+from pytest_sglprof._errors import (
+    ExitStatus,
+    Inconclusive,
+    SglprofError,
+    did_you_mean,
+    docs,
+    in_shell,
+)
 from pytest_sglprof._redact import learn_command, learn_environment, redact_text
 
 # Name -> help. To add a command, add a row and the module of that name in this package, with
@@ -76,7 +83,7 @@ def _report_error(error: Exception) -> int:
             hint="check the path, its permissions and the free space",
         )
     if isinstance(error, SglprofError):
-        _write_error(f"sglprof: {error}\n")
+        _write_error(f"sglprof: {in_shell(str(error))}\n")
         return error.exit_status
     import traceback
 

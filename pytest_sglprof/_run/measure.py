@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_sglprof._config.backends import readable
 from pytest_sglprof._config.model import Threshold
-from pytest_sglprof._errors import TraceError
+from pytest_sglprof._errors import TraceError, in_shell
 
 if TYPE_CHECKING:
     from pytest_sglprof._capture.recording import WindowCapture
@@ -136,4 +136,4 @@ def _table_or_reason(
     try:
         return read_recorded(WindowFiles.of_capture(capture), settings), None
     except TraceError as error:
-        return None, str(error)
+        return None, in_shell(str(error))

@@ -70,12 +70,12 @@ def _is_of_nsys(path: Path, head: bytes) -> bool:
 
 
 def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
-    from pytest_sglprof._trace.nsys.report import read_report
+    from pytest_sglprof._trace.nsys.report import read_recorded
 
     names = names_of_reports(files, options.file_ranks)
     parts: Activities = []
     for file in files:
-        activities_by_rank = read_report(
+        activities_by_rank = read_recorded(
             file,
             pid_ranks=options.pid_ranks,
             gpu_ranks=options.gpu_ranks,

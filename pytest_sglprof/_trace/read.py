@@ -43,6 +43,7 @@ from pytest_sglprof._trace.table import (
 )
 from pytest_sglprof._trace.torch.collect import Interner
 from pytest_sglprof._trace.torch.events import COMMUNICATION
+from pytest_sglprof._trace.unrecorded import refuse_unrecorded
 
 
 def read_window(
@@ -72,7 +73,8 @@ def read_window(
     launch kernels and the numbers of collectives. Without them it is not known whether kernels
     are missing, and those of some torch traces have no step.
 
-    Raises `TraceError` (`NotATrace`, `TraceTruncated`), naming the file and what to do.
+    Raises `TraceError` (`NotATrace`, `TraceTruncated`, `NoKernels`), naming the file or the
+    rank, and what to do.
     """
     listed = window_files(paths)
     options = ReadOptions(
@@ -98,11 +100,14 @@ def build_table(
     patterns: Sequence[tuple[str, str]] = (),
     step_delimiter: str = "",
 ) -> KernelTable:
-    """Joins the activities of all ranks. Raises `TraceError` for a rank that is in two files.
+    """Joins the activities of all ranks.
 
+    Raises `TraceError` for a rank that is in two files, `NoKernels` for one whose kernels were
+    not recorded.
     Empties `parts_by_file`, so that activities are not held twice for longer than necessary.
     """
     files = tuple(dict.fromkeys(str(file) for file, _ in parts_by_file))
+    refuse_unrecorded(parts_by_file)
     merged = joined(parts_by_file)
     parts_by_file.clear()
     source, parts, left_out = one_source(merged)

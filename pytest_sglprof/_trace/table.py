@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pytest_sglprof._trace.torch.events import Columns
+    from pytest_sglprof._trace.unrecorded import Unrecorded
 
 
 TEXT_COLUMNS = ("rank", "name", "full_name", "category", "kind", "stage")
@@ -105,7 +106,7 @@ class RankActivities:
     collectives whose process group is known. launches: calls that launch kernels, None if they
     were not recorded or not read. unusable: number of kernels that were recorded but left out,
     since their times cannot be. world_size: number of processes of the run that recorded it; 0 if
-    not known.
+    not known. unrecorded: why its kernels are missing.
     """
 
     rank: str
@@ -125,6 +126,7 @@ class RankActivities:
     launches: Launches | None = None
     unusable: int = 0
     world_size: int = 0
+    unrecorded: Unrecorded | None = None
 
     @property
     def is_timeline(self) -> bool:

@@ -63,7 +63,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-_DOCUMENT = msgspec.json.Decoder(Document[RawEvent])
+_DOCUMENT = msgspec.json.Decoder(Document[RawEvent] | list[RawEvent])
 
 
 def merge_files(

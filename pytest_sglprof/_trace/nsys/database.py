@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from pytest_sglprof._errors import NotATrace, TraceError
+from pytest_sglprof._trace.foreign import HEAD, kind_of
 from pytest_sglprof._trace.times import LARGEST_NS, LONGEST_NS
 
 KNOWN_TABLES = frozenset(
@@ -121,17 +123,42 @@ def open_database(path: Path) -> Iterator[Database]:
             connection.text_factory = _text
             connection.isolation_level = None
             database = Database(connection)
+            refuse_unknown_schema(path, database.names)
             if not KNOWN_TABLES & database.names:
-                raise _not_an_export(path, "it has none of an nsys export's tables")
+                raise _not_an_export(path, _whose(database.names))
             yield database
     except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
         if "not a database" in str(error):
-            raise _not_an_export(path, "it is not an SQLite database") from error
+            raise _no_database(path) from error
         raise TraceError(
-            f"{path} cannot be read: {error}",
+            f"{path} cannot be read: it is damaged or cut off, or it cannot be opened",
             expected="a complete SQLite export of an nsys report",
             hint="the file may be cut off: export the .nsys-rep again",
         ) from error
+
+
+# `CUPTI_ACTIVITY_KIND_KERNEL_V3`: a schema in which columns may mean something else.
+_VERSIONED = re.compile(PREFIX + r"(?:CONCURRENT_)?(?:KERNEL|MEMCPY|MEMSET)_?V?\d+")
+
+
+def refuse_unknown_schema(path: Path, names: Iterable[str]) -> None:
+    """Raises `TraceError` where activities stand in tables that we do not know."""
+    unknown = sorted(name for name in names if _VERSIONED.fullmatch(name))
+    if unknown:
+        raise TraceError(
+            f"{path} has a schema that sglprof does not know: its activities are in the table "
+            f"{unknown[0]}",
+            expected=f"{table_of('kernel')}, as nsys 2022 to 2026 write it",
+            hint="export the .nsys-rep with another version of nsys (--nsys), and please report "
+            "this version",
+        )
+
+
+def _whose(names: Iterable[str]) -> str:
+    """Why a database is no export of nsys."""
+    if any(name.startswith("rocpd_") for name in names):
+        return "it is a database of rocprofv3 (rocpd)"
+    return "it has none of an nsys export's tables"
 
 
 class Database:
@@ -170,11 +197,23 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
-def _not_an_export(path: Path, why: str) -> NotATrace:
+def _not_an_export(
+    path: Path, why: str, hint: str = "give the .nsys-rep itself, or export it"
+) -> NotATrace:
     return NotATrace(
         f"{path} is not an export of an nsys report: {why}",
         expected="what `nsys export --type=sqlite` writes",
-        hint="give the .nsys-rep itself, or export it",
+        hint=hint,
+    )
+
+
+def _no_database(path: Path) -> NotATrace:
+    why = "it is not an SQLite database"
+    with path.open("rb") as stream:
+        head = stream.read(HEAD)
+    kind = None if head.startswith(b"SQLite") else kind_of(head)  # that one is damaged
+    return (
+        _not_an_export(path, f"{why}, it {kind[0]}", kind[1]) if kind else _not_an_export(path, why)
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from pytest_sglprof._trace.nsys.absence import unrecorded
 from pytest_sglprof._trace.nsys.database import (
     KINDS,
     MISSING,
@@ -37,6 +38,7 @@ from pytest_sglprof._trace.nsys.rows import (
 from pytest_sglprof._trace.nsys.tables import ParquetTables, ReportTables, open_sqlite, pid_of
 from pytest_sglprof._trace.steps import StepIndex, self_times, with_graph_share
 from pytest_sglprof._trace.table import GPU, NO_STEP, NVTX, Ints, RankActivities, Step
+from pytest_sglprof._trace.unrecorded import no_kernels
 
 _THREAD = 0xFFFFFF
 
@@ -60,6 +62,41 @@ def read_report(
     """
     with opened(path, nsys) as tables:
         return _read(tables, pid_ranks or {}, gpu_ranks or {}, name)
+
+
+def read_recorded(
+    path: Path,
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    gpu_ranks: Mapping[int, str] | None = None,
+    name: ReportName = NO_NAME,
+    nsys: str | None = None,
+) -> list[RankActivities]:
+    """As `read_report`, for whoever compares: `unrecorded` says why a rank has no kernels.
+
+    Raises `NoKernels` besides, for a report without any activity.
+    """
+    pid_ranks = pid_ranks or {}
+    with opened(path, nsys) as tables:
+        parts = _read(tables, pid_ranks, gpu_ranks or {}, name)
+        if any(part.is_timeline and len(part.start) for part in parts):
+            return [_with_launches(part, tables, pid_ranks) for part in parts]
+        if any("skipped" in note for part in parts for note in part.notes):
+            return parts  # there are activities, but all without a possible time
+        missing = unrecorded(tables)
+    if missing is not None and not parts:
+        raise no_kernels([(path.name, missing)])
+    return [replace(part, unrecorded=missing) for part in parts]
+
+
+def _with_launches(
+    part: RankActivities, tables: ReportTables, pid_ranks: Mapping[int, str]
+) -> RankActivities:
+    """The part; without activities, but with launches, its kernels were not recorded."""
+    pids = [pid for pid, label in pid_ranks.items() if label == part.rank]
+    if len(part.start) or not pids:
+        return part
+    return replace(part, unrecorded=unrecorded(tables, pids))
 
 
 @contextlib.contextmanager

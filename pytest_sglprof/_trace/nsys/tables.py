@@ -21,6 +21,7 @@ from pytest_sglprof._trace.nsys.database import (
     MISSING,
     Database,
     open_database,
+    refuse_unknown_schema,
     whole_number,
 )
 from pytest_sglprof._trace.table import Flags, Ints
@@ -192,6 +193,7 @@ class ParquetTables:
             ) from error
         self._pyarrow: Any = pyarrow
         self._files = {file.stem: file for file in sorted(folder.glob(f"*{SUFFIX}"))}
+        refuse_unknown_schema(folder, self._files)
         if not KNOWN_TABLES & self._files.keys():
             raise NotATrace(
                 f"{folder} is not an export of an nsys report: no file is named like its tables",
@@ -228,7 +230,7 @@ class ParquetTables:
                 ]
                 yield self._pyarrow.Table.from_arrays(arrays, names=list(columns))
         except (OSError, self._pyarrow.ArrowException) as error:
-            raise _unreadable(file, str(error)) from error
+            raise _unreadable(file) from error
 
     def texts(self, table: str, column: str) -> tuple[Ints, list[str]]:
         """See `ReportTables.texts`."""
@@ -258,13 +260,13 @@ class ParquetTables:
             there = [column for column in columns if column in stored]
             return self._pyarrow.parquet.read_table(file, columns=there) if there else None
         except (OSError, self._pyarrow.ArrowException) as error:
-            raise _unreadable(file, str(error)) from error
+            raise _unreadable(file) from error
 
     def _integers(self, table: str, column: Any) -> Ints:
         try:
             whole = self._whole(column)
         except self._pyarrow.ArrowException as error:
-            raise _unreadable(self._files[table], str(error)) from error
+            raise _unreadable(self._files[table]) from error
         return np.asarray(whole.fill_null(MISSING).to_numpy(), dtype=np.int64)
 
     def _whole(self, column: Any) -> Any:
@@ -277,9 +279,9 @@ class ParquetTables:
         return column.cast(self._pyarrow.int64(), safe=False)  # 64-bit ids wrap, as in SQLite
 
 
-def _unreadable(file: Path, why: str) -> TraceError:
+def _unreadable(file: Path) -> TraceError:
     return TraceError(
-        f"{file} cannot be read: {why}",
+        f"{file} cannot be read: it is damaged or cut off, or no Parquet file",
         expected="a complete Parquet export of an nsys report",
         hint="the file may be cut off: export the .nsys-rep again",
     )

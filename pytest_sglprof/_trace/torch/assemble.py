@@ -42,6 +42,7 @@ from pytest_sglprof._trace.table import (
     first_of,
 )
 from pytest_sglprof._trace.times import base_time
+from pytest_sglprof._trace.torch.absence import refuse_other_programs, unrecorded
 from pytest_sglprof._trace.torch.collect import Collector, ScanRequest
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
@@ -51,6 +52,7 @@ from pytest_sglprof._trace.torch.events import (
     KINDS,
     LAUNCH,
     OPERATOR,
+    OTHER_DEVICES,
     Batch,
     Columns,
     FullEvent,
@@ -95,7 +97,7 @@ def read_traces(
     for path in files:
         content = contents.pop(path, None)
         unsafe = content.facts.unsafe if content is not None else ""
-        if content is None or unsafe or not bool((content.columns.kind < LAUNCH).any()):
+        if content is None or unsafe or not bool((content.columns.kind == KERNEL).any()):
             content = None  # its memory is needed
             content = decode_file(path, allow_partial=allow_partial)
             if unsafe:
@@ -188,6 +190,7 @@ def _activities(
     for (_, what), count in facts.skipped.items():
         skipped[what] += count
     unusable = sum(count for what, count in skipped.items() if what.startswith("kernel "))
+    missing = unrecorded(columns, facts, launches.columns, launches.facts.names)
     notes = [*notes, *(f"{label}: skipped {n} {what}" for what, n in skipped.items())]
     steps = TraceSteps(facts.annotations)
     entries = steps.steps
@@ -226,6 +229,7 @@ def _activities(
         launches=launched_kernels(steps, launches, part.columns) if on_gpu else None,
         unusable=unusable,
         world_size=world_size(facts.distributed),
+        unrecorded=missing,
     )
 
 
@@ -310,7 +314,8 @@ class _Event(msgspec.Struct, gc=False):
     args: msgspec.Raw = msgspec.Raw(b"")
 
 
-_DOCUMENT = msgspec.json.Decoder(Document[_Event])
+_DOCUMENT = msgspec.json.Decoder(Document[_Event] | list[_Event])
+_DEVICES = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
@@ -322,14 +327,19 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
     batches: list[Batch] = []
     collector = Collector(ScanRequest(kinds=_EVERYTHING), batches.append)
     pids: dict[bytes, str | None] = {}
+    categories: Counter[str] = Counter()
     for event in trace.events:
         raw = bytes(event.pid)
         if raw not in pids:
             pids[raw] = _merged_pid(raw)
             if rank_of_pid(raw):  # lists a rank of a merged file even if it has no activities
                 collector.add_process(ProcessName(pids[raw]))
-        category = _CATEGORIES.get((event.cat or "").lower())
-        if event.ph == "X" and category is not None:
+        if event.ph != "X":
+            continue
+        lowered = (event.cat or "").lower()
+        categories[lowered] += 1
+        category = _CATEGORIES.get(lowered)
+        if category is not None:
             _add(collector, event, category, pids[raw])
     facts = collector.finish()
     facts.base, facts.distributed = trace.base, trace.distributed
@@ -338,7 +348,19 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
         facts.notes.append(
             f"{path.name}: invalid JSON; {trace.skipped} events that cannot be read were skipped"
         )
-    return FileContent(path, columns=joined(batches), facts=facts)
+    columns = joined(batches)
+    if not (columns.kind < LAUNCH).any():
+        refuse_other_programs(path, trace.events, categories)
+        facts.devices = _count_devices(trace.devices)
+        facts.elsewhere = {name: n for name, n in categories.items() if name in OTHER_DEVICES}
+    return FileContent(path, columns=columns, facts=facts)
+
+
+def _count_devices(text: str) -> int:
+    try:
+        return len(_DEVICES.decode(text.encode())) if text else 0
+    except msgspec.DecodeError:  # null, or no list
+        return 0
 
 
 def _merged_pid(raw: bytes) -> str | None:

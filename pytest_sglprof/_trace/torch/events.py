@@ -46,6 +46,26 @@ KIND_OF_CATEGORY = {
     CPU_SPAN: COLLECTIVE,
     GPU_SPAN: COLLECTIVE,
 }
+# Categories of other accelerators, lower case, by device. Their kernels, where Kineto has them
+# as such (XPU, PrivateUse1: NPU and others), are of category `kernel`. These are calls on the
+# host, or events of which Kineto does not say whether they nest: named, but never added up.
+OTHER_DEVICES = {
+    "mtia_ccp_events": "MTIA",
+    "mtia_runtime": "MTIA",
+    "mtia_insight": "MTIA",
+    "mtia_counters": "MTIA",
+    "hpu_op": "HPU",
+    "xpu_runtime": "XPU",
+    "xpu_driver": "XPU",
+    "xpu_sync": "XPU",
+    "xpu_scope_profiler": "XPU",
+    "privateuse1_runtime": "a PrivateUse1 device",
+    "privateuse1_driver": "a PrivateUse1 device",
+    "mlu_kernel": "MLU",
+    "mlu_memcpy": "MLU",
+    "mlu_memset": "MLU",
+    "mlu_runtime": "MLU",
+}
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating
 # torch.distributed describes a collective in an operator of this name; Kineto copies its
@@ -222,8 +242,10 @@ class FileFacts(msgspec.Struct):
     owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". groups: names
     of process groups. sequences: (code of the owner, external id) -> number of that
     collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
-    of `distributedInfo`; "" for none. skipped: (code of the owner, what was left out) ->
-    count. unsafe: why the file must be read exactly, "" when it was read.
+    of `distributedInfo`; "" for none. devices: how many GPUs it names. elsewhere: events of
+    each category of `OTHER_DEVICES`; both only of a file that was decoded. skipped: (code of
+    the owner, what was left out) -> count. unsafe: why the file must be read exactly, ""
+    when it was read.
     """
 
     names: list[str] = msgspec.field(default_factory=list)
@@ -233,6 +255,8 @@ class FileFacts(msgspec.Struct):
     annotations: list[Annotation] = msgspec.field(default_factory=list)
     base: str = ""
     distributed: str = ""
+    devices: int = 0
+    elsewhere: dict[str, int] = msgspec.field(default_factory=dict)
     skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
     truncated: bool = False
     unsafe: str = ""

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof._trace.foreign import EXPECTED, refuse_document, refuse_empty
 from pytest_sglprof._trace.torch.events import FullEvent
 from pytest_sglprof._trace.torch.stream import inflated
 
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
+_LIST = re.compile(rb"\s*\[")  # a document that is only the list of its events
+_BYTE = re.compile(r"\(byte (\d+)\)")  # in msgspec's messages
+_PLACE = re.compile(r" - at `\$\.?(.+)`")
 _NEXT_EVENT = re.compile(rb'\{\s*"ph"\s*:')
 _PHASE = re.compile(rb'\{\s*"ph"\s*:\s*"[^X"]"')
 _CATEGORY = re.compile(rb'"cat"\s*:\s*"([^"\\]{0,60})"')
@@ -34,37 +38,45 @@ E = TypeVar("E")
 
 
 class Document(msgspec.Struct, Generic[E]):
-    """A whole trace. events: None where it has no list of them; base, distributed: JSON text."""
+    """A whole trace. events: None where it has no list of them; the others are JSON text."""
 
     events: list[E] | None = msgspec.field(name="traceEvents", default=None)
     base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
     distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
+    devices: msgspec.Raw = msgspec.field(name="deviceProperties", default=msgspec.Raw(b""))
 
 
 class Whole(msgspec.Struct, Generic[E]):
     """What could be read of a file.
 
-    base, distributed: JSON text of `baseTimeNanoseconds` and `distributedInfo`, "" for none.
-    valid: whether it was valid JSON. skipped: how many events could not be read. truncated:
-    its end is missing.
+    base, distributed, devices: JSON text of `baseTimeNanoseconds`, `distributedInfo` and
+    `deviceProperties`, "" for none. valid: whether it was valid JSON. skipped: how many events
+    could not be read. truncated: its end is missing.
     """
 
     events: list[E]
     base: str
     distributed: str
+    devices: str
     valid: bool
     skipped: int
     truncated: bool
 
 
+# Some tools write the list of events alone, which is a trace as well.
+AnyDocument: TypeAlias = Document[E] | list[E]
+
+
 def read_whole(
-    path: Path, decoder: msgspec.json.Decoder[Document[E]], *, allow_partial: bool = False
+    path: Path, decoder: msgspec.json.Decoder[AnyDocument[E]], *, allow_partial: bool = False
 ) -> Whole[E]:
     """Reads a file the exact way, which needs memory for all of it; repairs it if need be.
 
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     data, truncated = inflated(path, partial=allow_partial)
+    if not data.strip():
+        refuse_empty(path, packed=path.stat().st_size > len(data))
     valid, skipped = True, 0
     try:
         if not data.isascii():
@@ -73,60 +85,95 @@ def read_whole(
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         document, repair = _decode_repaired(path, bytes(data), decoder, error, allow_partial)
         valid, skipped, truncated = False, repair.skipped, truncated or repair.cut
+    if isinstance(document, list):
+        document = Document(document or None)
     if document.events is None:
-        raise NotATrace(
-            f"{path} is JSON, but not a trace: it has no traceEvents",
-            expected="a Kineto trace of the torch profiler",
-            hint="give the *.trace.json.gz files that the server wrote, or an nsys report",
-        )
-    base, distributed = (
-        bytes(raw).decode("utf-8", "replace") for raw in (document.base, document.distributed)
+        refuse_document(path, data)
+    base, distributed, devices = (
+        bytes(raw).decode("utf-8", "replace")
+        for raw in (document.base, document.distributed, document.devices)
     )
-    return Whole(document.events, base, distributed, valid, skipped, truncated)
+    return Whole(document.events, base, distributed, devices, valid, skipped, truncated)
 
 
 def _decode_repaired(
     path: Path,
     data: bytes,
-    decoder: msgspec.json.Decoder[Document[E]],
+    decoder: msgspec.json.Decoder[AnyDocument[E]],
     error: Exception,
     allow_partial: bool,
-) -> tuple[Document[E], Repaired]:
+) -> tuple[AnyDocument[E], Repaired]:
+    _refuse_more(path, data, error)
     try:
         repair = repaired(data)
     except Unrepairable as reason:
-        raise _refusal(path, data, f"{error}; {reason}") from error
+        raise _refusal(path, data, error, f"; {reason}") from error
     if repair.cut and not allow_partial:
         raise _cut(path) from error
     try:
         return decoder.decode(repair.data), repair
     except (msgspec.DecodeError, UnicodeDecodeError) as second:
-        raise _refusal(path, data, str(second)) from error
+        raise _refusal(path, data, second) from error
 
 
-def _refusal(path: Path, data: bytes, why: str) -> TraceError:
+def _refuse_more(path: Path, data: bytes, error: Exception) -> None:
+    """Raises `TraceError` for a file that goes on behind the end of its document."""
+    at = _BYTE.search(str(error)) if "trailing characters" in str(error) else None
+    rest = data[int(at[1]) :] if at is not None else b""
+    if rest[:1] in (b"{", b"[") or len(_EVENTS.findall(data)) > 1:
+        raise TraceError(
+            f"{path} holds two documents, one behind the other",
+            expected="one trace of one rank in each file",
+            hint="two processes wrote into one file, or files were joined: record the window "
+            "again, or split the file",
+        )
+    if rest:
+        raise TraceError(
+            f"{path} has text behind the end of its JSON: {_shown(rest)}",
+            expected="nothing behind the trace",
+            hint="the file was damaged or written twice; copy or record it again",
+        )
+
+
+def _refusal(path: Path, data: bytes, error: Exception, reason: str = "") -> TraceError:
     """The error of a file that no way of reading understands."""
-    if b'"traceEvents"' not in data:
+    is_list = data.lstrip().startswith(b"[")
+    if not data.rstrip().endswith(b"]" if is_list else b"}"):
+        return _cut(path)
+    if b'"traceEvents"' not in data and not (is_list and b'"ph"' in data):
         return NotATrace(
-            f"{path} is not a torch trace: {why}",
-            expected="a Kineto trace of the torch profiler (JSON)",
+            f"{path} is not a torch trace: {_fault(data, error)}{reason}",
+            expected=EXPECTED,
             hint="give the *.trace.json.gz files that the server wrote, or an nsys report",
         )
-    if not data.rstrip().endswith(b"}"):
-        return _cut(path)
     return TraceError(
-        f"{path} is not valid JSON: {why}",
+        f"{path} is not a valid trace: {_fault(data, error)}{reason}",
         expected="a Kineto trace of the torch profiler (JSON), at least its GPU events",
         hint="record the window again with with_stack=False",
     )
+
+
+def _fault(data: bytes, error: Exception) -> str:
+    """What is wrong with the JSON, in our words."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"its text is not UTF-8 at byte {error.start}"
+    if at := _BYTE.search(str(error)):
+        number = int(at[1])
+        return f"its JSON is broken at byte {number}, before {_shown(data[number:])}"
+    if place := _PLACE.search(str(error)):
+        return f"{place[1]} is not what the torch profiler writes there"
+    return "its JSON is broken"
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:20].decode("utf-8", "replace"))
 
 
 def _cut(path: Path) -> TraceTruncated:
     return TraceTruncated(
         f"{path} ends in the middle of its JSON",
         expected="a complete file; the profiler writes it in place and grows it",
-        hint="wait until the profiler is done, or read what is there with allow_partial=True "
-        "(commands: --allow-partial)",
+        hint="wait until the profiler is done, or read what is there with allow_partial=True",
     )
 
 
@@ -150,14 +197,15 @@ def repaired(data: bytes) -> Repaired:
 
     Raises `Unrepairable` where that would lose a GPU event, or what is none is unclear.
     """
-    opening = _EVENTS.search(data)
+    opening = _LIST.match(data) or _EVENTS.search(data)
     starts = [m.start() for m in _NEXT_EVENT.finditer(data, opening.end())] if opening else []
     if opening is None or not starts:
         raise Unrepairable("it has no events in Kineto's layout")
     chunks = [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
     head = mended(data[: opening.end()])
+    closing = b"]" if head.lstrip() == b"[" else b"]}"
     last, tail = _split_last(chunks[-1], head)
-    if tail is None and not _is_object(head + b"]}"):
+    if tail is None and not _is_valid(head + closing):
         raise Unrepairable("what stands before its events is damaged")
     chunks[-1] = last
     sound: list[bytes] = []
@@ -170,7 +218,7 @@ def repaired(data: bytes) -> Repaired:
             skipped += 1
         else:
             raise Unrepairable("a GPU event, or one of unknown kind, cannot be read")
-    body = head + b",".join(sound) + (b"]}" if tail is None else tail)
+    body = head + b",".join(sound) + (closing if tail is None else tail)
     return Repaired(body, skipped, cut=tail is None)
 
 
@@ -182,7 +230,7 @@ def _split_last(chunk: bytes, head: bytes) -> tuple[bytes, bytes | None]:
     end = chunk.find(b"]")
     while end >= 0:
         tail = mended(chunk[end:])
-        if _is_object(head + tail):
+        if _is_valid(head + tail):
             return chunk[:end], tail
         end = chunk.find(b"]", end + 1)
     return chunk, None
@@ -198,8 +246,12 @@ def _event(chunk: bytes) -> bytes | None:
 
 
 def _is_object(text: bytes) -> bool:
+    return _is_valid(text, dict)
+
+
+def _is_valid(text: bytes, kind: type | tuple[type, ...] = (dict, list)) -> bool:
     try:
-        return isinstance(msgspec.json.decode(text), dict)
+        return isinstance(msgspec.json.decode(text), kind)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
 

@@ -72,7 +72,10 @@ MAX_EVENT = 8 << 20  # bytes of one event, likewise
 OLD_CATEGORIES = (b"Operator", b"Runtime", b"Kernel", b"Memcpy", b"Memset")
 BETWEEN = re.compile(rb'\s*,\s*\{\s*"')
 
-_EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[\s*(?=\{)')
+# Some tools write the list of events alone.
+_EVENTS = re.compile(rb'(?:"traceEvents"\s*:\s*|\A(?:\xef\xbb\xbf)?\s*)\[\s*(?=\{)')
+_ANOTHER = b'"traceEvents"'  # within the events: a second document begins
+_ANOTHER_LIST = re.compile(rb"\}\s*\]\s*\[\s*\{")
 _CATEGORY = re.compile(rb'"cat"\s*:\s*"(\w*)')
 _MERGED = re.compile(rb'"pid"\s*:\s*"\[[A-Z]+\d')
 
@@ -83,11 +86,13 @@ class Unsafe(Exception):
 
 class Layout(msgspec.Struct, frozen=True):
     """between: the bytes from an event's `}` to the next one's first `"`. merged: pids
-    name ranks. old: the categories are those of before 2022."""
+    name ranks. old: the categories are those of before 2022. alone: the document is the
+    list of events and nothing else."""
 
     between: bytes
     merged: bool
     old: bool
+    alone: bool = False
 
     @property
     def open_at(self) -> int:
@@ -121,7 +126,7 @@ def event_chunks(
     start = _EVENTS.search(head)
     if start is None:
         raise Unsafe("no list of events found")
-    if not read_header(head[: start.start()], facts):
+    if not layout.alone and not read_header(head[: start.start()], facts):
         raise Unsafe("what stands before its events is no valid JSON")
     held = layout.between + head[head.index(b'"', start.end()) + 1 :]
     before, cut = b"", 0
@@ -166,6 +171,7 @@ def _learn(stream: Iterator[bytes]) -> tuple[bytes, Layout]:
                     between=b"}" + between[0],
                     merged=_MERGED.search(head, start.end(), end) is not None,
                     old=category[1] in OLD_CATEGORIES,
+                    alone=not start[0].startswith(b'"'),
                 )
         if len(head) > MAX_HEAD:
             break
@@ -173,7 +179,14 @@ def _learn(stream: Iterator[bytes]) -> tuple[bytes, Layout]:
 
 
 def _checked(chunk: EventChunk) -> EventChunk:
-    """One look a chunk whether the categories are still those that are searched for."""
+    """Looks whether the categories are still those that are searched for, and the document one.
+
+    Events of a second document would be counted as those of the first one's rank.
+    """
+    if QUICKEST.find(chunk.data, _ANOTHER, chunk.begin, chunk.end) >= 0 or (
+        chunk.layout.alone and _ANOTHER_LIST.search(chunk.data, chunk.begin, chunk.end)
+    ):
+        raise Unsafe("another document seems to begin within the events")
     at = chunk.data.find(b'"cat"', chunk.begin, chunk.end)
     category = _CATEGORY.match(chunk.data, at) if at >= 0 else None
     if category is not None and not chunk.layout.old and category[1] in OLD_CATEGORIES:
@@ -185,17 +198,17 @@ def _rest(
     layout: Layout, facts: FileFacts, before: bytes, held: bytes, *, partial: bool
 ) -> Iterator[EventChunk]:
     """The last events, once what follows the list was read."""
-    end = read_footer(before + held, facts)
+    end = read_footer(before + held, facts, alone=layout.alone)
     if end is not None:
         stop = max(end - len(before), 1)
-        yield EventChunk(layout, held[:stop], stop - 1)
+        yield _checked(EventChunk(layout, held[:stop], stop - 1))
         return
     if not partial:
         raise Unsafe("the list of events has no recognised end")
     facts.truncated = True
     cut = held.rfind(layout.between)
     if cut > 0:
-        yield EventChunk(layout, held, cut)
+        yield _checked(EventChunk(layout, held, cut))
 
 
 # Bytes from one hit to the next up to which what lies between, a flow or a launch as a rule,
@@ -450,6 +463,7 @@ def _slowly(chunk: EventChunk, at: int) -> FullEvent:
 
 
 _LIST_END = re.compile(rb'\}\s*\]\s*(?=,\s*"|\}\s*$)')
+_END_ALONE = re.compile(rb"\}\s*\]\s*\Z")
 
 
 class _Outside(msgspec.Struct):
@@ -466,14 +480,17 @@ def read_header(data: bytes, facts: FileFacts) -> bool:
     return _take(text + b"}", facts)
 
 
-def read_footer(data: bytes, facts: FileFacts) -> int | None:
+def read_footer(data: bytes, facts: FileFacts, *, alone: bool = False) -> int | None:
     """Finds the end of the event list and takes facts from what follows.
 
-    data: the last bytes of the file. Returns the offset behind the last event's brace,
-    or None when no rest of `data` closes the document. Of several candidates (a list of
-    objects after the events ends alike) the first one is right: what lies deeper cannot
-    close the document.
+    data: the last bytes of the file. alone: the list is the whole document. Returns the
+    offset behind the last event's brace, or None when no rest of `data` closes the document.
+    Of several candidates (a list of objects after the events ends alike) the first one is
+    right: what lies deeper cannot close the document.
     """
+    if alone:
+        last = _END_ALONE.search(data)
+        return last.start() + 1 if last else None
     for match in _LIST_END.finditer(data):
         if _take(b'{"":0' + data[match.end() :], facts):
             return match.start() + 1

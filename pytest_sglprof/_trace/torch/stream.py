@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 from pytest_sglprof._errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof._trace.foreign import refuse_empty, refuse_foreign
 
 PIECE = 256 * 1024  # larger pieces fall out of the processor's cache, smaller ones cost calls
 _READ = 128 * 1024
@@ -78,10 +79,12 @@ def _zstd_inflater(path: Path) -> _Inflater:
         # Nothing that mypy finds in older Pythons, for which it checks.
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
+        archive = path.name.endswith((".tar.zst", ".tzst"))  # what is inside cannot be seen
+        what, how = ("an archive", "tar --zstd -xf") if archive else ("a file", "zstd -d")
         raise TraceError(
-            f"{path} is compressed with zstd, which this Python cannot read",
+            f"{path} is {what} compressed with zstd, which this Python cannot read",
             expected="a .json.gz or .json file, or Python 3.14 and newer",
-            hint=f"unpack it first: zstd -d {path}",
+            hint=f"unpack it first: {how} {path}",
         ) from None
     inflater: _Inflater = zstd.ZstdDecompressor()
     return inflater
@@ -90,12 +93,15 @@ def _zstd_inflater(path: Path) -> _Inflater:
 def inflated(path: Path, *, partial: bool = False) -> tuple[bytearray, bool]:
     """All plain bytes of `path`, without a byte order mark, and whether its end is missing.
 
-    partial: take what stands before the end of a truncated file. Raises what `pieces` does.
+    partial: take what stands before the end of a truncated file. Raises what `pieces` does,
+    and `NotATrace` where the first bytes are not those of JSON.
     """
     data = bytearray()
     cut = False
     try:
         for piece in pieces(path):
+            if not data:
+                refuse_foreign(path, piece)
             data += piece
     except TraceTruncated:
         if not partial:
@@ -125,11 +131,7 @@ def pieces(path: Path, *, size: int = PIECE, progress: Progress | None = None) -
         head = stream.read(len(ZSTD))
         stream.seek(0)
         if not head:
-            raise NotATrace(
-                f"{path} is empty",
-                expected="a Kineto trace (.json or .json.gz)",
-                hint="the profiler was stopped before it wrote the file; open the window again",
-            )
+            refuse_empty(path, packed=False)
         if head.startswith(GZIP):
             yield from _inflate(path, stream, _gzip_inflater, GZIP, size, progress)
         elif head.startswith(ZSTD):
@@ -188,7 +190,8 @@ def _inflate(
             piece = inflater.decompress(data, size)
         except Exception as error:  # isal, zlib and zstd have no common error class
             raise TraceError(
-                f"{path} is damaged: {error}",
+                f"{path} is damaged: its compressed data cannot be unpacked, or its checksum is "
+                "wrong",
                 expected="compressed data with a right checksum",
                 hint="copy the file again; if it was recorded so, open the window again",
             ) from error
