@@ -97,7 +97,8 @@ def refuse_foreign(path: Path, head: bytes) -> None:
 
     head: the first bytes, unpacked where the file is compressed; `HEAD` of them are enough.
     """
-    if kind := kind_of(head):
+    kind = kind_of(head)
+    if kind is not None:
         what, hint = kind
         raise NotATrace(f"{path} {what}", expected=EXPECTED, hint=hint)
     text = head[:HEAD].removeprefix(_BOM).lstrip()

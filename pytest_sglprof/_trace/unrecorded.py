@@ -45,10 +45,10 @@ def refuse_unrecorded(parts: Sequence[tuple[Path, RankActivities]]) -> None:
 
 def no_kernels(lost: Sequence[tuple[str, Unrecorded]]) -> NoKernels:
     """The error for these ranks or files."""
-    named = "; ".join(f"{name}: {found.what}" for name, found in lost[:MAX_NAMED])
+    named = "; ".join(f"{name}: {reason.what}" for name, reason in lost[:MAX_NAMED])
     more = f"; and {len(lost) - MAX_NAMED} more ranks alike" if len(lost) > MAX_NAMED else ""
     return NoKernels(
         f"{named}{more}, but no kernels were recorded",
         expected="kernels of every rank that used its GPU",
-        hint=" ".join(dict.fromkeys(found.hint for _, found in lost)),
+        hint=" ".join(dict.fromkeys(reason.hint for _, reason in lost)),
     )

@@ -1,4 +1,4 @@
-"""Why a report of nsys has no kernels: each way in which that happens is told apart."""
+"""Why a report of nsys has no kernels: each way in which that happens has its own sentence."""
 
 from __future__ import annotations
 

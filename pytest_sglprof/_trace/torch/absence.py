@@ -55,11 +55,13 @@ class EventText(Protocol):
     args: Any
 
 
-def refuse_other_programs(path: Path, events: Sequence[EventText], found: Counter[str]) -> None:
-    """Raises `NotATrace` for a file of another program. found: lower-case categories of spans."""
+def refuse_other_programs(
+    path: Path, events: Sequence[EventText], categories: Counter[str]
+) -> None:
+    """Raises `NotATrace` for a file of another program. categories: of its spans, lower case."""
     texts = [b"%b %b" % (str(e.name).encode(), bytes(e.args)) for e in _telling(events)]
-    is_torch = not TORCH_CATEGORIES.isdisjoint(found)
-    refuse_dialect(path, texts, is_torch=is_torch, count=found.total())
+    is_torch = not TORCH_CATEGORIES.isdisjoint(categories)
+    refuse_dialect(path, texts, is_torch=is_torch, count=categories.total())
 
 
 def _telling(events: Sequence[EventText]) -> Iterable[EventText]:

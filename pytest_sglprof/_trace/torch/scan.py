@@ -484,9 +484,9 @@ def read_footer(data: bytes, facts: FileFacts, *, alone: bool = False) -> int | 
     """Finds the end of the event list and takes facts from what follows.
 
     data: the last bytes of the file. alone: the list is the whole document. Returns the
-    offset behind the last event's brace, or None when no rest of `data` closes the document. Of several candidates (a list of
-    objects after the events ends alike) the first one is right: what lies deeper cannot
-    close the document.
+    offset behind the last event's brace, or None when no rest of `data` closes the document.
+    Of several candidates (a list of objects after the events ends alike) the first one is
+    right: what lies deeper cannot close the document.
     """
     if alone:
         last = _END_ALONE.search(data)
