@@ -31,6 +31,11 @@ class Unrecorded:
     certain: bool = True
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """`1 launch` or `40 launches`."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def refuse_unrecorded(parts: Sequence[tuple[Path, RankActivities]]) -> None:
     """Raises `NoKernels` where a rank's kernels were not recorded. parts: with their files."""
     on_gpu = any(part.is_timeline and len(part.start) for _, part in parts)

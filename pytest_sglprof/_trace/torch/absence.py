@@ -19,7 +19,7 @@ from pytest_sglprof._trace.torch.events import (
     Columns,
     FileFacts,
 )
-from pytest_sglprof._trace.unrecorded import Unrecorded
+from pytest_sglprof._trace.unrecorded import Unrecorded, counted
 
 SAMPLE = 2_000  # events whose names and arguments are searched for those of other programs
 
@@ -83,14 +83,13 @@ def unrecorded(
     calls = [code for code, name in enumerate(names) if LAUNCHES.match(name)]
     rows = (launches.kind == LAUNCH) & np.isin(launches.name, calls)
     if count := int(rows.sum()):
-        return Unrecorded(f"{count} launch{'es' if count > 1 else ''}", CAUSES)
+        return Unrecorded(counted(count, "launch", "launches"), CAUSES)
     if facts.elsewhere:
         pairs = [f"{count} {category}" for category, count in facts.elsewhere.items()]
         device = OTHER_DEVICES[next(iter(facts.elsewhere))]
         return Unrecorded(f"events of {device} ({', '.join(pairs)})", _NOT_READ)
     if spans := sum(span.gpu for span in facts.annotations):
-        return Unrecorded(f"{spans} spans on the GPU", CAUSES)
+        return Unrecorded(counted(spans, "span on the GPU", "spans on the GPU"), CAUSES)
     if facts.devices and (columns.kind > LAUNCH).any():
-        named = "a GPU" if facts.devices == 1 else f"{facts.devices} GPUs"
-        return Unrecorded(f"the trace names {named}", CAUSES, certain=False)
+        return Unrecorded(counted(facts.devices, "GPU", "GPUs"), CAUSES, certain=False)
     return None
