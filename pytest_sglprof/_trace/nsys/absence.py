@@ -37,8 +37,7 @@ def unrecorded(tables: ReportTables, pids: Sequence[int] = ()) -> Unrecorded | N
     """
     thread, name = tables.integers(f"{PREFIX}RUNTIME", ["globalTid", "nameId"])
     if pids:
-        mine = np.isin(pid_of(thread), list(pids))
-        thread, name = thread[mine], name[mine]
+        name = name[np.isin(pid_of(thread), list(pids))]
     launches = _launches(tables, name)
     if launches:
         return Unrecorded(counted(launches, "launch", "launches"), CAUSES)

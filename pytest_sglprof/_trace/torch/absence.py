@@ -31,6 +31,7 @@ CAUSES = (
     "counters, a CUPTI that does not fit the driver), or only activities of the CPU were asked "
     "for. Record the window again, or with nsys."
 )
+_NAMED = " If this server runs on its CPU, hide the GPUs from it: CUDA_VISIBLE_DEVICES=''."
 _NOT_READ = (
     "sglprof reads kernels, copies and sets of the categories kernel, gpu_memcpy and gpu_memset, "
     "which Kineto writes for NVIDIA, AMD, Intel and PrivateUse1 devices."
@@ -91,5 +92,5 @@ def unrecorded(
     if spans := sum(span.gpu for span in facts.annotations):
         return Unrecorded(counted(spans, "span on the GPU", "spans on the GPU"), CAUSES)
     if facts.devices and (columns.kind > LAUNCH).any():
-        return Unrecorded(counted(facts.devices, "GPU", "GPUs"), CAUSES, certain=False)
+        return Unrecorded(counted(facts.devices, "GPU", "GPUs"), CAUSES + _NAMED, certain=False)
     return None

@@ -123,7 +123,7 @@ def _needs_launches(content: FileContent) -> bool:
 
     The former where steps on the CPU were not projected onto the GPU by the profiler.
     """
-    if len(content.columns) and not (content.columns.kind == KERNEL).any():
+    if len(content.columns) and _ranks_without_kernels(content):
         return True
     cpu = [a for a in content.facts.annotations if not a.gpu]
     gpu = [a for a in content.facts.annotations if a.gpu]
@@ -133,6 +133,13 @@ def _needs_launches(content: FileContent) -> bool:
         projected([a for a in cpu if a.owner == owner], [a for a in gpu if a.owner == owner])
         for owner in {a.owner for a in cpu}
     )
+
+
+def _ranks_without_kernels(content: FileContent) -> set[str]:
+    """Of a merged file the ranks, of any other one "" for its only rank."""
+    ranks = [rank_of_pid(pid.encode()) for pid in content.facts.owners]
+    columns = content.columns
+    return set(ranks) - {ranks[code] for code in np.unique(columns.owner[columns.kind == KERNEL])}
 
 
 def _assembled(content: FileContent, second: FileContent | None) -> list[RankActivities]:

@@ -102,6 +102,21 @@ def test_one_rank_without_its_kernels_makes_the_window_inconclusive(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["cudaLaunchKernel", "cudaEventQuery"])
+def test_a_rank_of_a_merged_file_without_its_kernels_is_told(tmp_path: Path, name: str) -> None:
+    first = {**kernel("gemm", 1, 5), "pid": "[TP00] 0"}
+    names = [{"ph": "M", "name": "process_name", "pid": f"[TP0{n}] 8", "args": {"name": "x"}}
+             for n in range(2)]  # fmt: skip
+    calls = [{**launch(name, n), "pid": "[TP01] 8"} for n in range(1, 4)]
+    path = write(tmp_path, document([first, *names, *calls]), "merged-1.trace.json")
+    if name == "cudaEventQuery":
+        assert read_window(path).ranks == ("TP0", "TP1")
+        return
+    with pytest.raises(NoKernels, match=r"^TP1 \(merged-1\.trace\.json\): 3 launches"):
+        read_window(path)
+
+
+@pytest.mark.usefixtures("way")
 def test_an_idle_rank_is_still_an_answer(tmp_path: Path) -> None:
     table = read_window(window(tmp_path, [], deviceProperties=GPUS))
     assert (table.ranks, table.source, len(table.frame)) == (("TP0", "TP1"), "gpu", 1)
