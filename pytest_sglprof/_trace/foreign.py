@@ -1,4 +1,4 @@
-"""Names what a file is that is no trace of the torch profiler and no report of nsys.
+"""What a file is that is neither a trace of the torch profiler nor a report of nsys.
 
 By its first bytes (`refuse_foreign`), whatever its name, and by the events of its JSON
 (`refuse_dialect`): many programs write the same "Trace Event Format" as torch.
@@ -97,7 +97,8 @@ def refuse_foreign(path: Path, head: bytes) -> None:
 
     head: the first bytes, unpacked where the file is compressed; `HEAD` of them are enough.
     """
-    if kind := kind_of(head):
+    kind = kind_of(head)
+    if kind is not None:
         what, hint = kind
         raise NotATrace(f"{path} {what}", expected=EXPECTED, hint=hint)
     text = head[:HEAD].removeprefix(_BOM).lstrip()
@@ -107,8 +108,8 @@ def refuse_foreign(path: Path, head: bytes) -> None:
 
 def kind_of(head: bytes) -> tuple[str, str] | None:
     """What a file with these first bytes is ("is a picture (PNG)"), and what to do."""
-    plain = head[:HEAD]
-    return next(((what, hint) for begins, what, hint in _KINDS if begins.match(plain)), None)
+    begin = head[:HEAD]
+    return next(((what, hint) for begins, what, hint in _KINDS if begins.match(begin)), None)
 
 
 def _unknown(text: bytes) -> str:

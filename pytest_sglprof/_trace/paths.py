@@ -16,6 +16,8 @@ import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError
 from pytest_sglprof._ranks import FILE_END, NamedRank, Rank, named_ranks, node_in_name
+from pytest_sglprof._trace.foreign import EXPECTED, HEAD, kind_of
+from pytest_sglprof._trace.nsys.database import KNOWN_TABLES
 from pytest_sglprof._trace.torch.stream import GZIP, ZSTD
 
 if TYPE_CHECKING:
@@ -174,16 +176,26 @@ def _files(path: Path) -> list[Path]:
             hint="check the path",
         )
     if not path.is_dir():
+        _refuse_captures([path])
         return [path]
     inside = sorted(file for file in path.iterdir() if file.name[0] != ".")
-    if any(file.suffix == ".parquet" for file in inside):
+    tables = [file for file in inside if file.suffix == ".parquet"]
+    if any(file.stem in KNOWN_TABLES for file in tables):
         return [path]
-    files = [
+    traces = [
         file
         for reader in READERS
         for file in reader.pick([file for file in inside if file.name.endswith(reader.endings)])
     ]
-    return files or [file for folder in _of_ranks_or_nodes(inside) for file in _files(folder)]
+    if not traces and tables:
+        return [path]
+    if traces and all(map(_of_a_capture, traces)):
+        _refuse_captures(traces)
+    if not traces and (folders := _of_ranks_or_nodes(inside)):
+        return [file for folder in folders for file in _files(folder)]
+    if not traces:
+        _refuse_others(inside)
+    return [file for file in traces if not _of_a_capture(file)]
 
 
 def _of_ranks_or_nodes(inside: Sequence[Path]) -> list[Path]:
@@ -191,6 +203,37 @@ def _of_ranks_or_nodes(inside: Sequence[Path]) -> list[Path]:
     folders = [path for path in inside if path.is_dir()]
     named = named_ranks(folder / "*" for folder in folders)
     return [f for f in folders if f / "*" in named or node_in_name(f / "*")]
+
+
+# With SGLANG_ENABLE_CUDA_GRAPH_CAPTURE_TRACE, SGLang traces how it captures its graphs, before
+# it serves: kernels that are captured do not run.
+_CAPTURE_NAME = re.compile(r"(?:cuda_)?graph_capture[-_]")
+_CAPTURE_FOLDERS = frozenset({"graph_capture_profile", "capture_traces"})
+
+
+def _of_a_capture(file: Path) -> bool:
+    folder = file.absolute().parent.name
+    return _CAPTURE_NAME.match(file.name) is not None or folder in _CAPTURE_FOLDERS
+
+
+def _refuse_captures(files: Sequence[Path]) -> None:
+    captured = [file for file in files if _of_a_capture(file)]
+    if captured:
+        raise NotATrace(
+            f"{captured[0]} is SGLang's trace of capturing CUDA graphs, not of serving requests",
+            expected="a trace of a profile window (ID-TP-0.trace.json.gz)",
+            hint="open a window while the server gets requests: sglprof record URL",
+        )
+
+
+def _refuse_others(files: Sequence[Path]) -> None:
+    """Raises `NotATrace` for a folder without traces, where one of its files tells what it is."""
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as stream:
+                kind = kind_of(stream.read(HEAD))
+            if kind is not None:
+                raise NotATrace(f"{file} {kind[0]}", expected=EXPECTED, hint=kind[1])
 
 
 def _endings() -> list[str]:

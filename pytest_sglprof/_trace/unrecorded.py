@@ -31,6 +31,11 @@ class Unrecorded:
     certain: bool = True
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """`1 launch` or `40 launches`."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def refuse_unrecorded(parts: Sequence[tuple[Path, RankActivities]]) -> None:
     """Raises `NoKernels` where a rank's kernels were not recorded. parts: with their files."""
     on_gpu = any(part.is_timeline and len(part.start) for _, part in parts)
@@ -45,10 +50,10 @@ def refuse_unrecorded(parts: Sequence[tuple[Path, RankActivities]]) -> None:
 
 def no_kernels(lost: Sequence[tuple[str, Unrecorded]]) -> NoKernels:
     """The error for these ranks or files."""
-    named = "; ".join(f"{name}: {found.what}" for name, found in lost[:MAX_NAMED])
+    named = "; ".join(f"{name}: {reason.what}" for name, reason in lost[:MAX_NAMED])
     more = f"; and {len(lost) - MAX_NAMED} more ranks alike" if len(lost) > MAX_NAMED else ""
     return NoKernels(
         f"{named}{more}, but no kernels were recorded",
         expected="kernels of every rank that used its GPU",
-        hint=" ".join(dict.fromkeys(found.hint for _, found in lost)),
+        hint=" ".join(dict.fromkeys(reason.hint for _, reason in lost)),
     )

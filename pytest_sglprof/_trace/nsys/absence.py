@@ -1,4 +1,4 @@
-"""Why a report of nsys has no kernels: each way in which that happens is told apart."""
+"""Why a report of nsys has no kernels: each way in which that happens has its own sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from pytest_sglprof._trace.nsys.database import MISSING, PREFIX
 from pytest_sglprof._trace.nsys.tables import ReportTables, coded, pid_of
 from pytest_sglprof._trace.table import Ints
-from pytest_sglprof._trace.unrecorded import Unrecorded
+from pytest_sglprof._trace.unrecorded import Unrecorded, counted
 
 # `cudaLaunchKernel_v7000`, `cuGraphLaunch`; not functions that run on the host.
 _LAUNCHES = re.compile(r"cu(?:da)?[A-Za-z]*Launch(?!HostFunc)")
@@ -37,21 +37,22 @@ def unrecorded(tables: ReportTables, pids: Sequence[int] = ()) -> Unrecorded | N
     """
     thread, name = tables.integers(f"{PREFIX}RUNTIME", ["globalTid", "nameId"])
     if pids:
-        mine = np.isin(pid_of(thread), list(pids))
-        thread, name = thread[mine], name[mine]
+        name = name[np.isin(pid_of(thread), list(pids))]
     launches = _launches(tables, name)
     if launches:
-        return Unrecorded(f"{launches} launch{'es' if launches > 1 else ''}", CAUSES)
+        return Unrecorded(counted(launches, "launch", "launches"), CAUSES)
     if pids:
         return None
     (graphs,) = tables.integers(f"{PREFIX}GRAPH_TRACE", ["start"])
     if len(graphs):
-        return Unrecorded(f"{len(graphs)} launches of whole CUDA graphs", _GRAPHS)
+        return Unrecorded(
+            counted(len(graphs), "launch", "launches") + " of whole CUDA graphs", _GRAPHS
+        )
     (ranges,) = tables.integers("NVTX_EVENTS", ["start"])
     if len(ranges):
         return None
     if calls := len(name):
-        return Unrecorded(f"{calls} CUDA call{'s' if calls > 1 else ''}", CAUSES)
+        return Unrecorded(counted(calls, "CUDA call", "CUDA calls"), CAUSES)
     return Unrecorded("recorded without CUDA, or while nothing ran", _NO_CUDA, certain=False)
 
 

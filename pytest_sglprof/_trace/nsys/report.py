@@ -249,13 +249,16 @@ def stream_rows(
 
     Counted are the kernels that the kernel table holds. pid_ranks: the rank of a process id;
     without it a row is labelled as the kernel table labels it. notes: gets what was left
-    out. Raises what `read_report` raises.
+    out. Raises what `read_recorded` raises.
     """
     with opened(path, nsys) as tables:
         rows = read_gpu_rows(tables, correlated=False)
+        kernels = rows.kind == KINDS.index("kernel")
+        missing = None if kernels.any() or rows.notes else unrecorded(tables)
+    if missing is not None:
+        raise no_kernels([(path.name, missing)])
     if notes is not None:
         notes += rows.notes
-    kernels = rows.kind == KINDS.index("kernel")
     columns = (pid_of(rows.process), rows.device, rows.stream)
     keys = np.stack([column[kernels] for column in columns], axis=1)
     distinct, place = np.unique(keys, axis=0, return_inverse=True)

@@ -19,7 +19,7 @@ from pytest_sglprof._trace.torch.events import (
     Columns,
     FileFacts,
 )
-from pytest_sglprof._trace.unrecorded import Unrecorded
+from pytest_sglprof._trace.unrecorded import Unrecorded, counted
 
 SAMPLE = 2_000  # events whose names and arguments are searched for those of other programs
 
@@ -31,6 +31,7 @@ CAUSES = (
     "counters, a CUPTI that does not fit the driver), or only activities of the CPU were asked "
     "for. Record the window again, or with nsys."
 )
+_NAMED = " If this server runs on its CPU, hide the GPUs from it: CUDA_VISIBLE_DEVICES=''."
 _NOT_READ = (
     "sglprof reads kernels, copies and sets of the categories kernel, gpu_memcpy and gpu_memset, "
     "which Kineto writes for NVIDIA, AMD, Intel and PrivateUse1 devices."
@@ -55,11 +56,13 @@ class EventText(Protocol):
     args: Any
 
 
-def refuse_other_programs(path: Path, events: Sequence[EventText], found: Counter[str]) -> None:
-    """Raises `NotATrace` for a file of another program. found: lower-case categories of spans."""
+def refuse_other_programs(
+    path: Path, events: Sequence[EventText], categories: Counter[str]
+) -> None:
+    """Raises `NotATrace` for a file of another program. categories: of its spans, lower case."""
     texts = [b"%b %b" % (str(e.name).encode(), bytes(e.args)) for e in _telling(events)]
-    is_torch = not TORCH_CATEGORIES.isdisjoint(found)
-    refuse_dialect(path, texts, is_torch=is_torch, count=found.total())
+    is_torch = not TORCH_CATEGORIES.isdisjoint(categories)
+    refuse_dialect(path, texts, is_torch=is_torch, count=categories.total())
 
 
 def _telling(events: Sequence[EventText]) -> Iterable[EventText]:
@@ -81,14 +84,13 @@ def unrecorded(
     calls = [code for code, name in enumerate(names) if LAUNCHES.match(name)]
     rows = (launches.kind == LAUNCH) & np.isin(launches.name, calls)
     if count := int(rows.sum()):
-        return Unrecorded(f"{count} launch{'es' if count > 1 else ''}", CAUSES)
+        return Unrecorded(counted(count, "launch", "launches"), CAUSES)
     if facts.elsewhere:
         pairs = [f"{count} {category}" for category, count in facts.elsewhere.items()]
         device = OTHER_DEVICES[next(iter(facts.elsewhere))]
         return Unrecorded(f"events of {device} ({', '.join(pairs)})", _NOT_READ)
     if spans := sum(span.gpu for span in facts.annotations):
-        return Unrecorded(f"{spans} spans on the GPU", CAUSES)
+        return Unrecorded(counted(spans, "span on the GPU", "spans on the GPU"), CAUSES)
     if facts.devices and (columns.kind > LAUNCH).any():
-        named = "a GPU" if facts.devices == 1 else f"{facts.devices} GPUs"
-        return Unrecorded(f"the trace names {named}", CAUSES, certain=False)
+        return Unrecorded(counted(facts.devices, "GPU", "GPUs"), CAUSES + _NAMED, certain=False)
     return None
