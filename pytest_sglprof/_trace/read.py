@@ -19,7 +19,7 @@ from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
-from pytest_sglprof._trace.completeness import different_runs, with_lost_steps
+from pytest_sglprof._trace.completeness import different_runs, refuse_unrecorded, with_lost_steps
 from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.paths import (
     Reader,
@@ -43,7 +43,6 @@ from pytest_sglprof._trace.table import (
 )
 from pytest_sglprof._trace.torch.collect import Interner
 from pytest_sglprof._trace.torch.events import COMMUNICATION
-from pytest_sglprof._trace.unrecorded import refuse_unrecorded
 
 
 def read_window(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from pytest_sglprof._trace.completeness import Unrecorded
     from pytest_sglprof._trace.torch.events import Columns
-    from pytest_sglprof._trace.unrecorded import Unrecorded
 
 
 TEXT_COLUMNS = ("rank", "name", "full_name", "category", "kind", "stage")

@@ -19,7 +19,7 @@ import msgspec
 
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._trace.paths import rank_of_pid
-from pytest_sglprof._trace.times import ns
+from pytest_sglprof._trace.torch.events import ns
 from pytest_sglprof._trace.torch.salvage import mended
 from pytest_sglprof._trace.torch.scan import Layout, Unsafe
 

@@ -29,8 +29,7 @@ from pytest_sglprof._trace.merge.events import (
 )
 from pytest_sglprof._trace.paths import FileRanks, of_ranks
 from pytest_sglprof._trace.read import refuse_twice
-from pytest_sglprof._trace.times import base_time
-from pytest_sglprof._trace.torch.events import FileFacts
+from pytest_sglprof._trace.torch.events import FileFacts, base_time
 from pytest_sglprof._trace.torch.salvage import Document, read_whole
 from pytest_sglprof._trace.torch.scan import Unsafe, event_chunks
 from pytest_sglprof._trace.torch.stream import pieces

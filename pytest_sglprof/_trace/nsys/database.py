@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytest_sglprof._errors import NotATrace, TraceError
 from pytest_sglprof._trace.foreign import HEAD, kind_of
-from pytest_sglprof._trace.times import LARGEST_NS, LONGEST_NS
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 KNOWN_TABLES = frozenset(
     {

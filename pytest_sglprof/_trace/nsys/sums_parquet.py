@@ -21,7 +21,7 @@ from pytest_sglprof._trace.nsys.database import (
 )
 from pytest_sglprof._trace.nsys.rows import read_whole_graphs
 from pytest_sglprof._trace.nsys.tables import ParquetTables, pid_of
-from pytest_sglprof._trace.times import LARGEST_NS, LONGEST_NS
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 _COLUMNS = ("start", "end", "globalPid", "deviceId", "streamId", "graphNodeId")
 

@@ -25,7 +25,7 @@ from pytest_sglprof._trace.nsys.database import (
     whole_number,
 )
 from pytest_sglprof._trace.table import Flags, Ints
-from pytest_sglprof._trace.times import LARGEST_NS, LONGEST_NS
+from pytest_sglprof._trace.torch.events import LARGEST_NS, LONGEST_NS
 
 
 class ReportTables(Protocol):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pytest_sglprof._trace.times import LONGEST_NS, ns, unfit
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
     COLLECTIVE,
@@ -23,6 +22,7 @@ from pytest_sglprof._trace.torch.events import (
     GPU_SPAN,
     KIND_OF_CATEGORY,
     LAUNCH,
+    LONGEST_NS,
     OPERATOR,
     SUBMITTED,
     Annotation,
@@ -35,6 +35,8 @@ from pytest_sglprof._trace.torch.events import (
     ProcessName,
     arguments,
     communicates,
+    ns,
+    unfit,
 )
 
 BATCH = 8192  # activities; about 380 KB

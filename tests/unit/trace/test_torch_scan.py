@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from pytest_sglprof._trace.read import read_window
-from pytest_sglprof._trace.times import ns
 from pytest_sglprof._trace.torch.collect import ScanRequest
-from pytest_sglprof._trace.torch.events import Batch
+from pytest_sglprof._trace.torch.events import Batch, ns
 from pytest_sglprof._trace.torch.scan import scan_file
 from tests.support.scanned import (
     BASE,

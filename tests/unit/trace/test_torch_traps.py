@@ -10,7 +10,7 @@ import pytest
 
 from pytest_sglprof._errors import TraceError, TraceTruncated
 from pytest_sglprof._trace.read import read_window
-from pytest_sglprof._trace.times import ns
+from pytest_sglprof._trace.torch.events import ns
 from tests.support.kineto import (
     BASE,
     KERNELS,
