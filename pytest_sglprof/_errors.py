@@ -208,9 +208,15 @@ def described(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+# (what a message says of an argument of `read_window`, what the commands have instead)
+_IN_SHELL = (("allow_partial=True", "--allow-partial"), (", or with processes=1", ""))
+
+
 def in_shell(text: str) -> str:
     """A message in which arguments of `read_window` are the options of the commands."""
-    return text.replace("allow_partial=True", "--allow-partial")
+    for argument, option in _IN_SHELL:
+        text = text.replace(argument, option)
+    return text
 
 
 def do_every(steps: Iterable[Callable[[], object]]) -> None:

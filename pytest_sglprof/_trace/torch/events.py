@@ -63,10 +63,10 @@ OTHER_DEVICES = {
     "xpu_scope_profiler": "XPU",
     "privateuse1_runtime": "a PrivateUse1 device",
     "privateuse1_driver": "a PrivateUse1 device",
-    "mlu_kernel": "MLU",
     "mlu_memcpy": "MLU",
     "mlu_memset": "MLU",
     "mlu_runtime": "MLU",
+    "mlu_notifier": "MLU",
 }
 COMMUNICATION = ("gloo:", "nccl:", "mpi:")
 SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of communicating

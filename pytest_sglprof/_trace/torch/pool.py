@@ -115,7 +115,7 @@ class _Reader:
                 f"the process that read {self._content.path} ended with status "
                 f"{self.process.wait()}",
                 expected="a reader that lives until the file's end",
-                hint="is the machine out of memory? processes=1 reads in this process",
+                hint="is the machine out of memory? read fewer files at once, or with processes=1",
             )
         what, payload = frame
         if what == ERROR:

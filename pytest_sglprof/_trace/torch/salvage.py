@@ -75,7 +75,7 @@ def read_whole(
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
     data, truncated = inflated(path, partial=allow_partial)
-    if not data.strip():
+    if not data or data.isspace():
         refuse_empty(path, packed=path.stat().st_size > len(data))
     valid, skipped = True, 0
     try:
@@ -119,7 +119,7 @@ def _decode_repaired(
 def _refuse_more(path: Path, data: bytes, error: Exception) -> None:
     """Raises `TraceError` for a file that goes on behind the end of its document."""
     at = _BYTE.search(str(error)) if "trailing characters" in str(error) else None
-    rest = data[int(at[1]) :] if at is not None else b""
+    rest = data[int(at[1]) - 1 :] if at is not None else b""  # the first one was read already
     if rest[:1] in (b"{", b"[") or len(_EVENTS.findall(data)) > 1:
         raise TraceError(
             f"{path} holds two documents, one behind the other",
@@ -146,8 +146,9 @@ def _refusal(path: Path, data: bytes, error: Exception, reason: str = "") -> Tra
             expected=EXPECTED,
             hint="give the *.trace.json.gz files that the server wrote, or an nsys report",
         )
+    what = "a valid trace" if _PLACE.search(str(error)) else "valid JSON"
     return TraceError(
-        f"{path} is not a valid trace: {_fault(data, error)}{reason}",
+        f"{path} is not {what}: {_fault(data, error)}{reason}",
         expected="a Kineto trace of the torch profiler (JSON), at least its GPU events",
         hint="record the window again with with_stack=False",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from pytest_sglprof._cli.main import main
 from pytest_sglprof._report.results import write_results
 from pytest_sglprof._trace.table import KernelTable
 from tests.support.drawn import drawn_of
+from tests.support.kineto import document, event, kineto_text
 from tests.support.windows import as_run, run, window
 
 
@@ -99,6 +101,22 @@ def test_traces_that_were_not_kept(
     next((folder / "traces").iterdir()).unlink()
     assert main(["report", str(folder), "--step", "3"]) == 2
     assert "--sglprof-set=output.keep=all" in capsys.readouterr().err
+
+
+def test_traces_that_lost_their_kernels_draw_nothing(
+    real: tuple[Path, KernelTable], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = real
+    trace = next((folder / "traces").glob("*TP-1*"))
+    launch = event("cuda_runtime", "cudaLaunchKernel", 1, 2)
+    for content, words in (
+        (kineto_text(document([launch], rank=1)), "1 launch, but no kernels were recorded"),
+        (kineto_text(document([], rank=1)) * 2, "holds two documents"),
+    ):
+        trace.write_bytes(gzip.compress(content.encode()))
+        assert main(["report", str(folder), "--step", "3"]) == 2
+        assert words in capsys.readouterr().err
+        assert not (folder / "report.html").exists()
 
 
 def test_which_window_is_meant(

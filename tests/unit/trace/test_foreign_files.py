@@ -277,6 +277,19 @@ def test_two_large_documents_are_seen_while_scanning(tmp_path: Path) -> None:
         merge_files([path], tmp_path / "merged.json")
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("text", [json.dumps(document(MANY)), json.dumps(MANY)])
+@pytest.mark.parametrize("rest", ["x", " tail", "]", "}"])
+def test_what_stands_behind_the_end_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, rest: str, scanned: bool
+) -> None:
+    if scanned:
+        monkeypatch.setattr(assemble, "SCAN_BYTES", 0)
+    with pytest.raises(TraceError, match="has text behind the end of its JSON") as caught:
+        read_window(write(tmp_path, text + rest))
+    assert repr(rest.strip()) in caught.value.what
+
+
 LISTS: dict[str, Callable[[list[Any]], str]] = {
     "one line": json.dumps,
     "indented": lambda events: json.dumps(events, indent=2),
