@@ -186,7 +186,7 @@ def test_an_unreadable_gpu_event_is_refused(tmp_path: Path, old: str, new: str) 
 
 def test_invalid_json_in_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     text = _sorted_keys(document([FUNCTION, *KERNELS])).replace("NAME", '"')
-    with pytest.raises(TraceError, match="is not a valid trace") as caught:
+    with pytest.raises(TraceError, match="not valid JSON") as caught:
         read_window(write(tmp_path, text))
     assert "with_stack=False" in caught.value.hint
 
