@@ -31,6 +31,8 @@ KERNEL_LAUNCH = re.compile(
 GRAPH_LAUNCH = re.compile(r"(cuda|cu|hip)GraphLaunch" + _SUFFIX)
 Counts = npt.NDArray[np.signedinteger[Any]]
 CALLS = (KERNEL_LAUNCH, GRAPH_LAUNCH)
+# Every call that starts work on a GPU, however many kernels; not functions that run on the host.
+ANY_LAUNCH = re.compile(r"(?:cuda|cu|hip|musa)[A-Za-z]*Launch(?!HostFunc)")
 
 LOST = "kernels lost"  # why a step is excluded
 EDGE_STEPS = 2  # at each end: the overlap schedule launches one step while another one runs

@@ -8,14 +8,13 @@ with its self time.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from pytest_sglprof._trace.completeness import Unrecorded, counted, no_kernels
+from pytest_sglprof._trace.completeness import ANY_LAUNCH, Unrecorded, counted, no_kernels
 from pytest_sglprof._trace.nsys.database import (
     KINDS,
     MISSING,
@@ -287,8 +286,6 @@ def stream_rows(
 
 # Say why a report has no kernels: each way in which that happens has its own sentence.
 
-# `cudaLaunchKernel_v7000`, `cuGraphLaunch`; not functions that run on the host.
-_LAUNCHES = re.compile(r"cu(?:da)?[A-Za-z]*Launch(?!HostFunc)")
 CAUSES = (
     "known causes: collection that began later (--capture-range, nsys start) on Blackwell with "
     "some versions of nsys; the option CuptiUseRawGpuTimestamps of nsys's config.ini; no rights "
@@ -338,5 +335,5 @@ def _launches(tables: ReportTables, names: Ints) -> int:
         return 0
     ids, at = coded(known)
     texts = tables.strings(int(number) for number in ids)
-    starts = [bool(_LAUNCHES.match(texts.get(int(number), ""))) for number in ids]
+    starts = [bool(ANY_LAUNCH.match(texts.get(int(number), ""))) for number in ids]
     return int(np.array(starts)[at].sum())

@@ -9,7 +9,6 @@ be scanned safely. Both give the same table.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof._trace.completeness import (
+    ANY_LAUNCH,
     CALLS,
     GRAPH_LAUNCH,
     KERNEL_LAUNCH,
@@ -396,8 +396,6 @@ def _add(collector: Collector, event: _Event, category: str, pid: str | None) ->
 
 SAMPLE = 2_000  # events whose names and arguments are searched for those of other programs
 
-# Calls that start work on a GPU: `cudaLaunchKernelExC`, `cuGraphLaunch`, `hipModuleLaunchKernel`.
-LAUNCHES = re.compile(r"(?:cuda|cu|hip|musa)[A-Za-z]*Launch(?!HostFunc)")
 CAUSES = (
     "the profiler did not get the GPU's activities: CUPTI failed to attach (look for CUPTI in "
     "the server's log: another profiler such as nsys, ncu or DCGM holds it, no rights to GPU "
@@ -454,7 +452,7 @@ def unrecorded(
     """
     if (columns.kind == KERNEL).any():
         return None
-    calls = [code for code, name in enumerate(names) if LAUNCHES.match(name)]
+    calls = [code for code, name in enumerate(names) if ANY_LAUNCH.match(name)]
     rows = (launches.kind == LAUNCH) & np.isin(launches.name, calls)
     if count := int(rows.sum()):
         return Unrecorded(counted(count, "launch", "launches"), CAUSES)
