@@ -40,6 +40,11 @@ class Rank:
         """Sorts ranks by number; an absent dimension counts as 0."""
         return tuple(getattr(self, f.name) or 0 for f in fields(self))
 
+    @property
+    def work_group(self) -> Rank:
+        """What the ranks share whose input is identical to that of this one."""
+        return Rank(dp=self.dp, pp=self.pp, attn_cp=self.attn_cp)
+
     def matches(self, other: Rank) -> bool:
         """True if both name the same process, even if one leaves out dimensions of size 1."""
         return self.sort_key == other.sort_key

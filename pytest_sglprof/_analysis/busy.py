@@ -84,7 +84,8 @@ class BusyTimes:
     """Times of activities, by kernel and owner.
 
     owners: number of owners. A cell is one kernel of one owner: `kernel` and `owner` are
-    its indices, `ns` its kernel time, `alone` the busy time of that kernel alone. Cells are
+    its indices, `count` its number of activities, `ns` its kernel time, `alone` the busy time
+    of that kernel alone. Cells are
     sorted by kernel; those of kernel k are `bounds[k]:bounds[k+1]`. crowd: the activities that
     overlap another of the same owner, sorted by owner, then start.
     """
@@ -92,6 +93,7 @@ class BusyTimes:
     owners: int
     kernel: Ints
     owner: Ints
+    count: Ints
     ns: Ints
     alone: Ints
     bounds: Ints
@@ -108,6 +110,11 @@ class BusyTimes:
         """Sum of the durations of the chosen kernels, shape (owners,), ns."""
         cells = self.cells_of(kernels)
         return _sums(self.owner[cells], self.ns[cells], self.owners)
+
+    def counts(self, kernels: Mask) -> Ints:
+        """Number of activities of the chosen kernels, shape (owners,)."""
+        cells = self.cells_of(kernels)
+        return _sums(self.owner[cells], self.count[cells], self.owners)
 
     def busy(self, kernels: Mask) -> Ints:
         """Length of the union of the chosen kernels' activities, shape (owners,), ns."""
@@ -142,6 +149,7 @@ def busy_times(rows: Activities, kernels: int, owners: int, *, is_timeline: bool
         owners=owners,
         kernel=cells // max(1, owners),
         owner=cells % max(1, owners),
+        count=np.diff(first, append=len(order)),
         ns=ns,
         alone=alone,
         bounds=np.searchsorted(cells, owners * np.arange(kernels + 1, dtype=np.int64)),

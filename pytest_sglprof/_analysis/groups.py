@@ -46,7 +46,7 @@ def work_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
     names: dict[tuple[int, ...] | None, str] = {}
     for label in ranks:
         rank = Rank.parse(label)
-        shared = Rank(dp=rank.dp, pp=rank.pp, attn_cp=rank.attn_cp) if rank else None
+        shared = rank.work_group if rank else None
         key = shared.sort_key if shared else None
         members.setdefault(key, []).append(label)
         names.setdefault(key, (shared.label or "DP0") if shared else "unnamed")

@@ -301,7 +301,8 @@ def _with_inputs(
     if top is not None:
         categories = {cells.kernels[at][0] for at in np.flatnonzero(chosen)}
         attention = categories == {"attention"}
-        work = compare_work(inputs, rows, top, finding.slowdown, attention=attention)
+        calls = cells.calls(chosen, finding.stage)
+        work = compare_work(inputs, rows, top, finding.slowdown, calls=calls, attention=attention)
     decodes = matrix[(np.array(cells.steps.stages, object) == "decode")[rows]]
     tokens = float(inputs.output_tokens[rows].sum())  # NaN if unknown for one step
     finding = replace(

@@ -256,7 +256,9 @@ def _cause(
         slower = compute[top] / max(float(np.median(np.delete(compute, top))), 1.0)
         numbers = np.unique(parts.waits.step)
         inputs = step_inputs(table.steps, numbers.tolist(), group.ranks)
-        work = compare_work(inputs, np.ones(len(numbers), bool), top, float(slower))
+        calls = np.bincount(parts.rank, minlength=len(group.ranks))
+        every = np.ones(len(numbers), bool)
+        work = compare_work(inputs, every, top, float(slower), calls=calls)
         if work.word == "more_work":
             figures = f"it has {work.ratio:.2f}x the {work.by} and computes {slower:.2f}x as long"
             return "more_work", figures
@@ -265,7 +267,10 @@ def _cause(
                 return "throttled", f"its GPU was throttled ({clock.reason})"
         kernels = _kernels(table, parts)[top]
         first = f", most of all {kernels[0].name}" if kernels else ""
-        return "kernel", f"it computes {slower:.2f}x as long for the same work{first}"
+        of = " for the same work"
+        if work.by == "kernel calls":
+            of = f" with {work.ratio:.4g}x the kernel calls"
+        return "kernel", f"it computes {slower:.2f}x as long{of}{first}"
     if more_idle >= CAUSE_SHARE * excess:
         return (
             "host_late",

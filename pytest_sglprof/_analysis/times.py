@@ -103,6 +103,11 @@ class GroupCells:
         """Kernel time of the chosen kernels, shape (steps of the stage, ranks), int64 ns."""
         return self._by_step(self.times.kernel_time(kernels))[self.stage_rows(stage)]
 
+    def calls(self, kernels: Mask, stage: str = "") -> Ints:
+        """Number of activities of the chosen kernels in the compared steps, shape (ranks,)."""
+        totals: Ints = self._by_step(self.times.counts(kernels))[self.stage_rows(stage)].sum(axis=0)
+        return totals
+
     def kernel_totals(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time over all compared steps, shape (all kernels, ranks), int64 ns.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 WorkWord = Literal["more_work", "same_work"]
-InputUnit = Literal["tokens", "requests", "padded batch", "KV tokens"]
+InputUnit = Literal["tokens", "requests", "padded batch", "KV tokens", "kernel calls"]
 
 EXPLAINED_SHARE = 0.5  # of a difference: explaining that much of it counts as its cause
 KV_BUCKET = 2.0  # KV lengths that differ by this factor or more count as other input
@@ -82,11 +82,19 @@ def step_inputs(steps: pd.DataFrame, numbers: Sequence[int], ranks: Sequence[str
 
 
 def compare_work(
-    inputs: StepInputs, steps: Mask, rank: int, slowdown: float | None, *, attention: bool = False
+    inputs: StepInputs,
+    steps: Mask,
+    rank: int,
+    slowdown: float | None,
+    *,
+    calls: Ints,
+    attention: bool = False,
 ) -> Work:
     """Compares the input of `rank` with that of its peers, over the chosen steps.
 
     rank: column of `inputs`. slowdown: its time / the median of the others', None if unknown.
+    calls: number of kernels of each rank in these steps, shape (ranks,); ranks that run other
+    numbers of them do not have the same work, whatever their input.
     attention: True if only attention is timed, whose time also grows with the KV cache.
     """
     known: list[Work] = []
@@ -100,6 +108,9 @@ def compare_work(
         ratio = _ratio(values[steps], rank)
         if ratio is not None:
             known.append(Work(_word(ratio, slowdown), ratio, by))
+    ratio = _ratio(calls[np.newaxis], rank)
+    if ratio is not None and ratio != 1.0:
+        known.append(Work(_word(ratio, slowdown), ratio, "kernel calls"))
     more = [work for work in known if work.word == "more_work"]
     other = [work for work in known if work.ratio != 1.0]
     return next(iter([*more, *other, *known]), UNKNOWN_WORK)

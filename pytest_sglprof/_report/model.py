@@ -347,7 +347,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     loads: tuple[RecordedLoad, ...]
 
 
-FORMAT = Version(major=1, minor=0)
+FORMAT = Version(major=1, minor=1)
 NOTHING = Record(attempt=None, windows=(), servers=(), loads=(), problems=())
 
 

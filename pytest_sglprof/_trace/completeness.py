@@ -1,9 +1,10 @@
-"""Decide whether the ranks of a window can be compared: nothing is missing, and it is one window.
+"""Decide whether the kernels of every rank are there, and leave out what cannot be compared.
 
 A profiler drops kernels: those of the front of a session, those of a stream while a buffer is
 full. A rank that lost kernels looks fast, so that a healthy one would be blamed. A launch call
-has one kernel; a graph launch has as many as most replays of its kind have, on all ranks. What
-was launched near the edges of the window may have run outside of it and proves nothing.
+has one kernel; a graph launch has as many as its graph. What was launched near the edges of the
+window may have run outside of it and proves nothing. Where few kernels are missing on a rank,
+the same kernels are left out on its peers, so that like is compared with like.
 
 Files of different runs are known by the number of processes of their run, and by their times.
 """
@@ -16,20 +17,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof._errors import NoKernels
-from pytest_sglprof._trace.table import Ints, RankActivities
+from pytest_sglprof._ranks import Rank
+from pytest_sglprof._trace.steps import StepIndex
+from pytest_sglprof._trace.table import NO_STEP, Flags, Ints, RankActivities
 
-_SUFFIX = r"(_ptsz|_v\d+)?$"
+_SUFFIX = r"(_ptsz)?(_v\d+)?$"
 KERNEL_LAUNCH = re.compile(
     r"(cuda|cu|hip)(Drv)?(Ext)?(Module)?Launch(Cooperative)?Kernel(ExC|Ex)?" + _SUFFIX
 )
 GRAPH_LAUNCH = re.compile(r"(cuda|cu|hip)GraphLaunch" + _SUFFIX)
-Counts = npt.NDArray[np.signedinteger[Any]]
+Amounts = npt.NDArray[np.float64]
 CALLS = (KERNEL_LAUNCH, GRAPH_LAUNCH)
 # Every call that starts work on a GPU, however many kernels; not functions that run on the host.
 ANY_LAUNCH = re.compile(r"(?:cuda|cu|hip|musa)[A-Za-z]*Launch(?!HostFunc)")
@@ -38,30 +40,451 @@ LOST = "kernels lost"  # why a step is excluded
 EDGE_STEPS = 2  # at each end: the overlap schedule launches one step while another one runs
 MIN_REPLAYS = 3  # of a graph, from which its number of kernels is known
 STEP_SHARE = 0.02  # of a step's kernels; if more are lost, the step is not compared
-LOST_SHARE = 0.01  # of a rank's kernels in the steps between front and edges
+LOST_SHARE = 0.01  # of a rank's kernels, or of their time, between front and edges
 LOST_STEPS = 0.05  # of a rank's steps
 FRONT_SHARE = 0.3  # of a rank's steps
+UNKNOWN_SHARE = 0.1  # of a rank's kernel time, in steps with a graph of unknown size
 
 
 def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivities], list[str], str]:
-    """The ranks with steps excluded that lack kernels; notes; why they cannot be compared.
+    """The ranks without what cannot be compared; notes; why nothing of them can be compared.
 
-    The last is "" if they can.
+    Steps that lack too many kernels are excluded. A kernel whose counterpart is missing on
+    another rank belongs to no step (`NO_STEP`). The last is "" if the ranks can be compared.
     """
     calls = [_calls(part) for part in parts]
-    fan_out = _fan_out(calls)
-    checked, notes, reasons = [], [], []
-    for part, own_calls in zip(parts, calls, strict=True):
-        marked, note, reason = _checked(part, own_calls, fan_out)
-        checked.append(marked)
-        notes += [note] if note else []
-        reasons += [reason] if reason else []
-        if share := _unusable_share(part):
-            reasons.append(
-                f"{part.rank}: {part.unusable:,} kernels ({100 * share:.1f} %) have times that "
-                "cannot be"
+    ledgers = [
+        _ledger(part, own, graphs)
+        for part, own, graphs in zip(parts, calls, _graph_sizes(parts, calls), strict=True)
+    ]
+    kept, left_out = _with_equal_kernels(parts, ledgers)
+    notes, reasons = [], []
+    for part, ledger in zip(kept, ledgers, strict=True):
+        told, why = _finding(part, ledger)
+        notes += told
+        reasons += why
+    if left_out:
+        kernels = counted(left_out, "kernel", "kernels")
+        notes.append(f"left out {kernels} whose counterpart on another rank is lost")
+    return kept, notes, "; ".join(reasons)
+
+
+# How many kernels a call should have.
+
+Graph = int | tuple[str, int, int, int]
+"""Its id, else the stage, batch size and tokens of its step, and which launch of the step it is."""
+
+_ONE_KERNEL, _UNKNOWN_GRAPH = -1, -2  # instead of a number of `graphs`
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of one rank that count, in the order of their start.
+
+    at: index of the step of each call; 0 for all calls where they have no steps. recorded: number
+    of kernels. graph: index into graphs, or one of the two numbers above.
+    """
+
+    at: Ints
+    recorded: Ints
+    graph: Ints
+    graphs: Sequence[Graph] = ()
+    has_steps: bool = True
+
+
+def _calls(part: RankActivities) -> _Calls:
+    launches = part.launches
+    if launches is None:
+        return _Calls(*np.empty((3, 0), np.int64))
+    order = np.argsort(launches.start, kind="stable")
+    at = launches.step[order]
+    has_steps = bool((at >= 0).any())
+    if has_steps:
+        is_compared = np.array([not step.excluded for step in part.steps])
+        order = order[(at >= 0) & is_compared[at]]
+    else:  # What was launched after the last kernel that was recorded may have run later.
+        recorded = np.flatnonzero(launches.recorded[order])
+        order = order[: int(recorded[-1]) + 1 if len(recorded) else 0]
+    at = launches.step[order]
+    number_of: dict[Graph, int] = {}
+    numbers = np.full(len(order), _ONE_KERNEL, np.int64)
+    nth: Counter[int] = Counter()
+    for place in np.flatnonzero(launches.is_graph[order]).tolist():
+        graph: Graph | None = int(launches.graph[order[place]]) or None
+        if graph is None and has_steps:
+            step = part.steps[at[place]]
+            batch = step.padded_batch if step.padded_batch >= 0 else step.batch_size
+            kind = (step.substage or step.stage, batch, step.tokens, nth[int(at[place])])
+            nth[int(at[place])] += 1
+            graph = kind if batch >= 0 else None
+        if graph is None:
+            numbers[place] = _UNKNOWN_GRAPH
+        else:
+            numbers[place] = number_of.setdefault(graph, len(number_of))
+    return _Calls(np.maximum(at, 0), launches.recorded[order], numbers, tuple(number_of), has_steps)
+
+
+def _alike(ranks: Sequence[str]) -> dict[int, list[int]]:
+    """The indices of the ranks of each pipeline stage: they have the same layers, so graphs."""
+    stages: dict[int, list[int]] = {}
+    for place, label in enumerate(ranks):
+        rank = Rank.parse(label)
+        stages.setdefault((rank.pp or 0) if rank else 0, []).append(place)
+    return stages
+
+
+def _graph_sizes(parts: Sequence[RankActivities], calls: Sequence[_Calls]) -> list[Ints]:
+    """For each rank the number of kernels that each call should have, 0 where it is not known."""
+    sizes: list[Ints] = [np.empty(0, np.int64)] * len(parts)
+    for members in _alike([part.rank for part in parts]).values():
+        seen: dict[Graph, list[Counter[int]]] = {}
+        usual: Counter[int] = Counter()
+        for own in (calls[member] for member in members):
+            counts: dict[int, Counter[int]] = {}
+            replays = own.graph != _ONE_KERNEL
+            pairs = zip(own.graph[replays].tolist(), own.recorded[replays].tolist(), strict=True)
+            for number, recorded in pairs:
+                counts.setdefault(number, Counter())[recorded] += 1
+                usual[recorded] += 1
+            for number, graph in enumerate(own.graphs):
+                seen.setdefault(graph, []).append(counts[number])
+        size_of = {graph: _size(counters) for graph, counters in seen.items()}
+        common = [size for size, count in usual.items() if count >= MIN_REPLAYS]
+        for member in members:
+            own = calls[member]
+            known = np.array([*(size_of[graph] for graph in own.graphs), 0, 1], np.int64)
+            size = known[own.graph]  # the last two stand for the two negative numbers
+            is_usual = (size == 0) & np.isin(own.recorded, common)
+            sizes[member] = np.where(is_usual, own.recorded, size)
+    return sizes
+
+
+def _size(counters: Sequence[Counter[int]]) -> int:
+    """The kernels of a graph, from the counters of its replays on each rank; 0 if not known.
+
+    That of most replays of the rank on which it is largest: what is missing in all replays of a
+    rank looks normal there. Few replays tell it if there are several ranks.
+    """
+    if len(counters) < 2 and sum(map(Counter.total, counters)) < MIN_REPLAYS:
+        return 0
+    return max(max(counts, key=lambda size: (counts[size], size)) for counts in counters)
+
+
+# What is missing, step by step.
+
+
+@dataclass
+class _Ledger:
+    """The kernels of one rank in each of its steps; one entry for all of them without steps.
+
+    expected, lost: numbers of kernels. edge: how many of the lost ones may have run outside of the
+    window, before or after it. front: number of leading steps before the moment from which
+    kernels were recorded. is_dropped: whether the step lacks too much to be compared.
+    ns, lost_ns: time of the recorded kernels, and of the lost ones; NaN where it is not known.
+    unknown: whether the step has a graph of unknown size. has_graphs: whether any call has.
+    """
+
+    expected: Ints
+    lost: Ints
+    edge: int
+    front: int
+    is_dropped: Flags
+    ns: npt.NDArray[np.float64]
+    lost_ns: Amounts
+    unknown: Flags
+    has_steps: bool
+    has_graphs: bool
+
+    @property
+    def inner(self) -> slice:
+        """The steps behind the front that are not at an edge."""
+        if not self.has_steps:
+            return slice(None)
+        return slice(max(self.front, EDGE_STEPS), max(len(self.lost) - EDGE_STEPS, 0))
+
+    @property
+    def dropped_inside(self) -> int:
+        """Number of inner steps that lack too much to be compared."""
+        return int(np.count_nonzero(self.is_dropped[self.inner]))
+
+    @property
+    def is_judged_with_loss(self) -> Flags:
+        """Which steps are compared although they lack kernels."""
+        return (self.lost > 0) & ~self.is_dropped & self.has_steps
+
+
+def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
+    count = len(part.steps) if calls.has_steps else 1
+    is_unknown = sizes == 0
+    # Of a graph of unknown size, one kernel at least.
+    missing = np.where(is_unknown, calls.recorded == 0, np.maximum(sizes - calls.recorded, 0))
+    expected = np.bincount(calls.at, calls.recorded + missing, count).astype(np.int64)
+    lost = np.bincount(calls.at, missing, count).astype(np.int64)
+    front = _front(expected, lost) if calls.has_steps else 0
+    is_dropped = lost > STEP_SHARE * expected
+    is_dropped[:front] = True
+    edge = _edge(calls, missing, count, front) if calls.has_steps else 0
+    unknown = np.bincount(calls.at, is_unknown, count) > 0
+    ns, longest = np.zeros(count), 0.0
+    if lost.any() or unknown.any():
+        kernels = np.flatnonzero(_is_kernel(part))
+        at = StepIndex(part.steps).numbered(part.step[kernels]) if calls.has_steps else None
+        places = np.zeros(len(kernels), np.int64) if at is None else at
+        ns[:] = np.bincount(places[places >= 0], part.dur[kernels][places >= 0], count)
+        longest = _longest_mean(part, kernels)
+    # Which kernels a step lacks is looked up below; without steps they may be the longest ones.
+    lost_ns = np.full(count, np.nan)
+    if not calls.has_steps:
+        lost_ns[:] = lost * longest
+    return _Ledger(
+        expected,
+        lost,
+        edge,
+        front,
+        is_dropped,
+        ns,
+        lost_ns,
+        unknown,
+        calls.has_steps,
+        bool((calls.graph != _ONE_KERNEL).any()),
+    )
+
+
+def _edge(calls: _Calls, missing: Ints, steps: int, front: int) -> int:
+    """How many missing kernels were launched in the first or last steps and beyond all others."""
+    recorded = np.flatnonzero(calls.recorded)
+    number = np.arange(len(missing))
+    is_edge = (number > recorded.max(initial=-1)) & (calls.at >= steps - EDGE_STEPS)
+    if not front:
+        is_edge |= (number < recorded.min(initial=len(missing))) & (calls.at < EDGE_STEPS)
+    edge = int(missing[is_edge].sum())
+    return edge if edge > 1 else 0  # a single one may as well be lost as any other
+
+
+def _is_kernel(part: RankActivities) -> Flags:
+    if "kernel" not in part.kinds:
+        return np.zeros(len(part.start), bool)
+    is_kernel: Flags = part.kind_codes == part.kinds.index("kernel")
+    return is_kernel
+
+
+def _longest_mean(part: RankActivities, kernels: Ints) -> float:
+    """The largest of the mean durations of the rank's kernels, by name; ns."""
+    codes = part.name_codes[kernels]
+    sums = np.bincount(codes, part.dur[kernels], 1)
+    return float((sums / np.maximum(np.bincount(codes, minlength=1), 1)).max())
+
+
+def _front(expected: Ints, lost: Ints) -> int:
+    """Number of leading steps before the moment from which kernels were recorded.
+
+    All of them lost every kernel, but for the last, which may have lost a part. 0 where no more
+    than the edge is lost.
+    """
+    recorded = np.flatnonzero(lost < expected)
+    front = int(recorded[0]) if len(recorded) else len(expected)
+    if front < len(expected) and lost[front] > 0:
+        front += 1
+    return front if front > EDGE_STEPS and lost[:front].any() else 0
+
+
+# Leave out on every rank what one rank lacks.
+
+
+def _with_equal_kernels(
+    parts: Sequence[RankActivities], ledgers: Sequence[_Ledger]
+) -> tuple[list[RankActivities], int]:
+    """The ranks with the same kernels in each step, and how many were left out for that.
+
+    Steps that lack too much, or of which it is not known what they lack, are excluded. The time
+    of what is lost is entered into the ledgers.
+    """
+    groups: dict[Rank | str, list[int]] = {}
+    for member, part in enumerate(parts):
+        rank = Rank.parse(part.rank)
+        groups.setdefault(rank.work_group if rank else "", []).append(member)
+    rows: list[list[int]] = [[] for _ in parts]
+    for members in groups.values():
+        incomplete = {
+            parts[member].steps[place].step
+            for member in members
+            for place in np.flatnonzero(ledgers[member].is_judged_with_loss).tolist()
+        }
+        if not incomplete:
+            continue
+        names: dict[str, int] = {}
+        by_step = {member: _Sequences(parts[member], names) for member in members}
+        for number in sorted(incomplete):
+            losses = {
+                member: int(ledgers[member].lost[place])
+                for member in members
+                if (place := by_step[member].place_of.get(number, -1)) >= 0
+            }
+            lost_ns = _leave_out(number, losses, by_step, rows)
+            for member in losses:
+                place = by_step[member].place_of[number]
+                if lost_ns is None:
+                    ledgers[member].is_dropped[place] |= losses[member] > 0
+                else:
+                    ledgers[member].lost_ns[place] = lost_ns.get(member, 0.0)
+    return [_without(*each) for each in zip(parts, ledgers, rows, strict=True)], sum(map(len, rows))
+
+
+def _without(part: RankActivities, ledger: _Ledger, rows: Sequence[int]) -> RankActivities:
+    if ledger.has_steps and ledger.is_dropped.any():
+        pairs = zip(part.steps, ledger.is_dropped.tolist(), strict=True)
+        steps = [
+            step.changed(excluded=LOST) if dropped and not step.excluded else step
+            for step, dropped in pairs
+        ]
+        part = replace(part, steps=steps)
+    if rows:
+        step = part.step.copy()
+        step[rows] = NO_STEP
+        part = replace(part, step=step)
+    return part
+
+
+class _Sequences:
+    """The kernels of one rank in each step, in order of stream and start.
+
+    names: a number for each name, common to all ranks; it grows.
+    """
+
+    def __init__(self, part: RankActivities, names: dict[str, int]) -> None:
+        self.place_of = {
+            step.step: place for place, step in enumerate(part.steps) if not step.excluded
+        }
+        self.dur = part.dur
+        rows = np.flatnonzero(_is_kernel(part) & (part.step >= 0))
+        order = np.lexsort((part.start[rows], part.stream[rows], part.step[rows]))
+        self._rows = rows[order]
+        self._steps = part.step[self._rows]
+        numbers = [names.setdefault(name, len(names)) for name in part.names]
+        name = np.array(numbers or [0], np.int64)[part.name_codes[self._rows]]
+        self._keys = (name << 32) + (part.stream[self._rows].astype(np.int64) & 0xFFFFFFFF)
+
+    def of(self, step: int) -> tuple[Ints, Ints]:
+        """The rows of a step, and a key of each: its name and stream."""
+        first, end = np.searchsorted(self._steps, [step, step + 1])
+        return self._rows[first:end], self._keys[first:end]
+
+
+def _leave_out(
+    step: int,
+    losses: Mapping[int, int],
+    sequences: Mapping[int, _Sequences],
+    rows: Sequence[list[int]],
+) -> dict[int, float] | None:
+    """Adds to `rows` what other ranks have in this step and one rank lost.
+
+    losses: how many kernels each rank lost. Returns the time of what each rank lost, ns, as its
+    peers measured it; None if it is not known which kernels they are.
+    """
+    kernels = {member: sequences[member].of(step) for member in losses}
+    left_out: dict[int, list[int]] = {member: [] for member in losses}
+    lost_ns: dict[int, float] = {}
+    for member, count in losses.items():
+        if not count:
+            continue
+        own = kernels[member][1]
+        for peer in losses:
+            peer_rows, keys = kernels[peer]
+            if len(keys) == len(own) + count:
+                missing = _missing(own.tolist(), keys.tolist())
+                if missing is not None:
+                    break
+        else:
+            return None
+        lost_ns[member] = float(sequences[peer].dur[peer_rows[missing]].sum())
+        for place in missing:
+            same = np.flatnonzero(keys == keys[place])
+            for other in losses:
+                if other == member:
+                    continue
+                other_rows, other_keys = kernels[other]
+                at = np.flatnonzero(other_keys == keys[place])
+                if len(at) != len(same):  # it lacks one of them as well, or runs another number
+                    return None
+                left_out[other].append(int(other_rows[at[np.searchsorted(same, place)]]))
+    for member, chosen in left_out.items():
+        rows[member].extend(chosen)
+    return lost_ns
+
+
+def _missing(own: Sequence[int], whole: Sequence[int]) -> list[int] | None:
+    """Which places of `whole` are not in `own`; None unless `own` is `whole` with gaps."""
+    missing = []
+    at = 0
+    for place, key in enumerate(whole):
+        if at < len(own) and own[at] == key:
+            at += 1
+        else:
+            missing.append(place)
+    return missing if at == len(own) else None
+
+
+# Say what is missing, and whether it is too much.
+
+
+def _finding(part: RankActivities, ledger: _Ledger) -> tuple[list[str], list[str]]:
+    """Notes on what the rank lacks, and why it cannot be compared."""
+    notes, reasons = [], []
+    inner = ledger.inner
+    bad_steps = int(np.count_nonzero(ledger.lost[inner]))
+    share = _time_share(ledger)
+    if ledger.front or bad_steps:
+        text = _missing_words(part, ledger, bad_steps)
+        by_count = ledger.lost[inner].sum() > LOST_SHARE * ledger.expected[inner].sum()
+        if (
+            by_count
+            or share > LOST_SHARE
+            or ledger.front > FRONT_SHARE * len(ledger.lost)
+            or (ledger.has_steps and ledger.dropped_inside > LOST_STEPS * len(ledger.lost))
+        ):
+            weighed = share > LOST_SHARE and not by_count
+            reasons.append(f"{text}, {100 * share:.1f} % of its time" if weighed else text)
+        else:
+            notes.append(
+                f"{text}: judged from step {ledger.front + 1} on" if ledger.front else text
             )
-    return checked, notes, "; ".join(reasons)
+    if unusable := _unusable_share(part):
+        reasons.append(
+            f"{part.rank}: {part.unusable:,} kernels ({100 * unusable:.1f} %) have times that "
+            "cannot be"
+        )
+    unknown = ledger.ns[ledger.unknown].sum() / max(ledger.ns.sum(), 1.0)
+    if ledger.unknown.any():
+        text = (
+            f"{part.rank}: it is not known how many kernels belong to the graphs of "
+            f"{np.count_nonzero(ledger.unknown)} steps ({100 * unknown:.1f} % of its time), which "
+            f"were replayed fewer than {MIN_REPLAYS} times"
+        )
+        (reasons if unknown > UNKNOWN_SHARE else notes).append(text)
+    return notes, reasons
+
+
+def _missing_words(part: RankActivities, ledger: _Ledger, bad_steps: int) -> str:
+    """`TP1: 60 of 400 launches have no kernel (its first 12 steps)`."""
+    places = [f"its first {ledger.front} steps"] if ledger.front else []
+    if bad_steps and ledger.has_steps:
+        places.append(f"{bad_steps} {'later ' if ledger.front else ''}steps")
+    what = "launched kernels are missing" if ledger.has_graphs else "launches have no kernel"
+    lost = ledger.lost.sum() - ledger.edge
+    where = f" ({' and '.join(places)})" if places else ""
+    return f"{part.rank}: {lost:,} of {ledger.expected.sum():,} {what}{where}"
+
+
+def _time_share(ledger: _Ledger) -> float:
+    """Share of the rank's expected kernel time, behind the front, that is lost."""
+    inner = ledger.inner
+    ns, lost = ledger.ns[inner].sum(), ledger.lost[inner]
+    if not lost.any():
+        return 0.0
+    mean = ns / max((ledger.expected - ledger.lost)[inner].sum(), 1)
+    known = ledger.lost_ns[inner]
+    lost_ns = np.where(np.isnan(known), lost * mean, known).sum()
+    return float(lost_ns / max(ns + lost_ns, 1.0))
 
 
 def _unusable_share(part: RankActivities) -> float:
@@ -70,9 +493,7 @@ def _unusable_share(part: RankActivities) -> float:
     return share if share > LOST_SHARE else 0.0
 
 
-# The stage and batch size of a step, and which of its graph launches: replays of one graph.
-Kind = tuple[str, int, int]
-
+# Files that are not of one window.
 
 APART_NS = 60 * 10**9  # between the end of one rank's window and the start of another's
 
@@ -93,107 +514,6 @@ def different_runs(parts: Sequence[RankActivities]) -> str:
             apart = f"{after} begins {(start - end) / 1e9:,.0f} s after {before} ended"
             return f"these files are not of one window: {apart}"
     return ""
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """The calls of one rank inside of its steps, in the order of their start.
-
-    at: index of the step of each call. kinds: of a graph launch; None for one kernel.
-    """
-
-    at: Ints
-    recorded: Ints
-    kinds: Sequence[Kind | None]
-
-
-def _calls(part: RankActivities) -> _Calls:
-    launches, steps = part.launches, part.steps
-    if launches is None:
-        return _Calls(np.empty(0, np.int64), np.empty(0, np.int64), ())
-    index = {step.step: number for number, step in enumerate(steps) if not step.excluded}
-    at = np.array([index.get(number, -1) for number in launches.step.tolist()], np.int64)
-    order = np.argsort(launches.start, kind="stable")
-    order = order[at[order] >= 0]
-    nth: Counter[int] = Counter()
-    kinds: list[Kind | None] = []
-    for number, is_graph in zip(at[order].tolist(), launches.is_graph[order].tolist(), strict=True):
-        if not is_graph:
-            kinds.append(None)
-            continue
-        step = steps[number]
-        batch = step.padded_batch if step.padded_batch >= 0 else step.batch_size
-        kinds.append((step.substage or step.stage, batch, nth[number]))
-        nth[number] += 1
-    return _Calls(at[order], launches.recorded[order], kinds)
-
-
-def _fan_out(calls: Sequence[_Calls]) -> dict[Kind, int]:
-    """Kernels of a graph launch: the most frequent number over its replays on all ranks.
-
-    Of equally frequent numbers the largest. Graphs with fewer than `MIN_REPLAYS` are left out.
-    """
-    counts: dict[Kind, Counter[int]] = {}
-    for rank in calls:
-        for kind, recorded in zip(rank.kinds, rank.recorded.tolist(), strict=True):
-            if kind is not None:
-                counts.setdefault(kind, Counter())[recorded] += 1
-    return {
-        kind: max(seen, key=lambda number: (seen[number], number))
-        for kind, seen in counts.items()
-        if seen.total() >= MIN_REPLAYS
-    }
-
-
-def _checked(
-    part: RankActivities, calls: _Calls, fan_out: Mapping[Kind, int]
-) -> tuple[RankActivities, str, str]:
-    """The rank with its incomplete steps excluded, a note, and why it cannot be compared."""
-    count = len(part.steps)
-    expected = np.array([1 if kind is None else fan_out.get(kind, 0) for kind in calls.kinds])
-    lost = np.maximum(expected - calls.recorded, 0)
-    if not lost.any():
-        return part, "", ""
-    in_step = np.bincount(calls.at, expected, count)
-    lost_in = np.bincount(calls.at, lost, count)
-    front = _front(in_step, lost_in)
-    is_bad = lost_in > STEP_SHARE * in_step
-    is_bad[:front] = True
-    steps = [
-        step.changed(excluded=LOST) if bad else step
-        for step, bad in zip(part.steps, is_bad.tolist(), strict=True)
-    ]
-    part = replace(part, steps=steps)
-    inner = slice(max(front, EDGE_STEPS), max(count - EDGE_STEPS, 0))
-    bad_steps = int(np.count_nonzero(lost_in[inner]))
-    if not front and not bad_steps:
-        return part, "", ""
-    places = [f"its first {front} steps"] if front else []
-    places += [f"{bad_steps} {'later ' if front else ''}steps"] if bad_steps else []
-    what = "launched kernels are missing" if any(calls.kinds) else "launches have no kernel"
-    where = " and ".join(places)
-    text = f"{part.rank}: {lost.sum():,} of {expected.sum():,} {what} ({where})"
-    too_many = (
-        front > FRONT_SHARE * count
-        or lost_in[inner].sum() > LOST_SHARE * in_step[inner].sum()
-        or np.count_nonzero(is_bad[inner]) > LOST_STEPS * count
-    )
-    if too_many:
-        return part, "", text
-    return part, f"{text}: judged from step {front + 1} on" if front else text, ""
-
-
-def _front(in_step: Counts, lost_in: Counts) -> int:
-    """Number of leading steps before the moment from which kernels were recorded.
-
-    All of them lost every kernel, but for the last, which may have lost a part. 0 where no more
-    than the edge is lost.
-    """
-    recorded = np.flatnonzero(lost_in < in_step)
-    front = int(recorded[0]) if len(recorded) else len(in_step)
-    if front < len(in_step) and lost_in[front] > 0:
-        front += 1
-    return front if front > EDGE_STEPS else 0
 
 
 # A rank that used its GPU, but of which no kernel was recorded, is never compared. Its CPU

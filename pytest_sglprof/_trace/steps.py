@@ -211,6 +211,10 @@ class TraceSteps:
         """The step whose span on the CPU holds `start`, else -1."""
         return self._by_launch.of(start)
 
+    def index_of_time(self, start: Ints) -> Ints:
+        """The index in `steps` of the one whose span on the CPU holds `start`, else -1."""
+        return self._by_launch.holding(start)
+
     def of_gpu(self, start: Ints, stream: npt.NDArray[Any], launched: Ints) -> Ints:
         """The step of each GPU activity, else -1. launched: ns of the launch, -1 if unknown."""
         if self._projections.complete:

@@ -86,14 +86,16 @@ class Step(msgspec.Struct, frozen=True):
 class Launches:
     """Calls of one rank that launch kernels, in any order: parallel columns, shape (calls,).
 
-    step: that of the call, int64, `NO_STEP` outside of steps. start: ns. recorded: number of
-    kernels with its correlation id. is_graph: whether it launches a whole graph.
+    step: index of the step of the call, int64, -1 outside of steps. start: ns. recorded: number of
+    kernels with its correlation id. is_graph: whether it launches a whole graph. graph: the id of
+    that graph, 0 where it is not known.
     """
 
     step: NDArray[np.int64]
     start: NDArray[np.int64]
     recorded: NDArray[np.int64]
     is_graph: NDArray[np.bool_]
+    graph: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def work_words(word: str | None, ratio: float | None, by: str | None) -> str:
         return ""
     if word == "more_work":
         return f"with {ratio:.2f}x the {by}: more work"
+    if by == "kernel calls":
+        return f"which its {ratio:.4g}x the {by} do not explain"
     if f"{ratio:.2f}" == "1.00":
         return "with the same work"
     return f"which its {ratio:.2f}x the {by} do not explain"

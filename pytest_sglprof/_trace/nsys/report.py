@@ -29,9 +29,11 @@ from pytest_sglprof._trace.nsys.files import readable
 from pytest_sglprof._trace.nsys.rows import (
     RUN_BATCH,
     GpuRows,
+    LaunchCalls,
     Ranges,
     launch_times,
     read_gpu_rows,
+    read_launch_calls,
     read_ranges,
     read_whole_graphs,
     run_batches,
@@ -42,9 +44,19 @@ from pytest_sglprof._trace.nsys.tables import (
     coded,
     open_sqlite,
     pid_of,
+    process_of,
 )
 from pytest_sglprof._trace.steps import StepIndex, self_times, with_graph_share
-from pytest_sglprof._trace.table import GPU, NO_STEP, NVTX, Ints, RankActivities, Step
+from pytest_sglprof._trace.table import (
+    GPU,
+    NO_STEP,
+    NVTX,
+    Ints,
+    Launches,
+    RankActivities,
+    Step,
+    first_of,
+)
 
 _THREAD = 0xFFFFFF
 
@@ -84,7 +96,7 @@ def read_recorded(
     """
     pid_ranks = pid_ranks or {}
     with opened(path, nsys) as tables:
-        parts = _read(tables, pid_ranks, gpu_ranks or {}, name)
+        parts = _read(tables, pid_ranks, gpu_ranks or {}, name, launches=True)
         if any(part.is_timeline and len(part.start) for part in parts):
             return [_with_launches(part, tables, pid_ranks) for part in parts]
         if any("skipped" in note for part in parts for note in part.notes):
@@ -121,9 +133,11 @@ def _read(
     pid_ranks: Mapping[int, str],
     gpu_ranks: Mapping[int, str],
     name: ReportName,
+    *,
+    launches: bool = False,
 ) -> list[RankActivities]:
     ranges = read_ranges(tables)
-    rows = read_gpu_rows(tables, correlated=RUN_BATCH in ranges.names)
+    rows = read_gpu_rows(tables, correlated=launches or RUN_BATCH in ranges.names)
     graphs = read_whole_graphs(tables)
     notes = [*rows.notes, *graphs.notes]
     pairs = rows.owners() | graphs.owners
@@ -153,10 +167,16 @@ def _read(
         return [_of_ranges(label, its_owners, notes) for label, its_owners in own_ranges.items()]
     steps = {label: run_batches(its_owners) for label, its_owners in own_ranges.items()}
     launched = launch_times(tables, rows) if any(steps.values()) else None
-    return [
-        _of_gpu(label, rows, rows.of_owners(members.get(label, [])), launched, its_owners, notes)
-        for label, its_owners in steps.items()
-    ]
+    calls = read_launch_calls(tables) if launches else None
+    parts = []
+    for label, its_steps in steps.items():
+        chosen = rows.of_owners(members.get(label, []))
+        part = _of_gpu(label, rows, chosen, launched, its_steps, notes)
+        shared = {o.pid for other, its in members.items() if other != label for o in its}
+        if calls is not None and not shared & {owner.pid for owner in members.get(label, [])}:
+            part = replace(part, launches=_launched_kernels(rows, chosen, its_steps, calls))
+        parts.append(part)
+    return parts
 
 
 def _recorded(tables: ReportTables) -> frozenset[int]:
@@ -206,6 +226,28 @@ def _of_gpu(
         source=GPU,
         notes=notes,
     )
+
+
+def _launched_kernels(
+    rows: GpuRows, chosen: Ints, steps: Sequence[Step], calls: LaunchCalls
+) -> Launches | None:
+    """What the calls of the processes of a rank launched, and what of it was recorded."""
+    kernels = chosen[(rows.kind[chosen] == 0) & (rows.correlation[chosen] != MISSING)]
+    at = np.flatnonzero(np.isin(calls.process, np.unique(process_of(rows.process[kernels]))))
+    if not len(at) or not len(kernels):
+        return None
+    recorded = np.zeros(len(at), np.int64)
+    for process in np.unique(calls.process[at]):
+        own = np.flatnonzero(calls.process[at] == process)
+        of_process = kernels[process_of(rows.process[kernels]) == process]
+        ids, counts = np.unique(rows.correlation[of_process], return_counts=True)
+        place = first_of(ids, calls.correlation[at[own]])
+        recorded[own] = np.where(place >= 0, counts[place], 0)
+    if not recorded.any():
+        return None
+    start, graph = calls.start[at], calls.graph[at]
+    step = StepIndex(steps).holding(start)
+    return Launches(step, start, recorded, graph >= 0, np.maximum(graph, 0))
 
 
 def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActivities:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pytest_sglprof._trace.completeness import GRAPH_LAUNCH, KERNEL_LAUNCH
 from pytest_sglprof._trace.nsys.database import (
     KINDS,
     MISSING,
@@ -159,6 +160,54 @@ def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
         at = first_of(correlation[calls], rows.correlation[rows_of_process])
         launched[rows_of_process[at >= 0]] = start[calls[at[at >= 0]]]
     return launched
+
+
+@dataclass(frozen=True)
+class LaunchCalls:
+    """Calls of a report that launch kernels, arrays of shape (calls,).
+
+    start: ns. process: globalPid. graph: -1 for a call that launches one kernel, otherwise the id
+    of the graph that it launches, 0 where it is not known.
+    """
+
+    start: Ints
+    process: Ints
+    correlation: Ints
+    graph: Ints
+
+
+def read_launch_calls(tables: ReportTables) -> LaunchCalls:
+    """All calls of a report that launch kernels, each once, in the order of their ids.
+
+    A runtime call and the driver call inside it share their id: the first one counts.
+    """
+    columns = ("start", "globalTid", "correlationId", "nameId")
+    start, thread, correlation, name = tables.integers(PREFIX + "RUNTIME", columns)
+    ids, at = coded(name)
+    texts = tables.strings(int(number) for number in ids if number != MISSING)
+    words = [texts.get(int(number), "") for number in ids]
+    is_graph, is_kernel = (
+        np.array([bool(call.match(word)) for word in words], bool)[at]
+        for call in (GRAPH_LAUNCH, KERNEL_LAUNCH)
+    )
+    known = (correlation != MISSING) & (start != MISSING) & (is_graph | is_kernel)
+    rows = np.flatnonzero(known)
+    process = process_of(thread)
+    rows = rows[np.lexsort((start[rows], correlation[rows], process[rows]))]
+    first = np.ones(len(rows), bool)
+    first[1:] = (np.diff(process[rows]) != 0) | (np.diff(correlation[rows]) != 0)
+    rows = rows[first]
+    graph = np.where(is_graph[rows], 0, -1)
+    if is_graph[rows].any():
+        asked = ("globalPid", "correlationId", "graphId")
+        of, node, number = tables.integers(table_of(KINDS[0]), asked)
+        for one in np.unique(process[rows]):
+            calls = np.flatnonzero((process[rows] == one) & (graph == 0))
+            nodes = np.flatnonzero((of == one) & (number > 0))
+            nodes = nodes[np.argsort(node[nodes], kind="stable")]
+            place = first_of(node[nodes], correlation[rows[calls]])
+            graph[calls[place >= 0]] = number[nodes[place[place >= 0]]]
+    return LaunchCalls(start[rows], process[rows], correlation[rows], graph)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def _activities(
         notes=[*notes, *interrupted],
         partial=facts.truncated,
         calls=calls_of(columns, facts.groups, numbers),
-        launches=launched_kernels(steps, launches, part.columns) if on_gpu else None,
+        launches=launched_kernels(steps, launches, columns) if on_gpu else None,
         unusable=unusable,
         world_size=world_size(facts.distributed),
         unrecorded=missing,
@@ -263,7 +263,8 @@ def launched_kernels(
     recorded = np.where(at >= 0, counts[at], 0) if len(known) else np.zeros(len(ids), np.int64)
     if len(known) and not recorded.any():
         return None
-    return Launches(steps.of_time(start), start, recorded, is_graph[rows])
+    unknown = np.zeros(len(start), np.int64)
+    return Launches(steps.index_of_time(start), start, recorded, is_graph[rows], unknown)
 
 
 def _used(names: Sequence[str], codes: npt.NDArray[Any]) -> tuple[Sequence[str], npt.NDArray[Any]]:

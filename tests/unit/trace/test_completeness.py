@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from pytest_sglprof._analysis.imbalance import imbalance
+from pytest_sglprof._analysis.work import Work
 from pytest_sglprof._config.model import Threshold
-from pytest_sglprof._trace.completeness import CALLS, GRAPH_LAUNCH, KERNEL_LAUNCH
+from pytest_sglprof._trace.completeness import CALLS, GRAPH_LAUNCH, KERNEL_LAUNCH, LOST
 from pytest_sglprof._trace.read import read_window
 from pytest_sglprof._trace.table import KernelTable
 from pytest_sglprof._trace.torch import assemble
@@ -30,41 +32,68 @@ def nothing(step: int, number: int) -> bool:
     return False
 
 
-def events(*, slow: float, lost: Lost, graphs: bool, call: str) -> Iterator[dict[str, Any]]:
-    """One launch in each call, or, with `graphs`, one graph launch in each step.
+def short(number: int) -> float:
+    return 1.0
 
-    lost: whether the kernel with this number of this step was not recorded.
+
+def events(
+    *,
+    slow: float,
+    lost: Lost,
+    graphs: bool,
+    call: str,
+    count: int = 0,
+    long: Callable[[int], float] = short,
+    steps: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """One kernel for each call, or, with `graphs`, one graph launch in each step.
+
+    lost: whether the kernel with this number of this step was not recorded. count: of the kernels
+    of a step. long: how many times 30 us each of them takes. steps: whether they are marked.
     """
+    count = count or (FAN_OUT if graphs else CALLS_A_STEP)
     for step in range(STEPS):
         at = 1000.0 + step * 4000.0
         span = {"ph": "X", "cat": "user_annotation", "pid": 1, "tid": 1, "ts": at, "dur": 3000.0}
-        yield {
-            **span,
-            "name": f"step[DECODE bs=8 forward_id={step}]",
-            "args": {"External id": step},
-        }
-        count = FAN_OUT if graphs else CALLS_A_STEP
+        if steps:
+            args = {"External id": step}
+            yield {**span, "name": f"step[DECODE bs=8 forward_id={step}]", "args": args}
+        begin = at + 100
         for number in range(count):
             correlation = 1 + step * count + (0 if graphs else number)
             launch = {"ph": "X", "cat": "cuda_runtime", "name": call, "pid": 1, "tid": 1}
             if number == 0 or not graphs:
                 args = {"correlation": correlation}
                 yield {**launch, "ts": at + 10 + number, "dur": 1.0, "args": args}
+            dur = 30.0 * slow * long(number)
+            start, begin = begin, begin + dur + 10.0
             if lost(step, number):
                 continue
-            long = 30.0 * slow
             kernel = {"ph": "X", "cat": "kernel", "name": f"gemm_{number}", "pid": 0, "tid": 7}
             args = {"device": 0, "stream": 7, "correlation": correlation}
-            yield {**kernel, "ts": at + 100 + number * 45.0, "dur": long, "args": args}
+            yield {**kernel, "ts": start, "dur": dur, "args": args}
 
 
 def window(
-    folder: Path, *, slow: float = 1.0, lost: Lost = nothing, graphs: bool = False, call: str = ""
+    folder: Path,
+    *,
+    slow: float = 1.0,
+    lost: Lost = nothing,
+    graphs: bool = False,
+    call: str = "",
+    count: int = 0,
+    peer_count: int = 0,
+    **more: Any,
 ) -> KernelTable:
-    """Two ranks; TP1 is `slow` times slower and lost what `lost` says."""
-    call = call or ("cudaGraphLaunch" if graphs else "cudaLaunchKernel")
-    for rank, (factor, gone) in enumerate([(1.0, nothing), (slow, lost)]):
-        listed = list(events(slow=factor, lost=gone, graphs=graphs, call=call))
+    """Two ranks; TP1 is `slow` times slower and lost what `lost` says.
+
+    count, peer_count: kernels of a step of TP1 and of TP0. more: as of `events`.
+    """
+    more |= {"call": call or ("cudaGraphLaunch" if graphs else "cudaLaunchKernel")}
+    more |= {"graphs": graphs}
+    ranks = [(1.0, nothing, peer_count or count), (slow, lost, count)]
+    for rank, (factor, gone, kernels) in enumerate(ranks):
+        listed = list(events(slow=factor, lost=gone, count=kernels, **more))
         path = folder / f"w-TP-{rank}.trace.json"
         path.write_text(json.dumps({"traceEvents": listed}))
     return read_window(folder)
@@ -132,47 +161,154 @@ def test_more_than_that_is_no_verdict(tmp_path: Path, lost: Lost, graphs: bool, 
 
 def test_a_little_is_said_and_judged(tmp_path: Path) -> None:
     table = window(tmp_path, slow=1.15, lost=lambda s, n: (s, n) == (40, 3), graphs=True)
-    assert table.notes == ("TP1: 1 of 4,800 launched kernels are missing (1 steps)",)
+    assert table.notes == (
+        "TP1: 1 of 4,800 launched kernels are missing (1 steps)",
+        "left out 1 kernel whose counterpart on another rank is lost",
+    )
     assert verdict(table).word == "fail"
 
 
-def test_what_is_launched_near_the_end_proves_nothing(tmp_path: Path) -> None:
-    """Kineto stops while the last kernels run; those steps are not compared either."""
-    table = window(tmp_path, slow=1.15, lost=lambda step, number: step >= STEPS - 2)
-    assert (table.notes, table.incomparable) == ((), "")
-    judged = verdict(table)
-    assert judged.word == "fail"
-    assert f"over {STEPS - 2} steps" in judged.reason
+def in_steps(table: KernelTable) -> tuple[dict[str, int], float]:
+    """The number of compared kernels of each rank, and the slowdown."""
+    known = table.frame[(table.frame["step"] >= 0) & (table.frame["kind"] == "kernel")]
+    found = imbalance(table)
+    return known.groupby("rank", observed=True).size().to_dict(), found.slowdown or 0.0
 
 
-def test_without_launches_nothing_is_known(tmp_path: Path) -> None:
-    table = window(tmp_path, lost=lambda step, number: step < 12, call="cudaEventRecord")
-    assert (table.notes, table.incomparable) == ((), "")
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_what_one_rank_lost_is_left_out_on_the_other(tmp_path: Path, graphs: bool) -> None:
+    """So the figures stay exact, and nothing is said of different numbers of kernels."""
+    every = FAN_OUT if graphs else 60
+    lost = {(40, 3), (41, 59), (42, 0)}
+    table = window(
+        tmp_path, slow=1.15, lost=lambda s, n: (s, n) in lost, graphs=graphs, count=every
+    )
+    counts, slowdown = in_steps(table)
+    assert counts == {"TP0": STEPS * every - 3, "TP1": STEPS * every - 3}
+    assert slowdown == pytest.approx(1.15)
+    assert imbalance(table).work.by != "kernel calls"
 
 
-def test_ids_that_have_nothing_in_common_tell_nothing(tmp_path: Path) -> None:
-    window(tmp_path)
-    path = tmp_path / "w-TP-1.trace.json"
+def test_without_that_the_ranks_would_not_have_the_same_work(tmp_path: Path) -> None:
+    """A rank that runs fewer kernels, all of them recorded, is never at the same work."""
+    table = window(tmp_path, slow=1.15, count=60, peer_count=50)
+    assert table.incomparable == ""
+    finding = imbalance(table)
+    assert finding.work == Work("more_work", 1.2, "kernel calls")
+    assert "the same work" not in verdict(table).reason
+    assert "1.20x the kernel calls" in verdict(table).reason
+
+
+def test_few_kernels_that_take_long_are_weighed_by_their_time(tmp_path: Path) -> None:
+    """One in 60 of a step's kernels in 20 of 80 steps, but it takes two fifths of the step."""
+
+    def long(number: int) -> float:
+        return 40.0 if number == 7 else 1.0
+
+    lost: Lost = lambda s, n: s % 4 == 2 and n == 7  # noqa: E731
+    for slow in (1.0, 1.15):
+        table = window(tmp_path, slow=slow, lost=lost, graphs=True, long=long)
+        assert verdict(table).word == "inconclusive"
+        assert "TP1: 20 of 4,800 launched kernels are missing (19 steps), " in table.incomparable
+        assert table.incomparable.endswith("% of its time")
+
+
+def test_an_unequal_step_is_dropped_on_all(tmp_path: Path) -> None:
+    """Where the other rank has other kernels, it is not known what is missing."""
+    window(tmp_path, slow=1.15, lost=lambda s, n: (s, n) == (40, 3), graphs=True)
+    path = tmp_path / "w-TP-0.trace.json"
     trace = json.loads(path.read_text())
     for event in trace["traceEvents"]:
-        if event["cat"] == "kernel":
-            event["args"]["correlation"] += 10**6
+        if event["name"] == "gemm_9" and event["args"]["correlation"] == 1 + 40 * FAN_OUT:
+            event["name"] = "another"
     path.write_text(json.dumps(trace))
     table = read_window(tmp_path)
-    assert (table.notes, table.incomparable) == ((), "")
+    counts, slowdown = in_steps(table)
+    assert counts == {"TP0": STEPS * FAN_OUT, "TP1": STEPS * FAN_OUT - 1}  # in steps
+    assert list(table.steps.loc[table.steps["excluded"] == LOST, "step"]) == [40]
+    assert slowdown == pytest.approx(1.15)
 
 
-def test_kernels_with_impossible_times_are_weighed_like_lost_ones(tmp_path: Path) -> None:
-    window(tmp_path, slow=1.15)
+def test_impossible_times_are_left_out_on_the_other_rank(tmp_path: Path) -> None:
+    """A kernel that runs over the next ones is excluded on its rank, so on its peers as well."""
+    window(tmp_path, slow=1.15, count=60)
     path = tmp_path / "w-TP-1.trace.json"
     trace = json.loads(path.read_text())
     kernels = [event for event in trace["traceEvents"] if event["cat"] == "kernel"]
-    for event in kernels[::20]:
-        event["dur"] = -1.0
+    for event in (kernels[60 * 30 + 5], kernels[60 * 50 + 7]):
+        event["dur"] = 400.0
     path.write_text(json.dumps(trace))
-    judged = verdict(read_window(tmp_path))
-    assert judged.word == "inconclusive"
-    assert "TP1: 20 kernels (5.0 %) have times that cannot be" in judged.reason
+    table = read_window(tmp_path)
+    counts, slowdown = in_steps(table)
+    assert counts["TP0"] == counts["TP1"] == STEPS * 60 - 2
+    assert slowdown == pytest.approx(1.15)
+
+
+def test_pipeline_stages_have_graphs_of_their_own(tmp_path: Path) -> None:
+    window(tmp_path, graphs=True)
+    for rank in (0, 1):
+        (tmp_path / f"w-TP-{rank}.trace.json").rename(tmp_path / f"w-TP-{rank}-PP-0.trace.json")
+    fewer = list(events(slow=1.0, lost=nothing, graphs=True, call="cudaGraphLaunch", count=40))
+    for rank in (0, 1):
+        path = tmp_path / f"w-TP-{rank}-PP-1.trace.json"
+        path.write_text(json.dumps({"traceEvents": fewer}))
+    table = read_window(tmp_path)
+    assert (table.incomparable, table.notes) == ("", ())
+
+
+def test_a_stream_lost_in_all_replays_of_a_rank_is_missed(tmp_path: Path) -> None:
+    """Alone, the rank looks whole; its peer knows how large the graph is."""
+    table = window(tmp_path, lost=lambda s, n: n >= 40 or s % 9 == 0, graphs=True)
+    assert "launched kernels are missing" in table.incomparable
+
+
+@pytest.mark.parametrize(
+    ("lost", "text"),
+    [
+        (lambda s, n: False, ""),
+        (lambda s, n: s >= STEPS - 3, ""),  # they may have run after the window
+        (lambda s, n: s < 12, "TP1: 720 of 4,800 launches have no kernel"),
+        (lambda s, n: (s * 60 + n) % 50 == 9, "TP1: 96 of 4,800 launches have no kernel"),
+        (lambda s, n: (s, n) == (40, 3), ""),
+    ],
+)
+def test_windows_without_steps(tmp_path: Path, lost: Lost, text: str) -> None:
+    """Their totals are compared, so what is missing at the front counts as well."""
+    table = window(tmp_path, slow=1.3, lost=lost, count=60, steps=False)
+    assert table.steps.empty
+    assert table.incomparable == text
+
+
+def test_a_graph_that_ran_seldom_is_not_known(tmp_path: Path) -> None:
+    """On one rank, and twice: it may have lost as much in both."""
+    path = tmp_path / "w-TP-0.trace.json"
+    listed = list(events(slow=1.0, lost=nothing, graphs=True, call="cudaGraphLaunch"))
+    for event in listed:
+        step = int(event["ts"] - 1000) // 4000
+        if event["name"].startswith("step[") and step % 10 == 5:
+            event["name"] = event["name"].replace("bs=8", f"bs={16 + step}")
+    listed = [
+        e for e in listed if not (e["name"] == "gemm_1" and int(e["ts"] - 1000) // 4000 == 15)
+    ]
+    path.write_text(json.dumps({"traceEvents": listed}))
+    table = read_window(tmp_path)
+    assert table.notes == (
+        "TP0: it is not known how many kernels belong to the graphs of 1 steps (1.2 % of its "
+        "time), which were replayed fewer than 3 times",
+    )
+
+
+def test_graphs_of_which_none_is_known(tmp_path: Path) -> None:
+    """Each of another batch, on one rank, and each with another number of kernels."""
+    lost: Lost = lambda s, n: n > s % 50  # noqa: E731
+    listed = list(events(slow=1.0, lost=lost, graphs=True, call="cudaGraphLaunch"))
+    for event in listed:
+        if event["name"].startswith("step["):
+            step = int(event["ts"] - 1000) // 4000
+            event["name"] = event["name"].replace("bs=8", f"bs={16 + step}")
+    (tmp_path / "w-TP-0.trace.json").write_text(json.dumps({"traceEvents": listed}))
+    assert "it is not known how many kernels" in read_window(tmp_path).incomparable
 
 
 @pytest.mark.parametrize(
