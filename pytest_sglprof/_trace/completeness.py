@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from pytest_sglprof._errors import NoKernels
 from pytest_sglprof._ranks import Rank
+from pytest_sglprof._trace.counterparts import Counterparts
 from pytest_sglprof._trace.steps import StepIndex
 from pytest_sglprof._trace.table import NO_STEP, Flags, Ints, RankActivities
 
@@ -227,7 +228,7 @@ def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
     unknown = np.bincount(calls.at, is_unknown, count) > 0
     ns, longest = np.zeros(count), 0.0
     if lost.any() or unknown.any():
-        kernels = np.flatnonzero(_is_kernel(part))
+        kernels = np.flatnonzero(part.is_kernel)
         at = StepIndex(part.steps).numbered(part.step[kernels]) if calls.has_steps else None
         places = np.zeros(len(kernels), np.int64) if at is None else at
         ns[:] = np.bincount(places[places >= 0], part.dur[kernels][places >= 0], count)
@@ -259,13 +260,6 @@ def _edge(calls: _Calls, missing: Ints, steps: int, front: int) -> int:
         is_edge |= (number < recorded.min(initial=len(missing))) & (calls.at < EDGE_STEPS)
     edge = int(missing[is_edge].sum())
     return edge if edge > 1 else 0  # a single one may as well be lost as any other
-
-
-def _is_kernel(part: RankActivities) -> Flags:
-    if "kernel" not in part.kinds:
-        return np.zeros(len(part.start), bool)
-    is_kernel: Flags = part.kind_codes == part.kinds.index("kernel")
-    return is_kernel
 
 
 def _longest_mean(part: RankActivities, kernels: Ints) -> float:
@@ -305,29 +299,38 @@ def _with_equal_kernels(
         groups.setdefault(rank.work_group if rank else "", []).append(member)
     rows: list[list[int]] = [[] for _ in parts]
     for members in groups.values():
-        incomplete = {
-            parts[member].steps[place].step
-            for member in members
-            for place in np.flatnonzero(ledgers[member].is_judged_with_loss).tolist()
-        }
-        if not incomplete:
-            continue
-        names: dict[str, int] = {}
-        by_step = {member: _Sequences(parts[member], names) for member in members}
-        for number in sorted(incomplete):
-            losses = {
-                member: int(ledgers[member].lost[place])
-                for member in members
-                if (place := by_step[member].place_of.get(number, -1)) >= 0
-            }
-            lost_ns = _leave_out(number, losses, by_step, rows)
-            for member in losses:
-                place = by_step[member].place_of[number]
-                if lost_ns is None:
-                    ledgers[member].is_dropped[place] |= losses[member] > 0
-                else:
-                    ledgers[member].lost_ns[place] = lost_ns.get(member, 0.0)
+        if any(ledgers[member].is_judged_with_loss.any() for member in members):
+            _settle_group({member: parts[member] for member in members}, ledgers, rows)
     return [_without(*each) for each in zip(parts, ledgers, rows, strict=True)], sum(map(len, rows))
+
+
+def _settle_group(
+    group: Mapping[int, RankActivities], ledgers: Sequence[_Ledger], rows: Sequence[list[int]]
+) -> None:
+    """Adds to `rows` what the ranks of a group have and others lost; amends the ledgers."""
+    expected = {
+        member: {
+            part.steps[place].step: (int(ledgers[member].expected[place]), int(loss))
+            for place, loss in enumerate(ledgers[member].lost.tolist())
+            if not part.steps[place].excluded and not ledgers[member].is_dropped[place]
+        }
+        for member, part in group.items()
+    }
+    common = set.intersection(*(set(steps) for steps in expected.values()))
+    counterparts = Counterparts(group, expected)
+    for member, part in group.items():
+        ledger = ledgers[member]
+        for place in np.flatnonzero(ledger.is_judged_with_loss).tolist():
+            if part.steps[place].step not in common:
+                continue  # not compared, because of another rank
+            found = counterparts.of(part.steps[place].step)
+            if found is None:
+                ledger.is_dropped[place] = True
+            else:
+                ledger.lost_ns[place] = found.lost_ns[member]
+    for found in counterparts.settled():
+        for member, left_out in found.left_out.items():
+            rows[member].extend(left_out)
 
 
 def _without(part: RankActivities, ledger: _Ledger, rows: Sequence[int]) -> RankActivities:
@@ -343,85 +346,6 @@ def _without(part: RankActivities, ledger: _Ledger, rows: Sequence[int]) -> Rank
         step[rows] = NO_STEP
         part = replace(part, step=step)
     return part
-
-
-class _Sequences:
-    """The kernels of one rank in each step, in order of stream and start.
-
-    names: a number for each name, common to all ranks; it grows.
-    """
-
-    def __init__(self, part: RankActivities, names: dict[str, int]) -> None:
-        self.place_of = {
-            step.step: place for place, step in enumerate(part.steps) if not step.excluded
-        }
-        self.dur = part.dur
-        rows = np.flatnonzero(_is_kernel(part) & (part.step >= 0))
-        order = np.lexsort((part.start[rows], part.stream[rows], part.step[rows]))
-        self._rows = rows[order]
-        self._steps = part.step[self._rows]
-        numbers = [names.setdefault(name, len(names)) for name in part.names]
-        name = np.array(numbers or [0], np.int64)[part.name_codes[self._rows]]
-        self._keys = (name << 32) + (part.stream[self._rows].astype(np.int64) & 0xFFFFFFFF)
-
-    def of(self, step: int) -> tuple[Ints, Ints]:
-        """The rows of a step, and a key of each: its name and stream."""
-        first, end = np.searchsorted(self._steps, [step, step + 1])
-        return self._rows[first:end], self._keys[first:end]
-
-
-def _leave_out(
-    step: int,
-    losses: Mapping[int, int],
-    sequences: Mapping[int, _Sequences],
-    rows: Sequence[list[int]],
-) -> dict[int, float] | None:
-    """Adds to `rows` what other ranks have in this step and one rank lost.
-
-    losses: how many kernels each rank lost. Returns the time of what each rank lost, ns, as its
-    peers measured it; None if it is not known which kernels they are.
-    """
-    kernels = {member: sequences[member].of(step) for member in losses}
-    left_out: dict[int, list[int]] = {member: [] for member in losses}
-    lost_ns: dict[int, float] = {}
-    for member, count in losses.items():
-        if not count:
-            continue
-        own = kernels[member][1]
-        for peer in losses:
-            peer_rows, keys = kernels[peer]
-            if len(keys) == len(own) + count:
-                missing = _missing(own.tolist(), keys.tolist())
-                if missing is not None:
-                    break
-        else:
-            return None
-        lost_ns[member] = float(sequences[peer].dur[peer_rows[missing]].sum())
-        for place in missing:
-            same = np.flatnonzero(keys == keys[place])
-            for other in losses:
-                if other == member:
-                    continue
-                other_rows, other_keys = kernels[other]
-                at = np.flatnonzero(other_keys == keys[place])
-                if len(at) != len(same):  # it lacks one of them as well, or runs another number
-                    return None
-                left_out[other].append(int(other_rows[at[np.searchsorted(same, place)]]))
-    for member, chosen in left_out.items():
-        rows[member].extend(chosen)
-    return lost_ns
-
-
-def _missing(own: Sequence[int], whole: Sequence[int]) -> list[int] | None:
-    """Which places of `whole` are not in `own`; None unless `own` is `whole` with gaps."""
-    missing = []
-    at = 0
-    for place, key in enumerate(whole):
-        if at < len(own) and own[at] == key:
-            at += 1
-        else:
-            missing.append(place)
-    return missing if at == len(own) else None
 
 
 # Say what is missing, and whether it is too much.

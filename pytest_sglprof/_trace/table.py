@@ -131,6 +131,14 @@ class RankActivities:
     unrecorded: Unrecorded | None = None
 
     @property
+    def is_kernel(self) -> Flags:
+        """Which activities are kernels, shape (activities,)."""
+        if "kernel" not in self.kinds:
+            return np.zeros(len(self.start), bool)
+        chosen: Flags = self.kind_codes == self.kinds.index("kernel")
+        return chosen
+
+    @property
     def is_timeline(self) -> bool:
         """See `KernelTable.is_timeline`."""
         return self.source == GPU

@@ -214,10 +214,10 @@ def test_few_kernels_that_take_long_are_weighed_by_their_time(tmp_path: Path) ->
         assert table.incomparable.endswith("% of its time")
 
 
-def test_an_unequal_step_is_dropped_on_all(tmp_path: Path) -> None:
-    """Where the other rank has other kernels, it is not known what is missing."""
+def test_a_step_with_other_kernels_is_dropped(tmp_path: Path) -> None:
+    """Where no step has the kernels that are there, it is not known what is missing."""
     window(tmp_path, slow=1.15, lost=lambda s, n: (s, n) == (40, 3), graphs=True)
-    path = tmp_path / "w-TP-0.trace.json"
+    path = tmp_path / "w-TP-1.trace.json"
     trace = json.loads(path.read_text())
     for event in trace["traceEvents"]:
         if event["name"] == "gemm_9" and event["args"]["correlation"] == 1 + 40 * FAN_OUT:
@@ -227,6 +227,25 @@ def test_an_unequal_step_is_dropped_on_all(tmp_path: Path) -> None:
     counts, slowdown = in_steps(table)
     assert counts == {"TP0": STEPS * FAN_OUT, "TP1": STEPS * FAN_OUT - 1}  # in steps
     assert list(table.steps.loc[table.steps["excluded"] == LOST, "step"]) == [40]
+    assert slowdown == pytest.approx(1.15)
+
+
+def test_steps_in_which_every_rank_lacks_something(tmp_path: Path) -> None:
+    """Other steps of the window tell what is missing in this one."""
+    window(tmp_path, slow=1.15, lost=lambda s, n: (s, n) == (40, 3), graphs=True)
+    path = tmp_path / "w-TP-0.trace.json"
+    trace = json.loads(path.read_text())
+    lost = ("gemm_9", 1 + 40 * FAN_OUT)
+    trace["traceEvents"] = [
+        event
+        for event in trace["traceEvents"]
+        if (event["name"], event.get("args", {}).get("correlation")) != lost
+    ]
+    path.write_text(json.dumps(trace))
+    table = read_window(tmp_path)
+    counts, slowdown = in_steps(table)
+    assert counts == {"TP0": STEPS * FAN_OUT - 2, "TP1": STEPS * FAN_OUT - 2}
+    assert not (table.steps["excluded"] == LOST).any()
     assert slowdown == pytest.approx(1.15)
 
 
