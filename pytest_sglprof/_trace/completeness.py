@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,6 +75,9 @@ def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivitie
 Graph = int | tuple[str, int, int, int]
 """Its id, else the stage, batch size and tokens of its step, and which launch of the step it is."""
 
+Place = tuple[int, int]
+"""The number of a step, and which launch of a graph in it: equal on all ranks."""
+
 _ONE_KERNEL, _UNKNOWN_GRAPH = -1, -2  # instead of a number of `graphs`
 
 
@@ -83,13 +86,15 @@ class _Calls:
     """The calls of one rank that count, in the order of their start.
 
     at: index of the step of each call; 0 for all calls where they have no steps. recorded: number
-    of kernels. graph: index into graphs, or one of the two numbers above.
+    of kernels. graph: index into graphs, or one of the two numbers above. places: of the launches
+    of graphs in steps.
     """
 
     at: Ints
     recorded: Ints
     graph: Ints
     graphs: Sequence[Graph] = ()
+    places: Mapping[int, Place] = field(default_factory=dict)
     has_steps: bool = True
 
 
@@ -104,25 +109,28 @@ def _calls(part: RankActivities) -> _Calls:
         is_compared = np.array([not step.excluded for step in part.steps])
         order = order[(at >= 0) & is_compared[at]]
     else:  # What was launched after the last kernel that was recorded may have run later.
-        recorded = np.flatnonzero(launches.recorded[order])
-        order = order[: int(recorded[-1]) + 1 if len(recorded) else 0]
+        done = np.flatnonzero(launches.recorded[order])
+        order = order[: int(done[-1]) + 1 if len(done) else 0]
     at = launches.step[order]
     number_of: dict[Graph, int] = {}
+    places: dict[int, Place] = {}
     numbers = np.full(len(order), _ONE_KERNEL, np.int64)
     nth: Counter[int] = Counter()
     for place in np.flatnonzero(launches.is_graph[order]).tolist():
         graph: Graph | None = int(launches.graph[order[place]]) or None
-        if graph is None and has_steps:
+        if has_steps:
             step = part.steps[at[place]]
+            places[place] = (step.step, nth[step.step])
+            nth[step.step] += 1
             batch = step.padded_batch if step.padded_batch >= 0 else step.batch_size
-            kind = (step.substage or step.stage, batch, step.tokens, nth[int(at[place])])
-            nth[int(at[place])] += 1
-            graph = kind if batch >= 0 else None
+            if graph is None and batch >= 0:
+                graph = (step.substage or step.stage, batch, step.tokens, places[place][1])
         if graph is None:
             numbers[place] = _UNKNOWN_GRAPH
         else:
             numbers[place] = number_of.setdefault(graph, len(number_of))
-    return _Calls(np.maximum(at, 0), launches.recorded[order], numbers, tuple(number_of), has_steps)
+    recorded = launches.recorded[order]
+    return _Calls(np.maximum(at, 0), recorded, numbers, tuple(number_of), places, has_steps)
 
 
 def _alike(ranks: Sequence[str]) -> dict[int, list[int]]:
@@ -146,17 +154,24 @@ def _graph_sizes(parts: Sequence[RankActivities], calls: Sequence[_Calls]) -> li
             pairs = zip(own.graph[replays].tolist(), own.recorded[replays].tolist(), strict=True)
             for number, recorded in pairs:
                 counts.setdefault(number, Counter())[recorded] += 1
-                usual[recorded] += 1
+                usual[recorded] += recorded > 0
             for number, graph in enumerate(own.graphs):
                 seen.setdefault(graph, []).append(counts[number])
         size_of = {graph: _size(counters) for graph, counters in seen.items()}
         common = [size for size, count in usual.items() if count >= MIN_REPLAYS]
+        of_place: dict[tuple[int, int], int] = {}
         for member in members:
             own = calls[member]
             known = np.array([*(size_of[graph] for graph in own.graphs), 0, 1], np.int64)
             size = known[own.graph]  # the last two stand for the two negative numbers
             is_usual = (size == 0) & np.isin(own.recorded, common)
             sizes[member] = np.where(is_usual, own.recorded, size)
+            of_place |= {own.places[c]: int(size[c]) for c in own.places if size[c]}
+        otherwise = max(common, key=lambda size: usual[size], default=0)
+        for member in members:
+            own, size = calls[member], sizes[member]
+            for call in np.flatnonzero((size == 0) & (own.recorded == 0)).tolist():
+                size[call] = of_place.get(own.places.get(call, (NO_STEP, 0)), otherwise)
     return sizes
 
 

@@ -28,12 +28,12 @@ from pytest_sglprof._trace.nsys.database import (
 from pytest_sglprof._trace.nsys.files import readable
 from pytest_sglprof._trace.nsys.rows import (
     RUN_BATCH,
+    Calls,
     GpuRows,
-    LaunchCalls,
     Ranges,
     launch_times,
+    read_calls,
     read_gpu_rows,
-    read_launch_calls,
     read_ranges,
     read_whole_graphs,
     run_batches,
@@ -166,15 +166,17 @@ def _read(
     if not on_gpu:
         return [_of_ranges(label, its_owners, notes) for label, its_owners in own_ranges.items()]
     steps = {label: run_batches(its_owners) for label, its_owners in own_ranges.items()}
-    launched = launch_times(tables, rows) if any(steps.values()) else None
-    calls = read_launch_calls(tables) if launches else None
+    calls = read_calls(tables) if launches or any(steps.values()) else None
+    launched = launch_times(calls, rows) if calls and any(steps.values()) else None
     parts = []
     for label, its_steps in steps.items():
         chosen = rows.of_owners(members.get(label, []))
         part = _of_gpu(label, rows, chosen, launched, its_steps, notes)
-        shared = {o.pid for other, its in members.items() if other != label for o in its}
-        if calls is not None and not shared & {owner.pid for owner in members.get(label, [])}:
-            part = replace(part, launches=_launched_kernels(rows, chosen, its_steps, calls))
+        pids_here = {owner.pid for owner in members.get(label, [])}
+        others = {o.pid for other, its in members.items() if other != label for o in its}
+        if launches and calls is not None and not pids_here & others:
+            launched_here = _launched_kernels(rows, chosen, its_steps, calls)
+            part = replace(part, launches=launched_here)
         parts.append(part)
     return parts
 
@@ -229,25 +231,33 @@ def _of_gpu(
 
 
 def _launched_kernels(
-    rows: GpuRows, chosen: Ints, steps: Sequence[Step], calls: LaunchCalls
+    rows: GpuRows, chosen: Ints, steps: Sequence[Step], calls: Calls
 ) -> Launches | None:
-    """What the calls of the processes of a rank launched, and what of it was recorded."""
+    """What the calls of a rank's processes launched, and what of it was recorded.
+
+    chosen: its rows.
+    """
     kernels = chosen[(rows.kind[chosen] == 0) & (rows.correlation[chosen] != MISSING)]
-    at = np.flatnonzero(np.isin(calls.process, np.unique(process_of(rows.process[kernels]))))
-    if not len(at) or not len(kernels):
-        return None
-    recorded = np.zeros(len(at), np.int64)
-    for process in np.unique(calls.process[at]):
-        own = np.flatnonzero(calls.process[at] == process)
-        of_process = kernels[process_of(rows.process[kernels]) == process]
-        ids, counts = np.unique(rows.correlation[of_process], return_counts=True)
-        place = first_of(ids, calls.correlation[at[own]])
-        recorded[own] = np.where(place >= 0, counts[place], 0)
+    process_of_kernel = process_of(rows.process[kernels])
+    every: list[int] = []
+    columns: list[Ints] = []
+    for process in np.unique(process_of_kernel):
+        own = calls.of_process(int(process))
+        at = np.flatnonzero(calls.is_kernel[own] | calls.is_graph[own]) + own.start
+        of_process = kernels[process_of_kernel == process]
+        ids, first, counts = np.unique(
+            rows.correlation[of_process], return_index=True, return_counts=True
+        )
+        place = first_of(ids, calls.correlation[at])
+        graph = np.maximum(rows.graph_id[of_process[first]], 0)
+        every += at.tolist()
+        columns.append(np.where(place >= 0, np.stack([counts[place], graph[place]]), 0))
+    recorded, graph = np.concatenate([np.zeros((2, 0), np.int64), *columns], axis=1)
     if not recorded.any():
         return None
-    start, graph = calls.start[at], calls.graph[at]
-    step = StepIndex(steps).holding(start)
-    return Launches(step, start, recorded, graph >= 0, np.maximum(graph, 0))
+    start, is_graph = calls.start[every], calls.is_graph[every]
+    graph = np.where(is_graph, graph, 0)
+    return Launches(StepIndex(steps).holding(start), start, recorded, is_graph, graph)
 
 
 def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActivities:

@@ -23,6 +23,7 @@ from pytest_sglprof._trace.steps import contains_later, excluded
 from pytest_sglprof._trace.table import UNKNOWN_STAGE, Flags, Ints, Step, first_of
 
 _COLUMNS = ("start", "end", "deviceId", "streamId", "globalPid", "graphNodeId")
+_CORRELATED = ("correlationId", "graphId")
 _NAMED = {"kernel": ("demangledName",), "memcpy": ("copyKind",), "memset": ()}
 
 
@@ -31,7 +32,8 @@ class GpuRows:
     """Activities, arrays of shape (rows,). Times in ns; MISSING, or -1 for stream and device.
 
     process: globalPid. kind, name: codes into KINDS and names. correlation: the id that
-    the launch has as well. graph: a node of a CUDA graph. unusable: the (pid, device) pairs
+    the launch has as well. graph: a node of a CUDA graph. graph_id: that of its graph, MISSING if
+    not known. unusable: the (pid, device) pairs
     of a report all of whose rows were left out, so that somebody is there to tell it of.
     """
 
@@ -42,6 +44,7 @@ class GpuRows:
     process: Ints
     correlation: Ints
     graph: Flags
+    graph_id: Ints
     kind: Ints
     name: Ints
     names: tuple[str, ...] = ()
@@ -67,23 +70,23 @@ class GpuRows:
 def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
     """All GPU activities, without those that have no time or an impossible one.
 
-    correlated: whether correlation ids are asked for; they are MISSING where not.
+    correlated: whether the ids of launches and graphs are asked for; they are MISSING where not.
     """
     code_of: dict[str, int] = {}
-    columns: list[list[Ints]] = [[] for _ in range(len(_COLUMNS) + 3)]
+    columns: list[list[Ints]] = [[] for _ in range(len(_COLUMNS) + 4)]
     for number, kind in enumerate(KINDS):
-        asked = (*_COLUMNS, *(["correlationId"] if correlated else ()), *_NAMED[kind])
+        asked = (*_COLUMNS, *(_CORRELATED if correlated else ()), *_NAMED[kind])
         read = dict(zip(asked, tables.integers(table_of(kind), asked), strict=True))
         count = len(read["start"])
-        correlation = read.get("correlationId", np.full(count, MISSING, dtype=np.int64))
+        launch = (read.get(c, np.full(count, MISSING, np.int64)) for c in _CORRELATED)
         kinds = np.full(count, number, dtype=np.int64)
         keys = [read[column] for column in _NAMED[kind]] or [np.zeros(count, dtype=np.int64)]
         names = _names(tables, kind, keys[0], code_of)
         for parts, part in zip(
-            columns, (*(read[c] for c in _COLUMNS), correlation, kinds, names), strict=True
+            columns, (*(read[c] for c in _COLUMNS), *launch, kinds, names), strict=True
         ):
             parts.append(part)
-    start, end, device, stream, process, node, correlation, kinds, names = (
+    start, end, device, stream, process, node, correlation, graph_id, kinds, names = (
         _joined(parts) for parts in columns
     )
     timed, untimed = usable(start, end)
@@ -113,6 +116,7 @@ def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
         process=process[chosen],
         correlation=correlation[chosen],
         graph=graph[chosen],
+        graph_id=graph_id[chosen],
         kind=kinds[chosen],
         name=names[chosen],
         names=tuple(code_of),
@@ -145,69 +149,55 @@ def impossible(start: Ints, end: Ints, group: Ints, candidate: Flags) -> Flags:
     return bad
 
 
-def launch_times(tables: ReportTables, rows: GpuRows) -> Ints:
-    """When the CPU launched each row (ns); MISSING where no launch was recorded."""
-    launched = np.full(len(rows), MISSING, dtype=np.int64)
-    columns = ("start", "globalTid", "correlationId")
-    start, thread, correlation = tables.integers(PREFIX + "RUNTIME", columns)
-    process = process_of(thread)
-    for one in np.unique(rows.process[rows.process != MISSING]):
-        known = (correlation != MISSING) & (start != MISSING)
-        calls = np.flatnonzero((process == process_of(one)) & known)
-        # A runtime call and the driver call inside it share their id: the first one counts.
-        calls = calls[np.lexsort((start[calls], correlation[calls]))]
-        rows_of_process = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
-        at = first_of(correlation[calls], rows.correlation[rows_of_process])
-        launched[rows_of_process[at >= 0]] = start[calls[at[at >= 0]]]
-    return launched
-
-
 @dataclass(frozen=True)
-class LaunchCalls:
-    """Calls of a report that launch kernels, arrays of shape (calls,).
+class Calls:
+    """Calls of CUDA, ordered by process and correlation id; arrays of shape (calls,).
 
-    start: ns. process: globalPid. graph: -1 for a call that launches one kernel, otherwise the id
-    of the graph that it launches, 0 where it is not known.
+    start: ns. process: globalPid. is_kernel, is_graph: whether it launches one kernel, or a graph.
     """
 
     start: Ints
     process: Ints
     correlation: Ints
-    graph: Ints
+    is_kernel: Flags
+    is_graph: Flags
+
+    def of_process(self, process: int) -> slice:
+        """The calls of a process."""
+        first, end = np.searchsorted(self.process, [process, process + 1])
+        return slice(int(first), int(end))
 
 
-def read_launch_calls(tables: ReportTables) -> LaunchCalls:
-    """All calls of a report that launch kernels, each once, in the order of their ids.
-
-    A runtime call and the driver call inside it share their id: the first one counts.
-    """
+def read_calls(tables: ReportTables) -> Calls:
+    """All calls of a report. Of those with one id (the driver's inside the runtime's) the first."""
     columns = ("start", "globalTid", "correlationId", "nameId")
     start, thread, correlation, name = tables.integers(PREFIX + "RUNTIME", columns)
-    ids, at = coded(name)
+    ids = np.unique(name)
     texts = tables.strings(int(number) for number in ids if number != MISSING)
-    words = [texts.get(int(number), "") for number in ids]
-    is_graph, is_kernel = (
-        np.array([bool(call.match(word)) for word in words], bool)[at]
-        for call in (GRAPH_LAUNCH, KERNEL_LAUNCH)
+    is_kernel, is_graph = (
+        np.isin(name, [number for number, text in texts.items() if call.match(text)])
+        for call in (KERNEL_LAUNCH, GRAPH_LAUNCH)
     )
-    known = (correlation != MISSING) & (start != MISSING) & (is_graph | is_kernel)
-    rows = np.flatnonzero(known)
     process = process_of(thread)
-    rows = rows[np.lexsort((start[rows], correlation[rows], process[rows]))]
-    first = np.ones(len(rows), bool)
-    first[1:] = (np.diff(process[rows]) != 0) | (np.diff(correlation[rows]) != 0)
-    rows = rows[first]
-    graph = np.where(is_graph[rows], 0, -1)
-    if is_graph[rows].any():
-        asked = ("globalPid", "correlationId", "graphId")
-        of, node, number = tables.integers(table_of(KINDS[0]), asked)
-        for one in np.unique(process[rows]):
-            calls = np.flatnonzero((process[rows] == one) & (graph == 0))
-            nodes = np.flatnonzero((of == one) & (number > 0))
-            nodes = nodes[np.argsort(node[nodes], kind="stable")]
-            place = first_of(node[nodes], correlation[rows[calls]])
-            graph[calls[place >= 0]] = number[nodes[place[place >= 0]]]
-    return LaunchCalls(start[rows], process[rows], correlation[rows], graph)
+    order = np.flatnonzero((correlation != MISSING) & (start != MISSING))
+    order = order[np.lexsort((start[order], correlation[order], process[order]))]
+    first = np.ones(len(order), bool)
+    first[1:] = (np.diff(process[order]) != 0) | (np.diff(correlation[order]) != 0)
+    order = order[first]
+    return Calls(
+        start[order], process[order], correlation[order], is_kernel[order], is_graph[order]
+    )
+
+
+def launch_times(calls: Calls, rows: GpuRows) -> Ints:
+    """When the CPU launched each row (ns); MISSING where no launch was recorded."""
+    launched = np.full(len(rows), MISSING, dtype=np.int64)
+    for one in np.unique(rows.process[rows.process != MISSING]):
+        own = calls.of_process(int(process_of(one)))
+        at_process = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
+        at = first_of(calls.correlation[own], rows.correlation[at_process])
+        launched[at_process[at >= 0]] = calls.start[own][at[at >= 0]]
+    return launched
 
 
 @dataclass(frozen=True)
