@@ -9,6 +9,7 @@ be scanned safely. Both give the same table.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -43,6 +44,7 @@ from pytest_sglprof._trace.steps import (
 from pytest_sglprof._trace.table import (
     CPU_OPERATORS,
     GPU,
+    Flags,
     Ints,
     Launches,
     RankActivities,
@@ -254,6 +256,7 @@ def launched_kernels(
     rows = np.flatnonzero(is_graph | np.isin(columns.name, codes[KERNEL_LAUNCH]))
     ids, first = np.unique(columns.correlation[rows], return_index=True)
     rows = rows[first[ids >= 0]]
+    rows = rows[~captured(launches, columns.start[rows])]
     if not len(rows):
         return None
     start, ids = columns.start[rows], columns.correlation[rows]
@@ -265,6 +268,18 @@ def launched_kernels(
         return None
     unknown = np.zeros(len(start), np.int64)
     return Launches(steps.index_of_time(start), start, recorded, is_graph[rows], unknown)
+
+
+def captured(launches: FileContent, times: Ints) -> Flags:
+    """Which launches only built a graph: those between the begin and the end of a capture."""
+    columns, names = launches.columns, launches.facts.names
+    edges = (
+        [n for n, name in enumerate(names) if re.match(rf"(cuda|cu|hip)Stream{word}Capture", name)]
+        for word in ("Begin", "End")
+    )
+    begins, ends = (np.sort(columns.start[np.isin(columns.name, codes)]) for codes in edges)
+    inside: Flags = np.searchsorted(begins, times) > np.searchsorted(ends, times)
+    return inside
 
 
 def _used(names: Sequence[str], codes: npt.NDArray[Any]) -> tuple[Sequence[str], npt.NDArray[Any]]:

@@ -299,6 +299,20 @@ def test_windows_without_steps(tmp_path: Path, lost: Lost, text: str) -> None:
     assert table.incomparable == text
 
 
+@pytest.mark.usefixtures("way")
+def test_what_is_launched_into_a_graph_runs_later(tmp_path: Path) -> None:
+    """Capturing a graph calls the same functions, but no kernel runs."""
+    window(tmp_path, slow=1.3, count=60, steps=False, lost=lambda s, n: 20 <= s < 30)
+    path = tmp_path / "w-TP-1.trace.json"
+    trace = json.loads(path.read_text())
+    call = {"ph": "X", "cat": "cuda_runtime", "pid": 1, "tid": 1, "dur": 1.0}
+    for name, step in (("cudaStreamBeginCapture", 20), ("cudaStreamEndCapture_v10000", 30)):
+        more = {"name": name, "ts": 1000.0 + step * 4000.0, "args": {"correlation": 10**6 + step}}
+        trace["traceEvents"].append({**call, **more})
+    path.write_text(json.dumps(trace))
+    assert read_window(tmp_path).incomparable == ""
+
+
 def test_a_graph_that_ran_seldom_is_not_known(tmp_path: Path) -> None:
     """On one rank, and twice: it may have lost as much in both."""
     path = tmp_path / "w-TP-0.trace.json"
