@@ -55,14 +55,14 @@ def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivitie
     """
     calls = [_calls(part) for part in parts]
     ledgers = [
-        _ledger(part, own, graphs)
-        for part, own, graphs in zip(parts, calls, _graph_sizes(parts, calls), strict=True)
+        _ledger(part, rank_calls, graphs)
+        for part, rank_calls, graphs in zip(parts, calls, _graph_sizes(parts, calls), strict=True)
     ]
     kept, left_out = _with_equal_kernels(parts, ledgers)
     notes, reasons = [], []
     for part, ledger in zip(kept, ledgers, strict=True):
-        told, why = _finding(part, ledger)
-        notes += told
+        more_notes, why = _finding(part, ledger)
+        notes += more_notes
         reasons += why
     if left_out:
         kernels = counted(left_out, "kernel", "kernels")
@@ -148,30 +148,34 @@ def _graph_sizes(parts: Sequence[RankActivities], calls: Sequence[_Calls]) -> li
     for members in _alike([part.rank for part in parts]).values():
         seen: dict[Graph, list[Counter[int]]] = {}
         usual: Counter[int] = Counter()
-        for own in (calls[member] for member in members):
+        for rank_calls in (calls[member] for member in members):
             counts: dict[int, Counter[int]] = {}
-            replays = own.graph != _ONE_KERNEL
-            pairs = zip(own.graph[replays].tolist(), own.recorded[replays].tolist(), strict=True)
+            replays = rank_calls.graph != _ONE_KERNEL
+            pairs = zip(
+                rank_calls.graph[replays].tolist(),
+                rank_calls.recorded[replays].tolist(),
+                strict=True,
+            )
             for number, recorded in pairs:
                 counts.setdefault(number, Counter())[recorded] += 1
                 usual[recorded] += recorded > 0
-            for number, graph in enumerate(own.graphs):
+            for number, graph in enumerate(rank_calls.graphs):
                 seen.setdefault(graph, []).append(counts[number])
         size_of = {graph: _size(counters) for graph, counters in seen.items()}
         common = [size for size, count in usual.items() if count >= MIN_REPLAYS]
         of_place: dict[tuple[int, int], int] = {}
         for member in members:
-            own = calls[member]
-            known = np.array([*(size_of[graph] for graph in own.graphs), 0, 1], np.int64)
-            size = known[own.graph]  # the last two stand for the two negative numbers
-            is_usual = (size == 0) & np.isin(own.recorded, common)
-            sizes[member] = np.where(is_usual, own.recorded, size)
-            of_place |= {own.places[c]: int(size[c]) for c in own.places if size[c]}
+            rank_calls = calls[member]
+            known = np.array([*(size_of[graph] for graph in rank_calls.graphs), 0, 1], np.int64)
+            size = known[rank_calls.graph]  # the last two stand for the two negative numbers
+            is_usual = (size == 0) & np.isin(rank_calls.recorded, common)
+            sizes[member] = np.where(is_usual, rank_calls.recorded, size)
+            of_place |= {rank_calls.places[c]: int(size[c]) for c in rank_calls.places if size[c]}
         otherwise = max(common, key=lambda size: usual[size], default=0)
         for member in members:
-            own, size = calls[member], sizes[member]
-            for call in np.flatnonzero((size == 0) & (own.recorded == 0)).tolist():
-                size[call] = of_place.get(own.places.get(call, (NO_STEP, 0)), otherwise)
+            rank_calls, size = calls[member], sizes[member]
+            for call in np.flatnonzero((size == 0) & (rank_calls.recorded == 0)).tolist():
+                size[call] = of_place.get(rank_calls.places.get(call, (NO_STEP, 0)), otherwise)
     return sizes
 
 
@@ -338,13 +342,13 @@ def _settle_group(
         for place in np.flatnonzero(ledger.is_judged_with_loss).tolist():
             if part.steps[place].step not in common:
                 continue  # not compared, because of another rank
-            found = counterparts.of(part.steps[place].step)
-            if found is None:
+            gaps = counterparts.of(part.steps[place].step)
+            if gaps is None:
                 ledger.is_dropped[place] = True
             else:
-                ledger.lost_ns[place] = found.lost_ns[member]
-    for found in counterparts.settled():
-        for member, left_out in found.left_out.items():
+                ledger.lost_ns[place] = gaps.lost_ns[member]
+    for gaps in counterparts.settled():
+        for member, left_out in gaps.left_out.items():
             rows[member].extend(left_out)
 
 

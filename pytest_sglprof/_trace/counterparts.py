@@ -19,8 +19,8 @@ _MAX_PATTERNS = 8  # other steps whose kernels are tried
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found in one step.
+class Gaps:
+    """What ranks lost in one step.
 
     lost_ns: time of what each rank lost, as another one measured it, ns; 0 for a whole rank.
     left_out: the activities of each rank whose counterparts another one lost: indices.
@@ -45,7 +45,7 @@ class Counterparts:
         names: dict[str, int] = {}
         self._sequences = {member: _Sequences(part, names) for member, part in group.items()}
         self._expected = expected
-        self._found: dict[int, Found | None] = {}
+        self._gaps: dict[int, Gaps | None] = {}
         self._patterns: dict[int, list[tuple[int, int]]] = {}  # number of kernels -> whole steps
         for member, steps in expected.items():
             for step, (count, lost) in steps.items():
@@ -53,17 +53,17 @@ class Counterparts:
                 if not lost and len(listed) < _MAX_PATTERNS:
                     listed.append((member, step))
 
-    def of(self, step: int) -> Found | None:
+    def of(self, step: int) -> Gaps | None:
         """What is missing in this step, which all ranks have; None if that is not known."""
-        if step not in self._found:
-            self._found[step] = self._settle(step)
-        return self._found[step]
+        if step not in self._gaps:
+            self._gaps[step] = self._settle(step)
+        return self._gaps[step]
 
-    def settled(self) -> Iterator[Found]:
-        """What was found in all steps that were asked for."""
-        return (found for found in self._found.values() if found is not None)
+    def settled(self) -> Iterator[Gaps]:
+        """What is known of all steps that were asked for."""
+        return (gaps for gaps in self._gaps.values() if gaps is not None)
 
-    def _settle(self, step: int) -> Found | None:
+    def _settle(self, step: int) -> Gaps | None:
         counts = {member: steps[step] for member, steps in self._expected.items()}
         kernels = {member: self._sequences[member].of(step) for member in counts}
         losers = [member for member, (_, lost) in counts.items() if lost]
@@ -72,13 +72,14 @@ class Counterparts:
             pattern_rows, pattern = self._sequences[peer].of(of_step)
             if any(len(kernels[one][1]) + counts[one][1] != len(pattern) for one in losers):
                 continue
-            gaps = {one: _gaps(kernels[one][1].tolist(), pattern.tolist()) for one in losers}
-            lost = {one: missing for one, missing in gaps.items() if missing is not None}
+            whole_keys = pattern.tolist()
+            places = {one: _missing_places(kernels[one][1].tolist(), whole_keys) for one in losers}
+            lost = {one: missing for one, missing in places.items() if missing is not None}
             if len(lost) == len(losers):
                 dur = self._sequences[peer].dur[pattern_rows]
                 left_out = _left_out(pattern, lost, kernels)
                 lost_ns = {one: float(dur[lost.get(one, [])].sum()) for one in counts}
-                return None if left_out is None else Found(lost_ns, left_out)
+                return None if left_out is None else Gaps(lost_ns, left_out)
         return None
 
 
@@ -104,16 +105,16 @@ class _Sequences:
         return self._rows[first:end], self._keys[first:end]
 
 
-def _gaps(own: Sequence[int], whole: Sequence[int]) -> list[int] | None:
-    """The places of `whole` that `own` lacks; None unless `own` is `whole` with gaps."""
+def _missing_places(incomplete: Sequence[int], whole: Sequence[int]) -> list[int] | None:
+    """The places of `whole` that `incomplete` lacks; None unless it is `whole` with gaps."""
     missing = []
     at = 0
     for place, key in enumerate(whole):
-        if at < len(own) and own[at] == key:
+        if at < len(incomplete) and incomplete[at] == key:
             at += 1
         else:
             missing.append(place)
-    return missing if at == len(own) else None
+    return missing if at == len(incomplete) else None
 
 
 def _left_out(

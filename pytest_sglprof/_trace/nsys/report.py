@@ -242,8 +242,9 @@ def _launched_kernels(
     every: list[int] = []
     columns: list[Ints] = []
     for process in np.unique(process_of_kernel):
-        own = calls.of_process(int(process))
-        at = np.flatnonzero(calls.is_kernel[own] | calls.is_graph[own]) + own.start
+        its_calls = calls.of_process(int(process))
+        is_launch = calls.is_kernel[its_calls] | calls.is_graph[its_calls]
+        at = np.flatnonzero(is_launch) + its_calls.start
         of_process = kernels[process_of_kernel == process]
         ids, first, counts = np.unique(
             rows.correlation[of_process], return_index=True, return_counts=True

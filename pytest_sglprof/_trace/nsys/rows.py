@@ -193,10 +193,10 @@ def launch_times(calls: Calls, rows: GpuRows) -> Ints:
     """When the CPU launched each row (ns); MISSING where no launch was recorded."""
     launched = np.full(len(rows), MISSING, dtype=np.int64)
     for one in np.unique(rows.process[rows.process != MISSING]):
-        own = calls.of_process(int(process_of(one)))
+        of_process = calls.of_process(int(process_of(one)))
         at_process = np.flatnonzero((rows.process == one) & (rows.correlation != MISSING))
-        at = first_of(calls.correlation[own], rows.correlation[at_process])
-        launched[at_process[at >= 0]] = calls.start[own][at[at >= 0]]
+        at = first_of(calls.correlation[of_process], rows.correlation[at_process])
+        launched[at_process[at >= 0]] = calls.start[of_process][at[at >= 0]]
     return launched
 
 
