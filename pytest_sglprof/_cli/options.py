@@ -63,6 +63,12 @@ def input_options(paths: str) -> argparse.ArgumentParser:
         action="store_true",
         help="read what is left of a truncated trace; a verdict on it is inconclusive",
     )
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="compare ranks although their files are not of one run (other GPUs, other versions, "
+        "other times)",
+    )
     add_rows(group, "nsys", "step_delimiter")
     return parser
 
@@ -306,7 +312,13 @@ def read_table(
     """The kernel table of a window, partial if `--allow-partial` is given; or `TraceError`."""
     from pytest_sglprof._run.measure import read_recorded
 
-    return read_recorded(files, settings, allow_partial=args.allow_partial, launches=launches)
+    return read_recorded(
+        files,
+        settings,
+        allow_partial=args.allow_partial,
+        launches=launches,
+        force=args.force,
+    )
 
 
 Record = Mapping[str, Any]

@@ -54,11 +54,12 @@ def read_recorded(
     *,
     allow_partial: bool = False,
     launches: bool = True,
+    force: bool = False,
 ) -> KernelTable:
     """The kernel table of a window, with the categories and the step delimiter of `settings`.
 
     The plugin and every command read windows by this function, so that all of them see the
-    same table. allow_partial, launches: see `read_window`. Raises `TraceError`.
+    same table. allow_partial, launches, force: see `read_window`. Raises `TraceError`.
     """
     from pytest_sglprof._trace.read import read_window
 
@@ -73,6 +74,7 @@ def read_recorded(
         step_delimiter=settings.step_delimiter,
         nsys=settings.nsys or None,
         launches=launches,
+        force=force,
     )
     if files.facts is None:
         return table

@@ -5,8 +5,6 @@ full. A rank that lost kernels looks fast, so that a healthy one would be blamed
 has one kernel; a graph launch has as many as its graph. What was launched near the edges of the
 window may have run outside of it and proves nothing. Where few kernels are missing on a rank,
 the same kernels are left out on its peers, so that like is compared with like.
-
-Files of different runs are known by the number of processes of their run, and by their times.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +58,7 @@ def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivitie
     kept, left_out = _with_equal_kernels(parts, ledgers)
     notes, reasons = [], []
     for part, ledger in zip(kept, ledgers, strict=True):
-        more_notes, why = _finding(part, ledger)
+        more_notes, why = _finding(part, ledger, alone=len(parts) == 1)
         notes += more_notes
         reasons += why
     if left_out:
@@ -370,7 +367,7 @@ def _without(part: RankActivities, ledger: _Ledger, rows: Sequence[int]) -> Rank
 # Say what is missing, and whether it is too much.
 
 
-def _finding(part: RankActivities, ledger: _Ledger) -> tuple[list[str], list[str]]:
+def _finding(part: RankActivities, ledger: _Ledger, *, alone: bool) -> tuple[list[str], list[str]]:
     """Notes on what the rank lacks, and why it cannot be compared."""
     notes, reasons = [], []
     inner = ledger.inner
@@ -396,6 +393,8 @@ def _finding(part: RankActivities, ledger: _Ledger) -> tuple[list[str], list[str
             f"{part.rank}: {part.unusable:,} kernels ({100 * unusable:.1f} %) have times that "
             "cannot be"
         )
+    if alone:
+        return notes, reasons  # and no graph of it is compared with that of another rank
     unknown = ledger.ns[ledger.unknown].sum() / max(ledger.ns.sum(), 1.0)
     if ledger.unknown.any():
         text = (
@@ -434,29 +433,6 @@ def _unusable_share(part: RankActivities) -> float:
     """Share of the kernels that cannot be used; 0 where it is small enough."""
     share = part.unusable / max(len(part.start) + part.unusable, 1)
     return share if share > LOST_SHARE else 0.0
-
-
-# Files that are not of one window.
-
-APART_NS = 60 * 10**9  # between the end of one rank's window and the start of another's
-
-
-def different_runs(parts: Sequence[RankActivities]) -> str:
-    """Why these are not the ranks of one window, with both values; "" if nothing says so."""
-    sizes = {part.world_size: part.rank for part in reversed(parts) if part.world_size}
-    if len(sizes) > 1:
-        runs = ", ".join(f"{rank} is of a run of {size}" for size, rank in sorted(sizes.items()))
-        return f"these files are not of one run: {runs} processes"
-    spans = sorted(
-        (int(part.start.min()), int((part.start + part.dur).max()), part.rank)
-        for part in parts
-        if part.is_timeline and len(part.start)
-    )
-    for (_, end, before), (start, _, after) in pairwise(spans):
-        if start - end > APART_NS:
-            apart = f"{after} begins {(start - end) / 1e9:,.0f} s after {before} ended"
-            return f"these files are not of one window: {apart}"
-    return ""
 
 
 # A rank that used its GPU, but of which no kernel was recorded, is never compared. Its CPU

@@ -380,11 +380,6 @@ def rank_of_pid(pid: bytes) -> str:
     return rank.label if rank is not None else match[1]
 
 
-def world_size(distributed: str) -> int:
-    """Number of processes of the run, by a trace's `distributedInfo`; 0 if it is not known."""
-    return _decoded(distributed.encode()).world_size or 0
-
-
 def _decoded(distributed: bytes) -> _Distributed:
     try:
         info = _DISTRIBUTED.decode(distributed) if distributed else _Distributed()

@@ -19,8 +19,9 @@ from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
-from pytest_sglprof._trace.completeness import different_runs, refuse_unrecorded, with_lost_steps
+from pytest_sglprof._trace.completeness import refuse_unrecorded, with_lost_steps
 from pytest_sglprof._trace.kernel_names import normalise
+from pytest_sglprof._trace.one_window import by_force, copies, different_runs
 from pytest_sglprof._trace.paths import (
     Reader,
     ReadOptions,
@@ -58,6 +59,7 @@ def read_window(
     nsys: str | None = None,
     processes: int | None = None,
     launches: bool = True,
+    force: bool = False,
 ) -> KernelTable:
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
@@ -70,7 +72,8 @@ def read_window(
     sources without step markers; "" for none. nsys: the command that exports `.nsys-rep`.
     processes: the maximum number of reader processes. launches: whether to read the calls that
     launch kernels and the numbers of collectives. Without them it is not known whether kernels
-    are missing, and those of some torch traces have no step.
+    are missing, and those of some torch traces have no step. force: whether to compare ranks of
+    which something says that they are not of one window; a note then says what.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`, `NoKernels`), naming the file or the
     rank, and what to do.
@@ -89,7 +92,14 @@ def read_window(
     for file in listed:
         files.setdefault(reader_of(file), []).append(file)
     parts = [part for reader, same in files.items() for part in reader.read(same, options)]
-    return build_table(parts, settle_s=settle_s, patterns=patterns, step_delimiter=step_delimiter)
+    return build_table(
+        parts,
+        settle_s=settle_s,
+        patterns=patterns,
+        step_delimiter=step_delimiter,
+        unlike=copies(listed),
+        force=force,
+    )
 
 
 def build_table(
@@ -98,8 +108,10 @@ def build_table(
     settle_s: float = 0.0,
     patterns: Sequence[tuple[str, str]] = (),
     step_delimiter: str = "",
+    unlike: Sequence[str] = (),
+    force: bool = False,
 ) -> KernelTable:
-    """Joins the activities of all ranks.
+    """Joins the activities of all ranks. unlike: why they are not of one window, so far.
 
     Raises `TraceError` for a rank that is in two files, `NoKernels` for one whose kernels were
     not recorded.
@@ -113,11 +125,11 @@ def build_table(
     parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
     parts.sort(key=lambda part: ranks.index(part.rank))
-    different = different_runs(parts)
+    unlike = [*unlike, *different_runs(parts)]
     parts, lost, missing = with_lost_steps(parts)
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
-    notes += [*by_repetition, *lost]
+    notes += [*by_repetition, *lost, *(by_force(unlike) if force else ())]
     partial = any(part.partial for part in merged)
     del merged
     collectives = collective_frame([(len(part.start), part.calls) for part in parts])
@@ -140,7 +152,7 @@ def build_table(
         files=files,
         collectives=collectives,
         settled=settled,
-        incomparable="; ".join(filter(None, (different, missing))),
+        incomparable="; ".join(filter(None, [*(() if force else unlike), missing])),
     )
 
 

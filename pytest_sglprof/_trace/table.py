@@ -107,8 +107,8 @@ class RankActivities:
     `CPU_OPERATORS` or `NVTX`. notes: what was skipped, for the reader of the report. calls:
     collectives whose process group is known. launches: calls that launch kernels, None if they
     were not recorded or not read. unusable: number of kernels that were recorded but left out,
-    since their times cannot be. world_size: number of processes of the run that recorded it; 0 if
-    not known. unrecorded: why its kernels are missing.
+    since their times cannot be. run: what the file says of the run that recorded it, by the
+    names of `torch.events.FACTS`. unrecorded: why its kernels are missing.
     """
 
     rank: str
@@ -127,7 +127,7 @@ class RankActivities:
     calls: CollectiveCalls | None = None
     launches: Launches | None = None
     unusable: int = 0
-    world_size: int = 0
+    run: Mapping[str, str] = field(default_factory=dict)
     unrecorded: Unrecorded | None = None
 
     @property

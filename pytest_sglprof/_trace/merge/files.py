@@ -29,7 +29,7 @@ from pytest_sglprof._trace.merge.events import (
 )
 from pytest_sglprof._trace.paths import FileRanks, of_ranks
 from pytest_sglprof._trace.read import refuse_twice
-from pytest_sglprof._trace.torch.events import FileFacts, base_time
+from pytest_sglprof._trace.torch.events import FileFacts, base_time, take_header
 from pytest_sglprof._trace.torch.salvage import Document, read_whole
 from pytest_sglprof._trace.torch.scan import Unsafe, event_chunks
 from pytest_sglprof._trace.torch.stream import pieces
@@ -163,7 +163,7 @@ def _source(path: Path, file_rank: FileRanks, allow_partial: bool) -> Source:
                 pass
     except Unsafe:
         whole = read_whole(path, _DOCUMENT, allow_partial=allow_partial)
-        facts.base, facts.distributed = whole.base, whole.distributed
+        take_header(whole.header, facts)
         merged = False
     base, notes = base_time(path, facts.base)
     if merged:

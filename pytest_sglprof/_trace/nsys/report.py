@@ -166,12 +166,14 @@ def _read(
     if not on_gpu:
         return [_of_ranges(label, its_owners, notes) for label, its_owners in own_ranges.items()]
     steps = {label: run_batches(its_owners) for label, its_owners in own_ranges.items()}
+    models = sorted(set(tables.texts("TARGET_INFO_GPU", "name")[1]))
+    run = {"GPU": ", ".join(models)} if models else {}
     calls = read_calls(tables) if launches or any(steps.values()) else None
     launched = launch_times(calls, rows) if calls and any(steps.values()) else None
     parts = []
     for label, its_steps in steps.items():
         chosen = rows.of_owners(members.get(label, []))
-        part = _of_gpu(label, rows, chosen, launched, its_steps, notes)
+        part = replace(_of_gpu(label, rows, chosen, launched, its_steps, notes), run=run)
         pids_here = {owner.pid for owner in members.get(label, [])}
         others = {o.pid for other, its in members.items() if other != label for o in its}
         if launches and calls is not None and not pids_here & others:

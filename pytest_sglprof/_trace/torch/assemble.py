@@ -28,7 +28,7 @@ from pytest_sglprof._trace.completeness import (
     counted,
 )
 from pytest_sglprof._trace.foreign import refuse_dialect
-from pytest_sglprof._trace.paths import FileRanks, rank_of_pid, world_size
+from pytest_sglprof._trace.paths import FileRanks, rank_of_pid
 from pytest_sglprof._trace.steps import (
     Call,
     TraceSteps,
@@ -68,6 +68,7 @@ from pytest_sglprof._trace.torch.events import (
     ProcessName,
     base_time,
     joined,
+    take_header,
 )
 from pytest_sglprof._trace.torch.pool import FileContent, read_here, read_in_processes
 from pytest_sglprof._trace.torch.salvage import Document, read_whole
@@ -238,7 +239,7 @@ def _activities(
         calls=calls_of(columns, facts.groups, numbers),
         launches=launched_kernels(steps, launches, columns) if on_gpu else None,
         unusable=unusable,
-        world_size=world_size(facts.distributed),
+        run=facts.run,
         unrecorded=missing,
     )
 
@@ -339,7 +340,6 @@ class _Event(msgspec.Struct, gc=False):
 
 
 _DOCUMENT = msgspec.json.Decoder(Document[_Event] | list[_Event])
-_DEVICES = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
@@ -366,7 +366,7 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
         if category is not None:
             _add(collector, event, category, pids[raw])
     facts = collector.finish()
-    facts.base, facts.distributed = trace.base, trace.distributed
+    take_header(trace.header, facts)
     facts.truncated = trace.truncated
     if not trace.valid:
         facts.notes.append(
@@ -375,16 +375,8 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
     columns = joined(batches)
     if not (columns.kind < LAUNCH).any():
         refuse_other_programs(path, trace.events, categories)
-        facts.devices = _count_devices(trace.devices)
         facts.elsewhere = {name: n for name, n in categories.items() if name in OTHER_DEVICES}
     return FileContent(path, columns=columns, facts=facts)
-
-
-def _count_devices(text: str) -> int:
-    try:
-        return len(_DEVICES.decode(text.encode())) if text else 0
-    except msgspec.DecodeError:  # null, or no list
-        return 0
 
 
 def _merged_pid(raw: bytes) -> str | None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -244,8 +244,9 @@ class FileFacts(msgspec.Struct):
     owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". groups: names
     of process groups. sequences: (code of the owner, external id) -> number of that
     collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
-    of `distributedInfo`; "" for none. devices: how many GPUs it names. elsewhere: events of
-    each category of `OTHER_DEVICES`; both only of a file that was decoded. skipped: (code of
+    of `distributedInfo`; "" for none. run: what it says of its run, by the names of
+    `FACTS`. devices: how many GPUs it names. elsewhere: events of each category of `OTHER_DEVICES`, only of a file
+    that was decoded. skipped: (code of
     the owner, what was left out) -> count. unsafe: why the file must be read exactly, ""
     when it was read.
     """
@@ -257,12 +258,101 @@ class FileFacts(msgspec.Struct):
     annotations: list[Annotation] = msgspec.field(default_factory=list)
     base: str = ""
     distributed: str = ""
+    run: dict[str, str] = msgspec.field(default_factory=dict)
     devices: int = 0
     elsewhere: dict[str, int] = msgspec.field(default_factory=dict)
     skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
     truncated: bool = False
     unsafe: str = ""
     notes: list[str] = msgspec.field(default_factory=list)
+
+
+# What stands in a trace beside its events.
+
+
+class Header(msgspec.Struct):
+    """What stands in a torch trace beside its events, as JSON text; empty where it does not."""
+
+    base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
+    distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
+    devices: msgspec.Raw = msgspec.field(name="deviceProperties", default=msgspec.Raw(b""))
+    cuda_runtime: msgspec.Raw = msgspec.field(name="cuda_runtime_version", default=msgspec.Raw(b""))
+    cuda_driver: msgspec.Raw = msgspec.field(name="cuda_driver_version", default=msgspec.Raw(b""))
+    hip_runtime: msgspec.Raw = msgspec.field(name="hip_runtime_version", default=msgspec.Raw(b""))
+    hip_driver: msgspec.Raw = msgspec.field(name="hip_driver_version", default=msgspec.Raw(b""))
+
+
+class _Device(msgspec.Struct):
+    name: str = ""
+
+
+class _Distributed(msgspec.Struct):
+    world_size: int | None = None
+    nccl_version: str | None = None
+
+
+_DEVICES = msgspec.json.Decoder(list[_Device])
+_DISTRIBUTED = msgspec.json.Decoder(_Distributed)
+
+
+class Fact(NamedTuple):
+    """One thing that is equal in all files of a run. read: its value in a torch trace, or ""."""
+
+    name: str
+    read: Callable[[Header], str]
+
+
+def device_names(devices: Any) -> tuple[str, ...]:
+    """The models in `deviceProperties` (JSON text), one for each GPU."""
+    return tuple(device.name for device in _decoded(_DEVICES, devices, []))
+
+
+def _models(header: Header) -> str:
+    return ", ".join(sorted({name for name in device_names(header.devices) if name}))
+
+
+def _processes(header: Header) -> str:
+    return str(_decoded(_DISTRIBUTED, header.distributed, _Distributed()).world_size or "")
+
+
+def _nccl(header: Header) -> str:
+    return _decoded(_DISTRIBUTED, header.distributed, _Distributed()).nccl_version or ""
+
+
+def _version(raw: msgspec.Raw) -> str:
+    return bytes(raw).decode("utf-8", "replace").strip('" ')
+
+
+FACTS: tuple[Fact, ...] = (
+    Fact("processes", _processes),
+    Fact("GPU", _models),
+    Fact("CUDA runtime", lambda header: _version(header.cuda_runtime)),
+    Fact("CUDA driver", lambda header: _version(header.cuda_driver)),
+    Fact("HIP runtime", lambda header: _version(header.hip_runtime)),
+    Fact("HIP driver", lambda header: _version(header.hip_driver)),
+    Fact("NCCL", _nccl),
+)
+
+
+def run_facts(header: Header) -> dict[str, str]:
+    """The facts that a torch trace tells of its run, by the names of `FACTS`."""
+    facts = ((fact.name, fact.read(header)) for fact in FACTS)
+    return {name: value for name, value in facts if value}
+
+
+def take_header(header: Header, facts: FileFacts) -> None:
+    """Adds what a header says to the facts of its file."""
+    facts.base = bytes(header.base).decode("utf-8", "replace") or facts.base
+    facts.distributed = bytes(header.distributed).decode("utf-8", "replace") or facts.distributed
+    facts.devices = len(device_names(header.devices)) or facts.devices
+    facts.run |= run_facts(header)
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], raw: Any, otherwise: Any) -> Any:
+    try:
+        return decoder.decode(raw) if raw else otherwise
+    except msgspec.DecodeError:  # null, or fields of other types
+        return otherwise
 
 
 # The activities of one file as numpy columns.

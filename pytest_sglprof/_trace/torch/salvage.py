@@ -15,7 +15,7 @@ import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError, TraceTruncated
 from pytest_sglprof._trace.foreign import EXPECTED, refuse_document, refuse_empty
-from pytest_sglprof._trace.torch.events import FullEvent
+from pytest_sglprof._trace.torch.events import FullEvent, Header
 from pytest_sglprof._trace.torch.stream import inflated
 
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
@@ -37,27 +37,21 @@ _FULL_EVENT = msgspec.json.Decoder(FullEvent)
 E = TypeVar("E")
 
 
-class Document(msgspec.Struct, Generic[E]):
-    """A whole trace. events: None where it has no list of them; the others are JSON text."""
+class Document(Header, Generic[E]):
+    """A whole trace. events: None where it has no list of them."""
 
     events: list[E] | None = msgspec.field(name="traceEvents", default=None)
-    base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
-    distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
-    devices: msgspec.Raw = msgspec.field(name="deviceProperties", default=msgspec.Raw(b""))
 
 
 class Whole(msgspec.Struct, Generic[E]):
     """What could be read of a file.
 
-    base, distributed, devices: JSON text of `baseTimeNanoseconds`, `distributedInfo` and
-    `deviceProperties`, "" for none. valid: whether it was valid JSON. skipped: how many events
-    could not be read. truncated: its end is missing.
+    header: what stands beside the events. valid: whether it was valid JSON. skipped: how many
+    events could not be read. truncated: its end is missing.
     """
 
     events: list[E]
-    base: str
-    distributed: str
-    devices: str
+    header: Header
     valid: bool
     skipped: int
     truncated: bool
@@ -86,14 +80,10 @@ def read_whole(
         document, repair = _decode_repaired(path, bytes(data), decoder, error, allow_partial)
         valid, skipped, truncated = False, repair.skipped, truncated or repair.cut
     if isinstance(document, list):
-        document = Document(document or None)
+        document = Document(events=document or None)
     if document.events is None:
         refuse_document(path, data)
-    base, distributed, devices = (
-        bytes(raw).decode("utf-8", "replace")
-        for raw in (document.base, document.distributed, document.devices)
-    )
-    return Whole(document.events, base, distributed, devices, valid, skipped, truncated)
+    return Whole(document.events, document, valid, skipped, truncated)
 
 
 def _decode_repaired(

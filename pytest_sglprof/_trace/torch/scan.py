@@ -30,7 +30,9 @@ from pytest_sglprof._trace.torch.events import (
     Event,
     FileFacts,
     FullEvent,
+    Header,
     ProcessName,
+    take_header,
 )
 from pytest_sglprof._trace.torch.salvage import object_end, read_event
 from pytest_sglprof._trace.torch.stream import PIECE, QUICKEST, offsets, pieces, survey
@@ -466,12 +468,7 @@ _LIST_END = re.compile(rb'\}\s*\]\s*(?=,\s*"|\}\s*$)')
 _END_ALONE = re.compile(rb"\}\s*\]\s*\Z")
 
 
-class _Outside(msgspec.Struct):
-    base: msgspec.Raw = msgspec.field(name="baseTimeNanoseconds", default=msgspec.Raw(b""))
-    distributed: msgspec.Raw = msgspec.field(name="distributedInfo", default=msgspec.Raw(b""))
-
-
-_OUTSIDE = msgspec.json.Decoder(_Outside)
+_HEADER = msgspec.json.Decoder(Header)
 
 
 def read_header(data: bytes, facts: FileFacts) -> bool:
@@ -500,9 +497,8 @@ def read_footer(data: bytes, facts: FileFacts, *, alone: bool = False) -> int | 
 def _take(document: bytes, facts: FileFacts) -> bool:
     try:
         document.decode()  # in keys that are not asked for, msgspec takes any bytes
-        outside = _OUTSIDE.decode(document)
+        header = _HEADER.decode(document)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
-    facts.base = bytes(outside.base).decode() or facts.base
-    facts.distributed = bytes(outside.distributed).decode() or facts.distributed
+    take_header(header, facts)
     return True
