@@ -244,11 +244,10 @@ class FileFacts(msgspec.Struct):
     owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". groups: names
     of process groups. sequences: (code of the owner, external id) -> number of that
     collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
-    of `distributedInfo`; "" for none. run: what it says of its run, by the names of
-    `FACTS`. devices: how many GPUs it names. elsewhere: events of each category of `OTHER_DEVICES`, only of a file
-    that was decoded. skipped: (code of
-    the owner, what was left out) -> count. unsafe: why the file must be read exactly, ""
-    when it was read.
+    of `distributedInfo`; "" for none. run: what it says of its run, by the names of `FACTS`.
+    devices: how many GPUs it names. elsewhere: events of each category of `OTHER_DEVICES`, only
+    of a file that was decoded. skipped: (code of the owner, what was left out) -> count. unsafe:
+    why the file must be read exactly, "" when it was read.
     """
 
     names: list[str] = msgspec.field(default_factory=list)
