@@ -414,8 +414,22 @@ def _straggler_text(stragglers: dict[str, Any]) -> str:
         for kernel in late["kernels"][:MAX_SHOWN_KERNELS] if late else ():
             text += f"{kernel['name']}: {duration(kernel['ns'])} more than on the others\n"
         if group["clock_uncertainty_ns"] is not None:
-            text += f"clocks agree within {duration(group['clock_uncertainty_ns'])}\n"
+            text += f"{_clock_words(group)}\n"
     return text
+
+
+def _clock_words(group: dict[str, Any]) -> str:
+    """How far apart the clocks of the ranks are, if more than is uncertain."""
+    from pytest_sglprof._verdict.wording import duration
+
+    offsets, uncertainty = group["clock_offsets_ns"] or (0.0,), group["clock_uncertainty_ns"]
+    apart = max(offsets) - min(offsets)
+    if apart <= uncertainty:
+        return f"clocks agree within {duration(uncertainty)}"
+    return (
+        f"clocks are {duration(apart)} apart, which is corrected, to within "
+        f"{duration(uncertainty)}, by the ends of collectives"
+    )
 
 
 def _totals_line(group: dict[str, Any]) -> str:
