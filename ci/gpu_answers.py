@@ -69,21 +69,25 @@ def _answer(is_yes: bool, reason: str, **numbers: Any) -> Answer:
 class Trace:
     """A torch trace: its rank, and all calls of CUDA, arrays of shape (calls,).
 
-    names: of the calls. recorded: number of kernels with the call's correlation. is_inner:
-    whether the call is in a step that is not at an edge of the window. launches: which calls
-    launch one kernel or a graph, as the readers understand their names. kernels: rows of the file.
+    names: of the calls. step: index of the step of the call, -1 outside of steps. recorded: number
+    of kernels with the call's correlation. kernels: rows of the file.
     """
 
     part: RankActivities
     names: Sequence[str]
+    step: Ints
     correlation: Ints
     recorded: Ints
-    is_inner: Flags
     kernels: Columns
 
     def named(self, *patterns: Any) -> Flags:
         """Which calls one of the patterns matches."""
         return np.array([any(p.match(name) for p in patterns) for name in self.names], bool)
+
+    @property
+    def is_inner(self) -> Flags:
+        """Which calls are in steps that are not at an edge; raises as `inner` does."""
+        return inner(self.step, len(self.part.steps))
 
     @property
     def without_launch(self) -> int:
@@ -93,22 +97,24 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace; raises `NotRun` where it has too few steps, `TraceError` as `read_window` does."""
+    """The trace. Raises `TraceError`; `NotRun` where it has no kernels."""
     content = decode_file(path)
     columns, names = content.columns, content.facts.names
     kernels, calls = (columns.take(columns.kind == kind) for kind in (KERNEL, LAUNCH))
+    if not len(kernels):
+        raise NotRun("its recording has no kernels: CUPTI did not attach")
     correlation = calls.correlation.astype(np.int64)
     ids, counts = np.unique(kernels.correlation.astype(np.int64), return_counts=True)
     at = first_of(ids, correlation)
-    recorded = np.where(at >= 0, counts[at], 0) if len(ids) else np.zeros(len(calls), np.int64)
+    recorded = np.where(at >= 0, counts[at], 0)
     step = TraceSteps(content.facts.annotations).index_of_time(calls.start)
     ((_, part),) = read_traces([path])
     return Trace(
         part=part,
         names=[names[code] for code in calls.name.tolist()],
+        step=step,
         correlation=correlation,
         recorded=recorded,
-        is_inner=inner(step, len(part.steps)),
         kernels=kernels,
     )
 
@@ -167,12 +173,14 @@ def graph_correlation(folder: Path, facts: Facts) -> Answer:
     """Kernels of graphs have the correlation of the call that launched the graph."""
     trace = read_trace(folder / TRACE)
     replays = trace.named(GRAPH_LAUNCH)
+    if not replays.any():
+        raise NotRun("its recording has no replay of a graph")
     empty = int((trace.recorded[replays & trace.is_inner] == 0).sum())
     nodes = trace.kernels.correlation[trace.kernels.graph > 0]
     linked = int(np.isin(nodes, trace.correlation[replays]).sum())
     lost = trace.without_launch
     return _answer(
-        bool(replays.any()) and not empty and linked == len(nodes) and not lost,
+        not empty and linked == len(nodes) and not lost,
         f"{linked} of {len(nodes)} nodes of graphs have the correlation of a replay, "
         f"{lost} kernels that of no launch; {empty} replays are without kernels",
         replays=int(replays.sum()),
@@ -255,7 +263,7 @@ def gpu_only(folder: Path, facts: Facts) -> Answer:
     launches = int(trace.named(KERNEL_LAUNCH, GRAPH_LAUNCH).sum())
     steps, kernels = len(trace.part.steps), len(trace.kernels)
     return _answer(
-        kernels > 0 and not launches and not steps,
+        not launches and not steps,
         f"{steps} steps and {launches} launch calls beside {kernels} kernels",
         steps=steps,
         launches=launches,
@@ -291,6 +299,7 @@ def durations(folder: Path, facts: Facts) -> Answer:
 
 def speed_after_window(folder: Path, facts: Facts) -> Answer:
     """A step is as fast after a window as before it."""
+    read_trace(folder / TRACE)  # raises where the window recorded nothing
     first, second, after = facts["first_us"], facts["second_us"], facts["after_us"]
     noise, change = abs(second / first - 1), after / second - 1
     if noise > SLOWER:
@@ -305,6 +314,7 @@ def speed_after_window(folder: Path, facts: Facts) -> Answer:
 
 def stall(folder: Path, facts: Facts) -> Answer:
     """Stopping and writing is as fast as assumed before a window is opened."""
+    read_trace(folder / TRACE)  # raises where the windows recorded nothing
     largest = max(facts["windows"], key=lambda window: window["bytes"])
     seconds = largest["stop_s"] + largest["export_s"]
     megabytes = largest["bytes"] / 1e6
