@@ -215,12 +215,14 @@ def _one_kernel(trace: Trace, prefixes: tuple[str, ...]) -> Answer:
     chosen = np.flatnonzero(is_launch & asked & trace.is_inner)
     counts = Counter(trace.recorded[chosen].tolist())
     known = is_launch | trace.named(GRAPH_LAUNCH)
-    other = sorted({trace.names[at] for at in np.flatnonzero(~known & (trace.recorded > 0))})
+    other = sorted(
+        {trace.names[at] for at in np.flatnonzero(~known & (trace.recorded > 0)).tolist()}
+    )
     unknown = f"; kernels of calls that are not counted as launches: {', '.join(other)}"
     return _answer(
         len(chosen) > 0 and counts[1] == len(chosen) and not other,
         f"{counts[1]} of {len(chosen)} launch calls have one kernel" + (unknown if other else ""),
-        calls=dict(Counter(trace.names[at] for at in chosen)),
+        calls=dict(Counter(trace.names[at] for at in chosen.tolist())),
         without_kernel=counts[0],
         with_one=counts[1],
         with_more=len(chosen) - counts[0] - counts[1],
@@ -382,7 +384,7 @@ def _nodes_by_graph(path: Path) -> dict[int, set[frozenset[int]]]:
     )
     for call, its_graph, its_node in triples:
         replays.setdefault((call, its_graph), set()).add(its_node)
-    found: dict[int, set[frozenset[int]]] = {}
+    sets_of: dict[int, set[frozenset[int]]] = {}
     for (_, its_graph), nodes in list(replays.items())[1:-1]:
-        found.setdefault(its_graph, set()).add(frozenset(nodes))
-    return found
+        sets_of.setdefault(its_graph, set()).add(frozenset(nodes))
+    return sets_of

@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ GRAPHS = {4: 20, 8: 30}  # batch size -> kernels of its captured graph
 FORKED = 5  # of these on a second stream
 EAGER = 6  # kernels of a step that are launched one by one, beside a matrix product
 STEPS = 24  # of a window
+BEHIND, SPIN_CYCLES = 6, 1 << 30  # steps, and about 0.6 s, that a GPU has still to do
 SMALL, LARGE = 1 << 16, 1 << 24  # floats: a kernel of about 3 us, and one of about 40 us
-TIMED = 300  # steps of which the median is taken
+TIMED = 1000  # steps of which the median is taken
 WINDOWS = (1000, 200, 20)  # steps of the windows whose writing is timed; the last is kept
 READY_S, OPEN_S, PAUSE_S, LIFE_S = 60.0, 1.0, 0.02, 100.0  # of the process under nsys
 
@@ -197,7 +199,9 @@ def busy_edges(folder: Path) -> dict[str, Any]:
     """A torch window that begins and ends while the GPU is several steps behind the CPU."""
     torch = _torch()
     loop = DecodeLoop(torch, LARGE)
-    loop.run(6, ahead=6)
+    _record(torch, folder, torch.cuda.synchronize)  # the first one takes too long to start
+    torch.cuda._sleep(SPIN_CYCLES)
+    loop.run(BEHIND, ahead=BEHIND)
     return {"graphs": GRAPHS, **_record(torch, folder, lambda: loop.run(STEPS, ahead=STEPS))}
 
 
@@ -224,7 +228,7 @@ def stall(folder: Path) -> dict[str, Any]:
     loop = DecodeLoop(torch)
     measured = []
     for steps in WINDOWS:
-        times = _record(torch, folder, lambda steps=steps: loop.run(steps))
+        times = _record(torch, folder, partial(loop.run, steps))
         with gzip.open(folder / TRACE) as trace:
             size = sum(len(piece) for piece in iter(lambda: trace.read(1 << 20), b""))
         measured.append({"steps": steps, "bytes": size, **times})
