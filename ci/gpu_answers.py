@@ -236,7 +236,7 @@ def edges(folder: Path, facts: Facts) -> Answer:
     trace = read_trace(path)
     part, launches = trace.part, trace.part.launches
     if launches is None or not part.steps:
-        return Answer(NO, "the trace has no launch calls or no steps")
+        raise NotRun("its recording has no launch calls or no steps")
     lost = launches.step[launches.recorded == 0]
     inner(lost, len(part.steps))  # raises where there are too few steps
     front = int(((lost >= 0) & (lost < EDGE_STEPS)).sum())

@@ -12,7 +12,6 @@ below 300 kB; ``--read FOLDER`` answers from such recordings, without a GPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import json
 import os
@@ -137,6 +136,14 @@ def record(name: str, folder: Path, limit: float) -> str:
     """Makes a recording in a process of its own; what went wrong with that, "" if nothing did."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ci.gpu_recordings", name, str(folder.resolve())]
+    return run_limited(command, folder, limit)
+
+
+def run_limited(command: Sequence[str], folder: Path, limit: float) -> str:
+    """Runs a command, with its output in a log in `folder`; what went wrong, "" if nothing did.
+
+    limit: s; after it the command and its process group are killed.
+    """
     with (folder / LOG).open("w") as log:
         process = subprocess.Popen(
             command,
@@ -152,9 +159,9 @@ def record(name: str, folder: Path, limit: float) -> str:
             return f"it took longer than {limit:g} s"
         finally:
             (folder / "stop").touch()  # ends what runs under nsys
-            with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait()
     if not status:
         return ""
     *_, last = ["", *(folder / LOG).read_text(errors="replace").split("\n")[:-1]]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
 import random
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ci import gpu_answers, gpu_check, gpu_recordings
 from ci.gpu_answers import REPORTS, TRACE, Answer
 from ci.gpu_check import CHECKS
+from pytest_sglprof._process import wait_gone
 from pytest_sglprof._trace.nsys.report import read_report
 from tests.support.kineto import Event, document, event, write
 from tests.support.kineto import kernel as torch_kernel
@@ -431,6 +435,19 @@ def test_a_process_that_dies_or_hangs_costs_one_answer(tmp_path: Path) -> None:
     (tmp_path / "b/facts.json").write_text(json.dumps({"pid": 42, "gpus": [gpu]}))
     late = gpu_check.answered(check("nvml"), tmp_path / "b", "its process ended with SIGSEGV")
     assert (late.answer, "(its process ended with SIGSEGV)" in late.reason) == ("yes", True)
+
+
+def test_a_crash_is_named_and_what_hangs_is_killed(tmp_path: Path) -> None:
+    python = [sys.executable, "-c"]
+    crash = "import os, signal; print('CUPTI', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    died = gpu_check.run_limited([*python, crash], tmp_path, 60)
+    assert died == "its process ended with SIGSEGV: CUPTI"
+    hangs = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hangs!r}])"
+    assert gpu_check.run_limited([*python, parent], tmp_path, 3) == "it took longer than 3 s"
+    child = int((tmp_path / gpu_check.LOG).read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert wait_gone([psutil.Process(child)], 10) == []
 
 
 def test_a_recording_that_cannot_be_read_costs_one_answer(tmp_path: Path) -> None:
