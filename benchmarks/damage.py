@@ -2,9 +2,9 @@
 
 Windows with a known truth (`benchmarks.damage_model`) are damaged on one rank, drawn at random,
 and judged as `sglprof check` judges them: in memory from the reader's own type on, and a few of
-each cell as files. The table says how often the slow rank is blamed, another one is, and how often
-there is no verdict at all; the last column is what docs/truth.md promises. `--write` puts the table into
-that page. The status is 1 if a promise is not kept.
+each cell as files. The table says how often the slow rank is blamed, another one is, and how
+often there is no verdict at all; its last columns say whether what docs/truth.md promises is
+kept. `--write` puts it into that page. The status is 1 if a promise is not kept.
 """
 
 from __future__ import annotations
