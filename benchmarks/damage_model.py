@@ -439,15 +439,25 @@ class Foreign(NamedTuple):
     apply: Callable[[RankTrace, Rng], RankTrace]
 
 
+def _larger(trace: RankTrace, rng: Rng) -> RankTrace:
+    """Of twice as many processes, at the same time."""
+    return replace(trace, world_size=2 * trace.world_size)
+
+
 def _away(trace: RankTrace, rng: Rng) -> RankTrace:
     """Some minutes to days before or after."""
     hours = float(np.exp(rng.uniform(np.log(0.05), np.log(50))))
     return replace(trace, base=trace.base + round(HOUR_NS * hours) * int(rng.choice((-1, 1))))
 
 
-OF_ANOTHER_SIZE = Foreign(0.55, lambda trace, _: replace(trace, world_size=2 * trace.world_size))
+def _newer(trace: RankTrace, rng: Rng) -> RankTrace:
+    """On another model of GPU, at the same time."""
+    return replace(trace, gpu="NVIDIA H200")
+
+
+OF_ANOTHER_SIZE = Foreign(0.55, _larger)
 AT_ANOTHER_TIME = Foreign(0.8, _away)
-ON_ANOTHER_GPU = Foreign(0.75, lambda trace, _: replace(trace, gpu="NVIDIA H200"))
+ON_ANOTHER_GPU = Foreign(0.75, _newer)
 
 Apply = Callable[[RankTrace, float, Rng], RankTrace]
 
