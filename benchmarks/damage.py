@@ -74,6 +74,7 @@ from pytest_sglprof._verdict.judge import judge
 LIMIT = Threshold(metric="slowdown", limit=1.10, scope="compute")
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 RANKS = (2, 8)
+COUNTED = re.compile(r"(TP\d+): ([\d,]+)")  # of kernels, in a reason
 BEGIN, END = "<!-- table of benchmarks.damage: begin -->", "<!-- end -->"
 
 
@@ -84,7 +85,7 @@ class Kind(NamedTuple):
     share from which a verdict must be inconclusive. certain_below, likely_to: the shares below
     and up to which a slow rank must fail. is_cut: whether balanced windows must pass likewise.
     in_columns: whether columns of events show it, not only files. is_off: whether nothing looks for
-    it. shown_on: what stands for it.
+    it. shown_on: on what a kept bound is shown.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Kind(NamedTuple):
 
 
 NEVER = 2.0  # a share that no damage has
-_WHOLE = {"shares": (0.0,), "undecided_from": 0.0, "certain_below": 0.0, "likely_to": -1.0}
+_NO_VERDICT = {"shares": (0.0,), "undecided_from": 0.0, "certain_below": 0.0, "likely_to": -1.0}
 KINDS = (
     Kind("nothing lost", shares=(0.0,), undecided_from=NEVER, is_cut=True),
     Kind("lost front", lost_front, undecided_from=0.31, likely_to=0.3, is_cut=True),
@@ -111,10 +112,10 @@ KINDS = (
     Kind("lost scattered", lost_scattered),
     Kind("bad durations", bad_durations),
     Kind("over the next", over_the_next, vendor="hip"),
-    Kind("run of another size", foreign=OF_ANOTHER_SIZE, **_WHOLE),
-    Kind("run at another time", foreign=AT_ANOTHER_TIME, **_WHOLE),
-    Kind("run on another GPU", foreign=ON_ANOTHER_GPU, in_columns=False, **_WHOLE),
-    Kind("swapped files", **_WHOLE),
+    Kind("run of another size", foreign=OF_ANOTHER_SIZE, **_NO_VERDICT),
+    Kind("run at another time", foreign=AT_ANOTHER_TIME, **_NO_VERDICT),
+    Kind("run on another GPU", foreign=ON_ANOTHER_GPU, in_columns=False, **_NO_VERDICT),
+    Kind("swapped files", **_NO_VERDICT),
     Kind("lost front, detection off", lost_front, shares=(0.1, 0.2, 0.3, 0.5), is_off=True),
     Kind("lost every nth, detection off", lost_every_nth, shares=(0.1, 0.2, 0.3), is_off=True),
 )
@@ -325,12 +326,10 @@ class Tally:
 
 def is_counted(planted: Planted, reason: str) -> bool:
     """Whether the reason says how many kernels are missing, ± 1, and of that rank alone."""
-    found = [
-        (rank, int(n.replace(",", ""))) for rank, n in re.findall(r"(TP\d+): ([\d,]+)", reason)
-    ]
+    counts = [(rank, int(n.replace(",", ""))) for rank, n in COUNTED.findall(reason)]
     ranks = {f"TP{place}" for place in planted.places}
-    is_right = any(abs(n - count) <= 1 for _, n in found for count in planted.counts)
-    return is_right and {rank for rank, _ in found} == ranks
+    is_right = any(abs(n - count) <= 1 for _, n in counts for count in planted.counts)
+    return is_right and {rank for rank, _ in counts} == ranks
 
 
 def tally_of(cell: Cell, first: int, last: int, files: int) -> tuple[Tally, Tally]:
@@ -400,7 +399,7 @@ def row(cell: Cell, columns: Tally, written: Tally) -> str:
     outcomes = "fail_right", "fail_wrong", "passed", "undecided"
     numbers = [str(getattr(columns, name)) if columns.windows else "–" for name in outcomes]
     files = " / ".join(str(getattr(written, name)) for name in outcomes) if written.windows else "–"
-    is_count = cell.of.apply is not None and columns.undecided > 0
+    is_count = cell.of.apply is not None and columns.undecided > 0 and not cell.of.is_off
     counted = f"{columns.counted} of {columns.undecided}" if is_count else "–"
     missed = dict.fromkeys([*misses(cell, columns), *misses(cell, written)])
     slow = "no"
@@ -408,8 +407,9 @@ def row(cell: Cell, columns: Tally, written: Tally) -> str:
         slow = f"yes, damaged in {columns.on_slow}" if columns.on_slow else "yes"
     share = f"{100 * cell.share:g} %" if cell.share else "–"
     bound = f"**missed**: {', '.join(missed)}" if missed else "–" if cell.of.is_off else "kept"
+    shown_on = "not shown" if missed else cell.of.shown_on
     entries = (cell.of.name, share, str(cell.ranks), slow, *numbers, counted, files,
-               cell.of.shown_on, bound)  # fmt: skip
+               shown_on, bound)  # fmt: skip
     return f"| {' | '.join(entries)} |"
 
 
