@@ -247,7 +247,7 @@ class Judged(NamedTuple):
 def judged_columns(planted: Planted, *, is_off: bool = False) -> Judged:
     """By the functions of `sglprof check`, from the columns of events on.
 
-    is_off: without what tells that kernels are missing or files foreign.
+    is_off: without what tells that kernels are missing.
     """
     named = list(planted.named())
     ranks = FileRanks([Path(name) for name, _ in named], {})
@@ -258,7 +258,7 @@ def judged_columns(planted: Planted, *, is_off: bool = False) -> Judged:
             for part in _assembled(content_of(name, trace), ranks)
         ]
         if is_off:
-            parts = [(at, replace(p, launches=None, unusable=0, world_size=0)) for at, p in parts]
+            parts = [(at, replace(part, launches=None, unusable=0)) for at, part in parts]
         table = build_table(parts)
         if table.incomparable:  # `judge` then needs its figures for the report only
             return Judged("inconclusive", "", table.incomparable)

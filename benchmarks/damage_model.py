@@ -465,16 +465,16 @@ Apply = Callable[[RankTrace, float, Rng], RankTrace]
 def counts_of(sound: RankTrace, damaged: RankTrace) -> set[int]:
     """What may be counted as missing or impossible on a damaged rank.
 
-    Launched kernels that are not in the file: those that were lost, with or without those that
-    ran after the end of the window. Or those whose times cannot be.
+    The launched kernels that are not in the file, or those whose times cannot be; each with or
+    without the launched ones that ran after the end of the window.
     """
     known = damaged.is_launched & damaged.kernels.is_readable
-    lost = int(sound.is_launched.sum()) - int(known.sum())
-    counts = {lost, lost + sound.outside}
+    counts = {int(sound.is_launched.sum()) - int(known.sum())}
     if len(sound.kernels.dur) == len(damaged.kernels.dur):
         changed = (sound.kernels.dur != damaged.kernels.dur) | ~damaged.kernels.is_readable
         counts.add(int(changed.sum()))
-    return counts - {0}
+    counts.discard(0)
+    return counts | {count + sound.outside for count in counts}
 
 
 # The traces as files, in the layout of today's Kineto.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,8 @@ def test_kernels_over_the_next_contain_a_whole_one_of_their_stream() -> None:
     damaged = over_the_next(trace, 0.2, np.random.default_rng(1)).kernels
     changed = np.flatnonzero(damaged.dur != trace.kernels.dur)
     assert len(changed) == pytest.approx(0.2 * trace.is_launched.sum(), abs=2)
+    counts = counts_of(trace, replace(trace, kernels=damaged))
+    assert counts == {len(changed), len(changed) + trace.outside}
     for row in changed:
         same = damaged.stream == damaged.stream[row]
         later = same & (damaged.start > damaged.start[row]) & (damaged.end < damaged.end[row])
