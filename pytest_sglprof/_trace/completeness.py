@@ -38,7 +38,9 @@ LOST = "kernels lost"  # why a step is excluded
 EDGE_STEPS = 2  # at each end: the overlap schedule launches one step while another one runs
 MIN_REPLAYS = 3  # of a graph, from which its number of kernels is known
 STEP_SHARE = 0.02  # of a step's kernels; if more are lost, the step is not compared
-LOST_SHARE = 0.01  # of a rank's kernels, or of their time, between front and edges
+STEP_KERNELS = 3  # or so many, in small steps
+LOST_SHARE = 0.01  # of a rank's kernels behind the front
+LOST_TIME = 0.015  # of their time: 1 % of the kernels seldom takes exactly 1 % of it
 LOST_STEPS = 0.05  # of a rank's steps
 FRONT_SHARE = 0.3  # of a rank's steps
 UNKNOWN_SHARE = 0.1  # of a rank's kernel time, in steps with a graph of unknown size
@@ -194,17 +196,17 @@ def _size(counters: Sequence[Counter[int]]) -> int:
 class _Ledger:
     """The kernels of one rank in each of its steps; one entry for all of them without steps.
 
-    expected, lost: numbers of kernels. edge: how many of the lost ones may have run outside of the
-    window, before or after it. front: number of leading steps before the moment from which
-    kernels were recorded. is_dropped: whether the step lacks too much to be compared.
+    expected, lost: numbers of kernels. front: number of leading steps before the moment from which
+    kernels were recorded. inner: the steps behind it that are not at an edge. is_dropped: whether
+    the step lacks too much to be compared.
     ns, lost_ns: time of the recorded kernels, and of the lost ones; NaN where it is not known.
     unknown: whether the step has a graph of unknown size. has_graphs: whether any call has.
     """
 
     expected: Ints
     lost: Ints
-    edge: int
     front: int
+    inner: slice
     is_dropped: Flags
     ns: npt.NDArray[np.float64]
     lost_ns: Amounts
@@ -213,11 +215,11 @@ class _Ledger:
     has_graphs: bool
 
     @property
-    def inner(self) -> slice:
-        """The steps behind the front that are not at an edge."""
-        if not self.has_steps:
-            return slice(None)
-        return slice(max(self.front, EDGE_STEPS), max(len(self.lost) - EDGE_STEPS, 0))
+    def missing(self) -> int:
+        """Number of lost kernels, without those of steps at an edge that have none at all."""
+        outside = self.lost == self.expected
+        outside[self.inner] = outside[: self.front] = False
+        return int(self.lost[~outside].sum())
 
     @property
     def dropped_inside(self) -> int:
@@ -238,9 +240,9 @@ def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
     expected = np.bincount(calls.at, calls.recorded + missing, count).astype(np.int64)
     lost = np.bincount(calls.at, missing, count).astype(np.int64)
     front = _front(expected, lost) if calls.has_steps else 0
-    is_dropped = lost > STEP_SHARE * expected
+    is_dropped = lost > np.maximum(STEP_SHARE * expected, STEP_KERNELS)
     is_dropped[:front] = True
-    edge = _edge(calls, missing, count, front) if calls.has_steps else 0
+    inner = _inner(calls, is_dropped, front) if calls.has_steps else slice(0, 1)
     unknown = np.bincount(calls.at, is_unknown, count) > 0
     ns, longest = np.zeros(count), 0.0
     if lost.any() or unknown.any():
@@ -256,8 +258,8 @@ def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
     return _Ledger(
         expected,
         lost,
-        edge,
         front,
+        inner,
         is_dropped,
         ns,
         lost_ns,
@@ -267,15 +269,24 @@ def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
     )
 
 
-def _edge(calls: _Calls, missing: Ints, steps: int, front: int) -> int:
-    """How many missing kernels were launched in the first or last steps and beyond all others."""
-    recorded = np.flatnonzero(calls.recorded)
-    number = np.arange(len(missing))
-    is_edge = (number > recorded.max(initial=-1)) & (calls.at >= steps - EDGE_STEPS)
-    if not front:
-        is_edge |= (number < recorded.min(initial=len(missing))) & (calls.at < EDGE_STEPS)
-    edge = int(missing[is_edge].sum())
-    return edge if edge > 1 else 0  # a single one may as well be lost as any other
+def _inner(calls: _Calls, is_dropped: Flags, front: int) -> slice:
+    """The steps behind the front that are not at an edge.
+
+    At each end these are the steps without any kernel, which ran before or after the window, and
+    one more that lacks much, through which the window may cut; `EDGE_STEPS` at most.
+    """
+    steps = len(is_dropped)
+    has_kernels = np.bincount(calls.at, calls.recorded, steps) > 0
+    before = 0 if front else _edge(has_kernels[:EDGE_STEPS], is_dropped)
+    after = _edge(has_kernels[::-1][:EDGE_STEPS], is_dropped[::-1])
+    first = max(front, before)
+    return slice(first, max(steps - after, first))
+
+
+def _edge(has_kernels: Flags, is_dropped: Flags) -> int:
+    """How many steps stand at an edge, seen from there. has_kernels: of those that may."""
+    empty = int(np.argmax(np.append(has_kernels, True)))
+    return empty + int(empty < len(has_kernels) and bool(is_dropped[empty]))
 
 
 def _longest_mean(part: RankActivities, kernels: Ints) -> float:
@@ -375,14 +386,14 @@ def _finding(part: RankActivities, ledger: _Ledger, *, alone: bool) -> tuple[lis
     share = _time_share(ledger)
     if ledger.front or bad_steps:
         text = _missing_words(part, ledger, bad_steps)
-        by_count = ledger.lost[inner].sum() > LOST_SHARE * ledger.expected[inner].sum()
+        by_count = ledger.lost[inner].sum() - 1 > LOST_SHARE * ledger.expected[inner].sum()
         if (
             by_count
-            or share > LOST_SHARE
+            or share > LOST_TIME
             or ledger.front > FRONT_SHARE * len(ledger.lost)
             or (ledger.has_steps and ledger.dropped_inside > LOST_STEPS * len(ledger.lost))
         ):
-            weighed = share > LOST_SHARE and not by_count
+            weighed = share > LOST_TIME and not by_count
             reasons.append(f"{text}, {100 * share:.1f} % of its time" if weighed else text)
         else:
             notes.append(
@@ -412,7 +423,7 @@ def _missing_words(part: RankActivities, ledger: _Ledger, bad_steps: int) -> str
     if bad_steps and ledger.has_steps:
         places.append(f"{bad_steps} {'later ' if ledger.front else ''}steps")
     what = "launched kernels are missing" if ledger.has_graphs else "launches have no kernel"
-    lost = ledger.lost.sum() - ledger.edge
+    lost = ledger.missing
     where = f" ({' and '.join(places)})" if places else ""
     return f"{part.rank}: {lost:,} of {ledger.expected.sum():,} {what}{where}"
 
