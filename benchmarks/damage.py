@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ from pytest_sglprof._verdict.judge import judge
 LIMIT = Threshold(metric="slowdown", limit=1.10, scope="compute")
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 RANKS = (2, 8)
+EIGHT_SHARES = (0.0, 0.005, 0.01, 0.02, 0.1, 0.3)  # of eight ranks, whose windows take longest
 COUNTED = re.compile(r"(TP\d+): ([\d,]+)")  # of kernels, in a reason
 BEGIN, END = "<!-- table of benchmarks.damage: begin -->", "<!-- end -->"
 
@@ -144,8 +146,9 @@ def cells(text: str = "") -> list[Cell]:
     listed = [
         Cell(kind, share, ranks, is_slow)
         for kind in KINDS
-        for share in kind.shares
         for ranks in RANKS
+        for share in kind.shares
+        if ranks == 2 or (share in EIGHT_SHARES and not kind.is_off)
         for is_slow in (False, True)
     ]
     return [cell for cell in listed if text in cell.key]
@@ -356,7 +359,7 @@ def _rng(cell: Cell, number: int) -> Rng:
 # Bounds.
 
 ALMOST_ALL, MOST, NEARLY_ALL = 0.95, 0.80, 0.99
-BLAMED_OFF = 0.30  # of windows of two ranks without a front, where nothing looks for it
+MISLED_OFF = 0.30  # of the windows of some cell, where nothing looks for what is missing
 
 
 def misses(cell: Cell, tally: Tally) -> list[str]:
@@ -378,15 +381,14 @@ def misses(cell: Cell, tally: Tally) -> list[str]:
     return [text for is_missed, text in bounds if is_missed]
 
 
-def misled_share(results: dict[Cell, Tally], kind: Kind) -> tuple[float, float]:
-    """Of a kind's windows of two ranks: the share in which a healthy one is blamed, and the share
-    in which a slow one passes. 0.0 where none were judged.
-    """
-    chosen = [(cell, tally) for cell, tally in results.items() if cell[:1] == (kind,)]
-    chosen = [(cell, tally) for cell, tally in chosen if cell.ranks == 2]
-    windows = max(sum(tally.windows for _, tally in chosen), 1)
-    passed = sum(tally.passed for cell, tally in chosen if cell.is_slow)
-    return sum(tally.fail_wrong for _, tally in chosen) / windows, passed / windows
+def misled_share(results: dict[Cell, Tally], kind: Kind) -> float:
+    """The largest share of a cell's verdicts that blame a healthy rank or pass a slow one."""
+    wrong = (
+        (tally.fail_wrong + (tally.passed if cell.is_slow else 0)) / tally.windows
+        for cell, tally in results.items()
+        if cell.of == kind and tally.windows
+    )
+    return max(wrong, default=0.0)
 
 
 # The command.
@@ -424,11 +426,15 @@ def measured(
     chosen: Sequence[Cell], windows: int, files: int
 ) -> Iterator[tuple[Cell, Tally, Tally]]:
     """Each cell with the tally of its windows and of its files, in order."""
-    pieces = [(at, min(at + PIECE, windows)) for at in range(0, windows, PIECE)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the new processes: one works on each core
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         jobs = [
-            [pool.submit(tally_of, cell, first, last, files) for first, last in pieces]
+            [
+                pool.submit(tally_of, cell, first, min(first + PIECE, count), files)
+                for first in range(0, count, PIECE)
+            ]
             for cell in chosen
+            for count in [windows if cell.ranks == 2 else max(windows // 2, 1)]
         ]
         for cell, parts in zip(chosen, jobs, strict=True):
             columns, written = Tally(), Tally()
@@ -443,7 +449,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=200, help="of each cell, in memory")
+    parser.add_argument(
+        "--windows", type=int, default=200, help="of a cell of two ranks, in memory"
+    )
     parser.add_argument("--files", type=int, default=5, help="of each cell, written as traces")
     parser.add_argument("--cells", default="", help="only those whose key holds this text")
     parser.add_argument("--write", type=Path, help="the file whose table is rewritten")
@@ -462,16 +470,15 @@ def main() -> int:
             write("".join(f"    {where}{key}: {tally.samples[key]}\n" for key in tally.samples))
     off = [kind for kind in KINDS if kind.is_off and any(cell.of == kind for cell in results)]
     closing = [
-        f"{args.windows} windows a cell, {args.files} as files; {missed} of {len(results)} cells "
-        "miss a bound."
+        f"{args.windows} windows a cell, half as many of eight ranks, {args.files} as files; "
+        f"{missed} of {len(results)} cells miss a bound."
     ]
     for kind in off:
-        blamed, passed = misled_share(results, kind)
-        missed += blamed < BLAMED_OFF
+        misled = misled_share(results, kind)
+        missed += misled < MISLED_OFF
         closing.append(
-            f"{kind.name}, two ranks: a healthy one is blamed in {100 * blamed:.0f} % of the "
-            f"windows (expected: at least {100 * BLAMED_OFF:.0f} %), a slow one passes in "
-            f"{100 * passed:.0f} %."
+            f"{kind.name}: {100 * misled:.0f} % of the verdicts of its worst cell are wrong "
+            f"(expected: at least {100 * MISLED_OFF:.0f} %)."
         )
     lines += ["", *closing]
     write("\n".join(closing))
