@@ -147,8 +147,14 @@ def _add(truth: Truth, rank: str, name: str, kind: str, dur: int) -> None:
     entry[1] += dur
 
 
-def nsys_inputs(folder: Path, *, kernels: int = 4_130_000, parquet: bool = True) -> Path:
-    """`report.sqlite`, `report.parquet/` and `report.truth` in a folder; kept if there already."""
+def nsys_inputs(
+    folder: Path, *, kernels: int = 4_130_000, parquet: bool = True, shuffled: bool = False
+) -> Path:
+    """`report.sqlite`, `report.parquet/` and `report.truth` in a folder; kept if there already.
+
+    shuffled: the tables of the SQLite export are in no order, as nsys may write them since
+    2025.6; those in Parquet stay sorted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "report.truth"
     if done.exists() and (not parquet or (folder / "report.parquet").is_dir()):
@@ -171,10 +177,28 @@ def nsys_inputs(folder: Path, *, kernels: int = 4_130_000, parquet: bool = True)
                 if files is not None:
                     files.write(name, some)
         database.commit()
+        if shuffled:
+            _shuffle(database)
         if files is not None:
             files.close()
     done.write_text(json.dumps([[*key, *value] for key, value in truth.items()]))
     return folder
+
+
+def _shuffle(database: sqlite3.Connection) -> None:
+    """Gives the rows of every table of activities another order, the same every time."""
+    for name in (name for name in COLUMNS if name.startswith(("CUPTI", "NVTX"))):
+        (statement,) = database.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = ?", (name,)
+        ).fetchone()
+        database.execute(f"ALTER TABLE {name} RENAME TO sorted")
+        database.execute(statement)
+        database.execute(  # Knuth's multiplicative hash
+            f"INSERT INTO {name} SELECT * FROM sorted ORDER BY rowid * 2654435761 & 4294967295"
+        )
+        database.execute("DROP TABLE sorted")
+    database.commit()
+    database.execute("VACUUM")
 
 
 def _is_text(table: str, column: str) -> bool:
@@ -244,5 +268,14 @@ if __name__ == "__main__":
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "sglprof-bench"
     )
     parser.add_argument("--kernels", type=int, default=4_130_000)
+    parser.add_argument("--shuffled", action="store_true", help="rows in no order")
     options = parser.parse_args()
-    print(nsys_inputs(options.folder / f"nsys-{options.kernels}", kernels=options.kernels))
+    name = f"nsys-{options.kernels}" + ("-shuffled" if options.shuffled else "")
+    print(
+        nsys_inputs(
+            options.folder / name,
+            kernels=options.kernels,
+            parquet=not options.shuffled,
+            shuffled=options.shuffled,
+        )
+    )
