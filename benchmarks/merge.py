@@ -1,4 +1,4 @@
-"""What merging all ranks into one trace costs: `python -m benchmarks.merge [--megabytes 200]`.
+"""What merging all ranks into one trace costs: `python -m benchmarks.merge [--megabytes 207]`.
 
 The ways go over the same generated files, each in a process of its own, by turns: ours with
 the summary rows (`sglprof export --to perfetto`), ours without, the usual one (load every file with
@@ -133,18 +133,17 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "sglprof-bench"
     )
-    parser.add_argument("--megabytes", type=int, default=200, help="of JSON a rank")
+    parser.add_argument("--megabytes", type=int, default=207, help="of JSON a rank")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     out = args.folder / "merged"
     out.mkdir(parents=True, exist_ok=True)
-    folder = args.folder / f"torch-{args.ranks}x{args.megabytes}"
+    folder = torch_window(args.folder, ranks=args.ranks, megabytes=args.megabytes)
     if args.only:
         measure_here(args.only, folder, out / f"{args.only.replace(' ', '-')}.json.gz")
         return 0
-    torch_window(folder, ranks=args.ranks, megabytes=args.megabytes)
     pythons = dict.fromkeys(WAYS, sys.executable)
     pythons["ProfileMerger"] = os.environ.get("SGLPROF_REAL_PYTHON", "")
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS if pythons[way]}
