@@ -71,6 +71,10 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+def file_of(way: str) -> str:
+    return f"{way.replace(' ', '-')}.json.gz"
+
+
 def measure_here(way: str, folder: Path, out: Path) -> None:
     begin = time.monotonic()
     stdout, sys.stdout = sys.stdout, sys.stderr
@@ -142,7 +146,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     folder = torch_window(args.folder, ranks=args.ranks, megabytes=args.megabytes)
     if args.only:
-        measure_here(args.only, folder, out / f"{args.only.replace(' ', '-')}.json.gz")
+        measure_here(args.only, folder, out / file_of(args.only))
         return 0
     pythons = dict.fromkeys(WAYS, sys.executable)
     pythons["ProfileMerger"] = os.environ.get("SGLPROF_REAL_PYTHON", "")
@@ -165,7 +169,7 @@ def main() -> int:
         )
     for way in list(WAYS)[:2]:
         print(f"{way}: {medians['json + gzip'] / medians[way]:.1f} x less CPU than json + gzip")
-    return int(not check(folder, out / "sglprof-perfetto.json.gz"))
+    return int(not check(folder, out / file_of(next(iter(WAYS)))))
 
 
 if __name__ == "__main__":
