@@ -148,12 +148,12 @@ def _add(truth: Truth, rank: str, name: str, kind: str, dur: int) -> None:
 
 
 def nsys_inputs(
-    folder: Path, *, kernels: int = 4_130_000, parquet: bool = True, shuffled: bool = False
+    folder: Path, *, kernels: int = 4_130_000, parquet: bool = True, in_order: bool = True
 ) -> Path:
     """`report.sqlite`, `report.parquet/` and `report.truth` in a folder; kept if there already.
 
-    shuffled: the tables of the SQLite export are in no order, as nsys may write them since
-    2025.6; those in Parquet stay sorted.
+    in_order: whether the rows of the SQLite export are sorted; nsys promises that no longer
+    since 2025.6. Those in Parquet always are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "report.truth"
@@ -177,12 +177,17 @@ def nsys_inputs(
                 if files is not None:
                     files.write(name, some)
         database.commit()
-        if shuffled:
+        if not in_order:
             _shuffle(database)
         if files is not None:
             files.close()
     done.write_text(json.dumps([[*key, *value] for key, value in truth.items()]))
     return folder
+
+
+def shuffled(folder: Path) -> Path:
+    """Where the inputs of `folder` are kept with their rows in no order."""
+    return folder.with_name(f"{folder.name}-shuffled")
 
 
 def _shuffle(database: sqlite3.Connection) -> None:
@@ -270,12 +275,8 @@ if __name__ == "__main__":
     parser.add_argument("--kernels", type=int, default=4_130_000)
     parser.add_argument("--shuffled", action="store_true", help="rows in no order")
     options = parser.parse_args()
-    name = f"nsys-{options.kernels}" + ("-shuffled" if options.shuffled else "")
-    print(
-        nsys_inputs(
-            options.folder / name,
-            kernels=options.kernels,
-            parquet=not options.shuffled,
-            shuffled=options.shuffled,
-        )
-    )
+    folder = options.folder / f"nsys-{options.kernels}"
+    if options.shuffled:
+        print(nsys_inputs(shuffled(folder), kernels=options.kernels, parquet=False, in_order=False))
+    else:
+        print(nsys_inputs(folder, kernels=options.kernels))

@@ -47,7 +47,7 @@ BATCH = 8192  # activities; about 380 KB
 _IDLE_CALL = re.compile(
     r"(cuda|cu|hip)(Event[A-Z]\w+|Device(Get|Can|Synch)\w+|(Get|Set)Device\w*|Occupancy\w+"
     r"|(Peek|Get)\w*LastError|(Func|Pointer)(Get|Set)Attributes?"
-    r"|Stream(GetCaptureInfo|GetPriority|IsCapturing|Query|Synchronize|WaitEvent))(_ptsz)?(_v\d+)?"
+    r"|Stream(GetCaptureInfo|GetPriority|IsCapturing|Query|Synchronize|WaitEvent))(_ptsz|_v\d+)*"
 )
 
 

@@ -142,7 +142,7 @@ def test_rows_in_no_order_give_the_same_sums(
     monkeypatch.syspath_prepend(str(project_root))
     from benchmarks.nsys_generate import nsys_inputs, truth_of
 
-    folder = nsys_inputs(tmp_path, kernels=8 * 220 * 11, parquet=False, shuffled=True)
+    folder = nsys_inputs(tmp_path, kernels=8 * 220 * 11, parquet=False, in_order=False)
     path = folder / "report.sqlite"
     with closing(sqlite3.connect(path)) as database:
         starts = database.execute("SELECT start FROM CUPTI_ACTIVITY_KIND_KERNEL").fetchall()
@@ -159,10 +159,10 @@ def test_rows_in_no_order_give_the_same_table(
 
     one, other = (
         read_window(
-            nsys_inputs(tmp_path / name, kernels=8 * 220 * 11, parquet=False, shuffled=shuffled)
+            nsys_inputs(tmp_path / name, kernels=8 * 220 * 11, parquet=False, in_order=in_order)
             / "report.sqlite"
         )
-        for name, shuffled in (("sorted", False), ("shuffled", True))
+        for name, in_order in (("sorted", True), ("shuffled", False))
     )
     keys = ("rank", "full_name", "kind", "step", "stream")
     pd.testing.assert_frame_equal(one.by(*keys), other.by(*keys))
