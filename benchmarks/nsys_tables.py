@@ -191,7 +191,8 @@ def main() -> None:
         wall = statistics.median(run.wall_s for run in runs)
         peak = max(max(run.parent_mb, run.child_mb) for run in runs)
         figures = f"{cpu:8.2f}{wall:8.2f}{peak:9.0f}{rows / cpu / 1e6:14.2f}{cpu / base:8.2f}"
-        write(f"{way:26}{figures}  { {True: 'yes', False: 'no', None: '-'}[runs[0].right] }")
+        verdict = {True: "yes", False: "no", None: "-"}[runs[0].right]
+        write(f"{way:26}{figures}  {verdict}")
 
 
 def write(line: str) -> None:
