@@ -131,7 +131,7 @@ def _micros(ns: int) -> str:
 
 
 class _Host:
-    """The host's events of one step, as a text with a `%d` for each number that steps change.
+    """The host's events of one step, as a string with a `%d` for each number that steps change.
 
     These are times (whole µs), correlation ids and the external id. lasts: of the step, ns.
     """
@@ -220,10 +220,10 @@ class _Steps:
         at = self._activity(gpu, "gpu_memcpy", COPY, at, 2_000, copy)
         at = self._activity(gpu, "gpu_memset", FILL, at, 1_000, fill)
         for number, (name, micros) in enumerate(KERNELS):
-            own = correlation if is_graph else correlation + number
+            launch_id = correlation if is_graph else correlation + number
             node = f', "graph node id": {4_294_967_296 + number}' if is_graph else ""
             lasts = micros * (700 if is_graph else 3_000)
-            at = self._activity(gpu, "kernel", name, at, lasts, own, node)
+            at = self._activity(gpu, "kernel", name, at, lasts, launch_id, node)
         span = f'"External id": {external}, "Ev Idx": {step}'
         name = f"step[{stage}]"
         host_times = f'"ts": {_micros(ns)}, "dur": {_micros(host.lasts)}'

@@ -56,11 +56,11 @@ def main() -> None:
 
 def pythons(ways: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
     """The interpreter of each way that can run. given: those for ways of other tools."""
-    found = dict.fromkeys(ways, sys.executable)
-    for way in found.keys() & OTHERS.keys():
+    interpreters = dict.fromkeys(ways, sys.executable)
+    for way in interpreters.keys() & OTHERS.keys():
         here = sys.executable if importlib.util.find_spec(OTHERS[way]) else ""
-        found[way] = given.get(way, here)
-    return {way: python for way, python in found.items() if python}
+        interpreters[way] = given.get(way, here)
+    return {way: python for way, python in interpreters.items() if python}
 
 
 def measure(folder: Path, pythons: Mapping[str, str], repeat: int) -> dict[str, list[Figures]]:
