@@ -1,4 +1,4 @@
-"""What merging all ranks into one trace costs: `python -m benchmarks.merge [--megabytes 200]`.
+"""What merging all ranks into one trace costs: `python -m benchmarks.merge [--megabytes 207]`.
 
 The ways go over the same generated files, each in a process of its own, by turns: ours with
 the summary rows (`sglprof export --to perfetto`), ours without, the usual one (load every file with
@@ -71,6 +71,10 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+def file_of(way: str) -> str:
+    return f"{way.replace(' ', '-')}.json.gz"
+
+
 def measure_here(way: str, folder: Path, out: Path) -> None:
     begin = time.monotonic()
     stdout, sys.stdout = sys.stdout, sys.stderr
@@ -133,18 +137,17 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "sglprof-bench"
     )
-    parser.add_argument("--megabytes", type=int, default=200, help="of JSON a rank")
+    parser.add_argument("--megabytes", type=int, default=207, help="of JSON a rank")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     out = args.folder / "merged"
     out.mkdir(parents=True, exist_ok=True)
-    folder = args.folder / f"torch-{args.ranks}x{args.megabytes}"
+    folder = torch_window(args.folder, ranks=args.ranks, megabytes=args.megabytes)
     if args.only:
-        measure_here(args.only, folder, out / f"{args.only.replace(' ', '-')}.json.gz")
+        measure_here(args.only, folder, out / file_of(args.only))
         return 0
-    torch_window(folder, ranks=args.ranks, megabytes=args.megabytes)
     pythons = dict.fromkeys(WAYS, sys.executable)
     pythons["ProfileMerger"] = os.environ.get("SGLPROF_REAL_PYTHON", "")
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS if pythons[way]}
@@ -166,7 +169,7 @@ def main() -> int:
         )
     for way in list(WAYS)[:2]:
         print(f"{way}: {medians['json + gzip'] / medians[way]:.1f} x less CPU than json + gzip")
-    return int(not check(folder, out / "sglprof-perfetto.json.gz"))
+    return int(not check(folder, out / file_of(next(iter(WAYS)))))
 
 
 if __name__ == "__main__":

@@ -147,8 +147,14 @@ def _add(truth: Truth, rank: str, name: str, kind: str, dur: int) -> None:
     entry[1] += dur
 
 
-def nsys_inputs(folder: Path, *, kernels: int = 4_130_000, parquet: bool = True) -> Path:
-    """`report.sqlite`, `report.parquet/` and `report.truth` in a folder; kept if there already."""
+def nsys_inputs(
+    folder: Path, *, kernels: int = 4_130_000, parquet: bool = True, in_order: bool = True
+) -> Path:
+    """`report.sqlite`, `report.parquet/` and `report.truth` in a folder; kept if there already.
+
+    in_order: whether the rows of the SQLite export are sorted; nsys promises that no longer
+    since 2025.6. Those in Parquet always are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "report.truth"
     if done.exists() and (not parquet or (folder / "report.parquet").is_dir()):
@@ -171,10 +177,33 @@ def nsys_inputs(folder: Path, *, kernels: int = 4_130_000, parquet: bool = True)
                 if files is not None:
                     files.write(name, some)
         database.commit()
+        if not in_order:
+            _shuffle(database)
         if files is not None:
             files.close()
     done.write_text(json.dumps([[*key, *value] for key, value in truth.items()]))
     return folder
+
+
+def shuffled(folder: Path) -> Path:
+    """Where the inputs of `folder` are kept with their rows in no order."""
+    return folder.with_name(f"{folder.name}-shuffled")
+
+
+def _shuffle(database: sqlite3.Connection) -> None:
+    """Gives the rows of every table of activities another order, the same every time."""
+    for name in (name for name in COLUMNS if name.startswith(("CUPTI", "NVTX"))):
+        (statement,) = database.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = ?", (name,)
+        ).fetchone()
+        database.execute(f"ALTER TABLE {name} RENAME TO sorted")
+        database.execute(statement)
+        database.execute(  # Knuth's multiplicative hash
+            f"INSERT INTO {name} SELECT * FROM sorted ORDER BY rowid * 2654435761 & 4294967295"
+        )
+        database.execute("DROP TABLE sorted")
+    database.commit()
+    database.execute("VACUUM")
 
 
 def _is_text(table: str, column: str) -> bool:
@@ -244,5 +273,10 @@ if __name__ == "__main__":
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "sglprof-bench"
     )
     parser.add_argument("--kernels", type=int, default=4_130_000)
+    parser.add_argument("--shuffled", action="store_true", help="rows in no order")
     options = parser.parse_args()
-    print(nsys_inputs(options.folder / f"nsys-{options.kernels}", kernels=options.kernels))
+    folder = options.folder / f"nsys-{options.kernels}"
+    if options.shuffled:
+        print(nsys_inputs(shuffled(folder), kernels=options.kernels, parquet=False, in_order=False))
+    else:
+        print(nsys_inputs(folder, kernels=options.kernels))

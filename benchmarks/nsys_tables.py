@@ -2,7 +2,8 @@
 
 Runs each way in a process of its own, in turn, and prints CPU seconds (children included),
 wall seconds, peak memory and whether every sum equals the generator's truth; for ways that
-do not split by device, the truth added up over devices.
+do not split by device, the truth added up over devices. Rows in no order are the same rows as
+nsys may write them since 2025.6.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from benchmarks.child import Figures, measured, report
-from benchmarks.nsys_generate import nsys_inputs, truth_of
+from benchmarks.nsys_generate import nsys_inputs, shuffled, truth_of
 
 # (device or "", full name, kind) -> (count, total ns)
 Sums = dict[tuple[str, str, str], tuple[int, int]]
@@ -53,6 +54,26 @@ def ours_table(folder: Path) -> Sums:
     sums = read_window(folder / "report.sqlite").by("rank", "full_name", "kind")
     rows = sums.astype(object).to_numpy().tolist()
     return {(rank, name, kind): (count, ns) for rank, name, kind, count, ns in rows}
+
+
+def ours_shuffled(folder: Path) -> Sums:
+    """The totals of the same rows in no order."""
+    return _ours(shuffled(folder) / "report.sqlite")
+
+
+def check(folder: Path) -> Sums:
+    """`sglprof check`: the verdict on all ranks. No sums."""
+    from pytest_sglprof._cli.main import main
+
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out):
+        main(["check", str(folder / "report.sqlite")])
+    assert "slowdown" in out.getvalue(), out.getvalue()
+    return {}
+
+
+def check_shuffled(folder: Path) -> Sums:
+    return check(shuffled(folder))
 
 
 def group_by(folder: Path) -> Sums:
@@ -98,8 +119,11 @@ def nsys_cases() -> dict[str, Callable[[Path], Sums]]:
     """Every way that can be measured here; pytest-sglprof's SQLite way is the first."""
     cases: dict[str, Callable[[Path], Sums]] = {
         "sglprof sums, SQLite": ours_sqlite,
+        "sglprof sums, in no order": ours_shuffled,
         "sglprof sums, Parquet": ours_parquet,
         "sglprof table, SQLite": ours_table,
+        "sglprof check, SQLite": check,
+        "sglprof check, in no order": check_shuffled,
         "GROUP BY, names joined": group_by,
         "pandas.read_sql, groupby": pandas_read_sql,
     }
@@ -121,8 +145,8 @@ def right(sums: Sums, folder: Path) -> bool:
     return sums == truth
 
 
-def judged(sums: Sums, folder: Path) -> tuple[bool, str]:
-    return right(sums, folder), ""
+def judged(sums: Sums, folder: Path) -> tuple[bool | None, str]:
+    return (right(sums, folder) if sums else None), ""
 
 
 def measure(folder: Path, repeat: int) -> dict[str, list[Figures]]:
@@ -154,6 +178,7 @@ def main() -> None:
         report(nsys_cases()[args.here], args.folder, judged)
         return
     folder = nsys_inputs(args.folder / f"nsys-{args.kernels}", kernels=args.kernels)
+    nsys_inputs(shuffled(folder), kernels=args.kernels, parquet=False, in_order=False)
     rows = sum(count for count, _ in truth_of(folder).values())
     size = (folder / "report.sqlite").stat().st_size / 1e6
     write(f"{rows / 1e6:.2f} M rows, {size:.0f} MB of SQLite, median of {args.repeat}")
@@ -166,7 +191,8 @@ def main() -> None:
         wall = statistics.median(run.wall_s for run in runs)
         peak = max(max(run.parent_mb, run.child_mb) for run in runs)
         figures = f"{cpu:8.2f}{wall:8.2f}{peak:9.0f}{rows / cpu / 1e6:14.2f}{cpu / base:8.2f}"
-        write(f"{way:26}{figures}  {'yes' if runs[0].right else 'no'}")
+        verdict = {True: "yes", False: "no", None: "-"}[runs[0].right]
+        write(f"{way:26}{figures}  {verdict}")
 
 
 def write(line: str) -> None:

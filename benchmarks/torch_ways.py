@@ -7,6 +7,7 @@ imports little itself, since imports count.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import sys
@@ -31,6 +32,29 @@ def ours(folder: Path) -> Sums:
     table = read_window(folder)
     rows = table.by("rank", "full_name")
     return {(str(rank), str(name)): (int(n), int(ns)) for rank, name, n, ns in rows.to_numpy()}
+
+
+def kernels_command(folder: Path) -> Sums:
+    """`sglprof kernels`, by rank and full name."""
+    rows = json.loads(_printed("kernels", "--by", "rank,full_name", "--format", "json", folder))
+    return {(row["rank"], row["full_name"]): (row["count"], row["total_ns"]) for row in rows}
+
+
+def check_command(folder: Path) -> Sums:
+    """`sglprof check`: the verdict on all ranks, whose kernel times are compared. No sums."""
+    document = json.loads(_printed("check", "--metric", "slowdown", "--format", "json", folder))
+    ranks = {figures["rank"] for figures in document["checks"][0]["ranks"]}
+    assert ranks == {rank_of(path) for path in folder.glob("*.gz")}, document
+    return {}
+
+
+def _printed(*words: str | Path) -> str:
+    from pytest_sglprof._cli.main import main
+
+    out = io.StringIO()
+    with redirect_stdout(out):
+        main([*map(str, words)])
+    return out.getvalue()
 
 
 def json_and_pandas(folder: Path) -> Sums:
@@ -117,11 +141,15 @@ def rank_of(path: Path) -> str:
 WAYS: dict[str, Callable[[Path], Sums]] = {
     "floor, bytes.find": floor,
     "floor, StringZilla": fast_floor,
-    "pytest-sglprof": ours,
+    "sglprof check": check_command,
+    "sglprof kernels": kernels_command,
+    "read_window, its API": ours,
     "gzip + json + pandas": json_and_pandas,
     "HolisticTraceAnalysis": holistic,
     "TraceLens": tracelens,
 }
+
+OURS = ("sglprof check", "sglprof kernels", "read_window, its API")
 
 # Those that are not ours to install, and the module by which they are recognised.
 OTHERS = {"HolisticTraceAnalysis": "hta", "TraceLens": "TraceLens"}

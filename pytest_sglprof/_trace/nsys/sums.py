@@ -197,8 +197,8 @@ def count_database(database: Database) -> Counted | None:
     """Count and total time of all GPU activities; None if they must be read row by row.
 
     That is the case when a row holds what nsys never writes (no process, an id of more than
-    31 bits), or when the kernels of a stream are not ordered by start *and* by end: one of
-    them may then contain a whole later one, which is impossible and must not be counted.
+    31 bits), or when a kernel of a stream, in order of start, ends before the one in front of
+    it: that one contains it, which is impossible and must not be counted.
     """
     sums: dict[Key, tuple[int, int]] = {}
     missing = beyond = 0
@@ -299,13 +299,13 @@ def _untimed(database: Database, kind: str) -> tuple[int, int]:
 
 
 def _in_order(database: Database, *, all_timed: bool) -> bool:
-    """Whether kernels outside of graphs come, stream by stream, in order of start and of end.
+    """Whether kernels outside of graphs follow each other, stream by stream, by start and end.
 
     Then none contains a later one: a kernel that did would end after it, so the ends would
-    fall somewhere between neighbours in order of start.
+    fall somewhere between neighbours in order of start. Rows mostly stand in that order; nsys
+    promises none since 2025.6, so where they do not, the engine sorts them.
     """
-    table = table_of("kernel")
-    columns = database.columns(table)
+    columns = database.columns(table_of("kernel"))
     if not columns:
         return True
     # If two streams share a key, that can only look like disorder, never hide it.
@@ -314,15 +314,29 @@ def _in_order(database: Database, *, all_timed: bool) -> bool:
     parts += ['COALESCE("streamId", -1)'] if "streamId" in columns else []
     where = ['IFNULL("graphNodeId", 0) = 0'] if "graphNodeId" in columns else []
     where += [] if all_timed else [USABLE]
+    rows = (
+        f'SELECT {" + ".join(parts) or "0"}, "start", "end" FROM "{table_of("kernel")}" '
+        f"NOT INDEXED WHERE {' AND '.join(where) or 'TRUE'}"
+    )
+    if _ascends(database, f"{rows} ORDER BY rowid"):
+        return True
+    database.connection.execute("PRAGMA temp_store = FILE")  # sorts in runs: less memory and time
+    try:
+        return _ascends(database, f'{rows} ORDER BY "start", "end"')
+    except sqlite3.OperationalError:  # no room for them in any folder of temporary files
+        return False
+
+
+def _ascends(database: Database, rows: str) -> bool:
+    """Whether no start and no end of `rows` (key, start, end) is before the last of its key."""
     run = database.connection.execute
     run("DROP TABLE IF EXISTS temp.streams")
     run('CREATE TEMP TABLE streams (key INTEGER PRIMARY KEY, "start" NOT NULL, "end")')
-    in_order = 'excluded."start" >= "start" AND excluded."end" >= "end"'
+    ascends = 'excluded."start" >= "start" AND excluded."end" >= "end"'
     try:  # a row out of order would store a null, which ends the statement
         run(
-            f'INSERT INTO streams SELECT {" + ".join(parts) or "0"}, "start", "end" '
-            f'FROM "{table}" NOT INDEXED WHERE {" AND ".join(where) or "TRUE"} ORDER BY rowid '
-            f'ON CONFLICT (key) DO UPDATE SET "start" = IIF({in_order}, excluded."start", NULL), '
+            f"INSERT INTO streams {rows} "
+            f'ON CONFLICT (key) DO UPDATE SET "start" = IIF({ascends}, excluded."start", NULL), '
             '"end" = excluded."end"'
         )
     except sqlite3.IntegrityError:

@@ -306,7 +306,9 @@ def _possible(label: str, columns: Columns) -> tuple[Columns, list[str]]:
     """The rows with possible durations, sorted by device, context, stream and start; and a note."""
     where = timelines(columns.device, columns.context, columns.stream)
     if not _ascends(where, columns.start):
-        order = np.lexsort((-columns.dur, columns.start, where))
+        order = np.lexsort((columns.start, where))
+        if not _ascends(where[order], columns.start[order]):  # of equal starts the longest first
+            order = np.lexsort((-columns.dur, columns.start, where))
         columns, where = columns.take(order), where[order]
     bad = impossible_rows(columns.start, columns.dur, where, columns.graph > 0)
     if not bad.any():

@@ -6,6 +6,7 @@ stays flat however large the file is. Names become codes of the file's own name 
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,22 @@ from pytest_sglprof._trace.torch.events import (
 )
 
 BATCH = 8192  # activities; about 380 KB
+
+
+# Calls that start nothing on a GPU and interrupt no step: half of all calls, as a rule.
+_IDLE_CALL = re.compile(
+    r"(cuda|cu|hip)(Event[A-Z]\w+|Device(Get|Can|Synch)\w+|(Get|Set)Device\w*|Occupancy\w+"
+    r"|(Peek|Get)\w*LastError|(Func|Pointer)(Get|Set)Attributes?"
+    r"|Stream(GetCaptureInfo|GetPriority|IsCapturing|Query|Synchronize|WaitEvent))(_ptsz|_v\d+)*"
+)
+
+
+class IdleCalls(dict[str, bool]):
+    """The name of a call -> whether it does nothing that is looked for."""
+
+    def __missing__(self, name: str) -> bool:
+        self[name] = _IDLE_CALL.fullmatch(name) is not None
+        return self[name]
 
 
 class NeedsText(Exception):
@@ -99,13 +116,6 @@ def _columns(events: Sequence[Event]) -> _Columns:
     )
 
 
-def _kinds(column: Sequence[str], distinct: set[str], kinds: Mapping[str, int]) -> bytes:
-    """The kind of each category of a column."""
-    if len(distinct) == 1:
-        return bytes([kinds[column[0]]]) * len(column)
-    return bytes([kinds[category] for category in column])
-
-
 def _extend_alike(column: array[int], values: list[int]) -> None:
     """Adds values that are nearly always all the same: counting is quicker than converting."""
     if values.count(values[0]) == len(values):
@@ -146,6 +156,7 @@ class Collector:
             name: kind for name, kind in KIND_OF_CATEGORY.items() if kind in request.kinds
         }
         self._names = _Names()
+        self.idle = IdleCalls()
         self._owners = Interner()
         self._groups = Interner()
         self._threads = Interner()
@@ -162,14 +173,12 @@ class Collector:
         longest = max(columns.dur) * 1000.0
         if max(columns.ts) >= FLOAT_LIMIT or longest >= LONGEST_NS or min(columns.ts) < 0.0:
             raise NeedsText
-        categories = set(columns.category)
-        if not kinds.keys() >= categories or min(columns.dur) < 0.0:
+        if min(columns.dur) < 0.0 or not kinds.keys() >= set(columns.category):
             columns = _columns(self._fitting(events, kinds))
-            categories = set(columns.category)
         if not columns.ts:
             return
         try:
-            self._extend_quick(columns, _kinds(columns.category, categories, kinds))
+            self._extend_quick(columns, bytes(map(kinds.__getitem__, columns.category)))
         except OverflowError:  # a number that is no id; by text it counts as absent
             raise NeedsText from None
         if calls:
@@ -193,7 +202,7 @@ class Collector:
         batch = self._quick
         batch.start.fromlist(columns.ts)
         batch.dur.fromlist(columns.dur)
-        batch.name.fromlist([names[name] for name in columns.name])
+        batch.name.fromlist(list(map(names.__getitem__, columns.name)))
         batch.kind.frombytes(kind)
         batch.stream.fromlist([entry.stream for entry in args])
         batch.correlation.fromlist([entry.correlation for entry in args])
@@ -243,7 +252,7 @@ class Collector:
             if not event.name.startswith(SUBMITTED):
                 thread = CallArgs(stream=self._threads[str(event.tid)])
                 self._add_row(event, kind, start, dur, thread)
-        elif kind is not None:
+        elif kind is not None and not (kind == LAUNCH and self.idle[event.name]):
             self._add_row(event, kind, start, dur, arguments(event.args))
 
     def _add_step(self, event: FullEvent, start: int, dur: int) -> None:

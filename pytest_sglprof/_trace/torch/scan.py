@@ -270,6 +270,7 @@ class _Quick:
         self._collector = collector
         wanted = _Categories(words)  # others are left to other searches
         self._kinds = {name: kind for name, kind in collector.kinds.items() if wanted[name]}
+        self._launches = {name for name, kind in self._kinds.items() if kind == LAUNCH}
         self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
         self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
 
@@ -283,6 +284,12 @@ class _Quick:
             calls = calls or has_groups
             events = decoder.all(run, self._add_mended)
             activities += [event for event in events if type(event) is kind]
+        if self._launches:
+            activities = [
+                event
+                for event in activities
+                if not (self._collector.idle[event.name] and event.cat in self._launches)
+            ]
         if activities:
             self._collector.add_quick(activities, self._kinds, calls=calls)
 
@@ -372,7 +379,7 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
 
 def _runs(chunk: EventChunk, words: Sequence[bytes]) -> Iterator[_Run]:
     """The events that hold words: in one run, unless most of what it holds is something else."""
-    extent = survey(words, chunk.data, chunk.begin, chunk.end)
+    extent = survey(words, chunk.data, chunk.begin, chunk.end, near=_NEAR)
     if extent is None:
         return
     first, last, count = extent

@@ -242,14 +242,23 @@ def offsets(word: bytes, data: bytes, begin: int, end: int) -> list[int]:
 
 
 def survey(
-    words: Sequence[bytes], data: bytes, begin: int, end: int
+    words: Sequence[bytes], data: bytes, begin: int, end: int, *, near: int = 0
 ) -> tuple[int, int, int] | None:
-    """The first and the last offset of all words, and how often they stand in all."""
+    """The first and the last offset of all words, and how often they stand in all, at least.
+
+    near: where the words so far are no further apart on average, others are not counted
+    between them.
+    """
     first, last, count = end, -1, 0
     for word in words:
-        at = QUICKEST.find(data, word, begin, end)
-        if at >= 0:
-            stop = QUICKEST.rfind(data, word, at, end)
-            count += QUICKEST.tally(data, word, at, stop + len(word))
-            first, last = min(first, at), max(last, stop)
+        if not count or last - first >= near * count:
+            at = QUICKEST.find(data, word, begin, end)
+            if at >= 0:
+                stop = QUICKEST.rfind(data, word, at, end)
+                count += QUICKEST.tally(data, word, at, stop + len(word))
+                first, last = min(first, at), max(last, stop)
+        else:
+            at = QUICKEST.find(data, word, begin, first)
+            first = at if at >= 0 else first
+            last = max(last, QUICKEST.rfind(data, word, last, end))
     return (first, last, count) if count else None

@@ -36,12 +36,19 @@ def test_every_place_within_the_bounds(
         patch.setattr(stream, "QUICKEST", WAYS[way])
         assert {word: stream.offsets(word, data, begin, end) for word in words} == places
         found = stream.survey(words, data, begin, end)
+        quick = stream.survey(words, data, begin, end, near=1_000)
     every = sorted(at for own in places.values() for at in own)
     if not every:
         assert found is None
         return
     without_overlap = sum(data[begin:end].count(word) for word in words)
     assert found == (every[0], every[-1], without_overlap)
+    assert quick is not None
+    first, last, count = quick
+    longest = max(map(len, words))  # only what overlaps an outermost word may be passed over
+    assert every[0] <= first < every[0] + longest
+    assert every[-1] - longest < last <= every[-1]
+    assert 1 <= count <= without_overlap
 
 
 def test_large_pieces_are_searched_by_the_library() -> None:

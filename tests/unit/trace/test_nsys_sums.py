@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from pytest_sglprof._errors import TraceError
 from pytest_sglprof._trace.nsys import report
 from pytest_sglprof._trace.nsys.report import read_report
 from pytest_sglprof._trace.nsys.sums import KernelSums, read_sums
+from pytest_sglprof._trace.read import read_window
 from tests.support.nsys_exports import (
     CPU_FILES,
     CPU_PIDS,
@@ -131,6 +133,42 @@ def test_the_generated_export_has_the_generators_truth(
         assert of(read_sums(folder / name)) == truth_of(folder)
     assert right(group_by(folder), folder)
     assert not right({("GPU0", "x", "kernel"): (1, 1)}, folder)
+
+
+@pytest.mark.usefixtures("no_rows")
+def test_rows_in_no_order_give_the_same_sums(
+    tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(project_root))
+    from benchmarks.nsys_generate import nsys_inputs, truth_of
+
+    folder = nsys_inputs(tmp_path, kernels=8 * 220 * 11, parquet=False, in_order=False)
+    path = folder / "report.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        starts = database.execute("SELECT start FROM CUPTI_ACTIVITY_KIND_KERNEL").fetchall()
+    assert starts != sorted(starts)
+    for export in both(path, tmp_path):
+        assert of(read_sums(export)) == truth_of(folder)
+
+
+def test_rows_in_no_order_give_the_same_table(
+    tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(project_root))
+    from benchmarks.nsys_generate import nsys_inputs
+
+    one, other = (
+        read_window(
+            nsys_inputs(tmp_path / name, kernels=8 * 220 * 11, parquet=False, in_order=in_order)
+            / "report.sqlite"
+        )
+        for name, in_order in (("sorted", True), ("shuffled", False))
+    )
+    keys = ("rank", "full_name", "kind", "step", "stream")
+    pd.testing.assert_frame_equal(one.by(*keys), other.by(*keys))
+    pd.testing.assert_frame_equal(one.steps, other.steps)
+    assert one.notes == other.notes
+    assert one.incomparable == other.incomparable
 
 
 def graph(start: int, end: int, device: int = 0) -> dict[str, Any]:

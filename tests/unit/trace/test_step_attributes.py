@@ -9,9 +9,11 @@ import pytest
 
 import pytest_sglprof._trace.torch.assemble as torch_window
 from pytest_sglprof._analysis.groups import compared_steps, step_spans
+from pytest_sglprof._trace.completeness import ANY_LAUNCH
 from pytest_sglprof._trace.read import read_window
 from pytest_sglprof._trace.steps import interruption, parse_step
 from pytest_sglprof._trace.table import KernelTable
+from pytest_sglprof._trace.torch.collect import IdleCalls
 from pytest_sglprof._trace.torch.events import Annotation
 from tests.support.kineto import Event, document, event, kernel, write
 
@@ -111,6 +113,38 @@ def test_the_share_of_kernels_that_are_nodes_of_graphs(tmp_path: Path) -> None:
 )
 def test_calls_that_interrupt(name: str, expected: str) -> None:
     assert interruption(name) == expected
+
+
+@pytest.mark.parametrize("name", [
+    "cudaLaunchKernel", "cuLaunchKernelEx", "hipExtModuleLaunchKernel", "cudaGraphLaunch_v10000",
+    "cudaMemcpyAsync", "hipMemcpyWithStream", "cudaMemsetAsync", "cuMemsetD32Async",
+    "cudaMallocAsync", "cudaFreeAsync", "cudaStreamBeginCapture", "cudaStreamEndCapture_v10000",
+    "cudaGraphInstantiate", "cuModuleLoadData", "nvrtcCompileProgram", "cudaEvent", "kernel",
+])  # fmt: skip
+def test_calls_that_are_looked_for_are_never_passed_over(name: str) -> None:
+    assert not IdleCalls()[name]
+
+
+@pytest.mark.parametrize("name", [
+    "cudaEventRecord", "cudaEventRecord_v3020", "cudaStreamIsCapturing", "cuEventQuery",
+    "hipGetDevicePropertiesR0600", "cudaStreamWaitEvent", "cudaFuncSetAttribute", "cudaSetDevice",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "cudaDeviceSynchronize_v3020",
+    "cudaStreamGetCaptureInfo_v2_v11030", "hipPointerGetAttributes", "cudaPeekAtLastError",
+])  # fmt: skip
+def test_calls_that_start_nothing_are_passed_over(name: str) -> None:
+    assert IdleCalls()[name] and not interruption(name) and not ANY_LAUNCH.match(name)
+
+
+@pytest.mark.usefixtures("way")
+def test_calls_that_start_nothing_change_no_figure(tmp_path: Path) -> None:
+    stages = ["DECODE bs=1"] * 5
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = read_window(rank_file(tmp_path / "a", 0, stages, calls={1: "cuModuleLoadData"}))
+    calls = {1: "cuModuleLoadData", 2: "cudaEventRecord", 3: "cudaStreamIsCapturing"}
+    more = read_window(rank_file(tmp_path / "b", 0, stages, calls=calls))
+    assert more.frame.equals(plain.frame)
+    assert more.steps.equals(plain.steps)
 
 
 @pytest.mark.usefixtures("way")
