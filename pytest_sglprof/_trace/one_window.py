@@ -11,11 +11,19 @@ import filecmp
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from pytest_sglprof._trace.table import RankActivities
+import numpy as np
 
-APART_NS = 60 * 10**9  # between the end of one rank's window and the start of another's: two
-# nodes whose clocks are seconds apart can still have recorded one window
+from pytest_sglprof._ranks import Rank
+from pytest_sglprof._trace.table import NO_SEQUENCE, RankActivities
+
+APART_NS = 60 * 10**9  # between the end of one rank's window and the start of another's
+# The same between ranks that wait for each other. Clocks of two machines differ by less, as a rule;
+# if they do not, collectives tell, whose ends then differ by always the same.
+CLOCKS_NS = 10**9
+MIN_COLLECTIVES = 3
+SAME_OFFSET_NS = 10**6
 
 
 def different_runs(parts: Sequence[RankActivities]) -> list[str]:
@@ -32,19 +40,81 @@ def different_runs(parts: Sequence[RankActivities]) -> list[str]:
     reasons = [f"these files are not of one run: {', '.join(facts)}"] if facts else []
     if apart := _apart(parts):
         reasons.append(f"these files are not of one window: {apart}")
-    return reasons
+    return [*reasons, *_same_recordings(parts)]
+
+
+class _Gap(NamedTuple):
+    """A time in which no rank ran. before: which one ended last; after: which begins next."""
+
+    ns: int
+    before: RankActivities
+    after: RankActivities
 
 
 def _apart(parts: Sequence[RankActivities]) -> str:
-    spans = sorted(
-        (int(part.start.min()), int((part.start + part.dur).max()), part.rank)
-        for part in parts
-        if part.is_timeline and len(part.start)
+    groups: dict[Rank | None, list[RankActivities]] = {}
+    for part in parts:
+        rank = Rank.parse(part.rank)
+        groups.setdefault(rank.work_group if rank else None, []).append(part)
+    gaps = [gap for gap in _gaps(parts) if gap.ns > APART_NS]
+    gaps += [
+        gap
+        for group in groups.values()
+        for gap in _gaps(group)
+        if CLOCKS_NS < gap.ns <= APART_NS and not _only_clocks_differ(gap.before, gap.after)
+    ]
+    return ", ".join(
+        f"{gap.after.rank} begins {gap.ns / 1e9:,.0f} s after {gap.before.rank} ended"
+        for gap in gaps
     )
+
+
+def _gaps(parts: Sequence[RankActivities]) -> list[_Gap]:
+    spans = sorted(
+        (
+            (int(part.start.min()), int((part.start + part.dur).max()), part)
+            for part in parts
+            if part.is_timeline and len(part.start)
+        ),
+        key=lambda span: span[:2],
+    )
+    gaps = []
     for (_, end, before), (start, _, after) in pairwise(spans):
-        if start - end > APART_NS:
-            return f"{after} begins {(start - end) / 1e9:,.0f} s after {before} ended"
-    return ""
+        if start > end:
+            gaps.append(_Gap(start - end, before, after))
+    return gaps
+
+
+def _only_clocks_differ(one: RankActivities, other: RankActivities) -> bool:
+    """Whether both took part in the same collectives, whose ends differ by always the same."""
+    before, after = _ends_of_collectives(one), _ends_of_collectives(other)
+    offsets = [after[key] - before[key] for key in before.keys() & after.keys()]
+    if len(offsets) < MIN_COLLECTIVES:
+        return False
+    low, high = np.percentile(offsets, [25, 75])
+    return bool(high - low < SAME_OFFSET_NS)
+
+
+def _ends_of_collectives(part: RankActivities) -> dict[tuple[str, int], int]:
+    """When each numbered collective ended, by its process group and number; ns."""
+    if part.calls is None:
+        return {}
+    rows = part.calls.row
+    ends = (part.start[rows] + part.dur[rows]).tolist()
+    keys = zip(part.calls.group, part.calls.sequence.tolist(), strict=True)
+    return {key: end for key, end in zip(keys, ends, strict=True) if key[1] != NO_SEQUENCE}
+
+
+def _same_recordings(parts: Sequence[RankActivities]) -> list[str]:
+    ranks: dict[str, list[str]] = {}
+    for part in parts:
+        if part.recording and part.rank not in ranks.setdefault(part.recording, []):
+            ranks[part.recording].append(part.rank)
+    return [
+        f"{' and '.join(labels)} are of one recording ({recording})"
+        for recording, labels in ranks.items()
+        if len(labels) > 1
+    ]
 
 
 def copies(files: Sequence[Path]) -> list[str]:

@@ -108,7 +108,8 @@ class RankActivities:
     collectives whose process group is known. launches: calls that launch kernels, None if they
     were not recorded or not read. unusable: number of kernels that were recorded but left out,
     since their times cannot be. run: what the file says of the run that recorded it, by the
-    names of `torch.events.FACTS`. unrecorded: why its kernels are missing.
+    names of `torch.events.FACTS`; recording: the id of that profile, "" if it has none.
+    unrecorded: why its kernels are missing.
     """
 
     rank: str
@@ -128,6 +129,7 @@ class RankActivities:
     launches: Launches | None = None
     unusable: int = 0
     run: Mapping[str, str] = field(default_factory=dict)
+    recording: str = ""
     unrecorded: Unrecorded | None = None
 
     @property

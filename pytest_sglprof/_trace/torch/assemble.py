@@ -240,6 +240,7 @@ def _activities(
         launches=launched_kernels(steps, launches, columns) if on_gpu else None,
         unusable=unusable,
         run=facts.run,
+        recording=facts.recording if len(facts.owners) == 1 else "",
         unrecorded=missing,
     )
 

@@ -245,9 +245,9 @@ class FileFacts(msgspec.Struct):
     of process groups. sequences: (code of the owner, external id) -> number of that
     collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
     of `distributedInfo`; "" for none. run: what it says of its run, by the names of `FACTS`.
-    devices: how many GPUs it names. elsewhere: events of each category of `OTHER_DEVICES`, only
-    of a file that was decoded. skipped: (code of the owner, what was left out) -> count. unsafe:
-    why the file must be read exactly, "" when it was read.
+    recording: the id of the profile. devices: how many GPUs it names. elsewhere: events of each
+    category of `OTHER_DEVICES`, only of a file that was decoded. skipped: (code of the owner, what
+    was left out) -> count. unsafe: why the file must be read exactly, "" when it was read.
     """
 
     names: list[str] = msgspec.field(default_factory=list)
@@ -258,6 +258,7 @@ class FileFacts(msgspec.Struct):
     base: str = ""
     distributed: str = ""
     run: dict[str, str] = msgspec.field(default_factory=dict)
+    recording: str = ""
     devices: int = 0
     elsewhere: dict[str, int] = msgspec.field(default_factory=dict)
     skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
@@ -278,6 +279,7 @@ class Header(msgspec.Struct):
     cuda_runtime: msgspec.Raw = msgspec.field(name="cuda_runtime_version", default=msgspec.Raw(b""))
     cuda_driver: msgspec.Raw = msgspec.field(name="cuda_driver_version", default=msgspec.Raw(b""))
     hip_runtime: msgspec.Raw = msgspec.field(name="hip_runtime_version", default=msgspec.Raw(b""))
+    trace_id: msgspec.Raw = msgspec.field(default=msgspec.Raw(b""))
     hip_driver: msgspec.Raw = msgspec.field(name="hip_driver_version", default=msgspec.Raw(b""))
 
 
@@ -345,6 +347,7 @@ def take_header(header: Header, facts: FileFacts) -> None:
     facts.distributed = bytes(header.distributed).decode("utf-8", "replace") or facts.distributed
     facts.devices = len(device_names(header.devices)) or facts.devices
     facts.run |= run_facts(header)
+    facts.recording = _version(header.trace_id) or facts.recording
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], raw: Any, otherwise: Any) -> Any:

@@ -125,9 +125,54 @@ def test_windows_far_apart(tmp_path: Path) -> None:
     assert "TP1 begins 3,600 s after TP0 ended" in judged.reason
 
 
-def test_clocks_that_are_seconds_apart_are_those_of_two_nodes(tmp_path: Path) -> None:
+def with_collectives(content: Facts, *, first: int = 0, drift_ms: float = 0.0) -> Facts:
+    """The trace with a numbered collective at the end of each step."""
+    more = []
+    for number, event in enumerate(e for e in content["traceEvents"] if e["cat"] == "kernel"):
+        ts = 1000.0 * (event["ts"] // 1000 + 3) + number * drift_ms * 1000
+        args = {"device": 0, "stream": 20, "correlation": 1000 + number}
+        args |= {"Process Group Name": "0", "Collective name": "allreduce", "Seq": first + number}
+        name = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+        more.append({**event, "name": name, "tid": 20, "ts": ts, "dur": 50.0, "args": args})
+    return {**content, "traceEvents": [*content["traceEvents"], *more]}
+
+
+@pytest.mark.parametrize(
+    ("later_s", "first", "drift_ms", "word"),
+    [
+        (5, 0, 0.0, "fail"),  # the clocks of two nodes
+        (5, 0, 100.0, "inconclusive"),  # the same numbers, but at other times
+        (5, 500, 0.0, "inconclusive"),  # other collectives: the next window
+        (0.5, 500, 0.0, "fail"),
+        (3600, 0, 0.0, "inconclusive"),
+    ],
+)
+def test_ranks_that_wait_for_each_other_run_at_one_time(
+    tmp_path: Path, later_s: float, first: int, drift_ms: float, word: str
+) -> None:
+    other = with_collectives(trace(1, slow=1.3, later_s=later_s), first=first, drift_ms=drift_ms)
+    files(tmp_path, with_collectives(trace(0)), other)
+    assert judge(read_window(tmp_path), [LIMIT]).word == word
+
+
+def test_without_collectives_a_second_is_the_limit(tmp_path: Path) -> None:
     files(tmp_path, trace(0), trace(1, slow=1.3, later_s=5))
-    assert judge(read_window(tmp_path), [LIMIT]).word == "fail"
+    judged = judge(read_window(tmp_path), [LIMIT])
+    assert judged.word == "inconclusive"
+    assert "TP1 begins 5 s after TP0 ended" in judged.reason
+
+
+def test_replicas_may_run_one_after_the_other(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        content = json.dumps(trace(rank, later_s=5 * rank))
+        (tmp_path / f"w-TP-0-DP-{rank}.trace.json").write_text(content)
+    assert read_window(tmp_path).incomparable == ""
+
+
+def test_one_recording_under_two_names(tmp_path: Path) -> None:
+    """Packed anew, a copy has other bytes, but still the id of its profile."""
+    files(tmp_path, trace(0, trace_id="C3AB"), trace(1, slow=1.3, trace_id="C3AB"))
+    assert read_window(tmp_path).incomparable == "TP0 and TP1 are of one recording (C3AB)"
 
 
 def test_a_copy_under_another_name(tmp_path: Path) -> None:
