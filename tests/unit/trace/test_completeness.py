@@ -190,6 +190,19 @@ def test_what_one_rank_lost_is_left_out_on_the_other(tmp_path: Path, graphs: boo
     assert imbalance(table).work.by != "kernel calls"
 
 
+@pytest.mark.parametrize(
+    ("count", "lost", "is_dropped"), [(60, 3, False), (60, 4, True), (20, 3, True)]
+)
+def test_a_step_that_lacks_more_than_a_few_is_dropped(
+    tmp_path: Path, count: int, lost: int, is_dropped: bool
+) -> None:
+    table = window(
+        tmp_path, slow=1.15, lost=lambda s, n: s == 40 and n < lost, graphs=True, count=count
+    )
+    assert (table.steps["excluded"] == LOST).any() == is_dropped
+    assert in_steps(table)[1] == pytest.approx(1.15)
+
+
 def test_without_that_the_ranks_would_not_have_the_same_work(tmp_path: Path) -> None:
     """A rank that runs fewer kernels, all of them recorded, is never at the same work."""
     table = window(tmp_path, slow=1.15, count=60, peer_count=50)
