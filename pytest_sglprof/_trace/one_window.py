@@ -72,9 +72,13 @@ def _apart(parts: Sequence[RankActivities]) -> str:
 def _gaps(parts: Sequence[RankActivities]) -> list[_Gap]:
     spans = sorted(
         (
-            (int(part.start.min()), int((part.start + part.dur).max()), part)
+            (
+                int(part.start.min()) + part.clock_ns,
+                int((part.start + part.dur).max()) + part.clock_ns,
+                part,
+            )
             for part in parts
-            if part.is_timeline and len(part.start)
+            if part.is_timeline and len(part.start) and part.clock_ns is not None
         ),
         key=lambda span: span[:2],
     )

@@ -108,7 +108,8 @@ class RankActivities:
     collectives whose process group is known. launches: calls that launch kernels, None if they
     were not recorded or not read. unusable: number of kernels that were recorded but left out,
     since their times cannot be. run: what the file says of the run that recorded it, by the
-    names of `torch.events.FACTS`; recording: the id of that profile, "" if it has none.
+    names of `torch.events.FACTS`; recording: the id of that profile, "" if it has none. clock_ns:
+    what its times lack to those of the wall clock (ns since 1970), None if that is not known.
     unrecorded: why its kernels are missing.
     """
 
@@ -130,6 +131,7 @@ class RankActivities:
     unusable: int = 0
     run: Mapping[str, str] = field(default_factory=dict)
     recording: str = ""
+    clock_ns: int | None = 0
     unrecorded: Unrecorded | None = None
 
     @property

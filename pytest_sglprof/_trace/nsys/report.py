@@ -166,14 +166,15 @@ def _read(
     if not on_gpu:
         return [_of_ranges(label, its_owners, notes) for label, its_owners in own_ranges.items()]
     steps = {label: run_batches(its_owners) for label, its_owners in own_ranges.items()}
-    models = sorted(set(tables.texts("TARGET_INFO_GPU", "name")[1]))
-    run = {"GPU": ", ".join(models)} if models else {}
+    run, clock_ns = _run_facts(tables), _clock(tables)
     calls = read_calls(tables) if launches or any(steps.values()) else None
     launched = launch_times(calls, rows) if calls and any(steps.values()) else None
     parts = []
     for label, its_steps in steps.items():
         chosen = rows.of_owners(members.get(label, []))
-        part = replace(_of_gpu(label, rows, chosen, launched, its_steps, notes), run=run)
+        part = replace(
+            _of_gpu(label, rows, chosen, launched, its_steps, notes), run=run, clock_ns=clock_ns
+        )
         pids_here = {owner.pid for owner in members.get(label, [])}
         others = {o.pid for other, its in members.items() if other != label for o in its}
         if launches and calls is not None and not pids_here & others:
@@ -181,6 +182,30 @@ def _read(
             part = replace(part, launches=launched_here)
         parts.append(part)
     return parts
+
+
+def _run_facts(tables: ReportTables) -> dict[str, str]:
+    """What a report says of its run, by the names of `_trace.torch.events.FACTS`."""
+    models = sorted(set(tables.texts("TARGET_INFO_GPU", "name")[1]))
+    facts = {"GPU": ", ".join(models)} if models else {}
+    names, keys = tables.texts("TARGET_INFO_SYSTEM_ENV", "name")
+    values, texts = tables.texts("TARGET_INFO_SYSTEM_ENV", "value")
+    if "CudaDriverVersion" in keys:
+        for row in np.flatnonzero(names == keys.index("CudaDriverVersion")).tolist():
+            facts["CUDA driver"] = texts[values[row]] if values[row] >= 0 else ""
+    return facts
+
+
+def _clock(tables: ReportTables) -> int | None:
+    """See `RankActivities.clock_ns`.
+
+    Newer versions of nsys write times of the system's clock, older ones since their session began.
+    """
+    began = tables.integers("TARGET_INFO_SESSION_START_TIME", ["utcEpochNs", "systemClockNs"])
+    if not began.shape[1] or began[0, 0] == MISSING:
+        return None
+    utc, system = began[:, 0].tolist()
+    return int(utc - (system if system != MISSING else 0))
 
 
 def _recorded(tables: ReportTables) -> frozenset[int]:

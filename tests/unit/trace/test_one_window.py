@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,20 +193,51 @@ def test_contents_are_compared(tmp_path: Path, one: bytes, other: bytes, same: b
     assert not copies([paths[0], paths[0], tmp_path])
 
 
-def test_reports_of_two_models(tmp_path: Path) -> None:
-    make: Callable[..., Path] = make_export
-    for rank, model in enumerate(("NVIDIA H100", "NVIDIA A100")):
+def reports(folder: Path, *tables: dict[str, Any]) -> Path:
+    """A report of each rank, with these tables beside its kernels."""
+    for rank, more in enumerate(tables):
         rows = [
             kernel(1000 * n, 1000 * n + 500 + rank, globalPid=global_id(100 + rank))
             for n in range(40)
         ]
         strings = [{"id": 1, "value": "gemm"}, {"id": 9, "value": "gemm"}]
-        gpus = [{"id": 0, "name": model}]
-        tables = {"CUPTI_ACTIVITY_KIND_KERNEL": rows, "StringIds": strings, "TARGET_INFO_GPU": gpus}
-        make(tmp_path / f"rank{rank}.sqlite", **tables)
-    table = read_window(tmp_path)
-    expected = "these files are not of one run: GPU NVIDIA H100 (TP0) and NVIDIA A100 (TP1)"
-    assert table.incomparable == expected
+        every = {"CUPTI_ACTIVITY_KIND_KERNEL": rows, "StringIds": strings, **more}
+        make_export(folder / f"rank{rank}.sqlite", **every)
+    return folder
+
+
+def gpu(model: str) -> dict[str, Any]:
+    return {"TARGET_INFO_GPU": [{"id": 0, "name": model}]}
+
+
+def driver(version: str) -> dict[str, Any]:
+    return {"TARGET_INFO_SYSTEM_ENV": [{"name": "CudaDriverVersion", "value": version}]}
+
+
+def began(utc_s: float, system_s: float | None = None) -> dict[str, Any]:
+    """Newer versions write the system's clock as well, which kernels then have."""
+    row = {"utcEpochNs": int(utc_s * 1e9)}
+    if system_s is not None:
+        row["systemClockNs"] = int(system_s * 1e9)
+    return {"TARGET_INFO_SESSION_START_TIME": [row]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        (gpu("NVIDIA H100"), gpu("NVIDIA A100"), "GPU NVIDIA H100 (TP0) and NVIDIA A100 (TP1)"),
+        (driver("12040"), driver("13000"), "CUDA driver 12040 (TP0) and 13000 (TP1)"),
+        (began(1000), began(4600), "TP1 begins 3,600 s after TP0 ended"),
+        (began(1000, 20), began(1000, 10), "TP1 begins 10 s after TP0 ended"),
+        (began(1000, 20), began(1980, 1000), ""),  # other clocks, the same moment
+        (began(1000), {}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_reports(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], text: str) -> None:
+    table = read_window(reports(tmp_path, first, second))
+    assert table.incomparable.endswith(text)
+    assert bool(table.incomparable) == bool(text)
 
 
 def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
