@@ -244,7 +244,7 @@ def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
     few = np.minimum(STEP_KERNELS, SMALL_STEP_SHARE * expected)
     is_dropped = lost > np.maximum(STEP_SHARE * expected, few)
     is_dropped[:front] = True
-    inner = _inner(calls, is_dropped, front) if calls.has_steps else slice(0, 1)
+    inner = _inner(is_dropped, front) if calls.has_steps else slice(0, 1)
     unknown = np.bincount(calls.at, is_unknown, count) > 0
     ns, longest = np.zeros(count), 0.0
     if lost.any() or unknown.any():
@@ -271,24 +271,20 @@ def _ledger(part: RankActivities, calls: _Calls, sizes: Ints) -> _Ledger:
     )
 
 
-def _inner(calls: _Calls, is_dropped: Flags, front: int) -> slice:
+def _inner(is_dropped: Flags, front: int) -> slice:
     """The steps behind the front that are not at an edge.
 
-    At each end these are the steps without any kernel, which ran before or after the window, and
-    one more that lacks much, through which the window may cut; `EDGE_STEPS` at most.
+    At each end these are the steps that lack much, `EDGE_STEPS` at most: they were launched before
+    the window, or ran after it.
     """
     steps = len(is_dropped)
-    has_kernels = np.bincount(calls.at, calls.recorded, steps) > 0
-    before = 0 if front else _edge(has_kernels[:EDGE_STEPS], is_dropped)
-    after = _edge(has_kernels[::-1][:EDGE_STEPS], is_dropped[::-1])
-    first = max(front, before)
-    return slice(first, max(steps - after, first))
+    first = front or _edge(is_dropped)
+    return slice(first, max(steps - _edge(is_dropped[::-1]), first))
 
 
-def _edge(has_kernels: Flags, is_dropped: Flags) -> int:
-    """How many steps stand at an edge, seen from there. has_kernels: of those that may."""
-    empty = int(np.argmax(np.append(has_kernels, True)))
-    return empty + int(empty < len(has_kernels) and bool(is_dropped[empty]))
+def _edge(is_dropped: Flags) -> int:
+    """How many steps stand at an edge, seen from there."""
+    return int(np.argmin(np.append(is_dropped[:EDGE_STEPS], False)))
 
 
 def _longest_mean(part: RankActivities, kernels: Ints) -> float:
