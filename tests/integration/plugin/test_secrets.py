@@ -50,7 +50,7 @@ def seen_by_others():
 
 @pytest.mark.profile_window({window})
 def test_window(sglang_server, bench_serving):
-    with bench_serving.running(num_prompts=8, max_concurrency=4, random_input_len=8,
+    with bench_serving.running(num_prompts=20, max_concurrency=4, random_input_len=8,
                                random_output_len=400, random_range_ratio=1.0, warm_up=False,
                                extra_request_body={{"user": os.environ["MY_SETTING"]}}):
         Path("seen.txt").write_text("\\n".join(seen_by_others()))
