@@ -60,8 +60,9 @@ def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivitie
     ]
     kept, left_out = _with_equal_kernels(parts, ledgers)
     notes, reasons = [], []
+    alone = len({part.rank for part in parts}) == 1
     for part, ledger in zip(kept, ledgers, strict=True):
-        more_notes, why = _finding(part, ledger, alone=len(parts) == 1)
+        more_notes, why = _finding(part, ledger, alone=alone)
         notes += more_notes
         reasons += why
     if left_out:
@@ -318,10 +319,14 @@ def _with_equal_kernels(
     Steps that lack too much, or of which it is not known what they lack, are excluded. The time
     of what is lost is entered into the ledgers.
     """
-    groups: dict[Rank | str, list[int]] = {}
+    # Where each stage has a file, a rank has several parts, in the same order on all ranks.
+    groups: dict[tuple[Rank | None, int], list[int]] = {}
+    before: Counter[str] = Counter()
     for member, part in enumerate(parts):
         rank = Rank.parse(part.rank)
-        groups.setdefault(rank.work_group if rank else "", []).append(member)
+        key = (rank.work_group if rank else None, before[part.rank])
+        groups.setdefault(key, []).append(member)
+        before[part.rank] += 1
     rows: list[list[int]] = [[] for _ in parts]
     for members in groups.values():
         if any(ledgers[member].is_judged_with_loss.any() for member in members):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,12 +43,20 @@ def different_runs(parts: Sequence[RankActivities]) -> list[str]:
     return [*reasons, *_same_recordings(parts)]
 
 
+class _Ran(NamedTuple):
+    """When a rank ran, by the wall clock, ns. parts: two of them where each stage has a file."""
+
+    start: int
+    end: int
+    parts: Sequence[RankActivities]
+
+
 class _Gap(NamedTuple):
-    """A time in which no rank ran. before: which one ended last; after: which begins next."""
+    """A time in which no rank ran, between that which ended last and that which begins next."""
 
     ns: int
-    before: RankActivities
-    after: RankActivities
+    before: _Ran
+    after: _Ran
 
 
 def _apart(parts: Sequence[RankActivities]) -> str:
@@ -64,34 +72,36 @@ def _apart(parts: Sequence[RankActivities]) -> str:
         if CLOCKS_NS < gap.ns <= APART_NS and not _only_clocks_differ(gap.before, gap.after)
     ]
     return ", ".join(
-        f"{gap.after.rank} begins {gap.ns / 1e9:,.0f} s after {gap.before.rank} ended"
+        f"{gap.after.parts[0].rank} begins {gap.ns / 1e9:,.0f} s after "
+        f"{gap.before.parts[0].rank} ended"
         for gap in gaps
     )
 
 
 def _gaps(parts: Sequence[RankActivities]) -> list[_Gap]:
-    spans = sorted(
-        (
-            (
-                int(part.start.min()) + part.clock_ns,
-                int((part.start + part.dur).max()) + part.clock_ns,
-                part,
-            )
-            for part in parts
-            if part.is_timeline and len(part.start) and part.clock_ns is not None
-        ),
-        key=lambda span: span[:2],
-    )
-    gaps = []
-    for (_, end, before), (start, _, after) in pairwise(spans):
-        if start > end:
-            gaps.append(_Gap(start - end, before, after))
+    of_rank: dict[str, list[RankActivities]] = {}
+    for part in parts:
+        if part.is_timeline and len(part.start) and part.clock_ns is not None:
+            of_rank.setdefault(part.rank, []).append(part)
+    gaps: list[_Gap] = []
+    latest: _Ran | None = None  # of those that began so far, which one ended last
+    for ran in sorted(map(_ran, of_rank.values()), key=lambda ran: ran[:2]):
+        if latest is not None and ran.start > latest.end:
+            gaps.append(_Gap(ran.start - latest.end, latest, ran))
+        if latest is None or ran.end > latest.end:
+            latest = ran
     return gaps
 
 
-def _only_clocks_differ(one: RankActivities, other: RankActivities) -> bool:
+def _ran(parts: Sequence[RankActivities]) -> _Ran:
+    starts = [int(part.start.min()) + (part.clock_ns or 0) for part in parts]
+    ends = [int((part.start + part.dur).max()) + (part.clock_ns or 0) for part in parts]
+    return _Ran(min(starts), max(ends), parts)
+
+
+def _only_clocks_differ(one: _Ran, other: _Ran) -> bool:
     """Whether both took part in the same collectives, whose ends differ by always the same."""
-    before, after = _ends_of_collectives(one), _ends_of_collectives(other)
+    before, after = _ends_of_collectives(one.parts), _ends_of_collectives(other.parts)
     offsets = [after[key] - before[key] for key in before.keys() & after.keys()]
     if len(offsets) < MIN_COLLECTIVES:
         return False
@@ -99,14 +109,17 @@ def _only_clocks_differ(one: RankActivities, other: RankActivities) -> bool:
     return bool(high - low < SAME_OFFSET_NS)
 
 
-def _ends_of_collectives(part: RankActivities) -> dict[tuple[str, int], int]:
+def _ends_of_collectives(parts: Sequence[RankActivities]) -> dict[tuple[str, int], int]:
     """When each numbered collective ended, by its process group and number; ns."""
-    if part.calls is None:
-        return {}
-    rows = part.calls.row
-    ends = (part.start[rows] + part.dur[rows]).tolist()
-    keys = zip(part.calls.group, part.calls.sequence.tolist(), strict=True)
-    return {key: end for key, end in zip(keys, ends, strict=True) if key[1] != NO_SEQUENCE}
+    ends: dict[tuple[str, int], int] = {}
+    for part in parts:
+        if part.calls is not None:
+            rows = part.calls.row
+            times = (part.start[rows] + part.dur[rows]).tolist()
+            keys = zip(part.calls.group, part.calls.sequence.tolist(), strict=True)
+            pairs = zip(keys, times, strict=True)
+            ends |= {key: time for key, time in pairs if key[1] != NO_SEQUENCE}
+    return ends
 
 
 def _same_recordings(parts: Sequence[RankActivities]) -> list[str]:

@@ -203,6 +203,26 @@ def test_a_step_that_lacks_more_than_a_few_is_dropped(
     assert in_steps(table)[1] == pytest.approx(1.15)
 
 
+def test_windows_by_stage_have_two_files_a_rank(tmp_path: Path) -> None:
+    """Each stage is compared with the same stage of the other rank; there may be time between."""
+    window(tmp_path, slow=1.15, lost=lambda s, n: (s, n) == (40, 3), graphs=True)
+    for rank in (0, 1):
+        path = tmp_path / f"w-TP-{rank}.trace.json"
+        text = path.read_text()
+        path.unlink()
+        (tmp_path / f"w-TP-{rank}-DECODE.trace.json").write_text(text)
+        trace = json.loads(text.replace("step[DECODE", "step[EXTEND"))
+        for event in trace["traceEvents"]:
+            event["ts"] -= 20e6
+            event["name"] = event["name"].replace("forward_id=", "forward_id=1")
+        (tmp_path / f"w-TP-{rank}-EXTEND.trace.json").write_text(json.dumps(trace))
+    table = read_window(tmp_path)
+    assert table.incomparable == ""
+    counts, slowdown = in_steps(table)
+    assert counts == {"TP0": 2 * (STEPS * FAN_OUT - 1), "TP1": 2 * (STEPS * FAN_OUT - 1)}
+    assert slowdown == pytest.approx(1.15)
+
+
 def test_without_that_the_ranks_would_not_have_the_same_work(tmp_path: Path) -> None:
     """A rank that runs fewer kernels, all of them recorded, is never at the same work."""
     table = window(tmp_path, slow=1.15, count=60, peer_count=50)
