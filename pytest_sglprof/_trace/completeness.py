@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,12 +48,22 @@ FRONT_SHARE = 0.3  # of a rank's steps
 UNKNOWN_SHARE = 0.1  # of a rank's kernel time, in steps with a graph of unknown size
 
 
-def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivities], list[str], str]:
-    """The ranks without what cannot be compared; notes; why nothing of them can be compared.
+class Comparable(NamedTuple):
+    """The ranks of a window without what cannot be compared.
 
-    Steps that lack too many kernels are excluded. A kernel whose counterpart is missing on
-    another rank belongs to no step (`NO_STEP`). The last is "" if the ranks can be compared.
+    Steps that lack too many kernels are excluded. A kernel whose counterpart is missing on another
+    rank belongs to no step (`NO_STEP`). reason: why nothing of them can be compared, "" if they
+    can. front: number of leading steps that are cut away, since a rank lost their kernels.
     """
+
+    parts: list[RankActivities]
+    notes: list[str]
+    reason: str
+    front: int
+
+
+def comparable(parts: Sequence[RankActivities]) -> Comparable:
+    """The ranks with the same kernels in each step, as far as these were recorded."""
     calls = [_calls(part) for part in parts]
     ledgers = [
         _ledger(part, rank_calls, graphs)
@@ -68,7 +79,8 @@ def with_lost_steps(parts: Sequence[RankActivities]) -> tuple[list[RankActivitie
     if left_out:
         kernels = counted(left_out, "kernel", "kernels")
         notes.append(f"left out {kernels} whose counterpart on another rank is lost")
-    return kept, notes, "; ".join(reasons)
+    front = max((ledger.front for ledger in ledgers), default=0)
+    return Comparable(kept, notes, "; ".join(reasons), front)
 
 
 # How many kernels a call should have.

@@ -19,7 +19,7 @@ from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
-from pytest_sglprof._trace.completeness import refuse_unrecorded, with_lost_steps
+from pytest_sglprof._trace.completeness import comparable, refuse_unrecorded
 from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.one_window import by_force, copies, different_runs
 from pytest_sglprof._trace.paths import (
@@ -126,7 +126,7 @@ def build_table(
     ranks = rank_order({activities.rank for activities in merged})
     parts.sort(key=lambda part: ranks.index(part.rank))
     unlike = [*unlike, *different_runs(parts)]
-    parts, lost, missing = with_lost_steps(parts)
+    parts, lost, missing, front = comparable(parts)
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
     notes += [*by_repetition, *lost, *(by_force(unlike) if force else ())]
@@ -153,6 +153,7 @@ def build_table(
         collectives=collectives,
         settled=settled,
         incomparable="; ".join(filter(None, [*(() if force else unlike), missing])),
+        front=front,
     )
 
 

@@ -163,7 +163,8 @@ class KernelTable:
     (categorical text) and `sequence` (int64, -1 if unknown) of the activities for which the
     trace has them, indexed by row label of `frame`. settled: number of steps that were dropped
     because they began within the settle time. incomparable: why its ranks cannot be compared
-    (kernels are missing, files of different runs); "" if they can.
+    (kernels are missing, files of different runs); "" if they can. front: number of leading steps
+    that are not compared, since a rank's kernels are missing in all of them.
     """
 
     __module__ = "pytest_sglprof"
@@ -178,6 +179,7 @@ class KernelTable:
     collectives: pd.DataFrame = field(default_factory=lambda: collective_frame(()))
     settled: int = 0
     incomparable: str = ""
+    front: int = 0
 
     @property
     def is_timeline(self) -> bool:

@@ -6,7 +6,7 @@ Too little data never passes: it is inconclusive, whatever the figures are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -92,7 +92,10 @@ def judge(
         for threshold in thresholds
         for judgement in _judge_threshold(groups, threshold, min_steps, min_share, doubt)
     )
-    return _verdict(judgements, doubt, groups)
+    verdict = _verdict(judgements, doubt, groups)
+    if table is None or not table.front or verdict.word == "inconclusive":
+        return verdict
+    return replace(verdict, reason=f"{verdict.reason}; judged from step {table.front + 1} on")
 
 
 def _doubt(

@@ -133,6 +133,10 @@ def test_a_lost_front_is_cut_away_on_every_rank(tmp_path: Path, graphs: bool, te
     assert judged.word == "fail"
     assert "TP1 is 1.15x slower" in judged.reason
     assert f"over {STEPS - 12} steps" in judged.reason
+    assert judged.reason.endswith("; judged from step 13 on")
+    balanced = verdict(window(tmp_path, lost=lambda step, number: step < 12, graphs=graphs))
+    assert balanced.word == "pass"
+    assert balanced.reason.endswith("; judged from step 13 on")
 
 
 def test_a_front_that_ends_within_a_step_takes_that_step_with_it(tmp_path: Path) -> None:
