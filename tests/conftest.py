@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -114,3 +116,14 @@ def shared_data() -> Path:
         origin = "$SGLPROF_SHARED" if override else "../shared beside the project"
         pytest.skip(f"no real data: {data.name} is not a folder in {origin}")
     return data
+
+
+@pytest.fixture(scope="session")
+def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The inputs after public reports of ../shared/cases/traces, made anew."""
+    maker = shared_data.parent / "cases" / "traces" / "make.py"
+    if not maker.is_file():
+        pytest.skip("no cases/traces/make.py beside the real data")
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, maker], cwd=folder, check=True, capture_output=True)
+    return folder

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,6 @@ import pytest
 from pytest_sglprof._cli.main import main
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    maker = shared_data.parent / "cases" / "traces" / "make.py"
-    if not maker.is_file():
-        pytest.skip("no cases/traces/make.py beside the real data")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, maker], cwd=folder, check=True, capture_output=True)
-    return folder
 
 
 def kernels(capsys: Capture, path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -28,14 +28,6 @@ def makers(shared_data: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cases(makers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make.py` writes."""
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, makers / "make.py"], cwd=folder, check=True)
-    return folder
-
-
 def make(makers: Path, path: Path, rank: int, world: int, slow: float, flags: str) -> None:
     path.parent.mkdir(exist_ok=True)
     words = [str(path), str(rank), str(world), str(slow), flags]

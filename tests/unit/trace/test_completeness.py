@@ -6,8 +6,6 @@ The traces are written here in Kineto's layout, so that what is lost is known ex
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -412,17 +410,6 @@ def test_calls_that_launch_a_graph(name: str) -> None:
 )  # fmt: skip
 def test_other_calls(name: str) -> None:
     assert not [word for word in CALLS if word.match(name)]
-
-
-@pytest.fixture(scope="module")
-def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The inputs of ../shared/cases/traces, made anew."""
-    maker = shared_data.parent / "cases" / "traces" / "make.py"
-    if not maker.is_file():
-        pytest.skip("no cases/traces/make.py beside the real data")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, maker], cwd=folder, check=True, capture_output=True)
-    return folder
 
 
 @pytest.mark.parametrize(

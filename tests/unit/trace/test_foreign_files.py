@@ -7,7 +7,6 @@ import io
 import json
 import re
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -381,16 +380,6 @@ CASES = {
     "nsys_table_v3.sqlite": "CUPTI_ACTIVITY_KIND_KERNEL_V3",
     "nsys_runtime_only.sqlite": "1 CUDA call, but no kernels were recorded",
 }
-
-
-@pytest.fixture(scope="module")
-def cases(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    script = shared_data.parent / "cases/traces/make.py"
-    if not script.is_file():
-        pytest.skip(f"no cases: {script} is not there")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, str(script)], cwd=folder, check=True)
-    return folder
 
 
 @pytest.mark.parametrize("case", CASES)
