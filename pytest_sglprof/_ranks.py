@@ -83,6 +83,16 @@ class Rank:
         return cls(**values) if values else cls(tp=0)
 
 
+def work_group(label: str) -> tuple[int, ...] | None:
+    """A key that the ranks have in common whose input is identical to that of this one.
+
+    An absent dimension counts as 0, since sources leave out dimensions of size 1. None for a label
+    that is not a rank's name.
+    """
+    rank = Rank.parse(label)
+    return rank.work_group.sort_key if rank else None
+
+
 def rank_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Labels in the order of their ranks, then labels of no rank in alphabetical order."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pytest_sglprof._ranks import Rank
+from pytest_sglprof._ranks import Rank, work_group
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,10 +46,9 @@ def work_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
     names: dict[tuple[int, ...] | None, str] = {}
     for label in ranks:
         rank = Rank.parse(label)
-        shared = rank.work_group if rank else None
-        key = shared.sort_key if shared else None
+        key = work_group(label)
         members.setdefault(key, []).append(label)
-        names.setdefault(key, (shared.label or "DP0") if shared else "unnamed")
+        names.setdefault(key, (rank.work_group.label or "DP0") if rank else "unnamed")
     if len(members) == 1:
         return tuple(RankGroup("", tuple(labels)) for labels in members.values())
     return tuple(RankGroup(names[key], tuple(labels)) for key, labels in members.items())

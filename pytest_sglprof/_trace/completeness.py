@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof._errors import NoKernels
-from pytest_sglprof._ranks import Rank
+from pytest_sglprof._ranks import Rank, work_group
 from pytest_sglprof._trace.counterparts import Counterparts
 from pytest_sglprof._trace.steps import StepIndex
 from pytest_sglprof._trace.table import NO_STEP, Flags, Ints, RankActivities
@@ -222,7 +222,7 @@ class _Ledger:
     front: int
     inner: slice
     is_dropped: Flags
-    ns: npt.NDArray[np.float64]
+    ns: Amounts
     lost_ns: Amounts
     unknown: Flags
     has_steps: bool
@@ -332,12 +332,10 @@ def _with_equal_kernels(
     of what is lost is entered into the ledgers.
     """
     # Where each stage has a file, a rank has several parts, in the same order on all ranks.
-    groups: dict[tuple[Rank | None, int], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...] | None, int], list[int]] = {}
     before: Counter[str] = Counter()
     for member, part in enumerate(parts):
-        rank = Rank.parse(part.rank)
-        key = (rank.work_group if rank else None, before[part.rank])
-        groups.setdefault(key, []).append(member)
+        groups.setdefault((work_group(part.rank), before[part.rank]), []).append(member)
         before[part.rank] += 1
     rows: list[list[int]] = [[] for _ in parts]
     for members in groups.values():

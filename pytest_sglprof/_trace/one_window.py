@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pytest_sglprof._ranks import Rank
+from pytest_sglprof._ranks import work_group
 from pytest_sglprof._trace.table import NO_SEQUENCE, RankActivities
 
 APART_NS = 60 * 10**9  # between the end of one rank's window and the start of another's
@@ -60,10 +60,9 @@ class _Gap(NamedTuple):
 
 
 def _apart(parts: Sequence[RankActivities]) -> str:
-    groups: dict[Rank | None, list[RankActivities]] = {}
+    groups: dict[tuple[int, ...] | None, list[RankActivities]] = {}
     for part in parts:
-        rank = Rank.parse(part.rank)
-        groups.setdefault(rank.work_group if rank else None, []).append(part)
+        groups.setdefault(work_group(part.rank), []).append(part)
     gaps = [gap for gap in _gaps(parts) if gap.ns > APART_NS]
     gaps += [
         gap

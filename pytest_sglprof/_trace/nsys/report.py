@@ -96,7 +96,11 @@ def read_recorded(
     """
     pid_ranks = pid_ranks or {}
     with opened(path, nsys) as tables:
-        parts = _read(tables, pid_ranks, gpu_ranks or {}, name, launches=True)
+        run, clock_ns = _run_facts(tables), _clock(tables)
+        parts = [
+            replace(part, run=run, clock_ns=clock_ns) if part.is_timeline else part
+            for part in _read(tables, pid_ranks, gpu_ranks or {}, name, launches=True)
+        ]
         if any(part.is_timeline and len(part.start) for part in parts):
             return [_with_launches(part, tables, pid_ranks) for part in parts]
         if any("skipped" in note for part in parts for note in part.notes):
@@ -166,15 +170,12 @@ def _read(
     if not on_gpu:
         return [_of_ranges(label, its_owners, notes) for label, its_owners in own_ranges.items()]
     steps = {label: run_batches(its_owners) for label, its_owners in own_ranges.items()}
-    run, clock_ns = _run_facts(tables), _clock(tables)
     calls = read_calls(tables) if launches or any(steps.values()) else None
     launched = launch_times(calls, rows) if calls and any(steps.values()) else None
     parts = []
     for label, its_steps in steps.items():
         chosen = rows.of_owners(members.get(label, []))
-        part = replace(
-            _of_gpu(label, rows, chosen, launched, its_steps, notes), run=run, clock_ns=clock_ns
-        )
+        part = _of_gpu(label, rows, chosen, launched, its_steps, notes)
         pids_here = {owner.pid for owner in members.get(label, [])}
         others = {o.pid for other, its in members.items() if other != label for o in its}
         if launches and calls is not None and not pids_here & others:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_sglprof._analysis.groups import RankGroup, work_groups
+from pytest_sglprof._ranks import work_group
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,9 @@ def test_ranks_with_identical_input_form_a_group(
     labels: list[str], groups: list[tuple[str, tuple[str, ...]]]
 ) -> None:
     assert work_groups(labels) == tuple(RankGroup(name, ranks) for name, ranks in groups)
+
+
+def test_an_absent_dimension_is_one_of_size_1() -> None:
+    assert work_group("TP0") == work_group("DP0 PP0 TP1") == work_group("PP0 TP3 EP1")
+    assert work_group("TP0") != work_group("DP1 TP0") != work_group("PP1 TP0")
+    assert work_group("pid 4711") is None
