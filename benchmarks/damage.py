@@ -487,11 +487,11 @@ def main() -> int:
     return int(missed > 0)
 
 
-def rewrite(path: Path, lines: Sequence[str]) -> None:
+def rewrite(path: Path, lines: Sequence[str], begin: str = BEGIN) -> None:
     """Puts the lines between the markers of a file."""
-    before, rest = path.read_text().split(BEGIN)
+    before, rest = path.read_text().split(begin)
     after = rest.split(END, 1)[1]
-    path.write_text("\n".join((f"{before}{BEGIN}", *lines, f"{END}{after}")))
+    path.write_text("\n".join((f"{before}{begin}", *lines, f"{END}{after}")))
 
 
 def write(line: str) -> None:

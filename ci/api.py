@@ -98,7 +98,7 @@ def _markers() -> Iterator[str]:
     for text in MARKER_HELP:
         yield text.partition("(")[0]
     yield from (f"profile_window({each.name}=)" for each in fields(WindowSpec))
-    yield from (f"profile_window({name}=)" for name in METRICS)
+    yield from (f"profile_window({name}=)" for name in (*METRICS, "across"))
 
 
 def _hooks() -> Iterator[str]:

@@ -48,11 +48,25 @@ limit = 1.10
 """
 # Long prompts keep the length of the KV cache within one bucket, whenever the window opens.
 TESTS = """
-@pytest.mark.profile_window(num_steps=40)
+@pytest.mark.profile_window(num_steps=60)
 def test_decode(bench_serving):
     bench_serving(num_prompts=4, max_concurrency=4, random_input_len=1100,
-                  random_output_len=500, random_range_ratio=1.0, warm_up=False)
+                  random_output_len=900, random_range_ratio=1.0, warm_up=False)
 """
+LIVES = """
+[baseline]
+dir = "baselines"
+
+[[threshold]]
+metric = "regression"
+limit = 1.05
+
+[[threshold]]
+metric = "regression"
+scope = "moe"
+limit = 1.05
+"""
+ACCEPTED = 9  # nights before the one in which experts are slower
 SLOW_EXPERTS = "rank={rank},category=moe,factor={factor}"
 
 
@@ -92,11 +106,25 @@ def seven_nights() -> Path:
     return _report(*nights)
 
 
+@cache
+def slower_night() -> Path:
+    """The page of a night with slower experts, after nights that were accepted."""
+    folder = Path(_runs().name) / "nights"
+    noise = ', "--life-noise", "0.005"'
+    config = SERVER.format(ranks=2, step_ms=4, slow=noise) + LIVES
+    for _ in range(ACCEPTED):
+        Project(folder, TESTS, config).run("--sglprof-accept=all")
+    slow = f', "--slow", "{SLOW_EXPERTS.format(rank="all", factor=1.12)}"'
+    config = SERVER.format(ranks=2, step_ms=4, slow=noise + slow) + LIVES
+    return Project(folder, TESTS, config).run().run_folder / "report.html"
+
+
 PICTURES = {
     "who-when": Picture(slow_rank, "details[open] .who", "details[open] .when"),
     "dark": Picture(slow_rank, "details[open] .who", "details[open] .when", dark=True),
     "lanes": Picture(slow_rank, "details[open] .lanes", "details[open] .lanes"),
     "baseline": Picture(against_baseline, "#h-baseline", "#baseline details.stage"),
+    "nights": Picture(slower_night, ".regression h3", ".regression .scanned"),
     "history": Picture(seven_nights, "#history", "#history"),
 }
 

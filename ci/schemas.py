@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -15,21 +16,28 @@ import msgspec
 from jsonschema import Draft202012Validator
 
 import pytest_sglprof
+from pytest_sglprof._baselines.records import RECORD_FORMAT, Baseline, LifeRecord
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import SERVER_KINDS
+from pytest_sglprof._config.model import ACROSS, SERVER_KINDS
 from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
 
 FOLDER = Path(pytest_sglprof.__file__).parent / "schemas"
 CONFIG = "config.schema.json"
 NO_DEFAULT = object()
+ADDED_LATER = (
+    "across",
+    "min_us",
+)  # fields that older documents lack, although their default is not None
 KINDS: dict[str, dict[str, Any]] = {  # what a value of each `Option.kind` may be
     "flag": {"type": "boolean"},
     "text": {"type": "string", "minLength": 1},
     "regex": {"type": "string", "format": "regex", "minLength": 1},
     "count": {"type": "integer", "minimum": 0},
     "positive": {"type": "integer", "minimum": 1},
+    "confirm": {"type": "integer", "minimum": 0, "maximum": 3},
     "size": {"type": "number", "exclusiveMinimum": 0},
+    "repeat": {"type": ["integer", "string"], "minimum": 1, "pattern": "^certain$"},
     "share": {"type": "number", "minimum": 0, "maximum": 1},
 }
 
@@ -38,6 +46,10 @@ def schemas() -> dict[str, str]:
     """File name -> text of each schema."""
     return {
         "results.schema.json": _text(Results, f"results-{FORMAT.major}", "results of a run"),
+        "baseline.schema.json": _text(Baseline, f"baseline-{RECORD_FORMAT[0]}", "accepted lives"),
+        "life.schema.json": _text(
+            LifeRecord, f"life-{RECORD_FORMAT[0]}", "record of a server life"
+        ),
         CONFIG: _config_text(),
     }
 
@@ -52,6 +64,7 @@ def _config_text() -> str:
     definitions = schema["$defs"]
     definitions["server"]["properties"]["kind"]["enum"] = list(SERVER_KINDS)
     definitions["window"]["properties"]["backend"]["enum"] = list(BACKENDS)
+    definitions["threshold"]["properties"]["across"]["enum"] = [*ACROSS, ""]
     for name in {option.table for option in OPTIONS if option.key} - set(definitions):
         tables[name] = {"type": "object", "additionalProperties": False, "properties": {}}
     for option in OPTIONS:
@@ -72,11 +85,13 @@ def _text(kind: type, name: str, title: str) -> str:
     # Writers write every field. Older documents lack those added later, whose default is None;
     # the other defaults are of dataclasses that people fill in as well.
     for definition in schema["$defs"].values():
+        if "description" in definition:  # msgspec before 0.23 keeps the indent of docstrings
+            definition["description"] = inspect.cleandoc(definition["description"])
         if "properties" in definition:
             definition["required"] = [
                 name
                 for name, rule in definition["properties"].items()
-                if rule.get("default", NO_DEFAULT) is not None
+                if rule.get("default", NO_DEFAULT) is not None and name not in ADDED_LATER
             ]
     return json.dumps(schema, indent=1, ensure_ascii=False, default=str) + "\n"
 

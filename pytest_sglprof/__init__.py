@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pytest_sglprof._load.watcher import LoadWatch as LoadWatch
     from pytest_sglprof._plugin.verdicts import VerdictFailed as VerdictFailed
     from pytest_sglprof._plugin.verdicts import VerdictInconclusive as VerdictInconclusive
+    from pytest_sglprof._run.shapes import ProfileShapes as ProfileShapes
+    from pytest_sglprof._run.shapes import ShapeResult as ShapeResult
     from pytest_sglprof._run.window import ProfileWindow as ProfileWindow
     from pytest_sglprof._run.window import Window as Window
     from pytest_sglprof._server.launch import Server as Server
@@ -43,11 +45,13 @@ _HOMES = {
     "LoadResult": "_bench_serving.command",
     "LoadSample": "_load.samples",
     "LoadWatch": "_load.watcher",
+    "ProfileShapes": "_run.shapes",
     "ProfileWindow": "_run.window",
     "QueueGrowth": "_load.triggers",
     "Server": "_server.launch",
     "ServerSpec": "_config.model",
     "SglprofError": "_errors",
+    "ShapeResult": "_run.shapes",
     "Threshold": "_config.model",
     "ThroughputDrop": "_load.triggers",
     "VerdictFailed": "_plugin.verdicts",

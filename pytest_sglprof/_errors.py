@@ -194,6 +194,13 @@ class Inconclusive(SglprofError):
     exit_status = ExitStatus.INCONCLUSIVE
 
 
+class Incomparable(Inconclusive):
+    """There are no accepted server lives that a new one can be compared with.
+
+    What was measured is whole: the life may be accepted with a reason.
+    """
+
+
 def note(error: BaseException, text: str) -> None:
     """Shows `text` below `error`, as `add_note` does, which Python 3.10 lacks."""
     error.__notes__ = [*getattr(error, "__notes__", ()), text]

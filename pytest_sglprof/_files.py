@@ -1,15 +1,16 @@
-"""Writes files completely or not at all, and makes safe file names."""
+"""Writes files completely or not at all, makes safe file names, and JSON for people."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+@-]+")
 MAX_NAME_BYTES = 120  # a file system allows 255; suffixes, ranks and temporary names are added
@@ -50,3 +51,43 @@ def atomic_write(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
     """Writes `data` so that `path` holds all of it, or its old content if writing fails."""
     with atomic_writer(path, mode=mode) as stream:
         stream.write(data.encode() if isinstance(data, str) else data)
+
+
+def json_text(value: Any, is_one_line: Callable[[Any], bool], *, is_sorted: bool = False) -> str:
+    """JSON for people and for `diff`: one item a line, but `is_one_line` values on one.
+
+    is_sorted: by key, so that equal values are equal texts.
+    """
+    import msgspec  # not with the plugin: most runs of pytest write nothing
+
+    encoder = msgspec.json.Encoder(order="sorted" if is_sorted else None)
+
+    def encoded(value: Any) -> str:
+        return encoder.encode(value).decode()
+
+    def items(value: Any) -> list[tuple[Any, Any]]:
+        if isinstance(value, msgspec.Struct):
+            names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+            pairs = [(encoded, getattr(value, name)) for encoded, name in names]
+        elif dataclasses.is_dataclass(value):
+            names_of = (field.name for field in dataclasses.fields(value))
+            pairs = [(name, getattr(value, name)) for name in names_of]
+        else:
+            pairs = list(value.items()) if isinstance(value, dict) else []
+        return sorted(pairs, key=lambda pair: str(pair[0])) if is_sorted else pairs
+
+    def lines(value: Any, line: str) -> Iterator[str]:
+        mark, end = "[]" if isinstance(value, list | tuple) else "{}"
+        parts = list(value) if mark == "[" else items(value)
+        if not parts or is_one_line(value):
+            yield encoded(value)
+            return
+        for part in parts:
+            yield f"{mark}{line} "
+            if end == "}":
+                yield f"{encoded(part[0])}: "
+            yield from lines(part if end == "]" else part[1], f"{line} ")
+            mark = ","
+        yield f"{line}{end}"
+
+    return "".join(lines(value, "\n")) + "\n"

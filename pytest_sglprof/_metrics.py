@@ -23,11 +23,12 @@ def worst_word(words: Container[str | None]) -> VerdictWord | None:
     return next((word for word in WORST_FIRST if word in words), None)
 
 
-MIN_STEPS = 30  # default number of compared steps that a verdict needs
+MIN_STEPS = 50  # default number of compared steps that a verdict needs
+PASS_MARGIN = 1.5  # of what a limit allows: a figure that passes is surely below that
 MIN_SHARE = 0.01  # default share of compute below which a kernel cannot fail
 
 Interval = tuple[float, float]
-Kind = Literal["ranks"]
+Kind = Literal["ranks", "steps", "lives", "load"]
 
 
 class Unit(NamedTuple):
@@ -46,31 +47,48 @@ class Unit(NamedTuple):
 UNITS: Mapping[str, Unit] = {
     "ratio": Unit(1.0, "", 2, example="1.10 allows 10 %"),
     "share": Unit(100.0, " %", 1, top=1.0, example="0.05 allows 5 %"),
-    "ms": Unit(1.0, " ms", 1),
+    "ms": Unit(1.0, " ms", 1, example="20 allows 20 ms"),
+    "tokens/s": Unit(1.0, " tokens/s", 0, example="1500 asks for 1,500 tokens/s"),
+    "requests/s": Unit(1.0, " requests/s", 2, example="2.5 asks for 2.5 requests/s"),
+    "tokens": Unit(1.0, " tokens", 2, example="2.8 asks for 2.8 tokens"),
 }
 
 
 class Metric(NamedTuple):
     """One metric. name: in TOML, markers, on the command line and in results.
 
-    of: the kind of finding that has it ("ranks": `ImbalanceFinding`). value, interval: the
-    attributes of that finding with the figure and its 95 % interval; also the names of the
-    fields in results.json. sentence: the reason of a verdict, with the fields of
-    `_verdict.judge.facts`; at_best: the sentence for a figure equal to `best`, "" for the same
-    one. unit: a key of `UNITS`. best: the best possible figure; a limit beyond it is refused.
-    needs_p: whether a failure needs a small p as well as an interval beyond the limit.
+    of: the kind of finding that has it ("ranks": `ImbalanceFinding`; "steps": `StepBudget`;
+    "lives": `LifeChange`; "load": `LoadFigure`). The first two are of one window; the others are
+    of server lives, see `_verdict.regression`.
+    value, interval: the attributes of that finding with the figure and what it may be. estimate:
+    how both are found, a key of `ESTIMATES` in `_analysis.imbalance` or `_analysis.budget`.
+    sentence: the reason of a verdict, with the fields of `_verdict.judge.facts`; at_best: the
+    sentence for a figure equal to `best`, "" for the same one. unit: a key of `UNITS`. best: the
+    best possible figure; a limit beyond it is refused.
+    across: "sync" if it is of ranks that wait for each other, whatever their input.
     """
 
     name: str
     of: Kind
     value: str
     interval: str
+    estimate: str
     sentence: str
     at_best: str = ""
     unit: str = "ratio"
     better: Literal["lower", "higher"] = "lower"
     best: float = 1.0
-    needs_p: bool = True
+    across: Literal["", "sync"] = ""
+
+    @property
+    def is_of_whole_steps(self) -> bool:
+        """Whether it has a stage, but neither scope nor kernel."""
+        return self.of == "steps" or bool(self.across)
+
+    @property
+    def is_of_lives(self) -> bool:
+        """Whether it is judged at the end of a test, with all that its server lives left."""
+        return self.of in ("lives", "load")
 
     @property
     def label(self) -> str:
@@ -82,7 +100,7 @@ class Metric(NamedTuple):
         return attrgetter(self.value)(finding)
 
     def read_interval(self, finding: object) -> Any:
-        """The 95 % interval of the figure, (low, high); None if there is none."""
+        """What the figure may be, (low, high); None if that is not known."""
         return attrgetter(self.interval)(finding)
 
     def format(self, value: float | None, *, finer: int = 0, none: str = "-") -> str:
@@ -121,6 +139,17 @@ class Metric(NamedTuple):
             return high < limit * (1 + 1e-9)
         return low > limit * (1 - 1e-9)
 
+    def pass_bound(self, limit: float) -> float:
+        """What a figure that passes is surely not beyond: 1.5 times what the limit allows."""
+        return self.best + PASS_MARGIN * (limit - self.best)
+
+    def is_surely_within(self, interval: Interval, limit: float) -> bool:
+        """True if the whole interval is on the good side of the pass bound, with rounding."""
+        low, high = interval
+        bound = self.pass_bound(limit)
+        rounding = 1e-9 * (1 + abs(bound))
+        return low > bound - rounding if self.better == "higher" else high < bound + rounding
+
     def severity(self, value: float | None, limit: float) -> tuple[float, float]:
         """Sort key: how many times as bad as the limit, then how bad. No figure is worst.
 
@@ -144,7 +173,8 @@ _ROWS = (
         of="ranks",
         value="slowdown",
         interval="interval",
-        sentence="{slowest_is} {value}x slower than {their} peers in {subject}{limit}: "
+        estimate="typical_ratio",
+        sentence="{slowest_is} {value}x slower than {peers} in {subject}{limit}: "
         "{most} against {others}{over}",
         at_best="{group}no rank is slower in {subject}{over}{limit}",
     ),
@@ -153,22 +183,128 @@ _ROWS = (
         of="ranks",
         value="factor",
         interval="factor_interval",
-        sentence="{group}the imbalance factor of {subject} is {value}{limit}: {slowest} has "
-        "{most}, the mean is {mean}{over}{longer}",
+        estimate="share_of_mean",
+        sentence="{group}the imbalance factor of {subject} is {value}{limit}: {heaviest} has "
+        "{largest}, the mean is {mean}{over}{longer}",
     ),
     Metric(
         name="lost_share",
         of="ranks",
-        value="lost_share",
+        value="judged_lost_share",
         interval="lost_share_interval",
+        estimate="lost_share",
         sentence="{group}{value} of the time in {subject} is lost to imbalance{limit}: "
-        "{lost}{over}{longer}",
+        "{lost}{over}, of which {noise} is what noise alone loses{longer}",
         unit="share",
         best=0.0,
-        needs_p=False,  # swapping ranks within a step does not change it
+    ),
+    Metric(
+        name="spike_share",
+        of="ranks",
+        value="spike_share",
+        interval="spike_interval",
+        estimate="spike_shares",
+        sentence="{group}{spiky} loses {value} of the time in {subject} in spikes{limit}: it has "
+        "{spikes} above 1.3 times its usual{over}",
+        at_best="{group}no rank has a spike in {subject}{over}{limit}",
+        unit="share",
+        best=0.0,
+    ),
+    Metric(
+        name="sync_lost_share",
+        of="ranks",
+        value="sync_lost_share",
+        interval="sync_lost_interval",
+        estimate="lost_of_wall",
+        sentence="{group}{value} of the time of all GPUs is lost by waiting for each other"
+        "{limit}{over}",
+        unit="share",
+        best=0.0,
+        across="sync",
+    ),
+    Metric(
+        name="idle_share",
+        of="steps",
+        value="idle_share",
+        interval="idle_interval",
+        estimate="idle_of_wall",
+        sentence="{idlest}'s GPU is idle for {value} of {a_step}{limit}{idle}{over}",
+        unit="share",
+        best=0.0,
+    ),
+    Metric(
+        name="pass_wall",
+        of="steps",
+        value="pass_wall",
+        interval="wall_interval",
+        estimate="mean_wall",
+        sentence="{a_step} takes {value} on {longest}{limit}: {parts}{over}",
+        unit="ms",
+        best=0.0,
     ),
 )
-METRICS: Mapping[str, Metric] = {row.name: row for row in _ROWS}
+LATENCIES = {  # of the load driver -> what its figures are of
+    "ttft": "the time to the first token",
+    "tpot": "the time per output token",
+    "itl": "the time between tokens",
+}
+STATISTICS = ("mean", "median", "p90", "p95", "p99")
+_RATES = {  # name -> what it is, unit
+    "output_throughput": ("the output throughput", "tokens/s"),
+    "goodput": ("the goodput", "requests/s"),
+    "accept_length": ("the accept length", "tokens"),
+}
+_LOAD_SENTENCE = "{subject} is {value}{limit}{over}"
+_OF_LIVES = (
+    Metric(
+        name="regression",
+        of="lives",
+        value="ratio",
+        interval="interval",
+        estimate="log_ratio",
+        sentence="{subject} is {value}x as {much} as in the accepted lives{limit}: "
+        "{before} → {now}{over}",
+    ),
+    *(
+        Metric(
+            name=f"{latency}_{statistic}",
+            of="load",
+            value="value",
+            interval="interval",
+            estimate="mean_of_lives",
+            sentence=_LOAD_SENTENCE,
+            unit="ms",
+            best=0.0,
+        )
+        for latency in LATENCIES
+        for statistic in STATISTICS
+    ),
+    *(
+        Metric(
+            name=name,
+            of="load",
+            value="value",
+            interval="interval",
+            estimate="mean_of_lives",
+            sentence=_LOAD_SENTENCE,
+            unit=unit,
+            better="higher",
+            best=math.inf,
+        )
+        for name, (_, unit) in _RATES.items()
+    ),
+)
+METRICS: Mapping[str, Metric] = {row.name: row for row in (*_ROWS, *_OF_LIVES)}
+OF_STEPS = ("pass_wall", "idle_share")  # figures of whole steps, which `regression` can be of
+LOAD_WORDS: Mapping[str, str] = {  # figure of the load driver -> `the p99 of the time to …`
+    **{
+        f"{latency}_{statistic}": f"the {statistic} of {words}"
+        for latency, words in LATENCIES.items()
+        for statistic in STATISTICS
+    },
+    **{name: words for name, (words, _) in _RATES.items()},
+}
+LIFE_FIGURES = (*OF_STEPS, *LOAD_WORDS)  # scopes that only `regression` has
 
 
 def metrics_of(kind: Kind) -> tuple[Metric, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +91,20 @@ def work_group(label: str) -> tuple[int, ...] | None:
     """
     rank = Rank.parse(label)
     return rank.work_group.sort_key if rank else None
+
+
+def short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Each label by a short one: `DP3` for `DP3 TP3 EP3` where all dimensions of all say the same.
+
+    All labels as they are where a dimension differs, or where two ranks would share a name.
+    """
+    short = {}
+    for label in labels:
+        words = label.split()
+        if Rank.parse(label) is None or len({re.sub(r"\D+", "", word) for word in words}) != 1:
+            return {label: label for label in labels}
+        short[label] = words[0]
+    return short if len(set(short.values())) == len(short) else {label: label for label in labels}
 
 
 def rank_order(labels: Iterable[str]) -> tuple[str, ...]:

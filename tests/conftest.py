@@ -34,7 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _asked_for_end_to_end() -> None:
+    if os.environ.get("SGLPROF_END_TO_END", "") in ("", "0"):
+        pytest.skip("it takes minutes; .ci/run does it: SGLPROF_END_TO_END=1")
+
+
 REAL: Mapping[str, Callable[[], object]] = {
+    "end_to_end": _asked_for_end_to_end,
     "real_server": real_env.real_sglang,
     "real_nsys": real_env.real_nsys,
     "browser": find_chromium,

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
-import msgspec
-import numpy as np
-import numpy.typing as npt
+from msgspec.structs import replace as replace_struct
 
-from pytest_sglprof._analysis.certainty import Amount, Count, Share
 from pytest_sglprof._analysis.imbalance import MIN_ASSIGNED_SHARE, MIN_MATCHED_SHARE
-from pytest_sglprof._analysis.times import GroupCells
+from pytest_sglprof._analysis.strata import UNKNOWN, GroupStrata, StepWork, Stratum
 from pytest_sglprof._metrics import MIN_STEPS
 from pytest_sglprof._trace.categories import NOT_COMPUTE
-from pytest_sglprof._trace.table import Ints, first_of
 
-if TYPE_CHECKING:
-    from pytest_sglprof._trace.table import KernelTable
+MIN_CALLS_CHANGE = 0.02  # of the calls of a kernel; smaller ones are steps that differ a little
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,8 @@ class Change:
 
     before_ns, now_ns: 0.0 if the run does not have the kernel; None if the run's kernel list
     was truncated, so absence is unknown. share: (now - before) x weight / compute before; the
-    weight is 1 for steps, and for calls the mean number of calls of both runs.
+    weight is 1 for steps, and for calls the mean number of calls of both runs. before_calls,
+    now_calls: calls of a kernel per step (or per window); None if unknown.
     """
 
     name: str
@@ -40,6 +35,8 @@ class Change:
     before_ns: float | None
     now_ns: float | None
     share: float | None = None
+    before_calls: float | None = None
+    now_calls: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -54,6 +51,14 @@ class Change:
         if self.before_ns is None or self.now_ns is None:
             return None
         return self.now_ns - self.before_ns
+
+    @property
+    def changes_calls(self) -> bool:
+        """Whether both runs call it, and not equally often."""
+        before, now = self.before_calls, self.now_calls
+        if not before or not now:
+            return False
+        return abs(now - before) > MIN_CALLS_CHANGE * before
 
 
 @dataclass(frozen=True)
@@ -215,31 +220,41 @@ def _unknown_work(works: Sequence[StepWork]) -> tuple[str, ...]:
     return tuple(cautions)
 
 
-def _kernel_means(group: GroupStrata, chosen: Sequence[Stratum]) -> dict[str, tuple[str, float]]:
-    """Maps kernel names to category and mean time over the strata.
+_Mean = tuple[str, float, float | None]  # category, ns and calls per step
+
+
+def _kernel_means(group: GroupStrata, chosen: Sequence[Stratum]) -> dict[str, _Mean]:
+    """Maps kernel names to category, mean time and calls over the strata.
 
     A name that stands in two categories gets the sum of both.
     """
-    means: dict[str, tuple[str, float]] = {}
+    means: dict[str, _Mean] = {}
     for at, (category, name) in enumerate(group.kernels):
-        earlier = means[name][1] if name in means else 0.0
-        means[name] = (category, earlier + _mean(each.kernels[at] for each in chosen))
+        _, ns, calls = means.get(name, (category, 0.0, 0.0))
+        listed = [each.calls[at] for each in chosen if each.calls is not None]
+        is_known = calls is not None and len(listed) == len(chosen)
+        means[name] = (
+            category,
+            ns + _mean(each.kernels[at] for each in chosen),
+            (calls or 0.0) + _mean(listed) if is_known else None,
+        )
     return means
 
 
 def _kernels(
-    old: Mapping[str, tuple[str, float]],
-    new: Mapping[str, tuple[str, float]],
+    old: Mapping[str, _Mean],
+    new: Mapping[str, _Mean],
     before: GroupStrata,
     now: GroupStrata,
     base: float,
 ) -> list[Change]:
     changes = []
-    for name, (category, _) in {**old, **new}.items():
-        was = old[name][1] if name in old else _absent(before)
-        became = new[name][1] if name in new else _absent(now)
+    for name, (category, _, _) in {**old, **new}.items():
+        _, was, calls_before = old.get(name, (category, _absent(before), _absent(before)))
+        _, became, calls_now = new.get(name, (category, _absent(now), _absent(now)))
         if was or became:
-            changes.append(_change(name, category, was, became, base))
+            change = _change(name, category, was, became, base)
+            changes.append(replace(change, before_calls=calls_before, now_calls=calls_now))
     return changes
 
 
@@ -292,14 +307,18 @@ def _by_call(before: GroupStrata, now: GroupStrata) -> StageChange:
         for category in dict.fromkeys(new[name][0] for name in common)
     ]
     kernels = [
-        _change(
-            name,
-            category,
-            old[name][1] if name in old else _absent(before),
-            new[name][1] if name in new else _absent(now),
-            # A kernel that only one run calls is neither faster nor slower.
-            base if name in weights else 0.0,
-            weights.get(name, 0.0),
+        replace(
+            _change(
+                name,
+                category,
+                old[name][1] if name in old else _absent(before),
+                new[name][1] if name in new else _absent(now),
+                # A kernel that only one run calls is neither faster nor slower.
+                base if name in weights else 0.0,
+                weights.get(name, 0.0),
+            ),
+            before_calls=old[name][2] if name in old else _absent(before),
+            now_calls=new[name][2] if name in new else _absent(now),
         )
         for name, (category, _, _) in {**old, **new}.items()
     ]
@@ -337,189 +356,63 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else 0.0
 
 
-# Strata. The compared steps of a window are grouped by the work they do, so that they can be
-# compared with another run's window, whatever its mix of batch sizes.
+def mean_strata(lives: Sequence[Sequence[GroupStrata]]) -> tuple[GroupStrata, ...]:
+    """The mean of several server lives, over the kinds of steps that all of them have.
 
-
-MAX_STRATA = 32  # kept of a work group: those with the most steps
-MAX_KERNELS = 300  # kept of a work group: those with the largest kernel time
-MIN_KERNELS = 20
-MAX_CELLS = 60_000  # strata x kernels kept of a window; 64 groups of 32 strata keep 29 each
-UNKNOWN = -1
-DIGITS = 3  # decimals kept of a mean in ns
-_ROWS = 1_000_000  # of the table that are summed at once, to bound memory
-_DECODE = "decode"
-
-Floats = npt.NDArray[np.float64]
-
-
-class StepWork(msgspec.Struct, frozen=True, order=True):
-    """The work of a step; steps of equal work are compared. -1 where it is not known.
-
-    batch: requests, or the padded batch size of the graph that ran, if known. kv_bucket:
-    floor(log2(KV tokens per request)). token_bucket: floor(log2(new tokens)); -1 for decode,
-    where the batch says the same.
+    A kernel that a life does not list took no time there.
     """
-
-    stage: str
-    substage: str
-    batch: int
-    kv_bucket: int
-    token_bucket: int
-
-
-class Stratum(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps of equal work; kernel times are means over these steps and the group's ranks, ns.
-
-    steps: number of steps. kernels: the time of each of `GroupStrata.kernels`, in that order.
-    categories, compute_ns: over all kernels, including those that are not listed.
-    """
-
-    work: StepWork
-    steps: Count
-    compute_ns: Amount
-    categories: dict[str, Amount]
-    kernels: tuple[Amount, ...]
+    if len(lives) == 1:
+        return tuple(lives[0])
+    means = []
+    for first in lives[0]:
+        same = [each for groups in lives for each in groups if each.group == first.group]
+        if len(same) == len(lives) and all(each.ranks == first.ranks for each in same):
+            means.append(_mean_group(same))
+    return tuple(means)
 
 
-class GroupStrata(msgspec.Struct, frozen=True, kw_only=True):
-    """The strata of one work group, the one with the most steps first.
-
-    steps: number of compared steps by stage, including those of strata that are left out; None
-    if the source has no steps. Then one stratum, with `steps` 1, holds the whole window, and
-    `calls` has the number of calls of each kernel, mean of the ranks. kernels: (category,
-    name). assigned_share: share of compute that lies in known steps. left_out_strata,
-    left_out_kernels: number beyond the bounds on what is kept.
-    """
-
-    group: str
-    ranks: tuple[str, ...]
-    steps: dict[str, Count] | None
-    assigned_share: Share
-    kernels: tuple[tuple[str, str], ...]
-    strata: tuple[Stratum, ...]
-    left_out_strata: Count
-    left_out_kernels: Count
-    calls: tuple[Amount, ...]
-
-
-def strata(table: KernelTable, groups: Sequence[GroupCells]) -> tuple[GroupStrata, ...]:
-    """The strata of every work group. groups: the result of `sum_times(table)`."""
-    room = max(MIN_KERNELS, min(MAX_KERNELS, MAX_CELLS // max(1, len(groups) * MAX_STRATA)))
-    return tuple(_group_strata(table, cells, room) for cells in groups)
-
-
-def _group_strata(table: KernelTable, cells: GroupCells, room: int) -> GroupStrata:
-    works = _works(table, cells)
-    sizes = Counter(works)
-    ordered = sorted(sizes, key=lambda work: (-sizes[work], work))
-    shown = ordered[:MAX_STRATA]
-    sums, calls = _sums(table, cells, [ordered.index(work) for work in works], len(ordered))
-    ranks = len(cells.group.ranks)
-    steps = np.array([sizes[work] for work in ordered], dtype=np.int64)
-    means = sums / np.maximum(1, steps[:, None] * ranks)
-    totals = sums.sum(axis=0)
-    order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
-    names = dict.fromkeys(category for category, _ in cells.kernels)
-    scopes = {name: cells.select(name) for name in names}
-    return GroupStrata(
-        group=cells.group.label,
-        ranks=cells.group.ranks,
-        steps=dict(Counter(cells.steps.stages)) if cells.has_steps else None,
-        assigned_share=cells.assigned_share,
-        kernels=tuple(cells.kernels[k] for k in order[:room]),
-        strata=tuple(
+def _mean_group(same: Sequence[GroupStrata]) -> GroupStrata:
+    first = same[0]
+    kernels = tuple(dict.fromkeys(kernel for each in same for kernel in each.kernels))
+    by_work = [{one.work: one for one in each.strata} for each in same]
+    works = [one.work for one in first.strata if all(one.work in each for each in by_work)]
+    strata = []
+    for work in works:
+        ones = [each[work] for each in by_work]
+        names = dict.fromkeys(name for one in ones for name in one.categories)
+        rows = [
+            dict(zip(each.kernels, one.kernels, strict=True))
+            for each, one in zip(same, ones, strict=True)
+        ]
+        calls = [
+            dict(zip(each.kernels, one.calls or each.calls, strict=True))
+            for each, one in zip(same, ones, strict=True)
+            if one.calls or each.calls
+        ]
+        strata.append(
             Stratum(
                 work=work,
-                steps=int(steps[at]),
-                compute_ns=_mean_work(means[at][cells.select("compute")].sum()),
+                steps=min(one.steps for one in ones),
+                compute_ns=_mean(one.compute_ns for one in ones),
                 categories={
-                    name: _mean_work(means[at][mask].sum()) for name, mask in scopes.items()
+                    name: _mean(one.categories.get(name, 0.0) for one in ones) for name in names
                 },
-                kernels=tuple(map(_mean_work, means[at][order[:room]])),
-            )
-            for at, work in enumerate(shown)
-        ),
-        left_out_strata=len(ordered) - len(shown),
-        left_out_kernels=max(0, len(order) - room),
-        calls=() if cells.has_steps else tuple(float(calls[0, k]) / ranks for k in order[:room]),
-    )
-
-
-def _sums(
-    table: KernelTable, cells: GroupCells, of_step: Sequence[int], count: int
-) -> tuple[Floats, Floats]:
-    """Kernel time (ns) and calls, summed over ranks, each of shape (count, kernels).
-
-    of_step: index of the stratum of each compared step. count: number of strata. The sums are
-    whole numbers below 2**53, so float64 is exact.
-    """
-    frame, width = table.frame, len(cells.kernels)
-    words = {key: [str(w) for w in frame[key].cat.categories] for key in ("category", "name")}
-    place = {kernel: at for at, kernel in enumerate(cells.kernels)}
-    kernel = np.array(
-        [[place.get((category, name), UNKNOWN) for name in words["name"]]
-         for category in words["category"]]
-    ).reshape(len(words["category"]), len(words["name"]))  # fmt: skip
-    member = frame["rank"].cat.categories.isin(list(cells.group.ranks))
-    numbers = np.array(cells.steps.numbers, np.int64)
-    stratum = np.array([*of_step, UNKNOWN], np.int64)  # the last entry is for other steps
-    sums = np.zeros((2, count * width))
-    for at in range(0, len(frame), _ROWS):
-        part = frame.iloc[at : at + _ROWS]
-        of_row = np.zeros(len(part), np.int64)
-        if cells.has_steps:
-            of_row = stratum[first_of(numbers, part["step"].to_numpy(np.int64))]
-        which = kernel[part["category"].cat.codes, part["name"].cat.codes]
-        chosen = (of_row >= 0) & (which >= 0) & member[part["rank"].cat.codes]
-        keys = of_row[chosen] * width + which[chosen]
-        sums[0] += np.bincount(keys, part["dur_ns"].to_numpy()[chosen], count * width)
-        sums[1] += np.bincount(keys, minlength=count * width)
-    return sums[0].reshape(count, width), sums[1].reshape(count, width)
-
-
-def _works(table: KernelTable, cells: GroupCells) -> list[StepWork]:
-    """The work of each compared step; without steps, one entry for the whole window."""
-    if not cells.has_steps:
-        return [StepWork("", "", UNKNOWN, UNKNOWN, UNKNOWN)]
-    steps = table.steps[table.steps["rank"].isin(list(cells.group.ranks))]
-    numbers = cells.steps.numbers
-
-    def largest(name: str) -> Ints:
-        """Maximum over the ranks: all have the same input, but some may not record it."""
-        if name not in steps or steps.empty:
-            return np.full(len(numbers), UNKNOWN, np.int64)
-        values = steps.groupby("step")[name].max().reindex(list(numbers)).fillna(UNKNOWN)
-        return values.to_numpy(np.int64)
-
-    substages = {}
-    if "substage" in steps:
-        known = steps[steps["substage"].astype(object) != ""]
-        substages = known.drop_duplicates("step").set_index("step")["substage"].to_dict()
-    names = ("batch_size", "padded_batch", "kv_tokens", "tokens")
-    columns = [largest(name).tolist() for name in names]
-    works = []
-    for number, stage, batch, padded, kv, tokens in zip(
-        numbers, cells.steps.stages, *columns, strict=True
-    ):
-        shape = padded if padded >= 0 else batch
-        requests = batch if batch > 0 else shape
-        works.append(
-            StepWork(
-                stage=stage,
-                substage=str(substages.get(number, "")),
-                batch=shape,
-                kv_bucket=_bucket(kv // requests) if kv >= 0 and requests > 0 else UNKNOWN,
-                token_bucket=UNKNOWN if stage == _DECODE else _bucket(tokens),
+                kernels=tuple(_mean(row.get(kernel, 0.0) for row in rows) for kernel in kernels),
+                calls=tuple(_mean(row.get(kernel, 0.0) for row in calls) for kernel in kernels)
+                if len(calls) == len(ones)
+                else None,
             )
         )
-    return works
-
-
-def _mean_work(ns: float) -> float:
-    return round(float(ns), DIGITS)
-
-
-def _bucket(tokens: int) -> int:
-    """floor(log2(tokens)), and 0 for no tokens; -1 if unknown."""
-    return UNKNOWN if tokens < 0 else max(1, tokens).bit_length() - 1
+    has_steps = first.steps is not None
+    counts: Counter[str] = Counter()
+    for one in strata:
+        counts[one.work.stage] += one.steps
+    return replace_struct(
+        first,
+        steps=dict(counts) if has_steps else None,
+        assigned_share=min(each.assigned_share for each in same),
+        kernels=kernels,
+        strata=tuple(strata),
+        left_out_kernels=max(each.left_out_kernels for each in same),
+        calls=() if has_steps or not strata else strata[0].calls or (),
+    )

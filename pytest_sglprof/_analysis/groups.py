@@ -10,7 +10,7 @@ or context-parallel ranks (other tokens); load is compared there instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,6 +77,41 @@ def sync_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
         return tuple(RankGroup("", tuple(labels)) for labels in members.values())
     names = {key: _sync_label(key, members) for key in members}
     return tuple(RankGroup(names[key], tuple(labels)) for key, labels in members.items())
+
+
+def replicas(ranks: Sequence[str]) -> tuple[str, ...]:
+    """`DP0`, `DP1`, …: the replicas of plain data parallel, which never meet; () without any."""
+    parsed = [Rank.parse(label) for label in ranks]
+    places = {(rank.pp or 0, rank.tp or 0) for rank in parsed if rank is not None}
+    numbers = sorted({rank.dp or 0 for rank in parsed if rank is not None})
+    if None in parsed or len(places) == len(ranks) or len(numbers) < 2:
+        return ()
+    return tuple(Rank(dp=number).label for number in numbers)
+
+
+def replica_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
+    """The ranks that have the same place in their replicas, by replica; () without replicas."""
+    members: dict[Rank, list[str]] = {}
+    for label in ranks if replicas(ranks) else ():
+        rank = Rank.parse(label)
+        assert rank is not None
+        members.setdefault(replace(rank, dp=None), []).append(label)
+    alone = len(members) == 1
+    return tuple(
+        RankGroup("" if alone else place.label, tuple(labels)) for place, labels in members.items()
+    )
+
+
+def replica_of(label: str) -> str:
+    """`DP1` of a rank; `DP0` where it says nothing."""
+    rank = Rank.parse(label)
+    return Rank(dp=rank.dp or 0 if rank is not None else 0).label
+
+
+def never_meet(ranks: Sequence[str]) -> str:
+    """`replicas that never meet: DP0, DP1`; "" where there are no replicas."""
+    labels = replicas(ranks)
+    return f"replicas that never meet: {', '.join(labels)}" if labels else ""
 
 
 def _sync_label(key: Rank | None, others: Mapping[Rank | None, object]) -> str:

@@ -6,15 +6,29 @@ The definition, unit and formula of every figure are in docs/metrics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from pytest_sglprof._analysis.busy import Ints, Mask
-from pytest_sglprof._analysis.certainty import Amount, Certainty, Count, Interval, Share, certainty
+from pytest_sglprof._analysis.certainty import (
+    Amount,
+    Count,
+    Estimate,
+    Floats,
+    Interval,
+    Share,
+    lost_share,
+    noise_share,
+    ratio_of_sums,
+    share_of_mean,
+    spike_shares,
+    spikes,
+    typical_ratio,
+)
 from pytest_sglprof._analysis.groups import steps_per_rank
 from pytest_sglprof._analysis.times import GroupCells, sum_times
 from pytest_sglprof._analysis.work import (
@@ -80,13 +94,17 @@ class ImbalanceFinding(
     or an exact name instead ("" for none); stage: "" for all steps together. Times are busy
     time, except `ranks[].total_ns` and the contributors, which are kernel time.
 
-    ranks: in the order of the table. slowest: label of the rank with the largest total; None
-    if two share it. others_ns: median total of the others, ns.
-    slowdown: largest total / others_ns. factor: λ, max / mean of the ranks' totals.
-    lost_ns: Σ (max − mean) over the steps, ns. lost_share: lost_ns / Σ max. interval,
-    factor_interval, lost_share_interval: 95 % of slowdown, factor and lost_share. p_value:
-    probability of totals this unequal by chance; None without steps. reason: why figures are
-    None, "" if they are not.
+    ranks: in the order of the table. slowest: label of the rank with the largest slowdown; None
+    if two share it. others_ns: median total of the others, ns. slowdown: how many times as long
+    as the median of its peers it takes in a typical step (`typical_ratio`); without steps, its
+    total / others_ns. factor: λ, max / mean of the ranks' totals.
+    lost_ns: Σ (max − mean) over the steps, ns. lost_share: lost_ns / Σ max. noise_share: how much
+    of lost_share noise alone makes. spike_share: share of Σ max that spike_rank loses in its
+    spikes; spike_steps: in how many steps it has one, spike_steps_of_all: in how many any has.
+    interval, factor_interval, spike_interval, lost_share_interval: what slowdown, factor,
+    spike_share and lost_share − noise_share may be (`Estimate.interval`). p_value: probability of
+    a rank this much slower by chance; None without steps. reason: why figures are None, "" if
+    they are not.
     factor_sync: λ over sync segments; None if no collectives are matched. cv: standard
     deviation / mean of the ranks' totals. lost_ns_per_step: lost_ns / steps.
     share_of_compute: Σ total of the scope / Σ total of compute in the same group.
@@ -101,6 +119,10 @@ class ImbalanceFinding(
     known. other_input_steps: compared steps in which ranks differ in input or graph.
     output_tokens: tokens of the compared decode steps; ns_per_token, lost_ns_per_token: Σ max
     and Σ (max − mean) of those steps / output_tokens, ns. None if not known.
+    across: "sync" if ranks with different input are compared (`passes`); then slowdown is that of
+    the kernels and passes with equal shapes, and sync_lost_share the share of the wall time of all
+    ranks that they lose by waiting for each other, in collectives or idle, and by padding;
+    slower_in: categories in which the slowest rank is surely slower.
     """
 
     group: str
@@ -136,6 +158,16 @@ class ImbalanceFinding(
     ranks: tuple[RankFigure, ...]
     contributors: tuple[KernelTime, ...]
     category_contributors: tuple[KernelTime, ...]
+    noise_share: Share | None = None
+    spike_share: Share | None = None
+    spike_interval: Interval | None = None
+    spike_rank: str | None = None
+    spike_steps: Count | None = None
+    spike_steps_of_all: Count | None = None
+    across: Literal["peers", "sync"] = "peers"
+    sync_lost_share: Share | None = None
+    sync_lost_interval: Interval | None = None
+    slower_in: tuple[str, ...] | None = None
 
     @property
     def has_steps(self) -> bool:
@@ -148,6 +180,13 @@ class ImbalanceFinding(
         return Work(self.work_word, self.work_ratio, self.work_by)
 
     @property
+    def judged_lost_share(self) -> float | None:
+        """The lost share beyond what noise alone makes, 0 to 1."""
+        if self.lost_share is None:
+            return None
+        return max(0.0, self.lost_share - (self.noise_share or 0.0))
+
+    @property
     def one_sided(self) -> bool:
         """True if only the slowest rank has activity, so the others' median is 0: no ratio."""
         return not self.reason and self.others_ns == 0
@@ -155,6 +194,41 @@ class ImbalanceFinding(
     def figure(self, rank: str | None) -> RankFigure | None:
         """The figures of one rank; None if it is not in the group."""
         return next((each for each in self.ranks if each.rank == rank), None)
+
+
+def lost_of_wall(times: Floats) -> Estimate | None:
+    """Σ lost / Σ wall. times: those two of each step, shape (steps, 2)."""
+    return ratio_of_sums(times[:, :1], times[:, 1], are_inverse=False)
+
+
+# How figures are estimated, from the times of each step and rank (`Metric.estimate`).
+ESTIMATES: Mapping[str, Callable[[Floats], Estimate | None]] = {
+    function.__name__: function
+    for function in (typical_ratio, share_of_mean, lost_share, spike_shares, lost_of_wall)
+}
+
+
+def estimate(
+    cells: GroupCells, kind: str, *, scope: str = "compute", kernel: str = "", stage: str = ""
+) -> Estimate | None:
+    """One of `ESTIMATES` in one work group; None without steps, or without a figure."""
+    if not cells.has_steps:
+        return None
+    live = _live(cells.matrix(cells.select(scope, kernel), stage)).astype(np.float64)
+    return _estimate(cells, kind, live, stage) if live.size and live.shape[1] > 1 else None
+
+
+def _estimate(cells: GroupCells, kind: str, times: Floats, stage: str) -> Estimate | None:
+    """times: of the steps in which some rank has activity, shape (steps, ranks)."""
+    if ESTIMATES[kind] is not lost_of_wall:
+        return ESTIMATES[kind](times)
+    return None if cells.lost is None else lost_of_wall(cells.lost[cells.stage_rows(stage)])
+
+
+def _live(matrix: Ints) -> Ints:
+    """The steps in which some rank has activity."""
+    live: Ints = matrix[(matrix > 0).any(axis=1)]
+    return live
 
 
 def imbalance(
@@ -189,6 +263,7 @@ def worst_finding(
         nothing |= dict.fromkeys(("lost_ns", "other_input_steps", "dropped_steps"), 0)
         nothing |= dict.fromkeys(("ranks", "contributors", "category_contributors"), ())
         nothing |= {"group": "", "share_of_compute": 0.0, "reason": "no rank at all"}
+        nothing |= {"across": "peers"}
         return ImbalanceFinding(**nothing | {"scope": scope, "kernel": kernel, "stage": stage})
 
     def badness(finding: ImbalanceFinding) -> tuple[float, int]:
@@ -227,30 +302,38 @@ def _finding(
 ) -> ImbalanceFinding:
     matrix = cells.matrix(chosen, stage)
     totals = matrix.sum(axis=0)
-    live = matrix[(matrix > 0).any(axis=1)]
+    live = _live(matrix)
     reason = _why_no_figures(cells, len(matrix), totals, scope, kernel, stage)
-    peak = int(live.max(axis=1).sum()) if live.size else 0
-    lost = peak - live.mean(axis=1).sum() if live.size else 0.0
-    top, others = _slowest_and_others(totals)
+    met = live if cells.is_paired else live[:0]  # in which one rank may be the last
+    peak = int(met.max(axis=1).sum()) if met.size else 0
+    lost = peak - met.mean(axis=1).sum() if met.size else 0.0
+    times = live.astype(np.float64)
+    estimates: dict[str, Estimate | None] = dict.fromkeys(ESTIMATES)
+    if cells.has_steps and not reason:
+        kinds = ESTIMATES if cells.is_paired else ("typical_ratio",)
+        estimates |= {kind: _estimate(cells, kind, times, stage) for kind in kinds}
+    typical, waited = estimates["typical_ratio"], estimates["lost_of_wall"]
+    top, others = _slowest_and_others(totals, typical)
     slowest = None if top is None or reason else cells.group.ranks[top]
     compute = cells.compute_ns(stage)
     steps = len(live) if cells.has_steps else 0
-    certain = Certainty() if reason or not steps else certainty(live)
     busy = cells.busy_ns(stage)
     by_kernel: tuple[KernelTime, ...] = ()
     by_category: tuple[KernelTime, ...] = ()
     if slowest is not None and top is not None:
         by_kernel, by_category = _contributors(cells, chosen, stage, top)
     slowdown = float(totals.max() / others) if others and not reason else None
+    if typical is not None and slowdown is not None:
+        slowdown = typical.value
     finding = ImbalanceFinding(
         scope=scope,
         kernel=kernel,
         stage=stage,
-        ranks=_rank_figures(cells, chosen, stage, totals, live),
+        ranks=_rank_figures(cells, chosen, stage, totals, met),
         slowdown=slowdown,
         factor=None if reason else float(totals.max() / totals.mean()),
         lost_ns=0 if reason else round(lost),
-        lost_share=None if reason else float(lost / peak),
+        lost_share=None if reason or not cells.is_paired else float(lost / peak),
         slowest=slowest,
         share_of_compute=float(totals.sum() / compute) if compute else 0.0,
         contributors=by_kernel,
@@ -261,13 +344,13 @@ def _finding(
         compared_steps=len(matrix) if cells.has_steps else None,
         dropped_steps=cells.steps.dropped,
         reason=reason,
-        interval=certain.slowdown,
-        factor_interval=certain.factor,
-        lost_share_interval=certain.lost_share,
-        p_value=certain.p_value,
+        interval=_interval(typical),
+        factor_interval=_interval(estimates["share_of_mean"]),
+        lost_share_interval=_interval(estimates["lost_share"]),
+        p_value=typical.chance(1.0) if typical is not None else None,
         factor_sync=None if reason else cells.sync_factor(chosen, stage),
         cv=None if reason else float(totals.std() / totals.mean()),
-        lost_ns_per_step=float(lost / steps) if steps and not reason else None,
+        lost_ns_per_step=float(lost / steps) if steps and cells.is_paired and not reason else None,
         share_of_step=float(totals.sum() / busy) if busy and not reason else None,
         work_word=None,
         work_ratio=None,
@@ -276,11 +359,62 @@ def _finding(
         output_tokens=None,
         ns_per_token=None,
         lost_ns_per_token=None,
+        across=cells.across,
+        sync_lost_share=None if waited is None else max(0.0, min(1.0, waited.value)),
+        sync_lost_interval=_interval(waited),
+        slower_in=_slower_in(cells, chosen, stage, None if slowest is None else top),
     )
+    if estimates["spike_shares"] is not None:
+        finding = _with_spikes(finding, cells.group.ranks, times, estimates["spike_shares"])
     if cells.inputs is None or reason:
         return finding
     return _with_inputs(
         finding, cells, cells.inputs, chosen, matrix, None if slowest is None else top
+    )
+
+
+SLOWER = 1.01  # a rank is slower in a category if it surely takes so many times as long there
+
+
+def slower_ranks(cells: GroupCells, stage: str = "") -> dict[str, Mask]:
+    """Of each category which ranks are surely slower than the others, shape (ranks,)."""
+    slower = {}
+    for category in cells.categories:
+        times = _live(cells.matrix(cells.select(category), stage)).astype(np.float64)
+        estimate = typical_ratio(times)
+        if estimate is not None:
+            slower[category] = np.array(estimate.lows()) > SLOWER
+    return slower
+
+
+def _slower_in(
+    cells: GroupCells, chosen: Mask, stage: str, rank: int | None
+) -> tuple[str, ...] | None:
+    """The categories of the chosen kernels in which a rank is surely slower."""
+    if cells.across != "sync" or rank is None:
+        return None
+    of = {cells.kernels[at][0] for at in np.flatnonzero(chosen)}
+    slower = slower_ranks(cells, stage).items()
+    return tuple(category for category, ranks in slower if category in of and ranks[rank])
+
+
+def _interval(estimate: Estimate | None) -> Interval | None:
+    return None if estimate is None else estimate.interval
+
+
+def _with_spikes(
+    finding: ImbalanceFinding, ranks: Sequence[str], times: Floats, share: Estimate
+) -> ImbalanceFinding:
+    """Adds the figures of spikes, and of the noise without them."""
+    spiked = spikes(times) > 0
+    return replace(
+        finding,
+        noise_share=min(noise_share(times), finding.lost_share or 0.0),
+        spike_share=min(share.value, 1.0),
+        spike_interval=share.interval,
+        spike_rank=None if share.top is None else ranks[share.top],
+        spike_steps=0 if share.top is None else int(spiked[:, share.top].sum()),
+        spike_steps_of_all=int(spiked.any(axis=1).sum()),
     )
 
 
@@ -327,6 +461,8 @@ def _why_no_figures(
     cells: GroupCells, rows: int, totals: Ints, scope: str, kernel: str, stage: str
 ) -> str:
     """Why the ranks cannot be compared; "" if they can."""
+    if cells.doubt:
+        return cells.doubt
     ranks = cells.group.ranks
     if len(ranks) == 1:
         return f"{ranks[0]} is the only rank with this input, so it has no peer to compare with"
@@ -356,13 +492,15 @@ def _why_no_figures(
     return ""
 
 
-def _slowest_and_others(totals: Ints) -> tuple[int | None, float | None]:
-    """Index of the rank with the largest total (None if shared), and the median of the others."""
+def _slowest_and_others(totals: Ints, typical: Estimate | None) -> tuple[int | None, float | None]:
+    """Index of the slowest rank (None if two are), and the median total of the others."""
     if len(totals) < 2:
         return None, None
-    top = int(totals.argmax())
-    others = float(np.median(np.delete(totals, top)))
-    return (top if (totals == totals[top]).sum() == 1 else None), others
+    heaviest = int(totals.argmax())
+    alone = heaviest if (totals == totals[heaviest]).sum() == 1 else None
+    top = alone if typical is None else typical.top
+    others = float(np.median(np.delete(totals, heaviest if top is None else top)))
+    return top, others
 
 
 def _rank_figures(

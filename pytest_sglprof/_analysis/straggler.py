@@ -6,7 +6,7 @@ The definition, unit and formula of every figure are in docs/metrics.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -14,14 +14,17 @@ import numpy.typing as npt
 from msgspec.structs import replace
 
 from pytest_sglprof._analysis.busy import busy_parts
+from pytest_sglprof._analysis.causes import Cause, CauseShare, causes_of, over_others
 from pytest_sglprof._analysis.certainty import (
-    MAX_P,
+    MIN_EFFECTIVE,
     Amount,
     Count,
     Interval,
     Share,
-    excess_certainty,
+    mean_excess,
+    median_of_others,
 )
+from pytest_sglprof._analysis.clocks import TIMES_UNCERTAINTY
 from pytest_sglprof._analysis.collectives import (
     Method,
     Segments,
@@ -31,8 +34,7 @@ from pytest_sglprof._analysis.collectives import (
     waits,
 )
 from pytest_sglprof._analysis.imbalance import KernelTime
-from pytest_sglprof._analysis.work import compare_work, step_inputs
-from pytest_sglprof._metrics import MIN_STEPS, VerdictWord
+from pytest_sglprof._metrics import MIN_STEPS, PASS_MARGIN, VerdictWord
 from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
@@ -40,10 +42,9 @@ if TYPE_CHECKING:
     from pytest_sglprof._trace.table import KernelTable
 
 Floats = npt.NDArray[np.float64]
-Cause = Literal["kernel", "more_work", "host_late", "throttled", "unexplained"]
 
 DEFAULT_LATENESS = 0.02
-CAUSE_SHARE = 0.5  # of the straggler's excess: explaining that much of it counts as its cause
+CAUSE_SHARE = 0.5  # of all waiting: a straggler that durations show must explain as much
 MAX_KERNELS = 10
 
 
@@ -69,16 +70,34 @@ class RankLateness(msgspec.Struct, frozen=True, kw_only=True):
     kernels: tuple[KernelTime, ...]
 
 
+class RankClock(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the clock of a rank is ahead of the median, with intervals (99 %, of all ranks).
+
+    offset_ns: in the middle of the window. drift_ppm: how much faster it runs, None where the
+    ends of collectives do not tell: ranks of one host then share its clock.
+    """
+
+    rank: str
+    offset_ns: float | None
+    offset_interval: Interval | None
+    drift_ppm: float | None
+    drift_interval: Interval | None
+
+
 class StragglerFinding(msgspec.Struct, frozen=True, kw_only=True, rename={"method": "waits_by"}):
     """Who is late in one sync group.
 
     straggler: its label; None if there is none, or it is not certain. verdict: "fail" if there
     is one, "pass" if there certainly is none. cause: None without a straggler. latest: label of
-    the latest rank, certain or not. lateness: the excess of the latest rank / the work: how
+    the latest rank, certain or not. causes: what makes its lateness, largest first; None unless
+    that is above the limit. lateness: the excess of the latest rank / the work: how
     much later it arrives than the median of the others, as a share of compute and transfer;
-    interval: 95 % of it; limit: above it a rank is a straggler. p_value: probability of ranks
-    this unequal by chance. factor_sync: λ over sync segments. totals_difference: (max - min) /
-    max of the ranks' sums of all activities. The rest as in `Waits`.
+    interval: what it may be (`Estimate.interval`); limit: above it a rank is a straggler.
+    p_value: probability of a rank this late by chance. factor_sync: λ over sync segments.
+    totals_difference: (max - min) / max of the ranks' sums of all activities. The rest as in
+    `Waits`. kinds: number of calls of each kind of communication. clocks, clock_margin_ns: those
+    of the ranks, and how exactly they are known at any time of the window. overlapped: share of
+    the time in collectives in which their ranks compute on other streams.
     """
 
     group: str
@@ -102,6 +121,11 @@ class StragglerFinding(msgspec.Struct, frozen=True, kw_only=True, rename={"metho
     clock_offsets_ns: tuple[float, ...] | None
     clock_uncertainty_ns: Amount | None
     ranks: tuple[RankLateness, ...]
+    causes: tuple[CauseShare, ...] | None = None
+    kinds: dict[str, Count] | None = None
+    clocks: tuple[RankClock, ...] | None = None
+    clock_margin_ns: Amount | None = None
+    overlapped: Share | None = None
 
 
 def stragglers(
@@ -136,8 +160,53 @@ def _finding(
 ) -> StragglerFinding:
     parts = segments(table, waited)
     late = _by_step(waited.late_ns[1:], waited.step[1:])
+    base = _unjudged(table, parts, late, limit)
+    if waited.reason:
+        return replace(base, reason=waited.reason)
+    work = float(np.median(parts.compute, axis=1).sum() + np.nansum(waited.transfer[1:]))
+    if len(late) < 2:
+        reason = f"steps with work between collectives: {len(late)}, at least 2 are needed"
+        return replace(base, reason=reason)
+    if not work:
+        return replace(base, reason="no compute was recorded between collectives")
+    totals = late.sum(axis=0)
+    top = int(totals.argmax())
+    excess = over_others(totals, top)
+    estimate = mean_excess(late)
+    ends = estimate.interval
+    base = replace(
+        base,
+        latest=waited.group.ranks[top] if excess > 0 else None,
+        lateness=excess / work,
+        interval=None if ends is None else tuple(len(late) * end / work for end in ends),
+        p_value=estimate.chance(0.0),
+    )
+    why = ""
+    if excess / work > limit:
+        kernels = base.ranks[top].kernels
+        causes, why = causes_of(table, parts, top, excess, kernels, clocks)
+        base = replace(base, causes=causes)
+    rows = "steps" if base.steps else "collectives"
+    if len(late) < min_steps:
+        reason = f"{len(late)} {rows} with matched collectives, {min_steps} are needed"
+        return replace(base, reason=reason)
+    if ends is None:
+        reason = (
+            f"{len(late)} {rows} resemble each other so much that they are worth "
+            f"{estimate.effective:.1f} independent ones; {MIN_EFFECTIVE:g} are needed"
+        )
+        return replace(base, reason=reason)
+    doubt = _doubt_of_durations(base, waited, top, work / len(late))
+    doubt = doubt or _doubt_of_clocks(base, waited, work)
+    return _judged(base, doubt, top, why)
+
+
+def _unjudged(table: KernelTable, parts: Segments, late: Floats, limit: float) -> StragglerFinding:
+    """The figures that need no decision on who is late."""
+    waited, fit = parts.waits, parts.waits.clocks
     ranks = _ranks(table, parts, late)
-    base = StragglerFinding(
+    transfer = waited.transfer[~np.isnan(waited.transfer)]
+    return StragglerFinding(
         group=waited.group.label,
         straggler=None,
         verdict="inconclusive",
@@ -154,37 +223,16 @@ def _finding(
         steps=len(np.unique(waited.step[waited.step >= 0])),
         collectives=len(waited.step),
         unmatched=waited.unmatched,
-        transfer_ns=float(np.median(waited.transfer)) if len(waited.transfer) else None,
+        kinds=waited.kinds,
+        overlapped=waited.overlapped if len(waited.step) else None,
+        transfer_ns=float(np.median(transfer)) if len(transfer) else None,
         skew_ns=float(np.median(waited.skew)) if len(waited.skew) else None,
         method=waited.method,
-        clock_offsets_ns=waited.offsets,
-        clock_uncertainty_ns=waited.uncertainty_ns,
+        clock_offsets_ns=None if fit is None else tuple(fit.at_middle.tolist()),
+        clock_uncertainty_ns=None if fit is None else fit.uncertainty_ns,
+        clock_margin_ns=None if fit is None else fit.reach_ns,
+        clocks=_rank_clocks(waited),
     )
-    if waited.reason:
-        return replace(base, reason=waited.reason)
-    work = float(np.median(parts.compute, axis=1).sum() + waited.transfer[1:].sum())
-    if len(late) < 2:
-        reason = f"steps with work between collectives: {len(late)}, at least 2 are needed"
-        return replace(base, reason=reason)
-    if not work:
-        return replace(base, reason="no compute was recorded between collectives")
-    totals = late.sum(axis=0)
-    top = int(totals.argmax())
-    excess = _excess(totals, top)
-    interval, p_value = excess_certainty(late)
-    base = replace(
-        base,
-        latest=waited.group.ranks[top] if excess > 0 else None,
-        lateness=excess / work,
-        interval=(interval[0] / work, interval[1] / work),
-        p_value=p_value,
-    )
-    rows = "steps" if base.steps else "collectives"
-    if len(late) < min_steps:
-        reason = f"{len(late)} {rows} with matched collectives, {min_steps} are needed"
-        return replace(base, reason=reason)
-    doubt = _doubt_of_durations(base, waited, top, work / len(late))
-    return _judged(base, table, parts, doubt, top, excess, clocks)
 
 
 def _doubt_of_durations(base: StragglerFinding, waited: Waits, top: int, work: float) -> str | None:
@@ -200,83 +248,76 @@ def _doubt_of_durations(base: StragglerFinding, waited: Waits, top: int, work: f
         return None if max(-low, high) <= base.limit else "no rank is certainly on time"
     if base.ranks[top].explained_share < CAUSE_SHARE:
         return "who arrives last is not known"
-    if waited.offsets is None or waited.uncertainty_ns is None:
+    if waited.clocks is None:
         return None
-    if low * work <= waited.uncertainty_ns:
+    if low * work <= waited.clocks.uncertainty_ns:
         return "the lateness in a step is not certainly above their uncertainty"
-    begun = waited.start - waited.start.min() - np.array(waited.offsets)
+    begun = waited.start - waited.start.min() - waited.clocks.at_middle
     first = (begun - begun.min(axis=1, keepdims=True)).sum(axis=0)
     if int(first.argmax()) != top:
         return f"by its start {base.ranks[int(first.argmax())].rank} is the latest"
     return None
 
 
-def _judged(
-    base: StragglerFinding,
-    table: KernelTable,
-    parts: Segments,
-    doubt: str | None,
-    top: int,
-    excess: float,
-    clocks: Sequence[GpuClocks],
-) -> StragglerFinding:
-    """The verdict, once there are enough steps for one. top: index of the latest rank."""
+def _doubt_of_clocks(base: StragglerFinding, waited: Waits, work: float) -> str | None:
+    """Why clocks are too uncertain to show who is late; None if they are not. work: ns.
+
+    Waits below three times their uncertainty count as 0, at each collective.
+    """
+    if base.method != "arrival" or waited.clocks is None:
+        return None
+    lost = TIMES_UNCERTAINTY * waited.clocks.reach_ns * len(waited.step[1:]) / work
+    low, _ = base.interval or (0.0, 0.0)
+    if lost <= base.limit or low > lost:
+        return None
+    return f"what they may hide is {_percent(lost)} of the work"
+
+
+def _rank_clocks(waited: Waits) -> tuple[RankClock, ...] | None:
+    fit = waited.clocks
+    if fit is None:
+        return None
+    return tuple(
+        RankClock(
+            rank=rank,
+            offset_ns=float(offset),
+            offset_interval=(float(offset - margin), float(offset + margin)),
+            drift_ppm=float(drift) if fit.is_measured else None,
+            drift_interval=(float(drift - more), float(drift + more)) if fit.is_measured else None,
+        )
+        for rank, offset, margin, drift, more in zip(
+            waited.group.ranks, fit.at_middle, fit.margin, fit.drift, fit.drift_margin, strict=True
+        )
+    )
+
+
+def _judged(base: StragglerFinding, doubt: str | None, top: int, why: str) -> StragglerFinding:
+    """The verdict, once there are enough steps for one.
+
+    top: index of the latest rank. why: what makes its lateness.
+    """
     who, lateness = base.ranks[top].rank, base.lateness or 0.0
     low, high = base.interval or (0.0, 0.0)
     figures = f"{who} arrives {_percent(lateness)} of the work later than the others' median"
     uncertain = f"{figures}, but the clocks are too uncertain to tell: {doubt}"
+    may_be = f"it may be {_percent(low)} to {_percent(high)}"
     if lateness <= base.limit:
         if doubt:
             return replace(base, reason=uncertain)
+        bound = PASS_MARGIN * base.limit
+        if high >= bound:
+            reason = f"{figures}; a pass is surely below {_percent(bound)}: {may_be}"
+            return replace(base, reason=reason)
         reason = f"nobody is late: {figures}, the limit is {_percent(base.limit)}"
         return replace(base, verdict="pass", reason=reason)
-    if low <= base.limit or base.p_value is None or base.p_value > MAX_P:
-        reason = (
-            f"{figures}, which may be chance: 95 % of resampled steps give {_percent(low)} to "
-            f"{_percent(high)}, p = {base.p_value or 1.0:.2g}"
-        )
-        return replace(base, reason=reason)
+    if low <= base.limit:
+        return replace(base, reason=f"{figures}, which may be chance: {may_be}")
     if doubt:
         return replace(base, reason=uncertain)
-    cause, why = _cause(table, parts, top, excess, clocks)
+    cause = base.causes[0].cause if base.causes else None
     share = _percent(base.ranks[top].explained_share)
     reason = f"{figures} and explains {share} of all waiting: {why}"
     return replace(base, straggler=who, verdict="fail", reason=reason, cause=cause)
-
-
-def _cause(
-    table: KernelTable, parts: Segments, top: int, excess: float, clocks: Sequence[GpuClocks]
-) -> tuple[Cause, str]:
-    """Why the straggler arrived late, as a word and as a phrase. excess: of rank `top`, ns."""
-    group = parts.waits.group
-    compute = parts.compute.sum(axis=0).astype(np.float64)
-    idle = (parts.span.sum(axis=0) - compute).astype(np.float64)
-    more_compute, more_idle = _excess(compute, top), _excess(idle, top)
-    if more_compute >= CAUSE_SHARE * excess:
-        slower = compute[top] / max(float(np.median(np.delete(compute, top))), 1.0)
-        numbers = np.unique(parts.waits.step)
-        inputs = step_inputs(table.steps, numbers.tolist(), group.ranks)
-        calls = np.bincount(parts.rank, minlength=len(group.ranks))
-        every = np.ones(len(numbers), bool)
-        work = compare_work(inputs, every, top, float(slower), calls=calls)
-        if work.word == "more_work":
-            figures = f"it has {work.ratio:.2f}x the {work.by} and computes {slower:.2f}x as long"
-            return "more_work", figures
-        for clock in clocks:
-            if clock.rank == group.ranks[top] and clock.throttled:
-                return "throttled", f"its GPU was throttled ({clock.reason})"
-        kernels = _kernels(table, parts)[top]
-        first = f", most of all {kernels[0].name}" if kernels else ""
-        of = " for the same work"
-        if work.by == "kernel calls":
-            of = f" with {work.ratio:.4g}x the kernel calls"
-        return "kernel", f"it computes {slower:.2f}x as long{of}{first}"
-    if more_idle >= CAUSE_SHARE * excess:
-        return (
-            "host_late",
-            f"it is idle {_percent(more_idle / excess)} of that time: its host is late",
-        )
-    return "unexplained", "neither its compute nor its idle time explains it"
 
 
 def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLateness, ...]:
@@ -288,7 +329,7 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
     if not len(parts.span):  # without collectives
         compute = _window_compute(table, waited.group.ranks)
     waiting = waited.wait[1:]
-    last = waiting.argmin(axis=1) if waiting.size else np.zeros(0, int)
+    last = waited.late_ns[1:].argmax(axis=1) if waiting.size else np.zeros(0, int)
     caused = np.bincount(last, weights=waiting.sum(axis=1), minlength=len(waited.group.ranks))
     at_top = late == late.max(axis=1, keepdims=True, initial=0.0)
     alone = at_top & (at_top.sum(axis=1, keepdims=True) == 1)
@@ -335,8 +376,7 @@ def _kernels(table: KernelTable, parts: Segments) -> list[tuple[KernelTime, ...]
     sums = np.zeros((len(names.cat.categories), size), np.int64)
     np.add.at(sums, (codes, parts.rank), chosen["dur_ns"].to_numpy(np.int64))
     per_rank = []
-    for at in range(size):
-        over = sums[:, at] - np.median(np.delete(sums, at, axis=1), axis=1)
+    for over in (sums - median_of_others(sums)).T:
         pairs = sorted(zip(names.cat.categories, over, strict=True), key=lambda p: (-p[1], p[0]))
         longer = [KernelTime(str(n), float(ns)) for n, ns in pairs[:MAX_KERNELS] if ns > 0]
         per_rank.append(tuple(longer))
@@ -351,11 +391,6 @@ def _by_step(values: Floats, step: npt.NDArray[np.int64]) -> Floats:
     full = np.zeros((len(numbers), values.shape[1]))
     np.add.at(full, where, values)
     return full
-
-
-def _excess(values: Floats, top: int) -> float:
-    """How far rank `top` is above the median of the others."""
-    return float(values[top] - np.median(np.delete(values, top)))
 
 
 def _difference(totals: Sequence[int]) -> float | None:

@@ -10,16 +10,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pytest_sglprof._analysis.busy import Activities, BusyTimes, Ints, Mask, busy_times
-from pytest_sglprof._analysis.collectives import Segments, segments, sync_factor, waits
+from pytest_sglprof._analysis.collectives import Segments, Waits, segments, sync_factor, waits
 from pytest_sglprof._analysis.groups import (
     ComparedSteps,
     RankGroup,
     compared_steps,
+    never_meet,
     step_spans,
     work_groups,
 )
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pytest_sglprof._trace.table import KernelTable
+
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ class GroupCells:
     name) pairs. has_steps: False if the table has no steps; then one pseudo-step holds
     everything. assigned_share: share of the group's compute time that lies in known steps,
     0 to 1 (1.0 without steps and for NVTX ranges). active: ranks with any activity.
-    inputs: input of each rank in each step; None without steps. sync: times in sync segments;
-    None if no collectives are matched.
+    inputs: input of each rank in each step; None without steps. doubt: why its ranks cannot be
+    compared; "" if they can. lost: of each compared step, ns lost by waiting and wall time of all
+    ranks, shape (steps, 2); None where ranks are compared with their peers only. sync: times in
+    sync segments; None if no collectives are matched. is_paired: False for passes of replicas,
+    which stand side by side without having met, so that nothing was lost by waiting.
     """
 
     group: RankGroup
@@ -68,6 +76,10 @@ class GroupCells:
     active: frozenset[str]
     inputs: StepInputs | None = None
     sync: SyncCells | None = None
+    across: Literal["peers", "sync"] = "peers"
+    doubt: str = ""
+    lost: Floats | None = None
+    is_paired: bool = True
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -107,6 +119,10 @@ class GroupCells:
         """Number of activities of the chosen kernels in the compared steps, shape (ranks,)."""
         totals: Ints = self._by_step(self.times.counts(kernels))[self.stage_rows(stage)].sum(axis=0)
         return totals
+
+    def count_matrix(self, kernels: Mask) -> Ints:
+        """Number of activities of the chosen kernels, shape (steps, ranks)."""
+        return self._by_step(self.times.counts(kernels))
 
     def kernel_totals(self, kernels: Mask, stage: str = "") -> Ints:
         """Kernel time over all compared steps, shape (all kernels, ranks), int64 ns.
@@ -162,19 +178,22 @@ class GroupCells:
         return np.array([each == stage for each in self.steps.stages], dtype=bool)
 
 
-def sum_times(table: KernelTable) -> tuple[GroupCells, ...]:
+def sum_times(table: KernelTable, waited: Sequence[Waits] | None = None) -> tuple[GroupCells, ...]:
     """Sums a kernel table into the cells of each of its work groups.
 
     Only steps that every rank of a group has in full count. A table without steps is summed
-    as a whole.
+    as a whole. waited: `waits(table)`, if already computed.
     """
-    rows = _rows_of(table)
+    rows = rows_of(table)
     spans = step_spans(table)
-    synced = [segments(table, waited) for waited in waits(table) if len(waited.step) > 1]
+    waited = waits(table) if waited is None else waited
+    synced = [segments(table, each) for each in waited if len(each.step) > 1]
     groups = []
     for group in work_groups(table.ranks):
         around = [part for part in synced if set(group.ranks) <= set(part.waits.group.ranks)]
         cells = _group_cells(group, rows, spans, around[0] if around else None)
+        if cells.has_steps and not cells.steps.seen and (apart := never_meet(table.ranks)):
+            cells = replace(cells, doubt=f"{apart}; {group.label} had no pass")
         if cells.has_steps:
             inputs = step_inputs(table.steps, cells.steps.numbers, group.ranks)
             cells = replace(cells, inputs=inputs)
@@ -183,7 +202,7 @@ def sum_times(table: KernelTable) -> tuple[GroupCells, ...]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The table's activities as parallel arrays. rank, kernel: indices into ranks and kernels."""
 
     ranks: tuple[str, ...]
@@ -207,6 +226,12 @@ class _Rows:
         typed: pd.DataFrame = sums.assign(rank=pd.Series(names, dtype=object, index=sums.index))
         return typed
 
+    def of_kernels(self, chosen: Mask) -> Rows:
+        """The activities of some of the kernels. chosen: shape (kernels,)."""
+        kept = np.flatnonzero(chosen[self.kernel])
+        columns = ("rank", "kernel", "step", "start", "dur")
+        return replace(self, **{name: getattr(self, name)[kept] for name in columns})
+
     @cached_property
     def is_compute(self) -> Mask:
         """Shape (activities,)."""
@@ -215,7 +240,7 @@ class _Rows:
         return chosen
 
 
-def _rows_of(table: KernelTable) -> _Rows:
+def rows_of(table: KernelTable) -> Rows:
     frame = table.frame
     rank, category, name = (
         frame[key].astype("category").cat for key in ("rank", "category", "name")
@@ -223,7 +248,7 @@ def _rows_of(table: KernelTable) -> _Rows:
     names, categories = list(name.categories), list(category.categories)
     pair = _codes(category) * len(names) + _codes(name)
     known = np.flatnonzero(np.bincount(pair, minlength=1))
-    return _Rows(
+    return Rows(
         ranks=tuple(str(label) for label in rank.categories),
         kernels=tuple(
             (str(categories[at // len(names)]), str(names[at % len(names)]))
@@ -246,13 +271,26 @@ def _codes(column: Any) -> Ints:
 
 
 def _group_cells(
-    group: RankGroup, rows: _Rows, spans: pd.DataFrame, part: Segments | None
+    group: RankGroup, rows: Rows, spans: pd.DataFrame, part: Segments | None
 ) -> GroupCells:
-    member = _positions(group.ranks, rows.ranks)[rows.rank]
-    chosen = member >= 0
-    has_steps = not spans.empty  # of the table: a replica that ran none still has steps, zero
     counts = rows.counts[rows.counts["rank"].isin(group.ranks)]
     steps = compared_steps(spans, counts, group.ranks)
+    # Of the table: a replica that ran none still has steps, zero.
+    return cells_of_steps(group, rows, steps, has_steps=not spans.empty, part=part)
+
+
+def cells_of_steps(
+    group: RankGroup,
+    rows: Rows,
+    steps: ComparedSteps,
+    *,
+    has_steps: bool = True,
+    part: Segments | None = None,
+) -> GroupCells:
+    """The cells of a group of ranks in some of its steps. part: its sync segments, if matched."""
+    member = _positions(group.ranks, rows.ranks)[rows.rank]
+    chosen = member >= 0
+    counts = rows.counts[rows.counts["rank"].isin(group.ranks)]
     # Compute only: an idle server waits for requests inside a collective, between steps.
     compute = chosen & rows.is_compute
     every = int(rows.dur[compute].sum())
@@ -291,7 +329,7 @@ def _group_cells(
 
 
 def _sync(
-    rows: _Rows, kernel: Ints, member: Ints, step: Ints, length: int, part: Segments
+    rows: Rows, kernel: Ints, member: Ints, step: Ints, length: int, part: Segments
 ) -> SyncCells:
     """The part of a sync group's segments that belongs to a work group's ranks and steps.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,8 +66,9 @@ class StepInputs:
 def step_inputs(steps: pd.DataFrame, numbers: Sequence[int], ranks: Sequence[str]) -> StepInputs:
     """The inputs of `ranks` in the steps `numbers`. steps: as `KernelTable.steps`."""
     steps = steps[steps["rank"].isin(list(ranks)) & steps["step"].isin(list(numbers))]
+    steps = steps.drop_duplicates(["rank", "step"])  # of several rows of a pass the first
     wide = {
-        name: _wide(steps, name, numbers, ranks)
+        name: step_matrix(steps, name, numbers, ranks)
         for name in ("batch_size", "tokens", "padded_batch", "kv_tokens", "accept_length")
     }
     batch = wide["batch_size"].astype(np.int64)
@@ -142,19 +143,36 @@ def _spread(values: Ints) -> Floats:
     return np.where(known & (high > low), high / np.maximum(low, 0.5), 1.0)
 
 
-def _wide(
+def step_matrix(
     steps: pd.DataFrame, name: str, numbers: Sequence[int], ranks: Sequence[str]
 ) -> npt.NDArray[np.float64]:
-    import pandas as pd
-
+    """A column of the steps, shape (steps, ranks); -1 where there is none."""
     full = np.full((len(numbers), len(ranks)), float(UNKNOWN))
     if name not in steps:
         return full
-    row = pd.Index(list(numbers)).get_indexer(pd.Index(steps["step"]))
-    column = pd.Index(list(ranks)).get_indexer(pd.Index(steps["rank"].astype(object)))
-    inside = (row >= 0) & (column >= 0)
-    full[row[inside], column[inside]] = steps[name].to_numpy(np.float64)[inside]
+    row, column, inside = matrix_places(numbers, ranks, steps["step"], steps["rank"])
+    full[row, column] = steps[name].to_numpy(np.float64)[inside]
     return full
+
+
+def matrix_places(
+    numbers: Sequence[int] | Ints,
+    ranks: Sequence[str],
+    step: pd.Series | Ints,
+    rank: pd.Series | pd.Categorical[Any],
+) -> tuple[Ints, Ints, Mask]:
+    """Where in a matrix of shape (numbers, ranks) rows with a step and a rank have their place.
+
+    Returns row and column of those that have one, and the mask of these.
+    """
+    import pandas as pd
+
+    labels = pd.Categorical(rank)
+    by_code = pd.Index(list(ranks)).get_indexer(labels.categories.astype(object))
+    column = np.append(by_code, -1)[labels.codes]  # the code of no label is -1
+    row = pd.Index(np.asarray(numbers, np.int64)).get_indexer(pd.Index(step))
+    inside = (row >= 0) & (column >= 0)
+    return row[inside], column[inside], inside
 
 
 def _output_tokens(

@@ -9,40 +9,36 @@ load.result.ttft["p99"]
 from __future__ import annotations
 
 import contextlib
-import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._bench_serving.command import (
+    DETAILS,
     LoadResult,
     bench_command,
+    measured_keywords,
     num_prompts,
     parse_result,
-    reason,
-    redact_record,
     requested_of,
     target_concurrency,
     usage_error,
     warm_up_keywords,
 )
-from pytest_sglprof._bench_serving.driver import DriverProcess
-from pytest_sglprof._errors import LoadError, ServerRefused, do_every
-from pytest_sglprof._files import atomic_write
-from pytest_sglprof._redact import HIDDEN, learn_command, redact_command, redact_text
+from pytest_sglprof._bench_serving.driver import DriverProcess, Over
+from pytest_sglprof._bench_serving.runs import DriverRuns, Progress, driver_failed
+from pytest_sglprof._errors import LoadError, ServerRefused
+from pytest_sglprof._redact import redact_command, redact_text
 from pytest_sglprof._server.client import is_transient
-from pytest_sglprof._server.command import secret_variables
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
 
-Progress = Callable[[float, str], None]
 DEFAULT_TIMEOUT_S = 3600.0
 FLUSH_ATTEMPTS = 20
 FLUSH_PAUSE_S = 0.25
-_CHECK_EVERY_S = 1.0  # s; to check the server may take a request to it
 
 
 class RunningLoad:
@@ -59,6 +55,11 @@ class RunningLoad:
         """True until the driver has ended."""
         return self._driver.status is None
 
+    @property
+    def over(self) -> threading.Event:
+        """Set once the driver has ended."""
+        return Over(lambda: not self.is_running)
+
     def stop(self) -> None:
         """Ends the load now; its `result` stays None."""
         self.was_stopped = self.is_running
@@ -72,7 +73,9 @@ class BenchServing:
     progress: called about once a second with the seconds since the driver's start and
     its newest line. on_start: called with the target concurrency when the measured load
     (not the warm-up) starts; on_end: called when it ends. Both may be called from another
-    thread. results: the finished loads, in order.
+    thread. on_result: called with each finished load. results: the finished loads, in order.
+    commands: of all measured loads, redacted, in the order in which they started; numbers: from
+    1, of those of them that finished.
     """
 
     __module__ = "pytest_sglprof"
@@ -85,13 +88,17 @@ class BenchServing:
         progress: Progress | None = None,
         on_start: Callable[[int], None] | None = None,
         on_end: Callable[[], None] | None = None,
+        on_result: Callable[[LoadResult], None] | None = None,
     ) -> None:
         self.results: list[LoadResult] = []
-        self._server = server
-        self._folder = folder
-        self._progress = progress
+        self.commands: list[tuple[str, ...]] = []
+        self.numbers: list[int] = []
+        self.server = server
+        self.progress = progress
+        self._runs = DriverRuns(server, folder=folder, progress=progress)
         self._on_start = on_start
         self._on_end = on_end
+        self._on_result = on_result
         self._count = 0
 
     def __call__(
@@ -145,8 +152,14 @@ class BenchServing:
         if warm_up:
             self._warm_up(name, options, timeout)
         flushed = not keep_cache and self._flush_cache()
-        with self._driver_run(name, options, measured=True) as (driver, record, command):
-            load = RunningLoad(driver, target_concurrency(options))
+        measured = measured_keywords(options)
+        drop = () if "output_details" in options else DETAILS
+        target = target_concurrency(options)
+        with self._driver_run(name, measured, target=target, drop=drop) as run:
+            driver, record, command = run
+            load = RunningLoad(driver, target)
+            self.commands.append(tuple(redact_command(command)))
+            number = len(self.commands)
             yield load
             if load.was_stopped:
                 return
@@ -154,17 +167,21 @@ class BenchServing:
             load.result = parse_result(
                 line,
                 requested=requested_of(driver.output(), num_prompts(options)),
-                command=tuple(redact_command(command)),
+                command=self.commands[number - 1],
                 warmed_up=warm_up,
                 cache_flushed=flushed,
                 started=driver.started,
+                drop=drop,
             )
         self.results.append(load.result)
+        self.numbers.append(number)
+        if self._on_result is not None:
+            self._on_result(load.result)
         self._refuse_failed(load.result, allow_failed, driver.log)
 
     def _warm_up(self, name: str, options: Mapping[str, Any], timeout: float) -> None:
         fewer = warm_up_keywords(options)
-        with self._driver_run(f"{name}-warm-up", fewer, measured=False) as (driver, record, _):
+        with self._driver_run(f"{name}-warm-up", fewer) as (driver, record, _):
             self._finish(driver, record, fewer, timeout)
 
     def _flush_cache(self) -> bool:
@@ -174,7 +191,7 @@ class BenchServing:
             if attempt:
                 time.sleep(FLUSH_PAUSE_S)
             try:
-                if self._server.client.flush_cache():
+                if self.server.client.flush_cache():
                     return True
                 problem = None
             except ServerRefused as error:
@@ -187,106 +204,33 @@ class BenchServing:
 
     @contextlib.contextmanager
     def _driver_run(
-        self, name: str, options: Mapping[str, Any], *, measured: bool
+        self, name: str, options: Mapping[str, Any], *, target: int = 0, drop: Sequence[str] = ()
     ) -> Iterator[tuple[DriverProcess, Path, list[str]]]:
-        """Runs the driver during the block; at the end no secret stays on disk."""
-        server = self._server
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # A hidden file until it is redacted, since the driver copies the server's keys into it.
-        record = self._folder / f".{name}.raw"
-        record.unlink(missing_ok=True)
-        model = str(server.info.get("model_path") or "")
-        if HIDDEN in model:  # a URL with a password; without it the driver asks the server
-            model = ""
-        command = bench_command(server.python, server.kind, server.url, model, options, record)
-        learn_command(command)
-        driver = DriverProcess(
-            command,
-            **self._environment(),
-            log=self._folder / f"{name}.log",
-            on_end=self._on_end if measured else None,
-        )
-        try:
-            if measured and self._on_start:
-                self._on_start(target_concurrency(options))
-            yield driver, record, command
-        finally:
-            do_every(
-                (
-                    driver.stop,
-                    partial(self._store_redacted, record, self._folder / f"{name}.jsonl"),
-                    partial(self._redact_log, driver),
-                )
+        """Runs the driver during the block. target: of the measured load; 0 for a warm-up."""
+        server = self.server
+
+        def command(record: Path) -> list[str]:
+            return bench_command(
+                server.python, server.kind, server.url, self._runs.model, options, record
             )
 
-    def _environment(self) -> dict[str, dict[str, str]]:
-        """The driver's variables: this process's, then the server's, and the server's key.
-
-        `env` may be shown, `private` may not.
-        """
-        env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1"}
-        # The key of another service must not be sent to this server.
-        env.pop("OPENAI_API_KEY", None)
-        if key := self._server.client.api_key:
-            env["OPENAI_API_KEY"] = key
-        private = secret_variables(self._server.spec, env)
-        return {"env": {k: v for k, v in env.items() if k not in private}, "private": private}
-
-    def _store_redacted(self, raw: Path, target: Path) -> None:
-        if not raw.exists():
-            return
-        text = raw.read_text("utf-8", "replace")
-        raw.unlink()
-        atomic_write(target, redact_record(text))
-
-    def _redact_log(self, driver: DriverProcess) -> None:
-        output = driver.output()
-        if (clean := redact_text(output)) != output:
-            atomic_write(driver.log, clean)
+        on_end = self._on_end if target else None
+        with self._runs.run(name, command, drop=drop, on_end=on_end) as running:
+            if target and self._on_start:
+                self._on_start(target)
+            yield running
 
     def _finish(
         self, driver: DriverProcess, record: Path, options: Mapping[str, Any], timeout: float
     ) -> str:
         """Waits for the driver's end; returns the last line of its record."""
-        status = driver.wait(self._checker(driver, timeout))
+        status = driver.wait(self._runs.check(driver, timeout, "bench_serving"))
         if status == 0 and record.exists():
             return record.read_text("utf-8", "replace").strip().rpartition("\n")[2]
-        self._raise_when_server_died()
-        output = redact_text(driver.output())
-        if refused := usage_error(output, options):
+        self._runs.raise_when_server_died()
+        if refused := usage_error(redact_text(driver.output()), options):
             raise refused
-        what = f"exit status {status}" if status else "exit status 0, but no result"
-        raise LoadError(
-            f"the load driver failed ({what})",
-            expected="a result of all requests",
-            hint=f"read the whole output: {driver.log}",
-            log=reason(output),
-        )
-
-    def _checker(self, driver: DriverProcess, timeout: float) -> Callable[[], None]:
-        checked = 0.0
-
-        def check() -> None:
-            nonlocal checked
-            if driver.elapsed - checked < _CHECK_EVERY_S:
-                return
-            checked = driver.elapsed
-            self._raise_when_server_died()
-            last_line = redact_text(driver.last_line())
-            if checked > timeout:
-                raise LoadError(
-                    f"the load driver did not end within {timeout:g} s",
-                    hint=f"raise bench_serving(timeout=…), or read its output: {driver.log}",
-                    log=[last_line],
-                )
-            if self._progress:
-                self._progress(checked, last_line)
-
-        return check
-
-    def _raise_when_server_died(self) -> None:
-        if not self._server.is_alive() and (died := self._server.exit_reason()):
-            raise died
+        raise driver_failed(driver, "a result of all requests")
 
     def _refuse_failed(self, result: LoadResult, allow_failed: bool | int, log: Path) -> None:
         failed = result.requested - result.completed

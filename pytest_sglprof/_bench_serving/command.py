@@ -26,6 +26,8 @@ class LoadResult:
     ("mean", "median", "p90", "p95", "p99") -> ms. A figure that the driver's record lacks, or
     that is infinite there, is None. raw: that record, redacted. started: Unix time in s at
     which the driver of the measured load was started; None if the record came from a file.
+    ttfts: ms, of each request that completed, in the order in which they were sent; empty
+    unless the load was driven at a fixed rate.
     """
 
     __module__ = "pytest_sglprof"
@@ -46,6 +48,7 @@ class LoadResult:
     cache_flushed: bool = True
     raw: Mapping[str, Any] = field(default_factory=dict)
     started: float | None = None
+    ttfts: tuple[float, ...] = ()
 
 
 DEFAULT_NUM_PROMPTS = 1000  # the driver's own default
@@ -108,6 +111,19 @@ def warm_up_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return {**keywords, "num_prompts": min(target_concurrency(keywords), WARM_UP_LIMIT)}
 
 
+DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
+
+
+def measured_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of the measured load: one at a fixed rate also tells each request's TTFT.
+
+    Whether the queue grows is seen from these. The driver writes them after it has measured.
+    """
+    rate = keywords.get("request_rate")
+    is_fixed = isinstance(rate, int | float) and math.isfinite(rate)
+    return {**({"output_details": True} if is_fixed else {}), **keywords}
+
+
 def bench_command(
     python: str,
     kind: LauncherName,
@@ -130,11 +146,12 @@ def bench_command(
     if model:
         defaults["model"] = model
     for name, value in {**defaults, **keywords}.items():
-        command += _option(name, value)
+        command += option_words(name, value)
     return command
 
 
-def _option(name: str, value: Any) -> list[str]:
+def option_words(name: str, value: Any) -> list[str]:
+    """The words of one option, from a keyword and its value; see `bench_command`."""
     flag = f"--{name.replace('_', '-')}"
     if value is None or value is False:
         return []
@@ -148,11 +165,13 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
-def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | None:
+def usage_error(
+    output: str, keywords: Mapping[str, Any], call: str = "bench_serving(…)"
+) -> SettingsError | None:
     """The driver's complaint about its command line (argparse), in terms of the keywords.
 
     Similar names come from the usage that the driver printed, so they fit its version. None if
-    `output` has no such complaint.
+    `output` has no such complaint. call: that has the keywords, with … in their place.
     """
     complaint = re.search(r"^usage: (?:.*\n)*?.+: error: (.+)$", output, re.M)
     if not complaint:
@@ -165,7 +184,9 @@ def usage_error(output: str, keywords: Mapping[str, Any]) -> SettingsError | Non
     hint = f"did you mean {_or(near)}?" if near else f"its keywords were {_or(sorted(keywords))}"
     asked = ", ".join(f"{name}=…" for name in names) or "…"
     return SettingsError(
-        f"the load driver does not accept bench_serving({asked})", hint=hint, log=[complaint[1]]
+        f"the load driver does not accept {call.replace('…', asked)}",
+        hint=hint,
+        log=[complaint[1]],
     )
 
 
@@ -188,6 +209,7 @@ def parse_result(
     warmed_up: bool = True,
     cache_flushed: bool = True,
     started: float | None = None,
+    drop: Sequence[str] = (),
 ) -> LoadResult:
     """The result in one line of the driver's output file.
 
@@ -195,6 +217,7 @@ def parse_result(
     in strict JSON: secrets are hidden, such numbers are strings, and `server_info` (hundreds
     of settings that are recorded with the server) is left out. requested: how many requests
     were asked for; if more were completed (several turns per prompt), that number counts.
+    drop: further keys that `raw` does not keep.
     Raises LoadError if `line` is not such a record.
     """
     try:
@@ -210,10 +233,10 @@ def parse_result(
         requested=max(requested, completed),
         completed=completed,
         duration=duration,
-        request_throughput=_figure(record, "request_throughput"),
-        output_throughput=_figure(record, "output_throughput"),
-        total_throughput=_figure(record, "total_throughput"),
-        concurrency=_figure(record, "concurrency"),
+        request_throughput=parse_figure(record, "request_throughput"),
+        output_throughput=parse_figure(record, "output_throughput"),
+        total_throughput=parse_figure(record, "total_throughput"),
+        concurrency=parse_figure(record, "concurrency"),
         ttft=_statistics(record, "ttft"),
         tpot=_statistics(record, "tpot"),
         itl=_statistics(record, "itl"),
@@ -222,17 +245,34 @@ def parse_result(
         warmed_up=warmed_up,
         cache_flushed=cache_flushed,
         started=started,
+        ttfts=_ttfts(record),
         raw={
-            key: strict_json(value) for key, value in redact(record).items() if key != "server_info"
+            key: strict_json(value)
+            for key, value in redact(without(record, ("server_info", *drop))).items()
         },
     )
 
 
+def without(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """`record` without `keys`."""
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+def _ttfts(record: Mapping[str, Any]) -> tuple[float, ...]:
+    """ms, of each completed request in order; the driver writes 0 s for one that failed."""
+    return tuple(
+        1000.0 * seconds
+        for seconds in record.get("ttfts") or ()
+        if isinstance(seconds, int | float) and seconds > 0 and math.isfinite(seconds)
+    )
+
+
 def _statistics(record: Mapping[str, Any], name: str) -> dict[str, float | None]:
-    return {statistic: _figure(record, f"{statistic}_{name}_ms") for statistic in STATISTICS}
+    return {statistic: parse_figure(record, f"{statistic}_{name}_ms") for statistic in STATISTICS}
 
 
-def _figure(record: Mapping[str, Any], key: str) -> float | None:
+def parse_figure(record: Mapping[str, Any], key: str) -> float | None:
+    """A number of a driver's record; None if it is missing or not finite."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -250,13 +290,16 @@ def strict_json(value: Any) -> Any:
     return value
 
 
-def redact_record(text: str) -> str:
-    """The driver's output file with secrets hidden; lines that are not JSON are dropped."""
+def redact_record(text: str, drop: Sequence[str] = ()) -> str:
+    """The driver's output file with secrets hidden, without the keys in `drop`.
+
+    Lines that are not JSON objects are dropped.
+    """
     kept = []
     for line in text.splitlines():
         # A driver that was killed may leave half a line, in which secrets cannot be hidden.
-        with contextlib.suppress(ValueError):
-            kept.append(json.dumps(redact(json.loads(line))) + "\n")
+        with contextlib.suppress(ValueError, AttributeError):
+            kept.append(json.dumps(redact(without(json.loads(line), drop))) + "\n")
     return "".join(kept)
 
 

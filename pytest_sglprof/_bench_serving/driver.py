@@ -39,8 +39,8 @@ class DriverProcess:
 
     command: `PYTHON -m MODULE ARG …`. private: variables that only the driver's Python sees.
     Neither they nor the values of secret options appear in lists of processes, such as those
-    in nsys reports. on_end: called once, from another thread, as soon as the driver has ended.
-    started: Unix time in s.
+    in nsys reports. before: source that the driver's Python runs before it. on_end: called
+    once, from another thread, as soon as the driver has ended. started: Unix time in s.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class DriverProcess:
         *,
         env: Mapping[str, str],
         private: Mapping[str, str] | None = None,
+        before: str = "",
         log: Path,
         on_end: Callable[[], None] | None = None,
     ) -> None:
@@ -57,7 +58,7 @@ class DriverProcess:
         self._started = time.monotonic()
         python, _, module, *words = command
         shown, hidden = split_secret_words(words)
-        handover = {"private": dict(private or {}), "args": hidden}
+        handover = {"private": dict(private or {}), "args": hidden, "before": before}
         with log.open("wb") as output, _in_memory(handover) as secrets:
             target = ["module", module, *shown]
             step = [python, "-u", str(EXEC_STEP), f"/dev/fd/{secrets}", *target]
@@ -150,3 +151,19 @@ class DriverProcess:
             text = stream.read().decode("utf-8", "replace")
         lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
         return lines[-1].strip() if lines else ""
+
+
+class Over(threading.Event):
+    """An event that asks whether it is set."""
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def is_set(self) -> bool:
+        """Whether the answer is yes now."""
+        return super().is_set() or self._ask()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for `timeout` seconds at most, unless the answer is yes before or after that."""
+        return self._ask() or super().wait(timeout) or self._ask()

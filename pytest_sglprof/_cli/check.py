@@ -25,15 +25,16 @@ from pytest_sglprof._cli.options import (
 )
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._errors import ExitStatus, NoKernels, SettingsError, did_you_mean
-from pytest_sglprof._metrics import WORST_FIRST
+from pytest_sglprof._metrics import METRICS, WORST_FIRST
 
 if TYPE_CHECKING:
-    from pytest_sglprof._analysis.imbalance import ImbalanceFinding
     from pytest_sglprof._analysis.straggler import StragglerFinding
+    from pytest_sglprof._analysis.sums import Sums
     from pytest_sglprof._cli.options import Recorded
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._trace.table import KernelTable
     from pytest_sglprof._verdict.judge import Verdict
+    from pytest_sglprof._verdict.reasons import Measured
 
 MEASURED = "measured"  # instead of a verdict, for figures without a limit
 STATUS = {
@@ -44,6 +45,7 @@ STATUS = {
 }
 MAX_SHOWN_KERNELS = 3
 SMALL_DIFFERENCE = 0.15
+SHOWN_OVERLAP = 0.01
 
 
 def add_parser(new_parser: NewParser) -> None:
@@ -63,6 +65,13 @@ def add_parser(new_parser: NewParser) -> None:
         ],
     )
     parser.add_argument(
+        "--power",
+        type=_power,
+        metavar="SHARE",
+        help="also print how slow a rank must be for this window to find it with that "
+        "probability, 0.5 to 1, and how many steps find 1.5 times what the limit allows",
+    )
+    parser.add_argument(
         "--exit-zero",
         action="store_true",
         help="exit with status 0 whatever the verdict; errors still exit with 2",
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
 
     settings = settings_of(args, args.paths)
     recorded = recorded_by(args)
-    findings: list[ImbalanceFinding] = []
+    findings: list[Measured] = []
     try:
         document, findings = _measured(args, settings, recorded)
     except NoKernels as error:
@@ -92,20 +101,54 @@ def run(args: argparse.Namespace) -> ExitStatus:
 
 def _measured(
     args: argparse.Namespace, settings: Settings, recorded: Recorded
-) -> tuple[dict[str, Any], list[ImbalanceFinding]]:
+) -> tuple[dict[str, Any], list[Measured]]:
     """The document of the command, and the finding of each group of each check."""
+    from pytest_sglprof._analysis.sums import Sums
     from pytest_sglprof._cli.options import read_table
 
     if args.metric == LATENESS:
         _check_lateness(args, settings)
-        table = read_table(recorded.files, args, settings)
-        return check_document(table, (), None, _late(table, args, settings), args.limit), []
+        sums = Sums(read_table(recorded.files, args, settings))
+        return check_document(sums, (), None, _late(sums, args, settings), args.limit), []
     thresholds = _thresholds(args, settings, recorded)
     table = read_table(recorded.files, args, settings)
     verdict = _judged(table, thresholds, settings, recorded)
     findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
-    late = None if _is_selected(args) else _late(table, args, settings)
-    return check_document(table, thresholds, verdict, late, None), findings
+    sums = verdict.sums or Sums(table)
+    late = None if _is_selected(args) else _late(sums, args, settings)
+    document = check_document(sums, thresholds, verdict, late, None)
+    document["budgets"] = _budgets(sums) if _asks_for_budgets(args, thresholds) else None
+    if args.power is not None:
+        _add_power(document, thresholds, verdict, args.power)
+    return document, findings
+
+
+def _add_power(
+    document: dict[str, Any], thresholds: Sequence[Threshold], verdict: Verdict, share: float
+) -> None:
+    """Adds to each group of each check what the window could have found, under `power`."""
+    for threshold, check in zip(thresholds, document["checks"], strict=True):
+        if math.isinf(threshold.limit):
+            raise SettingsError(
+                "--power without a limit",
+                expected="the limit above which a rank is to be found",
+                hint="add --limit 1.05",
+            )
+        metric = METRICS[threshold.metric]
+        judged = [each for each in verdict.of(threshold).judgements if each.measured is not None]
+        for group, judgement in zip(check["groups"], judged, strict=True):
+            estimated = judgement.estimate
+            if estimated is None or metric.better == "higher":
+                group["power"] = None
+                continue
+            bound = metric.pass_bound(threshold.limit)
+            needed = estimated.steps_to_find(bound, threshold.limit, share)
+            group["power"] = {
+                "probability": share,
+                "found_from": estimated.found_from(threshold.limit, share),
+                "steps": math.ceil(needed),
+                "steps_find": bound,
+            }
 
 
 def _unmeasured(error: NoKernels) -> dict[str, Any]:
@@ -117,11 +160,13 @@ def _unmeasured(error: NoKernels) -> dict[str, Any]:
         "notes": [error.hint],
         "checks": [],
         "stragglers": None,
+        "budgets": None,
+        "sync": [],
     }
 
 
 def check_document(
-    table: KernelTable,
+    sums: Sums,
     thresholds: Sequence[Threshold],
     verdict: Verdict | None,
     late: Sequence[StragglerFinding] | None,
@@ -130,9 +175,11 @@ def check_document(
     """The JSON of the command.
 
     checks: one object for each threshold. stragglers: the sync group whose rank is the latest,
-    with all groups under `groups`; None if not asked for. verdict, reason: over everything that
-    has a limit. Times in ns.
+    with all groups under `groups`; None if not asked for. budgets: what steps are made of, filled
+    in by the caller. sync: what ranks with different input cost each other, by sync group.
+    verdict, reason: over everything that has a limit. Times in ns.
     """
+    table = sums.table
     checks = [_check(each, verdict.of(each)) for each in thresholds] if verdict else []
     stragglers = None if late is None else _stragglers(late, late_limit)
     if verdict is None and stragglers is not None:
@@ -150,6 +197,8 @@ def check_document(
         "notes": list(table.notes),
         "checks": checks,
         "stragglers": stragglers,
+        "budgets": None,
+        "sync": _syncs(sums),
     }
 
 
@@ -171,21 +220,19 @@ def _judged(
     )
 
 
-def _late(
-    table: KernelTable, args: argparse.Namespace, settings: Settings
-) -> tuple[StragglerFinding, ...]:
+def _late(sums: Sums, args: argparse.Namespace, settings: Settings) -> tuple[StragglerFinding, ...]:
     from pytest_sglprof._analysis.straggler import DEFAULT_LATENESS, stragglers
 
     has_limit = args.metric == LATENESS and args.limit is not None
     limit = args.limit if has_limit else DEFAULT_LATENESS
-    return stragglers(table, limit=limit, min_steps=settings.min_steps)
+    return stragglers(sums.table, sums.waited, limit=limit, min_steps=settings.min_steps)
 
 
 # What is judged.
 
 
 def _is_selected(args: argparse.Namespace) -> bool:
-    options = (args.metric, args.limit, args.scope, args.kernel, args.stage)
+    options = (args.metric, args.limit, args.scope, args.kernel, args.stage, args.across)
     return any(option is not None for option in options)
 
 
@@ -211,27 +258,32 @@ def _thresholds(
 
 def _selected(args: argparse.Namespace, settings: Settings) -> Threshold:
     from pytest_sglprof._config.thresholds import (
+        check_across,
         check_kernel,
         check_limit,
         check_metric,
         check_stage,
+        check_subject,
     )
 
     origin = "sglprof check"
     metric = check_metric(args.metric or "slowdown", origin)
     scope, stage = args.scope or "compute", args.stage or ""
-    _check_scope(scope, settings, origin)
+    where = "--kernel" if args.kernel else "--scope"
+    check_subject(metric, scope, args.kernel, origin, where, stage=stage)
+    _check_scope(scope, settings, origin, metric)
     check_stage(stage, origin, "--stage")
+    across = check_across(metric, args.across or "", origin, "--across")
     limit = math.inf
     if args.limit is not None:
         limit = check_limit(metric, args.limit, origin, "--limit")
     if args.kernel:
         check_kernel(args.kernel, origin, "--kernel")
     kernel = args.kernel or ""
-    return Threshold(metric, limit, scope, kernel, stage, origin="command line")
+    return Threshold(metric, limit, scope, kernel, stage, origin="command line", across=across)
 
 
-def _check_scope(scope: str, settings: Settings, origin: str) -> None:
+def _check_scope(scope: str, settings: Settings, origin: str, metric: str) -> None:
     """Raises `SettingsError` for a scope that resembles a known one.
 
     Any other may be a category of a configuration that is not available here.
@@ -240,11 +292,12 @@ def _check_scope(scope: str, settings: Settings, origin: str) -> None:
 
     known = (*SCOPES, *settings.category_names)
     if scope not in known and did_you_mean([scope], known):
-        check_scope(scope, settings.category_names, origin, "--scope")
+        check_scope(scope, settings.category_names, origin, "--scope", metric=metric)
 
 
 def _check_lateness(args: argparse.Namespace, settings: Settings) -> None:
-    subject = next((name for name in ("scope", "kernel", "stage") if getattr(args, name)), "")
+    options = ("scope", "kernel", "stage", "across")
+    subject = next((name for name in options if getattr(args, name)), "")
     if subject:
         raise SettingsError(
             f"--{subject} with --metric {LATENESS}",
@@ -257,8 +310,28 @@ def _check_lateness(args: argparse.Namespace, settings: Settings) -> None:
         raise SettingsError(f"--min-steps {settings.min_steps}: must be 1 or more for {LATENESS}")
 
 
-def _findings(verdict: Verdict) -> list[ImbalanceFinding]:
-    return [each.finding for each in verdict.judgements if each.finding is not None]
+def _findings(verdict: Verdict) -> list[Measured]:
+    return [each.measured for each in verdict.judgements if each.measured is not None]
+
+
+def _asks_for_budgets(args: argparse.Namespace, thresholds: Sequence[Threshold]) -> bool:
+    return args.format == "json" or any(METRICS[each.metric].of == "steps" for each in thresholds)
+
+
+def _budgets(sums: Sums) -> list[dict[str, Any]]:
+    """What the steps of each kind are made of."""
+    from pytest_sglprof._analysis.budget import budgets
+    from pytest_sglprof._report.build import finding_document
+
+    return [finding_document(budget) for budget in budgets(sums.walls)]
+
+
+def _syncs(sums: Sums) -> list[dict[str, Any]]:
+    """What ranks with different input cost each other, and why they differ."""
+    from pytest_sglprof._analysis.sync import sync_findings
+    from pytest_sglprof._report.build import finding_document
+
+    return [finding_document(each) for each in sync_findings(sums)]
 
 
 # The JSON document.
@@ -274,12 +347,12 @@ def _check(threshold: Threshold, verdict: Verdict) -> dict[str, Any]:
         return verdict if is_judged else MEASURED
 
     groups = [
-        {**finding_document(each.finding), "verdict": word(each.verdict), "reason": each.reason}
+        {**finding_document(each.measured), "verdict": word(each.verdict), "reason": each.reason}
         for each in verdict.judgements
-        if each.finding is not None
+        if each.measured is not None
     ]
     deciding = verdict.deciding
-    finding = deciding.finding if deciding is not None else None
+    finding = deciding.measured if deciding is not None else None
     place = {"scope": threshold.scope, "kernel": threshold.kernel, "stage": threshold.stage}
     return {
         **finding_document(finding or worst_finding((), **place)),
@@ -324,8 +397,12 @@ _NO_SYNC_GROUP: dict[str, Any] = {
 
 _CHECK_KEYS = (
     *("group", "rank", "total_ns", "busy_ns", "slowest_share", "scope", "kernel", "stage"),
-    *("slowdown", "factor", "lost_ns", "lost_share", "slowest", "work", "work_ratio"),
+    *("across", "slowdown", "factor", "lost_ns", "lost_share", "slowest", "work", "work_ratio"),
     *("lost_ns_per_token", "metric", "limit", "verdict"),
+)
+_BUDGET_KEYS = (
+    *("steps", "wall_ns", "compute_ns", "communication_ns", "transfer_ns", "waiting_ns"),
+    *("copies_ns", "idle_ns", "launching_ns", "between_ns", "median_wall_ns", "ns_per_accepted"),
 )
 _STRAGGLER_KEYS = (
     *("group", "rank", "compute_ns", "idle_ns", "wait_ns", "late_ns", "total_ns"),
@@ -342,14 +419,15 @@ def _csv_text(document: dict[str, Any]) -> str:
             for group in check["groups"]
             for rank in group["ranks"]
         ]
-        return to_csv(records, _CHECK_KEYS)
+        keys = [*_CHECK_KEYS, *(_BUDGET_KEYS if any(map(_is_of_steps, document["checks"])) else ())]
+        return to_csv([{**dict.fromkeys(keys), **record} for record in records], keys)
     groups = (document["stragglers"] or {"groups": []})["groups"]
     return to_csv(
         [{**group, **rank} for group in groups for rank in group["ranks"]], _STRAGGLER_KEYS
     )
 
 
-def _table_text(document: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
+def _table_text(document: dict[str, Any], findings: Sequence[Measured]) -> str:
     """findings: one for each group of each check, in their order."""
     text = f"{document['verdict']}: {document['reason']}\n"
     remaining = iter(findings)
@@ -357,17 +435,25 @@ def _table_text(document: dict[str, Any], findings: Sequence[ImbalanceFinding]) 
         if len(document["checks"]) > 1:
             text += f"\n{check['verdict']}: {check['reason']}\n"
         text += _check_text(check, [next(remaining) for _ in check["groups"]])
+        text += _budget_text(check["stage"], document["budgets"] if _is_of_steps(check) else ())
     stragglers = document["stragglers"]
     if stragglers is not None:
         if document["checks"]:
             is_known = stragglers["verdict"] != "inconclusive"
             text += f"\n{MEASURED if is_known else 'inconclusive'}: {stragglers['reason']}\n"
         text += _straggler_text(stragglers)
+    text += _sync_text(document["sync"])
     return text + "".join(f"note: {note}\n" for note in document["notes"])
 
 
-def _check_text(check: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> str:
-    from pytest_sglprof._report.terminal import contributor_lines, imbalance_line
+def _check_text(check: dict[str, Any], findings: Sequence[Measured]) -> str:
+    from pytest_sglprof._analysis.budget import StepBudget
+    from pytest_sglprof._report.terminal import (
+        contributor_lines,
+        imbalance_line,
+        is_across_sync,
+        spike_lines,
+    )
     from pytest_sglprof._verdict.wording import milliseconds, percent
 
     subject = f"/{check['kernel']}/" if check["kernel"] else check["scope"]
@@ -379,11 +465,71 @@ def _check_text(check: dict[str, Any], findings: Sequence[ImbalanceFinding]) -> 
     )
     text = ""
     for group, finding in zip(check["groups"], findings, strict=True):
-        title = f"{group['group']}: " if group["group"] else ""
+        if isinstance(finding, StepBudget):
+            text += _power_text(check, group)
+            continue
+        across = "across sync" if is_across_sync(finding) else ""
+        title = " ".join(filter(None, (group["group"], across)))
+        title = f"{title}: " if title else ""
         shown = columns if _overlaps(group) else (columns[0], *columns[2:])
-        text += f"\n{title}{imbalance_line(finding)}\n\n{render(group['ranks'], shown, 'table')}"
-        text += "".join(f"{line}\n" for line in contributor_lines(finding))
+        text += f"\n{title}{imbalance_line(finding)}\n{_power_text(check, group)}\n"
+        text += render(group["ranks"], shown, "table")
+        lines = (*contributor_lines(finding), *spike_lines(finding))
+        text += "".join(f"{line}\n" for line in lines)
     return text
+
+
+def _is_of_steps(check: dict[str, Any]) -> bool:
+    return METRICS[check["metric"]].of == "steps"
+
+
+def _budget_text(stage: str, budgets: Sequence[dict[str, Any]]) -> str:
+    """A table for each kind of step of a stage, "" for all stages."""
+    import msgspec
+
+    from pytest_sglprof._analysis.budget import StepBudget
+    from pytest_sglprof._verdict.steps import budget_table
+
+    text = ""
+    for budget in budgets:
+        lines = budget_table(msgspec.convert(budget, StepBudget))
+        if lines and stage in ("", budget["stage"]):
+            text += "".join(f"{line}\n" for line in ("", *lines))
+    return text
+
+
+def _sync_text(syncs: Sequence[dict[str, Any]]) -> str:
+    """What ranks with different input cost each other; "" where all have peers."""
+    import msgspec
+
+    from pytest_sglprof._analysis.sync import SyncFinding
+    from pytest_sglprof._verdict.sync import sync_lines
+
+    findings = [msgspec.convert(each, SyncFinding) for each in syncs]
+    return "".join(f"{line}\n" for each in findings for line in ("", *sync_lines(each)))
+
+
+def _power_text(check: dict[str, Any], group: dict[str, Any]) -> str:
+    """What the window could have found; "" if that was not asked for."""
+    if "power" not in group:
+        return ""
+    if group["power"] is None:
+        return "what this window could have found is not known: see its verdict\n"
+    metric, known = METRICS[check["metric"]], group["power"]
+    share = f"{100 * known['probability']:g} %"
+    return (
+        f"with a probability of {share} this window finds a {metric.label} from "
+        f"{metric.format(known['found_from'], finer=1)} on; {known['steps']:,} steps like these "
+        f"find {metric.format(known['steps_find'], finer=1)}\n"
+    )
+
+
+def _power(text: str) -> float:
+    """A probability from 0.5 to below 1, for argparse."""
+    number = float(text)
+    if not 0.5 <= number < 1:
+        raise argparse.ArgumentTypeError("must be from 0.5 to below 1")
+    return number
 
 
 def _overlaps(group: dict[str, Any]) -> bool:
@@ -413,8 +559,12 @@ def _straggler_text(stragglers: dict[str, Any]) -> str:
         late = next((rank for rank in group["ranks"] if rank["rank"] == group["straggler"]), None)
         for kernel in late["kernels"][:MAX_SHOWN_KERNELS] if late else ():
             text += f"{kernel['name']}: {duration(kernel['ns'])} more than on the others\n"
-        if group["clock_uncertainty_ns"] is not None:
+        if group["clock_margin_ns"] is not None:
             text += f"{_clock_words(group)}\n"
+        if unknown := group["kinds"].get("unknown"):
+            text += f"not used: {unknown:,} calls that may be p2p or all-to-all\n"
+        if (group["overlapped"] or 0.0) >= SHOWN_OVERLAP:
+            text += f"ranks compute in {percent(group['overlapped'])} of the time in collectives\n"
     return text
 
 
@@ -422,13 +572,15 @@ def _clock_words(group: dict[str, Any]) -> str:
     """How far apart the clocks of the ranks are, if more than is uncertain."""
     from pytest_sglprof._verdict.wording import duration
 
-    offsets, uncertainty = group["clock_offsets_ns"] or (0.0,), group["clock_uncertainty_ns"]
-    apart = max(offsets) - min(offsets)
-    if apart <= uncertainty:
-        return f"clocks agree within {duration(uncertainty)}"
+    offsets, margin = group["clock_offsets_ns"] or (0.0,), round(group["clock_margin_ns"])
+    apart = round(max(offsets) - min(offsets))
+    if any(clock["drift_ppm"] is None for clock in group["clocks"]):
+        return f"clocks are taken for one, within {duration(margin)}: it is one host"
+    if apart <= margin:
+        return f"clocks agree within {duration(margin)}"
     return (
         f"clocks are {duration(apart)} apart, which is corrected, to within "
-        f"{duration(uncertainty)}, by the ends of collectives"
+        f"{duration(margin)}, by the ends of collectives"
     )
 
 

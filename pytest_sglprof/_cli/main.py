@@ -34,6 +34,10 @@ COMMANDS = {
     "record": "record one profile window of a running server",
     "kernels": "list kernel time by rank and kernel",
     "check": "compare the ranks, name the one that the others wait for, and apply limits",
+    "ab": "start two versions in turn and say which is slower, and in which kernel",
+    "compare": "compare two windows, kernel by kernel, at equal work",
+    "baseline": "look after the accepted server lives that runs are compared with",
+    "history": "list a figure of every recorded server life, and where it changed",
     "report": "write one HTML page about one or more runs",
     "export": "write files for Perfetto, rows to pin in Nsight Systems, or a picture",
 }
@@ -43,6 +47,12 @@ STDOUT, STDERR = 1, 2  # file descriptors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. argv: without the name of the program."""
     words = list(sys.argv[1:] if argv is None else argv)
+    status = _ended(words)
+    return status if words[:1] != ["ab"] else _module("ab").bisect_status(words, status)
+
+
+def _ended(words: list[str]) -> int:
+    """Runs one command; whatever it raises becomes a message and an exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may not have every character
         sys.stdout.reconfigure(errors="backslashreplace")
     learn_environment(os.environ)

@@ -38,10 +38,11 @@ _RUN_DEPTH = 4  # a trace is in RUN/windows/ID, or in a folder of its own in the
 PATHS = "torch trace, nsys report, nsys export, or a folder of these: a window, a run, your own"
 
 
-def input_options(paths: str) -> argparse.ArgumentParser:
-    """What to read, and how. paths: the help of PATH."""
+def input_options(paths: str = "") -> argparse.ArgumentParser:
+    """What to read, and how. paths: the help of PATH, "" for a command that names them itself."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help=paths)
+    if paths:
+        parser.add_argument("paths", nargs="+", metavar="PATH", help=paths)
     group = parser.add_argument_group("input")
     group.add_argument(
         "--window",
@@ -57,6 +58,13 @@ def input_options(paths: str) -> argparse.ArgumentParser:
         metavar="PID|FILE=LABEL",
         help="rank of a process in an nsys report, for example 31205=TP0, or of a file whose rank "
         "nothing tells, for example trace_7.json=TP1; can be repeated",
+    )
+    group.add_argument(
+        "--server-info",
+        type=Path,
+        metavar="FILE",
+        help="what the server answered to /server_info, from which its settings are read "
+        "(default: server_info.json beside the traces)",
     )
     group.add_argument(
         "--allow-partial",
@@ -79,7 +87,7 @@ def select_options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("selection, instead of the thresholds of the configuration")
     group.add_argument(
         "--metric",
-        choices=(*METRICS, LATENESS),
+        choices=(*(row.name for row in METRICS.values() if not row.is_of_lives), LATENESS),
         help=f"default: slowdown. {LATENESS} (only here, not in thresholds): how late the last "
         "rank arrives at a collective, as a share of the work since the one before",
     )
@@ -88,7 +96,8 @@ def select_options() -> argparse.ArgumentParser:
         type=float,
         metavar="X",
         help="fail above X: a ratio, 1 or more, for slowdown and imbalance_factor; a share, "
-        "0 to 1, for lost_share and lateness",
+        "0 to 1, for lost_share, spike_share, sync_lost_share, idle_share and lateness; ms for "
+        "pass_wall",
     )
     group.add_argument(
         "--scope",
@@ -99,6 +108,12 @@ def select_options() -> argparse.ArgumentParser:
         "--kernel", metavar="REGEX", help="kernels whose name matches, instead of a scope"
     )
     group.add_argument("--stage", help="only steps of one stage: decode, prefill, mixed or idle")
+    group.add_argument(
+        "--across",
+        metavar="peers|sync",
+        help="which ranks are compared: peers, those with the same input, or sync, all that meet "
+        "in collectives, at equal work (default: peers, or sync where no rank has a peer)",
+    )
     add_rows(group, "min_steps", "min_share")
     return parser
 
@@ -205,7 +220,7 @@ def _owner_and_label(text: str) -> tuple[int | str, str]:
     return int(owner) if owner.isdecimal() else owner, label.strip()
 
 
-def _given_ranks(args: argparse.Namespace) -> tuple[dict[int, str], dict[str, str]]:
+def given_ranks(args: argparse.Namespace) -> tuple[dict[int, str], dict[str, str]]:
     """The labels of `--rank` by process id, and by file."""
     given = dict(args.rank)
     by_pid = {owner: label for owner, label in given.items() if isinstance(owner, int)}
@@ -237,9 +252,12 @@ def recorded_by(args: argparse.Namespace) -> Recorded:
             )
         from pytest_sglprof._run.measure import WindowFiles
 
-        pid_ranks, file_ranks = _given_ranks(args)
+        pid_ranks, file_ranks = given_ranks(args)
         paths = tuple(map(Path, args.paths))
-        return Recorded(WindowFiles(paths, pid_ranks=pid_ranks, file_ranks=file_ranks))
+        files = WindowFiles(
+            paths, pid_ranks=pid_ranks, file_ranks=file_ranks, server_info=args.server_info
+        )
+        return Recorded(files)
     from pytest_sglprof._report.results import load_results
 
     window, folder = choose_window([load_results(results[0])], [results[0].parent], args.window)
@@ -295,7 +313,7 @@ def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace)
             expected="the files that results.json names, beside it",
             hint="keep the traces of windows that pass: --sglprof-set=output.keep=all",
         )
-    by_pid, by_file = _given_ranks(args)
+    by_pid, by_file = given_ranks(args)
     pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()}
     return WindowFiles(
         tuple(paths),
@@ -303,6 +321,7 @@ def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace)
         file_ranks=by_file,
         gpu_ranks={int(gpu): rank for gpu, rank in window.gpu_ranks.items()},
         settle=window.spec.settle,
+        server_info=args.server_info,
     )
 
 
@@ -310,6 +329,7 @@ def read_table(
     files: WindowFiles, args: argparse.Namespace, settings: Settings, *, launches: bool = True
 ) -> KernelTable:
     """The kernel table of a window, partial if `--allow-partial` is given; or `TraceError`."""
+    _import_numpy()
     from pytest_sglprof._run.measure import read_recorded
 
     return read_recorded(
@@ -319,6 +339,23 @@ def read_table(
         launches=launches,
         force=args.force,
     )
+
+
+# By which OpenBLAS knows how many threads to start when numpy is imported.
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def _import_numpy() -> None:
+    """Imports numpy with one thread for BLAS: those of all processors cost more than they save.
+
+    A number that somebody set counts. What this process starts later inherits nothing of it.
+    """
+    if not os.environ.keys() & set(_BLAS_THREADS):
+        os.environ[_BLAS_THREADS[0]] = "1"
+        try:
+            import numpy as np  # noqa: F401
+        finally:
+            del os.environ[_BLAS_THREADS[0]]
 
 
 Record = Mapping[str, Any]

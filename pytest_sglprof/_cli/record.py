@@ -190,7 +190,7 @@ def _fresh(path: Path) -> Path:
 
 
 def _attached(args: argparse.Namespace, settings: Settings, folder: Path) -> Server:
-    from pytest_sglprof._run.attempt import ADMIN_KEY_ENV, API_KEY_ENV
+    from pytest_sglprof._run.servers import ADMIN_KEY_ENV, API_KEY_ENV
     from pytest_sglprof._server.launch import attach
 
     return attach(

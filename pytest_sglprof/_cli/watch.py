@@ -377,8 +377,8 @@ def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
 
 
 def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
-    from pytest_sglprof._run.attempt import API_KEY_ENV
     from pytest_sglprof._run.opening import records_experts
+    from pytest_sglprof._run.servers import API_KEY_ENV
     from pytest_sglprof._server.client import checked_url
 
     key = os.environ.get(API_KEY_ENV, "")

@@ -42,7 +42,7 @@ _ROWS = (
     CaptureBackend(
         "torch",
         "pytest_sglprof._capture.torch:TorchRecording",
-        default_steps=50,
+        default_steps=100,
         default_seconds=None,
         needs_session=False,
         is_per_node=False,

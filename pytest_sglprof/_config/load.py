@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_sglprof._config.model import SERVER_KINDS, ServerSpec, Threshold
+from pytest_sglprof._config.model import CERTAIN, SERVER_KINDS, ServerSpec, Threshold
 from pytest_sglprof._config.options import OPTIONS, Option, compiled, is_on
 from pytest_sglprof._config.thresholds import check_threshold, default_thresholds
 from pytest_sglprof._config.windows import check_name, refuse_too_few_steps
@@ -36,9 +36,9 @@ class Settings:
     """The settings of a run of pytest or of one command.
 
     A row of `OPTIONS` with a key is the field of its name. lock_clocks: MHz, 0 for clocks that
-    are left alone. thresholds: those of the configuration, else the default one. origins: where
-    each field was set. stored: the tables that say how a window is measured and judged; a run
-    keeps them, so that commands read its windows in the same way.
+    are left alone. baselines: None without a folder. thresholds: those of the configuration, else
+    the default one. origins: where each field was set. stored: the tables that say how a window
+    is measured and judged; a run keeps them, so that commands read its windows in the same way.
     """
 
     output: Path
@@ -51,7 +51,7 @@ class Settings:
     server_dir: tuple[str, str] | None = None
     nsys_session: str = ""
     allow_inconclusive: bool = False
-    repeat: int = 1
+    repeat: int | Literal["certain"] = 1
     min_steps: int = MIN_STEPS
     min_share: float = MIN_SHARE
     servers: Mapping[str, ServerSpec] = field(default_factory=dict)
@@ -60,6 +60,14 @@ class Settings:
     categories: tuple[tuple[str, str], ...] = ()
     step_delimiter: str = ""
     lock_clocks: int = 0
+    baselines: Path | None = None
+    accept: Literal["", "new", "all"] = ""
+    require_baseline: bool = False
+    min_age_days: int = 0
+    min_age_lives: int = 0
+    confirm: int = 3
+    fail_after: int = 1
+    keep_lives: int = 20
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -171,6 +179,9 @@ def build_settings(
             name: replace(spec, python=(is_default and spec.python) or python)
             for name, spec in servers.items()
         }
+    if folder := rows.get("baselines"):
+        is_of_file = effective_origins["baselines"] == where
+        rows["baselines"] = (base if is_of_file else invocation_dir) / folder
     if mhz := rows.get("lock_clocks"):
         servers = {name: replace(spec, lock_clocks=mhz) for name, spec in servers.items()}
     for name, spec in servers.items():
@@ -179,6 +190,7 @@ def build_settings(
     settings = Settings(
         **{**rows, "output": invocation_dir / rows.get("output", ".sglprof")},
         server=values.get("server", ""),
+        accept=values.get("accept", ""),
         server_dir=server_dir_pair(values["server_dir"]) if "server_dir" in values else None,
         nsys_session=values.get("nsys_session", ""),
         servers=servers,
@@ -190,6 +202,12 @@ def build_settings(
         stored={name: document[name] for name in _STORED if name in document},
     )
     refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
+    if settings.accept and settings.baselines is None:
+        raise SettingsError(
+            f"{effective_origins['accept']}={settings.accept} without a folder of baselines",
+            expected="a folder to accept server lives into",
+            hint="add --sglprof-baselines=DIR, or [baseline] dir to sglprof.toml",
+        )
     return settings
 
 
@@ -253,6 +271,8 @@ def _convert(option: Option, raw: Any, origin: str) -> Any:
         return raw.splitlines() if isinstance(raw, str) else list(raw)
     if option.kind == "regex":
         return compiled(raw, f"{origin} {raw!r}").pattern
+    if option.kind == "repeat":
+        return CERTAIN if raw == CERTAIN else int(_number(option.kind, raw, origin))
     if option.kind in _NUMBERS:
         return _number(option.kind, raw, origin)
     if option.choices and raw not in option.choices:
@@ -278,6 +298,8 @@ def _number(kind: str, raw: Any, origin: str) -> float:
 _NUMBERS: dict[str, tuple[Callable[[Any], float], Callable[[float], bool], str]] = {
     "count": (int, lambda number: number >= 0, "a whole number, 0 or more"),
     "positive": (int, lambda number: number >= 1, "a whole number, 1 or more"),
+    "confirm": (int, lambda number: 0 <= number <= 3, "a whole number, 0 to 3"),
+    "repeat": (int, lambda number: number >= 1, 'a whole number, 1 or more, or "certain"'),
     "size": (float, lambda number: 0 < number < math.inf, "a number above 0"),
     "share": (float, lambda number: 0 <= number <= 1, "a share from 0 to 1"),
 }

@@ -1,7 +1,7 @@
 """What a user asks for: a server, a threshold, a window. Values that several rooms share."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._metrics import METRICS
@@ -9,6 +9,8 @@ from pytest_sglprof._metrics import METRICS
 LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
 ServerKind = Literal[LauncherName, "auto"]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
+Across = Literal["", "peers", "sync"]  # who is compared; "": peers, else sync if nobody has any
+ACROSS = get_args(Across)[1:]
 STAGES = ("decode", "prefill", "mixed", "idle")  # of the steps in a trace
 
 
@@ -61,29 +63,47 @@ class Threshold:
     scope: "compute", "communication", "all", or a category (`moe`, `gemm`, ...).
     kernel: a regular expression over normalised kernel names, instead of a scope.
     stage: one of `STAGES`, or "" for all steps together.
+    Metrics of whole steps (`idle_share`, `pass_wall`, `sync_lost_share`) leave scope and kernel as
+    they are; those of the load driver (`ttft_p99`, …) also the stage. The scope of `regression` may
+    also be `pass_wall`, `idle_share` or a figure of the load driver.
+    across: who is compared: "peers", the ranks with the same input; "sync", all that meet in
+    collectives, at equal work; "" for peers, or for sync where no rank has a peer.
     origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
+    min_us: of `regression`: it fails only if it is also slower by so many microseconds a step.
     """
 
     __module__ = "pytest_sglprof"
 
     metric: str = "slowdown"
-    limit: float = 1.10
+    limit: float = 1.05
     scope: str = "compute"
     kernel: str = ""
     stage: str = ""
     origin: str = "default"
+    across: Across = ""
+    min_us: float = 0.0
 
     @property
-    def identity(self) -> tuple[str, str, str, str]:
+    def identity(self) -> tuple[str, str, str, str, str]:
         """A threshold replaces an earlier one with the same identity."""
-        return (self.scope, self.kernel, self.stage, self.metric)
+        across = METRICS[self.metric].across or self.across
+        return (self.scope, self.kernel, self.stage, self.metric, across)
 
     def describe(self) -> str:
-        """`slowdown of moe in decode <= 1.2`."""
-        sign = ">=" if METRICS[self.metric].better == "higher" else "<="
+        """`slowdown of moe in decode across sync <= 1.2`."""
+        metric = METRICS[self.metric]
+        sign = ">=" if metric.better == "higher" else "<="
         what = f"kernel /{self.kernel}/" if self.kernel else self.scope
+        what = "steps" if metric.is_of_whole_steps else what
+        what = "the load" if metric.of == "load" else what
         stage = f" in {self.stage}" if self.stage else ""
-        return f"{self.metric} of {what}{stage} {sign} {self.limit:g}"
+        across = f" across {self.across}" if self.across else ""
+        least = f" and {self.min_us:g} µs a step" if self.min_us else ""
+        return f"{self.metric} of {what}{stage}{across} {sign} {self.limit:g}{least}"
+
+
+CERTAIN: Final = "certain"  # of `repeat`: until the verdict is certain
+MOST_WINDOWS = 8  # that are opened until it is
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,9 @@ class WindowSpec:
     closing together. output_dir: a folder on the *server's* machine.
     whole_body: profile the whole body of the test instead of a steady part of it.
     repeat: how many times it is opened, to be judged over all of them (None: `window.repeat`
-    of the configuration, if it can be repeated).
+    of the configuration, if it can be repeated); "certain": until the verdict is not
+    inconclusive, 2 to 8 times. max_time: no more windows are opened after that, from the first
+    opening on.
     trigger: opens the window instead of steady load: a trigger of `pytest_sglprof`, or a
     callable. The other names and defaults are those of SGLang's `/start_profile`.
     """
@@ -123,6 +145,7 @@ class WindowSpec:
     output_dir: str | None = None
     timeout: float = 300.0
     whole_body: bool = False
-    repeat: int | None = None
+    repeat: int | Literal["certain"] | None = None
+    max_time: float | None = None
     trigger: Any = None
     thresholds: tuple[Threshold, ...] = ()

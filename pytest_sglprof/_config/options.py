@@ -24,10 +24,11 @@ class Option(NamedTuple):
     """One option.
 
     kind: what its value is: "flag", "text", "count" (whole, 0 or more), "positive" (whole, 1 or
-    more), "size" (above 0), "share" (0 to 1), "regex", or "list" (may be repeated; in the
-    environment one entry a line). key: the dotted key in sglprof.toml, "" for an option that a
-    file cannot set. pytest, command: whether pytest, and whether any command, has a flag for
-    it. choices: the allowed values of kind "text", empty for any.
+    more), "repeat" (positive or "certain"), "size" (above 0), "share" (0 to 1), "regex", or
+    "list" (may be repeated; in the environment one entry a line). key: the dotted key in
+    sglprof.toml, "" for an option that a file cannot set. pytest, command: whether pytest, and
+    whether any command, has a flag for it. choices: the allowed values of kind "text", empty
+    for any.
     """
 
     name: str
@@ -178,8 +179,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "repeat",
-        "positive",
-        "open each profile window that ends by itself N times and judge the median (default: 1)",
+        "repeat",
+        "open each profile window that ends by itself N times and judge the median (default: 1), "
+        'or "certain": until the verdict is certain, 2 to 8 times',
         "window.repeat",
         "N",
         pytest=False,
@@ -209,6 +211,70 @@ OPTIONS: tuple[Option, ...] = (
         "regular expression for the kernel that begins each step, for traces without step markers",
         "trace.step_delimiter",
         "REGEX",
+        pytest=False,
+        command=True,
+    ),
+    Option(
+        "baselines",
+        "text",
+        "folder of baselines that server lives are compared with; a run writes there only with "
+        "--sglprof-accept",
+        "baseline.dir",
+        "DIR",
+        command=True,
+    ),
+    Option(
+        "accept",
+        "text",
+        "at the end of the run, accept its server lives as baselines: new (of keys without a "
+        "baseline) or all (also those that passed)",
+        choices=("new", "all"),
+    ),
+    Option(
+        "require_baseline",
+        "flag",
+        "a window without enough accepted lives is inconclusive instead of green",
+        "baseline.require",
+    ),
+    Option(
+        "min_age_days",
+        "count",
+        "compare only with lives that were recorded so many days before (default: 0)",
+        "baseline.min_age_days",
+        "DAYS",
+        pytest=False,
+    ),
+    Option(
+        "min_age_lives",
+        "count",
+        "compare without so many of the newest accepted lives (default: 0)",
+        "baseline.min_age_lives",
+        "N",
+        pytest=False,
+    ),
+    Option(
+        "confirm",
+        "confirm",
+        "how many further server lives a test gets where it looks slower than its baseline, "
+        "0 to 3 (default: 3)",
+        "baseline.confirm",
+        "N",
+        pytest=False,
+    ),
+    Option(
+        "fail_after",
+        "positive",
+        "fail a regression at the Nth bad run in a row (default: 1)",
+        "baseline.fail_after",
+        "N",
+        pytest=False,
+    ),
+    Option(
+        "keep_lives",
+        "positive",
+        "how many accepted lives a baseline keeps; the oldest are dropped (default: 20)",
+        "baseline.keep",
+        "N",
         pytest=False,
         command=True,
     ),

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from pytest_sglprof._config.model import STAGES, Threshold
+from pytest_sglprof._config.model import ACROSS, STAGES, Across, Threshold
 from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import SettingsError, did_you_mean
-from pytest_sglprof._metrics import METRICS, UNITS
+from pytest_sglprof._metrics import LIFE_FIGURES, LOAD_WORDS, METRICS, UNITS
 
-DEFAULT_SLOWDOWN = 1.10
+DEFAULT_SLOWDOWN = 1.05
 SCOPES = ("compute", "communication", "all")
-_STAGED = re.compile(r"^(?P<what>.+?)\s+in\s+(?P<stage>[A-Za-z_]+)$")
+WHOLE_STEP = "compute"  # the scope of thresholds that need none: the default of `Threshold`
+_KEY = re.compile(
+    r"(?P<what>.+?)(\s+in\s+(?P<stage>[A-Za-z_]+))?(\s+across\s+(?P<across>[A-Za-z_]+))?",
+    re.DOTALL,
+)
 
 
 def default_thresholds() -> tuple[Threshold, ...]:
-    """The threshold without any configuration: slowdown of compute, at most 1.10."""
+    """The threshold without any configuration: slowdown of compute, at most 1.05."""
     return (Threshold(metric="slowdown", limit=DEFAULT_SLOWDOWN, scope="compute"),)
 
 
 def merge_thresholds(*layers: Sequence[Threshold]) -> tuple[Threshold, ...]:
     """The thresholds of all layers; a later one replaces an earlier one of the same identity.
 
-    The order is that of first appearance, so that it is the same in all reports.
+    One that says who is compared also replaces one of an earlier layer that leaves it open. The
+    order is that of first appearance, so that it is the same in all reports.
     """
-    merged = {threshold.identity: threshold for layer in layers for threshold in layer}
+    merged: dict[tuple[str, ...], Threshold] = {}
+    for layer in layers:
+        decided = {(*each.identity[:-1], "") for each in layer if each.identity[-1]}
+        merged = {key: each for key, each in merged.items() if key not in decided}
+        merged |= {each.identity: each for each in layer}
     return tuple(merged.values())
 
 
 def thresholds_from_keywords(
-    keywords: Mapping[str, Any], origin: str, *, categories: Collection[str] = ()
+    keywords: Mapping[str, Any],
+    origin: str,
+    *,
+    across: object = "",
+    categories: Collection[str] = (),
 ) -> tuple[Threshold, ...]:
     """Reads `slowdown=1.1` or `slowdown={"moe": 1.1, "compute in decode": 1.2}`.
 
     A number limits compute. A key is a scope (compute, communication, all, or a category) or
-    `/regex/` over kernel names, optionally followed by ` in STAGE`. categories: all that
-    exist; if empty, any scope is accepted. Raises SettingsError.
+    `/regex/` over kernel names, optionally followed by ` in STAGE` and ` across WHO`. Metrics of
+    whole steps take a stage alone: `idle_share={"decode": 0.2}`; `regression` can also be of
+    `pass_wall`, `idle_share` and figures of the load driver: `{"ttft_p99": 1.1}`. across: who is
+    compared where the key does not say it; metrics of each rank alone leave it out. categories:
+    all that exist; if empty, any scope is accepted. Raises SettingsError.
     """
     thresholds: list[Threshold] = []
     for name, value in keywords.items():
@@ -51,9 +68,13 @@ def thresholds_from_keywords(
             )
         for key, limit in scopes.items():
             where = f"{name}[{key!r}]" if isinstance(value, Mapping) else name
-            scope, kernel, stage = _subject(key, origin, where)
+            scope, kernel, stage, who = _subject(key, origin, where)
+            compared = who or (across if METRICS[metric].of == "ranks" else "")
+            if METRICS[metric].is_of_whole_steps and scope in STAGES:
+                scope, stage = WHOLE_STEP, scope
+            check_subject(metric, scope, kernel, origin, where, stage=stage)
             if categories and not kernel:
-                check_scope(scope, categories, origin, where)
+                check_scope(scope, categories, origin, where, metric=metric)
             check_stage(stage, origin, where)
             thresholds.append(
                 Threshold(
@@ -63,6 +84,7 @@ def thresholds_from_keywords(
                     kernel=kernel,
                     stage=stage,
                     origin=origin,
+                    across=check_across(metric, compared, origin, where),
                 )
             )
     return tuple(thresholds)
@@ -113,9 +135,13 @@ def check_threshold(
     """
     metric = check_metric(threshold.metric, origin)
     check_limit(metric, threshold.limit, origin, f"{prefix}limit")
-    check_kernel(threshold.kernel, origin, f"{prefix}kernel")
-    check_scope(threshold.scope, categories, origin, f"{prefix}scope")
-    check_stage(threshold.stage, origin, f"{prefix}stage")
+    scope, kernel, stage = threshold.scope, threshold.kernel, threshold.stage
+    check_subject(metric, scope, kernel, origin, f"{prefix}scope", stage=stage)
+    check_kernel(kernel, origin, f"{prefix}kernel")
+    check_scope(scope, categories, origin, f"{prefix}scope", metric=metric)
+    check_stage(stage, origin, f"{prefix}stage")
+    check_min_us(metric, scope, threshold.min_us, origin, f"{prefix}min_us")
+    check_across(metric, threshold.across, origin, f"{prefix}across")
     return threshold
 
 
@@ -144,14 +170,67 @@ def check_metric(name: object, origin: str) -> str:
     return name
 
 
-def check_scope(scope: object, categories: Collection[str], origin: str, where: str) -> None:
-    """Raises SettingsError unless `scope` is in `SCOPES` or `categories`."""
-    known = tuple(dict.fromkeys((*SCOPES, *categories)))
+def check_scope(
+    scope: object, categories: Collection[str], origin: str, where: str, *, metric: str
+) -> None:
+    """Raises SettingsError unless `scope` is in `SCOPES` or `categories`, or `metric` has it."""
+    scopes = (*SCOPES, *LIFE_FIGURES) if METRICS[metric].of == "lives" else SCOPES
+    known = tuple(dict.fromkeys((*scopes, *categories)))
     if scope not in known:
         raise SettingsError(
             f"{origin}: {where}: {scope!r} is not a scope",
             expected=f"one of {', '.join(known)}, or /regex/ over kernel names",
             hint=did_you_mean([scope], known, "add a [[category]] for a category of your own"),
+        )
+
+
+def check_subject(
+    metric: str, scope: object, kernel: object, origin: str, where: str, *, stage: object
+) -> None:
+    """Raises SettingsError for a scope, kernel or stage that figures of `metric` do not have."""
+    row, what = METRICS[metric], f"/{kernel}/" if kernel else repr(scope)
+    of_load = row.of == "load" or (row.of == "lives" and scope in LOAD_WORDS)
+    if stage and of_load:
+        raise SettingsError(
+            f"{origin}: {where}: {metric} in {stage}, but the load driver knows no stages",
+            expected="no stage",
+            hint="limit pass_wall in a stage",
+        )
+    if scope == WHOLE_STEP and not kernel:
+        return
+    if kernel and row.of == "lives" and scope != WHOLE_STEP:
+        raise SettingsError(
+            f"{origin}: {where}: {metric} of {scope!r} and of /{kernel}/",
+            expected="a scope, or an expression over kernel names",
+            hint="leave one of the two out",
+        )
+    if row.is_of_whole_steps:
+        raise SettingsError(
+            f"{origin}: {where}: {metric} of {what}, but {metric} is of whole steps",
+            expected=f"no scope and no kernel, or a stage alone: {', '.join(STAGES)}",
+            hint="slowdown compares the time of some kernels between ranks",
+        )
+    if row.of == "load":
+        raise SettingsError(
+            f"{origin}: {where}: {metric} of {what}, but {metric} is of the whole load",
+            expected="a number alone, no scope and no kernel",
+            hint=f'regression={{"{metric}": 1.05}} compares it with the accepted lives',
+        )
+
+
+def check_min_us(metric: str, scope: str, min_us: object, origin: str, where: str) -> None:
+    """Raises SettingsError unless `min_us` is a number of microseconds that `metric` can have."""
+    is_number = isinstance(min_us, int | float) and not isinstance(min_us, bool)
+    if not is_number or not 0 <= cast("float", min_us) < math.inf:
+        raise SettingsError(
+            f"{origin}: {where} is {min_us!r}", expected="microseconds a step, 0 or more"
+        )
+    of_times = METRICS[metric].of == "lives" and scope not in ("idle_share", *LOAD_WORDS)
+    if min_us and not of_times:
+        raise SettingsError(
+            f"{origin}: {where}: {metric} of {scope!r} is no time a step",
+            expected="min_us beside regression of a time: compute, a category, pass_wall, …",
+            hint="leave it out",
         )
 
 
@@ -165,17 +244,50 @@ def check_stage(stage: object, origin: str, where: str) -> None:
         )
 
 
-def _subject(key: object, origin: str, where: str) -> tuple[str, str, str]:
-    """Scope, kernel expression and stage of one key, "" where the key has none."""
+def check_across(metric: str, across: object, origin: str, where: str) -> Across:
+    """`across` if it is in `ACROSS` or "", and `metric` can be of it; else raises SettingsError."""
+    row = METRICS[metric]
+    if across != "" and across not in ACROSS:
+        raise SettingsError(
+            f"{origin}: {where}: {across!r} does not say which ranks are compared",
+            expected=f"one of {', '.join(ACROSS)}",
+            hint=did_you_mean(
+                [across], ACROSS, "leave it out for peers, or for sync where no rank has a peer"
+            ),
+        )
+    if across and row.is_of_lives:
+        raise SettingsError(
+            f"{origin}: {where}: {metric} across {across}, but {metric} is of server lives",
+            expected="no across",
+            hint="compare ranks with slowdown",
+        )
+    if across and row.of == "steps":
+        raise SettingsError(
+            f"{origin}: {where}: {metric} across {across}, but {metric} is of each rank alone",
+            expected="no across",
+            hint="compare ranks with slowdown",
+        )
+    if across and row.across not in ("", across):
+        raise SettingsError(
+            f"{origin}: {where}: {metric} across {across}, but {metric} is what ranks lose by "
+            "waiting for each other",
+            expected=f"across {row.across}, or no across",
+            hint="compare peers with slowdown or lost_share",
+        )
+    return cast("Across", across)
+
+
+def _subject(key: object, origin: str, where: str) -> tuple[str, str, str, str]:
+    """Scope, kernel expression, stage and who is compared of one key, "" where it has none."""
     if not isinstance(key, str) or not key.strip():
         raise SettingsError(
             f"{origin}: {where}: {key!r} is not a scope",
             expected=f"{', '.join(SCOPES)}, a category, or /regex/ over kernel names",
         )
-    what, stage = key.strip(), ""
-    staged = _STAGED.match(what)
-    if staged:
-        what, stage = staged["what"], staged["stage"].lower()
+    parts = _KEY.fullmatch(key.strip())
+    assert parts, "any text that is not blank is a key"
+    what, stage, across = parts["what"], parts["stage"] or "", parts["across"] or ""
+    kernel = ""
     if len(what) > 2 and what.startswith("/") and what.endswith("/"):
-        return "compute", check_kernel(what[1:-1], origin, where), stage
-    return what, "", stage
+        what, kernel = WHOLE_STEP, check_kernel(what[1:-1], origin, where)
+    return what, kernel, stage.lower(), across.lower()

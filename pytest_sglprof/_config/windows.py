@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import WindowSpec
+from pytest_sglprof._config.model import CERTAIN, WindowSpec
 from pytest_sglprof._config.thresholds import (
     listed_thresholds,
     merge_thresholds,
@@ -25,21 +25,32 @@ if TYPE_CHECKING:
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
     """A window with the configured defaults and the keywords of a marker or a call.
 
-    Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`) and `thresholds=[Threshold(...)]`
-    replace configured thresholds of the same scope, stage and metric. Raises `SettingsError`
-    for unknown keywords, wrong types and contradictions.
+    Metric names (`slowdown=1.1`, `slowdown={"moe": 1.1}`), all of them of the ranks that `across`
+    says, and `thresholds=[Threshold(...)]` replace configured thresholds of the same scope, stage
+    and metric. Raises `SettingsError` for unknown keywords, wrong types and contradictions.
     """
+    keywords = dict(keywords)
+    across = keywords.pop("across", "")
     known = {item.name for item in fields(WindowSpec)}
     unknown = sorted(set(keywords) - known - set(METRICS))
     if unknown:
         raise SettingsError(
             f"{origin}: unknown argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
-            expected="one of " + ", ".join(sorted(known)) + ", or a metric: " + ", ".join(METRICS),
-            hint=did_you_mean(unknown, (*known, *METRICS), "correct the spelling"),
+            expected="one of "
+            + ", ".join(sorted({*known, "across"}))
+            + ", or a metric: "
+            + ", ".join(METRICS),
+            hint=did_you_mean(unknown, (*known, "across", *METRICS), "correct the spelling"),
         )
     options = {key: value for key, value in keywords.items() if key in known}
     listed = options.pop("thresholds", ())
     limits = {name: keywords[name] for name in keywords if name in METRICS}
+    if across != "" and not any(METRICS[name].of == "ranks" for name in limits):
+        raise SettingsError(
+            f"{origin}: across={across!r} without a metric that compares ranks",
+            expected="a limit beside it, such as slowdown=1.05",
+            hint="in thresholds=[...], each Threshold has its own across",
+        )
     for name in ("activities", "profile_stages"):
         if isinstance(options.get(name), list):
             options[name] = tuple(options[name])
@@ -60,8 +71,10 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
     categories = settings.category_names
     thresholds = merge_thresholds(
         settings.thresholds,
-        thresholds_from_keywords(limits, origin, categories=categories),
-        listed_thresholds(listed, origin, categories),
+        (
+            *thresholds_from_keywords(limits, origin, across=across, categories=categories),
+            *listed_thresholds(listed, origin, categories),
+        ),
     )
     return replace(spec, thresholds=thresholds)
 
@@ -86,7 +99,7 @@ def refuse_too_few_steps(num_steps: int | None, settings: Settings, origin: str)
             f"{origin}: num_steps={num_steps} is below min_steps={settings.min_steps}, so every "
             "verdict on it would be inconclusive",
             expected=f"at least {settings.min_steps} steps",
-            hint=f"give num_steps={settings.min_steps} or more, or lower gate.min_steps",
+            hint=f"give num_steps={2 * settings.min_steps}, or lower gate.min_steps",
         )
 
 
@@ -97,27 +110,27 @@ def check_name(given: str, known: Sequence[str], what: str, hint: str = "correct
         raise SettingsError(what, expected=expected, hint=did_you_mean([given], known, hint))
 
 
-def repeats(spec: WindowSpec, settings: Settings) -> int:
+def repeats(spec: WindowSpec, settings: Settings) -> int | Literal["certain"]:
     """How many times a window is opened: its `repeat`, else that of the settings.
 
     A window that is closed by hand, or opened by a trigger, cannot be repeated: it ignores the
-    settings, and its own `repeat` above 1 raises `SettingsError`.
+    settings, and its own `repeat` other than 1 raises `SettingsError`.
     """
     ends_itself = bool(spec.num_steps or spec.duration or BACKENDS[spec.backend].default_seconds)
     if spec.repeat is None:
         is_repeatable = ends_itself and not spec.whole_body and spec.trigger is None
         return settings.repeat if is_repeatable else 1
-    if spec.repeat > 1 and spec.trigger is not None:
+    if spec.repeat != 1 and spec.trigger is not None:
         raise SettingsError(
             f"profile window {spec.name!r}: repeat={spec.repeat} with a trigger",
             expected="a window that can be opened again at any time of the load",
             hint="leave one of the two out",
         )
-    if spec.repeat > 1 and not ends_itself:
+    if spec.repeat != 1 and not ends_itself:
         raise SettingsError(
             f"profile window {spec.name!r}: repeat={spec.repeat} without num_steps or duration",
             expected="a window that ends by itself, so that it can be opened again",
-            hint="give it num_steps=50 or duration=2",
+            hint="give it num_steps=100 or duration=5",
         )
     return spec.repeat
 
@@ -146,9 +159,23 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             "seconds above 0",
         ),
         (_is_count(spec.num_steps), f"num_steps={spec.num_steps!r}", "a whole number above 0"),
-        (_is_count(spec.repeat), f"repeat={spec.repeat!r}", "a whole number above 0"),
         (
-            not (spec.whole_body and (spec.repeat or 1) > 1),
+            spec.repeat == CERTAIN or _is_count(spec.repeat),
+            f"repeat={spec.repeat!r}",
+            'a whole number above 0, or "certain"',
+        ),
+        (
+            spec.max_time is None or _is_number(spec.max_time, above=0),
+            f"max_time={spec.max_time!r}",
+            "seconds above 0",
+        ),
+        (
+            spec.max_time is None or spec.repeat in (None, CERTAIN),
+            f"max_time={spec.max_time!r} with repeat={spec.repeat!r}",
+            'repeat="certain": another number of windows is opened whatever it takes',
+        ),
+        (
+            not (spec.whole_body and (spec.repeat or 1) != 1),
             f"repeat={spec.repeat} with whole_body=True",
             "one of the two: the body runs once",
         ),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -29,6 +28,7 @@ from pytest_sglprof._server.client import (
     read_loads,
 )
 from pytest_sglprof._server.log_lines import Entry, EntryReader, read_balance, read_batch
+from pytest_sglprof._server.series import BALANCEDNESS, SYNC_WAIT, read_totals
 
 MAX_BACKOFF = 5.0  # s between two requests to a server that does not answer
 MAX_DOUBLINGS = 64  # of the interval: far beyond MAX_BACKOFF, but no float overflow
@@ -176,12 +176,6 @@ def load_samples(loads: Sequence[DpLoad], now: float) -> list[LoadSample]:
 
 METRICS_INTERVAL = 2.0  # s; each answer makes the server gather the series of all its processes
 
-_LINE = re.compile(
-    r"^sglang:(dp_attention_token_imbalance_ratio|eplb_balancedness)_(sum|count)"
-    r"(?:\{[^}]*\})? (\S+)",
-    re.M,
-)
-
 
 class MetricsSource(HttpSource):
     """Balances, as means over the steps between two answers.
@@ -211,7 +205,7 @@ class MetricsSource(HttpSource):
             if steps <= 0 or total <= old_total:
                 continue
             mean = (total - old_total) / steps
-            if name == "eplb_balancedness":
+            if name == BALANCEDNESS:
                 samples.append(BalanceSample(moment, "", "experts", 1 / mean, source="metrics"))
             else:
                 samples.append(BalanceSample(moment, "", "dp_tokens", mean, source="metrics"))
@@ -224,14 +218,12 @@ class MetricsSource(HttpSource):
 
 def read_metrics(text: str) -> dict[str, tuple[float, float]]:
     """Maps the balance series to (sum, count), added up over all labels."""
-    sums: dict[str, list[float]] = {}
-    for name, part, value in _LINE.findall(text):
-        try:
-            number = float(value)
-        except ValueError:
-            continue
-        sums.setdefault(name, [0.0, 0.0])[part == "count"] += number
-    return {name: (total, count) for name, (total, count) in sums.items()}
+    sums: dict[str, tuple[float, float]] = {}
+    for (name, _), more in read_totals(text).items():
+        if name != SYNC_WAIT:
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = (total + more.sum, count + more.count)
+    return sums
 
 
 # The log, while it grows and across rotations, or when it is finished.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_sglprof._bench_serving.bench import BenchServing
     from pytest_sglprof._load.watcher import LoadWatch
     from pytest_sglprof._plugin.session import PluginSession
+    from pytest_sglprof._run.shapes import ProfileShapes
     from pytest_sglprof._run.window import ProfileWindow
     from pytest_sglprof._server.launch import Server
 
@@ -62,9 +63,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in MARKER_HELP:
         config.addinivalue_line("markers", line)
     if _enabled(config):
+        from pytest_sglprof._plugin.confirming import Confirming
         from pytest_sglprof._plugin.session import PluginSession
 
-        config.pluginmanager.register(PluginSession(config), PLUGIN_NAME)
+        session = PluginSession(config)
+        config.pluginmanager.register(session, PLUGIN_NAME)
+        confirming = Confirming(session.wants_life, session.announce_life)
+        config.pluginmanager.register(confirming, f"{PLUGIN_NAME}-lives")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -113,6 +118,17 @@ def profile_window(request: pytest.FixtureRequest, sglang_server: Server) -> Pro
     Its options are those of the marker. Each window is judged at the end of its test.
     """
     return _session(request).profile_window(request.node)
+
+
+@pytest.fixture
+def profile_shapes(request: pytest.FixtureRequest, sglang_server: Server) -> ProfileShapes:
+    """Profiles batches of fixed shapes: `profile_shapes(batch=[1, 8, 64], input=1024, output=128)`.
+
+    SGLang's `one_batch_server` sends each batch, first without a window, then with one, called
+    `bs1`, `bs8` and `bs64`. Returns a result for each: `.latency`, `.ttft`, `.output_throughput`,
+    `.window`. Other keywords are options of the windows.
+    """
+    return _session(request).test_run(request.node).profile_shapes()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ MARKER_HELP = (
     "sglprof.toml (default: [server]); nsys=True starts it under nsys profile --start-later",
     f"{WINDOW_MARK}(**options): open a profile window and judge it; it opens when the load is "
     "steady, unless trigger, delay or whole_body says otherwise; other options are for example "
-    "backend, num_steps, duration, slowdown=1.10; all of them: " + docs("windows"),
+    "backend, num_steps, duration, slowdown=1.05; all of them: " + docs("windows"),
 )
 
 

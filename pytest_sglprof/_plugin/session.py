@@ -17,6 +17,7 @@ from pytest_sglprof._config.load import Settings, read_settings
 from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._config.options import OPTIONS, shows_config
 from pytest_sglprof._errors import (
+    Incomparable,
     Inconclusive,
     ServerMissing,
     SettingsError,
@@ -35,12 +36,14 @@ from pytest_sglprof._plugin.verdicts import (
     hide_secrets,
     record_of_servers,
     set_properties,
-    take_record,
+    take_records,
     write_summary,
 )
 from pytest_sglprof._redact import learn_command, learn_environment, redact_command, redact_text
-from pytest_sglprof._run.attempt import TestRun, close_server, describe_server, open_server
+from pytest_sglprof._run.attempt import TestRun
 from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune
+from pytest_sglprof._run.lives import KnownLives, TestLives, accept_lives
+from pytest_sglprof._run.servers import close_server, describe_server, open_server
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
@@ -51,11 +54,16 @@ if TYPE_CHECKING:
 
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
+EARLIER = pytest.StashKey[list[TestRun]]()  # attempts on the server lives before
+LIVES = pytest.StashKey[TestLives]()
 # After these the windows of the test are dropped without a verdict.
 DISCARDING = (
     *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
     *(KeyboardInterrupt, SystemExit),
 )
+ORDINALS = ("second", "third", "fourth")  # life of a test
+# Lives of a run that was interrupted are not accepted.
+ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
 WORKER_INPUT = "sglprof_run_id"
 PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
@@ -79,6 +87,7 @@ class PluginSession:
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
         self._in_test = False
+        self._known_lives = KnownLives(self.settings, self.run_id)
         self._left: list[RecordedServer] = []  # stopped servers that left something behind
         facts = run_facts(config, self.settings)
         self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
@@ -123,8 +132,7 @@ class PluginSession:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the process that reports: adds the record that came with the report to the run."""
-        record = None if self.worker else take_record(report)
-        if record is not None:
+        for record in () if self.worker else take_records(report):
             new = (line for line in record.problems if line not in self._book.problems)
             self._book.problems.extend(new)
             self._book.add(record)
@@ -140,6 +148,8 @@ class PluginSession:
             if self._left:  # an interrupted run stops its servers without a report
                 self._book.add(record_of_servers(self._left))
             self._book.finish(int(exitstatus))
+            if self.settings.accept and exitstatus in ENDED:
+                accept_lives(self.settings, self._book)
             prune(
                 self.settings.output,
                 keep_runs=self.settings.runs,
@@ -217,7 +227,10 @@ class PluginSession:
             marked_window(item, self.settings),
             drives_load="bench_serving" in getattr(item, "fixturenames", ()),
             progress=self.progress,
+            lives=item.stash.setdefault(LIVES, TestLives(self._known_lives)),
         )
+        test.earlier = item.stash.get(EARLIER, [])
+        item.stash[EARLIER] = []
         with _shown_plainly():
             result = yield
             test.prepare(self.server)
@@ -238,7 +251,8 @@ class PluginSession:
                     yield
             finally:
                 self.progress.clear()
-        self._raise_verdict(test)
+        if not test.wants_life:
+            self._raise_verdict(test)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -259,6 +273,20 @@ class PluginSession:
             test.forget()
         hide_secrets(report)
         return report
+
+    def wants_life(self, item: pytest.Item) -> bool:
+        """Whether the test needs one more server life for its verdict."""
+        test = item.stash.get(TEST_RUN, None)
+        return test is not None and test.wants_life
+
+    def announce_life(self, item: pytest.Item, seconds: float) -> None:
+        """Says what another life costs. seconds: what the one before took, without its start."""
+        test = item.stash[TEST_RUN]
+        ready = 0.0 if self.server is None else self.server.ready_s or 0.0
+        number = ORDINALS[min(len(test.earlier), len(ORDINALS) - 1)]
+        cost = about(seconds + ready)
+        self.progress.announce(f"{test.nodeid}: confirming on a {number} life, {cost}")
+        item.stash[EARLIER] = [*test.earlier, test]
 
     def _raise_verdict(self, test: TestRun) -> None:
         if test.verdict == "fail":
@@ -316,6 +344,11 @@ class PluginSession:
             return ServerSpec()  # pytest_make_collect_report reports the mistake
 
 
+def about(seconds: float) -> str:
+    """`about 26 s`, `about 4 min`: what a test is expected to take."""
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+
+
 @contextlib.contextmanager
 def _shown_plainly() -> Iterator[None]:
     """Lets pytest show errors of this package without a traceback: their text is enough."""
@@ -332,7 +365,7 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
         yield
     except Inconclusive as error:
         try:
-            test.abandon(discard=False)
+            test.abandon(discard=False, is_incomparable=isinstance(error, Incomparable))
         except SglprofError as later_error:
             note(error, f"and besides: {later_error}")
         finally:

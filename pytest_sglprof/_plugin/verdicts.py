@@ -56,17 +56,21 @@ def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
         report.longrepr = shown
 
 
-def take_record(report: pytest.TestReport) -> Record | None:
-    """Removes the record from the report, which pytest keeps in memory, and returns it."""
+def take_records(report: pytest.TestReport) -> list[Record]:
+    """Removes the records from the report, which pytest keeps in memory, and returns them."""
     from msgspec.structs import replace
 
     record = _carried(report)
     if record is None:
-        return None
+        return []
     del report.sglprof
-    if record.attempt is not None:
-        record = replace(record, attempt=replace(record.attempt, outcome=_outcome(report)))
-    return record
+    outcome = _outcome(report)
+    return [
+        each
+        if each.attempt is None
+        else replace(each, attempt=replace(each.attempt, outcome=outcome), before=())
+        for each in (*record.before, record)
+    ]
 
 
 def attach_servers(report: pytest.TestReport, servers: Sequence[RecordedServer]) -> None:
@@ -138,7 +142,8 @@ def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> Non
     """Adds the record of the attempt to the report, and a rank table for each bad window."""
     from pytest_sglprof._report.terminal import rank_table
 
-    test.drop_artifacts()
+    for each in (*test.earlier, test):
+        each.drop_artifacts()
     _carry(report, test.record(_outcome(report), problems))
     for window in test.documents():
         if window.verdict != "pass" and not test.message_shows_windows:
@@ -158,6 +163,8 @@ def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
         reporter.write_line(f"results: {book.file}")
     if book.page is not None:
         reporter.write_line(f"report:  {book.page}")
+    for line in book.notes:
+        reporter.write_line(line)
     for line in book.problems:
         reporter.write_line(line, red=True)
 
@@ -201,6 +208,12 @@ class TerminalProgress:
         text = " ".join(line.split())[:150]
         self._write(f"\r\x1b[K{text}" if live else f"\nsglprof: {text}")
         self._dirty = live
+
+    def announce(self, line: str) -> None:
+        """Shows a line that stays, whatever else is shown."""
+        if not self._silent:
+            self.clear()
+            self._write(f"\nsglprof: {' '.join(line.split())}\n")
 
     def clear(self) -> None:
         """Removes the line when the work is over."""

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pytest_sglprof._analysis.collectives import waits
-from pytest_sglprof._analysis.compare import strata
+from pytest_sglprof._analysis.budget import StepBudget, budgets
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, group_findings, steps_per_rank
 from pytest_sglprof._analysis.straggler import StragglerFinding, stragglers
-from pytest_sglprof._analysis.times import GroupCells, sum_times
+from pytest_sglprof._analysis.strata import strata
+from pytest_sglprof._analysis.sums import Sums
+from pytest_sglprof._analysis.sync import SyncFinding, sync_findings
+from pytest_sglprof._analysis.times import GroupCells
 from pytest_sglprof._capture.recording import WindowCapture
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._load.triggers import describe_trigger
@@ -35,6 +37,7 @@ from pytest_sglprof._report.model import (
     utc,
 )
 from pytest_sglprof._report.series import kernel_spread, lanes, step_times
+from pytest_sglprof._trace.steps import CAPTURE
 from pytest_sglprof._verdict.judge import Verdict
 from pytest_sglprof._verdict.repeats import RepeatedVerdict
 
@@ -102,7 +105,9 @@ def window_document(
         decisive=_decisive(verdict),
         onset=onset,
         load_samples=tuple(load_samples),
-        **(_UNMEASURED if table is None else _measured(table, verdict.groups, capture, onset)),
+        **(
+            _UNMEASURED if table is None else _measured(verdict.sums or Sums(table), capture, onset)
+        ),
     )
     return storable(window)
 
@@ -142,7 +147,9 @@ def repeats_document(repeat: Repeat, alone: Verdict) -> Repeats:
     )
 
 
-def finding_document(finding: ImbalanceFinding | StragglerFinding) -> dict[str, Any]:
+def finding_document(
+    finding: ImbalanceFinding | StragglerFinding | StepBudget | SyncFinding,
+) -> dict[str, Any]:
     """One finding as builtin types, for the JSON and CSV of commands."""
     document: dict[str, Any] = msgspec.to_builtins(storable(finding))
     return document
@@ -163,14 +170,9 @@ _UNMEASURED: dict[str, Any] = {
 }
 
 
-def _measured(
-    table: KernelTable,
-    groups: Sequence[GroupCells],
-    capture: WindowCapture,
-    onset: RecordedOnset | None,
-) -> dict[str, Any]:
+def _measured(sums: Sums, capture: WindowCapture, onset: RecordedOnset | None) -> dict[str, Any]:
     """The fields of a window that come from its kernel table."""
-    cells, waited = groups or sum_times(table), waits(table)
+    table, cells, waited = sums.table, sums.groups, sums.waited
     return {
         "source": table.source,
         "partial": table.partial,
@@ -179,7 +181,9 @@ def _measured(
             per_rank=steps_per_rank(table),
             settled=table.settled,
             groups=tuple(_step_counts(group) for group in cells),
+            reasons=_reasons(table, capture),
         ),
+        "run": dict(table.run),
         "findings": tuple(
             finding
             for group in cells
@@ -189,9 +193,21 @@ def _measured(
         "table": _rows(table),
         "step_times": step_times(table, cells, waited),
         "kernels": kernel_spread(table, cells),
-        "strata": strata(table, cells),
+        "strata": strata(table, cells, waited, sums.walls),
+        "budgets": budgets(sums.walls),
+        "syncs": sync_findings(sums),
         "lanes": lanes(table, cells, onset_ns=unix_ns(onset.time) if onset else None),
     }
+
+
+def _reasons(table: KernelTable, capture: WindowCapture) -> dict[str, int]:
+    """See `WindowSteps.reasons`."""
+    marks = table.steps.loc[:, ["step", "excluded"]] if "excluded" in table.steps else None
+    reasons = {CAPTURE: 0} if capture.facts.captures else {}
+    if marks is not None:
+        counts = marks.astype({"excluded": object}).groupby("excluded")["step"].nunique()
+        reasons |= {str(why): int(count) for why, count in counts.items() if why}
+    return reasons
 
 
 def _spec(spec: WindowSpec) -> RecordedSpec:

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._metrics import METRICS, WORST_FIRST
-from pytest_sglprof._report.terminal import STANDIN_NOTE, rank_table, window_title
+from pytest_sglprof._report.terminal import (
+    STANDIN_NOTE,
+    is_across_sync,
+    rank_table,
+    window_title,
+)
+from pytest_sglprof._verdict.life_words import figure_label
 from pytest_sglprof._verdict.wording import milliseconds, percent, ratio, shorten
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedWindow, Results
+    from pytest_sglprof._report.regression import RecordedRegression
 
 
 _SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
@@ -39,6 +46,7 @@ def step_summary(run: Results) -> str:
     lines += ["| verdict | test | window | slowest rank | metric | value | limit |"]
     lines += ["| --- | --- | --- | --- | --- | ---: | ---: |"]
     lines += [_row(window) for window in run.windows]
+    lines += _baseline_table(run.windows)
     text = "\n".join([*lines, ""])
     left_out = 0
     for window in run.windows:
@@ -81,14 +89,43 @@ def kernel_table(window: RecordedWindow) -> list[str]:
     return lines
 
 
+def _baseline_table(windows: Sequence[RecordedWindow]) -> list[str]:
+    """A row for each window that was compared with accepted lives; one for all of its lives."""
+    compared = {(w.nodeid, w.name): w for w in windows if w.regression is not None}
+    if not compared:
+        return []
+    lines = ["", "| window against its baseline | accepted | new | figures | |"]
+    lines += ["| --- | ---: | ---: | --- | --- |"]
+    for window in compared.values():
+        recorded = window.regression
+        assert recorded is not None
+        cells = [
+            escape(shorten(f"{window.nodeid} {window.name}", MAX_TEXT)),
+            str(len(recorded.accepted)),
+            str(len(recorded.fresh)),
+            escape(", ".join(_ratios(recorded)) or "-"),
+            escape(shorten(recorded.sentence or recorded.detection, MAX_REASON)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ratios(recorded: RecordedRegression) -> list[str]:
+    return [
+        f"{figure_label(each.figure)} {ratio(each.ratio)}"
+        for each in recorded.figures
+        if each.ratio is not None and (each.verdict is not None or each.limit is None)
+    ]
+
+
 def _row(window: RecordedWindow) -> str:
     texts = (shorten(text, MAX_TEXT) for text in (window.nodeid, window_title(window)))
     cells = [_SIGNS[window.verdict], *map(escape, texts)]
     judgement = window.deciding
     if judgement is None:
         return f"| {' | '.join((*cells, '-', '-', '-', '-'))} |"
-    metric, finding = METRICS[judgement.threshold.metric], judgement.finding
-    cells += [escape((finding and finding.slowest) or "-"), metric.label]
+    metric = METRICS[judgement.threshold.metric]
+    cells += [escape(judgement.rank or "-"), metric.label]
     cells += [metric.format(judgement.value), metric.format(judgement.threshold.limit)]
     return f"| {' | '.join(cells)} |"
 
@@ -119,18 +156,41 @@ def properties(window: RecordedWindow) -> list[tuple[str, str]]:
     if (judgement := window.deciding) is not None:
         threshold, finding = judgement.threshold, judgement.finding
         contributors = finding.contributors if finding else ()
+        scope = f"/{threshold.kernel}/" if threshold.kernel else threshold.scope
         figures |= {
-            "slowest_rank": finding.slowest if finding else None,
+            "slowest_rank": judgement.rank,
             "slowdown": finding.slowdown if finding else None,
             "metric": threshold.metric,
             "value": judgement.value,
             "limit": threshold.limit,
-            "scope": f"/{threshold.kernel}/" if threshold.kernel else threshold.scope,
+            "scope": scope if judgement.budget is None else None,
             "stage": threshold.stage or None,
+            "across": threshold.across or ("sync" if is_across_sync(finding) else None),
             "slowest_kernel": contributors[0].name if contributors else None,
         }
+    if window.regression is not None:
+        figures |= _of_lives(window.regression)
     figures |= {"window": window.id, "standin": window.standin}
     return [(name, _text(value)) for name, value in figures.items() if value is not None]
+
+
+def _of_lives(recorded: RecordedRegression) -> dict[str, object]:
+    """`baseline, accepted_lives, new_lives, regression[compute], detection, …`, where known."""
+    ratios = {
+        f"regression[{figure_label(each.figure)}]": each.ratio
+        for each in recorded.figures
+        if each.limit_of == "ratio"
+    }
+    slower = [each for each in recorded.kernels if each.change.is_slower]
+    return {
+        "baseline": recorded.file or None,
+        "accepted_lives": len(recorded.accepted),
+        "new_lives": len(recorded.fresh),
+        **ratios,
+        "regression_sentence": recorded.sentence or None,
+        "regression_kernels": ", ".join(each.change.name for each in slower[:3]) or None,
+        "detection": recorded.detection or None,
+    }
 
 
 def properties_of_test(windows: Sequence[RecordedWindow]) -> list[tuple[str, str]]:

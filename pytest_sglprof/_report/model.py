@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
 
 import msgspec
 
+from pytest_sglprof._analysis.budget import StepBudget
 from pytest_sglprof._analysis.certainty import Amount, Count, Share
-from pytest_sglprof._analysis.compare import GroupStrata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._analysis.straggler import StragglerFinding
+from pytest_sglprof._analysis.strata import GroupStrata
+from pytest_sglprof._analysis.sync import SyncFinding
+from pytest_sglprof._baselines.records import LifeRecord
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import LauncherName, Threshold
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
+from pytest_sglprof._report.regression import RecordedRegression
 from pytest_sglprof._report.series import KernelGroup, Lanes, StepSeries
 from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._verdict.judge import Judgement
@@ -132,8 +136,9 @@ class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     output_dir: str | None
     timeout: float | None
     whole_body: bool
-    repeat: int | None
+    repeat: int | Literal["certain"] | None
     trigger: str | None
+    max_time: float | None = None
 
 
 class RecordedSpread(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,11 +188,16 @@ class StepCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WindowSteps(msgspec.Struct, frozen=True, kw_only=True):
-    """The steps of a window. settled: left out at its front."""
+    """The steps of a window. settled: left out at its front.
+
+    reasons: why steps are excluded (of any rank) -> number of these; 0 where only the server's log
+    tells of it. None in older documents.
+    """
 
     per_rank: dict[str, Count]
     settled: Count
     groups: tuple[StepCounts, ...]
+    reasons: dict[str, Count] | None = None
 
 
 class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,7 +216,11 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     repeat_of: id of the first of the windows that it was opened with; then `verdict` and
     `reason` are those over all of them. load: id of the load that ran meanwhile.
     decisive: index of the judgement that decided. source: None where there was nothing to read.
-    partial: a trace is truncated.
+    budgets: what steps are made of, by kind; None in older documents. syncs: of the groups of ranks
+    that meet in collectives and have different input; None in older documents.
+    partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
+    `CUDA driver` …); None in older documents. regression: against accepted lives; None where
+    nothing was compared.
     """
 
     id: str
@@ -251,6 +265,10 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     kernels: tuple[KernelGroup, ...]
     strata: tuple[GroupStrata, ...]
     lanes: Lanes | None
+    budgets: tuple[StepBudget, ...] | None = None
+    syncs: tuple[SyncFinding, ...] | None = None
+    run: dict[str, str] | None = None
+    regression: RecordedRegression | None = None
 
     @property
     def deciding(self) -> Judgement | None:
@@ -326,6 +344,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What travels with the report of a test: its attempt, and what belongs to it.
 
     attempt: None where servers alone ended. problems: what could not be written, a line each.
+    lives: what the attempt left of its server life. before: the attempts on the server lives before
+    this one, which only together decide.
     """
 
     attempt: Attempt | None
@@ -333,6 +353,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     servers: tuple[RecordedServer, ...]
     loads: tuple[RecordedLoad, ...]
     problems: tuple[str, ...]
+    lives: tuple[LifeRecord, ...] = ()
+    before: tuple[Record, ...] = ()
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -347,7 +369,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     loads: tuple[RecordedLoad, ...]
 
 
-FORMAT = Version(major=1, minor=1)
+FORMAT = Version(major=1, minor=2)
 NOTHING = Record(attempt=None, windows=(), servers=(), loads=(), problems=())
 
 

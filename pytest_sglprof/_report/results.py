@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -13,7 +12,7 @@ import msgspec
 
 from pytest_sglprof._bench_serving.command import LoadResult
 from pytest_sglprof._errors import SettingsError, SglprofError
-from pytest_sglprof._files import atomic_write
+from pytest_sglprof._files import atomic_write, json_text
 from pytest_sglprof._metrics import VerdictWord, worst_word
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._report.build import finding_document, window_document
@@ -258,7 +257,7 @@ def _place(value: Any, kind: Any) -> str:
 
 def write_results(document: Results, path: Path) -> None:
     """Writes the document whole or not at all. Raises SettingsError for one that none can read."""
-    text = "".join(_indented(document, "\n")) + "\n"
+    text = json_text(document, _is_one_line)
     try:
         msgspec.json.decode(text, type=Results)
     except msgspec.ValidationError:
@@ -267,42 +266,11 @@ def write_results(document: Results, path: Path) -> None:
     atomic_write(path, text)
 
 
-def _indented(value: Any, line: str) -> Iterator[str]:
-    """JSON for people and for `diff`: one item a line, but lists of numbers on one."""
-    items = _items(value)
-    if items:
-        mark = "{"
-        for key, item in items:
-            yield f"{mark}{line} {_encoded(key)}: "
-            yield from _indented(item, f"{line} ")
-            mark = ","
-        yield f"{line}}}"
-    elif isinstance(value, list | tuple) and not all(
+def _is_one_line(value: Any) -> bool:
+    """Lists of numbers are."""
+    return isinstance(value, list | tuple) and all(
         item is None or isinstance(item, int | float) for item in value
-    ):
-        mark = "["
-        for item in value:
-            yield f"{mark}{line} "
-            yield from _indented(item, f"{line} ")
-            mark = ","
-        yield f"{line}]"
-    else:
-        yield _encoded(value)
-
-
-def _items(value: Any) -> Sequence[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return list(value.items())
-    if isinstance(value, msgspec.Struct):
-        names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
-        return [(encoded, getattr(value, name)) for encoded, name in names]
-    if dataclasses.is_dataclass(value):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return ()
-
-
-def _encoded(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
+    )
 
 
 class _Head(msgspec.Struct):

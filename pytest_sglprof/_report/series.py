@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -13,6 +12,7 @@ from pytest_sglprof._analysis.busy import Ints, busy_parts
 from pytest_sglprof._analysis.certainty import Count
 from pytest_sglprof._analysis.collectives import Waits, by_step, matched_collectives
 from pytest_sglprof._analysis.groups import step_spans
+from pytest_sglprof._analysis.kinds import communication
 from pytest_sglprof._analysis.times import GroupCells
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
@@ -385,12 +385,14 @@ def lanes(
     pictures: list[Picture] = []
     room = MAX_EVENTS
     left_out = 0
+    # Of all steps: what kind a call is shows in many of them.
+    calls = communication(table)
     for cells, number, why in _chosen(groups, _first_after(table, onset_ns), steps):
         rows = _rows(table.frame, cells, number)
         if len(rows) > room and pictures:
             left_out += 1
             continue
-        pictures.append(_picture(table, cells, rows, number, why, names, room))
+        pictures.append(_picture(table, calls, cells, rows, number, why, names, room))
         room -= len(rows)
     return Lanes(
         names=tuple(name for name, _ in names),
@@ -458,6 +460,7 @@ def _rows(frame: pd.DataFrame, cells: GroupCells, number: int | None) -> pd.Data
 
 def _picture(
     table: KernelTable,
+    calls: pd.DataFrame,
     cells: GroupCells,
     rows: pd.DataFrame,
     number: int | None,
@@ -467,7 +470,8 @@ def _picture(
 ) -> Picture:
     """One step. Of more than `room` events the shortest are left out."""
     dropped = max(0, len(rows) - room)
-    matched = matched_collectives(_slice(table, rows), cells.group.ranks)["match"]
+    shown = calls[calls.index.isin(rows.index)]
+    matched = matched_collectives(table, cells.group.ranks, shown)["match"]
     if dropped:
         rows = rows.nlargest(room, "dur_ns")
     origin = int(rows["start_ns"].min()) if len(rows) else 0
@@ -501,7 +505,3 @@ def _picture(
         dropped=dropped,
         lanes=tuple(drawn),
     )
-
-
-def _slice(table: KernelTable, rows: pd.DataFrame) -> KernelTable:
-    return replace(table, frame=rows)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from pytest_sglprof._metrics import metrics_of
 from pytest_sglprof._trace.categories import NOT_COMPUTE
+from pytest_sglprof._verdict.life_words import figure_label
+from pytest_sglprof._verdict.steps import budget_table
 from pytest_sglprof._verdict.wording import (
     count,
     duration,
@@ -21,12 +23,14 @@ from pytest_sglprof._verdict.wording import (
 if TYPE_CHECKING:
     from pytest_sglprof._analysis.imbalance import ImbalanceFinding
     from pytest_sglprof._report.model import RecordedTest, RecordedWindow, Results
+    from pytest_sglprof._report.regression import RecordedRegression
 
 
 STANDIN_NOTE = "embedded stand-in server: these figures say nothing about SGLang"
 CPU_SOURCES = {"cpu_op": "CPU operators", "nvtx": "NVTX ranges"}
 MAX_RANKS = 16
 MAX_NAME = 60
+MAX_KERNELS = 5  # of the scan between server lives
 
 
 def rank_table(window: RecordedWindow) -> list[str]:
@@ -34,7 +38,8 @@ def rank_table(window: RecordedWindow) -> list[str]:
 
     Columns: rank, compute ms, communication ms (busy time), the scope that decided (where it is
     another), share of steps in which the rank is slowest. Of more than 16 ranks of a work
-    group, the slowest and the fastest are shown.
+    group, the slowest and the fastest are shown. Of ranks with different input a sentence says what
+    they cost each other. Where a metric of whole steps decided, also what a step is made of.
     """
     lines = [f"{window_title(window)}: {window.verdict}", window.reason]
     if window.state != "complete" and window.state_reason not in window.reason:
@@ -54,8 +59,12 @@ def rank_table(window: RecordedWindow) -> list[str]:
         lines.extend(("", *text_table(head, rows)))
     if any(compute.compared_steps == 0 for compute in computes):
         lines.append("no step could be compared: times are kernel times of the whole window")
-    lines.extend(contributor_lines(decisive))
-    return lines
+    lines.extend((*contributor_lines(decisive), *spike_lines(decisive)))
+    lines.extend(each.sentence for each in window.syncs or () if each.sentence)
+    budget = None if window.deciding is None else window.deciding.budget
+    if budget is not None:
+        lines += ["", *budget_table(budget)]
+    return [*lines, *regression_lines(window)]
 
 
 def summary_lines(run: Results) -> list[str]:
@@ -73,13 +82,87 @@ def summary_lines(run: Results) -> list[str]:
     lines = [f"{count(len(run.windows), 'profile window')}: {', '.join(parts)}"]
     if run.summary.standin:
         lines.append(STANDIN_NOTE)
+    shown = _last_lives(run.windows)
     for word in ("fail", "inconclusive"):
-        for window in run.windows:
+        for window in shown:
             if window.verdict == word and window.repeat_index == 1:
                 lines.append(f"{word.upper()} {window.nodeid} {window_title(window)}")
                 lines.append(f"  {window.reason}")
+    if any(map(_may_be_accepted, shown)):
+        lines.append(
+            f'if this change is intended: sglprof baseline accept {run.run.id} --reason "…"'
+        )
+    lines.extend(
+        f"BASELINE {window.nodeid} {window_title(window)}: {baseline_line(window.regression)}"
+        for window in shown
+        if window.regression is not None and window.verdict == "pass" and window.repeat_index == 1
+    )
     lines.extend(_attempt_lines(run.tests))
     return [*lines, *left_behind]
+
+
+def _may_be_accepted(window: RecordedWindow) -> bool:
+    """Whether it fails by its accepted lives, or has none of its key but of another one."""
+    recorded = window.regression
+    if recorded is None:
+        return False
+    of_word = [each for each in recorded.figures if each.verdict == window.verdict]
+    by_lives = any(each.limit_of == "ratio" for each in of_word)
+    return by_lives and (window.verdict == "fail" or bool(recorded.not_comparable))
+
+
+def _last_lives(windows: Sequence[RecordedWindow]) -> list[RecordedWindow]:
+    """Without the windows of server lives that others confirmed: one verdict is of all of them."""
+    last = {(each.nodeid, each.name, each.reason): each.attempt for each in windows}
+    return [
+        each
+        for each in windows
+        if each.regression is None or last[each.nodeid, each.name, each.reason] == each.attempt
+    ]
+
+
+def baseline_line(recorded: RecordedRegression) -> str:
+    """`compute 1.01 (0.98 to 1.03); with 10 accepted lives (sd 0.9 %) this sees +7.9 % or more`.
+
+    Why nothing was compared, where nothing was; the whole sentence where a figure is beyond its
+    limit although the window passed, such as in a bad run that `fail_after` lets pass.
+    """
+    known = [each for each in recorded.figures if each.ratio is not None]
+    judged = [each for each in known if each.limit is not None and each.limit_of == "ratio"]
+    is_beyond = any(each.ratio > each.limit for each in judged if each.ratio and each.limit)
+    if is_beyond or (not judged and not (known and recorded.detection)):
+        return recorded.sentence or recorded.not_comparable
+    parts = [
+        f"{figure_label(each.figure)} {each.ratio:.3g} ({each.low:.3g} to {each.high:.3g})"
+        for each in (judged or known[:1])
+    ]
+    return "; ".join(filter(None, (", ".join(parts), recorded.detection, *recorded.findings)))
+
+
+def regression_lines(window: RecordedWindow) -> list[str]:
+    """Lines on the accepted lives that a window was compared with; none where it was not."""
+    recorded = window.regression
+    if recorded is None or not recorded.file:
+        return []
+    hosts = ", ".join(dict.fromkeys(each.host for each in recorded.accepted))
+    accepted = count(len(recorded.accepted), "accepted life", "accepted lives")
+    lines = ["", f"baseline {recorded.file}: {accepted}{f' on {hosts}' if hosts else ''}"]
+    if recorded.floor_sentence:
+        lines.append(recorded.floor_sentence)
+    rows = [
+        [
+            shorten(each.change.name, MAX_NAME),
+            milliseconds(each.change.before_ns),
+            milliseconds(each.change.now_ns),
+            f"{each.change.ratio:.3f}",
+            f"{each.change.q:.2g}",
+        ]
+        for each in recorded.kernels[:MAX_KERNELS]
+    ]
+    if rows:
+        head = ["kernel (listed, not judged)", "ms a step", "now", "ratio", "q"]
+        lines += ["", *text_table(head, rows)]
+    return [*lines, *recorded.findings]
 
 
 def window_title(window: RecordedWindow) -> str:
@@ -109,11 +192,19 @@ def decided_scope(window: RecordedWindow) -> str:
     finding = deciding_finding(window)
     if finding is None:
         return ""
+    across = " across sync" if is_across_sync(finding) else ""
     if finding.kernel:
-        return f"/{finding.kernel}/"
+        return f"/{finding.kernel}/{across}"
     if finding.stage:
-        return f"{finding.scope} in {finding.stage}"
+        return f"{finding.scope} in {finding.stage}{across}"
+    if across:
+        return f"{finding.scope}{across}"
     return "" if finding.scope in ("compute", "communication") else finding.scope
+
+
+def is_across_sync(finding: ImbalanceFinding | None) -> bool:
+    """Whether ranks with different input were compared."""
+    return finding is not None and finding.across == "sync"
 
 
 @dataclass(frozen=True)
@@ -130,8 +221,10 @@ def _group_rows(
     communication = next(iter(window.of_scope("communication", compute.group)), None)
     spent = {} if communication is None else _figures(window, communication)
     chosen = None
-    if decisive is not None and decisive.group == compute.group:
+    if decisive is not None:
         chosen = {figure.rank: figure for figure in decisive.ranks}
+    if chosen is not None and not chosen.keys() >= computed.keys():  # of another group
+        chosen = None
     rows = []
     for rank in _shown(computed):
         row = [rank, milliseconds(computed[rank].busy_ns)]
@@ -185,13 +278,25 @@ def contributor_lines(finding: ImbalanceFinding | None) -> list[str]:
     """A blank line and one that names the kernels which make a rank slowest; or nothing."""
     if finding is None or not finding.slowest or not finding.contributors:
         return []
-    first, *others = finding.contributors
-    more = [f"{shorten(item.name, MAX_NAME)} (+{duration(item.ns)})" for item in others[:2]]
+    first, *rest = finding.contributors
+    more = [f"{shorten(item.name, MAX_NAME)} (+{duration(item.ns)})" for item in rest[:2]]
+    others = "the others" if is_across_sync(finding) else "its peers"
     line = (
         f"most of it: {shorten(first.name, MAX_NAME)}, {duration(first.ns)} longer on "
-        f"{finding.slowest} than on its peers"
+        f"{finding.slowest} than on {others}"
     )
     return ["", f"{line}; then {', '.join(more)}" if more else line]
+
+
+def spike_lines(finding: ImbalanceFinding | None) -> list[str]:
+    """One line that says which rank has most of the spikes; nothing without any."""
+    if finding is None or not finding.spike_steps or finding.spike_rank is None:
+        return []
+    steps = count(finding.spike_steps_of_all or 0, "step")
+    return [
+        f"spikes: {finding.spike_rank} has {finding.spike_steps} of the {steps} above 1.3 times "
+        f"the usual; they take {percent(finding.spike_share, 1)} of the time"
+    ]
 
 
 def _attempt_lines(tests: Sequence[RecordedTest]) -> list[str]:
@@ -206,11 +311,20 @@ def _attempt_lines(tests: Sequence[RecordedTest]) -> list[str]:
 
 def imbalance_line(finding: ImbalanceFinding) -> str:
     """`slowdown 1.39, imbalance factor 1.16, lost share 8.2 %, lost 6.00 ms`, and the work."""
-    figures = (f"{row.label} {row.format(row.read(finding))}" for row in metrics_of("ranks"))
+    figures = (
+        f"{row.label} {row.format(row.read(finding))}"
+        for row in metrics_of("ranks")
+        if not row.across or row.read(finding) is not None
+    )
     work = work_words(finding.work_word, finding.work_ratio, finding.work_by)
     per_token = finding.lost_ns_per_token
+    by_noise = ""
+    if finding.lost_share is not None and finding.noise_share is not None:
+        by_noise = (
+            f" ({percent(finding.lost_share, 1)}, {percent(finding.noise_share, 1)} by noise)"
+        )
     return (
-        f"{', '.join(figures)}, lost {duration(finding.lost_ns)}"
+        f"{', '.join(figures)}, lost {duration(finding.lost_ns)}{by_noise}"
         + ("" if per_token is None else f", {duration(per_token)} an output token")
         + (f"; {finding.slowest} {work}" if work else "")
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,33 +12,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._capture.recording import in_thread
-from pytest_sglprof._config.model import ServerSpec, WindowSpec
+from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._config.windows import repeats
-from pytest_sglprof._errors import Inconclusive, ServerDied, ServerError, SglprofError, do_every
+from pytest_sglprof._errors import Inconclusive, SglprofError, do_every
 from pytest_sglprof._metrics import WORST_FIRST, VerdictWord
 from pytest_sglprof._run.opening import LoadState, open_in_time
+from pytest_sglprof._run.servers import check_alive, describe_server, undisturbed
 from pytest_sglprof._run.window import Window
-from pytest_sglprof._server import lease as leases
-from pytest_sglprof._server.client import server_name
 from pytest_sglprof._server.command import LAUNCHERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
+    from pytest_sglprof._baselines.records import LifeRecord
     from pytest_sglprof._bench_serving.bench import BenchServing
     from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._config.model import Threshold
     from pytest_sglprof._load.watcher import LoadWatch
     from pytest_sglprof._report.build import Repeat
     from pytest_sglprof._report.model import (
         Outcome,
         Record,
         RecordedLoad,
-        RecordedServer,
         RecordedWindow,
     )
     from pytest_sglprof._run.folder import RunFolder
+    from pytest_sglprof._run.lives import TestLives
+    from pytest_sglprof._run.shapes import ProfileShapes
     from pytest_sglprof._server.launch import Server
+    from pytest_sglprof._verdict.regression import JudgedFigure
     from pytest_sglprof._verdict.repeats import RepeatedVerdict
 
 
@@ -63,6 +64,7 @@ class TestRun:
         *,
         drives_load: bool,
         progress: Callable[[str], None] | None = None,
+        lives: TestLives | None = None,
     ) -> None:
         self.nodeid = nodeid
         self.attempt = attempt
@@ -71,6 +73,8 @@ class TestRun:
         self.verdict: VerdictWord | None = None
         self.reason = ""
         self.message_shows_windows = False  # the test's own failure message shows the windows
+        self.earlier: list[TestRun] = []  # on the server lives before, which decide with this one
+        self.wants_life = False  # one more server life is needed for the verdict
         self._settings = settings
         self._folder = folder
         self._marked = marked
@@ -83,6 +87,12 @@ class TestRun:
         self._opening: Future[None] | None = None  # opens that one beside the body
         self._body_is_over = threading.Event()
         self._documents: list[RecordedWindow] | None = None
+        self._lives = lives
+        self._alone: tuple[VerdictWord | None, str] = None, ""  # the verdict without other lives
+        self._measured: list[RecordedWindow] = []  # its documents without them
+        self._has_failed = False  # by an exception of the body
+        self._is_incomparable = False  # that exception says no more than this
+        self._ended: float | None = None  # where another server life follows
         self._started = time.monotonic()
         self._load_watch: LoadWatch | None = None
 
@@ -114,6 +124,7 @@ class TestRun:
             progress=self._progress,
         )
         window.watch = self._load_watch
+        window.compare = self._compared
         self._made.append(window)
         return window
 
@@ -129,8 +140,18 @@ class TestRun:
                 progress=self._show_load,
                 on_start=self._load.start,
                 on_end=self._load.end,
+                on_result=self.server.note_load,
             )
         return self._bench
+
+    def profile_shapes(self) -> ProfileShapes:
+        """Drives batches of fixed shapes, with a window of this test for each."""
+        from pytest_sglprof._run.shapes import ProfileShapes
+
+        folder = self._folder.load(self.nodeid)
+        return ProfileShapes(
+            self._settings, self.new_window, self.bench_serving(), self._load, folder
+        )
 
     def load_watch(self) -> LoadWatch:
         """Watches the load of the server's ranks until the end of the test."""
@@ -176,12 +197,14 @@ class TestRun:
         """After the body: closes and judges each window, and raises their errors."""
         do_every(self._ending())
 
-    def abandon(self, *, discard: bool) -> None:
+    def abandon(self, *, discard: bool, is_incomparable: bool = False) -> None:
         """After a body that raised: closes each window, and raises their errors.
 
         discard: the test was skipped or interrupted, so that windows are dropped without a
-        verdict, except those that the body has checked.
+        verdict, except those that the body has checked. is_incomparable: it found no accepted
+        life to compare with, which is no fault of what it measured.
         """
+        self._has_failed, self._is_incomparable = True, is_incomparable
         do_every(self._abandoning(discard))
 
     def _ending(self) -> Iterator[Callable[[], object]]:
@@ -190,6 +213,7 @@ class TestRun:
             if window.was_opened or window.repeat_index == 1:
                 yield partial(self._close, window)
         yield self._conclude
+        yield self._compare_lives
         yield self._end_load_watch
 
     def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
@@ -202,6 +226,7 @@ class TestRun:
             else:
                 yield window.discard
         yield self._conclude
+        yield self._compare_lives
 
     def _close(self, window: Window) -> None:
         if window.was_opened or window is self._window:
@@ -227,7 +252,7 @@ class TestRun:
                 outcome=outcome,
                 verdict=self.verdict,
                 reason=self.reason,
-                duration_s=time.monotonic() - self._started,
+                duration_s=(self._ended or time.monotonic()) - self._started,
                 windows=[window.id for window in windows],
                 worker=self._folder.worker,
             ),
@@ -235,6 +260,8 @@ class TestRun:
             servers=(describe_server(self.server, self._folder.path),) if self.server else (),
             loads=self._load_documents(),
             problems=tuple(problems),
+            lives=tuple(self._records(windows)),
+            before=tuple(earlier.record(outcome, ()) for earlier in self.earlier),
         )
 
     def message(self) -> str:
@@ -282,13 +309,16 @@ class TestRun:
         for window in self.windows:
             shutil.rmtree(window.folder, ignore_errors=True)
         self._documents = [replace(window, artifacts=()) for window in self.documents()]
+        self._measured = [replace(window, artifacts=()) for window in self._measured]
 
     def forget(self) -> None:
         """After the report: drops windows and documents, because this object may live on.
 
         Python, pytest and its plugins keep exceptions, and with them the frames of a test.
         """
-        self.windows, self._made, self._documents = [], [], []
+        for earlier in self.earlier:
+            earlier.forget()
+        self.windows, self._made, self._documents, self._measured = [], [], [], []
         self._window = self._opening = self._load_watch = self._bench = None
 
     def _show_load(self, elapsed: float, line: str) -> None:
@@ -339,14 +369,63 @@ class TestRun:
                 self.verdict, self.reason = word, "\n".join(reasons)
                 return
 
+    # ---- beside accepted server lives ------------------------------------------------------
+
+    def _compare_lives(self) -> None:
+        """Judges what this attempt left together with the other new lives of the test."""
+        from pytest_sglprof._run.lives import NewLife
+
+        if self._lives is None or self.server is None or not self.windows:
+            return
+        self._measured, self._alone = self.documents(), (self.verdict, self.reason)
+        records = {record.id.rpartition("/")[2]: record for record in self._records(self._measured)}
+        new = [
+            NewLife(window.spec.name, records.get(window.id), window.of_lives)
+            for window in self.windows
+            if window.repeat_index == 1 and window.was_opened
+        ]
+        self._lives.add(new)
+        is_over = self.verdict == "fail" or self._has_failed
+        self.wants_life = self._lives.judge(can_confirm=not self.server.attached, is_over=is_over)
+        self._ended = time.monotonic() if self.wants_life else None
+        for attempt in (*self.earlier, self):
+            attempt._judge_together()
+
+    def _judge_together(self) -> None:
+        """Sets the verdicts of this attempt and of its windows, with those of all its lives."""
+        assert self._lives is not None
+        self._documents = self._lives.merged(self._measured)
+        self.verdict, self.reason = self._lives.together(*self._alone)
+
+    def _compared(self, window: Window, threshold: Threshold) -> JudgedFigure:
+        """One threshold of lives, for this life alone, while the body runs."""
+        from pytest_sglprof._run.lives import NewLife
+
+        assert self._lives is not None, "tests of the plugin have lives"
+        document = self._document(window, is_final=False)
+        (record, *_) = (*self._records([document]), None)
+        return self._lives.check(NewLife(window.spec.name, record, (threshold,)))
+
+    def _records(self, windows: Sequence[RecordedWindow]) -> list[LifeRecord]:
+        """What these windows leave of their server life."""
+        if self.server is None or self._lives is None:
+            return []
+        return self._lives.records(
+            windows,
+            self.server,
+            describe_server(self.server, self._folder.path),
+            self._load_commands(),
+            has_failed=self._has_failed and not self._is_incomparable,
+        )
+
     def _repeated(self, window: Window) -> RepeatedVerdict | None:
         """The verdict over all windows that repeat this one; None if it is not repeated."""
-        from pytest_sglprof._verdict.repeats import judge_repeats
+        from pytest_sglprof._verdict.repeats import judge_together
 
         if window.spec.repeat == 1:
             return None
         verdicts = [each.verdict for each in window.windows if each in self.windows]
-        return judge_repeats(verdicts, window.spec.repeat or 1)
+        return judge_together(window.spec, verdicts)
 
     def _repeat(self, window: Window) -> Repeat | None:
         from pytest_sglprof._report.build import Repeat
@@ -358,8 +437,9 @@ class TestRun:
         typical = closed[verdict.typical].id
         return Repeat(window.windows[0].id, window.repeat_index, typical, verdict)
 
-    def _document(self, window: Window) -> RecordedWindow:
+    def _document(self, window: Window, *, is_final: bool = True) -> RecordedWindow:
         return window.document(
+            is_final=is_final,
             nodeid=self.nodeid,
             attempt=self.attempt,
             server_key=self._server_key,
@@ -372,7 +452,8 @@ class TestRun:
     def _load_documents(self) -> tuple[RecordedLoad, ...]:
         from pytest_sglprof._report.results import load_document
 
-        results = self._bench.results if self._bench is not None else []
+        if self._bench is None:
+            return ()
         return tuple(
             load_document(
                 result,
@@ -382,8 +463,13 @@ class TestRun:
                 server_key=self._server_key,
                 standin=self._standin,
             )
-            for number, result in enumerate(results, start=1)
+            for number, result in zip(self._bench.numbers, self._bench.results, strict=True)
         )
+
+    def _load_commands(self) -> dict[str, tuple[str, ...]]:
+        """Of each load by its id; also of those that were stopped, which have no figures."""
+        commands = self._bench.commands if self._bench is not None else []
+        return {self._load_id(at): command for at, command in enumerate(commands, start=1)}
 
     def _load_id(self, number: int) -> str:
         return f"{self.nodeid}#{self.attempt}.{number}"
@@ -406,113 +492,3 @@ def _without_our_errors(step: Callable[[], object]) -> None:
 def _is_shown(window: RecordedWindow) -> bool:
     """Whether to show a window: of windows that repeat each other only the median."""
     return window.repeats is None or window.id == window.repeats.typical
-
-
-# The server of a test.
-
-API_KEY_ENV = "SGLPROF_API_KEY"
-ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
-TEST_LEASE_TIMEOUT = 3600.0  # s to wait for another test, which may be long
-
-
-def open_server(
-    spec: ServerSpec,
-    settings: Settings,
-    folder: RunFolder,
-    progress: Callable[[str], None] | None,
-) -> Server:
-    """Starts the server of `spec`, or attaches to that of `--sglprof-server`.
-
-    The keys of an attached server are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
-    """
-    from pytest_sglprof._server import launch as servers
-
-    if settings.server:
-        return servers.attach(
-            settings.server,
-            api_key=os.environ.get(API_KEY_ENV, ""),
-            admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
-            server_dir=settings.server_dir,
-            nsys_session=settings.nsys_session or None,
-            nsys_path=settings.nsys or None,
-            python=settings.python,
-            folder=folder.server("attached"),
-        )
-    return servers.launch(
-        spec,
-        folder=folder.server(spec.key),
-        nsys_path=settings.nsys or None,
-        progress=progress,
-    )
-
-
-def close_server(server: Server) -> None:
-    """Stops a server that was started; raises `ServerError` if something of it remains."""
-    left = server.stop()
-    if server.keeper_fault:
-        # Only a warning: nothing remains, and the tests are not affected.
-        warnings.warn(f"{server.keeper_fault}; its server was ended without it", stacklevel=2)
-    if left:
-        raise ServerError(
-            f"the server {server.url} was stopped, but this is left: {', '.join(left)}",
-            expected="no process, nsys session, agent, lock or GPU memory",
-            hint=f"end it by hand; {server.folder / 'keeper.log'} says what was tried",
-        )
-
-
-def check_alive(server: Server) -> None:
-    """Raises `ServerDied` if the server has died since an earlier test."""
-    if server.attached or server.is_alive():
-        return
-    reason = server.exit_reason()
-    if reason is not None:
-        raise reason
-    raise ServerDied(
-        f"the server {server.url} is gone",
-        expected="a running server",
-        hint=f"look at {server.folder / 'server.log'}",
-    )
-
-
-@contextlib.contextmanager
-def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Iterator[None]:
-    """Keeps other tests of this machine from measuring on the same hardware during the block.
-
-    GPUs are leased for the whole life of a server, so that only attached servers and the cores
-    of CPU servers can be shared. The figures of the stand-in do not depend on the machine.
-    """
-    if server.attached:
-        name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
-    elif LAUNCHERS[server.kind].uses_hardware and server.sizes.is_cpu:
-        name, what = "test-cpu", "the processor, by a test of another CPU server"
-    else:
-        yield
-        return
-    lease = leases.acquire(name, timeout=TEST_LEASE_TIMEOUT, what=what, progress=progress)
-    try:
-        yield
-    finally:
-        lease.release()
-
-
-def describe_server(server: Server, root: Path) -> RecordedServer:
-    """The server as in results.json. root: folder to which the path of its log is relative."""
-    from pytest_sglprof._report.results import server_document
-
-    return server_document(
-        key=server.spec.key,
-        kind=server.kind,
-        url=server.url,
-        command=server.command,
-        version=server.sizes.version,
-        sizes=server.sizes,
-        attached=server.attached,
-        nsys=server.nsys.tool.version if server.nsys is not None else "",
-        standin=LAUNCHERS[server.kind].is_standin,
-        model=server.spec.model_path or str(server.info.get("model_path", "")),
-        log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
-        started=server.started,
-        ready_s=server.ready_s,
-        left_behind=server.left_behind,
-        locked_clocks=server.locked_clocks,
-    )

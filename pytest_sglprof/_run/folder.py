@@ -29,6 +29,7 @@ from pytest_sglprof._redact import redact, redact_text
 from pytest_sglprof._report.model import utc
 
 if TYPE_CHECKING:
+    from pytest_sglprof._baselines.records import LifeRecord
     from pytest_sglprof._report.model import Record, Results
 
 
@@ -83,7 +84,8 @@ class RunBook:
 
     results: the results of the run, None until it is finished. file, page: results.json and
     the HTML page, None until they are written. problems: one line for each file that could not
-    be written.
+    be written. lives: what the tests left of their server lives, once it is finished. notes:
+    further lines for the summary.
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class RunBook:
         self.file: Path | None = None
         self.page: Path | None = None
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.lives: list[LifeRecord] = []
         self._facts = dict(facts)
         self._settings = settings
         self._started = time.time()
@@ -180,6 +184,11 @@ class RunBook:
         from pytest_sglprof._report.results import write_results
 
         file = self.folder / "results.json"
+        if self._made_output:  # as pytest does in its cache: nobody commits it by mistake
+            with self.writing(".gitignore"):
+                (self.folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+        with self.writing("history of server lives"):
+            self._write_history(journal)
         with self.writing(str(file)):
             self.results = self._document(list(journal.records()), exit_status)
             self._write_run_file()  # the folder may have been removed meanwhile
@@ -193,6 +202,13 @@ class RunBook:
                 (self.folder / JOURNAL).unlink()
         with self.writing(str(self.folder / PAGE)):
             self._write_page()
+
+    def _write_history(self, journal: Journal) -> None:
+        """A file of its own, which stays when this run is removed."""
+        from pytest_sglprof._baselines.history import append_run
+
+        self.lives = [life for record in journal.records() for life in record.lives]
+        append_run(self.folder.parent, self.run_id, self.lives)
 
     def _document(self, records: Sequence[Record], exit_status: int) -> Results:
         """The results of the run, from which every view is made."""

@@ -26,7 +26,8 @@ class WindowFiles:
     pid_ranks, gpu_ranks: the rank label of each process, else of each device, for nsys
     reports; file_ranks: that of a file whose rank nothing tells. settle: seconds that are
     dropped from the front. facts: what the server's log says about the time of the window;
-    None for a window without facts.
+    None for a window without facts. server_info: an answer of `/server_info`, instead of the file
+    of that name beside the traces.
     """
 
     paths: tuple[Path, ...]
@@ -35,6 +36,7 @@ class WindowFiles:
     file_ranks: Mapping[str, str] = field(default_factory=dict)
     settle: float = 0.0
     facts: ServerFacts | None = None
+    server_info: Path | None = None
 
     @classmethod
     def of_capture(cls, capture: WindowCapture) -> WindowFiles:
@@ -76,6 +78,9 @@ def read_recorded(
         launches=launches,
         force=force,
     )
+    from pytest_sglprof._trace.beside import with_files_beside
+
+    table = with_files_beside(table, files.paths, files.server_info)
     if files.facts is None:
         return table
     from pytest_sglprof._trace.steps import with_server_facts

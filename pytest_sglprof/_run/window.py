@@ -12,20 +12,30 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_sglprof._capture.experts import ExpertRecording
 from pytest_sglprof._capture.recording import POLL, LifeWatch, Progress, WindowCapture
 from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.load import Settings
-from pytest_sglprof._config.model import Threshold, WindowSpec
+from pytest_sglprof._config.model import CERTAIN, MOST_WINDOWS, Across, Threshold, WindowSpec
 from pytest_sglprof._config.thresholds import check_threshold
 from pytest_sglprof._config.windows import window_by_hand
-from pytest_sglprof._errors import Inconclusive, SglprofError, WindowError, WindowRefused
+from pytest_sglprof._errors import (
+    Incomparable,
+    Inconclusive,
+    SglprofError,
+    WindowError,
+    WindowRefused,
+)
 from pytest_sglprof._files import safe_name
-from pytest_sglprof._metrics import VerdictWord
+from pytest_sglprof._metrics import METRICS, VerdictWord
 from pytest_sglprof._run.measure import Measured, judge_table, read_and_judge
 from pytest_sglprof._run.opening import LoadState, steady_load
+from pytest_sglprof._server.log_lines import ServerFacts, read_log_facts
 from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, watch_clocks
+from pytest_sglprof._server.series import SeriesWatch, watch_series
+from pytest_sglprof._server.sizes import SERVER_INFO, write_settings
 from pytest_sglprof._verdict.judge import Verdict, undecided
-from pytest_sglprof._verdict.repeats import RepeatedVerdict, judge_repeats
+from pytest_sglprof._verdict.repeats import RepeatedVerdict, judge_together, judge_until_certain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedWindow
     from pytest_sglprof._server.launch import Server
     from pytest_sglprof._trace.table import KernelTable
+    from pytest_sglprof._verdict.regression import JudgedFigure
 
 CLOSE_SECONDS = 30.0  # s to close a window after its deadline, at most its `timeout`
 ENDING_SECONDS = 3.0  # s to wait at the close for the end of the last steps
@@ -78,6 +89,7 @@ class Window:
         self.load_problem: str | None = None  # why the last request for the load failed
         self.onset: Onset | None = None  # at which a trigger opened it
         self.watch: LoadWatch | None = None  # has the load around it
+        self.compare: Callable[[Window, Threshold], JudgedFigure] | None = None  # with lives
         self._settings = settings or Settings(self.folder)
         self._load = load or LoadState()
         self._make_next = make_next
@@ -88,6 +100,8 @@ class Window:
         self._timed_out = False
         self._log_start = 0
         self._clocks: ClockWatch | None = None
+        self._series: SeriesWatch | None = None
+        self._from_metrics = ServerFacts()  # what the server's metrics say
         self._not_opened: tuple[VerdictWord | None, str] | None = None
         self._held = ExitStack()
         self._closing = threading.Lock()  # also held during an export, so only for closing
@@ -110,6 +124,7 @@ class Window:
             life=self._life,
             progress=self._progress,
         )
+        self._experts = ExpertRecording(self.server, self.folder, self._life)
 
     @property
     def was_opened(self) -> bool:
@@ -148,6 +163,7 @@ class Window:
             self._prepare()  # the log of this window begins here
             self.server.announce_window(self.spec.backend)
             self._raise_death()
+            self._experts.start()
             self._opened = time.time()
             self._recording.start(self._deadline)
         except BaseException as error:
@@ -156,6 +172,7 @@ class Window:
             lines = error.log if isinstance(error, SglprofError) else ()
             with ExitStack() as ending:  # runs all of these, even if one of them raises
                 ending.callback(self._release, still_open=False)
+                ending.callback(self._experts.abort)
                 if not isinstance(error, WindowRefused):
                     ending.callback(self._recording.abort)
                 failed = self._failed(f"it did not open: {what}", self._opened)
@@ -164,6 +181,7 @@ class Window:
         self._opened_at = time.monotonic()
         self.state = "open"
         self._clocks = watch_clocks(self.server)
+        self._series = watch_series(self.server)
         self.load_index = self._load.load_index
 
     def _delay(self) -> None:
@@ -239,6 +257,9 @@ class Window:
         notes: tuple[str, ...] = ()
         try:
             clocks, notes = self._end_clocks()  # before the export, in which GPUs are idle
+            if self._series is not None:
+                self._from_metrics, problems = self._series.finish()
+                notes += problems
         finally:
             recorded = self._recorded or self._end_recording()
         if self.load_problem:
@@ -261,6 +282,8 @@ class Window:
             floor = time.monotonic() + min(self.spec.timeout, CLOSE_SECONDS)
             deadline = max(self._deadline, floor)
             capture = self._recording.stop(interrupted, deadline, unfinished=unfinished)
+            notes = (*capture.notes, *self._experts.finish(), *self._keep_settings(capture))
+            capture = replace(capture, notes=notes)
         finally:
             self.state = "closed"
             try:
@@ -268,6 +291,15 @@ class Window:
             finally:
                 self._release(still_open=capture.is_still_open)
         return self._recorded
+
+    def _keep_settings(self, capture: WindowCapture) -> tuple[str, ...]:
+        """Writes the server's settings beside the traces; a note if that fails."""
+        try:
+            if capture.artifacts:
+                write_settings(self.folder, self.server.info)
+        except OSError as error:
+            return (f"{SERVER_INFO} could not be written: {error.strerror or error}",)
+        return ()
 
     def _unfinished(self) -> str | None:
         """Why the window closes before the end of its steps, or None."""
@@ -296,15 +328,13 @@ class Window:
         return replace(capture, closed=time.time(), expected_ranks=labels)
 
     def _with_facts(self, capture: WindowCapture) -> WindowCapture:
-        """Adds facts from the server's log during the window; attached servers have no log."""
-        log = self.server.log
+        """Adds facts from the server's metrics, and its log; attached servers have no log."""
+        log, measured = self.server.log, self._from_metrics
         if log is None:
-            return capture
-        from pytest_sglprof._server.log_lines import read_log_facts
-        from pytest_sglprof._server.sizes import graph_batches
-
-        facts = read_log_facts(log.each(self._log_start), capture.closed)
-        facts = replace(facts, graph_batches=graph_batches(self.server.info))
+            return replace(capture, facts=measured)
+        facts = read_log_facts(log.each(self._log_start), capture.closed, capture.opened)
+        balancedness = measured.balancedness or facts.balancedness
+        facts = replace(facts, balancedness=balancedness, sync_waits=measured.sync_waits)
         return replace(capture, facts=facts)
 
     def _release(self, *, still_open: bool) -> None:
@@ -321,6 +351,7 @@ class Window:
             if was_open:
                 ending.callback(self._release, still_open=False)
                 ending.callback(self._recording.abort)
+                ending.callback(self._experts.abort)
             self._end_clocks()
 
     def __enter__(self) -> Window:
@@ -359,13 +390,30 @@ class Window:
             )
 
     def next(self) -> Window | None:
-        """The next window that repeats this one; None after the last."""
-        if self._make_next is None or len(self.windows) >= (self.spec.repeat or 1):
+        """The next window that repeats this one; None after the last.
+
+        This one is closed. Until the verdict is certain, it is read and judged here.
+        """
+        if self._make_next is None or not self._wants_more():
             return None
         following = self._make_next(self.spec)
         self.windows.append(following)
         following.windows = self.windows
         return following
+
+    def _wants_more(self) -> bool:
+        """Whether another window is opened after the last of `windows`."""
+        repeat, opened = self.spec.repeat, len(self.windows)
+        if repeat != CERTAIN:
+            assert not isinstance(repeat, str)
+            return opened < (repeat or 1)
+        spent = time.time() - self.windows[0].capture.opened
+        if opened >= MOST_WINDOWS or spent >= (self.spec.max_time or math.inf):
+            return False
+        together = judge_until_certain([window.verdict for window in self.windows])
+        if self._progress is not None:
+            self._progress(f"window {self.spec.name}: {opened} so far: {together.word}")
+        return opened < 2 or together.word == "inconclusive"
 
     @property
     def capture(self) -> WindowCapture:
@@ -415,6 +463,12 @@ class Window:
         return self.measured.verdict
 
     @property
+    def of_lives(self) -> tuple[Threshold, ...]:
+        """Its thresholds, and those that were checked so far, that server lives are judged by."""
+        every = (*self.spec.thresholds, *self._checks)
+        return tuple(each for each in every if METRICS[each.metric].is_of_lives)
+
+    @property
     def was_checked(self) -> bool:
         """True after a call of `check`."""
         return bool(self._checks)
@@ -427,16 +481,19 @@ class Window:
         scope: str = "compute",
         kernel: str = "",
         stage: str = "",
+        across: Across = "",
+        min_us: float = 0.0,
     ) -> float:
         """Judges one more threshold, and returns the figure that it limits.
 
         If the figure is worse than `limit`, the test fails at its end. The figure is infinite if
         only one rank has activity in the scope, and the median of windows that repeat each
-        other. Raises `Inconclusive` for too little data, and `SettingsError` for names that do
-        not exist. The judgement stays with the window.
+        other. Figures of server lives are those of this life, which may need more of them to
+        fail, and NaN where too few lives are accepted. Raises `Inconclusive` for too little data,
+        and `SettingsError` for names that do not exist. The judgement stays with the window.
         """
         threshold = check_threshold(
-            Threshold(metric, limit, scope, kernel, stage, origin="check"),
+            Threshold(metric, limit, scope, kernel, stage, "check", across, min_us),
             self._settings.category_names,
             f"check({metric!r}, {limit!r})",
         )
@@ -448,10 +505,12 @@ class Window:
             )
         for window in self.windows:
             _ = window.capture  # raises if one of them is not closed, before any is judged
+        if METRICS[metric].is_of_lives:
+            return self._check_lives(threshold)
         verdicts = [window._judge_also(threshold) for window in self.windows]
         together: Verdict | RepeatedVerdict = verdicts[0]
         if len(verdicts) > 1:
-            together = judge_repeats(verdicts, self.spec.repeat or 1)
+            together = judge_together(self.spec, verdicts)
         if together.word == "inconclusive":
             raise Inconclusive(
                 f"{threshold.describe()}: {together.reason}",
@@ -459,6 +518,22 @@ class Window:
                 hint="give the window more steps, or the server a longer load",
             )
         return median(_figure(verdict) for verdict in verdicts if verdict.word != "inconclusive")
+
+    def _check_lives(self, threshold: Threshold) -> float:
+        """Of this server life alone; the verdict at the end of the test is of all that it takes."""
+        assert self.compare is not None, "the windows of tests are compared"
+        judged = self.compare(self, threshold)
+        for window in self.windows:
+            if threshold not in window._checks:
+                window._checks.append(threshold)
+        if judged.word == "inconclusive" and not judged.is_beyond:
+            raise Incomparable(
+                f"{threshold.describe()}: {judged.reason}",
+                expected="accepted lives that this one can be compared with",
+                hint="`sglprof baseline list` shows them; where it is meant to differ, accept it: "
+                'sglprof baseline accept latest --reason "…"',
+            )
+        return math.nan if judged.value is None else judged.value
 
     def _judge_also(self, threshold: Threshold) -> Verdict:
         """Adds a threshold to those of this window, and returns its verdict on it."""
@@ -474,11 +549,11 @@ class Window:
             self._measured = replace(measured, verdict=verdict)
         return verdict.of(threshold)
 
-    def document(self, **about: Any) -> RecordedWindow:
-        """The window as in results.json. After this `check` raises `WindowError`."""
+    def document(self, *, is_final: bool = True, **about: Any) -> RecordedWindow:
+        """The window as in results.json. After the final one `check` raises `WindowError`."""
         from pytest_sglprof._report.results import window_document
 
-        self._is_documented = True
+        self._is_documented = is_final
         table = self.measured.table
         return window_document(
             self.capture, table, self.verdict, **about, **self._load_document(table)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
@@ -97,6 +97,11 @@ class SglangClient:
         """The key for ordinary requests, "" without one. For a load driver, never to be stored."""
         return self._api_key or self._admin_key
 
+    @property
+    def admin_key(self) -> str:
+        """The key for requests that change the server, "" without one. Never to be stored."""
+        return self._admin_key or self._api_key
+
     def is_ready(self) -> bool:
         """True when the server takes requests, False while it is starting.
 
@@ -132,6 +137,10 @@ class SglangClient:
         except ValueError as error:
             raise self._not_understood(response, "/v1/loads", f"its load: {error}") from error
 
+    def metrics(self) -> str:
+        """The answer of ``/metrics``; a server that does not answer quickly is not waited for."""
+        return self._request("GET", "/metrics", timeout=PROBE_TIMEOUT).text
+
     def start_profile(self, params: Mapping[str, Any], timeout: float) -> None:
         """Opens a torch profile; `params` is the body of ``/start_profile``.
 
@@ -165,6 +174,14 @@ class SglangClient:
             "POST", self._stop_path, admin=True, timeout=timeout, allow=allowed
         )
         return response.status_code
+
+    def record_experts(self, action: Literal["start", "stop", "dump"], timeout: float) -> None:
+        """Tells the recorder of experts what to do; only for a server that has one.
+
+        Without ``--expert-distribution-recorder-mode`` this kills the server.
+        """
+        path = f"/{action}_expert_distribution_record"
+        self._request("POST", path, admin=True, timeout=timeout)
 
     def flush_cache(self) -> bool:
         """Empties the prefix cache; False if it cannot because requests are running."""

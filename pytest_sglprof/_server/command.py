@@ -32,19 +32,25 @@ PROBE_LIMIT = 120.0  # s; interpreters in containers and on network disks start 
 
 # It only looks for files, since importing sglang would import torch.
 _PROBE = """
-import importlib.metadata, importlib.util, json, os, sys
+import importlib.metadata, importlib.util, json, os, re, sys
 if sys.path[0] == "":  # a folder called sglang beside us is not an installation
     del sys.path[0]
 spec = importlib.util.find_spec("sglang")
 places = list(spec.submodule_search_locations or []) if spec else []
 has = lambda name: any(os.path.isfile(os.path.join(p, *name.split(".")) + ".py") for p in places)
 first = lambda *names: next(("sglang." + name for name in names if has(name)), "")
+def options(module):
+    files = [os.path.join(p, *module.split(".")[1:]) + ".py" for p in places if module]
+    texts = [open(file, encoding="utf-8").read() for file in files if os.path.isfile(file)]
+    return [name for text in texts[:1] for name in re.findall(r'"--([a-z][a-z-]*)"', text)]
 try:
     version = importlib.metadata.version("sglang") if places else ""
 except importlib.metadata.PackageNotFoundError:
     version = ""
+batch = first("benchmark.one_batch_server", "bench_one_batch_server")
 print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
-                  "driver": first("benchmark.serving", "bench_serving"), "version": version}))
+                  "driver": first("benchmark.serving", "bench_serving"),
+                  "batch_driver": batch, "batch_options": options(batch), "version": version}))
 """
 
 
@@ -52,14 +58,17 @@ print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
 class Installation:
     """What an interpreter has of SGLang.
 
-    serve: it has `sglang serve`. server, driver: modules that start a server and its load
-    driver, "" where it has none. version: "" if unknown. problem: the last lines of a
-    failed look, None after one that worked.
+    serve: it has `sglang serve`. server, driver, batch_driver: modules that start a server, its
+    load driver, and the one that sends batches of fixed shape, "" where it has none.
+    batch_options: of the last one, without dashes. version: "" if unknown. problem: the last
+    lines of a failed look, None after one that worked.
     """
 
     serve: bool = False
     server: str = ""
     driver: str = ""
+    batch_driver: str = ""
+    batch_options: Sequence[str] = ()
     version: str = ""
     problem: tuple[str, ...] | None = None
 
@@ -86,9 +95,10 @@ class Launcher(NamedTuple):
     words: the server's arguments, for a port and an NCCL port (None: none was leased).
     environment: variables that it needs in addition to those given.
     load_driver: the words that start its load driver, given the server's interpreter;
-    raises `ServerMissing`. recognises: from its ``/server_info``, a running server of this
-    kind; a server that no row recognises is an SGLang. is_automatic: kind "auto" tries it,
-    in the order of the rows. is_standin: its figures say nothing about SGLang.
+    batch_driver: the same for the driver of fixed shapes, with the options that it has (None:
+    all); both raise `ServerMissing`. recognises: from its ``/server_info``, a running server of
+    this kind; a server that no row recognises is an SGLang. is_automatic: kind "auto" tries
+    it, in the order of the rows. is_standin: its figures say nothing about SGLang.
     uses_hardware: its speed depends on this machine, so its GPUs are leased and watched,
     and tests of CPU servers wait for each other.
     """
@@ -98,6 +108,7 @@ class Launcher(NamedTuple):
     words: Callable[[ServerSpec, int, int | None], list[str]]
     environment: Callable[[Mapping[str, str]], dict[str, str]]
     load_driver: Callable[[str], list[str]]
+    batch_driver: Callable[[str], tuple[list[str], Sequence[str] | None]]
     recognises: Callable[[Mapping[str, Any]], bool]
     is_automatic: bool
     is_standin: bool
@@ -147,6 +158,17 @@ def load_driver(python: str) -> str:
     )
 
 
+def _batch_driver(python: str) -> tuple[list[str], Sequence[str]]:
+    sglang = installation(python)
+    if sglang.batch_driver:
+        return [python, "-m", sglang.batch_driver], sglang.batch_options
+    raise ServerMissing(
+        f"{python} has no driver of SGLang for batches of fixed shape",
+        expected="sglang.benchmark.one_batch_server or sglang.bench_one_batch_server",
+        hint="set --sglprof-python to the interpreter of your SGLang",
+    )
+
+
 def _unless_given(spec: ServerSpec, name: str, value: str, *aliases: str) -> list[str]:
     """An option with its value; [] without a value, or where the user's `args` have it."""
     given = {word.partition("=")[0] for word in spec.args}
@@ -185,6 +207,7 @@ _ROWS = (
         words=_sglang_words,
         environment=lambda base: {},
         load_driver=lambda python: [python, "-m", load_driver(python)],
+        batch_driver=_batch_driver,
         recognises=lambda info: False,
         is_automatic=True,
         is_standin=False,
@@ -196,6 +219,10 @@ _ROWS = (
         words=_standin_words,
         environment=_standin_environment,
         load_driver=lambda python: [sys.executable, "-m", "pytest_sglprof.standin.load_driver"],
+        batch_driver=lambda python: (
+            [sys.executable, "-m", "pytest_sglprof.standin.one_batch_driver"],
+            None,
+        ),
         recognises=_is_standin,
         is_automatic=True,
         is_standin=True,
@@ -306,6 +333,10 @@ def shown_command(entry: Entry, words: Sequence[str]) -> list[str]:
     return [entry.python, "-m", entry.module, *words]
 
 
+# Where SGLang's recorder of experts writes; by default /tmp, where dumps of all servers mix.
+EXPERT_DUMPS = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
+
+
 def server_environment(
     spec: ServerSpec, entry: Entry, base: Mapping[str, str], tmpdir: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -318,6 +349,7 @@ def server_environment(
     merged["TMPDIR"] = str(tmpdir)
     merged.setdefault("SGLANG_LOG_FORWARD_ITERS", "1")
     merged.setdefault("SGLANG_LOG_MS", "1")
+    merged.setdefault(EXPERT_DUMPS, str(tmpdir / "experts"))
     if spec.nsys:
         merged.setdefault("SGLANG_ENABLE_NVTX_SCHEDULER", "1")
     merged.update(LAUNCHERS[entry.kind].environment(merged))

@@ -113,6 +113,8 @@ class Server:
         self._presence = Presence(url)
         self.started = started
         self.ready_s = ready_s
+        self.loads: list[Any] = []  # those that ended before its first window
+        self.had_window = False
         self._keeper = keeper
         self._created = created
         self._left: tuple[str, ...] | None = None
@@ -154,8 +156,14 @@ class Server:
         """A lock to hold while a window is open; `LeaseError` if another process has one open."""
         return lease.window_lock(self.url)
 
+    def note_load(self, result: object) -> None:
+        """Keeps a load that is over if no window was open before: a window slows what follows."""
+        if not self.had_window:
+            self.loads.append(result)
+
     def announce_window(self, backend: Backend | None) -> None:
         """Tells the keeper which window to close before a teardown; None if none is open."""
+        self.had_window = True
         if self._keeper is not None:
             self._keeper.send(Window(backend, time.time()))
 

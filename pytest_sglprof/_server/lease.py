@@ -36,7 +36,7 @@ ZMQ_DELTA = 233  # SGLang's ports for DP attention are this far from the HTTP po
 ZMQ_PORTS = 9  # init port, six derived ones, and room for those of the Rust server
 PORT_TRIES = 200
 _LOCK_FILE = re.compile(
-    r"(port-\d+|gpu-(\d+|(GPU|MIG)-.+)|test-cpu|(window|test)-.+-[0-9a-f]{8})\.lock"
+    r"(port-\d+|gpu-(\d+|(GPU|MIG)-.+)|test-cpu|((window|test)-.+|baselines)-[0-9a-f]{8})\.lock"
 )
 _SIGNATURE = re.compile(r"sglprof (\d+)\n")
 _BARE_PID = re.compile(r"\d*\n?")

@@ -34,18 +34,33 @@ class AcceptLength:
 
 
 @dataclass(frozen=True)
+class SyncWait:
+    """How long the scheduler of a DP rank waited for its peers before a pass, by its own measure.
+
+    seconds: mean over `passes`. long: how many of the waits were longer than 0.1 s.
+    """
+
+    dp: int
+    seconds: float
+    passes: int
+    long: int = 0
+
+
+@dataclass(frozen=True)
 class ServerFacts:
-    """What the server's log says about a window's forward passes.
+    """What the server's log and metrics say about a window's forward passes.
 
     rebalances: (start, end) of each rebalance of experts, Unix times in s, not overlapping.
-    captures: how often a capture of graphs began. graph_batches: batch sizes, ascending, for
-    which there are decode graphs; a smaller batch is padded to the next one.
+    captures: how often a capture of graphs began. balancedness: mean / max of the tokens that the
+    experts of each GPU got, mean of the passes, above 0 to 1; None if not known. sync_waits: of
+    each DP rank of which it is known.
     """
 
     rebalances: tuple[tuple[float, float], ...] = ()
     accepted: tuple[AcceptLength, ...] = ()
     captures: int = 0
-    graph_batches: tuple[int, ...] = ()
+    balancedness: float | None = None
+    sync_waits: tuple[SyncWait, ...] = ()
 
 
 SECOND = 1.0  # resolution of a stamp without SGLANG_LOG_MS=1
@@ -253,16 +268,17 @@ def _rank(tags: str) -> Rank | None:
 # Facts about a window's forward passes: rebalances, accept lengths, captures.
 
 
-def read_log_facts(lines: Iterable[str], until: float) -> ServerFacts:
+def read_log_facts(lines: Iterable[str], until: float, since: float = 0.0) -> ServerFacts:
     """The facts in `lines`, which were written before Unix time `until` (s).
 
-    Overlapping rebalances of several ranks count as one. A rebalance that has no end yet
-    lasts until `until`.
+    since: Unix time, s, from which on the balance of experts counts. Overlapping rebalances of
+    several ranks count as one. A rebalance that has no end yet lasts until `until`.
     """
     spans: list[tuple[float, float]] = []
     running: dict[str, float] = {}
     accepted: list[AcceptLength] = []
     captures = 0
+    balances: list[float] = []
     for entry in EntryReader().read(lines):
         latest = entry.time + entry.resolution
         if entry.kind == "rebalance_start":
@@ -271,11 +287,16 @@ def read_log_facts(lines: Iterable[str], until: float) -> ServerFacts:
             spans.append((running.pop(entry.tags, entry.time), latest))
         elif entry.kind == "capture":
             captures += 1
+        elif entry.kind == "experts":
+            balance = read_balance(entry)
+            if balance is not None and latest >= since:
+                balances.append(balance.balancedness)
         elif entry.kind == "decode" and (length := read_batch(entry).accept_length) is not None:
             rank = entry.rank
             accepted.append(AcceptLength(latest, rank.dp if rank else None, length))
     spans += [(begins, until) for begins in running.values()]
-    return ServerFacts(tuple(_merged(spans)), tuple(accepted), captures)
+    balancedness = sum(balances) / len(balances) if balances else None
+    return ServerFacts(tuple(_merged(spans)), tuple(accepted), captures, balancedness)
 
 
 def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

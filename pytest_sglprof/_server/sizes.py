@@ -1,12 +1,16 @@
-"""`ServerSizes`: how a server is divided into ranks, and which GPU each rank uses."""
+"""How a server is divided into ranks, which GPU each rank uses, and how its passes are run."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from pytest_sglprof._files import atomic_write
 from pytest_sglprof._ranks import Rank
 
 
@@ -137,18 +141,178 @@ class ServerSizes:
         return max(self.tp // max(self.nnodes // self.pp, 1), 1)
 
 
-def graph_batches(info: Mapping[str, Any]) -> tuple[int, ...]:
-    """Batch sizes, ascending, for which `/server_info` says that decode graphs were captured.
+SERVER_INFO = "server_info.json"  # beside the traces of a window
+EXPERTS = "experts.npz"  # likewise; see `_trace.beside`
+Regime = Literal["gather", "local"]
 
-    Empty without decode graphs, without padding, and under DP attention, where a batch is
-    padded to a size that all ranks agree on. Keys of 0.5.23 and of older versions are read.
+SYNCED_A2A = ("flashinfer", "mori_epv2", "flashinfer_megamoe")  # local, but with one graph bucket
+_RULES_OF = (0, 5, 23)  # the oldest version whose rules for these, and for speculation, were read
+SETTINGS_KEYS = (
+    *("version", "device", "tp_size", "dp_size", "attn_dp_size", "attn_cp_size", "pp_size"),
+    *("moe_dp_size", "ep_size", "nnodes", "enable_dp_attention", "enable_dp_lm_head"),
+    *("moe_dense_tp_size", "moe_a2a_backend", "elastic_ep_backend", "disable_attn_tp_gather"),
+    *("enable_two_batch_overlap", "cuda_graph_config", "cuda_graph_bs", "disable_cuda_graph"),
+    *("disable_cuda_graph_padding", "disable_custom_all_reduce", "speculative_algorithm"),
+    "speculative_num_draft_tokens",
+)
+_STATE_KEYS = ("decode_cuda_graph_bs", "effective_max_running_requests_per_dp")
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What `/server_info` says about how a forward pass is run; see `pass_settings`.
+
+    regime: by whose batch the decode graph of a rank is chosen under DP attention: that of the
+    largest batch of all ranks ("gather") or its own ("local"); None if unknown, and without DP
+    attention, where all ranks have one batch. capture_sizes: requests of the batches for which
+    decode graphs of the target model were captured, ascending; a batch is padded to the next
+    one. () without graphs, without padding, or if unknown. graphs: whether decode passes replay
+    graphs, None if unknown. custom_all_reduce: whether small tensors may be gathered by a custom
+    all-reduce, None if unknown. speculative: whether drafts are made and verified.
+    dp_attention: whether ranks of one group have requests of their own.
     """
-    decode = (info.get("cuda_graph_config") or {}).get("decode") or {}
-    sizes = decode.get("bs") or info.get("cuda_graph_bs") or ()
-    off = decode.get("backend") == "disabled" or info.get("disable_cuda_graph")
-    if off or info.get("disable_cuda_graph_padding") or info.get("enable_dp_attention"):
+
+    regime: Regime | None = None
+    capture_sizes: tuple[int, ...] = ()
+    graphs: bool | None = None
+    custom_all_reduce: bool | None = None
+    speculative: bool = False
+    dp_attention: bool = False
+
+
+def pass_settings(info: Mapping[str, Any]) -> PassSettings:
+    """Reads `/server_info`, of 0.5.23 and of older versions; what is absent is unknown.
+
+    As in SGLang's `require_mlp_tp_gather`, `get_batch_sizes_to_capture` and `ServerArgs`.
+    """
+    sizes = ServerSizes.from_info(info)
+    graphs = _has_graphs(info)
+    custom: bool | None = None
+    if isinstance(disabled := info.get("disable_custom_all_reduce"), bool):
+        # It works between the GPUs of one node.
+        custom = not disabled and sizes.nnodes <= sizes.pp and not sizes.is_cpu
+    return PassSettings(
+        regime=_regime(info, sizes) if sizes.dp_attention else None,
+        capture_sizes=_capture_sizes(info, sizes) if graphs else (),
+        graphs=graphs,
+        custom_all_reduce=custom,
+        speculative=bool(info.get("speculative_algorithm")),
+        dp_attention=sizes.dp_attention,
+    )
+
+
+def settings_part(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `/server_info` that is read here: no path, no address, no secret."""
+    part = {key: info[key] for key in SETTINGS_KEYS if key in info}
+    if states := _states(info):
+        part["internal_states"] = [
+            {key: state[key] for key in _STATE_KEYS if key in state} for state in states
+        ]
+    return part
+
+
+def write_settings(folder: Path, info: Mapping[str, Any]) -> None:
+    """Keeps that part of `/server_info` beside the traces in `folder`."""
+    atomic_write(folder / SERVER_INFO, json.dumps(settings_part(info), indent=1) + "\n")
+
+
+def _regime(info: Mapping[str, Any], sizes: ServerSizes) -> Regime | None:
+    """`require_mlp_tp_gather`, where every key that decides is there."""
+    unknown = object()
+    dense_tp = info.get("moe_dense_tp_size", unknown)
+    lm_head = info.get("enable_dp_lm_head", unknown)
+    a2a = info.get("moe_a2a_backend", unknown)
+    if dense_tp is None or lm_head is False or a2a in (None, "none"):
+        return "gather"
+    if unknown in (dense_tp, lm_head, a2a) or not isinstance(dense_tp, int):
+        return None
+    if info.get("elastic_ep_backend") is not None or a2a == "mori":
+        return None  # ranks that join, or an environment variable of the server, decide
+    if a2a in SYNCED_A2A:
+        return "gather" if _version(info) >= _RULES_OF else None
+    return "gather" if dense_tp > sizes.tp // sizes.attn_dp else "local"
+
+
+def _has_graphs(info: Mapping[str, Any]) -> bool | None:
+    if info.get("disable_cuda_graph") is True:
+        return False
+    if backend := _decode_config(info).get("backend"):
+        return bool(backend != "disabled")
+    if info.get("device") == "cpu":
+        return False
+    return True if info.get("disable_cuda_graph") is False else None
+
+
+def _capture_sizes(info: Mapping[str, Any], sizes: ServerSizes) -> tuple[int, ...]:
+    """As the server reports what it captured, else as it derives that from its arguments."""
+    if info.get("disable_cuda_graph_padding"):
         return ()
-    return tuple(sorted(size for size in sizes if isinstance(size, int) and size > 0))
+    captured = [_ascending(state.get("decode_cuda_graph_bs")) for state in _states(info)]
+    if captured and all(captured):
+        return captured[0] if len(set(captured)) == 1 else ()
+    listed = _ascending(_decode_config(info).get("bs") or info.get("cuda_graph_bs"))
+    align = _alignment(info, sizes)  # of the rows of a batch, which some ranks share out
+    if not listed or align is None:
+        return ()
+    rows = 1  # of each request in a verify pass
+    if align > 1 and info.get("speculative_algorithm"):
+        rows = _number(info, "speculative_num_draft_tokens", 0)
+        if rows < 1 or _version(info) < _RULES_OF:
+            return ()
+    if info.get("enable_two_batch_overlap"):
+        rows = 1
+    most = min((_most_requests(state) for state in _states(info)), default=0)
+    if most:
+        most = -(-most // align) * align
+        listed = (
+            *(size for size in listed if size < most),
+            *([most] if listed[-1] >= most else []),
+        )
+    return tuple(size for size in listed if size * rows % align == 0)
+
+
+def _alignment(info: Mapping[str, Any], sizes: ServerSizes) -> int | None:
+    """`get_cuda_graph_batch_size_alignment`; None where it cannot be known."""
+    if _number(info, "attn_cp_size", 1) > 1:
+        return None  # depends on the kind of GPU, too
+    overlap = 2 if info.get("enable_two_batch_overlap") else 1
+    attn_tp = max(sizes.tp // sizes.attn_dp, 1)
+    if attn_tp == 1:
+        return overlap
+    regime = _regime(info, sizes) if sizes.dp_attention else "local"
+    a2a = info.get("moe_a2a_backend") not in (None, "none")
+    scattered = a2a or info.get("moe_dense_tp_size") is not None
+    if sizes.dp_attention and regime is None:
+        return None
+    gathers = regime == "gather" or (scattered and not info.get("disable_attn_tp_gather"))
+    return overlap * attn_tp if gathers else overlap
+
+
+def _states(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    states = info.get("internal_states")
+    return [state for state in states if isinstance(state, dict)] if states else []
+
+
+def _most_requests(state: Mapping[str, Any]) -> int:
+    return _number(state, "effective_max_running_requests_per_dp", 0)
+
+
+def _decode_config(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = info.get("cuda_graph_config")
+    decode = config.get("decode") if isinstance(config, dict) else None
+    return decode if isinstance(decode, dict) else {}
+
+
+def _ascending(sizes: Any) -> tuple[int, ...]:
+    """The batch sizes in a list of `/server_info`; () for anything else."""
+    listed = sizes if isinstance(sizes, list | tuple) else ()
+    return tuple(sorted({size for size in listed if type(size) is int and size > 0}))
+
+
+def _version(info: Mapping[str, Any]) -> tuple[int, ...]:
+    """(0, 5, 23) of "0.5.23.post1"; () if there is none."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(info.get("version") or ""))
+    return tuple(map(int, match.groups())) if match else ()
 
 
 def _number(info: Mapping[str, Any], key: str, default: int) -> int:

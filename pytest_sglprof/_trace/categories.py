@@ -255,7 +255,7 @@ def _user_pattern(category: str, pattern: str) -> re.Pattern[str]:
 
 # Which kind of communication a kernel is. Stragglers can be found in some kinds only.
 
-CollectiveKind = Literal["collective", "all_to_all", "p2p", "fused"]
+CollectiveKind = Literal["collective", "all_to_all", "p2p", "fused", "unknown"]
 
 # The first match decides. A fused kernel both computes and communicates, so its time is
 # neither; of point-to-point peers the receiver always waits; in an all-to-all the bytes
@@ -304,3 +304,19 @@ def is_symmetric(name: str) -> bool:
     if collective_kind(name) != "collective":
         return False
     return _SYMMETRIC.search(name) is not None or _ROOTED.search(name) is None
+
+
+# All ranks wait for the last before the sum, and then do the same; where a matrix product or
+# the output of experts is part of the kernel, some of its work comes before.
+_SUM_AND_NORM = re.compile(r"all_?reduce", re.IGNORECASE)
+_WORK_BEFORE = re.compile(r"gemm|matmul|moe|expert", re.IGNORECASE)
+
+
+def is_meeting(name: str) -> bool:
+    """True for a collective at which ranks arrive: a symmetric one, or an all-reduce with a norm.
+
+    The latter has no transfer time, since its duration includes the norm.
+    """
+    if collective_kind(name) != "fused":
+        return is_symmetric(name)
+    return _SUM_AND_NORM.search(name) is not None and _WORK_BEFORE.search(name) is None

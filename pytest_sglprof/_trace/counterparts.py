@@ -72,8 +72,7 @@ class Counterparts:
             pattern_rows, pattern = self._sequences[peer].of(of_step)
             if any(len(kernels[one][1]) + counts[one][1] != len(pattern) for one in losers):
                 continue
-            whole_keys = pattern.tolist()
-            places = {one: _missing_places(kernels[one][1].tolist(), whole_keys) for one in losers}
+            places = {one: _missing_places(kernels[one][1], pattern) for one in losers}
             lost = {one: missing for one, missing in places.items() if missing is not None}
             if len(lost) == len(losers):
                 dur = self._sequences[peer].dur[pattern_rows]
@@ -105,16 +104,21 @@ class _Sequences:
         return self._rows[first:end], self._keys[first:end]
 
 
-def _missing_places(incomplete: Sequence[int], whole: Sequence[int]) -> list[int] | None:
-    """The places of `whole` that `incomplete` lacks; None unless it is `whole` with gaps."""
-    missing = []
-    at = 0
-    for place, key in enumerate(whole):
-        if at < len(incomplete) and incomplete[at] == key:
-            at += 1
-        else:
-            missing.append(place)
-    return missing if at == len(incomplete) else None
+def _missing_places(incomplete: Ints, whole: Ints) -> list[int] | None:
+    """The places of `whole` that `incomplete` lacks; None unless it is `whole` with gaps.
+
+    incomplete: no longer than whole.
+    """
+    missing: list[int] = []
+    at = 0  # up to here, the two are alike but for what is missing
+    while True:
+        rest = incomplete[at:]
+        shift = len(missing)
+        unlike = np.flatnonzero(rest != whole[at + shift : len(incomplete) + shift])
+        if shift == len(whole) - len(incomplete):
+            return None if len(unlike) else missing
+        at += int(unlike[0]) if len(unlike) else len(rest)
+        missing.append(at + shift)
 
 
 def _left_out(
@@ -124,14 +128,15 @@ def _left_out(
 
     None if a whole rank runs another number of these kernels than the pattern does.
     """
-    places = sorted({place for missing in lost.values() for place in missing})
+    missed = {place for missing in lost.values() for place in missing}
+    places = np.array(sorted(missed), np.int64)
     left_out: dict[int, list[int]] = {}
     for member, (rows, keys) in kernels.items():
         if member in lost:
-            there = np.setdiff1d(np.arange(len(pattern)), lost[member])
-            at = np.searchsorted(there, np.setdiff1d(places, lost[member]))
+            others = np.setdiff1d(places, lost[member])
+            at = others - np.searchsorted(lost[member], others)
         elif np.array_equal(keys, pattern):
-            at = np.array(places)
+            at = places
         else:
             chosen = [_same(place, pattern, keys) for place in places]
             if None in chosen:

@@ -29,11 +29,7 @@ SAME_OFFSET_NS = 10**6
 def different_runs(parts: Sequence[RankActivities]) -> list[str]:
     """Why these are not the ranks of one window, with the values that say so."""
     facts = []
-    for name in dict.fromkeys(name for part in parts for name in part.run):
-        ranks: dict[str, str] = {}  # the first rank with each value
-        for part in parts:
-            if value := part.run.get(name):
-                ranks.setdefault(value, part.rank)
+    for name, ranks in _run_facts(parts).items():
         if len(ranks) > 1:
             values = " and ".join(f"{value} ({rank})" for value, rank in ranks.items())
             facts.append(f"{name} {values}")
@@ -41,6 +37,21 @@ def different_runs(parts: Sequence[RankActivities]) -> list[str]:
     if apart := _apart(parts):
         reasons.append(f"these files are not of one window: {apart}")
     return [*reasons, *_same_recordings(parts)]
+
+
+def facts_of_run(parts: Sequence[RankActivities]) -> dict[str, str]:
+    """See `KernelTable.run`."""
+    return {name: ", ".join(sorted(ranks)) for name, ranks in _run_facts(parts).items()}
+
+
+def _run_facts(parts: Sequence[RankActivities]) -> dict[str, dict[str, str]]:
+    """Of each fact of a run its values, with the first rank that has each."""
+    facts: dict[str, dict[str, str]] = {}
+    for part in parts:
+        for name, value in part.run.items():
+            if value:
+                facts.setdefault(name, {}).setdefault(value, part.rank)
+    return facts
 
 
 class _Ran(NamedTuple):

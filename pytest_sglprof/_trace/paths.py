@@ -16,6 +16,7 @@ import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError
 from pytest_sglprof._ranks import FILE_END, NamedRank, Rank, named_ranks, node_in_name
+from pytest_sglprof._server.sizes import SERVER_INFO
 from pytest_sglprof._trace.foreign import EXPECTED, HEAD, kind_of
 from pytest_sglprof._trace.nsys.database import KNOWN_TABLES
 from pytest_sglprof._trace.torch.stream import GZIP, ZSTD
@@ -178,7 +179,9 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         _refuse_captures([path])
         return [path]
-    inside = sorted(file for file in path.iterdir() if file.name[0] != ".")
+    inside = sorted(
+        file for file in path.iterdir() if file.name[0] != "." and file.name != SERVER_INFO
+    )
     tables = [file for file in inside if file.suffix == ".parquet"]
     if any(file.stem in KNOWN_TABLES for file in tables):
         return [path]

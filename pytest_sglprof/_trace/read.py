@@ -21,7 +21,8 @@ from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._trace.categories import category, words
 from pytest_sglprof._trace.completeness import comparable, refuse_unrecorded
 from pytest_sglprof._trace.kernel_names import normalise
-from pytest_sglprof._trace.one_window import by_force, copies, different_runs
+from pytest_sglprof._trace.one_window import by_force, copies, different_runs, facts_of_run
+from pytest_sglprof._trace.passes import DRAFTS, EPOCH
 from pytest_sglprof._trace.paths import (
     Reader,
     ReadOptions,
@@ -29,7 +30,7 @@ from pytest_sglprof._trace.paths import (
     reader_of,
     window_files,
 )
-from pytest_sglprof._trace.steps import DRAFTS, StepIndex, step_key
+from pytest_sglprof._trace.steps import StepIndex
 from pytest_sglprof._trace.table import (
     COLUMNS,
     GPU,
@@ -70,10 +71,10 @@ def read_window(
     `partial`. settle_s: seconds to drop from the front. patterns: (category, regex) tried
     before the built-in ones. step_delimiter: regex of the kernel that begins a step, for
     sources without step markers; "" for none. nsys: the command that exports `.nsys-rep`.
-    processes: the maximum number of reader processes. launches: whether to read the calls that
-    launch kernels and the numbers of collectives. Without them it is not known whether kernels
-    are missing, and those of some torch traces have no step. force: whether to compare ranks of
-    which something says that they are not of one window; a note then says what.
+    processes: how many processes read at most, this one included. launches: whether to read the
+    calls that launch kernels and the numbers of collectives. Without them it is not known
+    whether kernels are missing, and those of some torch traces have no step. force: whether to
+    compare ranks of which something says that they are not of one window; a note then says what.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`, `NoKernels`), naming the file or the
     rank, and what to do.
@@ -125,12 +126,13 @@ def build_table(
     parts, by_repetition = with_repetition(parts, step_delimiter)
     ranks = rank_order({activities.rank for activities in merged})
     parts.sort(key=lambda part: ranks.index(part.rank))
-    unlike = [*unlike, *different_runs(parts)]
+    unlike, run = [*unlike, *different_runs(parts)], facts_of_run(parts)
     parts, lost, missing, front = comparable(parts)
     steps = [(part.rank, step) for part in parts for step in part.steps]
     notes = list(dict.fromkeys([*(note for part in merged for note in part.notes), *left_out]))
     notes += [*by_repetition, *lost, *(by_force(unlike) if force else ())]
     partial = any(part.partial for part in merged)
+    hosts = {part.rank: part.host for part in merged if part.host}
     del merged
     collectives = collective_frame([(len(part.start), part.calls) for part in parts])
     frame = _frame(parts, ranks, patterns)
@@ -154,6 +156,8 @@ def build_table(
         settled=settled,
         incomparable="; ".join(filter(None, [*(() if force else unlike), missing])),
         front=front,
+        hosts=hosts,
+        run=run,
     )
 
 
@@ -300,11 +304,12 @@ def refuse_twice(ranks_by_file: Sequence[tuple[Path, str]]) -> None:
 
 def _one_numbering(parts: Sequence[RankActivities]) -> list[RankActivities]:
     """Numbers the steps of all ranks by forward id, or else of all ranks by order, never mixed."""
-    by_id = [all(s.step == step_key(s) for s in part.steps) for part in parts if part.steps]
+    by_id = [any(s.forward_id >= 0 for s in part.steps) for part in parts if part.steps]
     if not any(by_id):
         return list(parts)
     if not all(by_id):
-        return [_by_order(part) for part in parts]
+        return [_renumbered(part, range(len(part.steps))) for part in parts]
+    parts = _one_count_of_epochs(parts)
     starts: dict[int, list[int]] = {}
     for part in parts:
         for step in part.steps:
@@ -317,8 +322,45 @@ def _one_numbering(parts: Sequence[RankActivities]) -> list[RankActivities]:
     return [_renumbered(part, [number_of[step.step] for step in part.steps]) for part in parts]
 
 
-def _by_order(part: RankActivities) -> RankActivities:
-    return _renumbered(part, range(len(part.steps)))
+def _one_count_of_epochs(parts: Sequence[RankActivities]) -> list[RankActivities]:
+    """The parts with equal epochs of one number: a window that opened late may lack the first.
+
+    Passes of one number that are one begin at about the same moment; those of two epochs do not.
+    """
+    if max(step.step for part in parts for step in part.steps) < EPOCH:
+        return list(parts)
+    numbers = [np.array([step.step for step in part.steps], np.int64) for part in parts]
+    starts = [np.array([step.start_ns for step in part.steps], np.int64) for part in parts]
+    for draft in (0, 1):
+        rows = [np.flatnonzero(each % EPOCH // DRAFTS == draft) for each in numbers]
+        epochs = [np.unique(each[at] // EPOCH) for each, at in zip(numbers, rows, strict=True)]
+        most = max(range(len(parts)), key=lambda place: len(epochs[place]))
+        if len(epochs[most]) < 2:
+            continue
+        known = dict(zip(numbers[most][rows[most]], starts[most][rows[most]], strict=True))
+        late = [
+            _epochs_late(each[at], start[at], known, len(epochs[most]))
+            for each, start, at in zip(numbers, starts, rows, strict=True)
+        ]
+        for each, at, epoch in zip(numbers, rows, late, strict=True):
+            each[at] += (epoch - min(late)) * EPOCH
+    return [_renumbered(part, new.tolist()) for part, new in zip(parts, numbers, strict=True)]
+
+
+def _epochs_late(numbers: Ints, starts: Ints, known: Mapping[int, int], epochs: int) -> int:
+    """How many epochs after that of `known` (number -> start, ns) these numbers begin."""
+    apart: list[tuple[float, int]] = []
+    for late in range(1 - epochs, epochs):
+        shared = [
+            abs(start - known[number])
+            for number, start in zip(
+                (numbers + late * EPOCH).tolist(), starts.tolist(), strict=True
+            )
+            if number in known
+        ]
+        if shared:
+            apart.append((float(np.median(shared)), late))
+    return min(apart, default=(0.0, 0))[1]
 
 
 def _renumbered(part: RankActivities, new: Sequence[int]) -> RankActivities:

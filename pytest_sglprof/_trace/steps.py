@@ -1,16 +1,16 @@
 """Which step each activity belongs to, and which steps may be compared.
 
-From top to bottom: read SGLang's `step[...]` spans, find the step of GPU activities, exclude
-steps in which something was compiled or captured, drop impossible durations, compute self
-times, and add what the server's log says about the window.
+From top to bottom: find the step of GPU activities, exclude steps in which something was
+compiled or captured, drop impossible durations, compute self times, and add what the server's
+log says about the window.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.log_lines import AcceptLength, ServerFacts
+from pytest_sglprof._trace.passes import is_step, passes, step_spans
 from pytest_sglprof._trace.table import (
     NO_STEP,
-    UNKNOWN_STAGE,
     Flags,
     Ints,
     KernelTable,
+    PassSettings,
     Step,
     first_of,
     holding,
@@ -32,30 +33,6 @@ from pytest_sglprof._trace.torch.events import Annotation
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_STEP = re.compile(r"step\[\s*(\w+)([^\]]*)\]")
-_PAIR = re.compile(r"(\w+)=(-?\d{1,18})\b")
-STAGES = {
-    "DECODE": "decode",
-    "VERIFY": "decode",
-    "TARGET_VERIFY": "decode",
-    "DRAFT": "decode",
-    "DRAFT_LOOP": "decode",
-    "DRAFT_EXTEND": "decode",
-    "EXTEND": "prefill",
-    "PREFILL": "prefill",
-    "MIXED": "mixed",
-    "IDLE": "idle",
-}
-DRAFTS = 2**40  # beyond every forward id
-
-
-@dataclass(frozen=True)
-class StepSpans:
-    """Steps by the CPU's spans and, where the profiler projected them, by the GPU's."""
-
-    cpu: tuple[Step, ...]
-    gpu: tuple[Step, ...]
 
 
 def launch_times(ids: Ints, times: Ints, correlation: Ints) -> Ints:
@@ -74,15 +51,14 @@ class StepIndex:
     def __init__(self, steps: Sequence[Step]) -> None:
         times = [(step.start_ns, step.end_ns, step.step) for step in steps]
         starts, ends, self._numbers = np.array(times, dtype=np.int64).reshape(-1, 3).T
-        self._by_start = np.argsort(starts, kind="stable")
-        self._starts = starts[self._by_start]
         # A step of length 0 still holds the moment at which it starts.
-        self._ends = np.maximum(ends, starts + 1)[self._by_start]
+        self._pieces = apart(starts, np.maximum(ends, starts + 1))
         self._by_number = np.argsort(self._numbers, kind="stable")
 
     def holding(self, times: Ints) -> Ints:
         """The index of the step that holds each time, -1 for none; of several the latest."""
-        return _taken(self._by_start, holding(self._starts, self._ends, times), -1)
+        starts, ends, place = self._pieces
+        return _taken(place, holding(starts, ends, times), -1)
 
     def of(self, times: Ints) -> Ints:
         """The number of the step that holds each time, -1 for none."""
@@ -94,73 +70,38 @@ class StepIndex:
         return _taken(self._by_number, at, -1)
 
 
+def apart(starts: Ints, ends: Ints) -> tuple[Ints, Ints, Ints]:
+    """Pieces of intervals that do not overlap, ascending: their starts, ends and intervals.
+
+    Where several intervals overlap, the time is that of the one that began last.
+    """
+    order = np.argsort(starts, kind="stable")
+    if (ends[order][:-1] <= starts[order][1:]).all():
+        return starts[order], ends[order], order
+    pieces: list[tuple[int, int, int]] = []
+    unfinished: list[int] = []
+    at = 0
+    for place in [*order.tolist(), -1]:
+        until = int(starts[place]) if place >= 0 else int(ends.max())
+        while unfinished:
+            stop = min(int(ends[unfinished[-1]]), until)
+            if stop > at:
+                pieces.append((at, stop, unfinished[-1]))
+                at = stop
+            if ends[unfinished[-1]] > until:
+                break
+            unfinished.pop()
+        at = until
+        unfinished.append(place)
+    first, last, interval = np.array(pieces, dtype=np.int64).T
+    return first, last, interval
+
+
 def _taken(values: Ints, at: Ints, otherwise: int) -> Ints:
     """`values[at]`, and `otherwise` where `at` is -1."""
     taken = np.full(len(at), otherwise, dtype=np.int64)
     taken[at >= 0] = values[at[at >= 0]]
     return taken
-
-
-def step_spans(spans: Sequence[Annotation]) -> StepSpans:
-    """Numbers the `step[...]` spans: by `step_key` where all have distinct ones, else by order."""
-    cpu = _numbered([span for span in spans if not span.gpu])
-    gpu = _numbered([span for span in spans if span.gpu])
-    if cpu and gpu and len(cpu) != len(gpu) and not all(s.forward_id >= 0 for s in cpu + gpu):
-        gpu = ()  # without a key, spans of different number cannot be told to be the same step
-    return StepSpans(cpu, gpu)
-
-
-def _numbered(spans: Sequence[Annotation]) -> tuple[Step, ...]:
-    steps = [step for span in spans if (step := parse_step(span)) is not None]
-    steps.sort(key=lambda step: step.start_ns)
-    keys = [step_key(step) for step in steps]
-    if steps and min(keys) >= 0 and len(set(keys)) == len(keys):
-        return tuple(step.changed(step=key) for step, key in zip(steps, keys, strict=True))
-    return tuple(step.changed(step=number) for number, step in enumerate(steps))
-
-
-def is_step(name: str) -> bool:
-    """Whether a span of this name is a step."""
-    return _STEP.match(name) is not None
-
-
-def step_key(step: Step) -> int:
-    """The number of a forward pass, the same on every rank; `NO_STEP` without a forward id.
-
-    The target and the draft model of speculative decoding count their passes separately, so
-    `DRAFTS` is added to the numbers of drafts.
-    """
-    if step.forward_id < 0:
-        return NO_STEP
-    return step.forward_id + (DRAFTS if step.substage.startswith("DRAFT") else 0)
-
-
-def parse_step(span: Annotation) -> Step | None:
-    """Reads `step[DECODE bs=4]`, `step[EXTEND bs=2 toks=14721 forward_id=7]`; None otherwise.
-
-    With detailed annotations `c_sk` and `g_sk` are the KV tokens of the batch's prefills and
-    decodes. With `raw_bs`, `bs` is the batch size padded for a CUDA graph.
-    """
-    match = _STEP.match(span.name)
-    if match is None:
-        return None
-    values = {key: int(value) for key, value in _PAIR.findall(match[2])}
-    bs = values.get("raw_bs", values.get("bs", -1))
-    substage = match[1].upper()
-    stage = STAGES.get(substage, UNKNOWN_STAGE)
-    kv = [values[key] for key in ("c_sk", "g_sk") if key in values]
-    return Step(
-        step=NO_STEP,
-        stage=stage,
-        start_ns=span.start,
-        end_ns=span.start + span.dur,
-        batch_size=bs,
-        tokens=values.get("toks", bs if stage == "decode" else -1),
-        forward_id=values.get("forward_id", -1),
-        substage=substage,
-        padded_batch=values.get("bs", -1) if "raw_bs" in values else -1,
-        kv_tokens=sum(kv) if kv else -1,
-    )
 
 
 def with_graph_share(
@@ -198,14 +139,15 @@ class TraceSteps:
     """The steps of one rank of a torch trace, from its annotations."""
 
     def __init__(self, annotations: Sequence[Annotation]) -> None:
-        ordered = sorted((a for a in annotations if is_step(a.name)), key=lambda a: a.start)
-        cpu = [a for a in ordered if not a.gpu]
-        spans = step_spans(ordered)
-        self.steps = spans.cpu or spans.gpu
-        """In order of their start."""
+        marks = [a for a in annotations if is_step(a.name)]
+        spans = step_spans(marks)
+        self.steps = passes(spans.cpu or spans.gpu)
+        """One for each pass, in order of their start."""
         self._by_launch = StepIndex(spans.cpu)
         self._by_gpu_time = StepIndex(spans.gpu)
-        self._projections = Projections(spans.cpu, cpu, [a for a in ordered if a.gpu])
+        self._by_number = StepIndex(self.steps)
+        on_gpu = [a for a in marks if a.gpu]
+        self._projections = Projections(spans.cpu, spans.annotations, on_gpu)
 
     def of_time(self, start: Ints) -> Ints:
         """The step whose span on the CPU holds `start`, else -1."""
@@ -213,7 +155,7 @@ class TraceSteps:
 
     def index_of_time(self, start: Ints) -> Ints:
         """The index in `steps` of the one whose span on the CPU holds `start`, else -1."""
-        return self._by_launch.holding(start)
+        return self._by_number.numbered(self._by_launch.of(start))
 
     def of_gpu(self, start: Ints, stream: npt.NDArray[Any], launched: Ints) -> Ints:
         """The step of each GPU activity, else -1. launched: ns of the launch, -1 if unknown."""
@@ -248,17 +190,20 @@ class Projections:
                 entry = (span.start, span.start + span.dur, number)
                 streams.setdefault(int(span.thread), []).append(entry)
         self.complete = projected(cpu, gpu)
-        self._streams = {
-            stream: np.array(sorted(entries), dtype=np.int64) for stream, entries in streams.items()
-        }
+        self._streams: dict[int, tuple[Ints, Ints, Ints]] = {}
+        for stream, entries in streams.items():
+            # Of equal starts the one that ends last is around the others.
+            entries.sort(key=lambda entry: (entry[0], -entry[1]))
+            starts, ends, numbers = np.array(entries, dtype=np.int64).T
+            first, last, place = apart(starts, ends)
+            self._streams[stream] = (first, last, numbers[place])
 
     def find(self, start: Ints, stream: npt.NDArray[Any]) -> Ints:
         """The step whose projection on the activity's own stream holds its start, else -1."""
         step = np.full(len(start), NO_STEP, dtype=np.int64)
-        for number, spans in self._streams.items():
-            rows = np.flatnonzero(stream == number)
-            at = holding(spans[:, 0], spans[:, 1], start[rows])
-            step[rows[at >= 0]] = spans[at[at >= 0], 2]
+        for which, (first, last, numbers) in self._streams.items():
+            rows = np.flatnonzero(stream == which)
+            step[rows] = _taken(numbers, holding(first, last, start[rows]), NO_STEP)
         return step
 
 
@@ -294,16 +239,20 @@ def interruption(call: str) -> str:
 
 
 def with_interruptions(
-    label: str, steps: Sequence[Step], calls: Sequence[Call]
+    label: str,
+    steps: Sequence[Step],
+    calls: Sequence[Call],
+    index_of_time: Callable[[Ints], Ints],
 ) -> tuple[tuple[Step, ...], list[str]]:
     """The steps, those around one of `calls` excluded, and notes on them.
 
     calls: (start in ns on the steps' clock, what), what being an answer of `interruption`.
+    index_of_time: as that of `TraceSteps`.
     """
     if not calls:
         return tuple(steps), []
     listed = sorted(calls)
-    at = StepIndex(steps).holding(np.array([time for time, _ in listed], dtype=np.int64))
+    at = index_of_time(np.array([time for time, _ in listed], dtype=np.int64))
     hit: dict[int, str] = {}
     for place, (_, what) in zip(at.tolist(), listed, strict=True):
         if place >= 0:
@@ -417,18 +366,19 @@ _UNIX_NS = 10**18  # September 2001; clocks that count from a start are far belo
 
 
 def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
-    """The table with steps inside a rebalance excluded, and accept lengths filled in.
+    """The table with its facts, steps inside a rebalance excluded, and accept lengths filled in.
 
-    Both need steps on the Unix clock, as in torch traces. On another clock it is unknown which
-    steps a rebalance hit, so all of them are excluded.
+    The latter two need steps on the Unix clock, as in torch traces. On another clock it is unknown
+    which steps a rebalance hit, so all of them are excluded.
     """
     import pandas as pd
 
-    if table.steps.empty or facts == ServerFacts():
+    if facts == table.facts:
+        return table
+    table = replace(table, facts=facts)
+    if table.steps.empty:
         return table
     steps = table.steps.copy()
-    if facts.graph_batches:
-        steps["padded_batch"] = _padded(steps, facts.graph_batches)
     notes = list(table.notes)
     is_unix = bool((steps["start_ns"] > _UNIX_NS).all())
     if facts.rebalances:
@@ -444,6 +394,17 @@ def with_server_facts(table: KernelTable, facts: ServerFacts) -> KernelTable:
     if facts.accepted and is_unix:
         steps["accept_length"] = _accept_lengths(steps, facts.accepted)
     return replace(table, steps=steps, notes=tuple(notes))
+
+
+def with_settings(table: KernelTable, settings: PassSettings) -> KernelTable:
+    """The table with the server's `settings`, and the padded batches that follow from them.
+
+    Under DP attention a batch is padded to a size that depends on all ranks: those stay unknown.
+    """
+    steps = table.steps
+    if settings.capture_sizes and not settings.dp_attention and not steps.empty:
+        steps = steps.assign(padded_batch=_padded(steps, settings.capture_sizes))
+    return replace(table, steps=steps, settings=settings)
 
 
 def _padded(steps: pd.DataFrame, batches: Sequence[int]) -> np.ndarray:

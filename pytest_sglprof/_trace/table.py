@@ -15,12 +15,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pytest_sglprof._server.log_lines import ServerFacts
+from pytest_sglprof._server.sizes import PassSettings as PassSettings
+
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
     from pytest_sglprof._trace.completeness import Unrecorded
-    from pytest_sglprof._trace.torch.events import Columns
+    from pytest_sglprof._trace.torch.events import Columns, FileFacts
 
 
 TEXT_COLUMNS = ("rank", "name", "full_name", "category", "kind", "stage")
@@ -37,10 +40,13 @@ STEP_COLUMNS = (
     "substage",
     "padded_batch",
     "kv_tokens",
+    "query_keys",
     "graph_share",
     "accept_length",
     "excluded",
 )
+_EXPERT_NUMBERS = {"step": np.int64, "layer": np.int32, "expert": np.int32, "tokens": np.int64}
+EXPERT_COLUMNS = ("rank", *_EXPERT_NUMBERS)
 _STEP_TEXTS = ("stage", "substage", "excluded")
 _STEP_SHARES = ("graph_share", "accept_length")
 GPU, CPU_OPERATORS, NVTX = "gpu", "cpu_op", "nvtx"  # sources
@@ -54,8 +60,9 @@ class Step(msgspec.Struct, frozen=True):
 
     substage: SGLang's name of it (DECODE, VERIFY, DRAFT, EXTEND, ...), "" if unknown.
     padded_batch: the batch size of the CUDA graph that was replayed. kv_tokens: tokens in the
-    KV cache that the batch attends to. graph_share: share of the step's kernels that are graph
-    nodes, 0 to 1. accept_length: mean tokens accepted per request in a verify step.
+    KV cache that the batch attends to. query_keys: of each request its query tokens times its KV
+    tokens, summed. graph_share: share of the step's kernels that are graph nodes, 0 to 1.
+    accept_length: mean tokens accepted per request in a verify step.
     excluded: why the step must not be compared ("jit compilation"), "" if it may be.
     """
 
@@ -69,6 +76,7 @@ class Step(msgspec.Struct, frozen=True):
     substage: str = ""
     padded_batch: int = -1
     kv_tokens: int = -1
+    query_keys: int = -1
     graph_share: float = -1.0
     accept_length: float = -1.0
     excluded: str = ""
@@ -80,6 +88,17 @@ class Step(msgspec.Struct, frozen=True):
     def changed(self, **values: float | str) -> Step:
         """The same step with other values."""
         return msgspec.structs.replace(self, **values)
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What the experts of one rank got: parallel columns, shape (rows,); see `KernelTable`."""
+
+    rank: str
+    step: NDArray[np.int64]
+    layer: NDArray[np.int64]
+    expert: NDArray[np.int64]
+    tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class RankActivities:
     since their times cannot be. run: what the file says of the run that recorded it, by the
     names of `torch.events.FACTS`; recording: the id of that profile, "" if it has none. clock_ns:
     what its times lack to those of the wall clock (ns since 1970), None if that is not known.
-    unrecorded: why its kernels are missing.
+    unrecorded: why its kernels are missing. host: the machine that recorded it, "" if unknown.
     """
 
     rank: str
@@ -133,6 +152,7 @@ class RankActivities:
     recording: str = ""
     clock_ns: int | None = 0
     unrecorded: Unrecorded | None = None
+    host: str = ""
 
     @property
     def is_kernel(self) -> Flags:
@@ -160,11 +180,17 @@ class KernelTable:
     rank and forward pass. source: "gpu", "cpu_op" (self time of CPU operators) or "nvtx" (self
     time of NVTX ranges). partial: whether a truncated file was read. notes: what was skipped,
     and how the files were read. files: the paths that were read. collectives: `process_group`
-    (categorical text) and `sequence` (int64, -1 if unknown) of the activities for which the
-    trace has them, indexed by row label of `frame`. settled: number of steps that were dropped
-    because they began within the settle time. incomparable: why its ranks cannot be compared
-    (kernels are missing, files of different runs); "" if they can. front: number of leading steps
-    that are not compared, since a rank's kernels are missing in all of them.
+    and `operation` (categorical text), `sequence` and `group_size` (int64, -1 if unknown) of the
+    activities for which the trace has them, indexed by row label of `frame`. settled: number of
+    steps that were dropped because they began within the settle time. incomparable: why its
+    ranks cannot be compared (kernels are missing, files of different runs); "" if they can.
+    front: number of leading steps that are not compared, since a rank's kernels are missing in
+    all of them. hosts: the machine of each rank of which it is known. settings: how the server
+    ran its passes, None if nothing says so. experts: the rows of `EXPERT_COLUMNS`, one for each
+    expert of a layer that a rank computed in a step (its `rank` and `step` as in `steps`; step is
+    `NO_STEP` for the total of a window) with the tokens that it got; empty if not recorded.
+    facts: what the server's log and metrics say about the window. run: what the files say of the
+    run that recorded them, by the names of `torch.events.FACTS`; several values are joined by ", ".
     """
 
     __module__ = "pytest_sglprof"
@@ -180,6 +206,11 @@ class KernelTable:
     settled: int = 0
     incomparable: str = ""
     front: int = 0
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    settings: PassSettings | None = None
+    experts: pd.DataFrame = field(default_factory=lambda: expert_frame(()))
+    facts: ServerFacts = field(default_factory=ServerFacts)
+    run: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_timeline(self) -> bool:
@@ -238,6 +269,21 @@ def step_frame(steps: Sequence[tuple[str, Step]], ranks: Sequence[str]) -> pd.Da
     return pd.DataFrame(values, columns=list(STEP_COLUMNS))
 
 
+def expert_frame(parts: Sequence[ExpertRows], ranks: Sequence[str] = ()) -> pd.DataFrame:
+    """The `experts` of a table of these ranks."""
+    import pandas as pd
+
+    lengths = [len(part.step) for part in parts]
+    codes = np.repeat(np.array([ranks.index(part.rank) for part in parts], np.int16), lengths)
+    values: dict[str, object] = {
+        "rank": pd.Categorical.from_codes(codes, pd.Index(list(ranks)), ordered=True)
+    }
+    for name, kind in _EXPERT_NUMBERS.items():
+        columns = [np.zeros(0, kind), *(np.asarray(getattr(part, name), kind) for part in parts)]
+        values[name] = np.concatenate(columns)
+    return pd.DataFrame(values, columns=list(EXPERT_COLUMNS))
+
+
 # Look-ups that all readers need.
 
 Ints = npt.NDArray[np.int64]
@@ -267,6 +313,7 @@ def holding(starts: Ints, ends: Ints, times: Ints) -> Ints:
 # Which collective each call of a rank is: its process group, and its number in that group.
 
 NO_SEQUENCE = -1
+BOTH_WAYS = "send and receive"  # the operation of a call in which its rank does both
 
 
 @dataclass(frozen=True)
@@ -275,16 +322,19 @@ class CollectiveCalls:
 
     row: index of the activity. group: name of the process group, which torch.distributed
     assigns alike on every rank. sequence: number of the collective in its group, or
-    `NO_SEQUENCE`.
+    `NO_SEQUENCE`. operation: what was asked for ("allreduce", "all_to_all"), "" if unknown.
+    size: number of ranks in the group, -1 if unknown.
     """
 
     row: Ints
     group: Sequence[str]
     sequence: Ints
+    operation: Sequence[str]
+    size: Ints
 
 
 def calls_of(
-    columns: Columns, groups: Sequence[str], sequences: Mapping[int, int]
+    columns: Columns, facts: FileFacts, sequences: Mapping[int, int]
 ) -> CollectiveCalls | None:
     """The calls in a file's columns. sequences: external id -> number, for kernels without."""
     if columns.call is None or columns.calls is None:
@@ -293,10 +343,13 @@ def calls_of(
     at = columns.call[row]
     sequence = columns.calls.sequence[at].tolist()
     external = columns.calls.external[at].tolist()
+    operation = columns.calls.operation[at].tolist()
     return CollectiveCalls(
         row=row,
-        group=[groups[code] for code in columns.calls.group[at].tolist()],
+        group=[facts.groups[code] for code in columns.calls.group[at].tolist()],
         sequence=numbered(sequence, external, sequences),
+        operation=[facts.operations[code] for code in operation],
+        size=columns.calls.size[at].astype(np.int64),
     )
 
 
@@ -314,13 +367,22 @@ def collective_frame(parts: Sequence[tuple[int, CollectiveCalls | None]]) -> pd.
     import pandas as pd
 
     rows, sequences = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    sizes = [np.zeros(0, np.int64)]
     groups: list[str] = []
+    operations: list[str] = []
     before = 0
     for size, calls in parts:
         if calls is not None:
             rows.append(calls.row + before)
             groups += calls.group
             sequences.append(calls.sequence)
+            operations += calls.operation
+            sizes.append(calls.size)
         before += size
-    values = {"process_group": pd.Categorical(groups), "sequence": np.concatenate(sequences)}
+    values = {
+        "process_group": pd.Categorical(groups),
+        "sequence": np.concatenate(sequences),
+        "operation": pd.Categorical(operations),
+        "group_size": np.concatenate(sizes),
+    }
     return pd.DataFrame(values, index=pd.Index(np.concatenate(rows)))

@@ -5,29 +5,52 @@ Too little data never passes: it is inconclusive, whatever the figures are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from pytest_sglprof._analysis.certainty import MAX_P
-from pytest_sglprof._analysis.imbalance import ImbalanceFinding, imbalance_of_groups
-from pytest_sglprof._analysis.times import GroupCells, sum_times
+from pytest_sglprof._analysis import budget as step_budget
+from pytest_sglprof._analysis.budget import StepBudget, Walls
+from pytest_sglprof._analysis.certainty import ALPHA, Estimate, Interval
+from pytest_sglprof._analysis.imbalance import ImbalanceFinding, estimate, imbalance_of_groups
+from pytest_sglprof._analysis.lives import LifeChange
+from pytest_sglprof._analysis.passes import is_without_peers
+from pytest_sglprof._analysis.sums import Sums
+from pytest_sglprof._analysis.sync import cells_across
+from pytest_sglprof._analysis.times import GroupCells
+from pytest_sglprof._baselines.records import LoadFigure
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS, VerdictWord, worst_word
 from pytest_sglprof._ranks import Rank
-from pytest_sglprof._verdict.wording import beside_limit, count, duration, percent, work_words
+from pytest_sglprof._verdict.reasons import (
+    Measured,
+    at_most,
+    group_prefix,
+    measured_reason,
+    one_sided_reason,
+    short_reason,
+    subject,
+    subject_of,
+    uncertain_reason,
+    why_not_the_gpu,
+    why_unknown,
+)
+from pytest_sglprof._verdict.wording import count
 
 if TYPE_CHECKING:
     from pytest_sglprof._trace.table import KernelTable
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """One threshold applied to one work group.
+    """One threshold applied to one work group, or to the steps of all ranks.
 
-    finding: None if there was nothing to measure. value: the metric's figure; None if it does
-    not exist.
+    finding: None if there was nothing to measure, and for metrics of whole steps, which have
+    budget, of lives, which have change, and of the load, which have load. value: the metric's
+    figure; None if it does not exist. estimate: the figure of each rank with its error; None
+    without steps.
     """
 
     threshold: Threshold
@@ -35,35 +58,67 @@ class Judgement(msgspec.Struct, frozen=True):
     value: float | None
     verdict: VerdictWord
     reason: str
+    estimate: Estimate | None = None
+    budget: StepBudget | None = None
+    change: LifeChange | None = None
+    load: LoadFigure | None = None
+
+    @property
+    def measured(self) -> Measured | None:
+        """What of a window the threshold was applied to; None if there was nothing to measure."""
+        return self.finding if self.budget is None else self.budget
+
+    @property
+    def group(self) -> str:
+        """Label of the work group; "" if there is only one, and for metrics of whole steps."""
+        return self.finding.group if self.finding is not None else ""
+
+    @property
+    def rank(self) -> str | None:
+        """The rank with the worst figure; None if two share it, or there is none."""
+        if self.budget is None:  # lives are compared whole
+            return self.finding.slowest if self.finding is not None else None
+        is_idle = self.threshold.metric == "idle_share"
+        return self.budget.idle_rank if is_idle else self.budget.wall_rank
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The verdict on one window: the word, its reason, and the judgements behind it.
 
-    groups: the summed cells, so that a report need not sum the table again.
+    sums: those of the table, so that a report need not sum it again; None without a table.
     """
 
     word: VerdictWord
     reason: str
     judgements: tuple[Judgement, ...] = ()
-    groups: tuple[GroupCells, ...] = field(default=(), repr=False, compare=False)
+    sums: Sums | None = field(default=None, repr=False, compare=False)
 
     @property
     def deciding(self) -> Judgement | None:
         """Of the judgements with the verdict's word, the one farthest beyond its limit."""
-        return max(_of_word(self.word, self.judgements), key=_severity, default=None)
+        return max(_of_word(self.word, self.judgements), key=severity_of, default=None)
 
     def of(self, threshold: Threshold) -> Verdict:
         """The verdict on one threshold alone."""
         judgements = tuple(each for each in self.judgements if each.threshold == threshold)
-        return _verdict(judgements, None, self.groups)
+        return _verdict(judgements, None, self.sums)
+
+
+LIVES_ONLY = "no threshold compares its ranks"  # those that are set compare server lives
 
 
 def undecided(thresholds: Sequence[Threshold], reason: str) -> Verdict:
     """The inconclusive verdict on a window where nothing was measured, for `reason`."""
-    judgements = tuple(Judgement(each, None, None, "inconclusive", reason) for each in thresholds)
+    judgements = tuple(
+        Judgement(each, None, None, "inconclusive", reason) for each in of_windows(thresholds)
+    )
     return Verdict("inconclusive", reason, judgements)
+
+
+def of_windows(thresholds: Sequence[Threshold]) -> tuple[Threshold, ...]:
+    """Those that a window alone can be judged by; the others are judged between server lives."""
+    return tuple(each for each in thresholds if not METRICS[each.metric].is_of_lives)
 
 
 def judge(
@@ -76,7 +131,7 @@ def judge(
     missing_ranks: Sequence[str] = (),
     incomplete_reason: str | None = None,
 ) -> Verdict:
-    """Judges every threshold in every work group of `table`.
+    """Judges every threshold of windows (see `of_windows`) in every work group of `table`.
 
     table: None if nothing could be read. min_steps: number of compared steps that a judgement
     needs (0 also accepts a table without steps). min_share: share of compute, 0 to 1, below
@@ -86,13 +141,15 @@ def judge(
     verdict is fail if any judgement fails, else inconclusive if any is, else pass.
     """
     doubt = _doubt(table, expected_ranks, missing_ranks, incomplete_reason)
-    groups = sum_times(table) if table is not None else ()
-    judgements = tuple(
-        judgement
-        for threshold in thresholds
-        for judgement in _judge_threshold(groups, threshold, min_steps, min_share, doubt)
-    )
-    verdict = _verdict(judgements, doubt, groups)
+    given, thresholds = thresholds, of_windows(thresholds)
+    sums = Sums(table) if table is not None else None
+    cases = _cases(sums, thresholds) if sums is not None and sums.groups else []
+    judgements = _judge_all(cases, min_steps, min_share, doubt)
+    if sums is None or not sums.groups:
+        judgements = undecided(thresholds, doubt or "the window has no rank").judgements
+    verdict = _verdict(judgements, doubt, sums)
+    if given and not thresholds and doubt is None:
+        verdict = replace(verdict, reason=LIVES_ONLY)
     if table is None or not table.front or verdict.word == "inconclusive":
         return verdict
     return replace(verdict, reason=f"{verdict.reason}; judged from step {table.front + 1} on")
@@ -131,43 +188,109 @@ def _is_in(label: str, present: Sequence[str]) -> bool:
     return any(other is not None and rank.matches(other) for other in others)
 
 
-def _judge_threshold(
-    groups: Sequence[GroupCells],
-    threshold: Threshold,
-    min_steps: int,
-    min_share: float,
-    doubt: str | None,
+_Case = tuple[Measured, Threshold, Estimate | None]
+
+
+def _judge_all(
+    cases: Sequence[_Case], min_steps: int, min_share: float, doubt: str | None
 ) -> tuple[Judgement, ...]:
-    if not groups:
-        reason = doubt or "the window has no rank"
-        return (Judgement(threshold, None, None, "inconclusive", reason),)
-    findings = imbalance_of_groups(
-        groups, scope=threshold.scope, kernel=threshold.kernel, stage=threshold.stage
-    )
-    return tuple(
-        judge_finding(finding, threshold, min_steps=min_steps, min_share=min_share, doubt=doubt)
-        for finding in findings
-    )
+    """Every threshold in every work group.
+
+    The level of failures holds for all of them together (Holm 1979): each is tested at α over
+    the number of those that have not failed.
+    """
+    alone = sum(estimated is not None for _, _, estimated in cases)
+    alpha = ALPHA / max(1, alone)
+    while True:
+        judgements = tuple(
+            judge_finding(*case, min_steps=min_steps, min_share=min_share, doubt=doubt, alpha=alpha)
+            for case in cases
+        )
+        failed = sum(each.verdict == "fail" and each.estimate is not None for each in judgements)
+        before, alpha = alpha, ALPHA / max(1, alone - failed)
+        if alpha <= before:
+            return judgements
+
+
+def _cases(sums: Sums, thresholds: Sequence[Threshold]) -> list[_Case]:
+    """What each threshold is applied to, and its estimate."""
+    cases: list[_Case] = []
+    for threshold in thresholds:
+        metric = METRICS[threshold.metric]
+        if metric.of == "steps":
+            cases.append(_case_of_steps(sums.walls, threshold))
+        elif _is_across_sync(sums.table, threshold):
+            cells = cells_across(sums, metric.estimate, threshold.scope, threshold.kernel)
+            cases += _cases_of(cells, threshold)
+        else:
+            cases += _cases_of(sums.groups, threshold)
+    return cases
+
+
+def _is_across_sync(table: KernelTable, threshold: Threshold) -> bool:
+    """Whether ranks are compared that meet in collectives, not those with the same input."""
+    across = METRICS[threshold.metric].across or threshold.across
+    return across == "sync" or (not across and is_without_peers(table))
+
+
+def _case_of_steps(walls: Walls, threshold: Threshold) -> _Case:
+    """The steps of all ranks: whether a rank's GPU idles does not depend on its peers."""
+    kind, stage = METRICS[threshold.metric].estimate, threshold.stage
+    budget = step_budget.budget_of(walls, stage)
+    return budget, threshold, step_budget.estimate(walls, kind, stage)
+
+
+def _cases_of(groups: Sequence[GroupCells], threshold: Threshold) -> list[_Case]:
+    """The finding of each work group, and its estimate."""
+    of = {"scope": threshold.scope, "kernel": threshold.kernel, "stage": threshold.stage}
+    findings = imbalance_of_groups(groups, **of)
+    estimates = [
+        None if finding.reason else estimate(cells, METRICS[threshold.metric].estimate, **of)
+        for cells, finding in zip(groups, findings, strict=True)
+    ]
+    return [(finding, threshold, each) for finding, each in zip(findings, estimates, strict=True)]
 
 
 def judge_finding(
-    finding: ImbalanceFinding,
+    finding: Measured,
     threshold: Threshold,
+    estimated: Estimate | None,
     *,
     min_steps: int = MIN_STEPS,
     min_share: float = MIN_SHARE,
     doubt: str | None = None,
+    alpha: float = ALPHA,
 ) -> Judgement:
-    """Judges one finding by one threshold. doubt: why the finding cannot be trusted, if so."""
+    """Judges one finding by one threshold.
+
+    estimated: of the threshold's metric. doubt: why the finding cannot be trusted, if so.
+    alpha: probability of a failure by chance.
+    """
     value = METRICS[threshold.metric].read(finding)
-    verdict: VerdictWord = "inconclusive"
     reason = doubt or _too_little(finding, threshold, min_steps)
-    if reason is None:
-        verdict, reason = _compare(finding, threshold, value, min_share)
-    return Judgement(threshold, finding, value, verdict, reason)
+    if reason is not None:
+        return _judged(finding, threshold, value, "inconclusive", reason)
+    if (decided := _without_estimate(finding, threshold, value, min_share)) is not None:
+        return _judged(finding, threshold, value, *decided)
+    assert value is not None
+    verdict, reason = _compare(finding, threshold, estimated, value, alpha)
+    return _judged(finding, threshold, value, verdict, reason, estimated)
 
 
-def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int) -> str | None:
+def _judged(
+    finding: Measured,
+    threshold: Threshold,
+    value: float | None,
+    verdict: VerdictWord,
+    reason: str,
+    estimated: Estimate | None = None,
+) -> Judgement:
+    if isinstance(finding, StepBudget):
+        return Judgement(threshold, None, value, verdict, reason, estimated, finding)
+    return Judgement(threshold, finding, value, verdict, reason, estimated)
+
+
+def _too_little(finding: Measured, threshold: Threshold, min_steps: int) -> str | None:
     """Why this finding has too little data for a verdict; None if it has enough."""
     prefix = group_prefix(finding)
     if finding.reason:
@@ -180,63 +303,88 @@ def _too_little(finding: ImbalanceFinding, threshold: Threshold, min_steps: int)
             f"{prefix}no step markers in the trace: cannot show the {min_steps} steps that a "
             f"verdict on {subject(threshold)} requires"
         )
-    return (
-        f"{prefix}{count(steps, 'step')} with {subject(threshold)}, "
-        f"{min_steps} are needed for a verdict{_lost_steps(finding)}"
-    )
+    if isinstance(finding, StepBudget):
+        what = f"{count(steps, f'{threshold.stage} step'.strip())} on the rank with fewest"
+    elif METRICS[threshold.metric].is_of_whole_steps:
+        what = f"{steps:,} {subject(threshold)}"
+    else:
+        what = f"{count(steps, 'step')} with {subject_of(finding, threshold)}"
+    return f"{prefix}{what}, {min_steps} are needed for a verdict{_lost_steps(finding)}"
 
 
-def _lost_steps(finding: ImbalanceFinding) -> str:
+def _lost_steps(finding: Measured) -> str:
     if not finding.dropped_steps:
         return ""
-    return f" ({count(finding.dropped_steps, 'step')} dropped: not whole on every rank)"
+    of_steps = isinstance(finding, StepBudget)
+    why = "cut, or with a compilation or capture" if of_steps else "not whole on every rank"
+    return f" ({count(finding.dropped_steps, 'step')} dropped: {why})"
 
 
-def _compare(
-    finding: ImbalanceFinding, threshold: Threshold, value: float | None, min_share: float
-) -> tuple[VerdictWord, str]:
-    if finding.one_sided:
+def _without_estimate(
+    finding: Measured, threshold: Threshold, value: float | None, min_share: float
+) -> tuple[VerdictWord, str] | None:
+    """The verdict where it does not depend on how certain the figure is; else None."""
+    if isinstance(finding, ImbalanceFinding) and finding.one_sided:
         reason = one_sided_reason(finding, threshold)
         if threshold.kernel:
             return "inconclusive", f"{reason}; its peers may use another kernel for the same work"
         return "fail", reason
     if value is None:
         return "inconclusive", f"{short_reason(finding, threshold)} has no figure in this window"
-    metric = METRICS[threshold.metric]
-    failed = metric.is_beyond(value, threshold.limit)
+    failed = METRICS[threshold.metric].is_beyond(value, threshold.limit)
     reason = measured_reason(finding, threshold, value, failed=failed)
-    if failed and threshold.kernel and finding.share_of_compute < min_share:
-        share = f"{100 * finding.share_of_compute:.2g} % of compute"
+    of_compute = finding.share_of_compute if isinstance(finding, ImbalanceFinding) else 1.0
+    if threshold.kernel and of_compute < min_share:
+        share = f"{100 * of_compute:.2g} % of compute"
         return "pass", f"{reason}; at {share} it is too small to fail (below {100 * min_share:g} %)"
-    if failed and finding.has_steps and not _is_certain(finding, threshold):
-        return "inconclusive", f"{reason}; {uncertain_reason(finding, threshold)}"
-    return ("fail" if failed else "pass"), reason
+    if not finding.has_steps or math.isinf(threshold.limit):
+        return ("fail" if failed else "pass"), reason
+    return None
 
 
-def _is_certain(finding: ImbalanceFinding, threshold: Threshold) -> bool:
-    """Whether a figure beyond its limit is unlikely to be chance.
+def _compare(
+    finding: Measured,
+    threshold: Threshold,
+    estimated: Estimate | None,
+    value: float,
+    alpha: float,
+) -> tuple[VerdictWord, str]:
+    failed = METRICS[threshold.metric].is_beyond(value, threshold.limit)
+    reason = measured_reason(finding, threshold, value, failed=failed)
+    ends = None if estimated is None else estimated.ends(alpha)
+    word = "inconclusive" if ends is None else word_of(threshold, value, ends)
+    if ends is None or (word == "inconclusive" and estimated and estimated.interval is None):
+        return "inconclusive", f"{reason}; {why_unknown(finding, estimated)}"
+    if word == "pass":
+        reason += f"; {at_most(threshold, ends)} in this window"
+    if word == "fail" and (why := why_not_the_gpu(finding, threshold)):
+        return "inconclusive", f"{reason}; {why}"
+    if word == "inconclusive":
+        reason += f"; {uncertain_reason(threshold, value, ends, finding.steps or 0)}"
+    return word, reason
 
-    The whole interval must lie beyond the limit and, if the metric needs p, ranks must differ
-    by more than they do when their labels are permuted.
+
+def word_of(threshold: Threshold, value: float, ends: Interval) -> VerdictWord:
+    """The verdict on a figure that may be anything between `ends`.
+
+    fail: the figure and both ends are beyond the limit. pass: the figure is not, and both ends
+    are within the pass bound.
     """
     metric = METRICS[threshold.metric]
-    interval = metric.read_interval(finding)
-    if interval is None or not metric.is_surely_beyond(interval, threshold.limit):
-        return False
-    return not metric.needs_p or (finding.p_value is not None and finding.p_value <= MAX_P)
+    if metric.is_beyond(value, threshold.limit):
+        return "fail" if metric.is_surely_beyond(ends, threshold.limit) else "inconclusive"
+    return "pass" if metric.is_surely_within(ends, threshold.limit) else "inconclusive"
 
 
-def _verdict(
-    judgements: tuple[Judgement, ...], doubt: str | None, groups: tuple[GroupCells, ...]
-) -> Verdict:
+def _verdict(judgements: tuple[Judgement, ...], doubt: str | None, sums: Sums | None) -> Verdict:
     if doubt is not None:
-        return Verdict("inconclusive", doubt, judgements, groups)
+        return Verdict("inconclusive", doubt, judgements, sums)
     word = worst_word({judgement.verdict for judgement in judgements})
     if word is None:
         reason = "no threshold is set: figures are recorded, not judged"
-        return Verdict("pass", reason, groups=groups)
-    deciding = sorted(_of_word(word, judgements), key=_severity, reverse=True)
-    return Verdict(word, _overall_reason(word, deciding, judgements), judgements, groups)
+        return Verdict("pass", reason, sums=sums)
+    deciding = sorted(_of_word(word, judgements), key=severity_of, reverse=True)
+    return Verdict(word, _overall_reason(word, deciding, judgements), judgements, sums)
 
 
 def _overall_reason(
@@ -247,7 +395,7 @@ def _overall_reason(
         reasons = tuple(dict.fromkeys(judgement.reason for judgement in deciding))
         return reasons[0] if word == "pass" else "; ".join(reasons)
     parts = [deciding[0].reason]
-    also = [short_reason(each.finding, each.threshold) for each in deciding[1:]]
+    also = [short_reason(each.measured, each.threshold) for each in deciding[1:]]
     not_judged = [each.reason for each in _of_word("inconclusive", judgements)]
     if also:
         parts.append(f"also beyond their limits: {', '.join(also)}")
@@ -260,141 +408,7 @@ def _of_word(word: VerdictWord, judgements: Sequence[Judgement]) -> list[Judgeme
     return [judgement for judgement in judgements if judgement.verdict == word]
 
 
-def _severity(judgement: Judgement) -> tuple[float, float]:
+def severity_of(judgement: Judgement) -> tuple[float, float]:
+    """Sort key: how far beyond its limit, and no figure is worst."""
     metric = METRICS[judgement.threshold.metric]
     return metric.severity(judgement.value, judgement.threshold.limit)
-
-
-# Reasons. One sentence names the rank, the figures, the limit and the kernel.
-
-
-def uncertain_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    """Why a figure beyond its limit is not enough to fail."""
-    metric = METRICS[threshold.metric]
-    interval = metric.read_interval(finding)
-    if interval is None or finding.p_value is None:
-        return f"{count(finding.steps or 0, 'step')} are too few to rule out chance"
-    low, high = (metric.format(end, finer=1) for end in interval)
-    by_chance = ""
-    if metric.needs_p:
-        by_chance = f", and a difference this large arises by chance with p = {finding.p_value:.2g}"
-    return (
-        f"that may be chance: 95 % of resampled steps give {low} to {high}{by_chance}; "
-        "record more steps"
-    )
-
-
-def subject(threshold: Threshold) -> str:
-    """`moe`, `kernels like /fused_moe/`, `compute of decode steps`."""
-    what = f"kernels like /{threshold.kernel}/" if threshold.kernel else threshold.scope
-    return f"{what} of {threshold.stage} steps" if threshold.stage else what
-
-
-def group_prefix(finding: ImbalanceFinding) -> str:
-    """`DP0: ` if there are several work groups, else ""."""
-    return f"{finding.group}: " if finding.group else ""
-
-
-def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
-    """The sentence for a scope that only one rank has, so that there is no ratio."""
-    slowest = finding.figure(finding.slowest)
-    total = duration(slowest.busy_ns if slowest else 0)
-    return f"only {finding.slowest} has any {subject(threshold)}: {total}{_over(finding)}"
-
-
-def measured_reason(
-    finding: ImbalanceFinding, threshold: Threshold, value: float, *, failed: bool
-) -> str:
-    """The sentence for a figure that was compared with its limit."""
-    metric = METRICS[threshold.metric]
-    sentence = metric.at_best if metric.at_best and value == metric.best else metric.sentence
-    text = sentence.format(**facts(finding, threshold, value, failed=failed))
-    if not failed:
-        return text
-    work = work_words(finding.work.word, finding.work.ratio, finding.work.by)
-    beside_work = f", {work}" if work else ""
-    return f"{text}{_share_of_steps(finding)}{beside_work}{cause(finding)}"
-
-
-def facts(
-    finding: ImbalanceFinding, threshold: Threshold, value: float, *, failed: bool
-) -> dict[str, str]:
-    """The fields that the sentence of a metric of `ranks` can use.
-
-    group: `DP0: ` or "". subject: of the threshold. value, limit: `1.39`, ` (limit 1.10)`.
-    slowest: a rank. slowest_is, their: `TP1 is` and `its`, or the plural if several ranks share
-    the largest total. most, others, mean: the largest total, the median of the others, the
-    mean. lost: lost time. over: ` over 50 steps`. longer: `; TP1 takes 12.0 ms longer` if the
-    threshold failed, else "".
-    """
-    shown, limit = beside_limit(METRICS[threshold.metric], value, threshold.limit)
-    totals = [figure.busy_ns for figure in finding.ranks]
-    # Ranks share the largest total only if one of three or more ranks is *faster*.
-    tied = [figure.rank for figure in finding.ranks if figure.busy_ns == max(totals)]
-    return {
-        "group": group_prefix(finding),
-        "subject": subject(threshold),
-        "value": shown,
-        "limit": limit,
-        "slowest": finding.slowest or "the slowest rank",
-        "slowest_is": f"{finding.slowest} is"
-        if finding.slowest
-        else f"{', '.join(tied)} are equally",
-        "their": "its" if finding.slowest else "their",
-        "most": duration(max(totals)),
-        "others": duration(finding.others_ns or 0),
-        "mean": duration(sum(totals) / len(totals)),
-        "lost": duration(finding.lost_ns),
-        "over": _over(finding),
-        "longer": _longer(finding) if failed else "",
-    }
-
-
-def short_reason(finding: ImbalanceFinding | None, threshold: Threshold) -> str:
-    """`slowdown of moe 1.39 (limit 1.10)`, for lists."""
-    metric = METRICS[threshold.metric]
-    value = metric.read(finding) if finding else None
-    prefix = group_prefix(finding) if finding else ""
-    what = f"{prefix}{threshold.metric} of {subject(threshold)}"
-    if value is None:
-        return what
-    shown, limit = beside_limit(metric, value, threshold.limit)
-    return f"{what} {shown}{limit}"
-
-
-def cause(finding: ImbalanceFinding) -> str:
-    """`; fused_moe_kernel alone accounts for 11.3 ms of the difference`.
-
-    "" if no kernel stands out. For a scope of several categories the category comes first.
-    """
-    slowest = finding.figure(finding.slowest)
-    if slowest is None or finding.others_ns is None or not finding.contributors:
-        return ""
-    kernel, ns = finding.contributors[0].name, finding.contributors[0].ns
-    alone = f"{kernel} alone accounts for {duration(ns)} of the difference"
-    if ns > slowest.busy_ns - finding.others_ns:
-        alone = f"{kernel} alone takes {duration(ns)} longer"
-    if finding.kernel or finding.scope not in ("compute", "all"):
-        return "" if kernel == finding.kernel else f"; {alone}"
-    category = finding.category_contributors[0].name
-    return f"; most of all in {category}: {alone}"
-
-
-def _longer(finding: ImbalanceFinding) -> str:
-    slowest = finding.figure(finding.slowest)
-    if slowest is None or finding.others_ns is None:
-        return ""
-    return f"; {slowest.rank} takes {duration(slowest.busy_ns - finding.others_ns)} longer"
-
-
-def _share_of_steps(finding: ImbalanceFinding) -> str:
-    slowest = finding.figure(finding.slowest)
-    if slowest is None or slowest.slowest_share is None or (finding.steps or 0) < 2:
-        return ""
-    return f", slowest in {percent(slowest.slowest_share)} of the steps"
-
-
-def _over(finding: ImbalanceFinding) -> str:
-    if finding.steps is None:
-        return " over the whole window"
-    return f" over {count(finding.steps or 0, 'step')}"

@@ -1,8 +1,10 @@
-"""The verdict on a window that was opened several times, with whole windows as the unit.
+"""The verdict on a window that was opened several times.
 
-Even a window of fifty steps can be an outlier, since disturbances of a server last for
-seconds. So a threshold fails if the *median* of the windows' figures is beyond the limit for
-any value of the windows without a figure, and passes if it is within the limit for any.
+Even a window of a hundred steps can be an outlier, since disturbances of a server last for
+seconds. Where windows are opened a fixed number of times (`judge_repeats`), a threshold fails if
+the *median* of their figures is beyond the limit for any value of the windows without a
+figure, and passes if it is within the limit for any. Where they are opened until the verdict is
+certain (`judge_until_certain`), each look judges the steps of all windows so far.
 """
 
 from __future__ import annotations
@@ -12,9 +14,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pytest_sglprof._config.model import Threshold
+from pytest_sglprof._analysis.certainty import (
+    MIN_EFFECTIVE,
+    Estimate,
+    disagreeing,
+    look_alpha,
+    pool,
+)
+from pytest_sglprof._config.model import CERTAIN, MOST_WINDOWS, Threshold, WindowSpec
 from pytest_sglprof._metrics import METRICS, VerdictWord, worst_word
-from pytest_sglprof._verdict.judge import Judgement, Verdict, subject
+from pytest_sglprof._verdict.judge import Judgement, Verdict, word_of
+from pytest_sglprof._verdict.reasons import at_most, figure_name, uncertain_reason
 from pytest_sglprof._verdict.wording import beside_limit, count
 
 
@@ -58,6 +68,87 @@ class RepeatedVerdict:
     typical: int
 
 
+def judge_together(spec: WindowSpec, verdicts: Sequence[Verdict]) -> RepeatedVerdict:
+    """The verdict on the windows that were opened for `spec`, at least one, as it asks for it."""
+    if spec.repeat == CERTAIN:
+        return judge_until_certain(verdicts)
+    assert not isinstance(spec.repeat, str)
+    return judge_repeats(verdicts, spec.repeat or 1)
+
+
+def judge_until_certain(verdicts: Sequence[Verdict]) -> RepeatedVerdict:
+    """Judges all windows so far; inconclusive means that one more may decide.
+
+    verdicts: one for each opened window, at least one. Nothing is decided before the second.
+    Each of the looks at 2, 3, … windows spends a part of the level of error (`look_alpha`), so that
+    the level holds for all of them together, however the windows depend on each other.
+    """
+    keys = _keys(verdicts)
+    if not keys:
+        return _without_thresholds(verdicts, max(2, len(verdicts)))
+    spreads = tuple(_pooled(key, verdicts, len(keys)) for key in keys)
+    together = _together(spreads, verdicts, len(verdicts))
+    unopened = [verdict.reason for verdict in verdicts if not verdict.judgements]
+    if together.word != "inconclusive" or not unopened:
+        return together
+    return replace(together, reason=f"{together.reason}; no further window: {unopened[-1]}")
+
+
+def _pooled(key: _Key, verdicts: Sequence[Verdict], family: int) -> Spread:
+    """One threshold over all windows. family: number of thresholds and work groups."""
+    threshold, group = key
+    judgements = [_judgement(verdict, key) for verdict in verdicts]
+    estimates = [each.estimate if each is not None else None for each in judgements]
+    known = [each for each in estimates if each is not None]
+    if not known:  # nothing depends on an error: a scope of one rank only, too little data
+        return _spread(key, verdicts, max(2, len(verdicts)))
+    values = tuple(
+        each.value if each is not None and each.estimate is not None else None
+        for each in judgements
+    )
+    same = [each for each in known if len(each.values) == len(known[0].values)]
+    spread = Spread(threshold, group, values, "inconclusive", "")
+    if len(same) < 2:
+        return replace(spread, reason=_only_one(spread, judgements))
+    alpha = look_alpha(len(same), MOST_WINDOWS) / family
+    pooled = pool(same, alpha)
+    value = pooled.value
+    what, where = _what(spread), f"over {count(len(same), 'window')}"
+    shown, limit = beside_limit(METRICS[threshold.metric], value, threshold.limit)
+    text = f"{what} is {shown} {where}{limit}"
+    if pooled.effective < MIN_EFFECTIVE:
+        worth = f"its steps are worth {pooled.effective:.1f} independent ones"
+        return replace(spread, reason=f"{text}; {worth}, {MIN_EFFECTIVE:g} are needed")
+    ends = pooled.low(alpha), pooled.high(alpha)
+    word = word_of(threshold, value, ends)
+    if word == "pass":
+        text += f"; {at_most(threshold, ends)}"
+    if word == "inconclusive":
+        text += f"; {uncertain_reason(threshold, value, ends, pooled.steps)}"
+    return replace(spread, verdict=word, reason=text + _apart(estimates, threshold))
+
+
+def _only_one(spread: Spread, judgements: Sequence[Judgement | None]) -> str:
+    reasons = [each.reason for each in judgements if each is not None and each.estimate is None]
+    why = f" ({reasons[0]})" if reasons else ""
+    return f"{_what(spread)}: one window alone decides nothing{why}"
+
+
+def _apart(estimates: Sequence[Estimate | None], threshold: Threshold) -> str:
+    """Names the windows that disagree with the others."""
+    numbers = [number for number, each in enumerate(estimates, start=1) if each is not None]
+    known = [each for each in estimates if each is not None]
+    apart = disagreeing(known)
+    if not apart:
+        return ""
+    metric = METRICS[threshold.metric]
+    named = ", ".join(f"{numbers[at]} ({metric.format(known[at].value, finer=1)})" for at in apart)
+    return (
+        f"; {'windows' if len(apart) > 1 else 'window'} {named} differ{'s' * (len(apart) == 1)} "
+        "from the mean by more than the noise of the steps explains"
+    )
+
+
 def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
     """Judges the windows of one test together.
 
@@ -66,6 +157,12 @@ def judge_repeats(verdicts: Sequence[Verdict], planned: int) -> RepeatedVerdict:
     limit, else inconclusive if any is undecided, else pass.
     """
     spreads = tuple(_spread(key, verdicts, planned) for key in _keys(verdicts))
+    return _together(spreads, verdicts, planned)
+
+
+def _together(
+    spreads: tuple[Spread, ...], verdicts: Sequence[Verdict], planned: int
+) -> RepeatedVerdict:
     word = worst_word([spread.verdict for spread in spreads])
     if word is None:
         return _without_thresholds(verdicts, planned)
@@ -93,13 +190,12 @@ _Key = tuple[Threshold, str]  # a figure with two limits is judged twice
 
 
 def _key(judgement: Judgement) -> _Key:
-    group = judgement.finding.group if judgement.finding is not None else ""
-    return judgement.threshold, group
+    return judgement.threshold, judgement.group
 
 
 def _keys(verdicts: Sequence[Verdict]) -> list[_Key]:
     judgements = [judgement for verdict in verdicts for judgement in verdict.judgements]
-    measured = [judgement for judgement in judgements if judgement.finding is not None]
+    measured = [judgement for judgement in judgements if judgement.measured is not None]
     return list(dict.fromkeys(_key(judgement) for judgement in measured or judgements))
 
 
@@ -142,11 +238,13 @@ def _badness(judgement: Judgement | None) -> float | None:
     return min(badness, metric.badness(limit)) if judgement.verdict == "pass" else badness
 
 
+def _what(spread: Spread) -> str:
+    return figure_name(spread.threshold, spread.group)
+
+
 def _reason(spread: Spread, unopened: int, reasons: Sequence[str]) -> str:
     """unopened: number of windows never opened. reasons: of the inconclusive windows."""
-    prefix = f"{spread.group}: " if spread.group else ""
-    what = f"{prefix}{spread.threshold.metric} of {subject(spread.threshold)}"
-    known = spread.known
+    what, known = _what(spread), spread.known
     if spread.verdict == "inconclusive":
         why = [f"{unopened} of them never opened"] if unopened else []
         planned = count(len(spread.values), "window")

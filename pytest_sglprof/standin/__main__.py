@@ -7,25 +7,30 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pytest_sglprof.standin.answers import find
 from pytest_sglprof.standin.engine import RankGone, end_all
 from pytest_sglprof.standin.front import Front, address_in_use, died_while_starting, start_failure
 from pytest_sglprof.standin.http import Listener
-from pytest_sglprof.standin.options import log, parse, web
+from pytest_sglprof.standin.options import log, parse, web, with_life_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a stand-in; the exit status of the process."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options = parse(words)
+    given = parse(words)
+    life = with_life_seed(words)
+    options = replace(parse(life), launch_command=given.launch_command)
     log(
         f"stand-in of SGLang: no GPU, no model, {len(options.others)} other options ignored: "
         f"{' '.join(sorted(options.others)) or 'none'}"
     )
+    if options.model.life_noise is not None:
+        log(f"stand-in of SGLang: life {options.model.life_noise.seed}")
     if options.start_fault == "import":
         return start_failure(options)
-    front = Front(options, words)
+    front = Front(options, life)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, front.stop)
     sys.setswitchinterval(0.001)

@@ -6,11 +6,11 @@ import datetime
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pytest_sglprof import __version__
-from pytest_sglprof.standin.engine import Load, Request
+from pytest_sglprof.standin.engine import SYNC_WAITS, Load, Request
 from pytest_sglprof.standin.front import Front
 from pytest_sglprof.standin.http import (
     BadRequest,
@@ -21,6 +21,7 @@ from pytest_sglprof.standin.http import (
     as_json,
     body_of,
 )
+from pytest_sglprof.standin.laws import CAPTURE_SIZES
 from pytest_sglprof.standin.options import log
 
 # `/generate` and the OpenAI routes, streamed or not.
@@ -40,6 +41,10 @@ def generate(call: Call) -> Reply:
     sampling = body.get("sampling_params") or {}
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str):
         requests = [_request(call.front, one, _limit(sampling), body) for one in prompt]
+        if body.get("stream"):
+            index = {request.rid: number for number, request in enumerate(requests)}
+            events = _stream(requests, lambda one: {**_answer(one), "index": index[one.rid]})
+            return Reply(200, content_type=_EVENTS, stream=events)
         for request in requests:
             _drain(request)
         return as_json([_answer(request) for request in requests])
@@ -47,7 +52,7 @@ def generate(call: Call) -> Reply:
     if not body.get("stream"):
         _drain(request)
         return as_json(_answer(request))
-    return Reply(200, content_type=_EVENTS, stream=_stream(request, _answer))
+    return Reply(200, content_type=_EVENTS, stream=_stream([request], _answer))
 
 
 def completions(call: Call) -> Reply:
@@ -65,7 +70,7 @@ def completions(call: Call) -> Reply:
         usage = _usage(request) if reason else None
         return _openai(call, name, "text_completion", {"text": _WORD}, reason, usage)
 
-    return Reply(200, content_type=_EVENTS, stream=_stream(request, chunk))
+    return Reply(200, content_type=_EVENTS, stream=_stream([request], chunk))
 
 
 def chat_completions(call: Call) -> Reply:
@@ -89,7 +94,7 @@ def chat_completions(call: Call) -> Reply:
         usage = _usage(request) if reason else None
         return _openai(call, name, "chat.completion.chunk", part, reason, usage)
 
-    return Reply(200, content_type=_EVENTS, stream=_stream(request, chunk))
+    return Reply(200, content_type=_EVENTS, stream=_stream([request], chunk))
 
 
 def _request(front: Front, prompt: Any, limit: int, body: dict[str, Any]) -> Request:
@@ -127,20 +132,23 @@ def _drain(request: Request) -> None:
         pass
 
 
-def _stream(request: Request, shape: Any) -> Iterator[bytes]:
-    """One event a token; a client that leaves ends the request."""
+def _stream(requests: Sequence[Request], shape: Any) -> Iterator[bytes]:
+    """One event a token of each request, in turn; a client that leaves ends them."""
+    running = list(requests)
     try:
-        while (made := request.tokens.get()) is not None:
-            view = Request(request.prompt, request.max_new_tokens, request.rid, made)
-            view.cached, view.dp_rank, view.created = (
-                request.cached,
-                request.dp_rank,
-                request.created,
-            )
-            yield b"data: " + json.dumps(shape(view)).encode() + b"\n\n"
+        while running:
+            for request in tuple(running):
+                if (made := request.tokens.get()) is None:
+                    running.remove(request)
+                    continue
+                view = Request(request.prompt, request.max_new_tokens, request.rid, made)
+                view.cached, view.dp_rank = request.cached, request.dp_rank
+                view.created = request.created
+                yield b"data: " + json.dumps(shape(view)).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
     finally:
-        request.aborted = True
+        for request in requests:
+            request.aborted = True
 
 
 def _answer(request: Request) -> dict[str, Any]:
@@ -209,13 +217,14 @@ def server_info(call: Call) -> Reply:
     """
     front = call.front
     arguments = _arguments(front)
+    memory = {"weight": 0.0, "kvcache": 0.0, "graph": {}}
     timings = {"load_weight": 0.0, "kv_cache_allocation": 0.0, "scheduler_e2e": 0.1}
     state = {
         **arguments,
         "world_size": front.options.sizes.tp * front.options.sizes.pp,
         "effective_max_running_requests_per_dp": front.options.max_running_requests,
         "last_gen_throughput": max(load.throughput for load in _loads(front)),
-        "memory_usage": {"weight": 0.0, "kvcache": 0.0, "token_capacity": 0, "graph": {}},
+        "memory_usage": {**memory, "token_capacity": front.options.max_total_tokens},
     }
     return as_json(
         {
@@ -282,7 +291,26 @@ def _arguments(front: Front) -> dict[str, Any]:
         "sleep_on_idle": False,
         "log_level": "info",
     }
-    return {**fixed, **options.others}
+    return {**fixed, **(_padding(options.device) if sizes.dp_attention else {}), **options.others}
+
+
+def _padding(device: str) -> dict[str, Any]:
+    """What decides about the graph that a batch of DP attention replays."""
+    return {
+        "cuda_graph_config": {
+            "decode": {
+                "backend": "disabled" if device == "cpu" else "full",
+                "max_bs": max(CAPTURE_SIZES),
+                "bs": list(CAPTURE_SIZES),
+            },
+            "prefill": {"backend": "disabled"},
+        },
+        "moe_a2a_backend": "none",
+        "moe_dense_tp_size": None,
+        "enable_dp_lm_head": False,
+        "disable_custom_all_reduce": False,
+        "disable_overlap_schedule": False,
+    }
 
 
 def model_info(call: Call) -> Reply:
@@ -426,6 +454,11 @@ def metrics(call: Call) -> Reply:
         for rank, load in enumerate(_loads(front)):
             labels = f'dp_rank="{rank}",model_name="{front.options.served_model_name}"'
             lines.append(f"sglang:{name}{{{labels}}} {pick(load)}")
+    waits = front.engines[0].sync_waits
+    lines += [f"# TYPE {SYNC_WAITS} histogram"] if waits else []
+    for rank, each in enumerate(waits):
+        labels = f'dp_rank="{rank}",model_name="{front.options.served_model_name}"'
+        lines += each.lines(labels)
     lines.append(f"sglang:uptime_seconds {time.time() - front.started:.3f}")
     return Reply(200, "\n".join(lines).encode() + b"\n", "text/plain; version=0.0.4")
 

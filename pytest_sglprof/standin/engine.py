@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import queue
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_sglprof.standin.laws import CPU_US_A_REQUEST
 from pytest_sglprof.standin.model import IDLE, Batch, Place, is_idle, stage_peers
 from pytest_sglprof.standin.options import Options, env_flag, log
 
@@ -42,6 +44,35 @@ class Load:
     tokens: int
     throughput: float
     waiting_tokens: int = 0
+
+
+SYNC_WAITS = "sglang:dp_attention_sync_wait_seconds"
+SYNC_WAIT_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
+                    0.5, 1.0, math.inf)  # fmt: skip
+
+
+@dataclass
+class SyncWaits:
+    """Of the scheduler of a lane for its peers: the histogram that SGLang makes of them, s."""
+
+    sum: float = 0.0
+    counts: list[int] = field(default_factory=lambda: [0] * len(SYNC_WAIT_BOUNDS))
+
+    def add(self, seconds: float) -> None:
+        """Counts one wait, in every bucket that holds it."""
+        self.sum += seconds
+        for at, bound in enumerate(SYNC_WAIT_BOUNDS):
+            self.counts[at] += seconds <= bound
+
+    def lines(self, labels: str) -> list[str]:
+        """The series as `/metrics` has them."""
+        bounds = ["+Inf" if math.isinf(bound) else f"{bound}" for bound in SYNC_WAIT_BOUNDS]
+        buckets = [
+            f'{SYNC_WAITS}_bucket{{{labels},le="{bound}"}} {count}.0'
+            for bound, count in zip(bounds, self.counts, strict=True)
+        ]
+        count = f"{SYNC_WAITS}_count{{{labels}}} {self.counts[-1]}.0"
+        return [*buckets, count, f"{SYNC_WAITS}_sum{{{labels}}} {self.sum}"]
 
 
 class Engine(threading.Thread):
@@ -73,6 +104,8 @@ class Engine(threading.Thread):
         self.last_decode_log = [time.perf_counter() for _ in self.lanes]
         self.last_prefill_log = [time.perf_counter() for _ in self.lanes]
         self.show_step = env_flag("SGLANG_LOG_FORWARD_ITERS")
+        measures = options.sizes.dp_attention and env_flag("SGLANG_ENABLE_METRICS_DP_ATTENTION")
+        self.sync_waits = [SyncWaits() for _ in self.lanes] if measures else []
 
     def wake(self) -> None:
         """Tells an idle loop that a request was queued."""
@@ -114,6 +147,9 @@ class Engine(threading.Thread):
         if self.forward_sleep is not None:
             log(f"Scheduler.run_batch sleep {self.forward_sleep}s", self.tags[0])
             time.sleep(self.forward_sleep)
+        most = max(batch.size for batch in batches)
+        for waits, batch in zip(self.sync_waits, batches, strict=False):
+            waits.add(1e-6 * CPU_US_A_REQUEST * (most - batch.size))
         wall = self.options.model.wall_ns(self.step, self.peers, batches)
         ask_all(
             self.ranks,

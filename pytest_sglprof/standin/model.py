@@ -2,15 +2,20 @@
 
 A decoder with experts, as it looks on NVIDIA hardware: kernel names are taken from real
 traces, weights are rough shares of a decode step. A rank's true time in a category is the
-sum of `nominal_ns` over its kernels times the planted factor, plus jitter whose mean is 0.
+sum of `nominal_ns` over its kernels times the planted factor, plus jitter whose mean is 0. Noise
+of steps (`StepNoise`) makes all kernels of a rank longer or shorter in a step. With DP attention
+the times follow the laws of `laws.py` instead, and what varies is the noise of steps alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from pytest_sglprof.standin.laws import TRANSFER, Running, asked, growth
+from pytest_sglprof.standin.noise import LifeNoise, StepNoise
 
 Kind = Literal["kernel", "memcpy", "memset", "collective"]
 Scope = Literal["attention", "all"]
@@ -37,7 +42,8 @@ class Kernel:
     """One launch. weight: share of a decode layer's time, in percent.
 
     scope: which ranks meet in a collective: those that share attention, or all of the
-    replica. cpu_name: the operator that does this work on a server without GPU.
+    replica. cpu_name: the operator that does this work on a server without GPU. law: the row of
+    `laws.LAWS` that it follows with DP attention; none: it lasts as long whatever is asked.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Kernel:
     cpu_name: str = "aten::copy_"
     kind: Kind = "kernel"
     scope: Scope = "all"
+    law: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Batch:
 
 IDLE = Batch("IDLE", 0, 0, 0)
 
-_NORM = (
+NORM = (
     "void flashinfer::norm::FusedAddRMSNormKernel<8u, __nv_bfloat16>(__nv_bfloat16*, "
     "__nv_bfloat16*, __nv_bfloat16*, unsigned int, unsigned int, unsigned int, float, float)"
 )
@@ -87,13 +94,13 @@ _ROPE = (
     "__nv_bfloat16, long>(__nv_bfloat16*, __nv_bfloat16*, __nv_bfloat16*, __nv_bfloat16*, "
     "float*, long*, unsigned int, unsigned int)"
 )
-_DECODE_ATTENTION = (
+DECODE_ATTENTION = (
     "void flashinfer::BatchDecodeWithPagedKVCacheKernel<(flashinfer::PosEncodingMode)0, 2u, "
     "4u, 8u, 16u, 2u, 4u, flashinfer::DefaultAttention<false, false, false, false>, "
     "flashinfer::BatchDecodeParams<__nv_bfloat16, __nv_bfloat16, __nv_bfloat16, int> >"
     "(flashinfer::BatchDecodeParams<__nv_bfloat16, __nv_bfloat16, __nv_bfloat16, int>)"
 )
-_PREFILL_ATTENTION = (
+PREFILL_ATTENTION = (
     "void flashinfer::BatchPrefillWithRaggedKVCacheKernel<flashinfer::KernelTraits"
     "<(flashinfer::MaskMode)1, 128u, 2u, 1u, 8u, 8u, 4u, 1u, __nv_bfloat16, __nv_bfloat16, "
     "__nv_bfloat16, float, int> >(flashinfer::BatchPrefillRaggedParams<__nv_bfloat16, "
@@ -112,7 +119,7 @@ _ELEMENTWISE = (
     "std::array<char*, 2ul> >(int, at::native::CUDAFunctorOnSelf_add<long>, "
     "std::array<char*, 2ul>)"
 )
-_SAMPLING = (
+SAMPLING = (
     "void flashinfer::sampling::TopKTopPSamplingFromProbKernel<1024u, "
     "(cub::BlockScanAlgorithm)2, (cub::BlockReduceAlgorithm)0, 4u, true, float, int>"
     "(float*, int*, float*, int*, int*, int, float, unsigned int, unsigned long, unsigned long)"
@@ -121,6 +128,9 @@ _CUSTOM_REDUCE = (
     "void sglang::cross_device_reduce_1stage<__nv_bfloat16, {size}>(sglang::RankData*, "
     "sglang::RankSignals, sglang::Signal*, __nv_bfloat16*, int, int)"
 )
+_O_GEMM = "nvjet_tst_64x8_64x16_2x1_v_bz_splitK_TNT"
+_OWN_ROWS = "attention input norm"
+_EXPERTS_CPU = "sgl_kernel::fused_experts_cpu"
 _NCCL = "ncclDevKernel_{what}(ncclDevKernelArgsStorage<4096ul>)"
 
 
@@ -133,7 +143,7 @@ def _collective(what: str, ranks: int, weight: float, scope: Scope, *, small: bo
         cpu = {"AllGather": "gloo:all_gather", "ReduceScatter": "gloo:reduce_scatter"}.get(
             what, "gloo:all_reduce"
         )
-    return Kernel(name, "communication", weight, cpu, "collective", scope)
+    return Kernel(name, "communication", weight, cpu, "collective", scope, TRANSFER)
 
 
 def layer(*, prefill: bool, attention_ranks: int, ranks: int) -> tuple[Kernel, ...]:
@@ -144,37 +154,42 @@ def layer(*, prefill: bool, attention_ranks: int, ranks: int) -> tuple[Kernel, .
     """
     together = attention_ranks == ranks
     kernels = [
-        Kernel(_NORM, "norm", 2, "aten::rms_norm"),
-        Kernel("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "gemm", 10, "aten::mm"),
-        Kernel(_ROPE, "attention", 2, "sgl_kernel::rotary_embedding_cpu"),
+        Kernel(NORM, "norm", 2, "aten::rms_norm", law="attention input norm"),
+        Kernel("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "gemm", 10, "aten::mm", law="attention qkv"),
+        Kernel(_ROPE, "attention", 2, "sgl_kernel::rotary_embedding_cpu", law=_OWN_ROWS),
         Kernel(
             "void store_kvcache<256l, 4, true, long>(StoreKVCacheParams)",
             "attention",
             1,
             "aten::index_put_",
+            law=_OWN_ROWS,
         ),
         Kernel(
-            _PREFILL_ATTENTION if prefill else _DECODE_ATTENTION,
+            PREFILL_ATTENTION if prefill else DECODE_ATTENTION,
             "attention",
             16,
             "aten::scaled_dot_product_attention",
+            law="attention attention",
         ),
-        Kernel("nvjet_tst_64x8_64x16_2x1_v_bz_splitK_TNT", "gemm", 6, "aten::mm"),
+        Kernel(
+            "nvjet_tst_64x8_64x16_2x1_v_bz_splitK_TNT", "gemm", 6, "aten::mm", law="attention o"
+        ),
     ]
     if attention_ranks > 1:
         small = not prefill
         kernels.append(_collective("AllReduce", attention_ranks, 4, "attention", small=small))
-    kernels.append(Kernel(_NORM, "norm", 2, "aten::rms_norm"))
+    kernels.append(Kernel(NORM, "norm", 2, "aten::rms_norm", law="attention post norm"))
     if not together:
         kernels.append(_collective("AllGather", ranks, 4, "all", small=False))
     kernels += [
-        Kernel("nvjet_tst_16x64_64x16_1x4_h_bz_TNN", "gemm", 2, "aten::mm"),
+        Kernel("nvjet_tst_16x64_64x16_1x4_h_bz_TNN", "gemm", 2, "aten::mm", law="experts router"),
         Kernel(
             "void moe::topkGatingSoftmax<float, 2, 64, 4, 16>(float const*, bool const*, "
             "float*, int, int*, int*, int, int, int)",
             "moe",
             2,
             "sgl_kernel::topk_softmax_cpu",
+            law="experts top k",
         ),
         Kernel(
             "void moe_align_block_size_kernel<int>(int const*, int*, int*, int*, int, int, "
@@ -182,16 +197,18 @@ def layer(*, prefill: bool, attention_ranks: int, ranks: int) -> tuple[Kernel, .
             "moe",
             2,
             "sgl_kernel::moe_align_cpu",
+            law="experts top k",
         ),
-        Kernel("fused_moe_kernel", "moe", 24, "sgl_kernel::fused_experts_cpu"),
-        Kernel(_ACTIVATION, "activation", 2, "aten::silu"),
-        Kernel("fused_moe_kernel", "moe", 13, "sgl_kernel::fused_experts_cpu"),
+        Kernel("fused_moe_kernel", "moe", 24, _EXPERTS_CPU, law="experts up"),
+        Kernel(_ACTIVATION, "activation", 2, "aten::silu", law="experts up"),
+        Kernel("fused_moe_kernel", "moe", 13, _EXPERTS_CPU, law="experts down"),
         Kernel(
             "void moe_sum_reduce_warp_per_token_vec_kernel<4>(__nv_bfloat16 const*, "
             "__nv_bfloat16*, long, long, long, float)",
             "moe",
             2,
             "sgl_kernel::moe_sum_cpu",
+            law="experts top k",
         ),
     ]
     if not together:
@@ -206,23 +223,24 @@ def forward(*, prefill: bool, layers: int, attention_ranks: int, ranks: int) -> 
     head = (
         Kernel("Memcpy HtoD (Pinned -> Device)", "memory", 1, "aten::copy_", "memcpy"),
         Kernel("Memset (Device)", "memory", 0.5, "aten::zero_", "memset"),
-        Kernel(_EMBEDDING, "elementwise", 1, "aten::embedding"),
+        Kernel(_EMBEDDING, "elementwise", 1, "aten::embedding", law=_OWN_ROWS),
     )
     tail = [
-        Kernel(_NORM, "norm", 2, "aten::rms_norm"),
+        Kernel(NORM, "norm", 2, "aten::rms_norm", law="head final norm"),
         Kernel(
             "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_warpgroupsize1x1x1_"
             "execute_segment_k_off_kernel__5x_cublas",
             "gemm",
             14,
             "aten::mm",
+            law="head logits",
         ),
     ]
     if attention_ranks > 1:
         tail.append(_collective("AllGather", attention_ranks, 3, "attention", small=False))
     tail += [
-        Kernel(_SAMPLING, "sampling", 4, "aten::multinomial"),
-        Kernel(_ELEMENTWISE, "elementwise", 1, "aten::add_"),
+        Kernel(SAMPLING, "sampling", 4, "aten::multinomial", law="head sample"),
+        Kernel(_ELEMENTWISE, "elementwise", 1, "aten::add_", law="head sample"),
         Kernel("Memcpy DtoH (Device -> Pinned)", "memory", 1, "aten::copy_", "memcpy"),
     ]
     body = layer(prefill=prefill, attention_ranks=attention_ranks, ranks=ranks) * layers
@@ -255,6 +273,9 @@ def nominal_ns(kernel: Kernel, batch: Batch, step_ns: int, total_weight: float) 
 JITTER = 0.01
 """Each kernel lasts its nominal time ± at most this share, evenly spread around 0."""
 
+DP_STEP_NOISE = (0.02, 0.6)
+"""sd and phi of the noise of steps that DP attention has where none is asked for."""
+
 LEAD = 0.02
 """Share of a step's nominal wall time before the first kernel."""
 
@@ -262,12 +283,16 @@ GAP = 0.0002
 """Share of a step's nominal wall time between two kernels of a stream."""
 
 
+EVERY_RANK = "all"
+"""In the place of a rank."""
+
+
 @dataclass(frozen=True)
 class Slow:
     """A planted fault: `category` of rank `rank` takes `factor` times as long.
 
-    rank: a label such as `TP1`, or the rank's number. Steps are forward passes counted
-    since the server's start; the fault holds in [from_step, until_step).
+    rank: a label such as `TP1`, the rank's number, or `EVERY_RANK`. Steps are forward passes
+    counted since the server's start; the fault holds in [from_step, until_step).
     """
 
     rank: str
@@ -278,7 +303,7 @@ class Slow:
 
     def hits(self, place: Place, kernel: Kernel, step: int) -> bool:
         """True when the kernel of this rank in this step is slowed."""
-        if self.rank not in (place.label, str(place.index)):
+        if self.rank not in (EVERY_RANK, place.label, str(place.index)):
             return False
         if step < self.from_step or (self.until_step is not None and step >= self.until_step):
             return False
@@ -298,12 +323,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that decides a timeline besides the batches. step_ns: a decode step."""
+    """Everything that decides a timeline besides the batches. step_ns: a decode step.
+
+    has_graphs: whether decode steps replay graphs (with DP attention their bucket counts).
+    """
 
     step_ns: int
     layers: int = 4
     seed: int = 0
     slow: tuple[Slow, ...] = ()
+    step_noise: StepNoise | None = None
+    has_graphs: bool = True
+    life_noise: LifeNoise | None = None
 
     def step(
         self,
@@ -319,24 +350,29 @@ class Model:
         peer of another queue works (DP attention), since all meet in the collectives.
         """
         sizes = peers[0].sizes
+        weight = sum(kernel.weight for kernel in self._kernels(sizes, prefill=False))
+        nominal = self._nominal(sizes, batches, weight)
         prefill = any(batch.mode == "EXTEND" for batch in batches)
-        kernels = forward(
-            prefill=prefill,
-            layers=self.layers,
-            attention_ranks=sizes.attention_tp,
-            ranks=sizes.tp,
-        )
-        weight = sum(kernel.weight for kernel in kernels)
+        run = {
+            place.index: self._kernels(
+                sizes,
+                prefill=batches[place.queue].mode == "EXTEND" if sizes.queues > 1 else prefill,
+            )
+            for place in peers
+        }
+        jitter = jitter and sizes.queues == 1
         gap = int(self.step_ns * GAP)
         clock = {place.index: int(self.step_ns * LEAD) for place in peers}
         noise = {place.index: self._noise(place, step, jitter) for place in peers}
+        level = {place.index: self._level(place, step) for place in peers}
         launches: dict[int, list[Launch]] = {place.index: [] for place in peers}
         groups = _attention_groups(peers)
-        for kernel in kernels:
-            if kernel.kind == "collective":
-                for group in groups if kernel.scope == "attention" else [list(peers)]:
-                    busiest = max((batches[p.queue] for p in group), key=lambda b: b.tokens)
-                    transfer = max(1, int(nominal_ns(kernel, busiest, self.step_ns, weight)))
+        for position, first in enumerate(run[peers[0].index]):
+            if first.kind == "collective":
+                for group in groups if first.scope == "attention" else [list(peers)]:
+                    kernel = run[group[0].index][position]
+                    busiest = max((p.queue for p in group), key=lambda q: batches[q].tokens)
+                    transfer = max(1, int(nominal(kernel, busiest)))
                     end = max(clock[p.index] for p in group) + transfer
                     for place in group:
                         start = clock[place.index]
@@ -344,10 +380,15 @@ class Model:
                         clock[place.index] = end + gap
                 continue
             for place in peers:
-                length = nominal_ns(kernel, batches[place.queue], self.step_ns, weight)
+                kernel = run[place.index][position]
+                length = nominal(kernel, place.queue)
+                if not length:  # an idle rank that runs eagerly has no rows of its own
+                    continue
                 for fault in self.slow:
                     if fault.hits(place, kernel, step):
                         length *= fault.factor
+                if kernel.kind == "kernel":
+                    length *= level[place.index]
                 if jitter:
                     length *= 1 + noise[place.index].uniform(-JITTER, JITTER)
                 start, dur = clock[place.index], max(1, round(length))
@@ -355,14 +396,48 @@ class Model:
                 clock[place.index] = start + dur + gap
         return launches
 
+    def _kernels(self, sizes: Sizes, *, prefill: bool) -> tuple[Kernel, ...]:
+        return forward(
+            prefill=prefill,
+            layers=self.layers,
+            attention_ranks=sizes.attention_tp,
+            ranks=sizes.tp,
+        )
+
+    def _nominal(
+        self, sizes: Sizes, batches: Sequence[Batch], weight: float
+    ) -> Callable[[Kernel, int], float]:
+        """Gives the nominal ns of a kernel that a queue runs, in this life."""
+        life = self.life_noise
+
+        def of_life(kernel: Kernel) -> float:
+            return life.factor(kernel.name) if life is not None else 1.0
+
+        if sizes.queues == 1:
+            return lambda kernel, queue: (
+                nominal_ns(kernel, batches[queue], self.step_ns, weight) * of_life(kernel)
+            )
+        running = [Running(b.size, b.tokens, b.kv, b.mode == "EXTEND") for b in batches]
+        asks = asked(running, has_graphs=self.has_graphs)
+        unit = FILL * self.step_ns / weight
+        return lambda kernel, queue: (
+            unit * kernel.weight * growth(kernel.law, asks[queue]) * of_life(kernel)
+        )
+
     def wall_ns(self, step: int, peers: Sequence[Place], batches: Sequence[Batch]) -> int:
         """How long the step takes on the wall, ns: its longest rank leaves some idle time."""
         launches = self.step(step, peers, batches, jitter=False)
         last = max(rank[-1].start_ns + rank[-1].dur_ns for rank in launches.values())
-        return int(last / (FILL + LEAD + GAP * len(next(iter(launches.values())))))
+        return int(last / (FILL + LEAD + GAP * max(map(len, launches.values()))))
 
     def _noise(self, place: Place, step: int, jitter: bool) -> random.Random:
         return random.Random(f"{self.seed}/{place.index}/{step}" if jitter else 0)
+
+    def _level(self, place: Place, step: int) -> float:
+        noise = self.step_noise
+        if noise is None and place.sizes.queues > 1:
+            noise = StepNoise(*DP_STEP_NOISE)
+        return noise.factor(self.seed, place.index, step) if noise is not None else 1.0
 
 
 def _attention_groups(peers: Sequence[Place]) -> list[list[Place]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_sglprof.standin.model import SLOWABLE, Model, Sizes, Slow, places
+from pytest_sglprof.standin.model import EVERY_RANK, SLOWABLE, Model, Sizes, Slow, places
+from pytest_sglprof.standin.noise import LifeNoise, StepNoise
 
 START_FAULTS = ("import", "oom", "port")
 
@@ -57,6 +59,8 @@ def parse(argv: Sequence[str]) -> Options:
     try:
         sizes = _sizes(known)
         slow = tuple(_slow(text, sizes) for text in known.slow)
+        noise = _step_noise(known.step_noise) if known.step_noise else None
+        life = _life_noise(known.life_noise, known.life_seed)
         others = _others(rest)
     except ValueError as error:
         parser.error(str(error))
@@ -67,7 +71,9 @@ def parse(argv: Sequence[str]) -> Options:
         host=known.host,
         port=known.port,
         sizes=sizes,
-        model=Model(step_ns=step_ns, layers=known.layers, seed=known.random_seed, slow=slow),
+        model=Model(
+            step_ns, known.layers, known.random_seed, slow, noise, known.device != "cpu", life
+        ),
         model_path=known.model_path,
         served_model_name=known.served_model_name or known.model_path,
         device=known.device,
@@ -119,17 +125,43 @@ def _parser() -> argparse.ArgumentParser:
     effective.add_argument("--context-length", type=int, default=131_072)
     effective.add_argument("--random-seed", type=int, default=0)
     effective.add_argument("--enable-metrics", action="store_true")
-    model = parser.add_argument_group("the simulated device")
+    _add_device(parser.add_argument_group("the simulated device"))
+    _add_faults(parser.add_argument_group("simulated faults"))
+    return parser
+
+
+def _add_device(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--step-ms", type=float, default=10.0, help="wall time of a decode step")
     model.add_argument("--layers", type=int, default=4, help="decoder layers of a forward pass")
+    model.add_argument(
+        "--step-noise",
+        metavar="sd=0.02[,phi=0.6]",
+        help="multiply each rank's compute in a step by the exponential of an autoregressive "
+        "process: sd of one rank and step, phi from step to step (0); the mean stays the same",
+    )
+    model.add_argument(
+        "--life-noise",
+        type=float,
+        metavar="SD",
+        help="each life of the server (each start) multiplies all times by one factor, and those "
+        "of each kernel by one more: SD is the standard deviation of both logarithms",
+    )
+    model.add_argument(
+        "--life-seed",
+        type=int,
+        metavar="N",
+        help="the life that --life-noise draws (default: another one at each start)",
+    )
     model.add_argument(
         "--slow",
         action="append",
         default=[],
         metavar="rank=1,category=moe,factor=1.4[,from_step=50][,until_step=90]",
-        help="a rank (number or label such as DP0.TP1) that is slower; may be repeated",
+        help="a rank (number, label such as DP0.TP1, or all) that is slower; may be repeated",
     )
-    fault = parser.add_argument_group("simulated faults")
+
+
+def _add_faults(fault: argparse._ArgumentGroup) -> None:
     fault.add_argument(
         "--ready-delay", type=float, default=0.0, metavar="S", help="get ready S s late"
     )
@@ -155,7 +187,6 @@ def _parser() -> argparse.ArgumentParser:
     fault.add_argument(
         "--export-delay", type=float, default=0.0, metavar="S", help="write traces S s late"
     )
-    return parser
 
 
 def _sizes(known: argparse.Namespace) -> Sizes:
@@ -176,7 +207,7 @@ def _slow(text: str, sizes: Sizes) -> Slow:
         raise ValueError(f"--slow {text!r}: expected rank=, factor= and perhaps category=, ...")
     until = values.get("until_step")
     rank, category = values["rank"].replace(".", " "), values.get("category", "compute")
-    if all(rank not in (place.label, str(place.index)) for place in places(sizes)):
+    if all(rank not in (EVERY_RANK, p.label, str(p.index)) for p in places(sizes)):
         raise ValueError(f"--slow {text!r}: the server has no rank {rank}")
     if category not in SLOWABLE:
         raise ValueError(f"--slow {text!r}: expected a category of {', '.join(SLOWABLE)}")
@@ -187,6 +218,37 @@ def _slow(text: str, sizes: Sizes) -> Slow:
         from_step=int(values.get("from_step", 0)),
         until_step=None if until is None else int(until),
     )
+
+
+def _step_noise(text: str) -> StepNoise:
+    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    if not {"sd"} <= set(values) <= {"sd", "phi"}:
+        raise ValueError(f"--step-noise {text!r}: expected sd= and perhaps phi=")
+    noise = StepNoise(float(values["sd"]), float(values.get("phi", 0.0)))
+    if not (0 <= noise.sd <= 1 and 0 <= noise.phi < 1):
+        raise ValueError(f"--step-noise {text!r}: expected sd 0 to 1 and phi 0 to less than 1")
+    return noise
+
+
+def with_life_seed(words: Sequence[str]) -> list[str]:
+    """The command line of a life's processes: all of them draw the same life.
+
+    Without --life-noise, or where the life is named already, it is the given one.
+    """
+    given = _parser().parse_known_args(list(words))[0]
+    if given.life_noise is None or given.life_seed is not None:
+        return list(words)
+    return [*words, "--life-seed", str(secrets.randbits(32))]
+
+
+def _life_noise(sd: float | None, seed: int | None) -> LifeNoise | None:
+    if sd is None:
+        if seed is not None:
+            raise ValueError("--life-seed has no effect without --life-noise")
+        return None
+    if not 0 <= sd <= 1:
+        raise ValueError(f"--life-noise {sd}: expected 0 to 1")
+    return LifeNoise(sd, seed or 0)
 
 
 def _others(words: Sequence[str]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -34,7 +34,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Recording:
-    """A closed window of one rank. activities: a subset of CPU and GPU."""
+    """A closed window of one rank. activities: a subset of CPU and GPU. pid: of the rank."""
 
     place: Place
     model: Model
@@ -46,10 +46,20 @@ class Recording:
     with_stack: bool = True
     record_shapes: bool = True
     detailed: bool = False
+    pid: int = field(default_factory=os.getpid)
 
 
-def write(recording: Recording, file: IO[str], trace_name: str) -> int:
-    """Writes the whole document to `file`; the number of events."""
+Passes = Callable[[Recording, int], Iterator[str]]
+"""Gives the events of all passes of a recording; the second value is the trace's base time, ns."""
+
+
+def write(
+    recording: Recording, file: IO[str], trace_name: str, passes: Passes | None = None
+) -> int:
+    """Writes the whole document to `file`; the number of events.
+
+    passes: what ran, in place of `recording.steps` by `recording.model`.
+    """
     base_s = recording.start_ns // 1_000_000_000 // _QUARTER_S * _QUARTER_S
     head = {
         "schemaVersion": 1,
@@ -65,44 +75,17 @@ def write(recording: Recording, file: IO[str], trace_name: str) -> int:
     lines = ",\n".join(f'    "{key}": {json.dumps(value)}' for key, value in head.items())
     file.write("{\n" + lines + ',\n    "traceEvents": [\n')
     count = 0
-    for event in _events(recording, base_s * 1_000_000_000):
+    for event in _events(recording, base_s * 1_000_000_000, passes or _steps):
         file.write(("  ,\n" if count else "") + event)
         count += 1
     file.write(f'  ],"traceName": {json.dumps(trace_name)} }}')
     return count
 
 
-def _events(recording: Recording, base_ns: int) -> Iterator[str]:
-    place, pid = recording.place, os.getpid()
+def _events(recording: Recording, base_ns: int, passes: Passes) -> Iterator[str]:
     begin = micros(recording.start_ns - base_ns)
-    yield from _metadata(recording, pid, begin)
-    peers = stage_peers(place, places(place.sizes))
-    on_gpu = recording.device != "cpu"
-    number = _Numbers()
-    for done in recording.steps:
-        launches = recording.model.step(done.step, peers, done.batches)[place.index]
-        batch = done.batches[place.queue]
-        name = f"step[{batch.span}]"
-        if recording.detailed:
-            detail = f" {batch.detail}" if batch.detail else ""
-            name = f"step[{batch.span}{detail} forward_id={done.step}]"
-        start = done.start_ns - base_ns
-        yield from host_step(
-            launches,
-            start,
-            done.wall_ns,
-            name,
-            pid,
-            number,
-            on_gpu=on_gpu,
-            ops="CPU" in recording.activities,
-            stack=recording.with_stack,
-            shapes=recording.record_shapes,
-        )
-        if on_gpu and "GPU" in recording.activities:
-            annotations = "CPU" in recording.activities
-            yield from device_step(launches, start, name, place, number, annotations=annotations)
-        number.next_step(len(launches))
+    yield from _metadata(recording, recording.pid, begin)
+    yield from passes(recording, base_ns)
     duration = recording.end_ns - recording.start_ns
     yield (
         f'  {{\n    "ph": "X",\n    "cat": "Trace",\n    "name": "PyTorch Profiler (0)",\n'
@@ -121,7 +104,59 @@ def _events(recording: Recording, base_ns: int) -> Iterator[str]:
         )
 
 
-class _Numbers:
+def _steps(recording: Recording, base_ns: int) -> Iterator[str]:
+    place, pid = recording.place, recording.pid
+    peers = stage_peers(place, places(place.sizes))
+    on_gpu = recording.device != "cpu"
+    number = Counters()
+    for done in recording.steps:
+        launches = recording.model.step(done.step, peers, done.batches)[place.index]
+        batch = done.batches[place.queue]
+        name = f"step[{batch.span}]"
+        if recording.detailed:
+            detail = f" {batch.detail}" if batch.detail else ""
+            name = f"step[{batch.span}{detail} forward_id={done.step}]"
+        start = done.start_ns - base_ns
+        nodes = _graph_nodes(recording, done, launches)
+        yield from host_step(
+            launches,
+            start,
+            done.wall_ns,
+            name,
+            pid,
+            number,
+            on_gpu=on_gpu,
+            ops="CPU" in recording.activities,
+            stack=recording.with_stack,
+            shapes=recording.record_shapes,
+            nodes=nodes,
+        )
+        if on_gpu and "GPU" in recording.activities:
+            annotations = "CPU" in recording.activities
+            yield from device_step(
+                launches, start, name, place, number, annotations=annotations, nodes=nodes
+            )
+        number.next_step(len(launches))
+
+
+def _graph_nodes(recording: Recording, done: Recorded, launches: Sequence[Launch]) -> range:
+    """Positions of the launches that are nodes of a graph: the model of a decode pass.
+
+    Only with DP attention, where it matters whether a pass replays one; else they are
+    launched one by one.
+    """
+    eager = any(batch.mode == "EXTEND" for batch in done.batches)
+    if recording.place.sizes.queues == 1 or eager or not recording.model.has_graphs:
+        return range(0)
+    nodes = [
+        position
+        for position, launch in enumerate(launches)
+        if launch.kernel.kind in ("kernel", "collective") and launch.kernel.law != "head sample"
+    ]
+    return range(nodes[0], nodes[-1] + 1)
+
+
+class Counters:
     """Correlation ids, external ids and event indices of one trace."""
 
     def __init__(self) -> None:
@@ -255,10 +290,12 @@ def host_step(
     ops: bool,
     stack: bool,
     shapes: bool,
+    nodes: range,
 ) -> Iterator[str]:
     """Events of one step. start, wall: ns; start counts from the trace's base time.
 
     ops: whether the CPU is recorded at all; runtime launches come with GPU recording too.
+    nodes: positions of the launches that one launch of a graph stands for.
     """
     last = launches[-1].start_ns + launches[-1].dur_ns
     if ops:
@@ -273,8 +310,12 @@ def host_step(
                 length = wall - 2 * wall * depth // 1000
                 yield complete("python_function", frame, pid, pid, at, length, text)
     for position, launch in enumerate(launches):
-        if on_gpu:
+        if on_gpu and position in nodes[:1]:
+            yield from _replayed(launch, position, start, pid, number)
+        elif on_gpu and position not in nodes:
             yield from _issued(launch, position, start, pid, number, ops=ops, shapes=shapes)
+        elif on_gpu:
+            continue
         else:
             yield from _worked(launch, position, start, pid, number, shapes=shapes)
 
@@ -307,6 +348,17 @@ def _issued(
     at += length // 4
     args = f'"External id": {external}, "cbid": {cbid}, "correlation": {correlation}'
     yield complete("cuda_runtime", name, pid, pid, at, length // 2, args)
+    yield flow("s", correlation, pid, pid, at)
+
+
+def _replayed(
+    launch: Launch, position: int, start: int, pid: int, number: Numbers
+) -> Iterator[str]:
+    at = start + int(launch.start_ns * RUN_AHEAD)
+    correlation = number.correlation + position
+    args = f'"External id": {number.external + 8 + position}, '
+    args += f'"cbid": 311, "correlation": {correlation}'
+    yield complete("cuda_runtime", "cudaGraphLaunch", pid, pid, at, 2000, args)
     yield flow("s", correlation, pid, pid, at)
 
 
@@ -374,6 +426,7 @@ def quoted(text: str) -> str:
 
 
 STREAM = 7
+GRAPH_ID = 5
 
 
 def device_step(
@@ -384,10 +437,12 @@ def device_step(
     number: Numbers,
     *,
     annotations: bool,
+    nodes: range,
 ) -> Iterator[str]:
     """Events of one step on one stream. start: ns from the trace's base time.
 
     annotations: the spans of the host's annotations on the device; they contain kernels.
+    nodes: positions of the launches that are nodes of a graph.
     """
     gpu = place.gpu
     if annotations:
@@ -397,9 +452,11 @@ def device_step(
         for span in ("scheduler.run_batch", name):
             yield complete("gpu_user_annotation", span, gpu, STREAM, begin, length, args)
     for position, launch in enumerate(launches):
-        correlation = number.correlation + position
+        correlation = number.correlation + (nodes[0] if position in nodes else position)
         at = start + launch.start_ns
-        args = f'"External id": {number.external + 8 + position}, ' + _args(launch, place)
+        args = f'"External id": {number.external + 8 + position}, ' + kernel_args(launch, place)
+        if position in nodes:
+            args += node_args(position)
         yield complete(
             _CATEGORY.get(launch.kernel.kind, "kernel"),
             launch.kernel.name,
@@ -415,7 +472,8 @@ def device_step(
 _CATEGORY = {"memcpy": "gpu_memcpy", "memset": "gpu_memset"}
 
 
-def _args(launch: Launch, place: Place) -> str:
+def kernel_args(launch: Launch, place: Place) -> str:
+    """The inside of a device event's arguments; its correlation is still `@`."""
     where = f'"device": {place.gpu}, "context": 1, "stream": {STREAM}, "correlation": @'
     if launch.kernel.kind in _CATEGORY:
         size = max(1, launch.dur_ns)
@@ -434,6 +492,11 @@ def _args(launch: Launch, place: Place) -> str:
             f'"Process Group Ranks": "{list(group)}"'
         )
     return text
+
+
+def node_args(position: int) -> str:
+    """What the arguments of a kernel have besides where it is a node of a graph."""
+    return f', "graph id": {GRAPH_ID}, "graph node id": {GRAPH_ID << 20 | position + 1}'
 
 
 def _collective(name: str) -> str:

@@ -14,6 +14,7 @@ from pytest_sglprof import read_window
 from pytest_sglprof._cli.main import main
 from pytest_sglprof._report.page.page import write_page
 from tests.support.browser import Browser, chromium
+from tests.support.dp_windows import planted, read_back
 from tests.support.project import Project
 from tests.support.windows import as_run, run, window
 
@@ -37,7 +38,7 @@ scope = "moe"
 limit = 1.10
 """
 TESTS = """
-@pytest.mark.profile_window(num_steps=40)
+@pytest.mark.profile_window(num_steps=60)
 def test_clean(load):
     load(600)
 
@@ -46,7 +47,7 @@ def test_too_short(drive):
     drive(10)
 
 @pytest.mark.sglang_server("slow")
-@pytest.mark.profile_window(num_steps=40)
+@pytest.mark.profile_window(num_steps=60)
 def test_slow(load):
     load(500)
 """
@@ -70,15 +71,15 @@ def drive(bench_serving, requests):
     bench_serving(num_prompts=requests, max_concurrency=requests, random_input_len=1100,
                   random_output_len=600, random_range_ratio=1.0, warm_up=False)
 
-@pytest.mark.profile_window(num_steps=40)
+@pytest.mark.profile_window(num_steps=60)
 def test_decode(bench_serving):
     drive(bench_serving, 4)
 
-@pytest.mark.profile_window("other work", num_steps=40)
+@pytest.mark.profile_window("other work", num_steps=60)
 def test_mix(bench_serving):
     drive(bench_serving, {requests})
 
-@pytest.mark.profile_window("{name}", num_steps=40)
+@pytest.mark.profile_window("{name}", num_steps=60)
 def test_short(bench_serving):
     drive(bench_serving, 2)
 """
@@ -141,6 +142,20 @@ def cpu_page(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         "tp2dp2": read_window(torch / "sglang-cpu-tp2dp2"),
     }
     document = run([window(table, window_id=name) for name, table in tables.items()])
+    write_page([as_run(document)], [folder], folder / "report.html")
+    return RunPage(folder / "report.html", document)
+
+
+@pytest.fixture(scope="session")
+def dp_page(tmp_path_factory: pytest.TempPathFactory) -> RunPage:
+    """Eight ranks with different input, one of them on a slow GPU and with more KV."""
+    return page_of_dp("e", 8, tmp_path_factory.mktemp("dp"))
+
+
+def page_of_dp(case: str, ranks: int, folder: Path) -> RunPage:
+    """The page of a planted window of DP attention."""
+    table = read_back(planted(case, ranks, passes=60 if ranks <= 8 else 30), folder / "traces")
+    document = run([window(table)])
     write_page([as_run(document)], [folder], folder / "report.html")
     return RunPage(folder / "report.html", document)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,17 @@ STOPPED_S, RUNNING_S = 0.003, 0.006
 
 
 @contextlib.contextmanager
-def interrupted(pid):
+def interrupted(pid, stopped=STOPPED_S, running=RUNNING_S):
     over = threading.Event()
 
     def interrupt():
         while not over.is_set():
             try:
                 os.kill(pid, signal.SIGSTOP)
-                time.sleep(STOPPED_S)
+                time.sleep(stopped)
             finally:
                 os.kill(pid, signal.SIGCONT)
-            time.sleep(RUNNING_S)
+            time.sleep(running)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -61,7 +62,7 @@ import pytest
 {LOAD}
 {INTERRUPTED}
 
-@pytest.mark.profile_window("steady", num_steps=40)
+@pytest.mark.profile_window("steady", num_steps=60)
 def test_a_window_at_steady_load(sglang_server, bench_serving):
     result = bench_serving(num_prompts=40, **LOAD)
     assert result.completed == 40
@@ -69,20 +70,30 @@ def test_a_window_at_steady_load(sglang_server, bench_serving):
 
 
 def test_two_windows_by_hand(sglang_server, bench_serving, profile_window):
-    with bench_serving.running(num_prompts=160, **LOAD):
-        with profile_window("steps", num_steps=40) as steps:
+    pids = {{rank.label: pid for pid, rank in sglang_server.scheduler_ranks().items()}}
+    with bench_serving.running(num_prompts=240, **LOAD):
+        with profile_window("steps", num_steps=100) as steps:
             steps.wait()
-        with profile_window("seconds", duration=2.0) as seconds:
+        often = interrupted(pids["TP1"], stopped=0.002, running=0.001)
+        with often, profile_window("seconds", duration=8.0) as seconds:
             seconds.wait()
     assert steps.check("slowdown", 50) >= 1.0
-    # Ranks that are never once unequal do not exist: this fails.
-    assert seconds.check("lost_share", 0.0) > 0
+    # A rank that is stopped for two thirds of the time has steps that take far longer: this fails.
+    assert seconds.check("spike_share", 0.0) > 0
+
+
+def test_fixed_shapes(sglang_server, profile_shapes):
+    one, four = profile_shapes(batch=[1, 4], input=32, output=64)
+    for shape in (one, four):
+        assert 0 < shape.ttft < 1000 * shape.latency
+        assert shape.load.raw["total_output_tokens"] == shape.batch * 64
+        print("fixed shape", shape.batch, shape.latency, shape.ttft, shape.output_throughput)
 """
 TP2_DP2 = f"""
 import pytest
 {LOAD}
 
-@pytest.mark.profile_window("both_replicas", num_steps=40)
+@pytest.mark.profile_window("both_replicas", num_steps=60)
 def test_two_replicas(sglang_server, bench_serving):
     bench_serving(num_prompts=64, **LOAD)
 """
@@ -106,7 +117,8 @@ def test_the_right_test_fails(tp2: Outcome) -> None:
 
 
 def test_every_window_has_the_file_of_every_rank(tp2: Outcome) -> None:
-    assert set(tp2.windows()) == {"steady", "steps", "seconds", "undisturbed", "interrupted"}
+    by_hand = {"steps", "seconds", "undisturbed", "interrupted"}
+    assert set(tp2.windows()) == {"steady", *by_hand, "bs1", "bs4"}
     for name, window in tp2.windows().items():
         assert window["state"] == "complete", window["state_reason"]
         assert window["source"] == "cpu_op"
@@ -116,6 +128,18 @@ def test_every_window_has_the_file_of_every_rank(tp2: Outcome) -> None:
             print(f"torch window {name}: {artifact['rank']} {Path(artifact['path']).name}")
     for name in ("steady", "steps"):
         assert min(tp2.windows()[name]["steps"]["per_rank"].values()) >= 38
+
+
+def test_a_fixed_shape_has_one_kind_of_decode_step(tp2: Outcome) -> None:
+    for size in (1, 4):
+        (group,) = tp2.windows()[f"bs{size}"]["strata"]
+        batches = Counter[int]()
+        for each in group["strata"]:
+            if each["work"]["stage"] == "decode":
+                batches[each["work"]["batch"]] += each["steps"]
+        print(f"bs{size}: decode steps by batch: {dict(batches)}")
+        # 63 steps: all but those at the ends, and those while the rest of the batch arrives.
+        assert batches[size] >= 56
 
 
 def test_ranks_of_a_window_meet_in_the_same_steps(tp2: Outcome) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ class FakeSglang:
         self.running = 4
         self.on_start: Callable[[dict[str, Any]], None] = lambda body: None
         self.on_stop: Callable[[], None] = lambda: None
+        self.on_recorder: Callable[[str], int] = lambda action: 200
         self.delay_write = 0.0
         self.auth = ""
         # Path -> what it answers instead, one after another: a status, a text of status 200,
@@ -174,6 +176,9 @@ class FakeSglang:
                     self.path == "/stop_profile" and not fake.stop_404
                 ):
                     return self._answer(fake.stop())
+                if self.path.endswith("_expert_distribution_record"):
+                    action = self.path[1:].partition("_")[0]
+                    return self._answer(fake.on_recorder(action))
                 return self._answer(404)
 
         return Handler
@@ -194,6 +199,7 @@ class FakeServer:
         self.client = SglangClient(http.url, timeout=5)
         self.log: ServerLog | None = ServerLog(http.log_path)
         self.info: dict[str, Any] = {}
+        self.python = sys.executable
         self.sizes = http.sizes
         self.nsys: Any = None
         self.attached = False

@@ -39,10 +39,12 @@ class Plan:
     from `slow_from` on. tokens: rank -> factor of its tokens and of its compute. late: rank ->
     idle before each layer. offset, drift: of a rank's clock, ns and relative. hot: factor of
     moe on one rank, another in each layer. overlap: ns by which a kernel starts before its
-    predecessor ends. early: rank -> ns by which its kernels are launched before that and wait
-    for it, which counts in their durations. missing: (rank, step) without any
-    activity. throttled: rank -> NVML's reasons for which its GPU runs at a lower clock in the
-    second half (`recorded_clocks`).
+    predecessor ends. p2p_only: they do not meet: even ranks send to odd ones. all_to_all: they
+    meet in an all-to-all, for which NCCL has the kernel of its transfers. early: rank -> ns by
+    which its kernels are launched before that and wait for it, which counts in their durations.
+    early_meeting: the same of its collectives. missing: (rank, step) without any activity.
+    throttled: rank -> NVML's reasons for which its GPU runs at a lower clock in the second half
+    (`recorded_clocks`).
     """
 
     ranks: int = 2
@@ -59,8 +61,10 @@ class Plan:
     hot: float = 1.0
     overlap: int = 0
     early: Mapping[int, int] = field(default_factory=dict)
+    early_meeting: Mapping[int, int] = field(default_factory=dict)
     transfer: int = 20_000
     p2p_only: bool = False
+    all_to_all: bool = False
     missing: tuple[tuple[int, int], ...] = ()
     throttled: Mapping[int, int] = field(default_factory=dict)
 
@@ -88,6 +92,11 @@ def window(plan: Plan) -> KernelTable:
     # Ranks leave a collective within a few hundred ns of each other.
     leaving = np.random.default_rng(plan.seed + 1).normal(0, 200, arrival.shape)
     waiting = (begin + length)[:, :, None] + leaving - arrival
+    if plan.p2p_only:  # a sender does not wait for the receiver
+        waiting[:, :, ::2] = plan.transfer + leaving[:, :, ::2]
+    for rank, ns in plan.early_meeting.items():
+        arrival[:, :, rank] -= ns
+        waiting[:, :, rank] += ns
     starts = np.concatenate((start, arrival[..., None]), axis=3)
     durs = np.concatenate((compute, waiting[..., None]), axis=3)
     return _table(plan, starts, durs, begin[:, 0], (begin + length)[:, -1])
@@ -112,7 +121,8 @@ def _durations(plan: Plan) -> Floats:
 
 
 def _table(plan: Plan, starts: Floats, durs: Floats, begin: Floats, end: Floats) -> KernelTable:
-    names = [*(name for name, _, _ in KERNELS), P2P if plan.p2p_only else COLLECTIVE]
+    meeting = P2P if plan.p2p_only or plan.all_to_all else COLLECTIVE
+    names = [*(name for name, _, _ in KERNELS), meeting]
     categories = [*(category for _, category, _ in KERNELS), "communication"]
     step, _, rank, kernel = (axis.ravel() for axis in np.indices(starts.shape))
     rate = 1 + np.array([plan.drift.get(r, 0.0) for r in range(plan.ranks)])
@@ -125,14 +135,17 @@ def _table(plan: Plan, starts: Floats, durs: Floats, begin: Floats, end: Floats)
         "kind": pd.Categorical.from_codes(np.zeros(len(step), int), ["kernel"]),
         "stage": pd.Categorical.from_codes(np.zeros(len(step), int), ["decode"]),
     }
-    recorded = starts.ravel() * rate[rank] + ahead[rank]
+    begun, ended = (
+        np.rint(at.ravel() * rate[rank] + ahead[rank]).astype(np.int64)
+        for at in (starts, starts + durs)
+    )
     frame = pd.DataFrame(
         {
             **text,
             "step": step.astype(np.int64),
             "stream": np.full(len(step), 7, np.int64),
-            "start_ns": np.rint(recorded).astype(np.int64),
-            "dur_ns": np.rint(durs.ravel()).astype(np.int64),
+            "start_ns": begun,
+            "dur_ns": ended - begun,
         }
     )
     at, of = (axis.ravel() for axis in np.indices((plan.steps, plan.ranks)))

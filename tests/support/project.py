@@ -211,6 +211,7 @@ class Project:
     def half_files(self) -> list[Path]:
         """Temporary files and unfinished traces below the results."""
         found = [path for path in self.folder.glob(".sglprof/**/*") if path.is_file()]
+        found = [path for path in found if path.name != ".gitignore"]
         return [p for p in found if p.name.startswith(".") or "tmp" in p.parts[-4:] or _is_cut(p)]
 
     def left_over(self, within: float) -> list[str]:

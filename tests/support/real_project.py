@@ -42,10 +42,12 @@ def write_project(
     ranks: int,
     env: Mapping[str, str] | None = None,
     more: str = "",
+    threshold: str = "limit = 100",
 ) -> None:
     """`sglprof.toml` for a CPU server of so many ranks, and one module of tests.
 
-    env: added to the server's environment. more: lines of the table [server].
+    env: added to the server's environment. more: lines of the table [server]. threshold: those of
+    the only threshold.
     """
     variables = {**sglang.environment(ranks), **(env or {})}
     environment = ", ".join(f"{name} = {json.dumps(value)}" for name, value in variables.items())
@@ -56,8 +58,7 @@ def write_project(
         f"args = {json.dumps([*CPU_ARGUMENTS, *args])}\n"
         f"env = {{ {environment} }}\n"
         f"ready_timeout = 400\n{more}"
-        "[[threshold]]\n"
-        "limit = 100\n",
+        f"[[threshold]]\n{threshold}\n",
         encoding="utf-8",
     )
     (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")

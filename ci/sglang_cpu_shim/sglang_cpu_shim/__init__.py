@@ -7,7 +7,7 @@ heavy: it only leaves two finders in `sys.meta_path`.
 
 - `triton_stub`: there is no triton. SGLang defines hundreds of triton kernels while it is
   imported and calls none of them on a CPU.
-- `patches`: three places of torchvision and SGLang that assume a GPU or AVX-512.
+- `patches`: four places of torchvision and SGLang that assume a GPU or AVX-512.
 """
 
 import sys

@@ -57,9 +57,18 @@ def skip_experts_of_other_ranks(module):
     module.moe_forward_native = moe_forward_native
 
 
+def never_capturing(_module):
+    """Lets the recorder of experts ask a CPU whether it captures a graph: it never does."""
+    import torch
+
+    if not hasattr(torch.cpu, "is_current_stream_capturing"):
+        torch.cpu.is_current_stream_capturing = lambda: False
+
+
 # Module → (what runs before its import, what runs on the imported module).
 PATCHES = {
     "torchvision": (declare_torchvision_operators, None),
+    "sglang.srt.eplb.expert_distribution": (None, never_capturing),
     "sglang.srt.layers.attention.torch_native_backend": (None, complete_attention_backend),
     "sglang.srt.layers.moe.fused_moe_native": (None, skip_experts_of_other_ranks),
 }

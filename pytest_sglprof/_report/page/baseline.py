@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pytest_sglprof._analysis.compare import (
-    UNKNOWN,
     Change,
     StageChange,
-    StepWork,
     StratumChange,
     compare_strata,
 )
+from pytest_sglprof._analysis.strata import UNKNOWN, StepWork
 from pytest_sglprof._report.model import (
     RecordedLoad,
     RecordedServer,

@@ -101,8 +101,12 @@ class HeatTable:
 
 
 def heat_maps(window: RecordedWindow) -> list[HeatTable]:
-    """For each work group its table of time relative to the group's mean."""
-    return [_heat_table(window, compute) for compute in window.of_scope("compute")]
+    """For each work group its table of time relative to the group's mean.
+
+    Ranks without a peer are left out where the page shows what they cost each other (`syncs`).
+    """
+    groups = window.of_scope("compute")
+    return [_heat_table(window, each) for each in groups if not window.syncs or len(each.ranks) > 1]
 
 
 def _heat_table(window: RecordedWindow, compute: ImbalanceFinding) -> HeatTable:
@@ -153,6 +157,7 @@ def _figures(findings: Sequence[ImbalanceFinding]) -> tuple[FigureLine, ...]:
             ),
         )
         for metric in metrics_of("ranks")
+        if not metric.across or any(metric.read(finding) is not None for finding in findings)
     )
 
 
@@ -230,10 +235,11 @@ def straggler(window: RecordedWindow, group: str) -> str | None:
 
 def _judged_slow(window: RecordedWindow, group: str) -> str | None:
     """The slowest rank of a judgement that failed; the judgement that decided comes first."""
+    members = {rank for one in window.steps.groups if one.group == group for rank in one.ranks}
     decided = [window.deciding] if window.deciding is not None else []
     for judgement in (*decided, *window.judgements):
         finding = judgement.finding
-        if judgement.verdict == "fail" and finding is not None and finding.group == group:
+        if judgement.verdict == "fail" and finding is not None and finding.slowest in members:
             return finding.slowest
     return None
 
@@ -310,7 +316,7 @@ def shortened(name: str) -> str:
 def numbers(judgement: Judgement) -> list[str]:
     """The figures that decided, as short phrases."""
     finding, threshold = judgement.finding, judgement.threshold
-    if finding is None:
+    if judgement.measured is None:
         return []
     parts = []
     metric = METRICS[threshold.metric]
@@ -318,11 +324,13 @@ def numbers(judgement: Judgement) -> list[str]:
         value, limit = beside_limit(metric, judgement.value, threshold.limit)
         parts.append(f"{metric.label} {value}{limit}")
     # The metric's own interval: another one beside it would be a wrong number.
-    if interval := metric.read_interval(finding):
+    if interval := metric.read_interval(judgement.measured):
         low, high = interval
-        parts.append(f"95 % interval {metric.format(low)} to {metric.format(high)}")
+        parts.append(f"may be {metric.format(low, finer=1)} to {metric.format(high, finer=1)}")
+    if finding is None:  # of whole steps
+        return parts
     if finding.p_value is not None:
-        parts.append(f"p {finding.p_value:.2g}")
+        parts.append("p < 0.001" if finding.p_value < 0.001 else f"p {finding.p_value:.2g}")
     parts += [
         f"{other.label} {other.format(other.read(finding))}"
         for other in metrics_of("ranks")

@@ -67,20 +67,22 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """better: "less" or "more"."""
+    """better: "less" or "more". changes: indices of runs at which a new level begins."""
 
     title: str
     better: str
     series: tuple[Line, ...]
+    changes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunLabel:
-    """A run as the charts label it."""
+    """A run as the charts label it. is_accepted: None where nothing is ever accepted."""
 
     run: str
     opened: str
     verdict: str
+    is_accepted: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._metrics import WORST_FIRST, worst_word
@@ -53,17 +54,27 @@ def page(
     windows = [_window(window, opened=window is worst) for window in placed]
     sections = all_shown(SECTIONS, PageRuns(documents, windows, baseline))
     data = {one.name: embedded(one.drawn) for one in sections if one.drawn is not None}
-    scripts = [_asset(name) for name in SCRIPTS]
-    return template("page.html.j2").render(
+    return rendered(
+        "page.html.j2",
+        scripts=SCRIPTS,
         runs=documents,
         verdict=_worst(documents),
         standin=any(document.summary.standin for document in documents),
         standin_note=STANDIN_NOTE,
-        styles="\n".join(_asset(name) for name in STYLES),
-        scripts=scripts,
-        policy=_policy(scripts),
         sections=sections,
         data=data | {window.anchor: window.data for window in windows},
+    )
+
+
+def rendered(name: str, *, scripts: Sequence[str], data: dict[str, str], **values: Any) -> str:
+    """A page from a template that extends `layout.html.j2`. data: packed, by their element's id."""
+    sources = [_asset(script) for script in scripts]
+    return template(name).render(
+        styles="\n".join(_asset(style) for style in STYLES),
+        scripts=sources,
+        policy=_policy(sources),
+        data=data,
+        **values,
     )
 
 

@@ -24,6 +24,8 @@ from pytest_sglprof._report.page.figures import (
     numbers,
 )
 from pytest_sglprof._report.page.history import History, PlacedWindow, history
+from pytest_sglprof._report.page.regression import regression_picture
+from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
 
 FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
@@ -168,7 +170,13 @@ def _facts(window: PlacedWindow) -> Facts:
 
 
 WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
+    Section(
+        "regression",
+        "regression.html.j2",
+        lambda window: regression_picture(window.doc.regression),
+    ),
     Section("straggler", "straggler.html.j2", lambda window: window.doc.stragglers or None),
+    Section("sync", "sync.html.j2", lambda window: sync_pictures(window.doc.syncs or ())),
     Section("who", "who.html.j2", _heat_maps),
     Section(
         "when",

@@ -13,6 +13,7 @@ key of the object may be missing:
               nsys records the block of each process that it follows. Python code still
               sees them in os.environ, here and in children of multiprocessing.
     args      arguments to add to the command (--api-key KEY)
+    before    Python source to run before the command
     log       file or fifo for the output ("": stdout and stderr stay as they are), since
               nsys would store what goes through its pipes
     pid_file  file to write this process's pid to
@@ -73,6 +74,8 @@ def main() -> None:
     # `python FILE` puts the folder of FILE first; its modules must not hide others.
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
         del sys.path[0]
+    if handover.get("before"):
+        exec(handover["before"], {"__name__": "sglprof_before"})
     if mode == "module":
         sys.argv = [words[0], *words[1:], *handover.get("args", ())]
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)

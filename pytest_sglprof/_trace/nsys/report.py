@@ -48,9 +48,11 @@ from pytest_sglprof._trace.nsys.tables import (
 )
 from pytest_sglprof._trace.steps import StepIndex, self_times, with_graph_share
 from pytest_sglprof._trace.table import (
+    BOTH_WAYS,
     GPU,
     NO_STEP,
     NVTX,
+    CollectiveCalls,
     Ints,
     Launches,
     RankActivities,
@@ -96,9 +98,9 @@ def read_recorded(
     """
     pid_ranks = pid_ranks or {}
     with opened(path, nsys) as tables:
-        run, clock_ns = _run_facts(tables), _clock(tables)
+        run, clock_ns, host = _run_facts(tables), _clock(tables), _environment(tables, "Hostname")
         parts = [
-            replace(part, run=run, clock_ns=clock_ns) if part.is_timeline else part
+            replace(part, run=run, clock_ns=clock_ns, host=host) if part.is_timeline else part
             for part in _read(tables, pid_ranks, gpu_ranks or {}, name, launches=True)
         ]
         if any(part.is_timeline and len(part.start) for part in parts):
@@ -181,6 +183,7 @@ def _read(
         if launches and calls is not None and not pids_here & others:
             launched_here = _launched_kernels(rows, chosen, its_steps, calls)
             part = replace(part, launches=launched_here)
+        part = replace(part, calls=_exchanges(part, own_ranges[label]))
         parts.append(part)
     return parts
 
@@ -189,12 +192,17 @@ def _run_facts(tables: ReportTables) -> dict[str, str]:
     """What a report says of its run, by the names of `_trace.torch.events.FACTS`."""
     models = sorted(set(tables.texts("TARGET_INFO_GPU", "name")[1]))
     facts = {"GPU": ", ".join(models)} if models else {}
+    facts["CUDA driver"] = _environment(tables, "CudaDriverVersion")
+    return {name: value for name, value in facts.items() if value}
+
+
+def _environment(tables: ReportTables, key: str) -> str:
+    """What a report says of the machine that recorded it; "" if nothing."""
     names, keys = tables.texts("TARGET_INFO_SYSTEM_ENV", "name")
     values, texts = tables.texts("TARGET_INFO_SYSTEM_ENV", "value")
-    if "CudaDriverVersion" in keys:
-        for row in np.flatnonzero(names == keys.index("CudaDriverVersion")).tolist():
-            facts["CUDA driver"] = texts[values[row]] if values[row] >= 0 else ""
-    return facts
+    rows = np.flatnonzero(names == keys.index(key)) if key in keys else names[:0]
+    matches = [texts[values[row]] for row in rows.tolist() if values[row] >= 0]
+    return matches[-1] if matches else ""
 
 
 def _clock(tables: ReportTables) -> int | None:
@@ -287,6 +295,28 @@ def _launched_kernels(
     start, is_graph = calls.start[every], calls.is_graph[every]
     graph = np.where(is_graph, graph, 0)
     return Launches(StepIndex(steps).holding(start), start, recorded, is_graph, graph)
+
+
+MOST_OF_TWO = 1.8  # ranges of a kernel that sends and receives, on average
+
+
+def _exchanges(part: RankActivities, ranges: Ranges) -> CollectiveCalls | None:
+    """The calls of SendRecv in which a rank both sends and receives; None if it may do one only.
+
+    NCCL marks each `ncclSend` and `ncclRecv` by a range, several of which make one kernel.
+    """
+    sendrecv = [code for code, name in enumerate(part.names) if "SendRecv" in name]
+    rows = np.flatnonzero(np.isin(part.name_codes, sendrecv) & part.is_kernel)
+    sent, received = (
+        int((ranges.name == ranges.names.index(word)).sum()) if word in ranges.names else 0
+        for word in ("ncclSend", "ncclRecv")
+    )
+    # At the edges of a window ranges and kernels are not those of the same calls.
+    if not len(rows) or sent != received or sent + received < MOST_OF_TWO * len(rows):
+        return None
+    none = np.full(len(rows), -1, np.int64)
+    count = len(rows)
+    return CollectiveCalls(rows, [""] * count, none, [BOTH_WAYS] * count, none)
 
 
 def _of_ranges(label: str, ranges: Ranges, notes: Sequence[str]) -> RankActivities:

@@ -91,8 +91,8 @@ def read_traces(
     """The activities of each rank in each file, in the order of `files`.
 
     file_ranks: label of each file for which one is given. notes: on files that were left out.
-    processes: the maximum number of reader processes, by default one for each processor; 1
-    reads in this process. launches: whether to read launches and the numbers of collectives, which
+    processes: how many processes read at most, this one included; by default one for each
+    processor. launches: whether to read launches and the numbers of collectives, which
     only a comparison of ranks and the steps of some traces need.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
@@ -218,7 +218,8 @@ def _activities(
         step = steps.of_time(columns.start)
         kinds, dur = KINDS[OPERATOR:], _cpu_times(columns)
         stream = np.full(len(columns), -1, np.int64)
-    entries, interrupted = with_interruptions(label, entries, _interruptions(launches))
+    calls = _interruptions(launches)
+    entries, interrupted = with_interruptions(label, entries, calls, steps.index_of_time)
     np.add(columns.start, base, out=columns.start)  # in place: it is the largest column
     names, name_codes = _used(facts.names, columns.name)
     numbers = {external: number for (_, external), number in facts.sequences.items()}
@@ -236,12 +237,13 @@ def _activities(
         source=GPU if on_gpu else CPU_OPERATORS,
         notes=[*notes, *interrupted],
         partial=facts.truncated,
-        calls=calls_of(columns, facts.groups, numbers),
+        calls=calls_of(columns, facts, numbers),
         launches=launched_kernels(steps, launches, columns) if on_gpu else None,
         unusable=unusable,
         run=facts.run,
         recording=facts.recording if len(facts.owners) == 1 else "",
         unrecorded=missing,
+        host=facts.host if len(facts.owners) == 1 else "",
     )
 
 

@@ -29,7 +29,6 @@ from pytest_sglprof._trace.torch.events import (
     Annotation,
     Args,
     Batch,
-    CallArgs,
     Event,
     FileFacts,
     FullEvent,
@@ -142,6 +141,8 @@ def _new_batch(*, exact: bool) -> Batch:
         call_group=array("i"),
         call_sequence=array("q"),
         call_external=array("q"),
+        call_operation=array("i"),
+        call_size=array("q"),
     )
 
 
@@ -159,15 +160,15 @@ class Collector:
         self.idle = IdleCalls()
         self._owners = Interner()
         self._groups = Interner()
+        self._operations = Interner()
         self._threads = Interner()
         self._quick = _new_batch(exact=False)
         self._exact = _new_batch(exact=True)
 
-    def add_quick(self, events: Sequence[Event], kinds: Mapping[str, int], *, calls: bool) -> None:
+    def add_quick(self, events: Sequence[Event], kinds: Mapping[str, int]) -> None:
         """Adds GPU events with float times. Raises NeedsText when those are too large.
 
-        kinds: category -> kind of those that are taken. calls: the process group of one of
-        them may be told.
+        kinds: category -> kind of those that are taken.
         """
         columns = _columns(events)
         longest = max(columns.dur) * 1000.0
@@ -181,7 +182,7 @@ class Collector:
             self._extend_quick(columns, bytes(map(kinds.__getitem__, columns.category)))
         except OverflowError:  # a number that is no id; by text it counts as absent
             raise NeedsText from None
-        if calls:
+        if self._names.communicate:
             self._add_calls(columns)
         if len(self._quick) >= BATCH:
             self._emit(self._quick)
@@ -212,19 +213,20 @@ class Collector:
         batch.owner.extend(array("h", [self._owners[""]]) * size)
 
     def _add_calls(self, columns: _Columns) -> None:
-        batch = self._quick
-        rows = zip(columns.name, columns.args, strict=True)
-        for row, (name, args) in enumerate(rows, len(batch) - len(columns.args)):
-            if isinstance(args, CallArgs):
-                self._add_call(batch, row, name, args)
+        batch, communicate = self._quick, self._names.communicate
+        first = len(batch) - len(columns.name)
+        for at in [at for at, name in enumerate(columns.name) if name in communicate]:
+            self._add_call(batch, first + at, columns.name[at], columns.args[at])
 
-    def _add_call(self, batch: Batch, row: int, name: str, args: CallArgs) -> None:
+    def _add_call(self, batch: Batch, row: int, name: str, args: Args) -> None:
         if not args.group or name not in self._names.communicate:
             return
         batch.call_row.append(row)
         batch.call_group.append(self._groups[args.group])
         batch.call_sequence.append(args.sequence)
         batch.call_external.append(args.external)
+        batch.call_operation.append(self._operations[args.operation])
+        batch.call_size.append(args.size)
 
     def _count_unfit(self, category: str, what: str, pid: object) -> None:
         if category not in self.kinds:
@@ -247,10 +249,10 @@ class Collector:
             self._add_step(event, start, dur)
         elif kind == COLLECTIVE:
             if event.cat == CPU_SPAN and event.name.startswith(COMMUNICATION):
-                self._add_row(event, kind, start, dur, CallArgs())
+                self._add_row(event, kind, start, dur, Args())
         elif kind == OPERATOR:
             if not event.name.startswith(SUBMITTED):
-                thread = CallArgs(stream=self._threads[str(event.tid)])
+                thread = Args(stream=self._threads[str(event.tid)])
                 self._add_row(event, kind, start, dur, thread)
         elif kind is not None and not (kind == LAUNCH and self.idle[event.name]):
             self._add_row(event, kind, start, dur, arguments(event.args))
@@ -268,7 +270,7 @@ class Collector:
             )
         )
 
-    def _add_row(self, event: FullEvent, kind: int, start: int, dur: int, args: CallArgs) -> None:
+    def _add_row(self, event: FullEvent, kind: int, start: int, dur: int, args: Args) -> None:
         batch = self._exact
         batch.start.append(start)
         batch.dur.append(dur)
@@ -311,4 +313,5 @@ class Collector:
         self.facts.names = list(self._names)
         self.facts.owners = list(self._owners) or [""]
         self.facts.groups = list(self._groups)
+        self.facts.operations = list(self._operations)
         return self.facts

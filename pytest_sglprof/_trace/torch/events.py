@@ -75,6 +75,8 @@ SUBMITTED = "c10d::"  # asynchronous: their time is that of submitting, not of c
 ANNOUNCEMENT = "record_param_comms"
 PROCESS_GROUP: str = "Process Group Name"
 SEQUENCE: str = "Seq"
+OPERATION: str = "Collective name"
+GROUP_SIZE: str = "Group size"
 
 
 def communicates(kernel: str) -> bool:
@@ -89,24 +91,23 @@ _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Args(msgspec.Struct, gc=False, frozen=True):
-    """The arguments of a GPU event that the table needs; absent ones are -1 or 0."""
+    """The arguments of a GPU event that the table needs; absent ones are -1, 0 or "".
+
+    group, sequence, operation, size: of a kernel that torch.distributed launched, what was asked
+    for and by how many ranks; the sequence stands mostly only
+    in the `ANNOUNCEMENT` operator of the same `external`.
+    """
 
     device: _Int64 = -1
     context: _Int64 = -1
     stream: _Int64 = -1
     correlation: _Int64 = -1
     graph_node: _Int64 = msgspec.field(name="graph node id", default=0)
-
-
-class CallArgs(Args, gc=False, frozen=True):
-    """With those that a kernel has which torch.distributed launched; absent ones are -1 or "".
-
-    sequence: mostly only in the `ANNOUNCEMENT` operator of the same `external`.
-    """
-
     external: _Int64 = msgspec.field(name="External id", default=-1)
     group: str = msgspec.field(name=PROCESS_GROUP, default="")
     sequence: _Int64 = msgspec.field(name=SEQUENCE, default=-1)
+    operation: str = msgspec.field(name=OPERATION, default="")
+    size: _Int64 = msgspec.field(name=GROUP_SIZE, default=-1)
 
 
 class _OddArgs(msgspec.Struct, gc=False):
@@ -118,19 +119,21 @@ class _OddArgs(msgspec.Struct, gc=False):
     external: Any = msgspec.field(name="External id", default=None)
     group: Any = msgspec.field(name=PROCESS_GROUP, default=None)
     sequence: Any = msgspec.field(name=SEQUENCE, default=None)
+    operation: Any = msgspec.field(name=OPERATION, default=None)
+    size: Any = msgspec.field(name=GROUP_SIZE, default=None)
 
 
-_ARGS = msgspec.json.Decoder(CallArgs)
+_ARGS = msgspec.json.Decoder(Args)
 _ODD_ARGS = msgspec.json.Decoder(_OddArgs)
 
 
-def arguments(text: bytes | msgspec.Raw) -> CallArgs:
+def arguments(text: bytes | msgspec.Raw) -> Args:
     """The arguments of an event by their text; each that is not of its type counts as absent."""
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
         return _ARGS.decode(text)
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
         odd = _ODD_ARGS.decode(text)
-        return CallArgs(
+        return Args(
             device=_integer(odd.device, -1),
             context=_integer(odd.context, -1),
             stream=_integer(odd.stream, -1),
@@ -139,8 +142,10 @@ def arguments(text: bytes | msgspec.Raw) -> CallArgs:
             external=_integer(odd.external, -1),
             group=odd.group if isinstance(odd.group, str) else "",
             sequence=_integer(odd.sequence, -1),
+            operation=odd.operation if isinstance(odd.operation, str) else "",
+            size=_integer(odd.size, -1),
         )
-    return CallArgs()
+    return Args()
 
 
 def _integer(value: Any, otherwise: int) -> int:
@@ -157,12 +162,6 @@ class Event(msgspec.Struct, gc=False, kw_only=True, tag_field="ph", tag="X"):
     ts: float
     dur: float = float("-inf")
     args: Args = Args()
-
-
-class CallEvent(Event, gc=False, kw_only=True, tag_field="ph", tag="X"):
-    """An `Event` whose arguments may have a process group."""
-
-    args: CallArgs = CallArgs()
 
 
 def _no_span(phase: str) -> type[msgspec.Struct]:
@@ -214,8 +213,8 @@ class Batch(msgspec.Struct):
     start and dur are µs as float64 when `exact` is false, else ns as int64. name and
     owner are codes of the file's own tables; kind is one of KINDS. stream: of an operator,
     the code of its thread. call_row: rows of which
-    the process group is known; parallel to it are call_group (a code of the file's own
-    table), call_sequence and call_external, -1 where they are not known.
+    the process group is known; parallel to it are call_group and call_operation (codes of the
+    file's own tables), call_sequence, call_external and call_size, -1 where they are not known.
     """
 
     exact: bool
@@ -233,6 +232,8 @@ class Batch(msgspec.Struct):
     call_group: array[int]
     call_sequence: array[int]
     call_external: array[int]
+    call_operation: array[int]
+    call_size: array[int]
 
     def __len__(self) -> int:
         return len(self.start)
@@ -242,10 +243,12 @@ class FileFacts(msgspec.Struct):
     """What a trace file says beside its activities.
 
     owners: pids of a merged file (`[TP00-DP01] 83`, as JSON text), else "". groups: names
-    of process groups. sequences: (code of the owner, external id) -> number of that
-    collective in its process group. base: JSON text of `baseTimeNanoseconds`, distributed:
-    of `distributedInfo`; "" for none. run: what it says of its run, by the names of `FACTS`.
-    recording: the id of the profile. devices: how many GPUs it names. elsewhere: events of each
+    of process groups; operations: what they were asked for. sequences: (code of the owner,
+    external id) -> number of that collective in its process group. base: JSON text of
+    `baseTimeNanoseconds`, distributed: of `distributedInfo`; "" for none. run: what it says of
+    its run, by the names of `FACTS`.
+    recording: the id of the profile. host: the machine that wrote the file. devices: how many
+    GPUs it names. elsewhere: events of each
     category of `OTHER_DEVICES`, only of a file that was decoded. skipped: (code of the owner, what
     was left out) -> count. unsafe: why the file must be read exactly, "" when it was read.
     """
@@ -253,12 +256,14 @@ class FileFacts(msgspec.Struct):
     names: list[str] = msgspec.field(default_factory=list)
     owners: list[str] = msgspec.field(default_factory=list)
     groups: list[str] = msgspec.field(default_factory=list)
+    operations: list[str] = msgspec.field(default_factory=list)
     sequences: dict[tuple[int, int], int] = msgspec.field(default_factory=dict)
     annotations: list[Annotation] = msgspec.field(default_factory=list)
     base: str = ""
     distributed: str = ""
     run: dict[str, str] = msgspec.field(default_factory=dict)
     recording: str = ""
+    host: str = ""
     devices: int = 0
     elsewhere: dict[str, int] = msgspec.field(default_factory=dict)
     skipped: dict[tuple[int, str], int] = msgspec.field(default_factory=dict)
@@ -280,6 +285,7 @@ class Header(msgspec.Struct):
     cuda_driver: msgspec.Raw = msgspec.field(name="cuda_driver_version", default=msgspec.Raw(b""))
     hip_runtime: msgspec.Raw = msgspec.field(name="hip_runtime_version", default=msgspec.Raw(b""))
     trace_id: msgspec.Raw = msgspec.field(default=msgspec.Raw(b""))
+    host: msgspec.Raw = msgspec.field(name="host_name", default=msgspec.Raw(b""))
     hip_driver: msgspec.Raw = msgspec.field(name="hip_driver_version", default=msgspec.Raw(b""))
 
 
@@ -348,6 +354,7 @@ def take_header(header: Header, facts: FileFacts) -> None:
     facts.devices = len(device_names(header.devices)) or facts.devices
     facts.run |= run_facts(header)
     facts.recording = _version(header.trace_id) or facts.recording
+    facts.host = _version(header.host) or facts.host
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], raw: Any, otherwise: Any) -> Any:
@@ -367,13 +374,16 @@ _NARROW = (("name", "i4"), ("kind", "i1"), ("graph", "i1"), ("device", "i2"), ("
 class Calls:
     """Collectives of which the process group is known; parallel arrays.
 
-    group: code of the file's own table. sequence: its number in the group; external: the
-    id that its announcement has; -1 where they are not known.
+    group, operation: codes of the file's own tables. sequence: its number in the group;
+    external: the id that its announcement has; size: ranks of the group; -1 where they are not
+    known.
     """
 
     group: npt.NDArray[Any]
     sequence: npt.NDArray[Any]
     external: npt.NDArray[Any]
+    operation: npt.NDArray[Any]
+    size: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -426,6 +436,9 @@ def joined(batches: Sequence[Batch]) -> Columns:
     return Columns(**columns, **_calls(batches))
 
 
+CALL_COLUMNS = ("call_group", "call_sequence", "call_external", "call_operation", "call_size")
+
+
 def _calls(batches: Sequence[Batch]) -> dict[str, Any]:
     """`call` and `calls` of the batches; nothing where no process group is known."""
     import numpy as np
@@ -436,7 +449,7 @@ def _calls(batches: Sequence[Batch]) -> dict[str, Any]:
     calls = Calls(
         *(
             np.concatenate([np.asarray(getattr(batch, key)) for batch in batches])
-            for key in ("call_group", "call_sequence", "call_external")
+            for key in CALL_COLUMNS
         )
     )
     before = (np.cumsum(sizes) - sizes).tolist()

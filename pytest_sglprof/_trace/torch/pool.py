@@ -1,4 +1,4 @@
-"""Read many torch traces at once, in separate processes.
+"""Read many torch traces at once, in this process and others.
 
 Plain child processes instead of `multiprocessing`: those import the caller's main module
 again, which may be pytest or an unguarded script, and fork is ruled out by the caller's
@@ -7,13 +7,14 @@ threads. The results are batches of columns, so the parent holds little more tha
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import selectors
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,8 @@ from pytest_sglprof._trace.torch.scan import scan_file
 _MAIN = (
     "import sys; sys.path[:] = {path!r}; from pytest_sglprof._trace.torch.pool import main; main()"
 )
+# Bytes that a reader can send while this process is at a file of its own: two batches.
+_PIPE = 1 << 20
 
 
 @dataclass
@@ -47,17 +50,24 @@ class FileContent:
         return self
 
 
-def read_here(path: Path, request: ScanRequest) -> FileContent:
-    """Reads one file in this process."""
+def read_here(
+    path: Path, request: ScanRequest, *, meanwhile: Callable[[], None] = lambda: None
+) -> FileContent:
+    """Reads one file in this process. meanwhile: called between its batches."""
     content = FileContent(path)
-    facts = scan_file(path, request, content.batches.append, restart=content.batches.clear)
+
+    def emit(batch: Batch) -> None:
+        content.batches.append(batch)
+        meanwhile()
+
+    facts = scan_file(path, request, emit, restart=content.batches.clear)
     return content.close(facts)
 
 
 def read_in_processes(
     jobs: Sequence[tuple[Path, ScanRequest]], processes: int
 ) -> list[FileContent]:
-    """Reads files in up to `processes` child processes; results in the order of `jobs`.
+    """Reads files in this process and `processes - 1` others; results in the order of `jobs`.
 
     Raises the first error of a file, or TraceError when a reader process dies. However it
     ends (Ctrl-C too), no reader outlives the call.
@@ -65,23 +75,29 @@ def read_in_processes(
     todo = iter(range(len(jobs)))
     contents: dict[int, FileContent] = {}
     readers: list[_Reader] = []
+
+    def take(timeout: float | None) -> None:
+        """Takes what the readers have sent, and gives them more to do."""
+        for key, _ in frames.select(timeout):
+            content = key.data.take()
+            if content is not None:
+                contents[key.data.number] = content
+                following = next(todo, None)
+                if following is None:
+                    frames.unregister(key.fileobj)
+                else:
+                    key.data.give(following, *jobs[following])
+
     try:
         with selectors.DefaultSelector() as frames:
-            for number in islice(todo, processes):
+            for number in islice(todo, processes - 1):
                 readers.append(_Reader())
                 readers[-1].give(number, *jobs[number])
                 frames.register(readers[-1].output, selectors.EVENT_READ, readers[-1])
+            for number in todo:
+                contents[number] = read_here(*jobs[number], meanwhile=lambda: take(0))
             while len(contents) < len(jobs):
-                for key, _ in frames.select():
-                    content = key.data.take()
-                    if content is not None:
-                        contents[key.data.number] = content
-                        following = next(todo, None)
-                        if following is None:
-                            frames.unregister(key.fileobj)
-                        else:
-                            job = jobs[following]
-                            key.data.give(following, *job)
+                take(None)
     finally:
         for reader in readers:
             reader.process.kill()
@@ -98,6 +114,8 @@ class _Reader:
         assert self.process.stdin is not None and self.process.stdout is not None
         self._input: IO[bytes] = self.process.stdin
         self.output: IO[bytes] = self.process.stdout
+        with suppress(AttributeError, OSError):  # Linux has it, up to a limit
+            fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, _PIPE)
         self.number = -1
         self._content = FileContent(Path())
 

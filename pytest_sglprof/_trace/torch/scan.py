@@ -24,9 +24,7 @@ from pytest_sglprof._trace.torch.events import (
     KERNEL,
     LAUNCH,
     NO_SPANS,
-    PROCESS_GROUP,
     Batch,
-    CallEvent,
     Event,
     FileFacts,
     FullEvent,
@@ -217,7 +215,6 @@ def _rest(
 # is decoded with them: that costs less than looking for where each event begins and ends.
 _NEAR = 2000
 _KEY = re.compile(rb'"?\w+"\s*:')
-_GROUP = f'"{PROCESS_GROUP}"'.encode()
 
 Take = Callable[[EventChunk], None]
 E = TypeVar("E")
@@ -271,27 +268,20 @@ class _Quick:
         wanted = _Categories(words)  # others are left to other searches
         self._kinds = {name: kind for name, kind in collector.kinds.items() if wanted[name]}
         self._launches = {name for name, kind in self._kinds.items() if kind == LAUNCH}
-        self._plain = _Decoder[Any](Union[(Event, *NO_SPANS)])
-        self._calls = _Decoder[Any](Union[(CallEvent, *NO_SPANS)])
+        self._decoder = _Decoder[Any](Union[(Event, *NO_SPANS)])
 
     def take(self, chunk: EventChunk) -> None:
         """Adds the chunk's activities."""
         activities: list[Event] = []
-        calls = False
+        idle, launches = self._collector.idle, self._launches
         for run in _runs(chunk, self._words):
-            has_groups = QUICKEST.find(chunk.data, _GROUP, run.start, run.stop) >= 0
-            decoder, kind = (self._calls, CallEvent) if has_groups else (self._plain, Event)
-            calls = calls or has_groups
-            events = decoder.all(run, self._add_mended)
-            activities += [event for event in events if type(event) is kind]
-        if self._launches:
-            activities = [
+            activities += [
                 event
-                for event in activities
-                if not (self._collector.idle[event.name] and event.cat in self._launches)
+                for event in self._decoder.all(run, self._add_mended)
+                if type(event) is Event and not (event.cat in launches and idle[event.name])
             ]
         if activities:
-            self._collector.add_quick(activities, self._kinds, calls=calls)
+            self._collector.add_quick(activities, self._kinds)
 
     def _add_mended(self, event: FullEvent) -> None:
         if event.cat in self._kinds:

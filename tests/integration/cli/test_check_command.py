@@ -16,6 +16,7 @@ from pytest_sglprof._cli.main import main
 from pytest_sglprof._cli.options import Column, render
 from pytest_sglprof._trace.table import KernelTable
 from tests.support.kernel_tables import build, slow
+from tests.support.passes import TWO, decoding, slower
 
 Sglprof = Callable[..., tuple[int, str]]
 
@@ -103,7 +104,7 @@ def test_without_a_limit_none_is_spoken_of(sglprof: Sglprof) -> None:
 def test_the_table_shows_ranks_and_what_makes_the_difference(sglprof: Sglprof) -> None:
     _, out = sglprof(SLOW, "--limit", "1.1")
     assert "slowdown 1.22, imbalance factor 1.10, lost share 9.0 %" in out
-    assert ", lost 6.00 ms" in out
+    assert ", lost 6.00 ms (" in out
     assert "TP1         67.0       100 %" in out
     assert "most of it: fused_moe_kernel, 12.0 ms longer on TP1 than on its peers" in out
 
@@ -111,7 +112,8 @@ def test_the_table_shows_ranks_and_what_makes_the_difference(sglprof: Sglprof) -
 def test_work_and_cost_of_a_token_are_told(sglprof: Sglprof) -> None:
     _, out = sglprof(SLOW)
     # 8 requests a step, of which 120 µs are lost.
-    assert "lost 6.00 ms, 15.0 µs an output token; TP1 with the same work" in out
+    lost = "lost 6.00 ms (9.0 %, 0.0 % by noise), 15.0 µs an output token"
+    assert f"{lost}; TP1 with the same work" in out
     more = build(scale=lambda rank, category, step: 1.5 if rank == "TP1" else 1.0)
     more.steps.loc[more.steps["rank"] == "TP1", ["tokens", "batch_size"]] = 12
     status, out = sglprof(more, "--limit", "1.1")
@@ -149,6 +151,57 @@ def test_csv_has_a_row_a_rank(sglprof: Sglprof) -> None:
         ("TP0", "55000000", "fail"),
         ("TP1", "67000000", "fail"),
     ]
+
+
+def test_a_metric_of_whole_steps_shows_what_a_step_is_made_of(sglprof: Sglprof) -> None:
+    """Of each step of 2 ms 1.3 are work; the last one ends with its own work."""
+    words = ("--metric", "idle_share", "--stage", "decode")
+    status, text = sglprof(SLOW, *words, "--limit", "0.2")
+    assert status == 1
+    assert text.startswith("fail: TP0's GPU is idle for 34.54 % of a decode step (limit 20.00 %)")
+    lines = text.splitlines()
+    at = lines.index("what a mean decode step is made of, ms")
+    assert lines[at + 1].split() == [
+        *("rank", "steps", "wall", "ms", "compute", "transfer", "copies", "between"),
+    ]
+    assert lines[at + 3].split() == ["TP0", "50", "1.99", "1.10", "0.150", "0.050", "0.686"]
+    assert sglprof(SLOW, *words, "--limit", "0.4")[0] == 0
+    status, text = sglprof(SLOW, "--metric", "pass_wall", "--limit", "1.5", "--power", "0.95")
+    assert status == 1
+    assert "this window finds a pass wall from " in text
+    assert sglprof(SLOW, *words)[1].startswith("measured: TP0's GPU is idle for 34.54 % of a dec")
+
+
+def test_json_and_csv_have_the_budget(sglprof: Sglprof) -> None:
+    words = ("--metric", "pass_wall", "--limit", "1.5")
+    status, text = sglprof(SLOW, *words, "--format", "json")
+    assert status == 1
+    found = check(text)
+    assert (found["metric"], found["limit"], found["verdict"]) == ("pass_wall", 1.5, "fail")
+    (group,) = found["groups"]
+    assert [rank["rank"] for rank in group["ranks"]] == ["TP0", "TP1"]
+    document = json.loads(text)
+    (budget,) = document["budgets"]
+    assert (budget["stage"], budget["steps"], document["stragglers"]) == ("decode", 50, None)
+    parts = ("compute_ns", "communication_ns", "copies_ns", "idle_ns")
+    for rank in budget["ranks"]:
+        assert sum(rank[part] for part in parts) == rank["wall_ns"]
+    # Any other check has it in its JSON too, and not on the terminal.
+    text = sglprof(SLOW, "--format", "json")[1]
+    assert json.loads(text)["budgets"] == document["budgets"]
+    assert "is made of" not in sglprof(SLOW)[1]
+    rows = list(csv.DictReader(io.StringIO(sglprof(SLOW, *words, "--format", "csv")[1])))
+    assert [row["rank"] for row in rows] == ["TP0", "TP1"]
+    assert int(rows[0]["wall_ns"]) == budget["ranks"][0]["wall_ns"]
+    assert (rows[0]["slowdown"], rows[0]["metric"]) == ("", "pass_wall")
+
+
+@pytest.mark.parametrize("words", [["--scope", "moe"], ["--kernel", "flash"]])
+def test_a_metric_of_whole_steps_has_no_scope(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "nowhere", "--metric", "idle_share", *words]) == 2
+    assert "idle_share is of whole steps" in capsys.readouterr().err
 
 
 def test_a_trace_without_steps_needs_consent(sglprof: Sglprof) -> None:
@@ -264,3 +317,70 @@ def test_columns_hold_text_to_the_left_and_figures_to_the_right() -> None:
     assert render(records, columns, "csv") == "name,ns\na,5\nbcd,1234\n"
     assert json.loads(render(records, columns, "json")) == records
     assert render([], columns, "table") == "name  time\n----  ----\n"
+
+
+# Who is compared.
+
+
+def test_across_says_who_is_compared_and_the_table_says_it_as_well(sglprof: Sglprof) -> None:
+    table = decoding(scale=slower("DP1 TP3", 1.2))
+    status, out = sglprof(table, "--across", "sync", "--limit", "1.05")
+    assert status == 1
+    assert out.startswith(
+        "fail: DP1 TP3 is 1.20x slower than the other ranks in gemm, norm and quantization of "
+        "equal shapes (limit 1.05): "
+    )
+    assert "\nacross sync: slowdown 1.20, " in out
+    assert "longer on DP1 TP3 than on the others" in out
+    status, peers = sglprof(table, "--across", "peers", "--limit", "1.05")
+    assert status == 1
+    assert peers == sglprof(table, "--limit", "1.05")[1]  # the default, where ranks have a peer
+    assert "\nDP1: slowdown 1.20, " in peers
+    _, out = sglprof(table, "--across", "sync", "--format", "csv")
+    assert [row["across"] for row in csv.DictReader(io.StringIO(out))] == ["sync"] * 4
+    _, out = sglprof(table, "--across", "sync", "--format", "json")
+    assert check(out)["across"] == "sync"
+
+
+def test_across_is_the_default_without_peers_and_no_figure_of_it_is_shown_with_them(
+    sglprof: Sglprof,
+) -> None:
+    assert "\nacross sync: slowdown 1.20, " in sglprof(decoding(TWO, scale=slower(TWO[1], 1.2)))[1]
+    tensor = sglprof(SLOW)[1]
+    assert "sync" not in tensor
+    assert "\nslowdown 1.22, imbalance factor 1.10, lost share 9.0 %, spike share 0.0 %, lost" in (
+        tensor
+    )
+    status, out = sglprof(decoding(TWO), "--metric", "sync_lost_share", "--limit", "0.9")
+    assert (status, out[:5]) == (0, "pass:")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--across", "synch"], "did you mean sync?"),
+        (["--across", "peers", "--metric", "sync_lost_share"], "across sync, or no across"),
+        (["--scope", "moe", "--metric", "sync_lost_share"], "sync_lost_share is of whole steps"),
+        (["--across", "sync", "--metric", "pass_wall"], "pass_wall is of each rank alone"),
+        (["--across", "sync", "--metric", "lateness"], "leave --across out"),
+    ],
+)
+def test_across_is_refused_where_it_has_no_meaning(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["check", "window", *words]) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert "expected: " in text
+
+
+@pytest.mark.parametrize("words", [[], ["--across", "sync"], ["--across", "peers"]])
+def test_real_replicas_never_meet_and_one_had_nothing_to_do(
+    shared_data: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    folder = shared_data / "torch" / "sglang-cpu-tp2dp2"
+    assert main(["check", str(folder), "--limit", "1.1", *words]) == 3
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "inconclusive: DP0: replicas that never meet: DP0, DP1; DP0 had no pass; DP1: "
+    )

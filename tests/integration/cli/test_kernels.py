@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,31 @@ def test_nsys_totals_need_no_pandas(shared_data: Path, project_root: Path) -> No
         "assert not {'pandas', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=project_root, capture_output=True)
+
+
+@pytest.mark.parametrize(("given", "during"), [({}, "1"), ({"OMP_NUM_THREADS": "3"}, None)])
+def test_numpy_starts_no_threads_unless_somebody_says_how_many(
+    trace: Path, project_root: Path, given: dict[str, str], during: str | None
+) -> None:
+    code = (
+        "import os, sys\nfrom pytest_sglprof._cli.main import main\nbefore = {**os.environ}\n"
+        "class Watch:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'numpy': print([os.environ.get('OPENBLAS_NUM_THREADS')])\n"
+        "sys.meta_path.insert(0, Watch)\n"
+        f"assert main(['kernels', {str(trace)!r}]) == 0\n"
+        "assert os.environ == before"
+    )
+    unset = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        env={**unset, **given},
+    )
+    assert done.stdout.startswith(f"{[during]}\n")
 
 
 def test_table_for_people(trace: Path, capsys: Output) -> None:

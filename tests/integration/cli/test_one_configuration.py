@@ -45,7 +45,7 @@ def run_folder(folder: Path, tmp_path: Path) -> Path:
         for at, file in enumerate(sorted(kept.iterdir()))
     ]
     write_results(document, place / "results.json")
-    stored = {"category": MINE, "gate": {"min_steps": 41}}
+    stored = {"category": MINE, "gate": {"min_steps": 61}}
     write_run_file(place, started=0.0, version="0", settings=stored)
     return place
 
@@ -75,8 +75,8 @@ def test_thresholds_and_categories_are_those_of_the_configuration(
     assert (check["scope"], check["limit"], check["slowest"]) == ("mine", 1.3, "TP1")
     assert document["stragglers"]["groups"][0]["ranks"]
     assert checked(capsys, folder, "--exit-zero")[0] == ExitStatus.DONE
-    assert checked(capsys, folder, "--set", "gate.min_steps=41")[0] == ExitStatus.INCONCLUSIVE
-    words = ("--exit-zero", "--min-steps", "41")
+    assert checked(capsys, folder, "--set", "gate.min_steps=61")[0] == ExitStatus.INCONCLUSIVE
+    words = ("--exit-zero", "--min-steps", "61")
     status, document = checked(capsys, folder, *words)
     assert (status, document["verdict"]) == (ExitStatus.DONE, "inconclusive")
     assert main(["check", str(folder), "--set", "gate.minsteps=4"]) == ExitStatus.UNUSABLE
@@ -99,7 +99,7 @@ def test_two_thresholds_are_two_checks_in_every_form(folder: Path, capsys: Outpu
 def test_every_command_knows_the_categories(folder: Path, tmp_path: Path, capsys: Output) -> None:
     config(tmp_path / "deep")
     assert main(["kernels", str(folder), "--by", "category", "--format", "csv"]) == 0
-    assert "\nmine,160," in capsys.readouterr().out
+    assert "\nmine,240," in capsys.readouterr().out
     out = tmp_path / "m.json"
     words = ["export", "--to", "perfetto", "--only", "kernels", str(folder), "-o", str(out)]
     assert main(words) == 0
@@ -108,18 +108,18 @@ def test_every_command_knows_the_categories(folder: Path, tmp_path: Path, capsys
 
 def test_readers_of_a_run_use_what_it_stored(run_folder: Path, capsys: Output) -> None:
     assert main(["kernels", str(run_folder), "--by", "category", "--format", "csv"]) == 0
-    assert "\nmine,160," in capsys.readouterr().out
+    assert "\nmine,240," in capsys.readouterr().out
     kept = run_folder / "windows" / "w1"
     assert main(["kernels", str(kept), "--by", "category", "--format", "csv"]) == 0
-    assert "\nmine,160," in capsys.readouterr().out
+    assert "\nmine,240," in capsys.readouterr().out
     status, document = checked(capsys, run_folder, "--scope", "mine", "--limit", "1.1")
-    assert (status, "41 are needed" in document["reason"]) == (ExitStatus.INCONCLUSIVE, True)
+    assert (status, "61 are needed" in document["reason"]) == (ExitStatus.INCONCLUSIVE, True)
     judged = [check["limit"] for check in checked(capsys, run_folder, "--exit-zero")[1]["checks"]]
-    few = ("--set", "gate.min_steps=30", "--exit-zero")
+    few = ("--set", "gate.min_steps=50", "--exit-zero")
     assert [check["limit"] for check in checked(capsys, run_folder, *few)[1]["checks"]] == judged
     other = ("--set", "threshold=[{limit=1.9}]", "--exit-zero")
     assert [c["limit"] for c in checked(capsys, run_folder, *other)[1]["checks"]] == [1.9]
-    more = ("--scope", "mine", "--limit", "1.1", "--min-steps", "30")
+    more = ("--scope", "mine", "--limit", "1.1", "--min-steps", "50")
     assert checked(capsys, run_folder, *more)[0] == ExitStatus.EXCEEDED
     assert main(["report", str(run_folder), "--step", "3"]) == 0
     assert main(["check", str(run_folder), "--window", "none"]) == ExitStatus.UNUSABLE

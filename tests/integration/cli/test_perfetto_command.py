@@ -23,10 +23,10 @@ HOSTILE = ("<script>alert(1)</script>", "</script>", "a\"b'c\\d", "🦥", "y" * 
 
 
 def trace(rank: int, scale: float = 1.0) -> dict[str, Any]:
-    """40 steps of five hostile kernels and one collective."""
+    """60 steps of five hostile kernels and one collective."""
     events: list[dict[str, Any]] = []
     at = 1000.0
-    for step in range(40):
+    for step in range(60):
         begin = at
         for name in (*HOSTILE, "ncclDevKernel_AllReduce_Sum_bf16"):
             dur = round(50 * (1.0 if "nccl" in name else scale), 3)
@@ -71,7 +71,7 @@ def test_events_summary_rows_and_findings(window: Path, tmp_path: Path, capsys: 
     out = tmp_path / "merged.json.gz"
     assert main([*MERGE, str(window), "-o", str(out)]) == 0
     printed, errors = capsys.readouterr()
-    assert printed.splitlines()[:2] == ["TP0: 320 events", "TP1: 320 events"]
+    assert printed.splitlines()[:2] == ["TP0: 480 events", "TP1: 480 events"]
     assert errors == ""
     found = load(out)
     events = found["traceEvents"]
@@ -91,7 +91,7 @@ def test_events_summary_rows_and_findings(window: Path, tmp_path: Path, capsys: 
     assert min(sort, key=lambda pid: sort[pid]) == 1
     slices = [e for e in events if e["pid"] == 1 and e["ph"] == "X"]
     assert Counter(e["cat"] for e in slices) == {
-        "sglprof step": 80, "sglprof compute": 80, "sglprof communication": 80,
+        "sglprof step": 120, "sglprof compute": 120, "sglprof communication": 120,
     }  # fmt: skip
     compute = [e for e in slices if rows[1, e["tid"]] == "TP1 compute"]
     assert {e["args"]["kernel_ns"] for e in compute} == {5 * 70_000}
@@ -182,7 +182,7 @@ def test_a_cut_file(window: Path, tmp_path: Path, capsys: Output) -> None:
     assert main([*MERGE, str(window), "-o", str(out), "--allow-partial"]) == 0
     errors = capsys.readouterr().err
     assert "truncated" in errors
-    assert 0 < load(out)["sglprof"]["ranks"]["TP1"] < 320
+    assert 0 < load(out)["sglprof"]["ranks"]["TP1"] < 480
 
 
 class Page(HTMLParser):

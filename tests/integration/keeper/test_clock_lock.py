@@ -20,7 +20,7 @@ import pytest
 from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._errors import ClockLockError, ServerDied
 from pytest_sglprof._report.model import LockedClock
-from pytest_sglprof._run.attempt import describe_server
+from pytest_sglprof._run.servers import describe_server
 from pytest_sglprof._server import command
 from pytest_sglprof._server.launch import Server, launch
 from pytest_sglprof._server.nvml import ClockLock, open_nvml

@@ -11,7 +11,7 @@ KEY = "sk-never-shown-4711"
 # A key of the profile endpoints is not the one of the others.
 ADMIN = "sk-admin-never-shown-4712"
 TESTS = """
-@pytest.mark.profile_window(num_steps=40)
+@pytest.mark.profile_window(num_steps=60)
 def test_marked(sglang_server, load):
     assert sglang_server.attached
     assert load(1500).completed == 4
@@ -21,7 +21,7 @@ def test_by_hand(sglang_server, bench_serving, profile_window):
     with bench_serving.running(num_prompts=4, max_concurrency=4, random_input_len=8,
                                random_output_len=1500, random_range_ratio=1.0, warm_up=False,
                                disable_stream=True):
-        with profile_window("hand", num_steps=40) as window:
+        with profile_window("hand", num_steps=60) as window:
             window.wait()
     assert window.check("slowdown", 1.10, scope="moe") < 1.02
 """

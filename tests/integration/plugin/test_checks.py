@@ -99,7 +99,7 @@ def test_mistyped(profile_window, name, arguments, meant):
         never_opened.check(name, **{"limit": 1.2, **arguments})
     pytest.skip("nothing was measured")
 
-WRONG = [{"slowdown": {"meo": 1.1}}, {"num_steps": 29}, {"bakend": 1}]
+WRONG = [{"slowdown": {"meo": 1.1}}, {"num_steps": 49}, {"bakend": 1}]
 
 @pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_by_hand(profile_window, arguments):
@@ -173,7 +173,7 @@ def test_fault_8_a_wrong_check_is_refused_at_the_call(ran, case):
 
 def test_fault_8_a_wrong_window_by_hand_is_refused_at_the_call(ran):
     for number, said in enumerate(
-        ("did you mean moe?", "num_steps=29 is below min_steps=30", "did you mean backend?")
+        ("did you mean moe?", "num_steps=49 is below min_steps=50", "did you mean backend?")
     ):
         assert said in ran.section(f"test_wrong_by_hand[arguments{number}]")
         assert ran.windows(f"test_wrong_by_hand[arguments{number}]") == []

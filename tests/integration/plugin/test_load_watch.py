@@ -68,7 +68,7 @@ def test_balanced_but_asked_for(bench_serving):
     bench_serving(**equal())
 
 @pytest.mark.profile_window(
-    trigger=lambda loads: sum(load.running for load in loads.values()) > 20, num_steps=40
+    trigger=lambda loads: sum(load.running for load in loads.values()) > 20, num_steps=60
 )
 def test_callable(bench_serving):
     bench_serving(**equal())

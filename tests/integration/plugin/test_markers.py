@@ -117,7 +117,7 @@ def test_the_closest_window_marker_wins_whole():
     item = FakeItem(window("near", num_steps=3), window("far", duration=2.0, slowdown=1.5))
     spec = marked_window(item, SETTINGS)
     assert (spec.name, spec.num_steps, spec.duration) == ("near", 3, None)
-    assert [limit.limit for limit in spec.thresholds] == [1.10]
+    assert [limit.limit for limit in spec.thresholds] == [1.05]
     assert marked_window(FakeItem(), SETTINGS) is None
 
 

@@ -9,7 +9,7 @@ from pytest_sglprof._cli.main import main
 from pytest_sglprof._config.model import METRICS, STAGES
 from pytest_sglprof._errors import SettingsError, did_you_mean
 from pytest_sglprof._load.triggers import as_trigger
-from pytest_sglprof._trace.steps import STAGES as TRACED
+from pytest_sglprof._trace.passes import STAGES as TRACED
 
 # What no test of this file may need: a server that starts would be sglang, which is missing.
 CONFIG = """
@@ -41,6 +41,9 @@ WINDOWS = {  # arguments of the marker -> what the refusal says
     'slowdown={"qwertz": 1.1}': "expected: one of compute, communication, all, attention,",
     'slowdown={"moe in decod": 1.1}': "did you mean decode?",
     'slowdown={"compute in prefil": 1.1}': "did you mean prefill?",
+    'slowdown=1.1, across="snyc"': "did you mean sync?",
+    'slowdown={"moe across peer": 1.1}': "did you mean peers?",
+    'slowdown=1.1, accross="sync"': "did you mean across?",
     'slowdown={"/fused[/": 1.1}': "is not a regular expression",
     "slow_down=1.1": "did you mean slowdown?",
     "imbalance_faktor=1.1": "did you mean imbalance_factor?",
@@ -48,8 +51,8 @@ WINDOWS = {  # arguments of the marker -> what the refusal says
     "whole_boddy=True, durration=2": "did you mean duration and whole_body?",
     'backend="nsis"': "did you mean nsys?",
     'profile_by_stage=True, num_steps=50, profile_stages=["decoed"]': "did you mean decode?",
-    "num_steps=29": "num_steps=29 is below min_steps=30",
-    "num_steps=1, slowdown=1.5": "num_steps=1 is below min_steps=30",
+    "num_steps=49": "num_steps=49 is below min_steps=50",
+    "num_steps=1, slowdown=1.5": "num_steps=1 is below min_steps=50",
 }
 
 
@@ -80,7 +83,7 @@ def test_fault_8_names_that_are_known_are_collected(pytester, run):
         LIMITS = {"moe": 1.1, "all": 1.2, "rope": 1.3, "moe in mixed": 1.1, "/a|b/ in decode": 2}
 
         @pytest.mark.sglang_server("experts")
-        @pytest.mark.profile_window(slowdown=LIMITS, num_steps=30, activities=["CPU", "GPU"])
+        @pytest.mark.profile_window(slowdown=LIMITS, num_steps=50, activities=["CPU", "GPU"])
         def test_it(sglang_server): pass
         """
     )
@@ -115,7 +118,7 @@ def test_fault_8_fewer_steps_may_be_asked_for_where_fewer_are_needed(pytester, r
         ("[gates]\nmin_steps = 1", "did you mean gate?"),
         ("[gate]\nminsteps = 1", "did you mean min_steps?"),
         ("[window]\nnum_step = 40", "did you mean num_steps?"),
-        ("[window]\nnum_steps = 20", "[window]: num_steps=20 is below min_steps=30"),
+        ("[window]\nnum_steps = 20", "[window]: num_steps=20 is below min_steps=50"),
         ("[window]\nnum_steps = 40\n[gate]\nmin_steps = 41", "num_steps=40 is below min_steps=41"),
         ('[window]\nbackend = "torhc"', "did you mean torch?"),
         ('[server]\nkind = "standing"', "did you mean standin?"),

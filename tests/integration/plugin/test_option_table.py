@@ -20,15 +20,15 @@ from pytest_sglprof._config.load import (
 from pytest_sglprof._config.options import OPTIONS
 
 VALUES = {
-    "count": "7", "positive": "7", "size": "0.5", "share": "0.25", "regex": "^embed",
-    "flag": "true",
+    "count": "7", "positive": "7", "repeat": "7", "size": "0.5", "share": "0.25", "regex": "^embed",
+    "flag": "true", "confirm": "1",
 }  # fmt: skip
 NOT_SCALAR = ("server", "servers", "window", "threshold", "category")
-TEXTS = {"keep": "all", "server_dir": "/a:/b", "server": "http://h:1"}
+TEXTS = {"keep": "all", "accept": "new", "server_dir": "/a:/b", "server": "http://h:1"}
 WITH_KEY = [option for option in OPTIONS if option.key]
 PER_INVOCATION = {
     "enabled", "config", "set", "output", "server", "server_dir", "nsys_session", "python", "nsys",
-    "allow_inconclusive", "show_config",
+    "allow_inconclusive", "show_config", "baselines", "accept", "require_baseline",
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_the_tools_of_this_machine_serve_a_run_that_was_stored_elsewhere(tmp_pat
         of_pytest=False,
         stored=(tmp_path / "run.json", {"gate": {"min_share": 0.5}}),
     )
-    assert (settings.nsys, settings.min_steps, settings.min_share) == ("here", 30, 0.5)
+    assert (settings.nsys, settings.min_steps, settings.min_share) == ("here", 50, 0.5)
     assert "tools" not in settings.stored
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 def test_the_option_repeats_all_windows_that_end_by_themselves(make_project):
     tests = """
-@pytest.mark.profile_window(num_steps=30)
+@pytest.mark.profile_window(num_steps=60)
 def test_marked(load):
     load(2000)
 
-@pytest.mark.profile_window(num_steps=30, repeat=1)
+@pytest.mark.profile_window(num_steps=60, repeat=1)
 def test_once(load):
     load(1200)
 

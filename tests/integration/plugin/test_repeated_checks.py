@@ -11,7 +11,7 @@ def repeated(bench_serving, profile_window):
     with bench_serving.running(num_prompts=4, max_concurrency=4, random_input_len=8,
                                random_output_len=2600, random_range_ratio=1.0, warm_up=False,
                                disable_stream=True):
-        with profile_window("hand", num_steps=30, repeat=2, slowdown=LIMITS) as window:
+        with profile_window("hand", num_steps=60, repeat=2, slowdown=LIMITS) as window:
             window.wait()
     return window
 """

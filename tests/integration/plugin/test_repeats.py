@@ -13,18 +13,18 @@ from tests.support.project import SERVERS
 # Each is a project of its own: a load that lasts three windows takes 15 s.
 TESTS = {
     "test_marked": """
-@pytest.mark.profile_window(num_steps=30, repeat=3)
+@pytest.mark.profile_window(num_steps=60, repeat=3)
 def test_marked(load):
     load(2600)
 """,
     "test_marked_slow": """
 @pytest.mark.sglang_server("slow")
-@pytest.mark.profile_window(num_steps=30, repeat=3)
+@pytest.mark.profile_window(num_steps=60, repeat=3)
 def test_marked_slow(load):
     load(2600)
 """,
     "test_too_short": """
-@pytest.mark.profile_window(num_steps=30, repeat=4)
+@pytest.mark.profile_window(num_steps=60, repeat=4)
 def test_too_short(load):
     load(1000)
 """,
@@ -35,10 +35,22 @@ def test_by_hand(bench_serving, profile_window):
                                random_output_len=2600, random_range_ratio=1.0, warm_up=False,
                                disable_stream=True):
         limits = {"moe": 2.0, "compute": 2.0}
-        with profile_window("w", num_steps=30, repeat=2, slowdown=limits) as window:
+        with profile_window("w", num_steps=60, repeat=2, slowdown=limits) as window:
             window.wait()
     assert len(window.windows) == 2
     assert window.check("slowdown", 1.6, scope="moe") == pytest.approx(1.4, rel=0.02)
+""",
+    "test_certain": """
+@pytest.mark.sglang_server("slow")
+@pytest.mark.profile_window(num_steps=60, repeat="certain")
+def test_certain(load):
+    load(2600)
+""",
+    "test_certain_but_short": """
+@pytest.mark.sglang_server("slow")
+@pytest.mark.profile_window(num_steps=60, repeat="certain", max_time=0.1)
+def test_certain_but_short(load):
+    load(1000)
 """,
     "test_whole_body": """
 def test_that_ends_by_hand(drive, profile_window):
@@ -64,6 +76,7 @@ def outcome_of(run_projects: RunProjects) -> OutcomeOf:
         ("test_marked", "passed", "pass", 3),
         ("test_marked_slow", "failed", "fail", 3),
         ("test_by_hand", "passed", "pass", 2),
+        ("test_certain", "failed", "fail", 2),
         ("test_whole_body", "passed", "pass", 1),
     ],
 )
@@ -94,6 +107,28 @@ def test_the_spread_is_that_of_the_windows_own_figures(outcome_of):
     assert moe["median"] == pytest.approx(1.4, rel=0.02)
     assert all(window["repeats"] == {**found[0]["repeats"], "own_reason": own(window)}
                for window in found)  # fmt: skip
+
+
+def test_windows_until_certain_say_over_how_many(outcome_of):
+    outcome = outcome_of("test_certain")
+    first, second = outcome.windows("test_certain")
+    assert {window["spec"]["repeat"] for window in (first, second)} == {"certain"}
+    assert first["repeats"]["count"] == 2
+    assert first["reason"] == second["reason"]
+    assert first["reason"].startswith("slowdown of moe is 1.40 over 2 windows (limit 1.10)")
+    assert all(window["judgements"][0]["estimate"]["steps"] >= 50 for window in (first, second))
+
+
+def test_one_window_alone_decides_nothing_where_certainty_was_asked_for(outcome_of):
+    outcome = outcome_of("test_certain_but_short")
+    name = "test_certain_but_short"
+    assert (outcome.test(name)["outcome"], outcome.test(name)["verdict"]) == (
+        "failed",
+        "inconclusive",
+    )
+    (window,) = outcome.windows(name)
+    assert "one window alone decides nothing" in window["reason"]
+    assert window["repeats"]["own_verdict"] == "fail"
 
 
 def own(window):

@@ -68,7 +68,7 @@ def test_a_window_is_opened_once_and_judged_whatever_its_verdict(short, name, ou
 def test_allowed_inconclusive_is_skipped_with_the_reason_and_never_passed(short):
     for name in ("test_always_short", "test_check_always_short"):
         assert short.cases[name].find("skipped").get("message").startswith("inconclusive: ")
-    assert re.search(r"SKIPPED .*inconclusive: .*30 are needed", short.text)
+    assert re.search(r"SKIPPED .*inconclusive: .*50 are needed", short.text)
     assert "the body's own words" in short.section("test_body_fails")
     assert short.results["run"]["exit_status"] == short.status == 1
 

@@ -87,7 +87,7 @@ def plant(folder: Path, *, nsys: bool) -> Planted:
         proxy=json.dumps(f"http://me:{quote(drawn.draw('PROXY_URL'), safe='')}@proxy:1"),
         nsys=str(nsys).lower(),
     )
-    window = 'backend="nsys", duration=1' if nsys else "num_steps=40"
+    window = 'backend="nsys", duration=1' if nsys else "num_steps=60"
     tests = TESTS.format(words=drawn.words, window=window, names=NAMES)
     project = Project(folder / "job", tests, config)
     outcome = project.run("--sglprof-set=output.keep=all", "--showlocals", **environment)

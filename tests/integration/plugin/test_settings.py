@@ -63,8 +63,8 @@ def test_without_any_source_the_documented_defaults_hold():
     found = settings()
     assert found.output == HERE / ".sglprof"
     assert (found.keep, found.runs, found.max_gib) == ("failed", 10, 20)
-    assert (found.min_steps, found.min_share, found.allow_inconclusive) == (30, 0.01, False)
-    assert [limit.describe() for limit in found.thresholds] == ["slowdown of compute <= 1.1"]
+    assert (found.min_steps, found.min_share, found.allow_inconclusive) == (50, 0.01, False)
+    assert [limit.describe() for limit in found.thresholds] == ["slowdown of compute <= 1.05"]
     assert found.servers == {"default": ServerSpec()}
     assert "keep = failed  (default)" in found.describe()
 
@@ -241,9 +241,9 @@ def test_windows_that_cannot_be_are_refused_with_their_origin(keywords, said):
 
 
 def test_what_ends_a_window_replaces_what_was_configured_to():
-    configured = settings({"window": {"num_steps": 30, "settle": 0.5, "activities": ["GPU"]}})
+    configured = settings({"window": {"num_steps": 60, "settle": 0.5, "activities": ["GPU"]}})
     plain = window_spec(configured, {}, origin="m")
-    assert (plain.num_steps, plain.settle, plain.activities) == (30, 0.5, ("GPU",))
+    assert (plain.num_steps, plain.settle, plain.activities) == (60, 0.5, ("GPU",))
     timed = window_spec(configured, {"duration": 2.0}, origin="m")
     assert (timed.num_steps, timed.duration) == (None, 2.0)
     whole = window_spec(configured, {"whole_body": True}, origin="m")

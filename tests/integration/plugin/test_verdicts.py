@@ -26,7 +26,7 @@ def test_fail(drive):
     drive()
 
 @whole
-@pytest.mark.parametrize("steps", [40, 60])
+@pytest.mark.parametrize("steps", [60, 80])
 def test_parameters(drive, steps):
     drive(steps)
 
@@ -100,14 +100,14 @@ def test_check_of_too_little(drive, profile_window):
 def test_check_of_too_little_caught(drive, profile_window):
     with profile_window("short") as window:
         drive(10)
-    with pytest.raises(Inconclusive, match="30 are needed"):
+    with pytest.raises(Inconclusive, match="50 are needed"):
         window.check("slowdown", 2.0)
 
-@pytest.mark.profile_window(num_steps=30)
+@pytest.mark.profile_window(num_steps=60)
 def test_over_before_it_was_steady(load):
     pass
 
-@pytest.mark.profile_window(num_steps=30)
+@pytest.mark.profile_window(num_steps=60)
 def test_steady(load):
     load(900)
 
@@ -153,7 +153,7 @@ def ran_it(outcome_of, name):
 WORDS = {
     "test_pass": ("PASSED", "passed", "pass"),
     "test_fail": ("FAILED", "failed", "fail"),
-    "test_parameters[40]": ("PASSED", "passed", "pass"),
+    "test_parameters[60]": ("PASSED", "passed", "pass"),
     "test_known_to_fail": ("XFAIL", "xfailed", "fail"),
     "test_wrongly_known_to_fail": ("FAILED", "failed", "pass"),
     "test_too_short_is_no_known_failure": ("FAILED", "failed", "inconclusive"),
@@ -273,13 +273,13 @@ def test_too_little_data_says_how_much_is_needed(ran, ran_one_server):
         ran.section("test_too_short_is_no_known_failure"),
     ):
         assert text.startswith("profile window verdict: inconclusive\n")
-        assert "30 are needed" in text
+        assert "50 are needed" in text
     assert "drive a longer load" in ran_one_server.section("test_over_before_it_was_steady")
 
 
 def test_a_steady_window_ended_by_its_steps_knows_its_load(ran_one_server):
     (window,) = ran_one_server.windows("test_steady")
-    assert window["spec"]["num_steps"] == 30
+    assert window["spec"]["num_steps"] == 60
     assert window["load"] == f"{window['nodeid']}#1.1"
     assert window["state"] == "complete"
     assert window["steps"]["groups"][0]["compared"] >= 29

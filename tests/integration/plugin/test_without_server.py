@@ -248,7 +248,10 @@ def test_all_wrong_markers_of_a_module_are_one_collection_error(pytester, run, r
     [
         (["--sglprof-nsys-session=s"], "--sglprof-nsys-session is given without --sglprof-server"),
         (["--sglprof-server-dir=/a:/b"], "--sglprof-server-dir is given without --sglprof-server"),
-        (["--sglprof-set=window.repeat=often"], "window.repeat: 'often' is not of type 'integer'"),
+        (
+            ["--sglprof-set=window.repeat=often"],
+            "window.repeat: 'often' does not match '^certain$'",
+        ),
         (["--sglprof-set=min_steps"], "expected: KEY=VALUE, a dotted key of sglprof.toml"),
         (["--sglprof-config=none.toml"], "none.toml does not exist"),
         (["--sglprof-set=output.keep=some"], "output.keep: 'some' is not one of"),

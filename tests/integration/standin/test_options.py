@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_sglprof.standin.model import Sizes, Slow
-from pytest_sglprof.standin.options import parse
+from pytest_sglprof.standin.model import EVERY_RANK, Sizes, Slow
+from pytest_sglprof.standin.noise import LifeNoise, StepNoise
+from pytest_sglprof.standin.options import parse, with_life_seed
 
 
 def test_sglang_spellings_and_unknown_options() -> None:
@@ -36,6 +37,29 @@ def test_planted_slowness() -> None:
     )
 
 
+def test_noise_of_steps() -> None:
+    assert parse([]).model.step_noise is None
+    assert parse(["--step-noise", "sd=0.08"]).model.step_noise == StepNoise(0.08)
+    given = parse(["--step-noise", "sd=0.02,phi=0.6", "--random-seed", "3"]).model
+    assert (given.step_noise, given.seed) == (StepNoise(0.02, 0.6), 3)
+
+
+def test_a_category_that_is_slow_on_every_rank() -> None:
+    given = parse(["--tp", "2", "--slow", "rank=all,category=moe,factor=1.15"]).model
+    assert given.slow == (Slow(EVERY_RANK, "moe", 1.15),)
+
+
+def test_a_life_is_drawn_once_for_all_processes_of_a_server() -> None:
+    assert with_life_seed(["--tp", "2"]) == ["--tp", "2"]
+    assert parse(["--tp", "2"]).model.life_noise is None
+    named = ["--life-noise", "0.005", "--life-seed", "7"]
+    assert with_life_seed(named) == named
+    assert parse(named).model.life_noise == LifeNoise(0.005, 7)
+    drawn = {parse(with_life_seed(named[:2])).model.life_noise for _ in range(5)}
+    assert len(drawn) == 5
+    assert {each.sd for each in drawn if each is not None} == {0.005}
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -48,6 +72,17 @@ def test_planted_slowness() -> None:
         ("--tp 3 --ep 2", "multiple of --ep"),
         ("--tp 0", "at least 1"),
         ("--step-ms 0.01", "at least 0.1"),
+        ("--step-noise phi=0.6", "expected sd="),
+        ("--step-noise 0.02", "expected sd="),
+        ("--step-noise sd=0.02,rho=0.6", "expected sd="),
+        ("--step-noise sd=much", "could not convert"),
+        ("--step-noise sd=-0.1", "sd 0 to 1"),
+        ("--step-noise sd=nan", "sd 0 to 1"),
+        ("--step-noise sd=0.1,phi=1", "phi 0 to less than 1"),
+        ("--life-noise -0.1", "expected 0 to 1"),
+        ("--life-noise nan", "expected 0 to 1"),
+        ("--life-noise much", "invalid float"),
+        ("--life-seed 3", "no effect without --life-noise"),
         ("stray --tp 2", "unexpected argument: stray"),
         ("--start-fault fire", "invalid choice"),
     ],

@@ -31,10 +31,14 @@ class Rank:
 
     def run(self, *batches: Batch) -> None:
         for batch in batches:
-            self.step += 1
-            self.profiler.before_step(self.step, batch)
-            start = T0_NS + self.step * 10_000_000
-            self.profiler.record(Recorded(self.step, start, 10_000_000, (batch,)))
+            self.run_queues(batch)
+
+    def run_queues(self, *batches: Batch) -> None:
+        """One forward pass, of a batch for each queue."""
+        self.step += 1
+        self.profiler.before_step(self.step, batches[self.profiler.place.queue])
+        start = T0_NS + self.step * 10_000_000
+        self.profiler.record(Recorded(self.step, start, 10_000_000, batches))
 
     def start(self, **params: Any) -> tuple[bool, str]:
         return self.profiler.request({"profile_id": "w", **params}, self.step)
@@ -254,6 +258,39 @@ def test_times_are_exact_nanoseconds_and_launches_precede_their_kernels(tmp_path
     assert all(launched[e["args"]["correlation"]] < float(e["ts"]) for e in kernels)
     assert document["distributedInfo"]["rank"] == 1
     assert [device["id"] for device in document["deviceProperties"]] == [0, 1]
+
+
+def test_with_dp_attention_decode_passes_replay_a_graph_unless_a_peer_has_a_prompt(
+    tmp_path: Path,
+) -> None:
+    rank = Rank("--tp 2 --dp 2 --enable-dp-attention", index=1)
+    rank.start(output_dir=str(tmp_path), detailed_annotations=True)
+    idle = Batch("IDLE", 0, 0, 0)
+    rank.run_queues(DECODE, DECODE)
+    rank.run_queues(EXTEND, DECODE)
+    rank.run_queues(DECODE, idle)
+    rank.stop()
+    document = json.loads(gzip.decompress((tmp_path / "w-TP-1-DP-1.trace.json.gz").read_bytes()))
+    of: dict[str, list[dict[str, Any]]] = {"cuda_runtime": [], "kernel": [], "user_annotation": []}
+    for event in document["traceEvents"]:
+        of.setdefault(event.get("cat"), []).append(event)
+    assert [e["name"] for e in of["user_annotation"] if e["name"].startswith("step[")] == [
+        "step[DECODE bs=4 g_sq=4 g_sqsq=4 g_sqsk=400 g_sk=400 forward_id=1]",
+        "step[DECODE bs=4 g_sq=4 g_sqsq=4 g_sqsk=400 g_sk=400 forward_id=2]",
+        "step[IDLE bs=0 forward_id=3]",
+    ]
+    launches = {e["args"]["correlation"]: e for e in of["cuda_runtime"]}
+    graphs = [c for c, e in launches.items() if e["name"] == "cudaGraphLaunch"]
+    nodes = Counter(e["args"]["correlation"] for e in of["kernel"] if "graph node id" in e["args"])
+    assert list(nodes) == graphs
+    assert len(graphs) == 2
+    assert min(nodes.values()) > 50
+    alone = [e for e in of["kernel"] if "graph node id" not in e["args"]]
+    assert len(alone) == len(of["kernel"]) - sum(nodes.values()) > 50
+    assert all(launches[e["args"]["correlation"]]["name"] != "cudaGraphLaunch" for e in alone)
+    assert all(
+        float(launches[e["args"]["correlation"]]["ts"]) < float(e["ts"]) for e in of["kernel"]
+    )
 
 
 def test_replicas_of_plain_data_parallel_each_believe_to_be_alone(tmp_path: Path) -> None:

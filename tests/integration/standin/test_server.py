@@ -358,3 +358,28 @@ def test_never_ready_and_death_after_a_while(tmp_path: Path) -> None:
     with standin(tmp_path, "--die-after", "0.1", "--crash-delay", "0") as running:
         assert running.process.wait(10) == -signal.SIGKILL
         assert running.lines("device-side assert triggered")
+
+
+def test_each_start_is_another_life_unless_one_is_named(tmp_path: Path) -> None:
+    def life(name: str, *options: str) -> tuple[list[float], str, str]:
+        """ns of a kernel of experts on each rank, what the log says, and the server's command."""
+        folder = tmp_path / name
+        folder.mkdir()
+        args = ("--tp", "2", "--step-ms", "2", "--life-noise", "0.1", *options)
+        with standin(folder, *args) as running:
+            events = [
+                json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+                for path in window(running, folder / "traces")
+            ]
+            command = running.get("/server_info").json()["launch_command"]
+            (said,) = running.lines("stand-in of SGLang: life")
+        found = [[e["dur"] for e in each if e.get("name") == "fused_moe_kernel"] for each in events]
+        return [sum(each) / len(each) for each in found], said.rsplit(" ", 1)[1], command
+
+    (one, named, _), (two, *_) = life("a", "--life-seed", "1"), life("b", "--life-seed", "2")
+    assert (named, one[0]) == ("1", pytest.approx(one[1], rel=0.01))  # the ranks are of one life
+    assert abs(one[0] / two[0] - 1) > 0.02
+    drawn, number, command = life("c")
+    assert "--life-seed" not in command  # else no two lives would have the same options
+    assert number not in ("1", "2")
+    assert life("d", "--life-seed", number)[0] == pytest.approx(drawn, rel=0.01)

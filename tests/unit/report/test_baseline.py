@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sglprof._analysis.compare import StepWork
+from pytest_sglprof._analysis.strata import StepWork
 from pytest_sglprof._cli.main import main
 from pytest_sglprof._report.page.baseline import (
     Pair,

@@ -47,13 +47,20 @@ def test_it_satisfies_the_schema_and_is_written_the_same_today(path: Path, tmp_p
     assert without_additions(again, recorded) == recorded
 
 
+DEFAULTS = (
+    ("across", ""),
+    ("across", "peers"),
+    ("min_us", 0.0),
+)  # of what was added and is not null
+
+
 def without_additions(document: Any, recorded: Any) -> Any:
-    """`document` without the keys that are null there and missing in `recorded`."""
+    """`document` without the keys that are null or a default there and missing in `recorded`."""
     if isinstance(document, dict) and isinstance(recorded, dict):
         return {
             key: without_additions(value, recorded.get(key))
             for key, value in document.items()
-            if key in recorded or value is not None
+            if key in recorded or (value is not None and (key, value) not in DEFAULTS)
         }
     if isinstance(document, list) and isinstance(recorded, list):
         return [without_additions(*pair) for pair in zip(document, recorded, strict=True)]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
+from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._report.ci import (
     MAX_BYTES,
     escape,
@@ -9,10 +11,12 @@ from pytest_sglprof._report.ci import (
     properties_of_test,
     step_summary,
 )
+from pytest_sglprof._report.regression import RecordedRegression
 from pytest_sglprof._report.results import attempt_document
-from pytest_sglprof._report.terminal import STANDIN_NOTE, rank_table, summary_lines
+from pytest_sglprof._report.terminal import STANDIN_NOTE, baseline_line, rank_table, summary_lines
 from pytest_sglprof._verdict.wording import shorten, text_table
 from tests.support.kernel_tables import build, slow
+from tests.support.regressions import regression
 from tests.support.windows import BALANCED, SHORT, SLOW, as_run, as_window, run, window
 
 
@@ -29,6 +33,38 @@ def test_the_rank_table_of_a_failing_window() -> None:
         "",
         "most of it: fused_moe_kernel, 12.0 ms longer on TP1 than on its peers",
     ]
+
+
+def test_a_bad_night_that_passes_says_so_in_full() -> None:
+    recorded = regression()
+    assert recorded.figures[1].ratio is not None
+    assert recorded.figures[1].limit is not None
+    assert recorded.figures[1].ratio > recorded.figures[1].limit
+    assert baseline_line(recorded) == recorded.sentence
+    good = structs.replace(recorded, figures=recorded.figures[:1])
+    assert good.figures[0].ratio is not None
+    assert good.figures[0].ratio < (good.figures[0].limit or 0)
+    line = baseline_line(good)
+    assert line.startswith(f"compute {good.figures[0].ratio:.3g} (")
+    assert recorded.detection in line
+
+
+def test_the_summary_says_how_to_accept_what_only_accepted_lives_speak_against() -> None:
+    slower = regression()
+    plain = as_run(run([window(SLOW)]))
+    hint = f'if this change is intended: sglprof baseline accept {plain.run.id} --reason "…"'
+
+    def shown(recorded: RecordedRegression, word: VerdictWord) -> list[str]:
+        changed = structs.replace(plain.windows[0], regression=recorded, verdict=word)
+        return summary_lines(structs.replace(plain, windows=(changed,)))
+
+    assert hint in shown(slower, "fail")
+    assert hint not in shown(slower, "pass")
+    assert hint not in summary_lines(plain)
+    figures = [structs.replace(each, verdict="inconclusive") for each in slower.figures]
+    unsure = structs.replace(slower, figures=tuple(figures))
+    assert hint not in shown(unsure, "inconclusive")
+    assert hint in shown(structs.replace(unsure, not_comparable="gpu: A, B"), "inconclusive")
 
 
 def test_a_window_without_data_shows_its_reason_and_the_servers_own_words() -> None:
@@ -63,7 +99,7 @@ def test_several_groups_stand_in_one_table_and_many_ranks_are_cut() -> None:
     assert any(line.startswith("DP0 TP0 ") and "-" in line for line in lines)
     assert any(line.startswith("DP1 TP1 ") and "42.0" in line for line in lines)
     many = tuple(f"TP{at}" for at in range(64))
-    table = build(many, steps=30, scale=lambda rank, c, s: 1 + int(rank[2:]) / 100)
+    table = build(many, steps=50, scale=lambda rank, c, s: 1 + int(rank[2:]) / 100)
     shown = [
         line.split()[0] for line in rank_table(as_window(window(table))) if line.startswith("TP")
     ]

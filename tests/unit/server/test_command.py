@@ -236,6 +236,7 @@ def test_the_environment_is_parted_by_secrecy(monkeypatch):
         "PYTHONUNBUFFERED": "1",
         "SGLANG_LOG_MS": "0",
         "SGLANG_LOG_FORWARD_ITERS": "1",
+        "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": "/t/experts",
         "SGLANG_ENABLE_NVTX_SCHEDULER": "1",
     }
     plain, _ = command.server_environment(ServerSpec(), STANDIN, {"PYTHONPATH": "x"}, Path("/t"))

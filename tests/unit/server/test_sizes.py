@@ -5,7 +5,13 @@ import json
 import pytest
 
 from pytest_sglprof._ranks import Rank
-from pytest_sglprof._server.sizes import ServerSizes
+from pytest_sglprof._server.sizes import (
+    PassSettings,
+    ServerSizes,
+    pass_settings,
+    settings_part,
+    write_settings,
+)
 
 
 def labels(**info: object) -> list[str]:
@@ -91,14 +97,143 @@ def test_odd_values_become_the_defaults():
 
 
 def test_batch_sizes_of_decode_graphs(shared_data):
-    from pytest_sglprof._server.sizes import graph_batches
-
     info = json.loads((shared_data / "logs/tp2/server_info.json").read_text())
-    assert graph_batches(info) == ()  # a CPU server: its backend is "disabled"
+    assert pass_settings(info).capture_sizes == ()  # a CPU server: its backend is "disabled"
+    assert pass_settings(info).graphs is False
     decode = info["cuda_graph_config"]["decode"]
     decode["backend"] = "full"
-    assert graph_batches(info) == tuple(sorted(decode["bs"]))
-    for key in ("disable_cuda_graph", "disable_cuda_graph_padding", "enable_dp_attention"):
-        assert graph_batches({**info, key: True}) == ()
-    assert graph_batches({"cuda_graph_bs": [4, 1, 2]}) == (1, 2, 4)
-    assert graph_batches({}) == ()
+    for state in info["internal_states"]:
+        del state["decode_cuda_graph_bs"]
+        state["effective_max_running_requests_per_dp"] = 4096
+    assert pass_settings(info).capture_sizes == tuple(sorted(decode["bs"]))
+    for key in ("disable_cuda_graph", "disable_cuda_graph_padding"):
+        assert pass_settings({**info, key: True}).capture_sizes == ()
+    old = {"cuda_graph_bs": [4, 1, 2], "disable_cuda_graph": False}
+    assert pass_settings(old).capture_sizes == (1, 2, 4)
+    assert pass_settings({}) == PassSettings()
+
+
+DEEPEP = {
+    "version": "0.5.23",
+    "tp_size": 8,
+    "attn_dp_size": 8,
+    "enable_dp_attention": True,
+    "moe_a2a_backend": "deepep",
+    "moe_dense_tp_size": 1,
+    "enable_dp_lm_head": True,
+    "elastic_ep_backend": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "regime"),
+    [
+        ({}, "local"),
+        ({"moe_dense_tp_size": None}, "gather"),
+        ({"moe_dense_tp_size": 2}, "gather"),  # above tp / dp
+        ({"moe_dense_tp_size": 2, "attn_dp_size": 4}, "local"),
+        ({"enable_dp_lm_head": False}, "gather"),
+        ({"moe_a2a_backend": "none"}, "gather"),
+        ({"moe_a2a_backend": None}, "gather"),  # as older versions say it
+        ({"moe_a2a_backend": "flashinfer"}, "gather"),
+        ({"moe_a2a_backend": "flashinfer", "version": "0.5.9"}, None),  # another rule then
+        ({"moe_a2a_backend": "mori"}, None),  # an environment variable decides
+        ({"elastic_ep_backend": "mooncake"}, None),
+        ({"elastic_ep_backend": "mooncake", "moe_dense_tp_size": None}, "gather"),
+        ({"enable_dp_attention": False}, None),
+    ],
+)
+def test_by_whose_batch_a_graph_is_chosen(change, regime):
+    assert pass_settings({**DEEPEP, **change}).regime == regime
+
+
+@pytest.mark.parametrize("absent", ["moe_a2a_backend", "moe_dense_tp_size", "enable_dp_lm_head"])
+def test_a_regime_is_unknown_without_one_of_its_keys(absent):
+    info = {key: value for key, value in DEEPEP.items() if key != absent}
+    assert pass_settings(info).regime is None
+
+
+def test_before_attn_dp_size_the_regime_is_that_of_the_same_server():
+    info = {key: value for key, value in DEEPEP.items() if key != "attn_dp_size"}
+    old = pass_settings({**info, "dp_size": 8, "version": "0.5.9"})
+    assert (old.regime, old.dp_attention) == ("local", True)
+
+
+def graphs(sizes, **more):
+    """A server whose decode graphs are configured."""
+    return {"cuda_graph_config": {"decode": {"backend": "full", "bs": sizes}}, **more}
+
+
+def brute_force_sizes(sizes, most, rows, align):
+    """`get_batch_sizes_to_capture` of SGLang 0.5.23, word by word."""
+    capture = list(sizes)
+    most = (most + align - 1) // align * align
+    if max(capture) > most:
+        capture += [most]
+    capture = [size for size in capture if size * rows % align == 0]
+    return tuple(sorted({size for size in capture if size <= most}))
+
+
+@pytest.mark.parametrize("draft_tokens", [None, 3, 4])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("most", [3, 10, 14, 16, 99])
+@pytest.mark.parametrize("attn_dp", [2, 8])
+def test_captured_sizes_as_sglang_derives_them(draft_tokens, overlap, most, attn_dp):
+    sizes = [1, 2, 4, 6, 8, 12, 16, 24]
+    info = graphs(
+        sizes,
+        version="0.5.23",
+        tp_size=8,
+        attn_dp_size=attn_dp,
+        enable_dp_attention=True,
+        moe_dense_tp_size=None,
+        enable_two_batch_overlap=overlap,
+        speculative_algorithm="EAGLE" if draft_tokens else None,
+        speculative_num_draft_tokens=draft_tokens,
+        internal_states=[{"effective_max_running_requests_per_dp": most}],
+    )
+    rows = 1 if overlap else draft_tokens or 1
+    align = 8 // attn_dp * (2 if overlap else 1)
+    found = pass_settings(info)
+    assert found.capture_sizes == brute_force_sizes(sizes, most, rows, align)
+    assert found.speculative == bool(draft_tokens)
+    assert found.graphs is True
+
+
+def test_what_the_server_says_it_captured_counts_most():
+    states = [{"decode_cuda_graph_bs": [8, 4]}] * 2
+    assert pass_settings(graphs([1, 2], internal_states=states)).capture_sizes == (4, 8)
+    states = [{"decode_cuda_graph_bs": [8]}, {"decode_cuda_graph_bs": [4]}]
+    assert pass_settings(graphs([1, 2], internal_states=states)).capture_sizes == ()
+
+
+def test_sizes_are_unknown_where_their_rule_is():
+    old = graphs([1, 2, 4], version="0.5.9", tp_size=2, moe_a2a_backend="deepep")
+    assert pass_settings(old).capture_sizes == (2, 4)
+    spec = {"speculative_algorithm": "EAGLE", "speculative_num_draft_tokens": 2}
+    assert pass_settings({**old, **spec}).capture_sizes == ()
+    assert pass_settings(graphs([1, 2], attn_cp_size=2)).capture_sizes == ()
+    assert pass_settings(graphs(["1", True, -2])).capture_sizes == ()
+
+
+def test_a_custom_all_reduce_works_inside_one_node():
+    for info, expected in [
+        ({}, None),
+        ({"disable_custom_all_reduce": False}, True),
+        ({"disable_custom_all_reduce": True}, False),
+        ({"disable_custom_all_reduce": False, "device": "cpu"}, False),
+        ({"disable_custom_all_reduce": False, "nnodes": 2}, False),
+        ({"disable_custom_all_reduce": False, "nnodes": 2, "pp_size": 2}, True),
+    ]:
+        assert pass_settings(info).custom_all_reduce is expected
+
+
+def test_what_is_kept_of_the_answer_has_no_secret_and_the_same_settings(shared_data, tmp_path):
+    info = json.loads((shared_data / "logs/tp2/server_info.json").read_text())
+    info |= {"api_key": "sk-verysecret", "launch_command": "serve --api-key sk-verysecret"}
+    write_settings(tmp_path, info)
+    text = (tmp_path / "server_info.json").read_text()
+    assert "sk-verysecret" not in text
+    assert info["model_path"] not in text
+    assert pass_settings(json.loads(text)) == pass_settings(info)
+    assert settings_part(json.loads(text)) == json.loads(text)

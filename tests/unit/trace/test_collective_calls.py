@@ -136,6 +136,25 @@ def test_numbers_that_are_not_asked_for_are_not_looked_for(
 
 
 @pytest.mark.parametrize(
+    ("args", "operation", "size"),
+    [
+        ({"Collective name": "all_to_all", "Group size": 4}, "all_to_all", 4),
+        ({"Collective name": "allreduce"}, "allreduce", -1),
+        ({"Collective name": 7, "Group size": "4"}, "", -1),
+        ({"Collective name": None, "Group size": 2**70}, "", -1),
+        ({}, "", -1),
+    ],
+)
+def test_what_a_call_was_asked_for_and_by_how_many(
+    tmp_path: Path, read: Read, args: Event, operation: str, size: int
+) -> None:
+    calls = read(write(tmp_path, document(rank_events(**args)))).collectives
+    assert len(calls) == STEPS * CALLS
+    assert set(calls["operation"]) == {operation}
+    assert set(calls["group_size"]) == {size}
+
+
+@pytest.mark.parametrize(
     "args",
     [{"Process Group Name": 3}, {"Process Group Name": None}, {"Process Group Name": ""}],
 )
@@ -200,14 +219,17 @@ def test_ranks_of_a_merged_file_have_numbers_of_their_own(tmp_path: Path, read: 
 def test_a_trace_without_groups_has_no_such_rows(tmp_path: Path, read: Read) -> None:
     table = read(write(tmp_path, document([kernel(NCCL, 10, 5), kernel("gemm", 1, 5)])))
     assert table.collectives.empty
-    assert list(table.collectives) == ["process_group", "sequence"]
+    assert list(table.collectives) == ["process_group", "sequence", "operation", "group_size"]
 
 
 def test_a_real_trace_of_nccl(shared_data: Path, read: Read) -> None:
     """PyTorch 2.3 on an A100: groups and operators, but no numbers yet."""
     path = shared_data / "torch/a100-nccl/rank-0.json.gz"
-    found = told(read(path))
+    table = read(path)
+    found = told(table)
     assert found == truth(path)
+    assert set(table.collectives["operation"]) == {"allreduce", "broadcast"}
+    assert set(table.collectives["group_size"]) == {2}
     assert [(group, number) for _, group, number in found] == [("0", -1)] * 21
 
 

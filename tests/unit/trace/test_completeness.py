@@ -98,7 +98,7 @@ def window(
 
 
 def verdict(table: KernelTable) -> Verdict:
-    return judge(table, [LIMIT])
+    return judge(table, [LIMIT], min_steps=30)
 
 
 @pytest.fixture(params=["decoded", "scanned"])

@@ -16,7 +16,7 @@ from pytest_sglprof._trace.torch import assemble
 from pytest_sglprof._verdict.judge import judge
 from tests.support.nsys_exports import global_id, kernel, make_export
 
-STEPS = 40
+STEPS = 60
 LIMIT = Threshold(metric="slowdown", limit=1.10, scope="compute")
 H100, MI300 = [{"id": 0, "name": "NVIDIA H100"}], [{"id": 0, "name": "AMD Instinct MI300X"}]
 Facts = dict[str, Any]
@@ -247,3 +247,22 @@ def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "GPU NVIDIA H100 (TP0) and AMD Instinct MI300X (TP1)" in capsys.readouterr().out
     assert main([*command, "--force"]) == 1
     assert "TP1 is 1.30x slower" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("way")
+def test_a_table_says_which_run_it_is_of(tmp_path: Path) -> None:
+    files(
+        tmp_path,
+        trace(0, deviceProperties=H100 * 2, cuda_driver_version="12.8"),
+        trace(1, deviceProperties=MI300),
+    )
+    assert dict(read_window(tmp_path).run) == {
+        "GPU": "AMD Instinct MI300X, NVIDIA H100",
+        "CUDA driver": "12.8",
+    }
+
+
+def test_a_report_says_which_run_it_is_of(tmp_path: Path) -> None:
+    both = {**gpu("NVIDIA H200"), **driver("13000")}
+    table = read_window(reports(tmp_path, both, gpu("NVIDIA H200")))
+    assert dict(table.run) == {"GPU": "NVIDIA H200", "CUDA driver": "13000"}

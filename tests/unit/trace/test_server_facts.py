@@ -6,8 +6,8 @@ import pandas as pd
 
 from pytest_sglprof._analysis.groups import compared_steps, step_spans
 from pytest_sglprof._server.log_lines import AcceptLength, ServerFacts
-from pytest_sglprof._trace.steps import with_server_facts
-from pytest_sglprof._trace.table import KernelTable, Step
+from pytest_sglprof._trace.steps import with_server_facts, with_settings
+from pytest_sglprof._trace.table import KernelTable, PassSettings, Step
 from tests.support.kernel_tables import from_rows
 
 UNIX = 1_795_491_584
@@ -68,7 +68,9 @@ def test_a_replayed_decode_step_was_padded_to_the_next_graph() -> None:
         for n, (size, share, stage, _) in enumerate(cases)
     ]
     before = from_rows([], steps=steps, ranks=("TP0",))
-    found = with_server_facts(before, ServerFacts(graph_batches=(1, 2, 4, 8)))
+    settings = PassSettings(capture_sizes=(1, 2, 4, 8))
+    found = with_settings(before, settings)
+    assert found.settings == settings
     assert found.steps["padded_batch"].tolist() == [padded for *_, padded in cases]
 
 

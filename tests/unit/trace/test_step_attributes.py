@@ -10,8 +10,9 @@ import pytest
 import pytest_sglprof._trace.torch.assemble as torch_window
 from pytest_sglprof._analysis.groups import compared_steps, step_spans
 from pytest_sglprof._trace.completeness import ANY_LAUNCH
+from pytest_sglprof._trace.passes import parse_step
 from pytest_sglprof._trace.read import read_window
-from pytest_sglprof._trace.steps import interruption, parse_step
+from pytest_sglprof._trace.steps import interruption
 from pytest_sglprof._trace.table import KernelTable
 from pytest_sglprof._trace.torch.collect import IdleCalls
 from pytest_sglprof._trace.torch.events import Annotation
@@ -52,6 +53,27 @@ def rank_file(
 
 def column(table: KernelTable, name: str) -> list[object]:
     return table.steps.sort_values("start_ns")[name].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("DECODE bs=4 g_sq=4 g_sqsq=4 g_sqsk=4096 g_sk=4096 forward_id=1", 4096),
+        ("VERIFY bs=2 g_sq=8 g_sqsq=32 g_sqsk=800 g_sk=200 forward_id=1", 800),
+        ("EXTEND bs=2 toks=9 c_sq=9 c_sqsq=41 c_sqsk=50 c_sk=11 forward_id=1", 50),
+        ("DRAFT bs=2 c_sq=9 c_sqsq=41 c_sqsk=50 c_sk=11 forward_id=1", 50),
+        ("MIXED bs=3 c=1 g=2 c_sq=9 c_sk=11 c_sqsq=81 c_sqsk=99 g_sq=2 g_sk=30 g_sqsq=2 g_sqsk=30 "
+         "forward_id=1", 129),
+        ("IDLE bs=0 forward_id=1", 0),
+        ("IDLE bs=0", -1),
+        ("DECODE bs=4", -1),
+        ("DECODE bs=4 forward_id=1", -1),
+    ],
+)  # fmt: skip
+def test_query_keys_are_the_products_of_query_and_kv_tokens(text: str, expected: int) -> None:
+    step = parse_step(Annotation(0, f"step[{text}]", 0, 1, gpu=False))
+    assert step is not None
+    assert step.query_keys == expected
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,24 @@ def test_the_table_gives_the_same_answer(window: Path, found: dict[str, Any]) ->
     (finding,) = stragglers(read_window(window))
     assert finding.straggler == found["straggler"]
     assert [rank.wait_ns for rank in finding.ranks] == [r["wait_ns"] for r in found["ranks"]]
+
+
+def test_calls_that_may_be_transfers_between_stages_are_not_used_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two ranks without a place, SendRecv may be either; of TP0 and TP1 it is an all-to-all."""
+    for rank, events in enumerate(rank_events()):
+        named = [
+            {**each, "name": "ncclDevKernel_SendRecv"} if each["name"] == COLLECTIVE else each
+            for each in events
+        ]
+        write(tmp_path, document(named), f"{'ab'[rank]}.json")
+    given = [f"--rank={file}.json" for file in "ab"]
+    words = [*LATE, str(tmp_path)]
+    assert main([*words, f"{given[0]}=GPU0", f"{given[1]}=GPU1"]) == 3
+    assert f"not used: {2 * STEPS * LAYERS} calls that may be p2p or" in capsys.readouterr().out
+    assert main([*words, f"{given[0]}=TP0", f"{given[1]}=TP1"]) == 1
+    out = capsys.readouterr().out
+    assert "TP1 arrives" in out
+    assert "not used" not in out
+    assert "clocks agree within 0 ns" in out

@@ -198,6 +198,21 @@ def test_processes_change_nothing(tmp_path: Path, scanned: Callable[..., KernelT
     same(table, alone)
 
 
+def test_one_of_the_processes_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [(path, ScanRequest()) for path in ranks(tmp_path)]
+    start, started = pool._start, []
+
+    def counted() -> subprocess.Popen[bytes]:
+        started.append(start())
+        return started[-1]
+
+    monkeypatch.setattr(pool, "_start", counted)
+    contents = pool.read_in_processes(jobs, 3)
+    assert [content.path for content in contents] == [path for path, _ in jobs]
+    assert all(len(content.columns) for content in contents)
+    assert len(started) == 2
+
+
 def test_a_broken_file_among_many_is_named(
     tmp_path: Path, scanned: Callable[..., KernelTable]
 ) -> None:

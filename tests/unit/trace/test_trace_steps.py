@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_sglprof._trace.passes import parse_step
 from pytest_sglprof._trace.read import read_window
-from pytest_sglprof._trace.steps import parse_step, self_times
+from pytest_sglprof._trace.steps import self_times
 from pytest_sglprof._trace.table import KernelTable, Step
 from pytest_sglprof._trace.torch.events import Annotation
 from tests.support import plain_traces as plain
@@ -38,6 +39,16 @@ def step_of(table: KernelTable, rank: str = "TP0") -> dict[str, tuple[int, str]]
         ("step[MIXED bs=3 toks=9]", ("mixed", 3, 9, -1)),
         ("step[TARGET_VERIFY bs=3 forward_id=0]", ("decode", 3, 3, 0)),
         ("step[IDLE bs=0]", ("idle", 0, -1, -1)),
+        ("step[IDLE bs=0 forward_id=4]", ("idle", 0, 0, 4)),
+        ("step[SPLIT_PREFILL bs=1 forward_id=4]", ("prefill", 1, -1, 4)),
+        ("step[DRAFT_EXTEND_V2 bs=4]", ("decode", 4, 4, -1)),
+        ("step[DRAFT bs=2 forward_id=4]", ("decode", 2, 2, 4)),
+        ("step[DRAFT bs=0 forward_id=4]", ("idle", 0, 0, 4)),
+        ("step[DRAFT bs=2 toks=30 c_sq=30 c_sk=99 forward_id=4]", ("prefill", 2, 30, 4)),
+        ("step[DRAFT bs=3 c=1 g=2 c_sq=30 g_sq=2 forward_id=4]", ("mixed", 3, 32, 4)),
+        ("step[DRAFT bs=2 c_sq=8 c_sk=99 forward_id=4]", ("decode", 2, 8, 4)),
+        ("step[VERIFY bs=2 g_sq=8 g_sk=99 forward_id=4]", ("decode", 2, 8, 4)),
+        (f"step[DECODE bs=1 forward_id={2**40}]", ("decode", 1, 1, -1)),
         ("step[NEW_MODE bs=1]", ("unknown", 1, -1, -1)),
         ("step[DECODE]", ("decode", -1, -1, -1)),
         ("step[DECODE bs=99999999999999999999999]", ("decode", -1, -1, -1)),
@@ -139,11 +150,18 @@ def test_forward_ids_number_steps_across_ranks(tmp_path: Path) -> None:
     assert list(table.steps["step"]) == list(table.steps["forward_id"])
 
 
-@pytest.mark.parametrize("second", [[None, None], [7, None], [7, 7]])
-def test_without_an_id_everywhere_all_ranks_count_by_order(
+@pytest.mark.parametrize("second", [[7, None], [7, 7]])
+def test_a_span_without_an_id_or_with_the_same_is_of_the_pass_before_it(
     tmp_path: Path, second: list[int | None]
 ) -> None:
     files = [rank_file(tmp_path, 0, [5, 9]), rank_file(tmp_path, 1, second)]
+    table = read_window(files)
+    assert step_of(table, "TP0") == {"k0": (5, "decode"), "k1": (9, "decode")}
+    assert step_of(table, "TP1") == {"k0": (7, "decode"), "k1": (7, "decode")}
+
+
+def test_without_an_id_everywhere_all_ranks_count_by_order(tmp_path: Path) -> None:
+    files = [rank_file(tmp_path, 0, [5, 9]), rank_file(tmp_path, 1, [None, None])]
     table = read_window(files)
     assert step_of(table, "TP0") == {"k0": (0, "decode"), "k1": (1, "decode")}
     assert step_of(table, "TP1") == step_of(table, "TP0")

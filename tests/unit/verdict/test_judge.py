@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._config.thresholds import default_thresholds, thresholds_from_keywords
+from pytest_sglprof._report.terminal import spike_lines
 from pytest_sglprof._trace.table import KernelTable
 from pytest_sglprof._verdict.judge import Verdict, judge
 from tests.support.kernel_tables import KERNELS, build, slow
+from tests.support.planted import Plan, window
 
 MOE = Threshold(scope="moe", limit=1.10)
 FOUR = ("DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1")
@@ -33,7 +36,7 @@ def test_a_failure_names_rank_scope_figures_limit_and_kernel() -> None:
 
 def test_a_failure_of_compute_names_the_category_too() -> None:
     verdict = judge(build(scale=slow("TP1", "moe", 1.4)), default_thresholds())
-    assert "in compute (limit 1.10)" in verdict.reason
+    assert "in compute (limit 1.05)" in verdict.reason
     assert (
         "most of all in moe: fused_moe_kernel alone accounts for 12.0 ms of the difference"
         in verdict.reason
@@ -53,9 +56,46 @@ def test_a_balanced_window_passes_with_its_figures() -> None:
     assert verdict.word == "pass"
     assert verdict.reason == (
         "TP1 is 1.02x slower than its peers in moe (limit 1.10): 30.6 ms against 30.0 ms "
-        "over 50 steps"
+        "over 50 steps; at most 1.020 in this window"
     )
-    assert judge(build(), [MOE]).reason == "no rank is slower in moe over 50 steps (limit 1.10)"
+    assert judge(build(), [MOE]).reason == (
+        "no rank is slower in moe over 50 steps (limit 1.10); at most 1.000 in this window"
+    )
+
+
+def test_spikes_are_judged_by_a_metric_of_their_own() -> None:
+    """A rank of which six steps take three times as long is not slow throughout."""
+    late = (3, 11, 20, 31, 38, 46)
+    table = build(
+        scale=lambda rank, c, step: 3.0 if rank == "TP1" and c == "moe" and step in late else 1.0
+    )
+    assert judge(table, [MOE]).word == "pass"
+    verdict = judge(table, [Threshold("spike_share", 0.01, scope="moe")], min_steps=50)
+    (judgement,) = verdict.judgements
+    finding = judgement.finding
+    assert finding is not None
+    assert (finding.spike_rank, finding.spike_steps, finding.spike_steps_of_all) == ("TP1", 6, 6)
+    # Six steps of 1.8 ms instead of 0.6, of 44 · 0.6 + 6 · 1.8 in all.
+    assert judgement.value == pytest.approx(6 * 1.2 / (44 * 0.6 + 6 * 1.8))
+    assert "TP1 loses 19.35 % of the time in moe in spikes (limit 1.00 %)" in verdict.reason
+    assert "it has 6 of the 6 steps above 1.3 times its usual over 50 steps" in verdict.reason
+    assert verdict.word == "fail"
+    assert spike_lines(finding) == [
+        "spikes: TP1 has 6 of the 6 steps above 1.3 times the usual; they take 19.4 % of the time"
+    ]
+
+
+def test_what_noise_alone_loses_is_not_judged() -> None:
+    times = np.random.default_rng(0).normal(1.0, 0.05, (50, 2))
+    table = build(scale=lambda rank, c, step: float(times[step, int(rank[2:])]))
+    (judgement,) = judge(table, [Threshold("lost_share", 0.02)]).judgements
+    finding = judgement.finding
+    assert finding is not None
+    assert finding.lost_share is not None
+    assert finding.lost_share > 0.02
+    assert judgement.value is not None
+    assert judgement.value < 0.01
+    assert "is what noise alone loses" in judgement.reason
 
 
 def test_exactly_the_limit_passes() -> None:
@@ -88,14 +128,14 @@ def test_the_worst_failure_comes_first_and_the_others_by_their_figures() -> None
     assert verdict.deciding is not None
     assert verdict.deciding.threshold == MOE
     assert verdict.reason.startswith("TP1 is 1.40x slower than its peers in moe")
-    assert "also beyond their limits: slowdown of compute 1.22 (limit 1.10)" in verdict.reason
+    assert "also beyond their limits: slowdown of compute 1.22 (limit 1.05)" in verdict.reason
     assert verdict.reason.endswith("not judged: no activity of rope")
 
 
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
-        (build(steps=29), "29 steps with compute, 30 are needed for a verdict"),
+        (build(steps=49), "49 steps with compute, 50 are needed for a verdict"),
         (build(("TP0",)), "TP0 is the only rank with this input"),
         (build(silent=["TP1"]), "TP1 recorded no activity"),
         (build(partial=True), "a trace of this window is truncated"),
@@ -114,7 +154,7 @@ def test_too_little_data_is_inconclusive_however_bad_the_figures(
 
 def test_steps_without_the_scope_do_not_count_for_it() -> None:
     table = build(steps=50, scale=lambda rank, c, step: 0.0 if c == "moe" and step > 9 else 1.0)
-    assert judge(table, [MOE]).reason.startswith("10 steps with moe, 30 are needed")
+    assert judge(table, [MOE]).reason.startswith("10 steps with moe, 50 are needed")
     assert judge(table, default_thresholds()).word == "pass"
     assert judge(table, [MOE], min_steps=10).word == "pass"
 
@@ -161,7 +201,9 @@ def test_a_failing_replica_fails_though_another_is_idle() -> None:
     assert words(verdict) == ["inconclusive", "fail"]
     assert verdict.word == "fail"
     assert verdict.reason.startswith("DP1 TP1 is 1.40x slower")
-    assert verdict.reason.endswith("not judged: DP0: no rank recorded any activity")
+    assert verdict.reason.endswith(
+        "not judged: DP0: replicas that never meet: DP0, DP1; DP0 had no pass"
+    )
     assert judge(build(FOUR, silent=FOUR[:2]), [MOE]).word == "inconclusive"
 
 
@@ -194,6 +236,13 @@ def test_nothing_to_judge_passes_and_says_so() -> None:
     assert verdict.deciding is None
 
 
+def test_thresholds_of_lives_alone_are_set_although_they_judge_no_ranks() -> None:
+    verdict = judge(build(), [Threshold(metric="regression", limit=1.05)])
+    assert (verdict.word, verdict.reason) == ("pass", "no threshold compares its ranks")
+    both = judge(build(), [Threshold(metric="regression", limit=1.05), Threshold()])
+    assert "no threshold" not in both.reason
+
+
 @given(
     st.integers(2, 6),
     st.integers(0, 5),
@@ -206,7 +255,7 @@ def test_fail_exactly_when_a_planted_slowdown_is_above_the_limit(
 ) -> None:
     ranks = tuple(f"TP{number}" for number in range(size))
     slowed = ranks[at % size]
-    table = build(ranks, steps=30, scale=slow(slowed, "moe", factor))
+    table = build(ranks, steps=50, scale=slow(slowed, "moe", factor))
     verdict = judge(table, [Threshold(scope="moe", limit=limit)])
     totals = sorted(round(600_000 * (factor if rank == slowed else 1.0)) for rank in ranks)
     truth = totals[-1] / statistics.median(totals[:-1])
@@ -223,3 +272,15 @@ def test_one_faster_rank_of_three_blames_the_others_together() -> None:
         "TP0, TP2 are equally 1.33x slower than their peers in moe (limit 1.10): 30.0 ms against "
         "22.5 ms over 50 steps"
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 6])
+def test_the_level_of_failures_holds_for_all_thresholds_together(seed: int) -> None:
+    """Holm 1979: what fails alone may be chance among twenty, unless the others fail too."""
+    plan = Plan(ranks=4, steps=60, layers=1, jitter=0.05, seed=seed, slow={(3, ""): 1.08})
+    table, limit = window(plan), Threshold(limit=1.05)
+    assert judge(table, [limit]).word == "fail"
+    never = [Threshold(limit=2.0 + number) for number in range(20)]
+    assert judge(table, [limit, *never]).judgements[0].verdict == "inconclusive"
+    surely = [Threshold(limit=1.001 + number * 1e-6) for number in range(20)]
+    assert words(judge(table, [limit, *surely])) == ["fail"] * 21

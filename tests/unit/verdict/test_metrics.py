@@ -11,8 +11,12 @@ from string import Formatter
 
 import pytest
 
+from pytest_sglprof._analysis.budget import StepBudget, budget_of, step_walls
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding, imbalance_of_groups
+from pytest_sglprof._analysis.lives import LifeChange
 from pytest_sglprof._analysis.times import sum_times
+from pytest_sglprof._baselines.figures import Figure
+from pytest_sglprof._baselines.records import LoadFigure
 from pytest_sglprof._cli import check as command
 from pytest_sglprof._config.load import Settings, load_config
 from pytest_sglprof._config.model import Threshold, WindowSpec
@@ -23,9 +27,12 @@ from pytest_sglprof._metrics import METRICS, UNITS, Metric, metrics_of
 from pytest_sglprof._report.page.figures import heat_maps, numbers
 from pytest_sglprof._report.results import validate
 from pytest_sglprof._report.terminal import imbalance_line
-from pytest_sglprof._verdict.judge import facts, judge
+from pytest_sglprof._verdict.judge import judge
+from pytest_sglprof._verdict.life_words import change_facts, load_facts
+from pytest_sglprof._verdict.reasons import facts
 from pytest_sglprof._verdict.repeats import judge_repeats
 from tests.support.kernel_tables import build, slow
+from tests.support.passes import TWO, decoding
 from tests.support.windows import run, window
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -34,11 +41,12 @@ EVENNESS = Metric(
     of="ranks",
     value="factor",
     interval="factor_interval",
+    estimate="share_of_mean",
     sentence="{group}the evenness of {subject} is {value}{limit}",
     better="higher",
     best=2.0,
-    needs_p=False,
 )
+CHANGE = LifeChange(accepted=5, fresh=1, log_ratio=0.1, error=0.01, freedom=4.0, sd=0.01)
 SLOW = build(scale=slow("TP1", "moe", 1.4))
 
 
@@ -49,25 +57,43 @@ def evenness(monkeypatch: pytest.MonkeyPatch) -> Metric:
     return EVENNESS
 
 
-def finding() -> ImbalanceFinding:
+def finding(row: Metric) -> ImbalanceFinding | StepBudget | LifeChange | LoadFigure:
+    """Of the kind that has the metric."""
+    if row.of == "lives":
+        return CHANGE
+    if row.of == "load":
+        return LoadFigure(value=40.0, lives=2, interval=(38.0, 42.0))
+    if row.of == "steps":
+        return budget_of(step_walls(SLOW))
+    if row.across == "sync":
+        (judgement,) = judge(decoding(TWO), [Threshold(row.name, 0.1)]).judgements
+        assert judgement.finding is not None
+        return judgement.finding
     return imbalance_of_groups(sum_times(SLOW))[0]
 
 
 @pytest.mark.parametrize("row", METRICS.values(), ids=lambda row: row.name)
 class TestEveryRow:
     def test_is_an_attribute_of_its_finding_with_an_interval(self, row: Metric) -> None:
-        assert isinstance(row.read(finding()), float)
-        low, high = row.read_interval(finding())
+        assert isinstance(row.read(finding(row)), float)
+        low, high = row.read_interval(finding(row))
         assert low <= high
 
     def test_has_its_line_in_the_docs(self, row: Metric) -> None:
         cells = (f"`{row.name}`", f"`{row.value}`", row.unit, row.better, row.bounds)
-        line = f"| {' | '.join(cells)} | {'yes' if row.needs_p else 'no'} | "
+        line = f"| {' | '.join(cells)} | "
         assert line in DOCS.read_text(encoding="utf-8")
 
     def test_has_sentences_that_name_the_figure_and_the_limit(self, row: Metric) -> None:
         limit = row.best * 1.01 or 0.01
-        known = facts(finding(), Threshold(row.name, limit), row.read(finding()), failed=True)
+        found = finding(row)
+        threshold = Threshold(row.name, limit if limit < float("inf") else 30.0)
+        if isinstance(found, LifeChange):
+            known = change_facts(Figure("compute"), threshold, found, 9e5, 1e6)
+        elif isinstance(found, LoadFigure):
+            known = load_facts(threshold, found.value, found.lives)
+        else:
+            known = facts(found, threshold, row.read(found), failed=True)
         for sentence in filter(None, (row.sentence, row.at_best)):
             assert sentence.format(**known)
             assert "limit" in {name for _, name, _, _ in Formatter().parse(sentence)}
@@ -91,7 +117,7 @@ def test_a_new_row_is_accepted_by_thresholds_markers_and_configuration(
     (threshold,) = thresholds_from_keywords({"evenness": 0.9}, "here")
     assert threshold.describe() == "evenness of compute >= 0.9"
     spec = window_spec(Settings(Path("out")), {"evenness": {"moe": 0.8}}, origin="marker")
-    assert spec.thresholds[-1].identity == ("moe", "", "", "evenness")
+    assert spec.thresholds[-1].identity == ("moe", "", "", "evenness", "")
     path = tmp_path / "sglprof.toml"
     path.write_text('[[threshold]]\nmetric = "evenness"\nlimit = 0.5\n')
     assert load_config(path)["threshold"][0]["metric"] == "evenness"
@@ -130,7 +156,8 @@ def test_a_new_row_stands_in_results_on_the_terminal_and_on_the_page(evenness: M
     assert numbers(judged)[0] == "evenness 1.10 (limit 1.01)"
     (heat_map,) = heat_maps(recorded)
     labels = [figure.label for figure in heat_map.figures]
-    assert labels == [row.label.capitalize() for row in metrics_of("ranks")]
+    of_peers = [row for row in metrics_of("ranks") if not row.across]
+    assert labels == [row.label.capitalize() for row in of_peers]
     assert labels[-1] == "Evenness"
 
 

@@ -4,10 +4,14 @@ sglprof.parts.history = (place, _window, data) => {
   const { element, colour, charts } = sglprof;
   const { runs, charts: wanted } = data[Number(place.dataset.index)];
   if (!wanted.length) return;
-  const SIGNS = { pass: "●", fail: "✗", inconclusive: "?" };
+  const SIGNS = { fail: "✗", inconclusive: "?" };
+  const knowsAccepted = runs.some((run) => run.is_accepted != null);
+  const KEY = knowsAccepted ? "● accepted, ○ not accepted, ✗ fail, ? inconclusive, dashed: change" : "● pass, ✗ fail, ? inconclusive";
+  const isBad = (run) => !run.is_accepted && (run.verdict === "fail" || run.verdict === "inconclusive");
+  const sign = (run) => (isBad(run) ? SIGNS[run.verdict] : run.is_accepted === false ? "○" : "●");
   const DASHES = [[], [6, 4], [2, 3], [8, 3, 2, 3]];
   const x = runs.map((_run, at) => at + 1);
-  const readout = element("p", { class: "readout", "aria-live": "polite", text: "Point at a run, or move with the arrow keys. ● pass, ✗ fail, ? inconclusive" });
+  const readout = element("p", { class: "readout", "aria-live": "polite", text: `Point at a run, or move with the arrow keys. ${KEY}` });
   const box = element("div", { class: "chart small-multiples", tabindex: 0, role: "img", "aria-label": `Figures of ${runs.length} runs; the table below has them all. Left and right move.` });
   place.append(readout, box);
   const room = sglprof.room(place);
@@ -22,7 +26,7 @@ sglprof.parts.history = (place, _window, data) => {
     at = index;
     const run = runs[at];
     const figures = wanted.flatMap((chart) => chart.series.map((one) => `${chart.title}${one.label ? ` (${one.label})` : ""} ${figure(one.values[at])}`));
-    readout.textContent = [`${at + 1}: ${run.run}`, run.opened, run.verdict, ...figures].filter(Boolean).join(" · ");
+    readout.textContent = [`${at + 1}: ${run.run}`, run.opened, run.verdict, run.is_accepted ? "accepted" : "", ...figures].filter(Boolean).join(" · ");
   }
 
   function paint(u, chart) {
@@ -34,10 +38,19 @@ sglprof.parts.history = (place, _window, data) => {
     for (const one of chart.series) {
       one.values.forEach((value, index) => {
         if (value == null) return;
-        const word = runs[index].verdict;
-        ctx.fillStyle = colour(word === "pass" ? "accent" : word);
-        ctx.fillText(SIGNS[word], u.valToPos(x[index], "x", true), u.valToPos(value, "y", true));
+        ctx.fillStyle = colour(isBad(runs[index]) ? runs[index].verdict : "accent");
+        ctx.fillText(sign(runs[index]), u.valToPos(x[index], "x", true), u.valToPos(value, "y", true));
       });
+    }
+    ctx.strokeStyle = colour("inconclusive");
+    ctx.lineWidth = 2 * devicePixelRatio;
+    ctx.setLineDash([5 * devicePixelRatio, 4 * devicePixelRatio]);
+    for (const change of chart.changes ?? []) {
+      const place = u.valToPos(x[change] - 0.5, "x", true);
+      ctx.beginPath();
+      ctx.moveTo(place, u.bbox.top);
+      ctx.lineTo(place, u.bbox.top + u.bbox.height);
+      ctx.stroke();
     }
     ctx.restore();
   }

@@ -1,0 +1,129 @@
+"""The server of a test: started or attached to, checked, kept to itself, closed, described."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._errors import ServerDied, ServerError
+from pytest_sglprof._server import lease as leases
+from pytest_sglprof._server.client import server_name
+from pytest_sglprof._server.command import LAUNCHERS
+
+if TYPE_CHECKING:
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._report.model import RecordedServer
+    from pytest_sglprof._run.folder import RunFolder
+    from pytest_sglprof._server.launch import Server
+
+API_KEY_ENV = "SGLPROF_API_KEY"
+ADMIN_KEY_ENV = "SGLPROF_ADMIN_API_KEY"
+TEST_LEASE_TIMEOUT = 3600.0  # s to wait for another test, which may be long
+
+
+def open_server(
+    spec: ServerSpec,
+    settings: Settings,
+    folder: RunFolder,
+    progress: Callable[[str], None] | None,
+) -> Server:
+    """Starts the server of `spec`, or attaches to that of `--sglprof-server`.
+
+    The keys of an attached server are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    """
+    from pytest_sglprof._server import launch as servers
+
+    if settings.server:
+        return servers.attach(
+            settings.server,
+            api_key=os.environ.get(API_KEY_ENV, ""),
+            admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
+            server_dir=settings.server_dir,
+            nsys_session=settings.nsys_session or None,
+            nsys_path=settings.nsys or None,
+            python=settings.python,
+            folder=folder.server("attached"),
+        )
+    return servers.launch(
+        spec,
+        folder=folder.server(spec.key),
+        nsys_path=settings.nsys or None,
+        progress=progress,
+    )
+
+
+def close_server(server: Server) -> None:
+    """Stops a server that was started; raises `ServerError` if something of it remains."""
+    left = server.stop()
+    if server.keeper_fault:
+        # Only a warning: nothing remains, and the tests are not affected.
+        warnings.warn(f"{server.keeper_fault}; its server was ended without it", stacklevel=2)
+    if left:
+        raise ServerError(
+            f"the server {server.url} was stopped, but this is left: {', '.join(left)}",
+            expected="no process, nsys session, agent, lock or GPU memory",
+            hint=f"end it by hand; {server.folder / 'keeper.log'} says what was tried",
+        )
+
+
+def check_alive(server: Server) -> None:
+    """Raises `ServerDied` if the server has died since an earlier test."""
+    if server.attached or server.is_alive():
+        return
+    reason = server.exit_reason()
+    if reason is not None:
+        raise reason
+    raise ServerDied(
+        f"the server {server.url} is gone",
+        expected="a running server",
+        hint=f"look at {server.folder / 'server.log'}",
+    )
+
+
+@contextlib.contextmanager
+def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Iterator[None]:
+    """Keeps other tests of this machine from measuring on the same hardware during the block.
+
+    GPUs are leased for the whole life of a server, so that only attached servers and the cores
+    of CPU servers can be shared. The figures of the stand-in do not depend on the machine.
+    """
+    if server.attached:
+        name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
+    elif LAUNCHERS[server.kind].uses_hardware and server.sizes.is_cpu:
+        name, what = "test-cpu", "the processor, by a test of another CPU server"
+    else:
+        yield
+        return
+    lease = leases.acquire(name, timeout=TEST_LEASE_TIMEOUT, what=what, progress=progress)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def describe_server(server: Server, root: Path) -> RecordedServer:
+    """The server as in results.json. root: folder to which the path of its log is relative."""
+    from pytest_sglprof._report.results import server_document
+
+    return server_document(
+        key=server.spec.key,
+        kind=server.kind,
+        url=server.url,
+        command=server.command,
+        version=server.sizes.version,
+        sizes=server.sizes,
+        attached=server.attached,
+        nsys=server.nsys.tool.version if server.nsys is not None else "",
+        standin=LAUNCHERS[server.kind].is_standin,
+        model=server.spec.model_path or str(server.info.get("model_path", "")),
+        log=os.path.relpath(server.folder / "server.log", root) if server.log else "",
+        started=server.started,
+        ready_s=server.ready_s,
+        left_behind=server.left_behind,
+        locked_clocks=server.locked_clocks,
+    )
