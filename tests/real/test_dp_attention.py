@@ -37,6 +37,7 @@ pytestmark = pytest.mark.real_server
 PASSES, MANY = 60, 400
 LAST = 800  # tokens of each answer: no request ends in the window
 TOPK, LAYERS = 2, 2  # of the tiny model
+UNTOLD = ("otherwise than within them", "beyond that of its peers")  # reasons to say nothing
 ENDING = ("ending", "ending-2", "ending-3")  # windows with loads drawn alike
 
 
@@ -154,7 +155,8 @@ def test_the_driver_is_larger_on_the_rank_that_was_sent_more(
 def test_the_load_of_the_busy_rank_is_a_part_of_its_time(recorded: dict[str, Recorded]) -> None:
     """Two ranks on two cores slow each other, so in some windows they follow no common law.
 
-    Then nothing is said of the load, for that reason and no other.
+    In others, one rank has far more than the other. Nothing is said of the load then, for one of
+    these reasons and no other.
     """
     parts = []
     for name in ENDING:
@@ -162,7 +164,7 @@ def test_the_load_of_the_busy_rank_is_a_part_of_its_time(recorded: dict[str, Rec
             attention = attention_of(rank)
             print(name, rank.rank, attention)
             if attention.load is None:
-                assert "otherwise than within them" in attention.reason
+                assert any(reason in attention.reason for reason in UNTOLD)
             elif attention.ratio is not None and attention.ratio > 1:
                 parts.append(attention.load.ns)
     assert parts

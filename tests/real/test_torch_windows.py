@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.real_env import real_sglang
-from tests.support.real_project import Outcome, left_over, run_project, write_project
+from tests.support.real_project import FAR, Outcome, left_over, run_project, write_project
 
 pytestmark = pytest.mark.real_server
 
@@ -77,7 +77,7 @@ def test_two_windows_by_hand(sglang_server, bench_serving, profile_window):
         often = interrupted(pids["TP1"], stopped=0.002, running=0.001)
         with often, profile_window("seconds", duration=8.0) as seconds:
             seconds.wait()
-    assert steps.check("slowdown", 50) >= 1.0
+    assert steps.check("slowdown", {FAR}) >= 1.0
     # A rank that is stopped for two thirds of the time has steps that take far longer: this fails.
     assert seconds.check("spike_share", 0.0) > 0
 
