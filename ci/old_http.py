@@ -15,7 +15,7 @@ from typing import Any
 
 from ci.old_batches import CAPACITY, VALUES
 from ci.old_wheels import MANAGERS, App, Clock, Reply, lifted
-from ci.stubbed import Stub, Wheel, plain
+from ci.stubbed import Stub, Wheel, as_json
 
 SERVER = "sglang.srt.entrypoints.http_server"
 PATHS = (
@@ -140,7 +140,7 @@ def profile(wheel: Wheel, served: ModuleType) -> dict[str, Any]:
         "start": [start.status, start.content],
         "stop": [stop.status, stop.content],
         "failure": failure,
-        "sent": {each: plain(getattr(sent[0], each)) for each in (*known, "profile_id")},
+        "sent": {each: as_json(getattr(sent[0], each)) for each in (*known, "profile_id")},
     }
 
 
@@ -178,7 +178,7 @@ def server_info(wheel: Wheel, served: ModuleType, app: App) -> dict[str, Any]:
     return {
         "path": path,
         "of": "--tp 4 --dp 2 --enable-dp-attention",
-        "values": {name: plain(info[name]) for name in SHOWN if name in info},
+        "values": {name: as_json(info[name]) for name in SHOWN if name in info},
         "absent": [name for name in SHOWN if name not in info],
         "internal_states": len(info["internal_states"]),
     }
@@ -256,7 +256,7 @@ def get_load(wheel: Wheel, served: ModuleType, app: App) -> Any:
     manager = SimpleNamespace(get_load=_async([load]), get_loads=_async([load]))
     served.__dict__.update(_global_state=SimpleNamespace(tokenizer_manager=manager), time=Clock())
     answer = asyncio.run(app.paths["/get_load"][1]())
-    return plain([dataclasses.asdict(each) if old else each for each in answer])
+    return as_json([dataclasses.asdict(each) if old else each for each in answer])
 
 
 def v1_loads(wheel: Wheel, app: App) -> Any:
@@ -275,7 +275,7 @@ def v1_loads(wheel: Wheel, app: App) -> Any:
     handler.__globals__.update(get_parallel=lambda: sizes, get_device_name=lambda: "GPU")
     manager = SimpleNamespace(get_loads=_async([_load(wheel)]))
     answer = asyncio.run(handler(tokenizer_manager=manager))
-    return plain({**answer, "timestamp": "2025-11-29T07:06:40+00:00"})
+    return as_json({**answer, "timestamp": "2025-11-29T07:06:40+00:00"})
 
 
 def driver(wheel: Wheel) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def driver(wheel: Wheel) -> dict[str, Any]:
     module = wheel.load(name)
     options = _options(wheel, name, module)
     choices = {
-        flag: plain(sorted(options[flag].choices))
+        flag: as_json(sorted(options[flag].choices))
         for flag in ("--dataset-name", "--backend")
         if options[flag].choices
     }

@@ -101,13 +101,13 @@ def ready_line(wheel: Wheel) -> dict[str, Any]:
 
 def spans(wheel: Wheel) -> dict[str, Any]:
     """Names of the spans of a prefill and a decode step; None where steps have none."""
-    plain_builder = "_build_step_span_name"
+    older = "_build_step_span_name"
     new = "sglang.srt.utils.profile_utils"
     if "def build_step_span_name" in wheel.text(new) if wheel.has(new) else False:
         build = wheel.load(new).build_step_span_name
-    elif plain_builder in wheel.text(RUNNER):
+    elif older in wheel.text(RUNNER):
         modes = wheel.load("sglang.srt.model_executor.forward_batch_info").ForwardMode
-        build = lifted(wheel, RUNNER, plain_builder, ForwardMode=modes)
+        build = lifted(wheel, RUNNER, older, ForwardMode=modes)
     else:
         assert "step[" not in wheel.text(RUNNER), "steps are named in another way"
         return {"executed": False, "plain": None, "detailed": None}

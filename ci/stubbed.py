@@ -169,12 +169,12 @@ class Wheel:
         return made
 
 
-def plain(value: Any, where: str = "answer") -> Any:
+def as_json(value: Any, where: str = "answer") -> Any:
     """The value as JSON has it; ValueError where a stub reached it."""
     if isinstance(value, Mapping):
-        return {str(key): plain(each, f"{where}.{key}") for key, each in value.items()}
+        return {str(key): as_json(each, f"{where}.{key}") for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(each, f"{where}[]") for each in value]
+        return [as_json(each, f"{where}[]") for each in value]
     if isinstance(value, Stub) or (isinstance(value, str) and MARK in value):
         raise ValueError(f"{where} is a stub: {value!r}; give the module that makes it as real")
     if value is None or isinstance(value, bool | int | float | str):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ci.versions_table import PAGE, page, read
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.log_lines import EntryReader, read_batch
 from pytest_sglprof.standin.answers import ROUTES
@@ -121,3 +122,7 @@ def test_files_are_named_as_by_the_version(version: str) -> None:
             words.append("--enable-dp-attention")
         last = places(parse(["--speak", version, *words]).sizes)[-1]
         assert f"window-1-{last.file_part}.trace.json.gz" == name
+
+
+def test_the_page_of_versions_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(read()), "python -m ci.versions_table --write"
