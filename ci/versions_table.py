@@ -132,8 +132,8 @@ for what is heavy. A cell with ″ is as the one to its left.
 
 Of {only_logs} only log lines were read: they are watched, and its windows are not known.
 
-With pipeline parallelism every version answers `/stop_profile` before the later stages have
-written their files.
+With pipeline parallelism `/stop_profile` can be answered before the later stages have written
+their files, in any version (from its source, not executed).
 
 The stand-in speaks as each of these versions: `python -m pytest_sglprof.standin --speak 0.5.3`
 (`standin_args` in `sglprof.toml`). The contract suite, which compares it with the records, runs

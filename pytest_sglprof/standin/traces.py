@@ -117,10 +117,11 @@ def _steps(recording: Recording, base_ns: int) -> Iterator[str]:
     for done in recording.steps:
         launches = recording.model.step(done.step, peers, done.batches)[place.index]
         batch = done.batches[place.queue]
-        name = f"step[{batch.span}]" if recording.spans else ""
+        parts = [batch.span]
         if recording.detailed:
-            number_of = f"forward_id={done.step}" if recording.forward_ids else ""
-            name = f"step[{' '.join(filter(None, (batch.span, batch.detail, number_of)))}]"
+            parts += [batch.detail] if batch.detail else []
+            parts += [f"forward_id={done.step}"] if recording.forward_ids else []
+        name = f"step[{' '.join(parts)}]" if recording.spans else ""
         start = done.start_ns - base_ns
         nodes = _graph_nodes(recording, done, launches)
         yield from host_step(

@@ -96,12 +96,12 @@ def test_a_decode_window_by_stage_waits_for_its_batch_size(
 @pytest.mark.parametrize("arguments", ["--speak 0.5.9", "--speak 0.5.9 --device cpu"])
 def test_steps_have_no_names_up_to_0_5_9(arguments: str, tmp_path: Path) -> None:
     rank = Rank(arguments)
-    rank.start(output_dir=str(tmp_path), detailed_annotations=True)
+    rank.start(output_dir=str(tmp_path), detailed_annotations=True, with_stack=False)
     rank.run(EXTEND, DECODE)
     rank.stop()
     names = {event["name"] for event in events(tmp_path / "w-TP-0.trace.json.gz")}
     assert not any("step[" in name or "run_batch" in name for name in names)
-    assert {"aten::mm", "aten::linear"} & names
+    assert any(name.startswith("aten::") for name in names)
 
 
 def test_a_window_by_hand_ends_when_told(tmp_path: Path) -> None:
