@@ -242,7 +242,7 @@ def test_log_lines_of_batches_come_from_the_first_rank_only(
 def test_a_window_by_hand(contract_server: ContractServer) -> None:
     with traffic(contract_server):
         folder = start(contract_server, "hand", detailed_annotations=True)
-        time.sleep(0.5)
+        contract_server.running.generate(8, text=f"in the window {next(_names)}")
         assert stop(contract_server) == 200
     name, named = id_of(contract_server, folder), contract_server.record["spans"]["plain"]
     assert sorted(path.name for path in folder.iterdir()) == [
