@@ -71,6 +71,39 @@ def test_a_window_of_steps_holds_so_many_and_ends_by_itself(tmp_path: Path) -> N
     assert spans(file) == ["step[DECODE bs=4]"] * 3
 
 
+@pytest.mark.parametrize(("version", "steps"), [("0.5.14", 2), ("0.5.20", 3)])
+def test_up_to_0_5_14_a_window_of_steps_lacks_the_last(
+    version: str, steps: int, tmp_path: Path
+) -> None:
+    rank = Rank(f"--speak {version}")
+    rank.start(num_steps=3, output_dir=str(tmp_path))
+    rank.run(*[DECODE] * 9)
+    assert len(spans(tmp_path / "w-TP-0.trace.json.gz")) == steps
+
+
+@pytest.mark.parametrize(("version", "size"), [("0.5.14", 4), ("0.5.20", 8)])
+def test_a_decode_window_by_stage_waits_for_its_batch_size(
+    version: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PROFILE_BY_STAGE_DECODE_MIN_BS", "8")
+    rank = Rank(f"--speak {version}")
+    rank.start(num_steps=2, profile_by_stage=True, output_dir=str(tmp_path))
+    rank.run(EXTEND, *[DECODE] * 3, *[Batch("DECODE", 8, 8, 900)] * 4)
+    named = spans(tmp_path / "w-TP-0-DECODE.trace.json.gz")
+    assert named == [f"step[DECODE bs={size}]"] * 2
+
+
+@pytest.mark.parametrize("arguments", ["--speak 0.5.9", "--speak 0.5.9 --device cpu"])
+def test_steps_have_no_names_up_to_0_5_9(arguments: str, tmp_path: Path) -> None:
+    rank = Rank(arguments)
+    rank.start(output_dir=str(tmp_path), detailed_annotations=True, with_stack=False)
+    rank.run(EXTEND, DECODE)
+    rank.stop()
+    names = {event["name"] for event in events(tmp_path / "w-TP-0.trace.json.gz")}
+    assert not any("step[" in name or "run_batch" in name for name in names)
+    assert any(name.startswith("aten::") for name in names)
+
+
 def test_a_window_by_hand_ends_when_told(tmp_path: Path) -> None:
     rank = Rank("--tp 2 --dp 2 --ep 2", index=3)
     assert rank.stop() == (False, NOT_RUNNING)

@@ -246,6 +246,33 @@ def test_keys(tmp_path: Path) -> None:
         assert 'sglang:num_running_reqs{dp_rank="0"' in running.get("/metrics").text
 
 
+@pytest.mark.parametrize("version", ["0.5.3", "0.5.14"])
+def test_keys_of_older_versions(version: str, tmp_path: Path) -> None:
+    keys = ["--api-key", "plain", "--admin-api-key", "admin", "--speak", version]
+    with standin(tmp_path, *keys, "--step-ms", "1") as running:
+
+        def status(path: str, key: str = "") -> int:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            return running.get(path, headers=headers).status_code
+
+        assert [status(path) for path in ("/ready", "/nothing", "/health")] == [401, 401, 200]
+        assert status("/ready", "plain") == 404
+        admin_only = version != "0.5.3"  # which knows no other key
+        assert status("/stop_profile", "plain") == (401 if admin_only else 500)
+
+
+def test_later_stages_of_a_pipeline_write_after_the_stop_is_answered(tmp_path: Path) -> None:
+    with standin(tmp_path, "--pp", "2", "--step-ms", "2", "--export-delay", "1") as running:
+        folder = tmp_path / "traces"
+        running.post("/start_profile", {"output_dir": str(folder), "profile_id": "w"})
+        running.generate(5)
+        running.post("/stop_profile")
+        names = [f"w-TP-0-PP-{stage}.trace.json.gz" for stage in (0, 1)]
+        assert [path.name for path in folder.iterdir()] == names[:1]
+        wait_for(lambda: len(running.lines("Profiling done")) == 2)
+        assert sorted(path.name for path in folder.iterdir()) == names
+
+
 def test_log_switches_of_the_environment(tmp_path: Path) -> None:
     env = {"SGLANG_LOG_MS": "1", "SGLANG_LOG_FORWARD_ITERS": "true"}
     with standin(tmp_path, "--step-ms", "1", "--decode-log-interval", "2", env=env) as running:
