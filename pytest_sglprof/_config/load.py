@@ -329,17 +329,25 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
 
 
 def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
-    values = dict(table)
-    for key in ("args", "standin_args", "secrets", "nsys_args"):
-        if key in values:
-            values[key] = tuple(values[key])
+    values: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in table.items()
+    }
+    values["args"] = tuple(_with_absolute_files(values.get("args", ()), base))
     if "env" in values:
         values["env"] = tuple(values["env"].items())
-    if isinstance(values.get("gpus"), list):
-        values["gpus"] = tuple(values["gpus"])
     if values.get("model_path", "").startswith(("./", "../")):
         values["model_path"] = str((base / values["model_path"]).resolve())
     return ServerSpec(name=name, **values)
+
+
+_FILE_OPTIONS = ("--config", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
+
+
+def _with_absolute_files(args: Sequence[str], base: Path) -> Iterator[str]:
+    """`args`, in which the files of some options are relative to `base`, as `model_path` is."""
+    for before, word in zip(["", *args], args, strict=False):
+        name, equals, file = word.rpartition("=")
+        yield f"{name}{equals}{base / file}" if (name or before) in _FILE_OPTIONS else word
 
 
 # `sglprof.toml`, or `[tool.sglprof]` of pyproject.toml: search, parse, check against the schema.

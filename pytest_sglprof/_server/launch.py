@@ -24,6 +24,7 @@ from pytest_sglprof._errors import (
 from pytest_sglprof._nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server import command, lease
+from pytest_sglprof._server.arguments import option
 from pytest_sglprof._server.client import (
     Presence,
     SglangClient,
@@ -57,7 +58,8 @@ Progress = Callable[[str], None]
 class Server:
     """A server that was ready when this object was made.
 
-    spec: what it was started from (only the name for an attached server). kind: the row of
+    spec: what it was started from, with what `--config FILE` holds among its `args` (only the
+    name for an attached server). kind: the row of
     `LAUNCHERS`, "sglang" or "standin". folder: holds server.log, traces/, nsys/ and, while
     the server lives, tmp/. info: ``/server_info`` without its secrets. server_dir: for an
     attached server, (a folder on its machine, the same folder here). locked_clocks: UUID of
@@ -221,7 +223,8 @@ def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
     """
     entry = command.find_entry(spec)
     tool = find_nsys(nsys_path) if spec.nsys else None
-    api_key, admin_key = server_keys(spec)
+    merged = command.merged_spec(spec, entry)
+    api_key, admin_key = server_keys(merged)
     return Plan(
         spec=spec,
         entry=entry,
@@ -232,7 +235,7 @@ def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
         admin_key=admin_key,
         parent=os.getpid(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        private=command.keep_secrets([spec]),
+        private=command.keep_secrets([merged]),
     )
 
 
@@ -254,7 +257,7 @@ def _when_ready(
     locked = keeper.last_event(Clocks)
     tool = NsysTool(plan.nsys, plan.nsys_version) if plan.nsys else None
     return Server(
-        spec=plan.spec,
+        spec=command.merged_spec(plan.spec, plan.entry),
         kind=plan.entry.kind,
         url=url,
         folder=plan.folder,
@@ -327,17 +330,17 @@ def attach(
 def server_keys(spec: ServerSpec) -> tuple[str, str]:
     """The API key and the admin key of a server, from its arguments or the environment."""
     keys = []
-    for name, option in (
+    for name, flag in (
         (spec.api_key_env, "--api-key"),
         (spec.admin_api_key_env, "--admin-api-key"),
     ):
         if name and not os.environ.get(name):
             raise SettingsError(
                 f"server {spec.name!r}: the environment variable {name} is not set",
-                expected=f"the server's {option[2:]} as its value",
+                expected=f"the server's {flag[2:]} as its value",
                 hint=f"export {name}, or remove the setting that names it",
             )
-        keys.append(command.option(spec.args, option) or (os.environ[name] if name else ""))
+        keys.append(option(spec.args, flag) or (os.environ[name] if name else ""))
     return keys[0], keys[1]
 
 
