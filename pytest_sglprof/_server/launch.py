@@ -33,6 +33,7 @@ from pytest_sglprof._server.client import (
     patiently,
     port_of,
 )
+from pytest_sglprof._server.death import describe_status, explain_status
 from pytest_sglprof._server.keeper.protocol import (
     EXIT_LIMIT,
     SILENCE_LIMIT,
@@ -346,13 +347,18 @@ def server_keys(spec: ServerSpec) -> tuple[str, str]:
 
 def died(log: ServerLog | None, status: int | None) -> ServerDied:
     """The error for a server that ended by itself."""
-    how = "its exit status is not known" if status is None else f"exit status {status}"
+    reason = log.reason() if log else ()
     return ServerDied(
-        f"the server died ({how})",
+        f"the server died ({describe_status(status)})",
         expected="a running server",
-        hint=f"read the whole log: {log.path}" if log else "",
-        log=log.reason() if log else (),
+        hint=_next(explain_status(status, reason), log),
+        log=reason,
     )
+
+
+def _next(meaning: str, log: ServerLog | None) -> str:
+    read = f"read the whole log: {log.path}" if log else ""
+    return "; ".join(filter(None, (meaning, read)))
 
 
 def _teardown(spec: ServerSpec) -> float:
@@ -465,10 +471,11 @@ def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
 
 def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:
     """The error for a server that ended before it was ready."""
-    how = "with an unknown status" if status is None else f"with exit status {status}"
+    reason = log.reason()
     return ServerDied(
-        f"the server ended {how} after {seconds:.0f} s, before it was ready",
+        f"the server ended with {describe_status(status)} after {seconds:.0f} s, before it was "
+        "ready",
         expected="a server that becomes ready",
-        hint=f"read the whole log: {log.path}",
-        log=log.reason(),
+        hint=_next(explain_status(status, reason), log),
+        log=reason,
     )
