@@ -323,9 +323,9 @@ def has_replicas(args: Sequence[str]) -> bool:
     return is_wide and not has_option(args, "--enable-dp-attention")
 
 
-def local_url(host: str, port: int) -> str:
+def local_url(host: str, port: int, *, tls: bool = False) -> str:
     """The address at which this machine reaches a server that listens on `host`."""
-    return url_to("http", host or HOST, port)
+    return url_to("https" if tls else "http", host or HOST, port)
 
 
 def user_port(spec: ServerSpec) -> int | None:

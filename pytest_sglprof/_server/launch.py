@@ -17,13 +17,12 @@ from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
     ServerNotReady,
-    ServerUnreachable,
     SettingsError,
     SglprofError,
 )
 from pytest_sglprof._nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof._ranks import Rank
-from pytest_sglprof._server import command, lease
+from pytest_sglprof._server import command, lease, tls
 from pytest_sglprof._server.arguments import option
 from pytest_sglprof._server.client import (
     Presence,
@@ -67,7 +66,8 @@ class Server:
     a GPU -> MHz at which its clock is held. keeper_fault: after `stop`, how the keeper
     failed to tear the server down; None if it did not fail, or if the server's death has
     been reported already. started: Unix time in s. ready_s: s from then until the server was
-    ready. Both are None for an attached server.
+    ready. Both are None for an attached server. driver_variables: what a load driver needs in
+    its environment to reach it.
     """
 
     __module__ = "pytest_sglprof"
@@ -92,6 +92,7 @@ class Server:
         locked_clocks: Mapping[str, int] | None = None,
         started: float | None = None,
         ready_s: float | None = None,
+        driver_variables: Mapping[str, str] | None = None,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -116,6 +117,7 @@ class Server:
         self._presence = Presence(url)
         self.started = started
         self.ready_s = ready_s
+        self.driver_variables = dict(driver_variables or {})
         self.loads: list[Any] = []  # those that ended before its first window
         self.had_window = False
         self._keeper = keeper
@@ -225,6 +227,7 @@ def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
     entry = command.find_entry(spec)
     tool = find_nsys(nsys_path) if spec.nsys else None
     merged = command.merged_spec(spec, entry)
+    tls.trust(tls.certificates(merged.args), any_name=True)  # before a model is loaded for minutes
     api_key, admin_key = server_keys(merged)
     return Plan(
         spec=spec,
@@ -246,8 +249,11 @@ def _when_ready(
     """Waits until the server takes requests; raises as `wait_until_ready` does."""
     began, began_at = time.time(), time.monotonic()
     log = ServerLog(plan.folder / "server.log")
-    url = command.local_url(started.host, started.port)
-    client = SglangClient(url, api_key=plan.api_key, admin_key=plan.admin_key)
+    spec = command.merged_spec(plan.spec, plan.entry)
+    files = tls.certificates(spec.args)
+    url = command.local_url(started.host, started.port, tls=bool(files))
+    verify = tls.trust(files, any_name=True)
+    client = SglangClient(url, api_key=plan.api_key, admin_key=plan.admin_key, verify=verify)
     try:
         wait_until_ready(keeper, client, log, plan.spec, progress)
         ready_s = time.monotonic() - began_at
@@ -258,9 +264,9 @@ def _when_ready(
     locked = keeper.last_event(Clocks)
     tool = NsysTool(plan.nsys, plan.nsys_version) if plan.nsys else None
     return Server(
-        spec=command.merged_spec(plan.spec, plan.entry),
+        spec=spec,
         kind=plan.entry.kind,
-        url=url,
+        url=tls.named(url, verify),
         folder=plan.folder,
         python=plan.entry.python,
         client=client,
@@ -274,6 +280,7 @@ def _when_ready(
         locked_clocks=locked.clocks if locked else {},
         started=began,
         ready_s=ready_s,
+        driver_variables=tls.bundle_variables(files, plan.folder),
     )
 
 
@@ -286,31 +293,28 @@ def attach(
     nsys_session: str | None = None,
     nsys_path: str | None = None,
     python: str = "",
+    ca: str = "",
     folder: Path,
 ) -> Server:
     """Connects to a server that somebody else runs, and never stops it.
 
     python: an interpreter on this machine that has SGLang's load driver ("": this one).
     server_dir: (a folder on the server's machine, the same folder here).
-    nsys_session: the name of the nsys session that the server runs under.
+    nsys_session: the name of the nsys session that the server runs under. ca: file of the
+    certificates that its https is trusted by ("": the usual authorities).
     Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
     `NsysError`.
     """
     url = checked_url(url)
+    files = tls.given_certificates(ca, url)
+    verify = tls.trust(files, any_name=is_local_url(url))
     session = None
     if nsys_session:
         session = NsysSession(find_nsys(nsys_path), nsys_session)
         session.require()
-    client = SglangClient(url, api_key=api_key, admin_key=admin_key)
+    client = SglangClient(url, api_key=api_key, admin_key=admin_key, verify=verify)
     try:
         info = patiently(client.server_info)
-    except ServerUnreachable as error:
-        client.close()
-        raise ServerUnreachable(
-            error.what,
-            expected="a running SGLang server",
-            hint="check the URL, and that the server is running",
-        ) from error
     except BaseException:
         client.close()
         raise
@@ -318,13 +322,14 @@ def attach(
     return Server(
         spec=ServerSpec(name="attached", nsys=session is not None),
         kind=command.kind_from_info(info),
-        url=url,
+        url=tls.named(url, verify),
         folder=folder.absolute(),
         python=(process.which(python) or python) if python else sys.executable,
         client=client,
         info=info,
         nsys=session,
         server_dir=server_dir,
+        driver_variables=tls.bundle_variables(files, folder),
     )
 
 

@@ -27,7 +27,7 @@ from pytest_sglprof._redact import (
     redact_command,
     redact_text,
 )
-from pytest_sglprof._server import command, lease
+from pytest_sglprof._server import command, lease, tls
 from pytest_sglprof._server.arguments import has_option, option
 from pytest_sglprof._server.keeper.protocol import (
     HURRIED_WAIT,
@@ -52,7 +52,8 @@ Show = Callable[[str], None]
 class ServerLife:
     """Starts a server and knows whether it is alive; `teardown.tear_down` ends it.
 
-    merged: the spec with what its `--config FILE` holds among its `args`.
+    merged: the spec with what its `--config FILE` holds among its `args`. certificates: see
+    `tls.certificates`.
     cancelled: true once the start is to be given up. progress: called with lines for people.
     locked: called with UUID -> MHz as soon as GPU clocks are locked. clocks: that lock, None
     if none was asked for.
@@ -70,6 +71,7 @@ class ServerLife:
         self.folder = plan.folder
         self.merged = command.merged_spec(plan.spec, plan.entry)
         self.host = option(self.merged.args, "--host") or command.HOST
+        self.certificates = tls.certificates(self.merged.args)
         self.port = 0
         self.pid = 0
         self.created = 0.0
