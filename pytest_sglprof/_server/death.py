@@ -93,8 +93,8 @@ def describe_status(status: int | None) -> str:
 
 def explain_status(status: int | None, reason: Iterable[str]) -> str:
     """What the exit status of the server, or that of a rank in `reason`, means; "" if nothing."""
-    told = [int(match[1]) for line in reason for match in _KILLED_RANK.finditer(line)]
-    for code in (*told, *([] if status is None else [status])):
+    codes = [int(match[1]) for line in reason for match in _KILLED_RANK.finditer(line)]
+    for code in (*codes, *([] if status is None else [status])):
         number = _signal(code)
         if number in _SIGNALS:
             return f"{code} is {number.name}, {_SIGNALS[number]}"
@@ -137,7 +137,7 @@ class _Block:
     ended_rank: bool
 
     @property
-    def told(self) -> tuple[_Part, ...]:
+    def shown(self) -> tuple[_Part, ...]:
         """The parts to show: what it became, then the first cause; not what follows a death."""
         parts = [part for part in self.parts if not part.is_aftermath] or list(self.parts)
         return tuple(dict.fromkeys((parts[-1], parts[0])))
@@ -146,17 +146,17 @@ class _Block:
     def lines(self) -> list[str]:
         """The lines to show."""
         head = [self.head] if self.ended_rank and self.head else []
-        return [*head, *(line for part in self.told for line in part.lines)]
+        return [*head, *(line for part in self.shown for line in part.lines)]
 
 
 def _deadly(blocks: Sequence[_Block], *, has_cause: bool) -> list[str]:
     """The lines to show of at most two blocks; aftermath only where nothing else says why."""
     harmful = [block for block in blocks if not block.harmless]
-    primary = [block for block in harmful if not block.told[-1].is_aftermath]
+    primary = [block for block in harmful if not block.shown[-1].is_aftermath]
     ended = [block for block in primary if block.ended_rank]
     chosen: dict[str, _Block] = {}
     for block in ended or primary or ([] if has_cause else harmful):
-        chosen.setdefault(block.told[-1].exception, block)
+        chosen.setdefault(block.shown[-1].exception, block)
     distinct = list(chosen.values())
     # The first process to end took the others with it. What ended none may be of long before.
     return [line for block in (distinct[:2] if ended else distinct[-2:]) for line in block.lines]
@@ -176,8 +176,8 @@ def _blocks(lines: Sequence[str]) -> list[_Block]:
         prefix = _PREFIX.match(line)
         assert prefix is not None, "it matches an empty prefix as well"
         streams.setdefault(prefix["who"], []).append((number, line[prefix.end() :]))
-    found = [block for stream in streams.values() for block in _read_stream(stream)]
-    return sorted(found, key=lambda block: block.numbers[0])
+    blocks = [block for stream in streams.values() for block in _read_stream(stream)]
+    return sorted(blocks, key=lambda block: block.numbers[0])
 
 
 def _read_stream(stream: Sequence[tuple[int, str]]) -> Iterator[_Block]:

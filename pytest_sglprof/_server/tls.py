@@ -119,8 +119,8 @@ def bundle_variables(files: Sequence[Path], folder: Path) -> dict[str, str]:
 
 def _certificate(host: str, port: int, context: ssl.SSLContext) -> Mapping[str, Any]:
     with (
-        socket.create_connection((host, port), timeout=CONNECT_LIMIT) as plain,
-        context.wrap_socket(plain, server_hostname=host) as secure,
+        socket.create_connection((host, port), timeout=CONNECT_LIMIT) as raw,
+        context.wrap_socket(raw, server_hostname=host) as secure,
     ):
         return secure.getpeercert() or {}
 
@@ -134,5 +134,5 @@ def _names(certificate: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _addresses(host: str, port: int) -> set[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return {str(address[0]) for *_, address in found}
+    listed = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return {str(address[0]) for *_, address in listed}
