@@ -28,7 +28,8 @@ TEXTS = {"keep": "all", "accept": "new", "server_dir": "/a:/b", "server": "http:
 WITH_KEY = [option for option in OPTIONS if option.key]
 PER_INVOCATION = {
     "enabled", "config", "set", "output", "server", "server_dir", "server_ca", "nsys_session",
-    "python", "nsys", "allow_inconclusive", "show_config", "baselines", "accept", "require_baseline",
+    "python", "nsys", "allow_inconclusive",
+    "show_config", "baselines", "accept", "require_baseline",
 }  # fmt: skip
 
 
