@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 import pytest_sglprof
 from pytest_sglprof._baselines.records import RECORD_FORMAT, Baseline, LifeRecord
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import ACROSS, SERVER_KINDS
+from pytest_sglprof._config.model import ACROSS, SERVER_ENTRIES, SERVER_KINDS
 from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
 
@@ -63,6 +63,7 @@ def _config_text() -> str:
     tables = schema["properties"]
     definitions = schema["$defs"]
     definitions["server"]["properties"]["kind"]["enum"] = list(SERVER_KINDS)
+    definitions["server"]["properties"]["entry"]["enum"] = list(SERVER_ENTRIES)
     definitions["window"]["properties"]["backend"]["enum"] = list(BACKENDS)
     definitions["threshold"]["properties"]["across"]["enum"] = [*ACROSS, ""]
     for name in {option.table for option in OPTIONS if option.key} - set(definitions):

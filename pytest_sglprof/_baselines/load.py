@@ -10,7 +10,7 @@ import numpy as np
 
 from pytest_sglprof._baselines.records import Driven, LoadFigures
 from pytest_sglprof._bench_serving.command import STATISTICS, LoadResult
-from pytest_sglprof._server.command import option
+from pytest_sglprof._server.arguments import option
 
 LATENCIES = ("ttft", "tpot", "itl")
 LEAST_REQUESTS = 30  # of which a growing queue can be told

@@ -88,6 +88,7 @@ class DriverRuns:
         `env` may be shown, `private` may not.
         """
         env = {**os.environ, **dict(self._server.spec.env), "PYTHONUNBUFFERED": "1", **more}
+        env |= self._server.driver_variables
         # The key of another service must not be sent to this server.
         env.pop("OPENAI_API_KEY", None)
         if key := self._server.client.api_key:

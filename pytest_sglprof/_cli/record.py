@@ -83,7 +83,7 @@ def add_parser(new_parser: NewParser) -> None:
         metavar="DIR",
         help=f"folder for the files (default: {FOLDER}, then {FOLDER}-2 and so on)",
     )
-    add_rows(parser, "server_dir", "nsys_session", "nsys", "step_delimiter")
+    add_rows(parser, "server_dir", "server_ca", "nsys_session", "nsys", "step_delimiter")
     add_rule(parser)
 
 
@@ -200,5 +200,6 @@ def _attached(args: argparse.Namespace, settings: Settings, folder: Path) -> Ser
         server_dir=settings.server_dir,
         nsys_session=settings.nsys_session or None,
         nsys_path=settings.nsys or None,
+        ca=settings.server_ca,
         folder=folder / "server",
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pytest_sglprof._cli.options import NewParser, positive
+from pytest_sglprof._cli.options import NewParser, add_rows, positive
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetRule, imbalance
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
@@ -42,6 +42,7 @@ def add_parser(new_parser: NewParser) -> None:
     )
     add = parser.add_argument
     add("target", metavar="URL|LOG", help="http://HOST:PORT, or the log of a server")
+    add_rows(parser, "server_ca")
     add_rule(parser)
     add("--follow", action="store_true", help="keep reading LOG while it grows")
     add(
@@ -336,7 +337,7 @@ def watch_live(
     """
     log = None
     if is_url(args.target):
-        watch, detector = _server(args.target, rule)
+        watch, detector = _server(args.target, rule, args.server_ca)
     else:
         path = Path(args.target)
         detector = OnsetDetector(rule, source="log", milliseconds=_has_milliseconds(path))
@@ -376,14 +377,19 @@ def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
+def _server(url: str, rule: OnsetRule, ca: str | None) -> tuple[LoadWatch, OnsetDetector]:
+    from pytest_sglprof._config.load import resolve_options
     from pytest_sglprof._run.opening import records_experts
     from pytest_sglprof._run.servers import API_KEY_ENV
-    from pytest_sglprof._server.client import checked_url
+    from pytest_sglprof._server import tls
+    from pytest_sglprof._server.client import checked_url, is_local_url
 
     key = os.environ.get(API_KEY_ENV, "")
     url = checked_url(url)
-    client = SglangClient(url, api_key=key)
+    given, _ = resolve_options({"server_ca": ca}, os.environ, of_pytest=False)
+    files = tls.given_certificates(given.get("server_ca", ""), url)
+    verify = tls.trust(files, any_name=is_local_url(url))
+    client = SglangClient(url, api_key=key, verify=verify)
     try:
         info = patiently(client.server_info)
     finally:
@@ -391,7 +397,8 @@ def _server(url: str, rule: OnsetRule) -> tuple[LoadWatch, OnsetDetector]:
     count = ServerSizes.from_info(info).dp_ranks
     if count < 2 and not records_experts(info):
         raise Inconclusive(CANNOT_KNOW)
-    watch = server_watch(url, api_key=key, metrics=bool(info.get("enable_metrics")), keep=0)
+    metrics = bool(info.get("enable_metrics"))
+    watch = server_watch(url, api_key=key, metrics=metrics, keep=0, verify=verify)
     return watch, OnsetDetector(rule, ranks=[f"DP{number}" for number in range(count)])
 
 

@@ -49,6 +49,7 @@ class Settings:
     nsys: str = ""
     server: str = ""
     server_dir: tuple[str, str] | None = None
+    server_ca: str = ""
     nsys_session: str = ""
     allow_inconclusive: bool = False
     repeat: int | Literal["certain"] = 1
@@ -192,6 +193,7 @@ def build_settings(
         server=values.get("server", ""),
         accept=values.get("accept", ""),
         server_dir=server_dir_pair(values["server_dir"]) if "server_dir" in values else None,
+        server_ca=values.get("server_ca", ""),
         nsys_session=values.get("nsys_session", ""),
         servers=servers,
         window={key: value for key, value in window.items() if key not in rows},
@@ -318,7 +320,7 @@ def server_dir_pair(text: str) -> tuple[str, str]:
 
 
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
-    for name in ("server_dir", "nsys_session"):
+    for name in ("server_dir", "server_ca", "nsys_session"):
         if values.get(name) and not values.get("server"):
             flag = f"--sglprof-{name.replace('_', '-')}"
             raise SettingsError(
@@ -329,17 +331,24 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
 
 
 def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
-    values = dict(table)
-    for key in ("args", "standin_args", "secrets", "nsys_args"):
-        if key in values:
-            values[key] = tuple(values[key])
+    values: dict[str, Any] = dict(table)
+    values.update((key, tuple(v)) for key, v in table.items() if isinstance(v, list))
+    values["args"] = tuple(_with_absolute_files(values.get("args", ()), base))
     if "env" in values:
         values["env"] = tuple(values["env"].items())
-    if isinstance(values.get("gpus"), list):
-        values["gpus"] = tuple(values["gpus"])
     if values.get("model_path", "").startswith(("./", "../")):
         values["model_path"] = str((base / values["model_path"]).resolve())
     return ServerSpec(name=name, **values)
+
+
+_FILE_OPTIONS = ("--config", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
+
+
+def _with_absolute_files(args: Sequence[str], base: Path) -> Iterator[str]:
+    """`args`, in which the files of some options are relative to `base`, as `model_path` is."""
+    for before, word in zip(["", *args], args, strict=False):
+        name, equals, file = word.rpartition("=")
+        yield f"{name}{equals}{base / file}" if (name or before) in _FILE_OPTIONS else word
 
 
 # `sglprof.toml`, or `[tool.sglprof]` of pyproject.toml: search, parse, check against the schema.
@@ -556,7 +565,7 @@ def _violations(document: Mapping[str, Any]) -> list[ValidationError]:
 
 
 def _place(error: ValidationError) -> list[str | int]:
-    """The path of keys to the mistake; for an unknown key to that key, not to its table."""
+    """The path of keys to the mistake; to an unknown key, not to its table."""
     return [*error.absolute_path, *_unknown_keys(error)[:1]]
 
 

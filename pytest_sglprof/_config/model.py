@@ -8,6 +8,8 @@ from pytest_sglprof._metrics import METRICS
 
 LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
 ServerKind = Literal[LauncherName, "auto"]
+ServerEntry = Literal["", "serve", "launch_server"]  # "": the first that the interpreter has
+SERVER_ENTRIES = get_args(ServerEntry)[1:]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
 Across = Literal["", "peers", "sync"]  # who is compared; "": peers, else sync if nobody has any
 ACROSS = get_args(Across)[1:]
@@ -19,6 +21,8 @@ class ServerSpec:
     """How to start one server. Durations in seconds.
 
     kind: "sglang", "standin", or "auto" (SGLang if it is installed, else the stand-in).
+    entry: "serve" (`sglang serve`) or "launch_server" (`python -m sglang.launch_server`); "" for
+    the one that the interpreter has and that takes these arguments.
     args: options of SGLang. standin_args: options of the stand-in only.
     env: added to the server's environment. secrets: names of environment variables that the
     server gets from this process; they never appear on a command line or in the environment
@@ -33,6 +37,7 @@ class ServerSpec:
 
     name: str = "default"
     kind: ServerKind = "sglang"
+    entry: ServerEntry = ""
     model_path: str = ""
     args: tuple[str, ...] = ()
     standin_args: tuple[str, ...] = ()

@@ -165,6 +165,14 @@ OPTIONS: tuple[Option, ...] = (
         command=True,
     ),
     Option(
+        "server_ca",
+        "text",
+        "certificate of the running server, or of the authority that signed it, in PEM format "
+        "(default: https is trusted by the usual authorities)",
+        metavar="FILE",
+        command=True,
+    ),
+    Option(
         "nsys_session",
         "text",
         "name of the nsys session in which the server runs",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -39,8 +40,9 @@ class HttpSource:
     """Polls `path` every `interval` s; each failure doubles that, up to 5 s, until it answers.
 
     api_key: of the server. clock: gives the time of the samples, Unix s. transport: for tests
-    that control time. While a server is starting (503), stalled or gone, answers are missing;
-    if it refuses the key or lacks the endpoint, that is an error, `ServerRefused`.
+    that control time. verify: whom to trust with https, as httpx takes it. While a server is
+    starting (503), stalled or gone, answers are missing; if it refuses the key or lacks the
+    endpoint, that is an error, `ServerRefused`.
     """
 
     path = "/"
@@ -53,6 +55,7 @@ class HttpSource:
         interval: float,
         clock: Callable[[], float] = time.time,
         transport: httpx.AsyncBaseTransport | None = None,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.url = url.rstrip("/")
         self.delay = interval
@@ -61,6 +64,8 @@ class HttpSource:
         self._interval = interval
         self._clock = clock
         self._transport = transport
+        # Reading the certificates takes 30 ms, which plain HTTP does not need.
+        self._verify = verify if self.url.startswith("https:") else False
         self._headers: Mapping[str, str] = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http: httpx.AsyncClient | None = None
 
@@ -73,8 +78,7 @@ class HttpSource:
                 timeout=REQUEST_TIMEOUT,
                 trust_env=not is_local_url(self.url),
                 transport=self._transport,
-                # Reading the certificates takes 30 ms, which plain HTTP does not need.
-                verify=self.url.startswith("https:"),
+                verify=self._verify,
             )
         try:
             response = await self._http.get(self.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ssl
 import threading
 import time
 from collections import deque
@@ -235,11 +236,12 @@ def server_watch(
     log: Path | None = None,
     metrics: bool = False,
     keep: int = MAX_SAMPLES,
+    verify: ssl.SSLContext | bool = True,
 ) -> LoadWatch:
     """A `LoadWatch` of a running server, not started yet.
 
     log: the server's log, if it is on this machine. metrics: whether the server has
-    `/metrics`. keep: as for `LoadWatch`.
+    `/metrics`. keep: as for `LoadWatch`. verify: as for `SglangClient`.
     """
     from pytest_sglprof._load.sources import (
         LOADS_INTERVAL,
@@ -248,9 +250,13 @@ def server_watch(
         MetricsSource,
     )
 
-    sources: list[Source] = [LoadsSource(url, api_key=api_key, interval=LOADS_INTERVAL)]
+    sources: list[Source] = [
+        LoadsSource(url, api_key=api_key, interval=LOADS_INTERVAL, verify=verify)
+    ]
     if log is not None:
         sources.append(LogSource(log))
     if metrics:
-        sources.append(MetricsSource(url, api_key=api_key, interval=METRICS_INTERVAL))
+        sources.append(
+            MetricsSource(url, api_key=api_key, interval=METRICS_INTERVAL, verify=verify)
+        )
     return LoadWatch(sources, keep=keep)

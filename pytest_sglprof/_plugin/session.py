@@ -486,10 +486,10 @@ def _stand_ins(settings: Settings) -> list[str]:
 
 def _launcher(settings: Settings, name: str) -> Launcher | None:
     """What starts the server of this name; None if what it needs is not installed."""
-    from pytest_sglprof._server.command import LAUNCHERS, find_entry
+    from pytest_sglprof._server.command import find_launcher
 
     try:
-        return LAUNCHERS[find_entry(settings.servers[name]).kind]
+        return find_launcher(settings.servers[name])
     except ServerMissing:
         return None
 

@@ -165,6 +165,7 @@ class TestRun:
                 api_key=server.client.api_key,
                 log=server.log.path if server.log is not None else None,
                 metrics=bool(server.info.get("enable_metrics")),
+                verify=server.client.verify,
             )
             self._load_watch.start()
         return self._load_watch

@@ -47,6 +47,7 @@ def open_server(
             nsys_session=settings.nsys_session or None,
             nsys_path=settings.nsys or None,
             python=settings.python,
+            ca=settings.server_ca,
             folder=folder.server("attached"),
         )
     return servers.launch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,13 +72,20 @@ class SglangClient:
 
     url: ``http://HOST:PORT``. api_key: the server's ``--api-key``. admin_key: its
     ``--admin-api-key``, which the profile endpoints require if it is set.
-    timeout: s, for the quick endpoints.
+    timeout: s, for the quick endpoints. verify: whom to trust with https, as httpx takes it.
     """
 
     def __init__(
-        self, url: str, *, api_key: str = "", admin_key: str = "", timeout: float = 30.0
+        self,
+        url: str,
+        *,
+        api_key: str = "",
+        admin_key: str = "",
+        timeout: float = 30.0,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
         learn((api_key, admin_key))
+        self.verify = verify
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._admin_key = admin_key
@@ -85,6 +93,7 @@ class SglangClient:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=timeout,
+            verify=verify,
             # Requests to this machine must not go through a proxy from the environment.
             trust_env=not is_local_url(url),
             # The server closes idle connections after 5 s. A request at that very moment is
@@ -107,7 +116,8 @@ class SglangClient:
 
         Asks ``/ready``, which costs nothing. A server without it answers 404 and is asked
         ``/health``, which runs a one-token batch, so do not poll it inside a window. Raises
-        `ServerRefused` if waiting cannot help: the key is wrong, or it has neither of the two.
+        `ServerRefused` if waiting cannot help: the key is wrong, or it has neither of the two;
+        `ServerUnreachable` if its certificate is not trusted.
         """
         try:
             for path in ("/ready", "/health"):
@@ -116,7 +126,9 @@ class SglangClient:
                 )
                 if is_transient_status(response.status_code):
                     return response.status_code == HTTPStatus.OK
-        except httpx.RequestError:
+        except httpx.RequestError as error:
+            if _is_untrusted(error):
+                raise _unreachable(f"{self.url}{path}", error) from error
             return False
         raise self._refusal(path, response, admin=False)
 
@@ -221,11 +233,7 @@ class SglangClient:
                 "or raise the timeout",
             ) from error
         except httpx.RequestError as error:
-            raise ServerUnreachable(
-                f"{self.url}{path}: {error or type(error).__name__}",
-                expected="an SGLang server at this address",
-                hint="check the URL, and that the server is running",
-            ) from error
+            raise _unreachable(f"{self.url}{path}", error) from error
         if response.is_success or response.status_code in allow:
             return response
         raise self._refusal(path, response, admin)
@@ -263,6 +271,31 @@ class SglangClient:
             expected="an SGLang server",
             hint="check the URL: another program may be listening there",
         )
+
+
+def _is_untrusted(error: httpx.RequestError) -> bool:
+    """True if the server's certificate is not trusted, or is for another name."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def _unreachable(what: str, error: httpx.RequestError) -> ServerUnreachable:
+    text = str(error) or type(error).__name__
+    expected, hint = (
+        "an SGLang server at this address",
+        "check the URL, and that the server is running",
+    )
+    if _is_untrusted(error):
+        text = f"its certificate is not trusted: {text}"
+        expected = "a certificate of a known authority, for the name in the address"
+        hint = (
+            "name the server as its certificate does, or give the certificate (or that of its "
+            "authority) in PEM format: --sglprof-server-ca FILE, --server-ca FILE of a command"
+        )
+    elif "[SSL" in text:
+        hint = "if the server speaks plain http, write http://"
+    elif isinstance(error, httpx.RemoteProtocolError):
+        hint += "; if it speaks https, write https://"
+    return ServerUnreachable(f"{what}: {text}", expected=expected, hint=hint)
 
 
 # Addresses of servers: each server gets one spelling, and is on this machine or not.

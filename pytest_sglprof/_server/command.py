@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +18,17 @@ from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import ServerMissing, SettingsError
 from pytest_sglprof._redact import (
     is_secret_variable,
+    learn,
     learn_command,
     learn_environment,
     redact_command,
+)
+from pytest_sglprof._server.arguments import (
+    SECRET_OPTIONS,
+    config_words,
+    has_option,
+    option,
+    without_config,
 )
 from pytest_sglprof._server.client import url_to
 
@@ -78,7 +86,7 @@ class Entry:
     """How an interpreter starts a server.
 
     mode: "serve" (`sglang serve`) or "module" (`python -m MODULE`).
-    version: of SGLang, "" if unknown.
+    version: of SGLang, "" if unknown. config: what `--config FILE` of the spec holds, as words.
     """
 
     kind: LauncherName
@@ -86,13 +94,15 @@ class Entry:
     mode: Literal["serve", "module"]
     module: str = ""
     version: str = ""
+    config: tuple[str, ...] = ()
 
 
 class Launcher(NamedTuple):
     """One way to start a server.
 
     find: how the interpreter that a spec asks for starts it; raises `ServerMissing`.
-    words: the server's arguments, for a port and an NCCL port (None: none was leased).
+    words: the server's arguments, for a port and an NCCL port (None: none was leased), from the
+    spec, and the spec with what its `--config FILE` holds.
     environment: variables that it needs in addition to those given.
     load_driver: the words that start its load driver, given the server's interpreter;
     batch_driver: the same for the driver of fixed shapes, with the options that it has (None:
@@ -105,7 +115,7 @@ class Launcher(NamedTuple):
 
     name: LauncherName
     find: Callable[[ServerSpec], Entry]
-    words: Callable[[ServerSpec, int, int | None], list[str]]
+    words: Callable[[ServerSpec, ServerSpec, int, int | None], list[str]]
     environment: Callable[[Mapping[str, str]], dict[str, str]]
     load_driver: Callable[[str], list[str]]
     batch_driver: Callable[[str], tuple[list[str], Sequence[str] | None]]
@@ -122,27 +132,41 @@ def _find_sglang(spec: ServerSpec) -> Entry:
     # As a path, since the keeper and nsys would look a bare name up on their own.
     python = (process.which(spec.python) or spec.python) if spec.python else sys.executable
     sglang = installation(python)
-    if sglang.serve:
-        return Entry("sglang", python, "serve", version=sglang.version)
-    if sglang.server:
-        return Entry("sglang", python, "module", sglang.server, version=sglang.version)
-    raise ServerMissing(
-        f"SGLang is not installed for {python}",
-        expected="an interpreter that has the package sglang",
-        hint="install it there, choose another interpreter with --sglprof-python, or set "
-        'kind = "standin" under [server] in sglprof.toml to run on the embedded stand-in server',
-    )
+    if not sglang.serve and not sglang.server:
+        raise ServerMissing(
+            f"SGLang is not installed for {python}",
+            expected="an interpreter that has the package sglang",
+            hint="install it there, choose another interpreter with --sglprof-python, or set "
+            'kind = "standin" under [server] in sglprof.toml to run on the embedded stand-in '
+            "server",
+        )
+    entries = {
+        "serve": Entry("sglang", python, "serve", version=sglang.version) if sglang.serve else None,
+        "launch_server": Entry("sglang", python, "module", sglang.server, sglang.version)
+        if sglang.server
+        else None,
+    }
+    entry = entries[spec.entry] if spec.entry else entries["serve"] or entries["launch_server"]
+    if entry is None:
+        raise ServerMissing(
+            f"the SGLang of {python}, version {sglang.version or 'unknown'}, has no {spec.entry}",
+            expected=f"{spec.entry}, since server {spec.name!r} has entry = {spec.entry!r}",
+            hint="leave entry out: then the command that it has is taken",
+        )
+    return entry
 
 
-def _sglang_words(spec: ServerSpec, port: int, nccl_port: int | None) -> list[str]:
+def _sglang_words(
+    spec: ServerSpec, merged: ServerSpec, port: int, nccl_port: int | None
+) -> list[str]:
     # Plain DP replicas look for a port each; a fixed one would be shared by all.
-    nccl = "" if nccl_port is None or has_replicas(spec.args) else str(nccl_port)
+    nccl = "" if nccl_port is None or has_replicas(merged.args) else str(nccl_port)
     return [
-        *_unless_given(spec, "--model-path", spec.model_path, "--model"),
-        *_unless_given(spec, "--host", HOST),
-        *_unless_given(spec, "--port", str(port)),
-        *_unless_given(spec, "--nccl-port", nccl),
-        *_unless_given(spec, "--watchdog-timeout", WATCHDOG),
+        *_unless_given(merged, "--model-path", spec.model_path),
+        *_unless_given(merged, "--host", HOST),
+        *_unless_given(merged, "--port", str(port)),
+        *_unless_given(merged, "--nccl-port", nccl),
+        *_unless_given(merged, "--watchdog-timeout", WATCHDOG),
         *spec.args,
     ]
 
@@ -169,10 +193,9 @@ def _batch_driver(python: str) -> tuple[list[str], Sequence[str]]:
     )
 
 
-def _unless_given(spec: ServerSpec, name: str, value: str, *aliases: str) -> list[str]:
+def _unless_given(spec: ServerSpec, name: str, value: str) -> list[str]:
     """An option with its value; [] without a value, or where the user's `args` have it."""
-    given = {word.partition("=")[0] for word in spec.args}
-    return [name, value] if value and not given & {name, *aliases} else []
+    return [name, value] if value and not has_option(spec.args, name) else []
 
 
 # The embedded stand-in, which runs in the interpreter of pytest.
@@ -182,11 +205,14 @@ def _find_standin(spec: ServerSpec) -> Entry:
     return Entry("standin", sys.executable, "module", "pytest_sglprof.standin")
 
 
-def _standin_words(spec: ServerSpec, port: int, nccl_port: int | None) -> list[str]:
+def _standin_words(
+    spec: ServerSpec, merged: ServerSpec, port: int, nccl_port: int | None
+) -> list[str]:
+    # It reads no YAML, which needs a package that pytest-sglprof does without.
     return [
-        *_unless_given(spec, "--host", HOST),
-        *_unless_given(spec, "--port", str(port)),
-        *spec.args,
+        *_unless_given(merged, "--host", HOST),
+        *_unless_given(merged, "--port", str(port)),
+        *merged.args,
         *spec.standin_args,
     ]
 
@@ -235,8 +261,30 @@ LAUNCHERS = {row.name: row for row in _ROWS}
 def find_entry(spec: ServerSpec) -> Entry:
     """How the server of `spec` is started; "auto" is the first launcher that finds one.
 
-    Raises `ServerMissing` when the launcher that is asked for finds none.
+    Raises `ServerMissing` when the launcher that is asked for finds none, `SettingsError` for a
+    `--config FILE` that cannot be used.
     """
+    entry = _find(spec)
+    entry = replace(entry, config=config_words(entry.python, spec.args))
+    if entry.mode == "serve" and _hides_model(spec, entry):
+        server = installation(entry.python).server
+        if spec.entry == "serve" or not server:
+            raise SettingsError(
+                f"server {spec.name!r}: `sglang serve` refuses a model that stands only in the "
+                "file of --config",
+                expected="model_path, or --model-path in args",
+                hint='set model_path, or entry = "launch_server"',
+            )
+        return replace(entry, mode="module", module=server)
+    return entry
+
+
+def find_launcher(spec: ServerSpec) -> Launcher:
+    """The row that starts the server of `spec`; raises `ServerMissing` as `find_entry` does."""
+    return LAUNCHERS[_find(spec).kind]
+
+
+def _find(spec: ServerSpec) -> Entry:
     if spec.kind != "auto":
         return LAUNCHERS[spec.kind].find(spec)
     *preferred, last = (row for row in _ROWS if row.is_automatic)
@@ -246,6 +294,19 @@ def find_entry(spec: ServerSpec) -> Entry:
     return last.find(spec)
 
 
+def _hides_model(spec: ServerSpec, entry: Entry) -> bool:
+    """True if the model stands in no word in which `sglang serve` looks for it."""
+    is_seen = any(word.partition("=")[0] in ("--model-path", "--model") for word in spec.args)
+    return has_option(merged_spec(spec, entry).args, "--model-path") and not is_seen
+
+
+def merged_spec(spec: ServerSpec, entry: Entry) -> ServerSpec:
+    """`spec` with what its `--config FILE` holds in `args`, in the order in which SGLang reads."""
+    if not entry.config:
+        return spec
+    return replace(spec, args=(*entry.config, *without_config(spec.args)))
+
+
 def kind_from_info(info: Mapping[str, Any]) -> LauncherName:
     """The kind of a running server, from its ``/server_info``."""
     return next((row.name for row in _ROWS if row.recognises(info)), "sglang")
@@ -253,30 +314,18 @@ def kind_from_info(info: Mapping[str, Any]) -> LauncherName:
 
 def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | None) -> list[str]:
     """The arguments of the server. An option that the user's `args` have is not added."""
-    return LAUNCHERS[entry.kind].words(spec, port, nccl_port)
+    return LAUNCHERS[entry.kind].words(spec, merged_spec(spec, entry), port, nccl_port)
 
 
 def has_replicas(args: Sequence[str]) -> bool:
     """True for data parallelism without DP attention: replicas that share no collective."""
-    sizes = (option(args, name) for name in ("--dp", "--dp-size", "--data-parallel-size"))
-    wide = any(size not in (None, "1") for size in sizes)
-    return wide and "--enable-dp-attention" not in args
+    is_wide = option(args, "--dp-size") not in (None, "1")
+    return is_wide and not has_option(args, "--enable-dp-attention")
 
 
-def option(args: Sequence[str], name: str) -> str | None:
-    """The last value of an option in a command line, written `NAME VALUE` or `NAME=VALUE`."""
-    value = None
-    for number, word in enumerate(args):
-        if word == name and number + 1 < len(args):
-            value = args[number + 1]
-        elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
-    return value
-
-
-def local_url(host: str, port: int) -> str:
+def local_url(host: str, port: int, *, tls: bool = False) -> str:
     """The address at which this machine reaches a server that listens on `host`."""
-    return url_to("http", host or HOST, port)
+    return url_to("https" if tls else "http", host or HOST, port)
 
 
 def user_port(spec: ServerSpec) -> int | None:
@@ -291,13 +340,10 @@ def user_port(spec: ServerSpec) -> int | None:
 
 def key_words(spec: ServerSpec, api_key: str, admin_key: str) -> list[str]:
     """The arguments that pass the server its keys, unless `args` has them."""
-    given = {word.partition("=")[0] for word in spec.args}
-    words: list[str] = []
-    if api_key and "--api-key" not in given:
-        words += ["--api-key", api_key]
-    if admin_key and "--admin-api-key" not in given:
-        words += ["--admin-api-key", admin_key]
-    return words
+    return [
+        *_unless_given(spec, "--api-key", api_key),
+        *_unless_given(spec, "--admin-api-key", admin_key),
+    ]
 
 
 def split_secret_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -375,6 +421,8 @@ def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
     """
     learn_environment({**environment, **dict(spec.env)}, _declared(spec))
     learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
+    # Also where the option is abbreviated, so that its name says nothing.
+    learn(filter(None, (option(spec.args, name) for name in SECRET_OPTIONS)), guessed=True)
 
 
 def keep_secrets(specs: Iterable[ServerSpec]) -> dict[str, str]:

@@ -17,13 +17,13 @@ from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
     ServerNotReady,
-    ServerUnreachable,
     SettingsError,
     SglprofError,
 )
 from pytest_sglprof._nsys import NsysSession, NsysTool, find_nsys
 from pytest_sglprof._ranks import Rank
-from pytest_sglprof._server import command, lease
+from pytest_sglprof._server import command, lease, tls
+from pytest_sglprof._server.arguments import option
 from pytest_sglprof._server.client import (
     Presence,
     SglangClient,
@@ -32,6 +32,7 @@ from pytest_sglprof._server.client import (
     patiently,
     port_of,
 )
+from pytest_sglprof._server.death import describe_status, explain_status
 from pytest_sglprof._server.keeper.protocol import (
     EXIT_LIMIT,
     SILENCE_LIMIT,
@@ -57,14 +58,16 @@ Progress = Callable[[str], None]
 class Server:
     """A server that was ready when this object was made.
 
-    spec: what it was started from (only the name for an attached server). kind: the row of
+    spec: what it was started from, with what `--config FILE` holds among its `args` (only the
+    name for an attached server). kind: the row of
     `LAUNCHERS`, "sglang" or "standin". folder: holds server.log, traces/, nsys/ and, while
     the server lives, tmp/. info: ``/server_info`` without its secrets. server_dir: for an
     attached server, (a folder on its machine, the same folder here). locked_clocks: UUID of
     a GPU -> MHz at which its clock is held. keeper_fault: after `stop`, how the keeper
     failed to tear the server down; None if it did not fail, or if the server's death has
     been reported already. started: Unix time in s. ready_s: s from then until the server was
-    ready. Both are None for an attached server.
+    ready. Both are None for an attached server. driver_variables: what a load driver needs in
+    its environment to reach it.
     """
 
     __module__ = "pytest_sglprof"
@@ -89,6 +92,7 @@ class Server:
         locked_clocks: Mapping[str, int] | None = None,
         started: float | None = None,
         ready_s: float | None = None,
+        driver_variables: Mapping[str, str] | None = None,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -113,6 +117,7 @@ class Server:
         self._presence = Presence(url)
         self.started = started
         self.ready_s = ready_s
+        self.driver_variables = dict(driver_variables or {})
         self.loads: list[Any] = []  # those that ended before its first window
         self.had_window = False
         self._keeper = keeper
@@ -221,7 +226,9 @@ def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
     """
     entry = command.find_entry(spec)
     tool = find_nsys(nsys_path) if spec.nsys else None
-    api_key, admin_key = server_keys(spec)
+    merged = command.merged_spec(spec, entry)
+    tls.trust(tls.certificates(merged.args), any_name=True)  # before a model is loaded for minutes
+    api_key, admin_key = server_keys(merged)
     return Plan(
         spec=spec,
         entry=entry,
@@ -232,7 +239,7 @@ def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
         admin_key=admin_key,
         parent=os.getpid(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        private=command.keep_secrets([spec]),
+        private=command.keep_secrets([merged]),
     )
 
 
@@ -242,8 +249,11 @@ def _when_ready(
     """Waits until the server takes requests; raises as `wait_until_ready` does."""
     began, began_at = time.time(), time.monotonic()
     log = ServerLog(plan.folder / "server.log")
-    url = command.local_url(started.host, started.port)
-    client = SglangClient(url, api_key=plan.api_key, admin_key=plan.admin_key)
+    spec = command.merged_spec(plan.spec, plan.entry)
+    files = tls.certificates(spec.args)
+    url = command.local_url(started.host, started.port, tls=bool(files))
+    verify = tls.trust(files, any_name=True)
+    client = SglangClient(url, api_key=plan.api_key, admin_key=plan.admin_key, verify=verify)
     try:
         wait_until_ready(keeper, client, log, plan.spec, progress)
         ready_s = time.monotonic() - began_at
@@ -254,9 +264,9 @@ def _when_ready(
     locked = keeper.last_event(Clocks)
     tool = NsysTool(plan.nsys, plan.nsys_version) if plan.nsys else None
     return Server(
-        spec=plan.spec,
+        spec=spec,
         kind=plan.entry.kind,
-        url=url,
+        url=tls.named(url, verify),
         folder=plan.folder,
         python=plan.entry.python,
         client=client,
@@ -270,6 +280,7 @@ def _when_ready(
         locked_clocks=locked.clocks if locked else {},
         started=began,
         ready_s=ready_s,
+        driver_variables=tls.bundle_variables(files, plan.folder),
     )
 
 
@@ -282,31 +293,28 @@ def attach(
     nsys_session: str | None = None,
     nsys_path: str | None = None,
     python: str = "",
+    ca: str = "",
     folder: Path,
 ) -> Server:
     """Connects to a server that somebody else runs, and never stops it.
 
     python: an interpreter on this machine that has SGLang's load driver ("": this one).
     server_dir: (a folder on the server's machine, the same folder here).
-    nsys_session: the name of the nsys session that the server runs under.
+    nsys_session: the name of the nsys session that the server runs under. ca: file of the
+    certificates that its https is trusted by ("": the usual authorities).
     Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
     `NsysError`.
     """
     url = checked_url(url)
+    files = tls.given_certificates(ca, url)
+    verify = tls.trust(files, any_name=is_local_url(url))
     session = None
     if nsys_session:
         session = NsysSession(find_nsys(nsys_path), nsys_session)
         session.require()
-    client = SglangClient(url, api_key=api_key, admin_key=admin_key)
+    client = SglangClient(url, api_key=api_key, admin_key=admin_key, verify=verify)
     try:
         info = patiently(client.server_info)
-    except ServerUnreachable as error:
-        client.close()
-        raise ServerUnreachable(
-            error.what,
-            expected="a running SGLang server",
-            hint="check the URL, and that the server is running",
-        ) from error
     except BaseException:
         client.close()
         raise
@@ -314,42 +322,48 @@ def attach(
     return Server(
         spec=ServerSpec(name="attached", nsys=session is not None),
         kind=command.kind_from_info(info),
-        url=url,
+        url=tls.named(url, verify),
         folder=folder.absolute(),
         python=(process.which(python) or python) if python else sys.executable,
         client=client,
         info=info,
         nsys=session,
         server_dir=server_dir,
+        driver_variables=tls.bundle_variables(files, folder),
     )
 
 
 def server_keys(spec: ServerSpec) -> tuple[str, str]:
     """The API key and the admin key of a server, from its arguments or the environment."""
     keys = []
-    for name, option in (
+    for name, flag in (
         (spec.api_key_env, "--api-key"),
         (spec.admin_api_key_env, "--admin-api-key"),
     ):
         if name and not os.environ.get(name):
             raise SettingsError(
                 f"server {spec.name!r}: the environment variable {name} is not set",
-                expected=f"the server's {option[2:]} as its value",
+                expected=f"the server's {flag[2:]} as its value",
                 hint=f"export {name}, or remove the setting that names it",
             )
-        keys.append(command.option(spec.args, option) or (os.environ[name] if name else ""))
+        keys.append(option(spec.args, flag) or (os.environ[name] if name else ""))
     return keys[0], keys[1]
 
 
 def died(log: ServerLog | None, status: int | None) -> ServerDied:
     """The error for a server that ended by itself."""
-    how = "its exit status is not known" if status is None else f"exit status {status}"
+    reason = log.reason() if log else ()
     return ServerDied(
-        f"the server died ({how})",
+        f"the server died ({describe_status(status)})",
         expected="a running server",
-        hint=f"read the whole log: {log.path}" if log else "",
-        log=log.reason() if log else (),
+        hint=_next(explain_status(status, reason), log),
+        log=reason,
     )
+
+
+def _next(meaning: str, log: ServerLog | None) -> str:
+    read = f"read the whole log: {log.path}" if log else ""
+    return "; ".join(filter(None, (meaning, read)))
 
 
 def _teardown(spec: ServerSpec) -> float:
@@ -462,10 +476,11 @@ def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
 
 def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:
     """The error for a server that ended before it was ready."""
-    how = "with an unknown status" if status is None else f"with exit status {status}"
+    reason = log.reason()
     return ServerDied(
-        f"the server ended {how} after {seconds:.0f} s, before it was ready",
+        f"the server ended with {describe_status(status)} after {seconds:.0f} s, before it was "
+        "ready",
         expected="a server that becomes ready",
-        hint=f"read the whole log: {log.path}",
-        log=log.reason(),
+        hint=_next(explain_status(status, reason), log),
+        log=reason,
     )

@@ -1,44 +1,20 @@
-"""`ServerLog`: reads a server's log while it grows, and finds out why the server died."""
+"""`ServerLog`: reads a server's log while it grows, and shows why the server died."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from pytest_sglprof._redact import redact_text
-from pytest_sglprof._server.log_lines import begins_entry
+from pytest_sglprof._server.death import reason_of
 
 MAX_LINE = 400  # characters of a line that are shown; server_args alone has 20,000
 TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
 REASON_BYTES = 2**22  # 30,000 lines; what explains a death is near the end
 
-_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Timeout)\b")
 _LINE_END = re.compile(rb"[\r\n]")
-_TRACEBACK = "Traceback (most recent call last)"
-# The server continues after these: only a request failed.
-_HARMLESS = re.compile(r"Exception in ASGI application|Profiling is not in progress")
-# What the other ranks log after one of them has died.
-_AFTERMATH = re.compile(
-    r"Connection (?:closed|reset)|Broken pipe|EOFError|remote process exited|"
-    r"KeyboardInterrupt|Connection refused|Socket closed",
-    re.I,
-)
-_CAUSES = re.compile(
-    r"out of memory|OutOfMemory|not enough memory|address already in use|errno 98|"
-    r"port \d+ is (?:not available|in use)|watchdog|segmentation fault|fatal python error|"
-    r"core dumped|bus error|illegal instruction|unrecognized arguments|: error: |"
-    r"No module named|no such file or directory|can't open file|permission denied|"
-    r"no space left|CUDA error|NCCL error|terminate called|Killed",
-    re.I,
-)
-_ENDINGS = re.compile(r"SIGQUIT received|kill_process_tree called|Received sigterm", re.I)
-_NOISE = re.compile(
-    r"server_args=|\"(?:GET|POST) /|Decode batch|Prefill batch|^USDT:|UserWarning|"
-    r"Ignore import error|disabled:|^\s*$|%\|"
-)
 
 
 class ServerLog:
@@ -82,29 +58,13 @@ class ServerLog:
         return ""
 
     def reason(self, start: int = 0, limit: int = 12) -> tuple[str, ...]:
-        """At most `limit` lines after `start` that explain why the server died.
+        """At most `limit` lines after `start` that explain why the server died; see `reason_of`.
 
-        Lines that name a cause (memory, a port, an argument), and of each traceback that
-        ended a process its innermost frame and its exception. If there are none, what the
-        server logged about its end. Failing that, the last lines that are not about
-        requests. Only the last `REASON_BYTES` are read.
+        Only the last `REASON_BYTES` are read.
         """
         # To the last byte, since a dying server may not finish its last line.
         lines = self._decode(self._last(REASON_BYTES, start))
-        blocks = _tracebacks(lines)
-        inside = {number for block in blocks for number in range(block.first, block.last + 1)}
-        causes = [
-            line
-            for number, line in enumerate(lines)
-            if number not in inside and _CAUSES.search(line) and not _NOISE.search(line)
-        ]
-        reason = _distinct(causes)[-max(limit // 3, 1) :] + _deadly(blocks)
-        if not reason:
-            reason = _distinct(line for line in lines if _ENDINGS.search(line))
-        if not reason:
-            outside = (line for number, line in enumerate(lines) if number not in inside)
-            reason = [line for line in outside if not _NOISE.search(line)][-limit // 2 :]
-        return tuple(_shorten(line) for line in reason[-limit:])
+        return tuple(_shorten(line) for line in reason_of(lines, limit))
 
     def _last(self, count: int, start: int = 0) -> bytes:
         """At most the last `count` bytes from `start` on; of a log shorter than that, of all.
@@ -132,77 +92,6 @@ class ServerLog:
         if lines and not lines[-1]:
             lines.pop()
         return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One traceback: the numbers of its first and last line, and the lines of it to show."""
-
-    first: int
-    last: int
-    shown: tuple[str, ...]
-    harmless: bool
-    ended_rank: bool
-
-    @property
-    def exception(self) -> str:
-        """The line of the exception."""
-        return self.shown[-1]
-
-
-def _tracebacks(lines: Sequence[str]) -> list[_Block]:
-    blocks = []
-    number = 0
-    while number < len(lines):
-        if _TRACEBACK in lines[number]:
-            block = _read_block(lines, number)
-            blocks.append(block)
-            number = block.last
-        number += 1
-    return blocks
-
-
-def _read_block(lines: Sequence[str], first: int) -> _Block:
-    end = first + 1
-    while end < len(lines) and (lines[end].startswith(" ") or not lines[end]):
-        end += 1
-    # A message may have several lines, until the next entry of the log.
-    last = end
-    while last + 1 < len(lines) and last < end + 3 and _continues_message(lines[last + 1]):
-        last += 1
-    frames = [line for line in lines[first + 1 : end] if line.lstrip().startswith("File ")]
-    ended_rank = "hit an exception" in lines[first]
-    head = [lines[first].strip()] if ended_rank else []
-    exception = " ".join(line.strip() for line in lines[end : last + 1]) or lines[first].strip()
-    around = "\n".join([*lines[max(0, first - 3) : first + 1], exception])
-    return _Block(
-        first,
-        min(last, len(lines) - 1),
-        shown=(*head, *frames[-1:], exception),
-        harmless=bool(_HARMLESS.search(around)),
-        ended_rank=ended_rank,
-    )
-
-
-def _continues_message(line: str) -> bool:
-    return bool(line.strip()) and not (
-        begins_entry(line) or _NOISE.search(line) or _TRACEBACK in line or _EXCEPTION.match(line)
-    )
-
-
-def _deadly(blocks: Sequence[_Block]) -> list[str]:
-    """The lines to show of at most two tracebacks, the cause before its consequences."""
-    harmful = [block for block in blocks if not block.harmless]
-    primary = [block for block in harmful if not _AFTERMATH.search(block.exception)]
-    ended = [block for block in primary if block.ended_rank]
-    chosen: dict[str, _Block] = {}
-    for block in ended or primary or harmful:
-        chosen.setdefault(block.exception, block)
-    return [line for block in list(chosen.values())[-2:] for line in block.shown]
-
-
-def _distinct(lines: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(lines))
 
 
 def _shorten(line: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -48,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise OSError
         time.sleep(options.ready_delay / 2)
         listener = Listener(front, find)
+    except ssl.SSLError as error:
+        end_all(front.ranks)
+        web(f"{options.ssl_certfile} and {options.ssl_keyfile}: {error}", "ERROR")
+        return 1
     except OSError:
         end_all(front.ranks)
         return address_in_use(options.host, options.port)
-    web(f"Uvicorn running on http://{options.host}:{listener.port} (Press CTRL+C to quit)")
+    address = f"{listener.scheme}://{options.host}:{listener.port}"
+    web(f"Uvicorn running on {address} (Press CTRL+C to quit)")
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     front.serve()
     return front.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import ssl
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pytest_sglprof.standin.front import Front
-from pytest_sglprof.standin.options import raw, web
+from pytest_sglprof.standin.options import Options, raw, web
 
 MAX_BODY = 64 << 20
 
@@ -97,6 +98,17 @@ class Listener(ThreadingHTTPServer):
         self.front = front
         self.find = find
         super().__init__((front.options.host, front.options.port), Handler)
+        self.scheme = "http"
+        if front.options.ssl_certfile:
+            self.scheme = "https"
+            self.socket = self._secured(front.options)
+
+    def _secured(self, options: Options) -> ssl.SSLSocket:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        password = options.ssl_keyfile_password or None
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile or None, password)
+        # A connection shakes hands in its own thread, so that none that stalls stops the others.
+        return context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     @property
     def port(self) -> int:

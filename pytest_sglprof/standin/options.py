@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pytest_sglprof.standin.model import EVERY_RANK, SLOWABLE, Model, Sizes, Slow, places
@@ -38,6 +39,9 @@ class Options:
     chunked_prefill_size: int = 8192
     context_length: int = 131_072
     enable_metrics: bool = False
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
+    ssl_keyfile_password: str = ""
     ready_delay: float = 0.0
     never_ready: bool = False
     hang_in_stop_profile: bool = False
@@ -66,6 +70,9 @@ def parse(argv: Sequence[str]) -> Options:
         others = _others(rest)
     except ValueError as error:
         parser.error(str(error))
+    for file in filter(None, (known.ssl_certfile, known.ssl_keyfile)):
+        if not Path(file).is_file():
+            parser.error(f"SSL file not found: {file!r}")
     step_ns = round(known.step_ms * 1e6)
     if step_ns < 100_000:
         parser.error("--step-ms must be at least 0.1")
@@ -87,6 +94,9 @@ def parse(argv: Sequence[str]) -> Options:
         chunked_prefill_size=known.chunked_prefill_size,
         context_length=known.context_length,
         enable_metrics=known.enable_metrics,
+        ssl_certfile=known.ssl_certfile,
+        ssl_keyfile=known.ssl_keyfile,
+        ssl_keyfile_password=known.ssl_keyfile_password,
         ready_delay=known.ready_delay,
         never_ready=known.never_ready,
         hang_in_stop_profile=known.hang_in_stop_profile,
@@ -131,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--speak", choices=SPEECHES, default=NEWEST.version, help="the SGLang that it stands for"
     )
+    for name in ("--ssl-certfile", "--ssl-keyfile", "--ssl-keyfile-password"):
+        effective.add_argument(name, default="")
     _add_device(parser.add_argument_group("the simulated device"))
     _add_faults(parser.add_argument_group("simulated faults"))
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -22,13 +23,14 @@ PATIENCE = 30.0
 class Running:
     """One stand-in process, its log and a client for it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, ca: Path | None = None) -> None:
         self.process = process
         self.log_file = log
         self.url = ""
         # After a 500 the server closes the connection: a kept one could meet its end.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self.http = httpx.Client(timeout=PATIENCE, limits=limits)
+        verify = ssl.create_default_context(cafile=ca) if ca else False
+        self.http = httpx.Client(timeout=PATIENCE, limits=limits, verify=verify)
 
     @property
     def log(self) -> str:
@@ -79,9 +81,16 @@ def end(process: subprocess.Popen[bytes], tree: list[psutil.Process], *, patienc
 
 @contextlib.contextmanager
 def standin(
-    folder: Path, *arguments: str, env: dict[str, str] | None = None, ready: bool = True
+    folder: Path,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    ready: bool = True,
+    ca: Path | None = None,
 ) -> Iterator[Running]:
-    """A running stand-in; whatever is left of it is killed at the end."""
+    """A running stand-in; whatever is left of it is killed at the end.
+
+    ca: whom its certificate is trusted by; it is then called localhost.
+    """
     log = folder / "server.log"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("ab") as file:
@@ -92,7 +101,7 @@ def standin(
             env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), **(env or {})},
             start_new_session=True,
         )
-    running = Running(process, log)
+    running = Running(process, log, ca)
     tree: list[psutil.Process] = []
     try:
         if ready:
@@ -102,7 +111,8 @@ def standin(
                 return "ready to roll" in running.log
 
             wait_for(is_up)
-            running.url = re.findall(r"running on (http://\S+)", running.log)[0]
+            running.url = re.findall(r"running on (https?://\S+)", running.log)[0]
+            running.url = running.url.replace("127.0.0.1", "localhost") if ca else running.url
             tree = psutil.Process(process.pid).children(recursive=True)
         yield running
     finally:

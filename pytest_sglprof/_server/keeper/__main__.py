@@ -19,7 +19,7 @@ from pytest_sglprof import _process as process
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._redact import learn, redact_text
-from pytest_sglprof._server.command import learn_secrets
+from pytest_sglprof._server.command import learn_secrets, merged_spec
 from pytest_sglprof._server.keeper.life import ServerLife, log_gpus
 from pytest_sglprof._server.keeper.protocol import (
     Clocks,
@@ -75,7 +75,7 @@ class Keeper:
             return 2
         plan = first.plan
         learn((plan.api_key, plan.admin_key))
-        learn_secrets(plan.spec, {**os.environ, **plan.private})
+        learn_secrets(merged_spec(plan.spec, plan.entry), {**os.environ, **plan.private})
         self._log_to(plan)
         self._parent = plan.parent
         os.environ.pop("PYTHONPATH", None)

@@ -27,7 +27,8 @@ from pytest_sglprof._redact import (
     redact_command,
     redact_text,
 )
-from pytest_sglprof._server import command, lease
+from pytest_sglprof._server import command, lease, tls
+from pytest_sglprof._server.arguments import has_option, option
 from pytest_sglprof._server.keeper.protocol import (
     HURRIED_WAIT,
     INJECTION,
@@ -51,6 +52,8 @@ Show = Callable[[str], None]
 class ServerLife:
     """Starts a server and knows whether it is alive; `teardown.tear_down` ends it.
 
+    merged: the spec with what its `--config FILE` holds among its `args`. certificates: see
+    `tls.certificates`.
     cancelled: true once the start is to be given up. progress: called with lines for people.
     locked: called with UUID -> MHz as soon as GPU clocks are locked. clocks: that lock, None
     if none was asked for.
@@ -66,7 +69,9 @@ class ServerLife:
     ) -> None:
         self.plan = plan
         self.folder = plan.folder
-        self.host = command.option(plan.spec.args, "--host") or command.HOST
+        self.merged = command.merged_spec(plan.spec, plan.entry)
+        self.host = option(self.merged.args, "--host") or command.HOST
+        self.certificates = tls.certificates(self.merged.args)
         self.port = 0
         self.pid = 0
         self.created = 0.0
@@ -99,7 +104,7 @@ class ServerLife:
         plan = self.plan
         words = command.server_words(plan.spec, plan.entry, self.port, nccl_port)
         shown, hidden = command.split_secret_words(words)
-        hidden += command.key_words(plan.spec, plan.api_key, plan.admin_key)
+        hidden += command.key_words(self.merged, plan.api_key, plan.admin_key)
         self.words = redact_command(command.shown_command(plan.entry, [*shown, *hidden]))
         environment, private = command.server_environment(
             plan.spec, plan.entry, {**os.environ, **plan.private}, self.tmpdir
@@ -187,17 +192,17 @@ class ServerLife:
             log.info("locked at %d MHz: %s", spec.lock_clocks, ", ".join(self.clocks.held))
         if spec.gpus == "all" or VISIBLE in dict(spec.env):
             return None
-        return None if command.option(spec.args, "--base-gpu-id") else chosen
+        return None if option(self.merged.args, "--base-gpu-id") else chosen
 
     def _lease_ports(self) -> tuple[int, int | None]:
-        wanted = command.user_port(self.plan.spec)
+        wanted = command.user_port(self.merged)
         if wanted is None:
             port, leases = lease.free_server_ports()
             self._leases += leases
         else:
             port = wanted
             self._lease_wanted_port(port)
-        if command.option(self.plan.spec.args, "--nccl-port") is not None:
+        if has_option(self.merged.args, "--nccl-port"):
             return port, None
         nccl_port, held = lease.free_port()
         self._leases.append(held)
@@ -277,7 +282,7 @@ class ServerLife:
 
     @property
     def _on_gpu(self) -> bool:
-        on_cpu = command.option(self.plan.spec.args, "--device") == "cpu"
+        on_cpu = option(self.merged.args, "--device") == "cpu"
         return command.LAUNCHERS[self.plan.entry.kind].uses_hardware and not on_cpu
 
     @property

@@ -18,6 +18,7 @@ from pytest_sglprof import _nsys as nsys
 from pytest_sglprof import _process as process
 from pytest_sglprof._config.backends import BACKENDS, Backend
 from pytest_sglprof._errors import NsysError, SglprofError
+from pytest_sglprof._server import tls
 from pytest_sglprof._server.command import local_url
 from pytest_sglprof._server.keeper.life import ServerLife, processes_on_gpus
 from pytest_sglprof._server.keeper.protocol import (
@@ -80,9 +81,10 @@ def _stop_profile(life: ServerLife, limit: float) -> None:
     from pytest_sglprof._server.client import SglangClient
 
     client = SglangClient(
-        local_url(life.host, life.port),
+        local_url(life.host, life.port, tls=bool(life.certificates)),
         api_key=life.plan.api_key,
         admin_key=life.plan.admin_key,
+        verify=tls.trust(life.certificates, any_name=True),
     )
     try:
         ended = client.stop_profile(limit)

@@ -27,8 +27,9 @@ NOT_SCALAR = ("server", "servers", "window", "threshold", "category")
 TEXTS = {"keep": "all", "accept": "new", "server_dir": "/a:/b", "server": "http://h:1"}
 WITH_KEY = [option for option in OPTIONS if option.key]
 PER_INVOCATION = {
-    "enabled", "config", "set", "output", "server", "server_dir", "nsys_session", "python", "nsys",
-    "allow_inconclusive", "show_config", "baselines", "accept", "require_baseline",
+    "enabled", "config", "set", "output", "server", "server_dir", "server_ca", "nsys_session",
+    "python", "nsys", "allow_inconclusive",
+    "show_config", "baselines", "accept", "require_baseline",
 }  # fmt: skip
 
 
