@@ -110,7 +110,8 @@ _QUEUES = frozenset((
     "#retracted-req",
 ))  # fmt: skip
 # What a prefill adds to `#running-req`: its requests, and those whose KV cache is being sent.
-_HELD = ("#new-seq", "#transferring-req", "#inflight-req")
+_HELD = frozenset(("#new-seq", "#transferring-req", "#inflight-req"))
+_SINGLE = ("#running-req", "gen throughput (token/s)", "accept len")
 _FIELD = re.compile(r"(\w+)=(-?\d{1,18}(?:\.\d+)?)")
 _PROFILE_ID = re.compile(r"\(with profile id: (.*)\)")
 _SIZE = re.compile(r"\b(dp_size|attn_dp_size|pp_size|nnodes|node_rank)'?[=:] ?(\d{1,9})")
@@ -218,19 +219,16 @@ class EntryReader:
     def _record(self, line: str, server: str = "", stamp: Stamp | None = None) -> Iterator[Entry]:
         """The entries of one line. server, stamp: what the JSON says that holds it."""
         line = _COLOUR.sub("", line) if "\x1b" in line else line
-        lead = _read_lead(line)
+        lead = _read_lead(line, stamp)
         server = " ".join(filter(None, (server, lead.server)))
         if line.startswith("{", lead.end):
             if wrapped := _unwrap(line[lead.end :]):
-                at = wrapped.stamp or lead.stamp or stamp
-                yield from self._record(wrapped.text, f"{server} {wrapped.server}".strip(), at)
+                server = f"{server} {wrapped.server}".strip()
+                yield from self._record(wrapped.text, server, wrapped.stamp or lead.stamp)
             return
-        if lead.is_timed and lead.stamp is None:
-            stamp, begin = None, -1
-        else:
-            stamp, begin = lead.stamp or stamp, lead.end
+        begin = -1 if lead.is_timed and lead.stamp is None else lead.end
         count = 0
-        for entry in self._entries(line, lead.end, begin, server, stamp):
+        for entry in self._entries(line, lead.end, begin, server, lead.stamp):
             count += 1
             self.is_own_format |= lead.is_own
             yield entry
@@ -265,24 +263,25 @@ class EntryReader:
 
 def read_batch(entry: Entry) -> Batch:
     """The figures of a "prefill" or "decode" entry."""
-    values = {key: float(value) for key, value in _PAIR.findall(entry.text)}
+    values = dict(_PAIR.findall(entry.text))
     get = values.get
+    running, rate, accepted = (get(name) for name in _SINGLE)
+    is_decode = entry.kind == "decode"
+    held = 0 if is_decode else int(sum([float(values[name]) for name in _HELD & values.keys()]))
     iteration = _BATCH_STEP.match(entry.text)
-    running = get("#running-req")
-    held = int(sum(get(name, 0) for name in _HELD)) if entry.kind == "prefill" else 0
     # Hybrid models hold a full pool and a window pool, sparse ones a GPU and a CPU pool.
-    tokens = get("#token", get("#full token"))
-    if tokens is None and "#gpu token" in values:
-        tokens = values["#gpu token"] + get("#cpu token", 0)
+    tokens = get("#token") or get("#full token")
+    cpu = get("#cpu token", 0) if tokens is None else 0
+    tokens = tokens or get("#gpu token")
     return Batch(
         # A prefill logs what runs besides it; the requests that it adds run from now on.
-        running=None if running is None else int(running) + held,
+        running=None if running is None else int(float(running)) + held,
         held=held,
-        waiting=int(sum([values[name] for name in _QUEUES & values.keys()])),
-        tokens=None if tokens is None else int(tokens),
-        token_usage=max([values[name] for name in _USAGES & values.keys()], default=None),
-        throughput=get("gen throughput (token/s)") if entry.kind == "decode" else None,
-        accept_length=get("accept len"),
+        waiting=int(sum([float(values[name]) for name in _QUEUES & values.keys()])),
+        tokens=None if tokens is None else int(float(tokens) + float(cpu)),
+        token_usage=max([float(values[name]) for name in _USAGES & values.keys()], default=None),
+        throughput=float(rate) if rate and is_decode else None,
+        accept_length=float(accepted) if accepted else None,
         iteration=int(iteration[1]) if iteration else None,
     )
 
@@ -417,29 +416,32 @@ class _Lead(NamedTuple):
     is_own: bool
 
 
-def _read_lead(line: str) -> _Lead:
-    """What stands at the start of a line before the head of its entry, or before its text."""
+def _read_lead(line: str, stamp: Stamp | None = None) -> _Lead:
+    """What stands at the start of a line before the head of its entry, or before its text.
+
+    stamp: what an object of JSON around the line says.
+    """
     end = len(line) - len(line.lstrip())
     labels: list[str] = []
-    server, stamp, is_timed, is_own, tags = "", None, False, False, ""
+    server, is_timed, is_own, is_filled, tags = "", stamp is not None, False, False, ""
     for _ in range(_MOST_PIECES):
         piece = _LEAD.match(line, end)
         if piece is None or _FIRST.match(line, end):
             break
         kind, text = piece.lastgroup, piece[0]
+        if (kind == "time" and is_filled) or (kind == "fill" and not is_timed):
+            break  # text, perhaps that of a request
         if kind == "time":
             server, is_timed, is_own, tags = " ".join(labels), True, False, piece["words"] or ""
             second = f"{piece['date'].replace('/', '-')} {piece['clock']}"
             stamp = _stamp(second, piece["part"], piece["zone"] or "", "")
         elif kind == "label" and not is_timed:
             labels.append(text.strip(" \t|:()[]"))
-        elif kind == "fill" and not is_timed:
-            break  # text, perhaps that of a request
         elif kind == "noise":
             is_own |= is_timed
         else:
             labels.append(text.strip(" \t|:()[]"))
-            is_own = True
+            is_own, is_filled = True, is_filled or kind == "fill"
             tags += "".join(f" {tag}" for tag in _TAG.findall(text))
         end = piece.end()
     stamp = (*stamp[:2], tags) if stamp else None
