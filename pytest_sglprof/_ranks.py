@@ -61,6 +61,11 @@ class Rank:
         return cls(**values) if values else None
 
     @classmethod
+    def from_tags(cls, tags: str) -> Rank | None:
+        """Reads the tags of a log line; passes over those that are not known (``DCP0``)."""
+        return cls.parse(" ".join(word for word in tags.split() if _TAG.match(word)))
+
+    @classmethod
     def from_file_name(cls, name: str) -> Rank | None:
         """Reads ``{prefix-}{id}-TP-1-DP-0[-PP-p][-EP-e][-DECODE].trace.json.gz``.
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -149,14 +149,13 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
                 outline.add(sample)
             else:
                 has_balances = True
+    if log.lines.unreadable and (outline.ranks or has_balances):
+        out.write(f"note: {_unreadable(log.lines.unreadable)}\n")
     if not outline.ranks and not has_balances:
-        raise Inconclusive(
-            f"{path} holds no Prefill or Decode line",
-            expected="the log of an SGLang server that had requests",
-            hint="SGLang writes these lines to its standard error",
-        )
-    if not has_balances and not any(outline.ranks):
-        raise Inconclusive(CANNOT_KNOW)
+        raise _no_batches(path, log.lines.unreadable)
+    if not has_balances and not any(label for _, label in outline.ranks):
+        raise _no_tags(path) if log.lines.is_own_format else Inconclusive(CANNOT_KNOW)
+    outline.servers.known = log.lines.known
     loads = (sample for block in log for sample in block if isinstance(sample, LoadSample))
     periods = finished_load(loads, rule, milliseconds=log.has_milliseconds, outline=outline)
     measured = OnsetDetector(rule, source="log")  # for balances that the server measures
@@ -168,9 +167,19 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
     for onset in onsets:
         lines.onset(onset)
         out.write(f"{onset_line(onset)}\n")
+    if outline.servers.several:
+        names = sorted({outline.servers.name(server) for server, _ in outline.ranks})
+        out.write(f"note: {len(names)} servers, each judged alone: {', '.join(names)}\n")
     out.write("".join(f"{line}\n" for line in _rank_lines(outline)))
+    out.write("".join(f"{line}\n" for line in absent_lines(periods.elsewhere)))
     if onsets:
         return ExitStatus.EXCEEDED
+    if not has_balances and periods.compared < 2:
+        raise Inconclusive(
+            f"{path} holds the load of one DP rank of each server",
+            expected="the lines of at least two ranks, or the one that begins with server_args=",
+            hint="read the logs of all nodes together: cat LOG LOG > ALL; sglprof watch ALL",
+        )
     judged = max(periods.judged_s, measured.judged_s)
     if judged < rule.hold:
         raise Inconclusive(
@@ -182,9 +191,48 @@ def _finished(path: Path, rule: OnsetRule, lines: JsonLines, out: IO[str]) -> Ex
     return ExitStatus.DONE
 
 
+def _unreadable(count: int) -> str:
+    lines = "1 batch line" if count == 1 else f"{count} batch lines"
+    return f"{lines} whose stamp cannot be read"
+
+
+def _no_batches(path: Path, unreadable: int) -> Inconclusive:
+    if unreadable:
+        return Inconclusive(
+            f"{path} holds {_unreadable(unreadable)}",
+            expected="[2026-11-24 03:13:51 DP0 TP0], or a date and a time of day, before them",
+            hint="put %(asctime)s into the format of SGLANG_LOGGING_CONFIG_PATH, or unset that",
+        )
+    return Inconclusive(
+        f"{path} holds no Prefill or Decode line",
+        expected="the log of an SGLang server that had requests",
+        hint="SGLang writes these lines to its standard error",
+    )
+
+
+def _no_tags(path: Path) -> Inconclusive:
+    return Inconclusive(
+        f"{path} is in a format of your own, which leaves out whose load a line tells",
+        expected="the tags of the ranks, as SGLang writes them: [2026-11-24 03:13:51 DP0 TP0]",
+        hint="watch the server by its URL, or unset SGLANG_LOGGING_CONFIG_PATH",
+    )
+
+
+def absent_lines(elsewhere: Mapping[str, Sequence[str]]) -> list[str]:
+    """A note for each group whose other ranks a log does not hold."""
+    notes = []
+    for group, ranks in elsewhere.items():
+        name = f"{group}: " if group else ""
+        span = ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        are = "is" if len(ranks) == 1 else "are"
+        notes.append(f"note: {name}{span} {are} not in this log (another node's?): not judged")
+    return notes
+
+
 def _rank_lines(outline: LoadOutline) -> list[str]:
     rows = []
-    for label, rank in sorted(outline.ranks.items()):
+    for (server, rank_label), rank in sorted(outline.ranks.items()):
+        label = f"{outline.servers.name(server)} {rank_label}".strip()
         running, waiting = rank.running / rank.lines, rank.waiting / rank.lines
         mean = f"{rank.tokens / rank.with_tokens:.0f}" if rank.with_tokens else "-"
         rows.append([label or ONE_RANK, str(rank.lines), f"{running:.1f}", f"{waiting:.1f}", mean])
@@ -195,9 +243,9 @@ def _rank_lines(outline: LoadOutline) -> list[str]:
 class JsonLines:
     """Samples and onsets as lines of JSON. target: a file, "-" for standard output, or None.
 
-    A sample is an object with the fields of `LoadSample`. Other objects have a type in `event`:
-    "onset", "end" (of an onset), or "balance" (the fields of `BalanceSample`). Lines are
-    flushed at once, so that a program behind a pipe sees them.
+    A sample is an object with the fields of `LoadSample`, `server` only if it is not "". Other
+    objects have a type in `event`: "onset", "end" (of an onset), or "balance" (the fields of
+    `BalanceSample`). Lines are flushed at once, so that a program behind a pipe sees them.
     """
 
     def __init__(self, target: str | None) -> None:
@@ -220,7 +268,10 @@ class JsonLines:
             return
         for sample in samples:
             event = {"event": "balance"} if isinstance(sample, BalanceSample) else {}
-            self._write({**event, **dataclasses.asdict(sample)})
+            fields = {**event, **dataclasses.asdict(sample)}
+            if not sample.server:
+                del fields["server"]
+            self._write(fields)
         self._stream.flush()
 
     def onset(self, onset: Onset) -> None:
@@ -342,6 +393,7 @@ def watch_live(
         path = Path(args.target)
         detector = OnsetDetector(rule, source="log", milliseconds=_has_milliseconds(path))
         log = LogSource(path, from_end=False)
+        detector.servers.known = log.lines.known
         watch = LoadWatch([log], keep=0)
     screen = _Screen(out, detector, lines, log)
     watch.listen(screen.take)
@@ -363,6 +415,9 @@ def watch_live(
 
 
 def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
+    boards = {group.name: group.board.elsewhere for group in detector.groups}
+    for note in absent_lines({name: ranks for name, ranks in boards.items() if ranks}):
+        screen.say(note)
     if detector.onsets:
         return ExitStatus.EXCEEDED
     if detector.judged_s < detector.rule.hold:
@@ -471,6 +526,7 @@ class _Screen:
             tables: list[str] = []
             if self._is_terminal:
                 for group in self._detector.groups:
+                    tables += [f"{group.name}:"] if self._detector.servers.several else []
                     tables += load_table(group.board.loads(time.time()), self._history)
         self.clear()
         for onset in new:

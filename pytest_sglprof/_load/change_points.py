@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +19,12 @@ from pytest_sglprof._load.onset import (
     Onset,
     OnsetRule,
     idle_ranks,
+    imbalance,
     imbalances,
+    judged_figures,
     sentence,
 )
-from pytest_sglprof._load.samples import LOG_STAMP, LoadSample, RankBoard, RankLoad, group_of
+from pytest_sglprof._load.samples import LOG_STAMP, LoadSample, RankBoard, RankLoad, Servers
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,31 +39,40 @@ FIGURES = 4  # running, waiting, tokens, usage
 class FinishedLoad:
     """The onsets of a finished log. judged_s: seconds with enough requests to judge.
 
-    largest_factor: largest λ of the running requests, averaged between two changes. span: Unix
-    times of the first and the last sample; (0, 0) without samples.
+    largest_factor: largest λ of the requests that are judged, averaged between two changes.
+    span: Unix times of the first and the last sample; (0, 0) without samples. compared: how
+    many ranks of one group the log holds, at most. elsewhere: of each group, the ranks that it
+    does not hold.
     """
 
     onsets: tuple[Onset, ...]
     judged_s: float
     largest_factor: float
     span: tuple[float, float]
+    compared: int = 0
+    elsewhere: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass
 class RankOutline:
     """Sums over the lines of one rank. tokens: sum over the `with_tokens` lines that have them.
 
-    newest: time of the last line, Unix s. gaps: seconds between lines with different times, and
-    how often each occurs.
+    first: the first sample. oldest, newest: times of the lines, Unix s. gaps: seconds between
+    lines with different times, and how often each occurs.
     """
 
-    newest: float
+    first: LoadSample
+    oldest: float = field(init=False)
+    newest: float = field(init=False)
     lines: int = 0
     running: int = 0
     waiting: int = 0
     tokens: int = 0
     with_tokens: int = 0
     gaps: Counter[float] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.oldest = self.newest = self.first.time
 
     @property
     def interval(self) -> float:
@@ -81,6 +92,7 @@ class RankOutline:
             gap = sample.time - self.newest
             self.gaps[gap if gap < FINE_GAP else float(round(gap))] += 1
             self.newest = sample.time
+        self.oldest = min(self.oldest, sample.time)
         self.lines += 1
         self.running += sample.running
         self.waiting += sample.waiting
@@ -92,24 +104,32 @@ class RankOutline:
 class LoadOutline:
     """First pass over the samples of a log: the ranks in it, and the time span of each group.
 
-    Its size does not grow with the number of samples.
+    Its size does not grow with the number of samples. ranks: by what stands before the stamp
+    and the label.
     """
 
     def __init__(self, samples: Iterable[LoadSample] = ()) -> None:
-        self.ranks: dict[str, RankOutline] = {}
-        self.spans: dict[str, tuple[float, float]] = {}  # of each group
+        self.ranks: dict[tuple[str, str], RankOutline] = {}
+        self.servers = Servers()
         for sample in samples:
             self.add(sample)
 
     def add(self, sample: LoadSample) -> None:
         """Takes the next sample, in the order of the log."""
-        rank = self.ranks.get(sample.rank)
+        key = sample.server, sample.rank
+        rank = self.ranks.get(key)
         if rank is None:
-            rank = self.ranks[sample.rank] = RankOutline(sample.time)
+            rank = self.ranks[key] = RankOutline(sample)
+            self.servers.add(sample)
         rank.add(sample)
-        group = group_of(sample.rank)
-        first, last = self.spans.get(group, (sample.time, sample.time))
-        self.spans[group] = min(first, sample.time), max(last, sample.time)
+
+    @property
+    def groups(self) -> dict[str, list[RankOutline]]:
+        """The ranks of each group, see `Servers.group`."""
+        groups: dict[str, list[RankOutline]] = {}
+        for rank in self.ranks.values():
+            groups.setdefault(self.servers.group(rank.first), []).append(rank)
+        return groups
 
 
 def finished_load(
@@ -131,39 +151,44 @@ def finished_load(
     unequal parts are one onset.
     """
     outline = outline or LoadOutline(samples)
-    if not outline.spans:
+    groups = outline.groups
+    if not groups:
         return FinishedLoad((), 0.0, 1.0, (0.0, 0.0))
     stamp = 0.0 if milliseconds else LOG_STAMP
     grids = {
-        group: _Grid(span, [rank for rank in ranks if group_of(rank) == group], stamp)
-        for group, span in sorted(outline.spans.items())
+        group: _Grid(outlines, outline.servers.board(outlines[0].first, ranks, stamp))
+        for group, outlines in sorted(groups.items())
     }
     for sample in samples:
-        if grid := grids.get(group_of(sample.rank)):
+        if grid := grids.get(outline.servers.group(sample)):
             grid.add(sample)
     onsets: list[Onset] = []
     judged, largest = 0.0, 1.0
     for group, grid in grids.items():
-        grid.fill(outline)
+        grid.fill(groups[group])
         if len(grid.ranks) < 2:
             continue
         parts = [_Part(begin, end, grid) for begin, end in _cuts(_scaled(grid.values))]
-        busy = [part for part in parts if part.mean_running >= rule.min_running]
-        judged = max(judged, math.fsum(part.seconds for part in busy))
-        largest = max([largest, *(part.factor for part in busy)])
+        busy = [(part, f) for part in parts if (f := judged_figures(part.loads, rule))]
+        judged = max(judged, math.fsum(part.seconds for part, _ in busy))
+        largest = max([largest, *(imbalance(figures) for _, figures in busy)])
         onsets += _onsets(parts, rule, grid, group)
     ordered = tuple(sorted(onsets, key=lambda onset: onset.time))
-    firsts, lasts = zip(*outline.spans.values(), strict=True)
-    return FinishedLoad(ordered, judged, largest, (min(firsts), max(lasts)))
+    times = [(rank.oldest, rank.newest) for rank in outline.ranks.values()]
+    span = min(oldest for oldest, _ in times), max(newest for _, newest in times)
+    compared = max(len(grid.ranks) for grid in grids.values())
+    elsewhere = {name: absent for name, grid in grids.items() if (absent := grid.elsewhere)}
+    return FinishedLoad(ordered, judged, largest, span, compared, elsewhere)
 
 
 class _Grid:
     """Figures of all ranks on an even time grid; `values` has shape (points, ranks, FIGURES)."""
 
-    def __init__(self, span: tuple[float, float], known: Sequence[str], stamp: float) -> None:
-        self._board = RankBoard(known, falls_silent=True, stamp=stamp)
-        self._stamp = stamp
-        begin, end = span
+    def __init__(self, outlines: Sequence[RankOutline], board: RankBoard) -> None:
+        self._board = board
+        self._stamp = stamp = board.stamp
+        begin = min(rank.oldest for rank in outlines)
+        end = max(rank.newest for rank in outlines)
         self.step = max(stamp or FINEST, (end - begin) / MAX_POINTS)
         self.times = begin + self.step * np.arange(int((end - begin) / self.step) + 1)
         self._points = self.times.tolist()
@@ -180,12 +205,16 @@ class _Grid:
             cells = self._cells[sample.rank] = _Cells(len(self._points) + 1)
         cells.add(bisect_left(self._points, sample.time), sample)
 
-    def fill(self, outline: LoadOutline) -> None:
+    @property
+    def elsewhere(self) -> list[str]:
+        return self._board.elsewhere
+
+    def fill(self, outlines: Sequence[RankOutline]) -> None:
         """Computes `values` from the samples added."""
+        heard = {rank.first.rank: rank.interval for rank in outlines}
         self.ranks = tuple(load.rank for load in self._board.loads(0.0))
         self.resolution = max(self._board.resolution, self.step)
-        outlines = [outline.ranks.get(rank) for rank in self.ranks]
-        intervals = [each.interval if each else 0.0 for each in outlines]
+        intervals = [heard.get(rank, 0.0) for rank in self.ranks]
         patience = max(2.0, 2 * self._stamp, 3 * max(intervals, default=0.0))
         pairs = zip(self.ranks, intervals, strict=True)
         columns = [self._column(rank, interval, patience) for rank, interval in pairs]

@@ -18,6 +18,7 @@ from pytest_sglprof._load.samples import (
     LoadSample,
     RankBoard,
     RankLoad,
+    Servers,
     group_of,
 )
 
@@ -41,13 +42,13 @@ class GroupDetector:
     def __init__(self, rule: OnsetRule, board: RankBoard, source: str, group: str) -> None:
         self.rule = rule
         self.board = board
-        self.judged_s = 0.0  # seconds with at least min_running requests per rank
+        self.judged_s = 0.0  # seconds with enough requests, see `judged_figures`
         self.largest_factor = 1.0
         self.is_busy = False  # whether there are as many now
         self.open: Onset | None = None
         self.closed: deque[Onset] = deque(maxlen=MAX_ONSETS)
         self._source = source
-        self._group = group
+        self.name = group
         self._looks: deque[_Look] = deque()
         self._calm: float | None = None
 
@@ -64,11 +65,11 @@ class GroupDetector:
         return self._declare(now)
 
     def _count(self, loads: Sequence[RankLoad], now: float) -> None:
-        running = [load.running for load in loads]
-        self.is_busy = bool(running) and sum(running) / len(running) >= self.rule.min_running
-        if self.is_busy:
+        figures = judged_figures(loads, self.rule)
+        self.is_busy = bool(figures)
+        if figures:
             self.judged_s += max(0.0, now - self._looks[-1].time) if self._looks else 0.0
-            self.largest_factor = max(self.largest_factor, imbalance(running))
+            self.largest_factor = max(self.largest_factor, imbalance(figures))
 
     def _remember(self, loads: tuple[RankLoad, ...], now: float) -> None:
         """Keeps this look, and corrects earlier ones, since silence is noticed late."""
@@ -108,7 +109,7 @@ class GroupDetector:
                 resolution_s=max(self.board.resolution, self._unseen_before(began)),
                 source=self._source,
                 ranks=averages,
-                group=self._group,
+                group=self.name,
             )
             self.open = replace(onset, sentence=sentence(onset))
             self._calm = None
@@ -209,14 +210,15 @@ class OnsetDetector:
     ) -> None:
         self.rule = rule
         self.source = source
+        self.servers = Servers()
         self._ranks = tuple(ranks)
         self._stamp = LOG_STAMP if source == "log" and not milliseconds else 0.0
         self._groups: dict[str, GroupDetector] = {}
-        self._balance: dict[str, _Balance] = {}
+        self._balance: dict[tuple[str, str], _Balance] = {}
 
     @property
     def groups(self) -> tuple[GroupDetector, ...]:
-        """The detectors, one for each pipeline stage seen so far."""
+        """The detectors, one for each server and pipeline stage seen so far."""
         return tuple(self._groups.values())
 
     @property
@@ -234,29 +236,39 @@ class OnsetDetector:
 
     @property
     def largest_factor(self) -> float:
-        """Largest λ of running requests seen while there were enough to judge."""
+        """Largest λ of the requests that were judged, see `judged_figures`."""
         return max((group.largest_factor for group in self.groups), default=1.0)
 
     def add(self, samples: Iterable[LoadSample | BalanceSample], now: float) -> list[Onset]:
         """Takes new samples and the time (Unix s); returns the onsets declared by this look."""
         balances = []
+        several = self.servers.several
         for sample in samples:
             if isinstance(sample, BalanceSample):
                 if sample.source == self.source or self.source == "loads":
                     balances.append(sample)
             elif sample.source == self.source:
-                self._group(group_of(sample.rank)).board.add(sample)
+                self.servers.add(sample)
+                if self.servers.several != several:  # what was seen of both as one is no load
+                    several = True
+                    self._groups.clear()
+                self._group(sample).board.add(sample)
         declared = [onset for group in self.groups if (onset := group.step(now)) is not None]
         busy = any(group.is_busy for group in self.groups)
         for balance in balances:
-            track = self._balance.setdefault(balance.kind, _Balance(self.rule))
+            server = self.servers.name(balance.server)
+            track = self._balance.setdefault((server, balance.kind), _Balance(self.rule, server))
             declared += track.add(balance, busy=busy)
         return declared
 
-    def _group(self, name: str) -> GroupDetector:
+    def _group(self, sample: LoadSample) -> GroupDetector:
+        name = self.servers.group(sample)
         if name not in self._groups:
-            ranks = [rank for rank in self._ranks if group_of(rank) == name]
-            board = RankBoard(ranks, falls_silent=self.source == "log", stamp=self._stamp)
+            if self.source == "log":
+                board = self.servers.board(sample, self._ranks, self._stamp)
+            else:
+                ranks = [rank for rank in self._ranks if group_of(rank) == group_of(sample.rank)]
+                board = RankBoard(ranks, falls_silent=False)
             self._groups[name] = GroupDetector(self.rule, board, self.source, name)
         return self._groups[name]
 
@@ -264,7 +276,8 @@ class OnsetDetector:
 class _Balance:
     """Detects onsets in a balance that the server itself measures."""
 
-    def __init__(self, rule: OnsetRule) -> None:
+    def __init__(self, rule: OnsetRule, group: str) -> None:
+        self.group = group
         self.declared: deque[Onset] = deque(maxlen=MAX_ONSETS)
         self._rule = rule
         self._since: list[BalanceSample] = []
@@ -293,6 +306,7 @@ class _Balance:
             factor=math.fsum(s.factor for s in self._since) / len(self._since),
             resolution_s=(sample.time - first.time) / max(1, len(self._since) - 1),
             source=sample.source,
+            group=self.group,
         )
         self._since.clear()
         self.declared.append(replace(onset, sentence=sentence(onset)))
@@ -322,8 +336,9 @@ class OnsetRule:
     factor: smallest λ = max / mean over the ranks that counts. hold: how long it must last, on
     average, to be declared, and how long it must be over to have ended. min_running: mean
     running requests per rank below which nothing is declared, since few requests cannot be
-    spread evenly. min_gap: smallest number of requests by which the fullest rank is above the
-    mean; min_gap_usage: the same for tokens, as a share of the KV cache.
+    spread evenly; or as many waiting ones, to judge the queues by, since those are the load of
+    a server that only prefills. min_gap: smallest number of requests by which the fullest rank
+    is above the mean; min_gap_usage: the same for tokens, as a share of the KV cache.
     """
 
     factor: float = 1.5
@@ -355,7 +370,8 @@ class Onset:
     time: when it began, to within `resolution_s` seconds. declared: when it had held for long
     enough. kind: a `Kind`, or that of a trigger. factor: λ (or the ratio that the trigger looks
     at), averaged from `time` to `declared`. ranks: their loads, averaged likewise (for a trigger:
-    at `declared`). group: pipeline stage, "" without stages. ended: None while it lasts.
+    at `declared`). group: server (of a log of several) and pipeline stage, or "".
+    ended: None while it lasts.
     """
 
     time: float
@@ -383,10 +399,15 @@ def imbalance(values: Sequence[float]) -> float:
 
 def imbalances(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
     """The kinds of imbalance that these loads show by `rule`, each with its λ."""
-    running = [load.running for load in loads]
-    if len(loads) < 2 or sum(running) / len(running) < rule.min_running:
+    figures = judged_figures(loads, rule)
+    if len(loads) < 2 or not figures:
         return {}
+    running = [load.running for load in loads]
     factors: dict[Kind, float] = {}
+    if (factor := _over([load.waiting for load in loads], rule.min_gap, rule.factor)) is not None:
+        factors["queue"] = factor
+    if figures != running:
+        return factors
     if idle_ranks(loads, 0.0) and max(running) >= rule.min_gap:
         factors["starved"] = imbalance(running)
     if (factor := _over(running, rule.min_gap, rule.factor)) is not None:
@@ -397,9 +418,19 @@ def imbalances(loads: Sequence[RankLoad], rule: OnsetRule) -> dict[Kind, float]:
         wide = _over([u or 0.0 for u in usage], rule.min_gap_usage, rule.factor)
         if wide is not None:
             factors["tokens"] = imbalance([t or 0.0 for t in tokens])
-    if (factor := _over([load.waiting for load in loads], rule.min_gap, rule.factor)) is not None:
-        factors["queue"] = factor
     return factors
+
+
+def judged_figures(loads: Sequence[RankLoad], rule: OnsetRule) -> list[float]:
+    """The running requests of the ranks, if there are enough, else the waiting ones, else none.
+
+    Queues are the load of a server that only prefills: one of a disaggregated pair, or of a
+    model that embeds.
+    """
+    for figures in ([load.running for load in loads], [load.waiting for load in loads]):
+        if figures and sum(figures) / len(figures) >= rule.min_running:
+            return figures
+    return []
 
 
 def seem_unequal(samples: Sequence[LoadSample]) -> bool:

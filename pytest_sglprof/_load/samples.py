@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,7 +19,9 @@ class LoadSample:
     that the server logs no DP tag. running, waiting: requests. tokens: KV tokens held; None if
     the source leaves it out (prefill lines). token_usage: share of the KV cache, 0 to 1.
     throughput: generated tokens / s; None for a prefill line. iteration: number of the rank's
-    forward pass; None if not known. source: "log" or "loads".
+    forward pass; None if not known. source: "log" or "loads". server: what stands before the
+    stamp in a log, to tell who wrote the line (a container, a pod, a label of srun); "" for
+    nothing.
     """
 
     __module__ = "pytest_sglprof"
@@ -33,6 +35,7 @@ class LoadSample:
     throughput: float | None = None
     iteration: int | None = None
     source: str = "log"
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class BalanceSample:
     time: Unix time, s. kind: "experts" (tokens of the GPUs that hold experts; the server
     reports mean / max, its "balancedness") or "dp_tokens" (tokens of the DP ranks in a step
     under DP attention). iteration: number of the forward pass; None if not known. source:
-    "log" or "metrics".
+    "log" or "metrics". server: as for `LoadSample`.
     """
 
     time: float
@@ -51,6 +54,66 @@ class BalanceSample:
     factor: float
     iteration: int | None = None
     source: str = "log"
+    server: str = ""
+
+
+@dataclass(frozen=True)
+class KnownRanks:
+    """DP ranks that a server's log tells of. here: those whose load it holds.
+
+    total: of the server, which other nodes may log; 0 if not known.
+    """
+
+    here: frozenset[int] = frozenset()
+    total: int = 0
+
+    def __or__(self, other: KnownRanks) -> KnownRanks:
+        """What both tell."""
+        return KnownRanks(self.here | other.here, max(self.total, other.total))
+
+
+NO_NAME = "(no prefix)"  # a server whose lines have none, beside those of others
+
+
+class Servers:
+    """Tells the servers apart whose lines stand in one log, by what stands before the stamps.
+
+    That differs between the nodes of one server (srun) and its actors (Ray), too. So all lines
+    are of one server until the same rank is seen behind two different prefixes. known: the DP
+    ranks that lines with a prefix tell of.
+    """
+
+    def __init__(self) -> None:
+        self.several = False
+        self.known: Mapping[str, KnownRanks] = {}
+        self._of_rank: dict[str, str] = {}
+
+    def add(self, sample: LoadSample) -> None:
+        """Takes the next sample."""
+        if self._of_rank.setdefault(sample.rank, sample.server) != sample.server:
+            self.several = True
+
+    def name(self, server: str) -> str:
+        """The server that a sample's `server` stands for; "" if there is only one."""
+        return (server or NO_NAME) if self.several else ""
+
+    def group(self, sample: LoadSample) -> str:
+        """Within which load is compared: the server, if there are several, and its stage."""
+        return f"{self.name(sample.server)} {group_of(sample.rank)}".strip()
+
+    def board(self, sample: LoadSample, ranks: Iterable[str], stamp: float) -> RankBoard:
+        """An empty board of a log for the group of `sample`.
+
+        ranks: labels of the DP ranks, if they are known from elsewhere. stamp: see `RankBoard`.
+        """
+        known = KnownRanks()
+        for server, more in self.known.items():
+            if not self.several or server == sample.server:
+                known |= more
+        stage = Rank.parse(sample.rank) or Rank()
+        labels = [replace(stage, dp=number).label for number in sorted(known.here)]
+        ranks = [rank for rank in ranks if group_of(rank) == group_of(sample.rank)]
+        return RankBoard(ranks or labels, falls_silent=True, stamp=stamp, total=known.total)
 
 
 GAPS = 9  # of a rank between its newest samples; their median is its interval
@@ -89,17 +152,26 @@ class _Seen:
 class RankBoard:
     """The newest load of each rank of one group.
 
-    ranks: labels of ranks that are known to exist; those never heard count as silent.
-    falls_silent: True for a log, where an idle rank writes nothing. stamp: resolution of the
-    samples' times, s.
+    ranks: labels of ranks that are known to exist; those never heard count as silent. Without
+    them a DP rank implies those between it and the others that are heard, and DP0 implies DP1:
+    the ranks before may be in the log of another node. total: how many DP ranks the server
+    has, if known. falls_silent: True for a log, where an idle rank writes nothing. stamp:
+    resolution of the samples' times, s.
     """
 
     def __init__(
-        self, ranks: Iterable[str] = (), *, falls_silent: bool, stamp: float = 0.0
+        self,
+        ranks: Iterable[str] = (),
+        *,
+        falls_silent: bool,
+        stamp: float = 0.0,
+        total: int = 0,
     ) -> None:
         self.falls_silent = falls_silent
         self.stamp = stamp
+        self._total = total
         self._known = dict.fromkeys(ranks)
+        self._are_given = bool(self._known)
         self._seen: dict[str, _Seen] = {}
         self._began: float | None = None
         self._newest = 0.0
@@ -168,13 +240,29 @@ class RankBoard:
         )
 
     def _know(self, rank: str) -> None:
-        """Adds the ranks that a label implies: a DP tag implies ranks 0 to n, and at least two."""
+        """Adds the rank that is heard, and those that it implies."""
+        self._known.setdefault(rank)
         parsed = Rank.parse(rank)
-        if parsed is None or parsed.dp is None:
-            self._known.setdefault(rank)
+        if self._are_given or parsed is None or parsed.dp is None:
             return
-        for number in range(max(2, parsed.dp + 1)):
+        heard = self.numbers
+        highest = max(1, *heard) if 0 in heard else max(heard)
+        for number in range(min(heard), highest + 1):
             self._known.setdefault(replace(parsed, dp=number).label)
+
+    @property
+    def numbers(self) -> set[int]:
+        """The DP ranks that are known."""
+        ranks = (Rank.parse(label) for label in self._known)
+        return {rank.dp for rank in ranks if rank is not None and rank.dp is not None}
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Labels of the DP ranks that exist, but whose load is not known: other nodes log it."""
+        numbers = self.numbers
+        count = max(self._total, max(numbers) + 1) if numbers else 0
+        like = next((Rank.parse(label) for label in self._known), None) or Rank()
+        return [replace(like, dp=number).label for number in range(count) if number not in numbers]
 
 
 def group_of(rank: str) -> str:

@@ -19,7 +19,7 @@ import httpx
 
 from pytest_sglprof._errors import ServerRefused, SglprofError
 from pytest_sglprof._load.onset import seem_unequal
-from pytest_sglprof._load.samples import BalanceSample, LoadSample
+from pytest_sglprof._load.samples import BalanceSample, KnownRanks, LoadSample
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import (
     LOADS,
@@ -28,7 +28,13 @@ from pytest_sglprof._server.client import (
     is_transient_status,
     read_loads,
 )
-from pytest_sglprof._server.log_lines import Entry, EntryReader, read_balance, read_batch
+from pytest_sglprof._server.log_lines import (
+    Entry,
+    EntryReader,
+    read_balance,
+    read_batch,
+    read_sizes,
+)
 from pytest_sglprof._server.series import BALANCEDNESS, SYNC_WAIT, read_totals
 
 MAX_BACKOFF = 5.0  # s between two requests to a server that does not answer
@@ -327,18 +333,24 @@ class LogFollower:
 class FinishedLog:
     """The samples of a log that does not grow, block by block, so that memory stays flat.
 
-    Each iteration reads the file again. A last line without a newline counts too.
+    Each iteration reads the file again. A last line without a newline counts too. lines: what
+    the reader of the newest iteration knows.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.has_milliseconds = False
+        self.lines = LineReader()
+
+    @property
+    def has_milliseconds(self) -> bool:
+        """Whether the stamps have them."""
+        return self.lines.has_milliseconds
 
     def __iter__(self) -> Iterator[list[Sample]]:
         with LogFollower(self.path) as log:
+            self.lines = log.lines
             yield from log.blocks()
             yield log.rest()
-            self.has_milliseconds = log.lines.has_milliseconds
 
 
 def read_log(path: Path) -> list[Sample]:
@@ -356,11 +368,23 @@ class LineReader:
     """Reads load samples from log lines; ignores all other lines, and never raises.
 
     has_milliseconds: True if the stamps have them, as the server runs with SGLANG_LOG_MS=1.
+    known: the DP ranks of which lines with a prefix tell, see `Servers`.
     """
 
     def __init__(self) -> None:
         self._entries = EntryReader()
         self.has_milliseconds = False
+        self.known: dict[str, KnownRanks] = {}
+
+    @property
+    def unreadable(self) -> int:
+        """How many batch lines have a stamp that cannot be read."""
+        return self._entries.unreadable
+
+    @property
+    def is_own_format(self) -> bool:
+        """Whether an entry was in a format of the user's."""
+        return self._entries.is_own_format
 
     def read(self, lines: Iterable[str]) -> list[Sample]:
         """The samples of these lines, in their order."""
@@ -373,9 +397,17 @@ class LineReader:
                 sample = _load(entry)
             elif entry.kind == "experts":
                 sample = _experts(entry)
+            elif entry.kind == "arguments":
+                self._know(entry)
             if sample is not None:
                 self.has_milliseconds = self.has_milliseconds or not entry.resolution
                 yield sample
+
+    def _know(self, entry: Entry) -> None:
+        sizes = read_sizes(entry)
+        if sizes is not None and sizes.total <= MOST_RANKS:
+            before = self.known.get(entry.server, KnownRanks())
+            self.known[entry.server] = before | KnownRanks(sizes.here, sizes.total)
 
 
 @functools.lru_cache(maxsize=4096)  # each rank has one such string, in many lines
@@ -383,9 +415,9 @@ def load_rank(tags: str) -> str:
     """The parts of a log line's tags that identify the load: `DP1` of ` DP1 PP0 TP4 EP4`.
 
     The TP, CP and EP ranks of one DP rank share its requests, while each pipeline stage logs
-    its own. "" without a DP tag, and for tags that are not SGLang's.
+    its own. "" without a DP tag.
     """
-    rank = Rank.parse(tags)
+    rank = Rank.from_tags(tags)
     if rank is None or rank.dp is None or rank.dp >= MOST_RANKS:
         return ""
     return Rank(dp=rank.dp, pp=rank.pp).label
@@ -393,17 +425,21 @@ def load_rank(tags: str) -> str:
 
 def _load(entry: Entry) -> LoadSample | None:
     batch = read_batch(entry)
-    if batch.running is None:
+    running = batch.running
+    if running is None and "#unbootstrapped-req" in entry.text:
+        running = batch.held
+    if running is None:
         return None
     return LoadSample(
         time=entry.time,
         rank=load_rank(entry.tags),
-        running=batch.running,
+        running=running,
         waiting=batch.waiting,
         tokens=batch.tokens,
         token_usage=batch.token_usage,
         throughput=batch.throughput,
         iteration=batch.iteration,
+        server=entry.server,
     )
 
 
@@ -417,4 +453,5 @@ def _experts(entry: Entry) -> BalanceSample | None:
         kind="experts",
         factor=1.0 / balance.balancedness,
         iteration=balance.iteration,
+        server=entry.server,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
-from pytest_sglprof._load.sources import LogFollower, Sample
+from pytest_sglprof._load.sources import LineReader, LogFollower, Sample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,7 @@ class Source(Protocol):
 class LogSource:
     """The samples appended to a log from now on; with `from_end=False`, all of them.
 
-    delay: s until the next `poll`; 0 while there is more to read.
+    delay: s until the next `poll`; 0 while there is more to read. lines: what the reader knows.
     """
 
     delay = LOG_INTERVAL
@@ -45,6 +45,7 @@ class LogSource:
     def __init__(self, path: Path, *, from_end: bool = True) -> None:
         self._path = path
         self._from_end = from_end
+        self.lines = LineReader()
         self._log: LogFollower | None = None
         self._blocks: Iterator[list[Sample]] | None = None
 
@@ -55,6 +56,7 @@ class LogSource:
         """
         if self._log is None:
             self._log = LogFollower(self._path, from_end=self._from_end)
+            self._log.lines = self.lines
         if self._blocks is None:
             self._blocks = self._log.blocks()
         samples = next(self._blocks, None)

@@ -274,3 +274,28 @@ def test_an_onset_is_known_as_well_as_the_gap_that_it_lies_in() -> None:
     assert found.time - found.resolution_s <= 10.2 <= found.time
     assert found.resolution_s == pytest.approx(0.5)  # the closer looks came after it
     assert found.declared == pytest.approx(found.time + 2.0, abs=0.11)
+
+
+def test_a_queue_is_judged_where_nothing_runs() -> None:
+    detector = OnsetDetector(OnsetRule())
+    for number in range(20):
+        samples = [load(number / 2, "DP0", 0, waiting=30), load(number / 2, "DP1", 0, waiting=2)]
+        detector.add(samples, number / 2)
+    assert [onset.kind for onset in detector.onsets] == ["queue"]
+    assert detector.judged_s > 9.0
+    short = OnsetDetector(OnsetRule())
+    for number in range(20):
+        samples = [load(number / 2, "DP0", 7, waiting=12), load(number / 2, "DP1", 7)]
+        short.add(samples, number / 2)
+    assert (short.onsets, short.judged_s) == ((), 0.0)  # neither is enough to be spread evenly
+
+
+def test_ranks_before_those_that_a_log_holds_are_not_idle() -> None:
+    detector = OnsetDetector(OnsetRule(), source="log")
+    for second in range(10):
+        samples = [LoadSample(100.0 + second, f"DP{dp}", 30, 0, 900, 0.2) for dp in (4, 5)]
+        detector.add(samples, 100.0 + second)
+    (group,) = detector.groups
+    assert detector.onsets == ()
+    assert group.board.elsewhere == ["DP0", "DP1", "DP2", "DP3"]
+    assert detector.judged_s == 9.0

@@ -14,6 +14,7 @@ from pytest_sglprof._server.log_lines import (
     highest_iteration,
     read_balance,
     read_batch,
+    read_sizes,
 )
 
 STAMP = "[2026-11-24 03:13:51 DP1 TP0] "
@@ -94,6 +95,35 @@ def test_numbers_that_cannot_be_raise_nothing() -> None:
     experts = f"{STAMP}[Expert Balancedness] forward_pass_id={digits} current_pass_balancedness="
     assert read_balance(entries(experts + digits)[0]) is None
     assert highest_iteration(batch.encode()) is None
+
+
+def test_tags_that_are_not_known_are_passed_over() -> None:
+    (entry,) = entries(f"[2026-11-24 03:13:51 DP1 DCP0 TP0 host-7] {BATCH}")
+    assert entry.rank == Rank(dp=1, tp=0)
+    assert Rank.from_tags(" DCP0") is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "here"),
+    [
+        ("{'dp_size': 4, 'moe_dp_size': 9}", {0, 1, 2, 3}),
+        ("ServerArgs(dp_size=4, nnodes=2, node_rank=1)", {2, 3}),
+        ("{'dp_size': 2, 'attn_dp_size': 2, 'nnodes': 4, 'node_rank': 3}", {3}),
+        ("{'dp_size': 2, 'nnodes': 4, 'node_rank': 1}", set()),  # it has TP ranks of DP0 only
+        ("{'dp_size': 4, 'pp_size': 2, 'nnodes': 2, 'node_rank': 1}", {0, 1, 2, 3}),
+    ],
+)
+def test_the_dp_ranks_of_a_node(sizes: str, here: set[int]) -> None:
+    (entry,) = entries(f"[2026-11-24 03:13:51] server_args={sizes}")
+    logged = read_sizes(entry)
+    assert logged is not None
+    assert logged.here == here
+
+
+@pytest.mark.parametrize("sizes", ["{}", "{'dp_size': 1}", "ServerArgs(nnodes=0)"])
+def test_one_dp_rank_has_no_tag(sizes: str) -> None:
+    (entry,) = entries(f"[2026-11-24 03:13:51] server_args={sizes}")
+    assert read_sizes(entry) is None
 
 
 def test_the_highest_iteration_is_that_of_any_batch() -> None:
