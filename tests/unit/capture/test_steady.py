@@ -27,6 +27,8 @@ class Loaded:
 
     def __init__(self, clock: Clock, running) -> None:
         self.client = self
+        self.info: dict[str, object] = {}
+        self.log = None
         self._clock = clock
         self._running = running
         self.died = False
