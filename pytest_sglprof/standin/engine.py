@@ -103,7 +103,8 @@ class Engine(threading.Thread):
         self.generated = [0 for _ in self.lanes]
         self.last_decode_log = [time.perf_counter() for _ in self.lanes]
         self.last_prefill_log = [time.perf_counter() for _ in self.lanes]
-        self.show_step = env_flag("SGLANG_LOG_FORWARD_ITERS")
+        speech = options.speech
+        self.show_step = speech.logs_steps and env_flag("SGLANG_LOG_FORWARD_ITERS")
         measures = options.sizes.dp_attention and env_flag("SGLANG_ENABLE_METRICS_DP_ATTENTION")
         self.sync_waits = [SyncWaits() for _ in self.lanes] if measures else []
 
@@ -139,8 +140,14 @@ class Engine(threading.Thread):
             order = self.orders.get()
             block = False
             if order is not None:
-                order.answers = ask_all(self.ranks, {**order.message, "step": self.step})
-                order.done.set()
+                self._ask(order)
+
+    def _ask(self, order: Order) -> None:
+        """The first stage of a pipeline answers; the others get to it later."""
+        message = {**order.message, "step": self.step}
+        order.answers = ask_all([rank for rank in self.ranks if not rank.place.pp], message)
+        order.done.set()
+        ask_all([rank for rank in self.ranks if rank.place.pp], message)
 
     def _forward(self, batches: tuple[Batch, ...]) -> None:
         self.step += 1
@@ -191,30 +198,41 @@ class Engine(threading.Thread):
         self.last_prefill_log[number] = now
         cached = sum(request.cached for request in lane.admitted)
         usage = (lane.held_tokens + batch.kv) / self.options.max_total_tokens
-        log(
-            f"Prefill batch{self._iteration()}, #new-seq: {batch.size}, "
-            f"#new-token: {batch.tokens}, #cached-token: {cached}, token usage: {usage:.2f}, "
-            f"#running-req: {len(lane.running)}, #queue-req: {len(lane.waiting)}, "
-            f"#pending-token: 0, {self._graph}: False, input throughput (token/s): {rate:.2f}",
-            self.tags[number],
+        line = self.options.speech.prefill.format(
+            iteration=self._iteration(),
+            new_seq=batch.size,
+            new_token=batch.tokens,
+            cached_token=cached,
+            token_usage=usage,
+            running=len(lane.running),
+            waiting=len(lane.waiting),
+            pending=0,
+            device=self._device,
+            graph=False,
+            throughput=rate,
         )
+        log(line, self.tags[number])
 
     def _log_decode(self, number: int, batch: Batch) -> None:
         lane, now = self.lanes[number], time.perf_counter()
         rate = self.generated[number] / max(1e-9, now - self.last_decode_log[number])
         self.last_decode_log[number], self.generated[number] = now, 0
         usage = lane.held_tokens / self.options.max_total_tokens
-        log(
-            f"Decode batch{self._iteration()}, #running-req: {batch.size}, "
-            f"#token: {lane.held_tokens}, token usage: {usage:.2f}, "
-            f"{self._graph}: {self.options.device != 'cpu'}, "
-            f"gen throughput (token/s): {rate:.2f}, #queue-req: {len(lane.waiting)}",
-            self.tags[number],
+        line = self.options.speech.decode.format(
+            iteration=self._iteration(),
+            running=batch.size,
+            tokens=lane.held_tokens,
+            token_usage=usage,
+            device=self._device,
+            graph=self.options.device != "cpu",
+            throughput=rate,
+            waiting=len(lane.waiting),
         )
+        log(line, self.tags[number])
 
     @property
-    def _graph(self) -> str:
-        return "cpu graph" if self.options.device == "cpu" else "cuda graph"
+    def _device(self) -> str:
+        return "cpu" if self.options.device == "cpu" else "cuda"
 
 
 # Continuous batching in its simplest form: who waits, who runs, who gets a token.

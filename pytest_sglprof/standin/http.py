@@ -75,10 +75,11 @@ def body_of(call: Call) -> dict[str, Any]:
 
 def allowed(front: Front, path: str, authorization: str, *, admin: bool) -> bool:
     """Whether a request with this header may pass, by the rules of the real server."""
-    if path.startswith(("/health", "/ready", "/metrics")):
+    keys, speech = front.options, front.options.speech
+    if path.startswith(("/health", "/metrics", *(("/ready",) if speech.has("/ready") else ()))):
         return True
-    keys = front.options
-    wanted = (keys.admin_api_key or keys.api_key) if admin else keys.api_key
+    admin_key = keys.admin_api_key if admin and speech.admin_key else ""
+    wanted = admin_key or keys.api_key
     if not wanted:
         return True
     scheme, _, token = authorization.partition(" ")
@@ -154,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
             raw(failure.replace(f"{__name__}.ServerFault", "RuntimeError").rstrip())
 
     def _answer(self, call: Call) -> Reply:
-        route = self.server.find(call.path)
+        known = call.front.options.speech.has(call.path)
+        route = self.server.find(call.path) if known else None
         header = self.headers.get("Authorization", "")
         if not allowed(call.front, call.path, header, admin=bool(route and route.admin)):
             return as_json({"error": "Unauthorized"}, 401)

@@ -264,6 +264,8 @@ def _model(url: str, headers: dict[str, str]) -> str:
 async def _server_info(client: httpx.AsyncClient) -> dict[str, Any] | None:
     try:
         reply = await client.get("/server_info", timeout=10)
+        if reply.status_code == 404:  # up to 0.5.3
+            reply = await client.get("/get_server_info", timeout=10)
         info: dict[str, Any] | None = reply.json() if reply.status_code == 200 else None
     except (httpx.HTTPError, ValueError):
         return None

@@ -16,6 +16,7 @@ from typing import Literal
 
 from pytest_sglprof.standin.laws import TRANSFER, Running, asked, growth
 from pytest_sglprof.standin.noise import LifeNoise, StepNoise
+from pytest_sglprof.standin.speech import NEWEST
 
 Kind = Literal["kernel", "memcpy", "memset", "collective"]
 Scope = Literal["attention", "all"]
@@ -457,13 +458,18 @@ def is_idle(batches: Sequence[Batch]) -> bool:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parallel sizes. dp: as given on the command line, of replicas or of attention."""
+    """Parallel sizes. dp: as given on the command line, of replicas or of attention.
+
+    tags, file_parts: how a version names a rank in its log and in file names.
+    """
 
     tp: int = 1
     dp: int = 1
     pp: int = 1
     ep: int = 1
     dp_attention: bool = False
+    tags: tuple[str, ...] = NEWEST.tags
+    file_parts: tuple[str, ...] = NEWEST.file_parts
 
     @property
     def engines(self) -> int:
@@ -500,17 +506,19 @@ class Place:
     @property
     def tags(self) -> tuple[str, ...]:
         """`("DP0", "TP1")`, in the order of the server's log; size 1 leaves a tag out."""
+        shown = self._indices(self.dp is not None)
+        return tuple(f"{name}{shown[name]}" for name in self.sizes.tags if name in shown)
+
+    def _indices(self, dp: bool) -> dict[str, int | None]:
+        """By dimension, of those that have a size; dp: whether data parallelism is shown."""
         sizes = self.sizes
-        parts: list[str] = []
-        if self.dp is not None:
-            parts.append(f"DP{self.dp}")
-        if sizes.pp > 1:
-            parts.append(f"PP{self.pp}")
-        if sizes.tp > 1:
-            parts.append(f"TP{self.tp}")
-        if sizes.ep > 1:
-            parts.append(f"EP{self.ep}")
-        return tuple(parts)
+        every = {
+            "DP": (self.dp, dp),
+            "PP": (self.pp, sizes.pp > 1),
+            "TP": (self.tp, sizes.tp > 1),
+            "EP": (self.ep, sizes.ep > 1),
+        }
+        return {name: index for name, (index, shown) in every.items() if shown}
 
     @property
     def title(self) -> str:
@@ -525,15 +533,9 @@ class Place:
     @property
     def file_part(self) -> str:
         """`TP-1-DP-0`, the order and rules of trace file names."""
-        sizes = self.sizes
-        parts = [f"TP-{self.tp}"]
-        if self.dp is not None and sizes.dp > 1:
-            parts.append(f"DP-{self.dp}")
-        if sizes.pp > 1:
-            parts.append(f"PP-{self.pp}")
-        if sizes.ep > 1:
-            parts.append(f"EP-{self.ep}")
-        return "-".join(parts)
+        shown = {**self._indices(self.dp is not None and self.sizes.dp > 1), "TP": self.tp}
+        parts = self.sizes.file_parts
+        return "-".join(f"{name}-{shown[name]}" for name in parts if name in shown)
 
     @property
     def attention_rank(self) -> int:

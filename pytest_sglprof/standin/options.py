@@ -14,6 +14,7 @@ from typing import Any
 
 from pytest_sglprof.standin.model import EVERY_RANK, SLOWABLE, Model, Sizes, Slow, places
 from pytest_sglprof.standin.noise import LifeNoise, StepNoise
+from pytest_sglprof.standin.speech import NEWEST, SPEECHES, Speech
 
 START_FAULTS = ("import", "oom", "port")
 
@@ -46,6 +47,7 @@ class Options:
     crash_delay: float = 5.0
     export_delay: float = 0.0
     launch_command: str = ""
+    speech: Speech = NEWEST
     others: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,6 +96,7 @@ def parse(argv: Sequence[str]) -> Options:
         crash_delay=known.crash_delay,
         export_delay=known.export_delay,
         launch_command=shlex.join(argv),
+        speech=SPEECHES[known.speak],
         others=others,
     )
 
@@ -125,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     effective.add_argument("--context-length", type=int, default=131_072)
     effective.add_argument("--random-seed", type=int, default=0)
     effective.add_argument("--enable-metrics", action="store_true")
+    parser.add_argument(
+        "--speak", choices=SPEECHES, default=NEWEST.version, help="the SGLang that it stands for"
+    )
     _add_device(parser.add_argument_group("the simulated device"))
     _add_faults(parser.add_argument_group("simulated faults"))
     return parser
@@ -190,7 +196,9 @@ def _add_faults(fault: argparse._ArgumentGroup) -> None:
 
 
 def _sizes(known: argparse.Namespace) -> Sizes:
-    sizes = Sizes(known.tp, known.dp, known.pp, known.ep, known.enable_dp_attention)
+    speech = SPEECHES[known.speak]
+    parallel = (known.tp, known.dp, known.pp, known.ep, known.enable_dp_attention)
+    sizes = Sizes(*parallel, speech.tags, speech.file_parts)
     if min(sizes.tp, sizes.dp, sizes.pp, sizes.ep) < 1:
         raise ValueError("parallel sizes must be at least 1")
     if sizes.dp_attention and sizes.tp % sizes.dp:

@@ -213,8 +213,9 @@ class Profiler:
             self.stage_counts = {"EXTEND": 0, "DECODE": 0}
             self.stage_limit = count
         else:
-            first = self.start_at if start and self.start_at else step + 1
-            self.stop_at = first + count
+            # Up to 0.5.14 the pass at which it ends was the last of so many, and not recorded.
+            first = step + self.options.speech.extra_pass
+            self.stop_at = (self.start_at if start and self.start_at else first) + count
         return True, "Succeeded"
 
     def _start(self, stage: str = "") -> Answer:
@@ -258,8 +259,11 @@ class Profiler:
         stage = batch.mode
         if stage == "IDLE":
             return
-        if stage == "DECODE" and self.stage_counts[stage] == 0 and self.running:
-            self._stop("EXTEND")
+        if stage == "DECODE" and self.stage_counts[stage] == 0:
+            if self.running:
+                self._stop("EXTEND")
+            if batch.size < self._decode_min_bs():
+                return
         if self.stage_counts[stage] == 0:
             self._start(stage)
         # As in the real server, counting up from None is a TypeError that ends the rank. It is
@@ -267,6 +271,10 @@ class Profiler:
         self.stage_counts[stage] += 1  # type: ignore[operator]
         if self.stage_counts[stage] > self.stage_limit and self.running:  # type: ignore[operator]
             self._stop(stage)
+
+    def _decode_min_bs(self) -> int:
+        given = os.environ.get("SGLANG_PROFILE_BY_STAGE_DECODE_MIN_BS") or "0"
+        return int(given) if self.options.speech.decode_min_bs else 0
 
     def _folder(self) -> Path:
         fallback = os.environ.get("SGLANG_TORCH_PROFILER_DIR", "/tmp")
@@ -300,6 +308,8 @@ class Profiler:
             with_stack=self.params.get("with_stack") is not False,
             record_shapes=self.params.get("record_shapes") is not False,
             detailed=bool(self.params.get("detailed_annotations")),
+            spans=self.options.speech.spans,
+            forward_ids=self.options.speech.forward_ids,
         )
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as unpacked:
             write(recording, unpacked, unpacked.name)

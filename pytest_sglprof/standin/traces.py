@@ -34,7 +34,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Recording:
-    """A closed window of one rank. activities: a subset of CPU and GPU. pid: of the rank."""
+    """A closed window of one rank. activities: a subset of CPU and GPU. pid: of the rank.
+
+    spans: steps are named, if detailed with what they hold, and with forward_ids numbered.
+    """
 
     place: Place
     model: Model
@@ -46,6 +49,8 @@ class Recording:
     with_stack: bool = True
     record_shapes: bool = True
     detailed: bool = False
+    spans: bool = True
+    forward_ids: bool = True
     pid: int = field(default_factory=os.getpid)
 
 
@@ -112,10 +117,10 @@ def _steps(recording: Recording, base_ns: int) -> Iterator[str]:
     for done in recording.steps:
         launches = recording.model.step(done.step, peers, done.batches)[place.index]
         batch = done.batches[place.queue]
-        name = f"step[{batch.span}]"
+        name = f"step[{batch.span}]" if recording.spans else ""
         if recording.detailed:
-            detail = f" {batch.detail}" if batch.detail else ""
-            name = f"step[{batch.span}{detail} forward_id={done.step}]"
+            number_of = f"forward_id={done.step}" if recording.forward_ids else ""
+            name = f"step[{' '.join(filter(None, (batch.span, batch.detail, number_of)))}]"
         start = done.start_ns - base_ns
         nodes = _graph_nodes(recording, done, launches)
         yield from host_step(
@@ -132,7 +137,7 @@ def _steps(recording: Recording, base_ns: int) -> Iterator[str]:
             nodes=nodes,
         )
         if on_gpu and "GPU" in recording.activities:
-            annotations = "CPU" in recording.activities
+            annotations = "CPU" in recording.activities and recording.spans
             yield from device_step(
                 launches, start, name, place, number, annotations=annotations, nodes=nodes
             )
@@ -294,15 +299,17 @@ def host_step(
 ) -> Iterator[str]:
     """Events of one step. start, wall: ns; start counts from the trace's base time.
 
+    name: of its span, "" for none.
     ops: whether the CPU is recorded at all; runtime launches come with GPU recording too.
     nodes: positions of the launches that one launch of a graph stands for.
     """
     last = launches[-1].start_ns + launches[-1].dur_ns
     if ops:
         args = f'"External id": {number.external}, "Record function id": 0, "Ev Idx": 0'
-        yield complete("user_annotation", "scheduler.run_batch", pid, pid, start, wall, args)
-        inner = (start + wall // 200, max(last, wall * 9 // 10) - wall // 200)
-        yield complete("user_annotation", name, pid, pid, *inner, args)
+        if name:
+            yield complete("user_annotation", "scheduler.run_batch", pid, pid, start, wall, args)
+            inner = (start + wall // 200, max(last, wall * 9 // 10) - wall // 200)
+            yield complete("user_annotation", name, pid, pid, *inner, args)
         if stack:
             for depth, frame in enumerate(_FRAMES, start=1):
                 text = f'"Python id": {number.external + depth}, "Ev Idx": {depth}'

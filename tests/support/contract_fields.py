@@ -1,35 +1,32 @@
-"""What log lines and documents hold, as SGLang 0.5.23 gives them."""
+"""What log lines and documents hold; figures are those of SGLang 0.5.23."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-PREFILL = (
-    STAMP + r" TP0\] Prefill batch, #new-seq: \d+, #new-token: \d+, #cached-token: \d+, "
-    r"token usage: \d+\.\d\d, #running-req: \d+, #queue-req: \d+, #pending-token: \d+, "
-    r"(cpu|cuda) graph: (True|False), input throughput \(token/s\): \d+\.\d\d"
-)
-DECODE = (
-    STAMP + r" TP0\] Decode batch, #running-req: \d+, #token: \d+, token usage: \d+\.\d\d, "
-    r"(cpu|cuda) graph: (True|False), gen throughput \(token/s\): \d+\.\d\d, #queue-req: \d+"
-)
-LOAD_FIELDS = {
-    "timestamp", "dp_rank", "num_running_reqs", "num_waiting_reqs", "num_used_tokens",
-    "num_total_tokens", "max_total_num_tokens", "max_running_requests", "token_usage",
-    "gen_throughput", "cache_hit_rate", "utilization", "memory", "disaggregation", "queues",
-    "num_waiting_uncached_tokens", "num_active_tokens", "num_prealloc_ready_tokens",
-    "total_prefill_uncached_tokens", "total_prefill_busy_us", "decode_moments",
-}  # fmt: skip
-LOAD_PARTS = {
-    "memory": {"weight_gb", "kv_cache_gb", "graph_gb", "token_capacity"},
-    "queues": {"waiting", "grammar", "paused", "retracted", "prealloc_ready"},
-    "disaggregation": {
-        "mode", "prefill_bootstrap_queue_reqs", "prefill_inflight_queue_reqs",
-        "decode_prealloc_queue_reqs", "decode_transfer_queue_reqs", "decode_retracted_queue_reqs",
-        "kv_transfer_speed_gb_s", "kv_transfer_latency_ms",
-    },
-}  # fmt: skip
+
+
+def pattern_of(lines: Sequence[Mapping[str, Any]], head: str, tags: str) -> str:
+    """What a line of batches of a rank looks like, from lines of its version's wheel."""
+    plain = (each for each in lines if each["role"] == "null" and not each["iterations"])
+    text = next(each["line"] for each in plain if head in each["line"]).partition("] ")[2]
+    shown = re.sub(r"(?<=: )-?\d+", r"\\d+", re.escape(text).replace("\\ ", " "))
+    shown = re.sub(r"(?<=\\.)\d\d\b", r"\\d\\d", shown).replace("True", "(True|False)")
+    return f"{STAMP} {tags}\\] " + shown.replace("cuda", "(cuda|cpu)")
+
+
+def shape(value: Any) -> Any:
+    """Names of objects, inside of each other; of a list, the shape of its first entry."""
+    if isinstance(value, Mapping):
+        return {name: shape(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shape(each) for each in value[:1]]
+    return None
+
+
 META_FIELDS = {
     "id", "finish_reason", "prompt_tokens", "weight_version", "num_retractions",
     "completion_tokens", "cached_tokens", "dp_rank", "e2e_latency", "response_sent_to_client_ts",

@@ -25,25 +25,15 @@ import pytest
 
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof.standin.load_driver import main as own_driver
-from tests.integration.contract.conftest import ContractServer
-from tests.support.contract_fields import (
-    DECODE,
-    INFO_FIELDS,
-    LOAD_FIELDS,
-    LOAD_PARTS,
-    META_FIELDS,
-    PREFILL,
-    STAMP,
-)
+from tests.integration.contract.conftest import STANDINS, ContractServer
+from tests.support.contract_fields import INFO_FIELDS, META_FIELDS, STAMP, pattern_of, shape
 from tests.support.contract_traces import TraceFile, check_shape
 from tests.support.running import ROOT, wait_for
 
 _names = itertools.count()
 # PyTorch's profiler on a CPU, started anew while a batch runs, now and then ends its process
 # (SIGSEGV in ThreadLocalSubqueue::begin_op), and with it the one real server of this suite.
-standins_only = pytest.mark.parametrize(
-    "contract_server", ["standin", "standin-cpu"], indirect=True
-)
+standins_only = pytest.mark.parametrize("contract_server", STANDINS, indirect=True)
 
 
 @contextlib.contextmanager
@@ -83,13 +73,25 @@ def stop(server: ContractServer) -> int:
     return reply.status_code
 
 
+def id_of(server: ContractServer, folder: Path) -> str:
+    """The id of the window of a folder: the client's, or in older versions the server's."""
+    (line, *_) = server.running.lines(rf"TP0\] Profiling starts.* saved to: {folder} ")
+    name = line.rpartition("(with profile id: ")[2].removesuffix(")")
+    assert (name == folder.name) == server.knows("profile_id")
+    return name
+
+
 def done_lines(server: ContractServer, folder: Path) -> list[str]:
     return server.running.lines(rf"Profiling done\. Traces are saved to: {folder}$")
 
 
 def test_health_readiness_and_unknown_paths(contract_server: ContractServer) -> None:
     running = contract_server.running
-    assert (running.get("/ready").status_code, running.get("/ready").text) == (200, "")
+    reply = running.get("/ready")
+    if contract_server.has("/ready"):
+        assert (reply.status_code, reply.text) == (200, "")
+    else:
+        assert reply.status_code == 404
     began = time.monotonic()
     assert running.get("/health").status_code == 200
     assert time.monotonic() - began >= 1
@@ -105,22 +107,31 @@ def test_processes_carry_the_titles_of_their_ranks(contract_server: ContractServ
 
 
 def test_server_info(contract_server: ContractServer) -> None:
-    info = contract_server.running.get("/server_info").json()
-    assert {name: info.get(name, "absent") for name in INFO_FIELDS} == INFO_FIELDS
+    path = "/server_info" if contract_server.has("/server_info") else "/get_server_info"
+    info = contract_server.running.get(path).json()
+    absent = set(contract_server.record["http"]["server_info"]["absent"])
+    expected = {**INFO_FIELDS, "version": contract_server.version, **dict.fromkeys(absent)}
+    expected = {name: expected[name] for name in INFO_FIELDS}
+    assert {name: info.get(name) for name in INFO_FIELDS} == expected
+    assert not absent & info.keys()
     assert info["device"] == ("cpu" if contract_server.on_cpu else "cuda")
     assert len(info["internal_states"]) == 1
     for name in ("launch_command", "status", "model_path", "port", "startup_time"):
-        assert name in info
+        assert name in info or name in absent
     older = contract_server.running.get("/get_server_info").json()
     assert older["tp_size"] == 2
 
 
 def test_model_routes(contract_server: ContractServer) -> None:
     running = contract_server.running
-    info = running.get("/model_info").json()
+    newer, older = running.get("/model_info"), running.get("/get_model_info")
+    info = older.json()
+    if contract_server.has("/model_info"):
+        assert newer.json()["model_path"] == info["model_path"]
+    else:
+        assert newer.status_code == 404
     assert info["is_generation"] is True
     assert info.keys() >= {"model_path", "served_model_name", "tokenizer_path", "model_type"}
-    assert running.get("/get_model_info").json()["model_path"] == info["model_path"]
     models = running.get("/v1/models").json()
     assert models["object"] == "list"
     assert models["data"][0].keys() == {
@@ -128,17 +139,20 @@ def test_model_routes(contract_server: ContractServer) -> None:
     }  # fmt: skip
 
 
-def test_loads(contract_server: ContractServer) -> None:
-    answer = contract_server.running.get("/v1/loads").json()
-    assert answer.keys() == {"timestamp", "version", "accelerator", "num_accelerators", "loads"}
-    (load,) = answer["loads"]
-    assert load.keys() == LOAD_FIELDS
-    assert {part: set(load[part]) for part in LOAD_PARTS} == LOAD_PARTS
-    assert load["dp_rank"] == 0
+@pytest.mark.parametrize("path", ["/v1/loads", "/get_load"])
+def test_loads(contract_server: ContractServer, path: str) -> None:
+    get = contract_server.running.get
+    if not contract_server.has(path):
+        assert get(path).status_code == 404
+        return
+    recorded = contract_server.record["http"][path.strip("/").replace("/", "_")]
+    assert shape(get(path).json()) == shape(recorded)
 
     def running_requests() -> int:
-        loads = contract_server.running.get("/v1/loads").json()["loads"]
-        return int(loads[0]["num_running_reqs"])
+        answer = get(path).json()
+        (load,) = answer if isinstance(answer, list) else answer["loads"]
+        assert load["dp_rank"] == 0
+        return int(load["num_reqs"] if path == "/get_load" else load["num_running_reqs"])
 
     with traffic(contract_server):
         wait_for(lambda: running_requests() == 1)
@@ -217,9 +231,10 @@ def test_log_lines_of_batches_come_from_the_first_rank_only(
 ) -> None:
     running = contract_server.running
     running.generate(20, text=f"for the log {next(_names)}")
-    for word, pattern in (("Prefill", PREFILL), ("Decode", DECODE)):
+    for word in ("Prefill", "Decode"):
         lines = wait_for(lambda word=word: running.lines(f"{word} batch"))
-        assert all(re.fullmatch(pattern, line) for line in lines), lines
+        pattern = pattern_of(contract_server.record["batches"]["lines"], f"{word} batch", "TP0")
+        assert all(re.fullmatch(pattern, line) for line in lines), (pattern, lines)
     request = STAMP + r'\] INFO:     127\.0\.0\.1:\d+ - "POST /generate HTTP/1\.1" 200 OK'
     assert any(re.fullmatch(request, line) for line in running.lines("POST /generate"))
 
@@ -229,32 +244,44 @@ def test_a_window_by_hand(contract_server: ContractServer) -> None:
         folder = start(contract_server, "hand", detailed_annotations=True)
         time.sleep(0.5)
         assert stop(contract_server) == 200
+    name, named = id_of(contract_server, folder), contract_server.record["spans"]["plain"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "hand-TP-0.trace.json.gz",
-        "hand-TP-1.trace.json.gz",
+        f"{name}-TP-0.trace.json.gz",
+        f"{name}-TP-1.trace.json.gz",
     ]
-    traces = [TraceFile(folder / f"hand-TP-{rank}.trace.json.gz") for rank in (0, 1)]
+    traces = [TraceFile(folder / f"{name}-TP-{rank}.trace.json.gz") for rank in (0, 1)]
     ids = []
     for rank, trace in enumerate(traces):
-        check_shape(trace, rank, on_cpu=contract_server.on_cpu)
+        check_shape(trace, rank, on_cpu=contract_server.on_cpu, named=bool(named))
         ids.append([match[2] for match in trace.steps()])
+    assert len(done_lines(contract_server, folder)) == 2
+    if not named:
+        assert ids == [[], []]
+        return
     assert len(ids[0]) > 3
     # A rank may be cut off one step earlier than the other.
     assert len(set(ids[0]) ^ set(ids[1])) <= 2
-    assert None not in ids[0]
-    assert len(done_lines(contract_server, folder)) == 2
-    saved = rf"TP1\] Profiling starts\. Traces will be saved to: {folder} \(with profile id: hand\)"
-    assert contract_server.running.lines(saved)
+    detailed = contract_server.record["spans"]["detailed"] or [""]
+    assert all(("forward_id" in detailed[0]) == (each is not None) for each in ids[0])
+    assert all((" g_sk=" in detailed[-1]) == (" g_sk=" in match[0]) for match in decodes(traces[0]))
+
+
+def decodes(trace: TraceFile) -> list[re.Match[str]]:
+    return [match for match in trace.steps() if match[1] == "DECODE"]
 
 
 def test_a_window_of_steps_ends_by_itself(contract_server: ContractServer) -> None:
     with traffic(contract_server):
         folder = start(contract_server, "steps", num_steps=5, profile_prefix="TP-9")
         wait_for(lambda: len(done_lines(contract_server, folder)) == 2, 60)
-    names = [f"TP-9-steps-TP-{rank}.trace.json.gz" for rank in (0, 1)]
+    prefix = "TP-9-" if contract_server.knows("profile_prefix") else ""
+    begin = f"{prefix}{id_of(contract_server, folder)}"
+    names = [f"{begin}-TP-{rank}.trace.json.gz" for rank in (0, 1)]
     assert sorted(path.name for path in folder.iterdir()) == names
-    for name in names:
-        assert len(TraceFile(folder / name).steps()) == 5
+    windows = contract_server.record["windows"]
+    assert windows["asked_steps"] == 5
+    for name in names if contract_server.record["spans"]["plain"] else ():
+        assert len(TraceFile(folder / name).steps()) == windows["recorded_steps"]
     assert stop(contract_server) == 500
 
 
@@ -265,8 +292,9 @@ def test_a_window_by_stage_has_a_file_a_stage(contract_server: ContractServer) -
         wait_for(lambda: len(done_lines(contract_server, folder)) == 4, 60)
     names = sorted(path.name for path in folder.iterdir())
     stages = ("DECODE", "EXTEND")
-    assert names == [f"stage-TP-{rank}-{s}.trace.json.gz" for rank in (0, 1) for s in stages]
-    for name in names:
+    begin = id_of(contract_server, folder)
+    assert names == [f"{begin}-TP-{rank}-{s}.trace.json.gz" for rank in (0, 1) for s in stages]
+    for name in names if contract_server.record["spans"]["plain"] else ():
         steps = TraceFile(folder / name).steps()
         assert {match[1] for match in steps} == {"DECODE" if "DECODE" in name else "EXTEND"}
 
@@ -276,7 +304,11 @@ def test_merged_files_name_the_ranks_in_process_ids(contract_server: ContractSer
         folder = start(contract_server, "merge", merge_profiles=True)
         time.sleep(0.2)
         assert stop(contract_server) == 200
-    merged = gzip.decompress((folder / "merged-merge.trace.json.gz").read_bytes())
+    path = folder / f"merged-{id_of(contract_server, folder)}.trace.json.gz"
+    if not contract_server.knows("merge_profiles"):
+        assert not path.exists()
+        return
+    merged = gzip.decompress(path.read_bytes())
     events = json.loads(merged)["traceEvents"]
     assert {str(event["pid"]).split()[0] for event in events} == {"[TP00]", "[TP01]"}
 
@@ -295,10 +327,8 @@ def test_starting_twice_loses_the_first_window(contract_server: ContractServer) 
     first = start(contract_server, "first")
     second = start(contract_server, "second")
     assert stop(contract_server) == 200
-    assert sorted(path.name for path in first.iterdir()) == [
-        "first-TP-0.trace.json.gz",
-        "first-TP-1.trace.json.gz",
-    ]
+    ends = [path.name.partition("-TP-")[2] for path in sorted(first.iterdir())]
+    assert ends == ["0.trace.json.gz", "1.trace.json.gz"]
     assert not second.exists()
 
 
@@ -310,8 +340,8 @@ def test_an_armed_start_step_fires_in_a_later_window(contract_server: ContractSe
     folder = start(contract_server, "later", detailed_annotations=True)
     running.generate(10, text=f"armed {next(_names)}")
     assert stop(contract_server) == 200
-    assert len(running.lines(r"TP0\] Profiling starts.*profile id: later")) == 2
-    assert (folder / "later-TP-0.trace.json.gz").exists()
+    assert len(running.lines(rf"TP0\] Profiling starts.* saved to: {folder} ")) == 2
+    assert (folder / f"{id_of(contract_server, folder)}-TP-0.trace.json.gz").exists()
 
 
 @pytest.mark.parametrize("activities", [["FOO"], [], ["cpu"]])
@@ -369,16 +399,23 @@ def test_both_load_drivers_give_the_same_fields(
     assert check_result(theirs) == check_result(own)
 
 
-def test_a_prefix_with_a_slash_kills_the_server(contract_server: ContractServer) -> None:
+def test_what_cannot_be_written_kills_the_server(contract_server: ContractServer) -> None:
     """Last: nothing runs on this server after it."""
     running = contract_server.running
-    start(contract_server, "deadly", profile_prefix="tests/test_a.py::test_b")
+    reason = (
+        r"FileNotFoundError: \[Errno 2\] No such file or directory: '.*/tests/test_a\.py::test_b-"
+    )
+    if contract_server.knows("profile_prefix"):
+        start(contract_server, "deadly", profile_prefix="tests/test_a.py::test_b")
+    else:
+        start(contract_server, "deadly", output_dir=str(running.log_file / "below_a_file"))
+        reason = r"NotADirectoryError: \[Errno 20\] Not a directory: '.*/below_a_file'"
     with contextlib.suppress(httpx.HTTPError):
         running.http.post(running.url + "/stop_profile", timeout=2)
     assert running.process.wait(120) == -signal.SIGKILL
     for pattern in (
         r"TP\d\] Scheduler hit an exception: Traceback \(most recent call last\):",
-        r"FileNotFoundError: \[Errno 2\] No such file or directory: '.*/tests/test_a\.py::test_b-",
+        reason,
         r"\] SIGQUIT received\. signum=None, frame=None\. It usually means one child failed\.",
         r"kill_process_tree called: parent_pid=\d+, include_parent=True, pid=\d+",
     ):
