@@ -7,111 +7,125 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.project import Outcome, Project
+from pytest_sglprof.standin.speech import SPEECHES
+from tests.support.project import Project
 
-BASE = {"ready": True, "info": "/server_info", "loads": "v1"}
-PREFILL = {"loads": "v1_odd", "sizes": {"disaggregation_mode": "prefill"}}
-WAITING = {"dp_rank": 0, "num_running_reqs": 0, "num_waiting_reqs": 30}
-QUEUES = {"mode": "prefill", "prefill_bootstrap_queue_reqs": 0, "prefill_inflight_queue_reqs": 9}
-HANDED_OVER = {"dp_rank": 0, "num_running_reqs": 0, "disaggregation": QUEUES}
-ATTENTION = ["--tp", "4", "--dp", "2", "--enable-dp-attention"]
-# Name -> (what FAKE has beside `BASE`, arguments of the server).
-ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "own_id": ({"own_id": True}, []),
-    "no_id": ({"own_id": True, "start_line": "Profiling starts. Saved to: {dir}"}, []),
-    "old_auth": ({"ready": False, "auth": "old", "info": "/get_server_info"}, []),
-    "no_loads": ({"loads": None}, []),
-    "get_load": ({"loads": "get_load"}, []),
-    "get_load_old": ({"loads": "get_load_old"}, []),
-    "tp_names": ({"names": "tp"}, ATTENTION),
-    "late_files": ({"stop_before_files": 5}, []),
-    "stop_504": ({"stop_504": True}, []),
-    "prefill": ({**PREFILL, "loads_body": {"loads": [WAITING]}}, []),
-    "handed_over": ({**PREFILL, "loads_body": {"loads": [HANDED_OVER]}}, []),
-    "unknown_sizes": ({"sizes": {"tp_size": None}}, []),
-    "nested": ({"nested": True}, []),
+TWO = ["TP0", "TP1"]
+FOUR = ["DP0 TP0", "DP0 TP1", "DP1 TP2", "DP1 TP3"]
+ATTENTION = ("--tp", "4", "--dp", "2", "--enable-dp-attention")
+PREFILL = {"disaggregation_mode": "prefill"}
+WAITING = {"loads": [{"dp_rank": 0, "num_running_reqs": 0, "num_waiting_reqs": 30}]}
+
+
+class Row(NamedTuple):
+    """settings: what FAKE has. note: what the window's notes say, "" for none at all."""
+
+    settings: dict[str, Any]
+    note: str = ""
+    args: tuple[str, ...] = ("--tp", "2")
+    ranks: list[str] = TWO
+
+
+ROWS: dict[str, Row] = {
+    "own_id": Row({"own_id": True}),
+    "old_auth": Row({"ready": False, "auth": "old", "info": "/get_server_info"}),
+    "no_loads": Row({"loads": None}),
+    "get_load": Row({"loads": "get_load"}),
+    "tp_names": Row({"names": "tp"}, "", ATTENTION, FOUR),
+    "late_files": Row({"stop_before_files": 5}),
+    "stop_504": Row({"stop_504": True}, "stop_profile answered 504"),
+    "prefill": Row(
+        {"loads": "v1_odd", "loads_body": WAITING, "sizes": PREFILL},
+        "a prefill server runs no decode steps",
+    ),
+    "unknown_sizes": Row({"sizes": {"tp_size": None}}, "a missing one cannot be told"),
 }
 SERVER = """
-[servers.{name}]
+[server]
 kind = "sglang"
 model_path = "none"
 args = {args}
 ready_timeout = 60
+api_key_env = "OLD_KEY"
 env = {{ PYTHONPATH = "{fake}", FAKE_LOAD_S = "5", FAKE = '{settings}' }}
-{key}
 """
 TEST = """
-@pytest.mark.sglang_server("{name}")
 @pytest.mark.profile_window(duration=1.0, slowdown=5.0)
-def test_{name}(sglang_server, bench_serving):
+def test_window(sglang_server, bench_serving):
     bench_serving(num_prompts=64, max_concurrency=8, warm_up=False)
 """
 
 
 @pytest.fixture(scope="module")
-def run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    cases = shared_data.parent / "cases"
-    fake, traces = cases / "server" / "fake_sglang", cases / "faults" / "slow_rank"
-    if not fake.is_dir() or not traces.is_dir():
+def cases(shared_data: Path) -> Path:
+    folder = shared_data.parent / "cases"
+    if not (folder / "server" / "fake_sglang").is_dir():
         pytest.skip("no servers that speak like older ones in ../shared")
-    four = _of_four_ranks(traces, tmp_path_factory.mktemp("four"))
-    servers, tests = "", ""
-    for name, (more, args) in ROWS.items():
-        servers += SERVER.format(
-            name=name,
-            args=json.dumps([*(args or ["--tp", "2"]), "--device", "cpu"]),
-            fake=fake,
-            settings=json.dumps({**BASE, "traces": str(four if args else traces), **more}),
-            key='api_key_env = "OLD_KEY"' if "auth" in more else "",
-        )
-        tests += TEST.format(name=name)
-    project = Project(tmp_path_factory.mktemp("older"), tests, servers)
-    return project.run(PYTHONPATH=str(fake), OLD_KEY="a-key-of-an-old-server")
+    return folder
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_a_window_of_an_older_server_is_whole(cases: Path, tmp_path: Path, name: str) -> None:
+    row = ROWS[name]
+    fake, traces = cases / "server" / "fake_sglang", cases / "faults" / "slow_rank"
+    if len(row.ranks) > len(TWO):
+        traces = _of_four_ranks(traces, tmp_path / "four")
+    settings = {"ready": True, "info": "/server_info", "loads": "v1", "traces": str(traces)}
+    config = SERVER.format(
+        args=json.dumps([*row.args, "--device", "cpu"]),
+        fake=fake,
+        settings=json.dumps({**settings, **row.settings}),
+    )
+    project = Project(tmp_path / "project", TEST, config)
+    run = project.run(PYTHONPATH=str(fake), OLD_KEY="a-key-of-an-old-server")
+    (window,) = run.windows("test_window")
+    assert (window["state"], window["state_reason"]) == ("complete", "")
+    assert (window["expected_ranks"], window["missing_ranks"]) == (row.ranks, [])
+    notes = "; ".join(window["notes"])
+    assert row.note in notes if row.note else not notes
+    assert run.test("test_window")["verdict"] == "pass"
 
 
 def _of_four_ranks(traces: Path, folder: Path) -> Path:
     """Copies of the two ranks' traces, which say themselves that they are of four ranks."""
+    folder.mkdir()
     pair = sorted(traces.glob("*.trace.json.gz"))
     for number in range(4):
         document = json.loads(gzip.decompress(pair[number % 2].read_bytes()))
         document["distributedInfo"] |= {"rank": number, "world_size": 4}
+        document["trace_id"] = f"{number:032X}"
         target = folder / f"w-TP-{number}.trace.json.gz"
         target.write_bytes(gzip.compress(json.dumps(document).encode(), 1))
     return folder
 
 
-def window_of(run: Outcome, name: str) -> dict[str, Any]:
-    (window,) = run.windows(f"test_{name}")
-    return window
+STEPS = 60
+SPEAKING = """
+[server]
+kind = "standin"
+args = {args}
+standin_args = ["--step-ms", "4", "--layers", "1", "--speak", "{version}"]
+"""
+COUNTED = f"""
+@pytest.mark.profile_window(num_steps={STEPS}, slowdown=5.0)
+def test_window(sglang_server, bench_serving):
+    bench_serving(num_prompts=16, max_concurrency=8, random_input_len=8, random_output_len=300,
+                  random_range_ratio=1.0, warm_up=False, disable_stream=True)
+"""
+OLDER = list(SPEECHES)[1:] if os.environ.get("CI") else list(SPEECHES)[-1:]
 
 
-@pytest.mark.parametrize("name", list(ROWS))
-def test_a_window_of_an_older_server_is_whole(run: Outcome, name: str) -> None:
-    window = window_of(run, name)
-    assert window["state"] == "complete"
-    assert window["missing_ranks"] == []
-    assert run.test(f"test_{name}")["verdict"] == "pass"
-
-
-def notes(run: Outcome, name: str) -> str:
-    return "; ".join(window_of(run, name)["notes"])
-
-
-def test_what_is_odd_about_a_window_is_told_with_it(run: Outcome) -> None:
-    assert "stop_profile answered 504" in notes(run, "stop_504")
-    assert "a missing one cannot be told" in notes(run, "unknown_sizes")
-    assert "a prefill server runs no decode steps" in notes(run, "prefill")
-    assert "load could not be read" not in notes(run, "no_loads")  # the log has it
-    for name in ("own_id", "get_load", "tp_names", "late_files", "nested"):
-        assert notes(run, name) == ""
-
-
-def test_ranks_get_their_full_names(run: Outcome) -> None:
-    labels = ["DP0 TP0", "DP0 TP1", "DP1 TP2", "DP1 TP3"]
-    assert window_of(run, "tp_names")["expected_ranks"] == labels
-    assert window_of(run, "unknown_sizes")["expected_ranks"] == ["TP0", "TP1"]
+@pytest.mark.parametrize("version", OLDER)
+def test_a_window_has_as_many_steps_as_were_asked_for(tmp_path: Path, version: str) -> None:
+    args = json.dumps(["--tp", "2", "--dp", "2", "--enable-dp-attention"])
+    config = SPEAKING.format(args=args, version=version)
+    run = Project(tmp_path / "project", COUNTED, config).run()
+    (window,) = run.windows("test_window")
+    assert (window["state"], window["state_reason"]) == ("complete", "")
+    assert window["steps"]["per_rank"] == dict.fromkeys(["DP0 TP0", "DP1 TP1"], STEPS)
