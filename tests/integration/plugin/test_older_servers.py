@@ -118,7 +118,9 @@ def test_window(sglang_server, bench_serving):
     bench_serving(num_prompts=16, max_concurrency=8, random_input_len=8, random_output_len=300,
                   random_range_ratio=1.0, warm_up=False, disable_stream=True)
 """
-OLDER = list(SPEECHES)[1:] if os.environ.get("CI") else list(SPEECHES)[-1:]
+# Without the names of passes, which 0.5.3 does not record yet, nothing but a guess counts them.
+NAMED = [version for version, speech in SPEECHES.items() if speech.spans]
+OLDER = NAMED[1:] if os.environ.get("CI") else NAMED[-1:]
 
 
 @pytest.mark.parametrize("version", OLDER)
