@@ -22,6 +22,7 @@ from pytest_sglprof._bench_serving.command import (
     measured_keywords,
     num_prompts,
     parse_result,
+    record_line,
     requested_of,
     target_concurrency,
     usage_error,
@@ -118,7 +119,9 @@ class BenchServing:
         unmeasured, with just enough prompts to fill the batch. keep_cache: do not empty the
         server's prefix cache before the measured run; since the driver's seed is fixed, the
         run would find the prompts of an earlier one there. allow_failed: True, or how many
-        requests may fail. timeout: s for each run.
+        requests may fail. timeout: s for each run. With steady_state_concurrency_ratio=0.8
+        (SGLang 0.5.19 or newer) `raw["steady_state"]` has the figures of the longest span with
+        at least that share of the peak concurrency.
         Raises LoadError if the driver or a request fails, ServerDied if the server ends,
         SettingsError for keywords that the driver does not have.
         """
@@ -226,7 +229,7 @@ class BenchServing:
         """Waits for the driver's end; returns the last line of its record."""
         status = driver.wait(self._runs.check(driver, timeout, "bench_serving"))
         if status == 0 and record.exists():
-            return record.read_text("utf-8", "replace").strip().rpartition("\n")[2]
+            return record_line(record.read_text("utf-8", "replace"))
         self._runs.raise_when_server_died()
         if refused := usage_error(redact_text(driver.output()), options):
             raise refused

@@ -61,7 +61,11 @@ _OWNED = {
     "port": "the address is that of the server fixture",
     "base_url": "the address is that of the server fixture",
     "output_file": "the result is what bench_serving() returns",
+    "steady_state_output_file": "its figures are in the result: raw['steady_state']",
 }
+# With this keyword SGLang's driver also measures the longest span of nearly full concurrency.
+STEADY = "steady_state_concurrency_ratio"
+_STEADY_DRIVERS = {"sglang.benchmark.serving": "sglang.benchmark.steady_state_serving"}
 
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
@@ -141,6 +145,15 @@ def bench_command(
     """
     check_keywords(keywords)
     command = LAUNCHERS[kind].load_driver(python)
+    if STEADY in keywords:
+        *start, module = command
+        if module not in _STEADY_DRIVERS:
+            raise SettingsError(
+                f"bench_serving({STEADY}=…): {module} has no such option",
+                expected="SGLang 0.5.19 or newer, which has sglang.benchmark.steady_state_serving",
+                hint="leave it out: the figures of the whole load are measured by any version",
+            )
+        command = [*start, _STEADY_DRIVERS[module], "--steady-state-output-file", str(output_file)]
     command += ["--base-url", url, "--output-file", str(output_file)]
     defaults = {"backend": "sglang", "dataset_name": DEFAULT_DATASET}
     if model:
@@ -176,6 +189,15 @@ def usage_error(
     complaint = re.search(r"^usage: (?:.*\n)*?.+: error: (.+)$", output, re.M)
     if not complaint:
         return None
+    if f"invalid choice: '{DEFAULT_DATASET}'" in complaint[1] and "dataset_name" not in keywords:
+        return SettingsError(
+            f"the load driver of this version has no data set {DEFAULT_DATASET}, and its others "
+            "are downloads",
+            expected="a data set that is named: its `random` takes its prompts from ShareGPT, "
+            "which it downloads unless dataset_path has it",
+            hint=call.replace("…", "dataset_name='random', dataset_path='sharegpt.json', …"),
+            log=[complaint[1]],
+        )
     flags = re.findall(r"--([a-z][a-z0-9-]+)", output)
     unknown = re.findall(r"--([a-z0-9-]+)", complaint[1]) if "unrecognized" in complaint[1] else []
     names = [name.replace("-", "_") for name in unknown]
@@ -251,6 +273,19 @@ def parse_result(
             for key, value in redact(without(record, ("server_info", *drop))).items()
         },
     )
+
+
+def record_line(text: str) -> str:
+    """The last run in the driver's output file, with the figures of its steady state within.
+
+    Those are a line of their own, below that of the run.
+    """
+    lines = text.strip().split("\n")
+    with contextlib.suppress(ValueError, IndexError, TypeError):
+        steady = json.loads(lines[-1])
+        if "concurrency_ratio" in steady:
+            return json.dumps({**json.loads(lines[-2]), "steady_state": steady})
+    return lines[-1]
 
 
 def without(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -8,20 +8,27 @@ from its files, one for each rank, and from the log.
 from __future__ import annotations
 
 import contextlib
-import gzip
+import math
 import os
 import re
 import time
 import uuid
 import weakref
-import zlib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from pytest_sglprof._capture.recording import POLL, Artifact, LifeWatch, Progress, WindowCapture
+from pytest_sglprof._capture.torch_files import (
+    MERGED,
+    PlaceOfRank,
+    TraceFiles,
+    full_name,
+    place,
+)
 from pytest_sglprof._capture.torch_request import (
     DISARM,
     NAME_LIMIT,
@@ -31,6 +38,7 @@ from pytest_sglprof._capture.torch_request import (
     output_folder,
     refuse_request,
     request_body,
+    takes_id,
     wanted_stages,
 )
 from pytest_sglprof._config.backends import BACKENDS
@@ -48,15 +56,23 @@ from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import SglangClient
 from pytest_sglprof._server.command import LAUNCHERS
 from pytest_sglprof._server.log import LogGrowth, ServerLog
-from pytest_sglprof._server.log_lines import Entry, EntryReader, highest_iteration
+from pytest_sglprof._server.log_lines import Entry, EntryReader, highest_iteration, read_batch
+from pytest_sglprof._server.sizes import role_of
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
 
 
 QUIET = 2.0  # s without a byte written, after which missing files are given up
+DECODE_MIN_BS = "SGLANG_PROFILE_BY_STAGE_DECODE_MIN_BS"  # since 0.5.20
+WITHOUT_DECODE = {
+    "prefill": "a prefill server runs no decode steps",
+    "embedding": "a server of embeddings runs no decode steps",
+}
 QUIET_SHARED = 8.0  # the same for a network file system, or if ranks end one by one
 DEATH_SECONDS = 2.0  # from a broken connection until the log shows that the server died
+ASK_AGAIN = 20.0  # s of waiting for files after a gateway has answered instead of the server
+_GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 # Clients of the servers whose last window may not have ended: the next one ends it first.
 _UNSETTLED: weakref.WeakSet[SglangClient] = weakref.WeakSet()
 
@@ -103,6 +119,7 @@ class TorchRecording:
             standin=LAUNCHERS[server.kind].is_standin,
             env=self._environment(),
             last_step=last_step(server.log) if server.log and spec.start_step else None,
+            role=role_of(server.info),
         )
         limit = server.info.get("watchdog_timeout")
         check_watchdog(spec, float(limit) if isinstance(limit, int | float) else None)
@@ -118,13 +135,19 @@ class TorchRecording:
         server, spec = self._server, self._spec
         place = self._place = output_folder(server, spec, self._window_id)
         place.prepare(shared=server.attached)
-        self._files = TraceFiles(
+        chooses_id = not takes_id(server.sizes.version)
+        files = TraceFiles(
             place.local,
             self._ranks,
             profile_id="" if place.ours else self._profile_id,
             stages=wanted_stages(spec),
         )
-        if self._files.rank_files():
+        before = files.names() if chooses_id and not place.ours else None
+        self._files = replace(files, before=before)
+        if self._in_log is not None:
+            self._in_log.folder = place.server if place.ours or chooses_id else ""
+            self._in_log.reads_batches = DECODE_MIN_BS in self._environment()
+        if files.rank_files():
             raise WindowRefused(
                 f"{place.local} already holds traces of profile_id {self._profile_id}",
                 expected="an id of its own for each window",
@@ -174,9 +197,11 @@ class TorchRecording:
         """Labels of ranks that began and have not reported their end; empty without a log."""
         if self._in_log is None:
             return []
-        progress = self._in_log.read()
-        labels = {(r.dp or 0, r.pp or 0, r.tp or 0): r.label for r in self._ranks}
-        return [labels[where] for where in progress.pending() if where in labels]
+        pending = self._in_log.read().pending()
+        if not self._ranks:
+            return [Rank(dp=dp, pp=pp, tp=tp).label for dp, pp, tp in pending]
+        labels = {place(rank): rank.label for rank in self._ranks}
+        return [labels[where] for where in pending if where in labels]
 
     def stop(
         self, capture: WindowCapture, deadline: float, *, unfinished: str | None
@@ -187,8 +212,7 @@ class TorchRecording:
         dead = still_open = False
         self._progress("writing the traces")
         try:
-            ended = self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
-            self._settle(deadline, quiet=self._quiet(ended))
+            self._end(deadline)
             self._disarm(deadline)
             _UNSETTLED.discard(self._server.client)
         except ServerError as error:
@@ -201,9 +225,35 @@ class TorchRecording:
             dead, reasons, log = True, [death.what], death.log
         return self._collected(capture, reasons, dead=dead, still_open=still_open, log=log)
 
+    def _end(self, deadline: float) -> None:
+        """Ends the profile and waits for its files."""
+        while True:
+            try:
+                ended = self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
+            except ServerRefused as error:
+                # A gateway gave up waiting, while the server may go on: its files will tell.
+                if error.status not in _GATEWAY:
+                    raise
+                self._settle(min(deadline, time.monotonic() + ASK_AGAIN), quiet=math.inf)
+                if self._is_all_here(self._files.whole(settled=True)):
+                    self._notes.append(f"{error.what}; the server wrote its files nevertheless")
+                    return
+                if time.monotonic() >= deadline or self._life.death():
+                    raise
+            else:
+                self._settle(deadline, quiet=self._quiet(ended))
+                return
+
     def _quiet(self, ended: bool) -> float:
-        # 200 means that every file is there; 500 says nothing about ranks after the first.
+        # 200 means that the files of the first pipeline stage are there; 500 says nothing about
+        # ranks after the first.
+        if self._server.sizes.pp > 1 and not self._is_logged():
+            return math.inf
         return QUIET if ended and not self._server.attached else QUIET_SHARED
+
+    def _is_logged(self) -> bool:
+        """Whether the log tells which ranks have begun, so that it will tell when they end."""
+        return self._in_log is not None and bool(self._in_log.read().begun)
 
     def _cause_of(self, error: ServerError) -> ServerDied | None:
         if isinstance(error, ServerDied):
@@ -221,28 +271,46 @@ class TorchRecording:
         if self._in_log is not None:
             progress = self._in_log.read()
             if progress.batches or progress.ended:
-                return unfinished
+                return self._waited_for(progress) or unfinished
         with contextlib.suppress(ServerError):
-            if not sum(load.running for load in server.client.loads()):
+            if not sum(load.running + load.waiting for load in server.client.loads()):
                 return f"no forward pass was run while the window was open: {unfinished}"
         return unfinished
 
+    def _waited_for(self, progress: ProfilerProgress) -> str:
+        """Why a decode window by stage never began; "" for another reason, or if it did."""
+        least = self._environment().get(DECODE_MIN_BS, "")
+        is_waiting = "DECODE" in wanted_stages(self._spec) and not progress.decodes_begun
+        if not (is_waiting and least.isdigit() and 0 < progress.most_decoding < int(least)):
+            return ""
+        return (
+            f"its decode steps never began: the server waits for a batch of {least} requests "
+            f"({DECODE_MIN_BS}), and had {progress.most_decoding} at most"
+        )
+
     def _settle(self, deadline: float, *, quiet: float) -> None:
-        """Waits until every rank's file is complete, or none has grown for `quiet` seconds."""
+        """Waits until every rank's file is complete, or none has grown for `quiet` seconds.
+
+        A rank whose end the log is still to report is waited for until `deadline`.
+        """
         sizes: Mapping[Path, int] = {}
         changed = time.monotonic()
         settled = True  # at first, since the server answers after it has written its files
         while not self._life.death():
-            complete = self._files.whole(settled=settled)
-            if not self._files.missing(complete) and not self._pending():
+            if self._is_all_here(self._files.whole(settled=settled)):
                 return
             now = time.monotonic()
             if sizes != (sizes := self._files.sizes()):
                 changed = now
-            if now - changed > quiet or now > deadline:
+            if now > deadline or (now - changed > quiet and not self._pending()):
                 return
             settled = False
             time.sleep(POLL)
+
+    def _is_all_here(self, complete: Mapping[Path, Rank]) -> bool:
+        if self._files.missing(complete) or self._pending():
+            return False
+        return bool(self._ranks) or (bool(complete) and self._is_logged())
 
     def _disarm(self, deadline: float) -> None:
         """Removes a trigger that has not fired, as it would ruin the next window."""
@@ -267,6 +335,7 @@ class TorchRecording:
         notes = [*self._notes, *self._remarks(complete)]
         if not dead and not still_open:
             reasons = [*reasons, *self._faults(complete, missing)]
+        expected = self._ranks or sorted(set(complete.values()), key=lambda rank: rank.sort_key)
         state: Literal["complete", "incomplete", "failed"] = "complete"
         if dead or not complete:
             state = "failed"
@@ -277,6 +346,7 @@ class TorchRecording:
             state=state,
             reason="; ".join(reasons),
             artifacts=self._collect(complete),
+            expected_ranks=tuple(rank.label for rank in expected),
             missing_ranks=tuple(missing),
             gpu_ranks=self._server.sizes.gpu_ranks(),
             log=log,
@@ -288,7 +358,7 @@ class TorchRecording:
         faults = []
         cut = sorted(path.name for path in self._files.rank_files() if path not in complete)
         if missing:
-            faults.append(f"no complete trace of {', '.join(missing)}")
+            faults.append(f"no complete trace of {', '.join(missing)}{self._why_missing()}")
         if cut:
             faults.append(f"cut off: {', '.join(cut)}")
         if pending := self._pending():
@@ -302,8 +372,30 @@ class TorchRecording:
                 )
         return faults
 
+    def _why_missing(self) -> str:
+        """Where ranks write into one file: versions such as 0.5.3 name it by the TP rank alone."""
+        parts = [Rank.from_file_name(path.name) for path in self._files.rank_files()]
+        named = {(rank.dp, rank.pp, rank.tp) for rank in parts if rank is not None}
+        groups = {(rank.dp, rank.pp) for rank in self._ranks}
+        if len(groups) < 2 or {(dp, pp) for dp, pp, _ in named} != {(None, None)}:
+            return ""
+        return (
+            f" (version {self._server.sizes.version or 'unknown'} names a trace by its TP rank "
+            "alone, so that ranks of several replicas or stages write over each other's)"
+        )
+
     def _remarks(self, complete: Mapping[Path, Rank]) -> list[str]:
         remarks = []
+        if not self._ranks:
+            remarks.append(
+                "the server does not tell its parallel sizes: its ranks are those whose files "
+                f"came ({len(set(complete.values()))}), and a missing one cannot be told"
+            )
+        role = role_of(self._server.info)
+        if role in WITHOUT_DECODE:
+            remarks.append(f"{WITHOUT_DECODE[role]}: no threshold of that stage can be judged")
+        if self._spec.profile_id and not any(self._profile_id in path.name for path in complete):
+            remarks.append(f"the server chose a profile id itself, not {self._spec.profile_id!r}")
         if stages := self._files.missing_stages(complete):
             remarks.append(f"no rank has a file of stage {', '.join(stages)}")
         others = [path.name for path in self._files.others()]
@@ -318,8 +410,10 @@ class TorchRecording:
         """Moves every file into the window's folder; only whole rank traces become artifacts."""
         if self._place is None:
             return ()
-        files = [*self._files.rank_files(), *self._files.others()]
-        moved = self._place.collect(files, self._folder)
+        ranks = self._files.rank_files()
+        names = {path: full_name(path.name, rank) for path, rank in ranks.items()}
+        names |= {path: path.name for path in self._files.others()}
+        moved = self._place.collect(names, self._folder)
         return tuple(Artifact(moved[path], "torch", rank.label) for path, rank in complete.items())
 
     def abort(self) -> None:
@@ -337,6 +431,7 @@ class TorchRecording:
 
 STEP_BYTES = 2**26  # of a log that are searched for its last step: 500,000 batch lines
 
+_SAVED_TO = re.compile(r"saved to: (.*?)(?: \(with profile id: .*\))?\s*$")
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b")
 # How far each log has been read for step numbers, and the highest one so far.
 _SHOWN: weakref.WeakKeyDictionary[ServerLog, tuple[LogGrowth, int | None]] = (
@@ -349,13 +444,17 @@ class ProfilerProgress:
     """Counts since the window was opened. begun, ended: place of a rank -> how often.
 
     strangers: ids of other profiles that began meanwhile. batches: number of forward passes in
-    the log, which has every prefill and every n-th decode, of some ranks only.
+    the log, which has every prefill and every n-th decode, of some ranks only. most_decoding:
+    requests of the largest decode batch there. decodes_begun: whether a rank began a window of
+    decode steps.
     """
 
     begun: Counter[PlaceOfRank]
     ended: Counter[PlaceOfRank]
     strangers: tuple[str, ...]
     batches: int
+    most_decoding: int = 0
+    decodes_begun: bool = False
 
     def pending(self) -> list[PlaceOfRank]:
         """Ranks that began more often than they ended."""
@@ -363,17 +462,24 @@ class ProfilerProgress:
 
 
 class ProgressReader:
-    """Follows one window in the log from byte `start` on, reading each byte once."""
+    """Follows one window in the log from byte `start` on, reading each byte once.
+
+    folder: of this window alone, as the server spells it; "" if only the id tells its files. A
+    window is ours by that, too, since servers before 0.5.15 choose ids themselves, or log none.
+    """
 
     def __init__(self, log: ServerLog, start: int, profile_id: str) -> None:
         self._log = log
         self._growth = LogGrowth(log.path, start)
         self._entries = EntryReader()
+        self.folder = ""
+        self.reads_batches = False  # for `most_decoding`
         self._profile_id = profile_id
         self._begun: Counter[PlaceOfRank] = Counter()
         self._ended: Counter[PlaceOfRank] = Counter()
         self._strangers: dict[str, None] = {}
-        self._batches = 0
+        self._batches = self._most_decoding = 0
+        self._decodes_begun = False
 
     def read(self) -> ProfilerProgress:
         """The counts up to the present end of the log."""
@@ -381,20 +487,36 @@ class ProgressReader:
             self._take(entry)
         strangers = tuple(self._strangers)
         return ProfilerProgress(
-            Counter(self._begun), Counter(self._ended), strangers, self._batches
+            Counter(self._begun),
+            Counter(self._ended),
+            strangers,
+            self._batches,
+            self._most_decoding,
+            self._decodes_begun,
         )
 
     def _take(self, entry: Entry) -> None:
         where = place(entry.rank or Rank(tp=0))
         if entry.kind == "profile_start":
-            if entry.profile_id == self._profile_id:
+            saved_to = _SAVED_TO.search(entry.text)
+            if self._is_ours(entry.profile_id, saved_to[1] if saved_to else ""):
                 self._begun[where] += 1
+                self._decodes_begun |= entry.text.startswith(" for DECODE")
             else:
-                self._strangers[entry.profile_id or "?"] = None
+                self._strangers[entry.profile_id or (saved_to[1] if saved_to else "?")] = None
         elif entry.kind == "profile_end":
             self._ended[where] += 1
         elif entry.is_batch:
             self._batches += 1
+            if self.reads_batches and entry.kind == "decode":
+                self._most_decoding = max(self._most_decoding, read_batch(entry).running or 0)
+
+    def _is_ours(self, profile_id: str | None, folder: str) -> bool:
+        if profile_id == self._profile_id:
+            return True
+        if not folder:  # it names neither: what has begun since is what was asked for
+            return profile_id is None
+        return bool(self.folder) and PurePosixPath(folder) == PurePosixPath(self.folder)
 
 
 def read_progress(log: ServerLog, start: int, profile_id: str) -> ProfilerProgress:
@@ -420,130 +542,3 @@ def last_step(log: ServerLog) -> int | None:
         highest = max((n for n in (highest, shown) if n is not None), default=None)
     _SHOWN[log] = growth, highest
     return highest
-
-
-# Files. The server writes a trace in place, under its final name, so a file may exist and be
-# incomplete. It is whole once its gzip stream ends, its checksum holds and its JSON ends.
-
-
-CHUNK = 1 << 20  # bytes read at a time, so that memory stays flat
-SUFFIX = ".trace.json.gz"
-MERGED = "merged-"
-PlaceOfRank = tuple[int, int, int]
-
-
-def place(rank: Rank) -> PlaceOfRank:
-    """(dp, pp, tp) of a rank, with 0 for tags that a log line or file name leaves out."""
-    return (rank.dp or 0, rank.pp or 0, rank.tp or 0)
-
-
-def stage_of(name: str) -> str:
-    """``EXTEND`` or ``DECODE`` for a file of a by-stage window, else ""."""
-    stem = name.removesuffix(SUFFIX)
-    return next((stage for stage in ("EXTEND", "DECODE") if stem.endswith(f"-{stage}")), "")
-
-
-def is_whole(path: Path) -> bool:
-    """True if the file is complete gzip whose contents end like JSON."""
-    end = b""
-    try:
-        with gzip.open(path, "rb") as stream:
-            while chunk := stream.read(CHUNK):
-                end = (end + chunk)[-64:]
-    except (OSError, EOFError, zlib.error):  # gzip.BadGzipFile is an OSError
-        return False
-    return end.rstrip().endswith((b"}", b"]"))
-
-
-@dataclass
-class TraceFiles:
-    """Watches `folder` for the files of the ranks of one window.
-
-    profile_id: only files with it in their name count, since the folder may be the user's
-    and hold others. stages: the suffixes of a by-stage window; empty for an ordinary one.
-    """
-
-    folder: Path
-    ranks: Sequence[Rank]
-    profile_id: str = ""
-    stages: Sequence[str] = ()
-    _sizes: dict[Path, int] = field(default_factory=dict)
-    _whole: dict[Path, int] = field(default_factory=dict)
-
-    def rank_files(self) -> dict[Path, Rank]:
-        """Every rank's files, whole or not, by path."""
-        known = {place(rank): rank for rank in self.ranks}
-        files: dict[Path, Rank] = {}
-        for path in sorted(self._listed()):
-            rank = Rank.from_file_name(path.name)
-            if rank is not None and not path.name.startswith(MERGED):
-                files[path] = known.get(place(rank), rank)
-        return files
-
-    def others(self) -> list[Path]:
-        """Files of the window that are not the trace of a rank: merged ones, memory snapshots."""
-        traces = self.rank_files()
-        return [path for path in sorted(self._listed()) if path not in traces]
-
-    def _listed(self) -> list[Path]:
-        try:
-            return [
-                path
-                for path in self.folder.iterdir()
-                if self.profile_id in path.name and path.is_file()
-            ]
-        except OSError:
-            return []
-
-    def whole(self, *, settled: bool = False) -> dict[Path, Rank]:
-        """The complete files of ranks, by path.
-
-        A file is read only if its size has not changed since the last call (settled: at once),
-        and is not read again while it keeps the size at which it was whole.
-        """
-        files = self.rank_files()
-        complete: dict[Path, Rank] = {}
-        for path, rank in files.items():
-            size = _size(path)
-            still = settled or self._sizes.get(path) == size
-            self._sizes[path] = size
-            if self._whole.get(path) == size or (still and size > 0 and is_whole(path)):
-                self._whole[path] = size
-                complete[path] = rank
-        return complete
-
-    def sizes(self) -> Mapping[Path, int]:
-        """Size of each file in bytes; while they change, the server is still writing."""
-        return {path: _size(path) for path in self._listed()}
-
-    def missing(self, complete: Mapping[Path, Rank]) -> list[Rank]:
-        """Ranks without a complete file.
-
-        In a by-stage window: without the file of a stage that another rank has, or without any.
-        """
-        stages_there = {stage_of(path.name) for path in complete} if self.stages else {""}
-        there = {(place(rank), stage_of(path.name)) for path, rank in complete.items()}
-        if not self.stages:
-            there = {(where, "") for where, _ in there}
-        return [
-            rank
-            for rank in self.ranks
-            if not stages_there or any((place(rank), stage) not in there for stage in stages_there)
-        ]
-
-    def missing_stages(self, complete: Mapping[Path, Rank]) -> list[str]:
-        """Wanted stages that no rank has a complete file of."""
-        there = {stage_of(path.name) for path in complete}
-        return [stage for stage in self.stages if stage not in there]
-
-    def all_whole(self) -> bool:
-        """True if every rank has a complete file for every stage wanted."""
-        complete = self.whole()
-        return not self.missing(complete) and not self.missing_stages(complete)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

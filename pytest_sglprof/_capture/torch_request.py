@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import Inconclusive, WindowRefused, did_you_mean
 from pytest_sglprof._files import safe_name
-from pytest_sglprof._server.sizes import ServerSizes
+from pytest_sglprof._server.sizes import Role, ServerSizes, version_of
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
@@ -24,7 +23,13 @@ ACTIVITIES = ("CPU", "GPU", "MEM", "RPD", "CUDA_PROFILER", "XPU")
 TRACING = frozenset({"CPU", "GPU", "RPD", "XPU"})  # those that leave a trace of kernels
 STAGES = {"prefill": "EXTEND", "extend": "EXTEND", "decode": "DECODE"}
 NAME_LIMIT = 80  # characters of an id or a prefix: rank, stage and suffix follow in the name
-KNOWS_ANNOTATIONS = (0, 5, 23)  # the oldest version known to have detailed_annotations
+# The oldest versions that have `detailed_annotations`, take the id that a client gives (0.5.14
+# does not, 0.5.20 does), and skip the placeholder batches of a decode server in windows by stage.
+KNOWS_ANNOTATIONS = (0, 5, 19)
+TAKES_ID = (0, 5, 20)
+SKIPS_PLACEHOLDERS = (0, 5, 23)
+# Until then a window of N steps ended before its Nth forward pass: one more is asked for.
+ALL_STEPS = (0, 5, 16)
 # A window armed at a step that never comes replaces the trigger of an earlier one.
 FAR_STEP = 10**15
 DISARM: Mapping[str, Any] = {"start_step": FAR_STEP, "num_steps": 1}
@@ -52,7 +57,7 @@ def request_body(
         "record_shapes": spec.record_shapes,
     }
     if spec.num_steps is not None:
-        body["num_steps"] = spec.num_steps
+        body["num_steps"] = spec.num_steps + lost_steps(spec, sizes.version)
     if spec.start_step is not None:
         body["start_step"] = spec.start_step
     if spec.profile_by_stage:
@@ -70,8 +75,18 @@ def request_body(
 
 def knows_annotations(version: str) -> bool:
     """True if the server is known to accept ``detailed_annotations``."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    return match is not None and tuple(map(int, match.groups())) >= KNOWS_ANNOTATIONS
+    return version_of(version) >= KNOWS_ANNOTATIONS
+
+
+def takes_id(version: str) -> bool:
+    """True if the server is known to name a window's files by the client's ``profile_id``."""
+    return version_of(version) >= TAKES_ID
+
+
+def lost_steps(spec: WindowSpec, version: str) -> int:
+    """How many of the steps that are asked for are not recorded, so that more have to be."""
+    counts_itself = spec.profile_by_stage or spec.start_step is not None
+    return int(not counts_itself and () < version_of(version) < ALL_STEPS)
 
 
 def wanted_stages(spec: WindowSpec) -> tuple[str, ...]:
@@ -90,11 +105,13 @@ def refuse_request(
     standin: bool,
     env: Mapping[str, str],
     last_step: int | None,
+    role: Role = "",
 ) -> None:
     """Raises `WindowRefused` for a request that is known to break the server or the data.
 
     under_nsys: whether the server runs under nsys. standin: whether it is the stand-in. env: of
-    the server, as far as known. last_step: the highest step in its log; None if unknown.
+    the server, as far as known. last_step: the highest step in its log; None if unknown. role:
+    of the server.
     """
     if env.get("SGLANG_PROFILE_V2", "").lower() in ("1", "true", "yes", "y"):
         raise WindowRefused(
@@ -110,7 +127,7 @@ def refuse_request(
             hint="mark the test sglang_server(nsys=False), or the window backend='nsys'",
         )
     _refuse_activities(spec, sizes)
-    _refuse_stages(spec, sizes)
+    _refuse_stages(spec, sizes, role)
     _refuse_steps(spec, last_step)
 
 
@@ -137,7 +154,7 @@ def _refuse_activities(spec: WindowSpec, sizes: ServerSizes) -> None:
         )
 
 
-def _refuse_stages(spec: WindowSpec, sizes: ServerSizes) -> None:
+def _refuse_stages(spec: WindowSpec, sizes: ServerSizes, role: Role) -> None:
     if not spec.profile_by_stage:
         if spec.profile_stages:
             raise WindowRefused(
@@ -157,6 +174,13 @@ def _refuse_stages(spec: WindowSpec, sizes: ServerSizes) -> None:
             "files hold different steps",
             expected="a window without profile_by_stage",
             hint="leave profile_by_stage out; kernels are assigned to stages when they are read",
+        )
+    if role == "decode" and version_of(sizes.version) < SKIPS_PLACEHOLDERS:
+        raise WindowRefused(
+            f"profile_by_stage on a decode server of version {sizes.version or 'unknown'}: the "
+            "batches of requests that arrive are of no stage that it knows, and it dies of them",
+            expected="a window without profile_by_stage",
+            hint="leave profile_by_stage out: a decode server runs decode steps alone",
         )
     unknown = [stage for stage in spec.profile_stages or () if stage.lower() not in STAGES]
     if unknown:
@@ -213,15 +237,15 @@ class OutputFolder:
                 hint="choose another output_dir; a server that cannot write there dies",
             ) from error
 
-    def collect(self, files: list[Path], target: Path) -> dict[Path, Path]:
-        """Moves `files` into `target`; returns old path -> new path.
+    def collect(self, files: Mapping[Path, str], target: Path) -> dict[Path, Path]:
+        """Moves `files` into `target`, each under its name; returns old path -> new path.
 
         Files in a folder of the user are copied (or linked) instead.
         """
         target.mkdir(parents=True, exist_ok=True)
         moved = {}
-        for path in files:
-            new = target / path.name
+        for path, name in files.items():
+            new = target / name
             if self.ours:
                 shutil.move(path, new)
             else:
@@ -324,7 +348,7 @@ def check_space(spec: WindowSpec, sizes: ServerSizes, folders: Iterable[Path]) -
 
     Torch writes uncompressed JSON into the server's TMPDIR before it compresses it.
     """
-    needed = bytes_per_rank(spec) * len(sizes.ranks())
+    needed = bytes_per_rank(spec) * max(len(sizes.ranks()), 1)
     for folder in folders:
         free = shutil.disk_usage(folder).free
         if free < needed:

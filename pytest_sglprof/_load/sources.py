@@ -22,7 +22,8 @@ from pytest_sglprof._load.onset import seem_unequal
 from pytest_sglprof._load.samples import BalanceSample, KnownRanks, LoadSample
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import (
-    LOADS,
+    ABSENT,
+    LOADS_PATHS,
     DpLoad,
     is_local_url,
     is_transient_status,
@@ -135,18 +136,24 @@ CLOSER_LOOKS = 50  # requests so close in a row: what has lasted for 5 s is not 
 
 
 class LoadsSource(HttpSource):
-    """Samples of all ranks, dated at the moment of the answer.
+    """Samples of all ranks, dated at the moment of the answer; older servers have `/get_load`.
 
     Short requests that begin together make load come in waves, and four samples in 2 s can all
     fall between two waves. So it polls more often as soon as the ranks seem unequal.
     """
 
-    path = LOADS
+    path = LOADS_PATHS[0]
     _unequal_looks = 0
 
     async def poll(self) -> Sequence[LoadSample]:
         """The newest load of each rank; empty if the server does not answer."""
-        response = await self.ask()
+        try:
+            response = await self.ask()
+        except ServerRefused as error:
+            if error.status not in ABSENT or self.path == LOADS_PATHS[-1]:
+                raise
+            self.path = LOADS_PATHS[-1]
+            return await self.poll()
         if response is None:
             return []
         try:

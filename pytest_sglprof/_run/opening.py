@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._errors import ServerError
+from pytest_sglprof._errors import ServerError, ServerRefused
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.triggers import Detector, Trigger, as_trigger
 from pytest_sglprof._metrics import VerdictWord
-from pytest_sglprof._server.client import is_transient
+from pytest_sglprof._server.client import ABSENT, is_transient
+from pytest_sglprof._server.log import LogGrowth, ServerLog
+from pytest_sglprof._server.log_lines import Batch, Entry, EntryReader, read_batch
+from pytest_sglprof._server.sizes import Role, role_of
 
 if TYPE_CHECKING:
     from pytest_sglprof._load.sources import Sample
@@ -55,6 +58,7 @@ def _await_steady_load(
 ) -> NotOpened | None:
     if window.spec.delay > 0:
         return None  # opening waits for it
+    look = LoadLook(window.server)
     while not drives_load or load.wait_for_start(body_is_over):
         is_steady = steady_load(
             window.server,
@@ -62,6 +66,7 @@ def _await_steady_load(
             timeout=window.spec.timeout,
             stop=body_is_over,
             on_look=window.saw_load,
+            look=look,
         )
         if is_steady:
             return None
@@ -72,7 +77,7 @@ def _await_steady_load(
         return None, why
     return None, (
         "the test's body was over before the load was steady, so the window never "
-        "opened: drive a longer load, or use whole_body=True"
+        f"opened: {look.advice()}, or use whole_body=True"
     )
 
 
@@ -205,6 +210,9 @@ class LoadState:
 
 
 INTERVAL = 0.2  # s between two requests; the server updates its load every few steps
+TAIL_BYTES = 2**20  # of a log, in which a server that logs its batches has one
+FRESH = 10.0  # s for which a batch line counts: the next one of a busy rank comes before
+BUSY = 2.0  # s for which a server of prefills that has logged one counts as busy
 
 
 def steady_load(
@@ -218,22 +226,25 @@ def steady_load(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] | None = None,
     on_look: Callable[[str | None], object] = lambda problem: None,
+    look: LoadLook | None = None,
 ) -> bool:
     """Waits until the server has run at least ``share * target`` requests for `hold` seconds.
 
     Returns False after `timeout` seconds, if `stop` is set, or if the server dies. target:
     requests that the load keeps in flight, over all DP ranks. A short time without an answer
-    only interrupts the `hold`; `ServerRefused` is raised for an error that will not go away.
-    clock, sleep: for tests. on_look: called after each request with the reason why there was no
-    answer, or None.
+    only interrupts the `hold`; `ServerRefused` is raised for an error that will not go away. A
+    server whose load nothing tells counts as loaded. clock, sleep: for tests. on_look: called
+    after each request with the reason why there was no answer, or None. look: at this server's
+    load.
     """
     pause = sleep or stop.wait
     deadline = clock() + timeout
     since: float | None = None
+    look = look or LoadLook(server)
     while not stop.is_set():
-        running, problem = running_requests(server)
+        requests, problem = look.requests()
         on_look(problem)
-        if running >= share * target:
+        if look.is_blind or requests >= share * look.reachable(target):
             since = clock() if since is None else since
             if clock() - since >= hold:
                 return True
@@ -247,11 +258,111 @@ def steady_load(
     return False
 
 
+class LoadLook:
+    """Looks at how many requests a server has: by its endpoint, else by its log.
+
+    is_blind: whether neither of them tells.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.is_blind = False
+        self._server = server
+        self._role: Role = role_of(server.info)
+        self._log: _BatchLines | None = None
+        self._lacks = ""  # the endpoint
+        self._most = 0
+
+    def reachable(self, target: int) -> int:
+        """How many of the `target` requests in flight this server may have at once.
+
+        Those of a prefill and a decode server are on both of them, and the figures of a server
+        without decode steps lack the requests of the batch that it runs.
+        """
+        return 1 if self._role else target
+
+    def advice(self) -> str:
+        """What to do about a load that never was steady."""
+        if self._role in ("prefill", "embedding"):
+            return (
+                f"a server without decode steps has load only while requests are in its queues "
+                f"({self._most} at most were seen at a time): send more of them at a time"
+            )
+        return "drive a longer load"
+
+    def requests(self) -> tuple[int, str | None]:
+        """Requests of all DP ranks and None, or -1 and the reason why they are unknown.
+
+        Those that run; on a server of a disaggregated pair, or of embeddings, those that are in
+        its queues, too.
+        """
+        count, problem = (-1, self._lacks) if self._lacks else self._by_endpoint()
+        if self._lacks or self._role in ("prefill", "embedding"):
+            count = max(count, self._by_log())
+            blind = self._why_blind()
+            self.is_blind = bool(blind)
+            problem = blind or (problem if count < 0 else None)
+        self._most = max(self._most, count)
+        return count, problem
+
+    def _by_endpoint(self) -> tuple[int, str | None]:
+        try:
+            loads = self._server.client.loads()
+        except ServerError as error:
+            if isinstance(error, ServerRefused) and error.status in ABSENT:
+                self._lacks = f"the server has no endpoint for it ({error.what})"
+            elif not is_transient(error):
+                raise
+            return -1, error.what
+        running = sum(load.running for load in loads)
+        if self._role == "decode" and not running:
+            return 0, None
+        return running + sum(load.waiting for load in loads if self._role), None
+
+    def _by_log(self) -> int:
+        log = self._server.log
+        if self._log is None and log is not None:
+            self._log = _BatchLines(log)
+        return self._log.requests(by_role=bool(self._role)) if self._log else -1
+
+    def _why_blind(self) -> str:
+        if self._log is not None and self._log.has_any:
+            return ""
+        if self._role == "embedding" and self._log is None:
+            return "the figures of a server of embeddings lack the batch that it runs"
+        return self._lacks and f"{self._lacks}, and no log here has its batches"
+
+
+class _BatchLines:
+    """The newest batch of each DP rank in a log. has_any: whether it logs batches at all."""
+
+    def __init__(self, log: ServerLog) -> None:
+        self._log = log
+        self._growth = LogGrowth(log.path, max(log.position() - TAIL_BYTES, 0))
+        self._entries = EntryReader()
+        self.has_any = any(entry.is_batch for entry in self._new())
+        self._newest: dict[int, tuple[float, Batch, bool]] = {}
+
+    def _new(self) -> Iterator[Entry]:
+        yield from self._entries.read(self._log.new(self._growth))
+
+    def requests(self, *, by_role: bool) -> int:
+        """Requests of all ranks, -1 if none is known. by_role: also those that wait."""
+        now = time.monotonic()
+        for entry in self._new():
+            if entry.is_batch:
+                rank = entry.rank
+                newest = now, read_batch(entry), entry.kind == "prefill"
+                self._newest[(rank.dp if rank else None) or 0] = newest
+                self.has_any = True
+        counts = [
+            max((batch.running or 0) + (batch.waiting if by_role else 0), busy)
+            for since, batch, is_prefill in self._newest.values()
+            if now - since < FRESH
+            for busy in [int(by_role and is_prefill and now - since < BUSY)]
+        ]
+        return sum(counts) if self.has_any else -1
+
+
 def running_requests(server: Server) -> tuple[int, str | None]:
-    """Running requests of all DP ranks and None, or -1 and the reason why they are unknown."""
-    try:
-        return sum(load.running for load in server.client.loads()), None
-    except ServerError as error:
-        if not is_transient(error):
-            raise
-        return -1, error.what
+    """As `LoadLook.requests`, once."""
+    return LoadLook(server).requests()

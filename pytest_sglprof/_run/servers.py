@@ -117,7 +117,7 @@ def describe_server(server: Server, root: Path) -> RecordedServer:
         url=server.url,
         command=server.command,
         version=server.sizes.version,
-        sizes=server.sizes,
+        sizes=server.sizes.shown(),
         attached=server.attached,
         nsys=server.nsys.tool.version if server.nsys is not None else "",
         standin=LAUNCHERS[server.kind].is_standin,

@@ -324,7 +324,8 @@ class Window:
         ranks = sizes.ranks()
         if self._backend.is_per_node:
             ranks = tuple(rank for rank in ranks if sizes.node_of(rank) == sizes.node_rank)
-        labels = tuple(rank.label for rank in ranks)
+        # A server that does not tell its sizes has the ranks that were recorded.
+        labels = tuple(rank.label for rank in ranks) or capture.expected_ranks
         return replace(capture, closed=time.time(), expected_ranks=labels)
 
     def _with_facts(self, capture: WindowCapture) -> WindowCapture:

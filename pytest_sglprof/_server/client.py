@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import socket
 import ssl
 import time
@@ -28,9 +29,14 @@ from pytest_sglprof._errors import (
     SettingsError,
 )
 from pytest_sglprof._redact import learn, redact, redact_text
+from pytest_sglprof._server.sizes import flat_info, invalid_size
 
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
-LOADS = "/v1/loads?include=core"  # without `include` the answer costs the server more
+# The load of each DP rank, newest endpoint first; 0.4.4 has neither. Without `include` the first
+# costs the server more.
+LOADS_PATHS = ("/v1/loads?include=core,disagg", "/get_load")
+ABSENT = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
+_DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
 
 
@@ -38,7 +44,9 @@ SHOWN_BODY = 300  # characters of an error's body; the real reason is in the ser
 class DpLoad:
     """Load of one DP rank. running, waiting: requests; tokens, token_usage: of its KV cache.
 
-    token_usage: 0 to 1. throughput: generated tokens / s. A figure that is absent is 0.
+    waiting: in all of its queues; those of a prefill or decode server hold requests that are
+    handed over, too. token_usage: 0 to 1. throughput: generated tokens / s. A figure that is
+    absent is 0.
     """
 
     dp_rank: int
@@ -50,21 +58,63 @@ class DpLoad:
 
 
 def read_loads(answer: Any) -> list[DpLoad]:
-    """The load of each DP rank from an answer of `LOADS`; ValueError for any other answer."""
+    """The load of each DP rank from an answer of `LOADS_PATHS`; ValueError for any other answer.
+
+    `/get_load` answers with a list or one object, and has the waiting requests in `num_reqs`.
+    """
     try:
-        return [
-            DpLoad(
-                dp_rank=int(load["dp_rank"]),
-                running=int(load["num_running_reqs"]),
-                waiting=int(load.get("num_waiting_reqs") or 0),
-                tokens=int(load.get("num_used_tokens") or 0),
-                token_usage=float(load.get("token_usage") or 0.0),
-                throughput=float(load.get("gen_throughput") or 0.0),
-            )
-            for load in answer["loads"]
-        ]
+        loads = answer["loads"] if isinstance(answer, dict) and "loads" in answer else answer
+        if isinstance(loads, dict):
+            loads = [loads]
+        if not isinstance(loads, list):
+            raise TypeError(f"a {type(loads).__name__} where loads are expected")
+        return [_read_load(load) for load in loads]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"it does not give each DP rank's requests ({error!r})") from error
+
+
+# Queues that a server has beside its waiting one, by their names in `/v1/loads`, old and new.
+# `num_waiting_reqs` counts all of them but the last one: prefilled, and being handed over.
+_QUEUES = (
+    *("prefill_bootstrap_queue_reqs", "prefill_prealloc_queue_reqs"),
+    *("decode_prealloc_queue_reqs", "decode_transfer_queue_reqs", "decode_retracted_queue_reqs"),
+)
+_HANDED_OVER = "prefill_inflight_queue_reqs"
+
+
+def _read_load(load: Mapping[str, Any]) -> DpLoad:
+    queues = load.get("disaggregation") or {}
+    waiting = max(_count(load, "num_waiting_reqs"), sum(_count(queues, name) for name in _QUEUES))
+    if "num_running_reqs" in load:
+        running = _count(load, "num_running_reqs")
+    elif "num_reqs" in load:
+        running = max(_count(load, "num_reqs") - waiting, 0)
+    else:
+        running = _count({"load": load["load"]}, "load")
+    return DpLoad(
+        dp_rank=_count(load, "dp_rank"),  # null on a server with one
+        running=running,
+        waiting=waiting + _count(queues, _HANDED_OVER),
+        tokens=_count(load, "num_used_tokens") or _count(load, "num_tokens"),
+        token_usage=_gauge(load, "token_usage"),
+        throughput=_gauge(load, "gen_throughput"),
+    )
+
+
+def _count(figures: Mapping[str, Any], name: str) -> int:
+    """A number of requests, ranks or tokens, 0 if it is absent; ValueError for anything else."""
+    value = figures.get(name)
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}")
+    return int(value)
+
+
+def _gauge(figures: Mapping[str, Any], name: str) -> float:
+    """A ratio or a rate, of which a server that has not computed yet may say NaN."""
+    value = float(figures.get(name) or 0.0)
+    return value if 0.0 <= value < math.inf else 0.0
 
 
 class SglangClient:
@@ -90,6 +140,7 @@ class SglangClient:
         self._api_key = api_key
         self._admin_key = admin_key
         self._stop_path = "/stop_profile"
+        self._loads_path = LOADS_PATHS[0]
         self._http = httpx.Client(
             base_url=self.url,
             timeout=timeout,
@@ -114,40 +165,56 @@ class SglangClient:
     def is_ready(self) -> bool:
         """True when the server takes requests, False while it is starting.
 
-        Asks ``/ready``, which costs nothing. A server without it answers 404 and is asked
-        ``/health``, which runs a one-token batch, so do not poll it inside a window. Raises
-        `ServerRefused` if waiting cannot help: the key is wrong, or it has neither of the two;
-        `ServerUnreachable` if its certificate is not trusted.
+        Asks ``/ready``, which costs nothing. A server without it answers 404, or 401 to a key
+        that is not its own, and is asked ``/health``, which runs a one-token batch, so do not
+        poll it inside a window. Raises `ServerRefused` if waiting cannot help: the key is wrong,
+        or it has neither of the two; `ServerUnreachable` if its certificate is not trusted.
         """
         try:
             for path in ("/ready", "/health"):
-                response = self._http.get(
-                    path, headers=self._headers(admin=False), timeout=PROBE_TIMEOUT
-                )
+                response = self._probe(path)
                 if is_transient_status(response.status_code):
                     return response.status_code == HTTPStatus.OK
+                # Until 0.5.20 any unknown path is 401 without the key, and so is this known one.
+                if response.status_code in _DENIED and self._probe("/v1/models").status_code in (
+                    _DENIED
+                ):
+                    break
         except httpx.RequestError as error:
             if _is_untrusted(error):
                 raise _unreachable(f"{self.url}{path}", error) from error
             return False
         raise self._refusal(path, response, admin=False)
 
+    def _probe(self, path: str) -> httpx.Response:
+        return self._http.get(path, headers=self._headers(admin=False), timeout=PROBE_TIMEOUT)
+
     def server_info(self) -> dict[str, Any]:
         """All resolved arguments of the server in one dict, with keys and tokens hidden."""
-        response = self._request("GET", "/server_info", allow=(HTTPStatus.NOT_FOUND,))
-        if response.status_code == HTTPStatus.NOT_FOUND:
-            response = self._request("GET", "/get_server_info")
-        info = redact(self._json_object(response, "/server_info"))
-        assert isinstance(info, dict)
+        path = "/server_info"
+        response = self._request("GET", path, allow=ABSENT)
+        if response.status_code in ABSENT:
+            path = "/get_server_info"
+            response = self._request("GET", path)
+        info = flat_info(redact(self._json_object(response, path)))
+        if problem := invalid_size(info):
+            raise self._not_understood(response, path, f"its sizes: {problem}")
         return info
 
     def loads(self) -> list[DpLoad]:
-        """Load of each DP rank now."""
-        response = self._request("GET", LOADS)
+        """Load of each DP rank now; `ServerRefused` with a status of `ABSENT` if none says it."""
+        response = self._request("GET", self._loads_path, allow=ABSENT)
+        if response.status_code in ABSENT:
+            first, self._loads_path = self._loads_path, LOADS_PATHS[-1]
+            if first == LOADS_PATHS[-1]:
+                self._loads_path = LOADS_PATHS[0]
+                raise self._refusal(" and ".join(map(_path, LOADS_PATHS)), response, admin=False)
+            return self.loads()
         try:
             return read_loads(response.json())
         except ValueError as error:
-            raise self._not_understood(response, "/v1/loads", f"its load: {error}") from error
+            path = _path(self._loads_path)
+            raise self._not_understood(response, path, f"its load: {error}") from error
 
     def metrics(self) -> str:
         """The answer of ``/metrics``; a server that does not answer quickly is not waited for."""
@@ -220,7 +287,7 @@ class SglangClient:
         allow: tuple[int, ...] = (),
     ) -> httpx.Response:
         limit = self._http.timeout if timeout is None else httpx.Timeout(timeout)
-        target, path = path, path.partition("?")[0]
+        target, path = path, _path(path)
         try:
             response = self._http.request(
                 method, target, headers=self._headers(admin), timeout=limit, json=json
@@ -240,7 +307,7 @@ class SglangClient:
 
     def _refusal(self, path: str, response: httpx.Response, admin: bool) -> ServerRefused:
         status = response.status_code
-        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        if status in _DENIED:
             option = "admin_api_key_env (or api_key_env)" if admin else "api_key_env"
             return ServerRefused(
                 f"{self.url}{path} answered {status}: the server requires a key",
@@ -296,6 +363,10 @@ def _unreachable(what: str, error: httpx.RequestError) -> ServerUnreachable:
     elif isinstance(error, httpx.RemoteProtocolError):
         hint += "; if it speaks https, write https://"
     return ServerUnreachable(f"{what}: {text}", expected=expected, hint=hint)
+
+
+def _path(target: str) -> str:
+    return target.partition("?")[0]
 
 
 # Addresses of servers: each server gets one spelling, and is on this machine or not.

@@ -6,12 +6,35 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._ranks import Rank
+
+_WITHOUT_RANKS = ("device", "version", "decode_log_interval")  # sizes of no ranks
+_COUNTS = ("tp_size", "dp_size", "attn_dp_size", "pp_size", "ep_size", "moe_dp_size", "nnodes")
+
+
+def flat_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """`info` with what some servers and gateways have below `server_args` beside the rest."""
+    nested = info.get("server_args")
+    if not isinstance(nested, Mapping):
+        return dict(info)
+    return {**nested, **{name: value for name, value in info.items() if name != "server_args"}}
+
+
+def invalid_size(info: Mapping[str, Any]) -> str:
+    """Which number of ranks of a flat `/server_info` is none, "" if all are. Absent ones are."""
+    for name in _COUNTS:
+        value = info.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            return f"{name} is {str(value)[:80]!r}"
+        if isinstance(value, int) and value < 1:
+            return f"{name} is {value}"
+    nested = info.get("server_args", {})
+    return "" if nested is None or nested == {} else f"server_args is a {type(nested).__name__}"
 
 
 @dataclass(frozen=True)
@@ -19,6 +42,7 @@ class ServerSizes:
     """Parallel sizes as ``/server_info`` reports them; numbers of ranks, all at least 1.
 
     dp: data-parallel replicas. attn_dp: DP ranks inside one TP group (DP attention).
+    is_known: False if the server does not say its sizes, as behind some gateways.
     base_gpu_id, gpu_id_step: which devices of a node are used. device: "cuda", "cpu", ...
     decode_log_interval: iterations between two decode lines of a rank's log.
     """
@@ -37,6 +61,7 @@ class ServerSizes:
     device: str = "cuda"
     version: str = ""
     decode_log_interval: int = 40
+    is_known: bool = True
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> ServerSizes:
@@ -65,7 +90,14 @@ class ServerSizes:
             device=str(info.get("device") or "cuda"),
             version=str(info.get("version") or ""),
             decode_log_interval=_number(info, "decode_log_interval", 40),
+            is_known=_number(info, "tp_size", 0) > 0,
         )
+
+    def shown(self) -> dict[str, int | bool | str]:
+        """What is known of them, by name."""
+        every = asdict(self)
+        is_known = every.pop("is_known")
+        return {name: every[name] for name in every if is_known or name in _WITHOUT_RANKS}
 
     @property
     def dp_ranks(self) -> int:
@@ -81,8 +113,10 @@ class ServerSizes:
         """Each rank that writes a file in a torch window: ``dp * pp * tp`` of them.
 
         Labels are those of the file names: TP always, another part only if its size is
-        above 1.
+        above 1. None of a server whose sizes are not known.
         """
+        if not self.is_known:
+            return ()
         return tuple(
             self._rank(dp, pp, tp)
             for dp in range(self.dp)
@@ -139,6 +173,20 @@ class ServerSizes:
 
     def _tp_per_node(self) -> int:
         return max(self.tp // max(self.nnodes // self.pp, 1), 1)
+
+
+# What a server does of a request; "" for all of it, but "embedding" for no decode steps.
+Role = Literal["", "prefill", "decode", "embedding"]
+
+
+def role_of(info: Mapping[str, Any]) -> Role:
+    """Of a server, by its `/server_info`."""
+    mode = info.get("disaggregation_mode")
+    if mode == "prefill":
+        return "prefill"
+    if mode == "decode":
+        return "decode"
+    return "embedding" if info.get("is_embedding") is True else ""
 
 
 SERVER_INFO = "server_info.json"  # beside the traces of a window
@@ -290,7 +338,8 @@ def _alignment(info: Mapping[str, Any], sizes: ServerSizes) -> int | None:
 
 def _states(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     states = info.get("internal_states")
-    return [state for state in states if isinstance(state, dict)] if states else []
+    listed = states if isinstance(states, list) else []
+    return [state for state in listed if isinstance(state, dict)]
 
 
 def _most_requests(state: Mapping[str, Any]) -> int:
@@ -309,10 +358,14 @@ def _ascending(sizes: Any) -> tuple[int, ...]:
     return tuple(sorted({size for size in listed if type(size) is int and size > 0}))
 
 
-def _version(info: Mapping[str, Any]) -> tuple[int, ...]:
+def version_of(text: str) -> tuple[int, ...]:
     """(0, 5, 23) of "0.5.23.post1"; () if there is none."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(info.get("version") or ""))
+    match = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
     return tuple(map(int, match.groups())) if match else ()
+
+
+def _version(info: Mapping[str, Any]) -> tuple[int, ...]:
+    return version_of(str(info.get("version") or ""))
 
 
 def _number(info: Mapping[str, Any], key: str, default: int) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from pytest_sglprof._bench_serving.command import (
     bench_command,
     measured_keywords,
+    parse_result,
+    record_line,
     target_concurrency,
     usage_error,
     warm_up_keywords,
@@ -181,3 +184,50 @@ def test_a_fixed_rate_alone_asks_for_the_ttft_of_each_request(
     keywords: dict[str, Any], asks: bool
 ) -> None:
     assert bool(measured_keywords(keywords).get("output_details")) is asks
+
+
+NO_RANDOM_IDS = (
+    "usage: bench_serving.py [-h] [--backend B]\n"
+    "bench_serving.py: error: argument --dataset-name: invalid choice: 'random-ids' "
+    "(choose from 'sharegpt', 'random')\n"
+)
+
+
+def test_a_driver_without_random_ids_is_refused_where_it_would_download() -> None:
+    error = usage_error(NO_RANDOM_IDS, {"num_prompts": 3})
+    assert "no data set random-ids" in error.what
+    assert "downloads unless dataset_path has it" in str(error)
+    chosen = usage_error(NO_RANDOM_IDS, {"dataset_name": "random-ids"})
+    assert "does not accept" in chosen.what
+
+
+def steady(python: str = sys.executable) -> list[str]:
+    asked = {"steady_state_concurrency_ratio": 0.8}
+    return bench_command(python, "sglang", URL, "m", asked, OUT)
+
+
+def test_the_steady_state_is_measured_by_its_own_driver(
+    sglang_layout: Callable[..., Path],
+) -> None:
+    sglang_layout("benchmark", "serving.py")
+    words = steady()
+    assert words[1:5] == [
+        "-m", "sglang.benchmark.steady_state_serving", "--steady-state-output-file", "out.jsonl",
+    ]  # fmt: skip
+    assert words[-2:] == ["--steady-state-concurrency-ratio", "0.8"]
+
+
+def test_a_driver_without_steady_states_is_refused(sglang_layout: Callable[..., Path]) -> None:
+    sglang_layout("bench_serving.py")
+    with pytest.raises(SettingsError, match=r"0\.5\.19 or newer"):
+        steady()
+
+
+def test_the_figures_of_the_steady_state_are_within_those_of_the_load() -> None:
+    run = json.dumps({"completed": 8, "duration": 9.0})
+    steady = json.dumps({"concurrency_ratio": 0.8, "completed": 5, "output_throughput": 70.0})
+    result = parse_result(record_line(f"{run}\n{steady}\n"), requested=8)
+    assert (result.completed, result.duration) == (8, 9.0)
+    assert result.raw["steady_state"]["output_throughput"] == 70.0
+    for text in (run, f"{run}\n{run}\n", "", "half a li", "[1]"):
+        assert record_line(text) == text.strip().split("\n")[-1]

@@ -163,6 +163,32 @@ def test_annotations_only_where_they_are_known():
     assert "detailed_annotations" not in body(WindowSpec(), replace(GPU, version="0.5.2"))
 
 
+@pytest.mark.parametrize(
+    ("version", "asked"), [("0.5.3", 6), ("0.5.15", 6), ("0.5.16", 5), ("0.5.23", 5), ("dev", 5)]
+)
+def test_a_window_has_the_steps_that_are_asked_for(version, asked):
+    sizes = replace(GPU, version=version)
+    assert body(WindowSpec(num_steps=5), sizes)["num_steps"] == asked
+    # Windows by stage, and those that begin at a step, count in all versions alike.
+    assert body(WindowSpec(num_steps=5, profile_by_stage=True), sizes)["num_steps"] == 5
+    assert body(WindowSpec(num_steps=5, start_step=9), sizes)["num_steps"] == 5
+
+
+@pytest.mark.parametrize("version", ["0.5.9", "0.5.20", ""])
+def test_stages_of_an_older_decode_server_are_refused(version):
+    spec = WindowSpec(profile_by_stage=True, num_steps=3)
+    sizes = replace(GPU, version=version)
+    with pytest.raises(WindowRefused, match="decode server"):
+        refuse_request(
+            spec, sizes, under_nsys=False, standin=False, env={}, last_step=None, role="decode"
+        )
+    for role, newest in (("decode", "0.5.23"), ("prefill", version), ("", version)):
+        sizes = replace(GPU, version=newest)
+        refuse_request(
+            spec, sizes, under_nsys=False, standin=False, env={}, last_step=None, role=role
+        )
+
+
 def test_stages_become_suffixes():
     assert wanted_stages(WindowSpec()) == ()
     assert wanted_stages(WindowSpec(profile_by_stage=True)) == ("EXTEND", "DECODE")

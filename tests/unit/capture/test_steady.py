@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pytest_sglprof._errors import ServerRefused, ServerUnreachable
-from pytest_sglprof._run.opening import running_requests, steady_load
+from pytest_sglprof._run.opening import LoadLook, running_requests, steady_load
 from pytest_sglprof._server.client import DpLoad
 
 
@@ -27,6 +27,8 @@ class Loaded:
 
     def __init__(self, clock: Clock, running) -> None:
         self.client = self
+        self.info: dict[str, object] = {}
+        self.log = None
         self._clock = clock
         self._running = running
         self.died = False
@@ -99,3 +101,92 @@ def test_a_refusal_is_an_error_not_an_idle_server():
 def test_a_real_loads_answer_is_summed(http, server):
     http.running = 7
     assert running_requests(server) == (7, None)
+
+
+class WithoutLoads:
+    """A server that has no endpoint for its load."""
+
+    def __init__(self, server):
+        self._server = server
+
+    def __getattr__(self, name):
+        return getattr(self._server, name)
+
+    class client:
+        @staticmethod
+        def loads():
+            raise ServerRefused("/v1/loads answered 404", status=404)
+
+
+DECODE = "Decode batch. #running-req: {}, #token: 10, token usage: 0.10, #queue-req: {}, "
+
+
+def test_without_an_endpoint_the_log_says_what_runs(http, server):
+    http.entry("DP0 TP0", DECODE.format(1, 0))
+    look = LoadLook(WithoutLoads(server))
+    look.requests()
+    assert look.requests() == (0, None)  # what was logged before is not what runs now
+    http.entry("DP0 TP0", DECODE.format(5, 7))
+    http.entry("DP1 TP1", DECODE.format(3, 0))
+    assert look.requests() == (8, None)
+    assert not look.is_blind
+
+
+def test_with_neither_the_window_opens_and_says_so(http, server):
+    looks = []
+    look = LoadLook(WithoutLoads(server))
+    assert steady_load(
+        look._server, 8, hold=0.0, timeout=5, stop=threading.Event(), on_look=looks.append,
+        look=look,
+    )  # fmt: skip
+    assert look.is_blind
+    assert "no endpoint" in looks[-1]
+    assert "no log here has its batches" in looks[-1]
+
+
+def of_role(role, loads, **more):
+    server = Loaded(Clock(), lambda now: 0)
+    server.info = {"is_embedding": True} if role == "embedding" else {"disaggregation_mode": role}
+    server.loads = lambda: loads
+    return LoadLook(server)
+
+
+@pytest.mark.parametrize(
+    ("role", "load", "requests"),
+    [
+        ("null", DpLoad(0, 3, 9), 3),
+        ("prefill", DpLoad(0, 0, 9), 9),
+        ("prefill", DpLoad(0, 2, 9), 11),
+        ("decode", DpLoad(0, 2, 9), 11),
+        ("decode", DpLoad(0, 0, 9), 0),  # nothing is decoded yet
+        ("embedding", DpLoad(0, 0, 4), 4),
+    ],
+)
+def test_queues_are_the_load_of_a_prefill_server(role, load, requests):
+    look = of_role(role, [load])
+    assert look.requests()[0] == requests
+    assert look.reachable(64) == (64 if role == "null" else 1)
+
+
+def test_embeddings_without_a_log_are_in_no_figure():
+    look = of_role("embedding", [DpLoad(0, 0)])
+    assert "lack the batch" in look.requests()[1]
+    assert look.is_blind
+
+
+def test_a_prefill_that_was_just_logged_is_load(http, server):
+    http.entry("TP0", "Prefill batch, #new-seq: 1, #new-token: 9, #running-req: 0, #queue-req: 0")
+    server.info = {"disaggregation_mode": "prefill"}
+    http.running = 0
+    look = LoadLook(server)
+    assert look.requests() == (0, None)
+    http.entry("TP0", "Prefill batch, #new-seq: 0, #new-token: 9, #running-req: 0, #queue-req: 0")
+    assert look.requests() == (1, None)
+
+
+def test_the_advice_fits_the_role():
+    prefill = of_role("prefill", [DpLoad(0, 0, 2)])
+    prefill.requests()
+    assert "2 at most" in prefill.advice()
+    assert "longer" not in prefill.advice()
+    assert of_role("null", []).advice() == "drive a longer load"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pytest_sglprof._capture.torch import TraceFiles, is_whole, stage_of
+from pytest_sglprof._capture.torch_files import TraceFiles, is_whole, stage_of
 from pytest_sglprof._server.sizes import ServerSizes
 
 

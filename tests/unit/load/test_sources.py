@@ -123,7 +123,7 @@ def test_what_will_not_get_better_is_an_error(status: int, hint: str) -> None:
 def test_the_key_is_sent() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         assert request.headers["Authorization"] == "Bearer secret"
-        assert request.url.query == b"include=core"
+        assert request.url.query == b"include=core,disagg"
         return httpx.Response(200, json={"loads": []})
 
     assert polls(loads(answer, api_key="secret"), 1)[0] == [[]]

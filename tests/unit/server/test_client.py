@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import pytest
 
 from pytest_sglprof._errors import ServerRefused, ServerSilent, ServerUnreachable
 from pytest_sglprof._redact import HIDDEN
-from pytest_sglprof._server.client import DpLoad, SglangClient, is_local_url
+from pytest_sglprof._server.client import DpLoad, SglangClient, is_local_url, read_loads
 
 
 class Answers:
@@ -169,3 +170,121 @@ def test_a_closed_port_is_unreachable_and_not_ready():
 )
 def test_local_addresses_use_no_proxy(url, local):
     assert is_local_url(url) is local
+
+
+def test_a_401_at_ready_asks_health_unless_the_key_is_wrong(connect):
+    ok, denied = httpx.Response(200), httpx.Response(401)
+    answers = Answers(ready=denied, health=ok, v1__models=ok)
+    assert connect(answers, api_key="right").is_ready()
+    assert answers.paths == ["/ready", "/v1/models", "/health"]
+    starting = Answers(ready=denied, health=httpx.Response(503))
+    assert not connect(starting, api_key="right").is_ready()
+    wrong = Answers(ready=denied, health=ok, v1__models=denied)
+    with pytest.raises(ServerRefused, match="requires a key"):
+        connect(wrong, api_key="wrong").is_ready()
+
+
+OLD_LIST = [
+    {"dp_rank": 0, "num_reqs": 12, "num_waiting_reqs": 4, "num_tokens": 90, "ts_tic": 1.5},
+    {"dp_rank": 1, "num_reqs": 3, "num_waiting_reqs": 0, "num_tokens": 7},
+]
+
+
+def test_the_load_comes_from_the_older_endpoint_from_then_on(connect):
+    answers = Answers(get_load=httpx.Response(200, json=OLD_LIST))
+    client = connect(answers)
+    expected = [DpLoad(0, 8, 4, 90), DpLoad(1, 3, 0, 7)]
+    assert client.loads() == client.loads() == expected
+    assert answers.paths == ["/v1/loads", "/get_load", "/get_load"]
+
+
+def test_without_an_endpoint_both_are_named_and_asked_again(connect):
+    answers = Answers()
+    client = connect(answers)
+    for _ in range(2):
+        with pytest.raises(ServerRefused, match="/v1/loads and /get_load answered 404") as refused:
+            client.loads()
+        assert refused.value.status == 404
+    assert answers.paths == ["/v1/loads", "/get_load"] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "loads"),
+    [
+        ({"load": 5}, [DpLoad(0, 5)]),
+        ({"dp_rank": None, "num_reqs": 5, "num_waiting_reqs": 1}, [DpLoad(0, 4, 1)]),
+        ({"loads": []}, []),
+        (
+            {"loads": [{"dp_rank": 1, "num_running_reqs": 0, "disaggregation": {
+                "mode": "prefill", "prefill_prealloc_queue_reqs": 3,
+                "prefill_inflight_queue_reqs": 2}}]},
+            [DpLoad(1, 0, 5)],
+        ),
+        (
+            {"loads": [{"dp_rank": 1, "num_running_reqs": 0, "num_waiting_reqs": 4,
+                "disaggregation": {"prefill_bootstrap_queue_reqs": 3,
+                "prefill_inflight_queue_reqs": 2}}]},
+            [DpLoad(1, 0, 6)],
+        ),
+        (
+            {"loads": [{"num_running_reqs": 1, "num_waiting_reqs": 9, "disaggregation": {
+                "decode_prealloc_queue_reqs": 4, "decode_transfer_queue_reqs": 5}}]},
+            [DpLoad(0, 1, 9)],
+        ),
+        (
+            {"loads": [{"num_running_reqs": 2, "token_usage": float("nan"),
+                "gen_throughput": -1}]},
+            [DpLoad(0, 2)],
+        ),
+    ],
+)  # fmt: skip
+def test_the_loads_of_all_versions_are_read(answer, loads):
+    assert read_loads(answer) == loads
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        7,
+        "busy",
+        [[1]],
+        {},
+        {"loads": {"a": 1}},
+        {"loads": [None]},
+        {"loads": [{"dp_rank": 0}]},
+        {"loads": [{"num_running_reqs": float("nan")}]},
+        {"loads": [{"num_running_reqs": float("inf")}]},
+        {"loads": [{"num_running_reqs": -3}]},
+        {"loads": [{"num_running_reqs": [4]}]},
+        {"loads": [{"num_running_reqs": True}]},
+        {"loads": [{"num_running_reqs": 1, "disaggregation": [1]}]},
+        {"loads": [{"num_running_reqs": 1, "token_usage": [1]}]},
+        {"load": "many"},
+    ],
+)
+def test_a_malformed_load_is_an_error_of_ours(connect, answer):
+    content = httpx.Response(200, content=json.dumps(answer).encode())
+    with pytest.raises(ServerRefused, match="did not answer with its load"):
+        connect(Answers(v1__loads=content)).loads()
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        ([1], "a JSON object"),
+        ({"tp_size": -2}, "tp_size is -2"),
+        ({"tp_size": [2]}, "tp_size is"),
+        ({"server_args": [2]}, "server_args is a list"),
+        ({"server_args": {"tp_size": 0}}, "tp_size is 0"),
+    ],
+)
+def test_malformed_settings_are_an_error_of_ours(connect, info, reason):
+    with pytest.raises(ServerRefused, match=f"get_server_info did not answer with .*{reason}"):
+        connect(Answers(get_server_info=httpx.Response(200, json=info))).server_info()
+
+
+def test_nested_settings_are_flat(connect):
+    nested = httpx.Response(200, json={"server_args": {"tp_size": 4, "api_key": "k"}, "a": 1})
+    info = connect(Answers(server_info=nested)).server_info()
+    assert info == {"tp_size": 4, "api_key": HIDDEN, "a": 1}

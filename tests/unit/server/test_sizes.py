@@ -8,7 +8,10 @@ from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.sizes import (
     PassSettings,
     ServerSizes,
+    flat_info,
+    invalid_size,
     pass_settings,
+    role_of,
     settings_part,
     write_settings,
 )
@@ -92,8 +95,67 @@ def test_a_shared_device_names_nobody():
 
 
 def test_odd_values_become_the_defaults():
-    sizes = ServerSizes.from_info({"tp_size": None, "dp_size": "2", "pp_size": True})
+    sizes = ServerSizes.from_info({"tp_size": 1, "dp_size": "2", "pp_size": True})
     assert sizes == ServerSizes()
+
+
+@pytest.mark.parametrize("info", [{}, {"tp_size": None}, {"dp_size": 2, "version": "0.5.3"}])
+def test_sizes_that_are_not_told_are_unknown_not_one(info):
+    sizes = ServerSizes.from_info(info)
+    assert not sizes.is_known
+    assert sizes.ranks() == ()
+    assert sizes.gpu_ranks() == {}
+    assert "tp" not in sizes.shown()
+    assert sizes.shown()["device"] == "cuda"
+
+
+def test_known_sizes_are_shown_as_they_are():
+    shown = ServerSizes(tp=4, version="0.5.23").shown()
+    assert (shown["tp"], shown["dp"], shown["version"]) == (4, 1, "0.5.23")
+    assert "is_known" not in shown
+
+
+def test_settings_below_server_args_count_like_the_rest():
+    info = {"server_args": {"tp_size": 4, "version": "0.4.6"}, "version": "0.5.3"}
+    assert flat_info(info) == {"tp_size": 4, "version": "0.5.3"}
+    assert ServerSizes.from_info(flat_info(info)).tp == 4
+
+
+@pytest.mark.parametrize(
+    ("info", "problem"),
+    [
+        ({"tp_size": -2}, "tp_size is -2"),
+        ({"pp_size": 0}, "pp_size is 0"),
+        ({"tp_size": [4]}, "tp_size is '[4]'"),
+        ({"dp_size": "2"}, "dp_size is '2'"),
+        ({"nnodes": float("nan")}, "nnodes is 'nan'"),
+        ({"ep_size": True}, "ep_size is 'True'"),
+        ({"server_args": [1]}, "server_args is a list"),
+        ({"tp_size": 2, "dp_size": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_size_that_is_no_number_of_ranks_is_named(info, problem):
+    assert invalid_size(flat_info(info)) == problem
+
+
+@pytest.mark.parametrize("states", [7, "none", {"a": 1}, [3, None]])
+def test_odd_internal_states_are_no_states(states):
+    assert pass_settings({"tp_size": 1, "internal_states": states}).capture_sizes == ()
+
+
+@pytest.mark.parametrize(
+    ("info", "role"),
+    [
+        ({"disaggregation_mode": "prefill"}, "prefill"),
+        ({"disaggregation_mode": "decode"}, "decode"),
+        ({"disaggregation_mode": "null", "is_embedding": True}, "embedding"),
+        ({"disaggregation_mode": None, "is_embedding": False}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_role_of_a_server(info, role):
+    assert role_of(info) == role
 
 
 def test_batch_sizes_of_decode_graphs(shared_data):
