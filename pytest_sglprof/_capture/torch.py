@@ -53,6 +53,7 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._ranks import Rank
+from pytest_sglprof._redact import redact_text
 from pytest_sglprof._server.client import SglangClient
 from pytest_sglprof._server.command import LAUNCHERS
 from pytest_sglprof._server.log import LogGrowth, ServerLog
@@ -512,11 +513,13 @@ class ProgressReader:
                 self._most_decoding = max(self._most_decoding, read_batch(entry).running or 0)
 
     def _is_ours(self, profile_id: str | None, folder: str) -> bool:
-        if profile_id == self._profile_id:
+        # A log is read without its secrets, one of which may be a word of an id or a path.
+        if profile_id == redact_text(self._profile_id):
             return True
         if not folder:  # it names neither: what has begun since is what was asked for
             return profile_id is None
-        return bool(self.folder) and PurePosixPath(folder) == PurePosixPath(self.folder)
+        ours = redact_text(self.folder)
+        return bool(ours) and PurePosixPath(folder) == PurePosixPath(ours)
 
 
 def read_progress(log: ServerLog, start: int, profile_id: str) -> ProfilerProgress:

@@ -15,6 +15,7 @@ from pytest_sglprof._capture import torch
 from pytest_sglprof._capture.torch import read_progress
 from pytest_sglprof._capture.torch_files import TraceFiles, full_name
 from pytest_sglprof._ranks import Rank
+from pytest_sglprof._redact import learn
 from pytest_sglprof._server.sizes import ServerSizes
 from tests.support.fake_server import TRACE
 
@@ -80,6 +81,14 @@ def test_a_start_is_ours_by_id_or_folder(http, server, line, strangers):
     progress = reader.read()
     assert progress.strangers == strangers
     assert progress.pending() == ([] if strangers else [(0, 0, 0)])
+
+
+def test_a_secret_in_the_path_of_the_folder_does_not_hide_whose_it_is(http, server):
+    learn(["a-key-that-is-a-folder"])
+    http.entry("TP0", STARTS.format("/w/a-key-that-is-a-folder (with profile id: 17.5)"))
+    reader = torch.ProgressReader(server.log, 0, "ours")
+    reader.folder = "/w/a-key-that-is-a-folder"
+    assert reader.read().strangers == ()
 
 
 def test_a_folder_that_is_not_ours_alone_names_nobody(http, server):
