@@ -91,8 +91,6 @@ _ITERATION = r" \[(\d{1,18})\]"
 _HEAD = "|".join(f"(?P<{kind}>{head})" for kind, head in _HEADS.items())
 _TOKEN = re.compile(f"(?P<stamp>{_STAMP})|{_HEAD}")
 _ENTRY = re.compile(rf"{_STAMP} (?:{_HEAD})(?: \[\d+\])?")
-# Each head has one of these words.
-_WORDS = (" batch", "[E", "Profiling ", "Capture ", "server_args=")
 _FIRST = re.compile(_HEAD)
 _BATCH = re.compile(r"(?:Prefill|Decode) batch(?: \[\d+\])?[,.] #")
 _BEGIN = re.compile(_SECOND)
@@ -101,17 +99,14 @@ _STEP = re.compile(  # of bytes, and with one group: a log of gigabytes is searc
 )
 _BATCH_STEP = re.compile(_ITERATION)
 _PAIR = re.compile(r"[,.] ([#A-Za-z][^:,\[\]]*): (-?\d{1,18}(?:\.\d+)?)")
-_USAGES = frozenset(
-    ("token usage", "full token usage", "swa token usage", "mamba usage", "gpu token usage")
-)
+_USAGES = ("token usage", "full token usage", "swa token usage", "mamba usage", "gpu token usage")
 # As /v1/loads counts them. `#unbootstrapped-req` and `#bootstrap-req` are older and newer names.
-_QUEUES = frozenset((
+_QUEUES = (
     "#queue-req", "#unbootstrapped-req", "#bootstrap-req", "#prealloc-req", "#transfer-req",
     "#retracted-req",
-))  # fmt: skip
+)  # fmt: skip
 # What a prefill adds to `#running-req`: its requests, and those whose KV cache is being sent.
-_HELD = frozenset(("#new-seq", "#transferring-req", "#inflight-req"))
-_SINGLE = ("#running-req", "gen throughput (token/s)", "accept len")
+_HELD = ("#new-seq", "#transferring-req", "#inflight-req")
 _FIELD = re.compile(r"(\w+)=(-?\d{1,18}(?:\.\d+)?)")
 _PROFILE_ID = re.compile(r"\(with profile id: (.*)\)")
 _SIZE = re.compile(r"\b(dp_size|attn_dp_size|pp_size|nnodes|node_rank)'?[=:] ?(\d{1,9})")
@@ -196,10 +191,14 @@ class EntryReader:
     def read(self, lines: Iterable[str]) -> Iterator[Entry]:
         """The entries of these lines, in their order."""
         for line in lines:
-            for word in _WORDS:
-                if word in line:
-                    break
-            else:
+            # Each head of `_HEADS` has one of these words, and few other lines do.
+            if not (
+                " batch" in line
+                or "[E" in line
+                or "Profiling " in line
+                or "Capture " in line
+                or "server_args=" in line
+            ):
                 continue
             entry = _ENTRY.match(line)
             rest = line[entry.end() :] if entry else ""
@@ -263,25 +262,27 @@ class EntryReader:
 
 def read_batch(entry: Entry) -> Batch:
     """The figures of a "prefill" or "decode" entry."""
-    values = dict(_PAIR.findall(entry.text))
+    values = dict(_PAIR.findall(entry.text))  # most of them are not needed as numbers
     get = values.get
-    running, rate, accepted = (get(name) for name in _SINGLE)
+    running, accepted = get("#running-req"), get("accept len")
     is_decode = entry.kind == "decode"
-    held = 0 if is_decode else int(sum([float(values[name]) for name in _HELD & values.keys()]))
+    rate = get("gen throughput (token/s)") if is_decode else None
+    held = 0 if is_decode else int(sum([float(values[name]) for name in _HELD if name in values]))
     iteration = _BATCH_STEP.match(entry.text)
     # Hybrid models hold a full pool and a window pool, sparse ones a GPU and a CPU pool.
     tokens = get("#token") or get("#full token")
-    cpu = get("#cpu token", 0) if tokens is None else 0
-    tokens = tokens or get("#gpu token")
+    if tokens is None and "#gpu token" in values:
+        tokens = float(values["#gpu token"]) + float(get("#cpu token", 0))
+    usages = [float(values[name]) for name in _USAGES if name in values]
     return Batch(
         # A prefill logs what runs besides it; the requests that it adds run from now on.
         running=None if running is None else int(float(running)) + held,
         held=held,
-        waiting=int(sum([float(values[name]) for name in _QUEUES & values.keys()])),
-        tokens=None if tokens is None else int(float(tokens) + float(cpu)),
-        token_usage=max([float(values[name]) for name in _USAGES & values.keys()], default=None),
-        throughput=float(rate) if rate and is_decode else None,
-        accept_length=float(accepted) if accepted else None,
+        waiting=int(sum([float(values[name]) for name in _QUEUES if name in values])),
+        tokens=None if tokens is None else int(float(tokens)),
+        token_usage=max(usages) if usages else None,
+        throughput=None if rate is None else float(rate),
+        accept_length=None if accepted is None else float(accepted),
         iteration=int(iteration[1]) if iteration else None,
     )
 
