@@ -54,7 +54,7 @@ def _passes(kept: Record) -> str:
 def _steps(kept: Record) -> str:
     spans = kept["spans"]
     if spans["plain"] is None:
-        return "no names: steps are inferred from kernels that repeat"
+        return "no names: a step ends with each sampling of tokens"
     if spans["detailed"] is None:
         return "stage, batch size"
     number = ", number of the pass" if "forward_id" in spans["detailed"][0] else ""
@@ -133,7 +133,7 @@ for what is heavy. A cell with ″ is as the one to its left.
 Of {only_logs} only log lines were read: they are watched, and its windows are not known.
 
 With pipeline parallelism `/stop_profile` can be answered before the later stages have written
-their files, in any version (from its source, not executed).
+their files, in any version (from reports, not executed).
 
 The stand-in speaks as each of these versions: `python -m pytest_sglprof.standin --speak 0.5.3`
 (`standin_args` in `sglprof.toml`). The contract suite, which compares it with the records, runs

@@ -395,6 +395,7 @@ def _moved(part: RankActivities, offset: int) -> RankActivities:
 
 
 MIN_REPETITIONS = 3
+FEW_OF = 4  # a quarter of the most kernels between two samplings is few: those of one pass
 
 
 # Without a delimiter, a repetition is searched in at most so many kernels (0.1 KB for each).
@@ -439,10 +440,9 @@ def with_repetition(
         how = f"the kernel /{delimiter}/ that begins each"
     else:
         samplers = {n for key, n in number.items() if _SAMPLES.search(words(key))}
-        cycles = _cycles(streams, samplers)
-        if cycles is None:
+        cuts, how = _derived(streams, samplers)
+        if not cuts:
             return list(parts), []
-        cuts, how = cycles, "the sequence of kernels, which repeats exactly on every rank"
     steps, doubt = _steps(streams, cuts)
     if doubt:
         return list(parts), [f"no steps by {how}: {doubt}"]
@@ -462,6 +462,13 @@ def _main_stream(part: RankActivities, number: dict[str, int]) -> _Stream:
     numbers = np.array([number[name] for name in part.names], dtype=np.int64)
     start = part.start[rows]
     return _Stream(start, start + part.dur[rows], numbers[part.name_codes[rows]])
+
+
+def _derived(streams: Sequence[_Stream], samplers: set[int]) -> tuple[list[Ints], str]:
+    """Where each step begins on each rank, [] if nothing tells; and what tells it."""
+    if cuts := _cycles(streams, samplers):
+        return cuts, "the sequence of kernels, which repeats exactly on every rank"
+    return _samplings(streams, samplers) or [], "the sampling of tokens, which ends each"
 
 
 def _cycles(streams: Sequence[_Stream], samplers: set[int]) -> list[Ints] | None:
@@ -485,6 +492,26 @@ def _cycles(streams: Sequence[_Stream], samplers: set[int]) -> list[Ints] | None
         if len(turns) != 1:
             return None
         cuts.append(np.arange(turns[0], len(stream.keys) + 1, period))
+    return cuts
+
+
+def _samplings(streams: Sequence[_Stream], samplers: set[int]) -> list[Ints] | None:
+    """The kernels after each sampling of tokens; None where a rank samples too seldom.
+
+    One sampling may be several kernels, with few others between them. Where that is wrong, ranks
+    are compared in other parts of a pass, or of several, but still in the same parts: `_steps`
+    sees to it. One rank alone has no such check.
+    """
+    if len(streams) < 2:
+        return None
+    cuts = []
+    for stream in streams:
+        at = np.flatnonzero(np.isin(stream.keys, list(samplers)))
+        if len(at) <= MIN_REPETITIONS:
+            return None
+        distances = np.diff(at)
+        is_last = distances * FEW_OF > distances.max()
+        cuts.append(np.append(at[:-1][is_last], at[-1]) + 1)
     return cuts
 
 

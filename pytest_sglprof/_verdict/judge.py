@@ -301,7 +301,8 @@ def _too_little(finding: Measured, threshold: Threshold, min_steps: int) -> str 
     if not finding.has_steps:
         return (
             f"{prefix}no step markers in the trace: cannot show the {min_steps} steps that a "
-            f"verdict on {subject(threshold)} requires"
+            f"verdict on {subject(threshold)} requires (trace.step_delimiter can name the kernel "
+            "that begins a step)"
         )
     if isinstance(finding, StepBudget):
         what = f"{count(steps, f'{threshold.stage} step'.strip())} on the rank with fewest"

@@ -118,7 +118,7 @@ def test_window(sglang_server, bench_serving):
     bench_serving(num_prompts=16, max_concurrency=8, random_input_len=8, random_output_len=300,
                   random_range_ratio=1.0, warm_up=False, disable_stream=True)
 """
-# Without the names of passes, which 0.5.3 does not record yet, nothing but a guess counts them.
+# Where passes have no names, as in 0.5.3, steps are what lies between two samplings.
 NAMED = [version for version, speech in SPEECHES.items() if speech.spans]
 OLDER = NAMED[1:] if os.environ.get("CI") else NAMED[-1:]
 
@@ -131,3 +131,21 @@ def test_a_window_has_as_many_steps_as_were_asked_for(tmp_path: Path, version: s
     (window,) = run.windows("test_window")
     assert (window["state"], window["state_reason"]) == ("complete", "")
     assert window["steps"]["per_rank"] == dict.fromkeys(["DP0 TP0", "DP1 TP1"], STEPS)
+
+
+UNNAMED = """
+@pytest.mark.profile_window(num_steps=60, slowdown=1.10)
+def test_window(sglang_server, bench_serving):
+    bench_serving(num_prompts=64, max_concurrency=8, random_input_len=64, random_output_len=64)
+"""
+
+
+def test_the_oldest_server_has_a_verdict_under_load(tmp_path: Path) -> None:
+    """Its traces name no passes, and prefills are between the decode passes."""
+    (oldest, *_) = (version for version, speech in SPEECHES.items() if not speech.spans)
+    args = json.dumps(["--tp", "2", "--slow", "rank=1,factor=1.3"])
+    config = SPEAKING.format(args=args, version=oldest).replace('"--layers", "1", ', "")
+    run = Project(tmp_path / "project", UNNAMED, config).run()
+    test = run.test("test_window")
+    assert test["verdict"] == "fail", test["reason"]
+    assert "TP1 is 1.30x slower" in test["reason"]

@@ -28,6 +28,7 @@ class FakeServer:
     flushes: list[bool] = field(default_factory=list)
     flushed: int = 0
     api_key: str = ""
+    driver_variables: Mapping[str, str] = field(default_factory=dict)
     died: SglprofError | None = None
 
     @property

@@ -44,7 +44,8 @@ def test_every_batch_line_is_read(version: str) -> None:
             assert batch.waiting == values["waiting"] + extra
             assert batch.throughput == values["generated"] / 2
         else:
-            assert batch.running == values["running"] + values["new_seq"]
+            held = values["new_seq"] + (values["inflight"] if each["role"] == "prefill" else 0)
+            assert (batch.held, batch.running) == (held, values["running"] + held)
             assert batch.waiting >= values["waiting"] + (extra if each["role"] == "prefill" else 0)
             assert batch.throughput is None
         named = f"[{values['step']}]" in each["line"] or f"[{values['step'] + 1}]" in each["line"]

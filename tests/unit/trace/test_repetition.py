@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,51 @@ def test_a_delimiter_allows_steps_that_differ(tmp_path: Path) -> None:
     assert {n: names for n, names in found.items() if n >= 0} == {
         0: [*PASS, "prefill_gemm"], 1: list(PASS), 2: list(PASS)
     }  # fmt: skip
+
+
+SAMPLED = (*PASS[:-1], "top_p_sampling_kernel", "renorm", "argmax_kernel")  # in three kernels
+PREFILL = ("embed", *("prefill_gemm", "attention") * 4, "argmax_kernel")
+CHUNK = PREFILL[:-1]  # of a prefill; it samples nothing
+LOADED = (SAMPLED, SAMPLED, PREFILL, SAMPLED, CHUNK, PREFILL, SAMPLED, SAMPLED, SAMPLED)
+
+
+def loaded_file(folder: Path, rank: int, passes: Sequence[Sequence[str]] = LOADED) -> Path:
+    """A rank under load: passes of several kinds, on both ranks in the same order."""
+    events = [
+        kernel(name, 1000 + STEP * step + 7 * n + rank, 6)
+        for step, sequence in enumerate(passes)
+        for n, name in enumerate(sequence)
+    ]
+    return write(folder, document(events), f"1-TP-{rank}.trace.json")
+
+
+def test_under_load_the_sampling_ends_each_step(tmp_path: Path) -> None:
+    table = read_window([loaded_file(tmp_path, rank) for rank in (0, 1)])
+    # What comes before the first sampling has no beginning.
+    expected = [*map(list, (SAMPLED, PREFILL, SAMPLED, (*CHUNK, *PREFILL), *(SAMPLED,) * 3))]
+    for rank in table.ranks:
+        steps = names_by_step(table, rank)
+        assert [steps[number] for number in range(len(expected))] == expected
+        assert steps[-1] == list(SAMPLED)
+    assert any("found by the sampling of tokens" in note for note in table.notes)
+
+
+def test_one_rank_under_load_has_no_steps(tmp_path: Path) -> None:
+    assert len(read_window(loaded_file(tmp_path, 0)).steps) == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (SAMPLED, SAMPLED, PREFILL, SAMPLED, SAMPLED, PREFILL, SAMPLED, SAMPLED, SAMPLED),
+        (CHUNK,) * len(LOADED),  # a stage of a pipeline that samples nothing
+    ],
+)
+def test_ranks_with_other_passes_have_no_steps_by_sampling(
+    tmp_path: Path, other: Sequence[Sequence[str]]
+) -> None:
+    files = [loaded_file(tmp_path, 0), loaded_file(tmp_path, 1, other)]
+    assert len(read_window(files).steps) == 0
 
 
 def test_steps_of_the_trace_itself_are_never_replaced(tmp_path: Path) -> None:
