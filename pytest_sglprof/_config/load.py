@@ -19,6 +19,7 @@ from pytest_sglprof._config.thresholds import check_threshold, default_threshold
 from pytest_sglprof._config.windows import check_name, refuse_too_few_steps
 from pytest_sglprof._errors import SettingsError, did_you_mean, docs
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
+from pytest_sglprof._nsys import check_profile_args
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
 
@@ -333,6 +334,8 @@ def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
     for key in ("args", "standin_args", "secrets", "nsys_args"):
         if key in values:
             values[key] = tuple(values[key])
+    if values.get("nsys_args"):
+        check_profile_args(values["nsys_args"], f"server {name}: nsys_args")
     if "env" in values:
         values["env"] = tuple(values["env"].items())
     if isinstance(values.get("gpus"), list):
