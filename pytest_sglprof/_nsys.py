@@ -31,16 +31,50 @@ from pytest_sglprof._redact import is_secret_variable
 
 ENV_NAME = "SGLPROF_NSYS"
 QUICK = 30.0  # s for version, help and session lists, which usually take 0.1 s
+IDLE = frozenset({"DelayedCollection", "Launched"})  # without a window
 COLLECTING = frozenset({"Collection", "RangeCollection", "StartRange"})
 GONE = frozenset({"", "Shutdown"})
+# In any other state, such as RangeGeneration, nsys is busy with the report of a window. It may
+# leave that state by itself, or wait for `nsys stop`.
+PATIENCE = 30.0  # s for the first of the two
 _VERSION = re.compile(r"version\s+v?(\d+(?:\.\d+)+)")
 _INSTALL_HINT = (
     "install Nsight Systems 2023.4 or newer and put nsys on PATH, or name it with "
     f"--sglprof-nsys or ${ENV_NAME}"
 )
-# Set by this plugin, which cannot control a session that is named or started in another way.
-_RESERVED = {"--session-new", "--session", "--start-later", "-Y", "--output", "-o"}
-_SHORT = {"-t": "--trace", "-s": "--sample", "-f": "--force-overwrite"}
+_OURS = "is set by pytest-sglprof itself"
+_NO_WINDOW = (
+    "means nothing beside --start-later, where `nsys start` and `nsys stop` open and close windows"
+)
+REFUSED = {  # option of `nsys profile` -> why it is refused, and what to use
+    "--session-new": (_OURS, ""),
+    "--session": (_OURS, ""),
+    "--start-later": (_OURS, ""),
+    "--output": (_OURS, ""),
+    "--delay": (_NO_WINDOW, "delay of the window"),
+    "--duration": (_NO_WINDOW, "duration of the window"),
+    "--duration-frames": (_NO_WINDOW, "duration of the window"),
+    "--capture-range": (_NO_WINDOW, "num_steps of the window, which asks for a range"),
+    "--capture-range-end": (_NO_WINDOW, "num_steps of the window, which asks for a range"),
+    "--hotkey-capture": (_NO_WINDOW, ""),
+    "--stop-on-exit": (_NO_WINDOW, ""),
+    "--help": ("prints help and starts no server", ""),
+}
+_SHORT = {
+    "-t": "--trace",
+    "-s": "--sample",
+    "-f": "--force-overwrite",
+    "-Y": "--start-later",
+    "-o": "--output",
+    "-y": "--delay",
+    "-d": "--duration",
+    "-c": "--capture-range",
+    "-x": "--stop-on-exit",
+    "-h": "--help",
+}
+# Data centre GPUs of the Blackwell generation, where nsys records CUDA in hardware.
+_BLACKWELL = re.compile(r"\bG?B[123]\d0\b|\bBlackwell\b", re.IGNORECASE)
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def find_nsys(path: str | None = None) -> NsysTool:
@@ -88,15 +122,9 @@ def profile_prefix(
     names another path. extra: the user's options, which replace the plugin's defaults.
     gpu: record CUDA, with the kernels inside CUDA graphs.
     """
-    taken = {_SHORT.get(name, name) for word in extra if (name := word.partition("=")[0])}
-    for name in taken & _RESERVED:
-        raise SettingsError(
-            f"nsys_args: {name} is set by pytest-sglprof itself",
-            expected="other options of `nsys profile`, such as --trace=cuda-sw,nvtx",
-            hint=f"remove {name} from nsys_args",
-        )
+    taken = check_profile_args(extra)
     defaults = {
-        "--trace": "cuda,nvtx" if gpu else "nvtx",
+        "--trace": _cuda_trace(tool) + ",nvtx" if gpu else "nvtx",
         "--sample": "none",
         "--cpuctxsw": "none",
         "--trace-fork-before-exec": "true",
@@ -117,6 +145,33 @@ def profile_prefix(
     ]
 
 
+def check_profile_args(words: Sequence[str], where: str = "nsys_args") -> set[str]:
+    """The long names of a user's options; raises `SettingsError` for one of `REFUSED`."""
+    names = {word.partition("=")[0] if word[:2] == "--" else word[:2] for word in words}
+    taken = {_SHORT.get(name, name) for name in names if name.startswith("-")}
+    for name in sorted(taken & REFUSED.keys()):
+        why, instead = REFUSED[name]
+        raise SettingsError(
+            f"{where}: {name} {why}",
+            expected="other options of `nsys profile`, such as --trace=cuda-sw,nvtx",
+            hint=f"remove {name}" + (f", and use {instead}" if instead else ""),
+        )
+    return taken
+
+
+def _cuda_trace(tool: NsysTool) -> str:
+    """`cuda-sw` where `cuda` leaves delayed windows empty or crashes, and this nsys has it."""
+    models = "".join(_read(path) for path in _DRIVER.glob("*/information"))
+    is_needed = _BLACKWELL.search(models) is not None
+    return "cuda-sw" if is_needed and "cuda-sw" in _profile_help(tool.path) else "cuda"
+
+
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
 class NsysSession:
     """One session, known by its name. It may have been started outside of this plugin.
 
@@ -128,6 +183,7 @@ class NsysSession:
         self.tool = tool
         self.name = name
         self.tmpdir = tmpdir
+        self.remarks: tuple[str, ...] = ()  # what was wrong with the last report
         self._output: Path | None = None
 
     def state(self) -> str:
@@ -150,8 +206,9 @@ class NsysSession:
         capture_range: ``cudaProfilerApi`` to collect only between cudaProfilerStart and
         cudaProfilerStop; a session's first window ignores it.
         """
-        state = self.require()
-        if state in COLLECTING:
+        self.require()
+        state = self._settled(timeout)
+        if state not in IDLE:
             raise NsysSessionError(
                 f"nsys session {self.name!r} already collects (state {state})",
                 expected="a session without an open window",
@@ -163,22 +220,29 @@ class NsysSession:
             words += [f"--capture-range={capture_range}", "--capture-range-end=stop"]
         self._checked(words, timeout)
         self._output = output
-        self._wait_for_state(lambda now: now in COLLECTING, "to collect", timeout)
+        self._wait_for_state(lambda now: now not in IDLE | GONE, "to collect", timeout)
 
     def stop(self, *, timeout: float, progress: Callable[[str], None] | None = None) -> Path:
         """Closes the window and returns its complete report.
 
-        The first report of a session is moved to the `output` of `start`. Raises `NsysError`
-        if there is no report, or only a ``.qdstrm``.
+        The first report of a session is moved to the `output` of `start`. `remarks` has what
+        nsys says about it. Raises `NsysError` if there is no report, or only a ``.qdstrm``.
         """
-        state = self.require()
-        if state not in COLLECTING:
+        self.remarks = ()
+        state = first = self.require()
+        if first not in IDLE | COLLECTING:
+            state = self._settled(timeout)
+        if state in IDLE:
+            report, self._output = self._output, None
+            if first not in IDLE and report is not None and _has_content(report):
+                report.chmod(0o600)
+                return report  # of a range, which nsys finished meanwhile
             raise NsysSessionError(
                 f"nsys session {self.name!r} has no open window (state {state})",
                 expected="state Collection",
                 hint="another process closed the window, or it was never opened",
             )
-        report = self._stop(timeout, progress)
+        report = self._stop(timeout if first in COLLECTING else timeout / 2, progress)
         report.chmod(0o600)  # it holds the environments of all processes of this machine
         wanted, self._output = self._output, None
         if wanted is None or wanted == report:
@@ -195,7 +259,7 @@ class NsysSession:
         state = self.state()
         if state in GONE:
             return
-        if state in COLLECTING and not discard:
+        if state not in IDLE and not discard:
             raise NsysSessionError(
                 f"nsys session {self.name!r} still has an open window",
                 hint="stop it first, since a shutdown would lose the report",
@@ -218,7 +282,17 @@ class NsysSession:
         stream = output.stream()
         if stream is not None:
             return _import_again(self.tool, stream, timeout, output.tail())
-        return output.report(process.returncode)
+        report = output.report(process.returncode)
+        self.remarks = output.faults()
+        return report
+
+    def _settled(self, timeout: float) -> str:
+        """The state, once it is one of those that last; any other after half of `timeout`."""
+        known = IDLE | COLLECTING | GONE
+        over = time.monotonic() + min(PATIENCE, timeout / 2)
+        while (state := self.state()) not in known and time.monotonic() < over:
+            time.sleep(0.2)
+        return state
 
     def _checked(self, words: Sequence[str], timeout: float) -> str:
         process = run([self.tool.path, *words], timeout, self.tmpdir)
@@ -354,7 +428,9 @@ def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subpro
 
 # Reading what nsys prints: its list of sessions, and the progress and result of `nsys stop`.
 
-_SESSION = re.compile(r"^\s*\d+\s+\S+\s+([A-Za-z]+)\s+\d+\s+(\S.*?)\s*$")
+# TIME may hold blanks ("1d 02:03:12"); STATE is one word, which begins with a capital.
+_SESSION = re.compile(r"^\s*\d+\s+\S.*?\s([A-Z][A-Za-z]+)\s+\d+\s+(\S.*?)\s*$")
+_FAULT = re.compile(r"non-fatal error|Analysis failed with|^\s*Status: ", re.IGNORECASE)
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]\s*\[\D*?(\d+)%\s*\]\s*(.*)$")
 _GENERATING = re.compile(r"^Generating '(.+)'")
 
@@ -402,6 +478,10 @@ class StopOutput:
     def tail(self) -> tuple[str, ...]:
         """The last lines, without progress bars."""
         return tuple(line for line in self._lines() if not _PROGRESS.match(line))[-8:]
+
+    def faults(self) -> tuple[str, ...]:
+        """What the importer says of errors in a report that it has made all the same."""
+        return tuple(" ".join(line.split()) for line in self._lines() if _FAULT.search(line))
 
     def stream(self) -> Path | None:
         """The raw ``.qdstrm`` that is left if its import into a report failed, else None."""

@@ -26,7 +26,7 @@ from pytest_sglprof._errors import (
     WindowError,
     WindowRefused,
 )
-from pytest_sglprof._nsys import COLLECTING, GONE, NsysSession
+from pytest_sglprof._nsys import COLLECTING, GONE, IDLE, NsysSession
 from pytest_sglprof._nsys_export import export
 from pytest_sglprof._server.command import LAUNCHERS
 
@@ -134,7 +134,7 @@ class NsysRecording:
 
     def _end_leftover(self, deadline: float) -> None:
         """Ends a window that an earlier run left open; a lock rules out any other."""
-        if self._session.state() not in COLLECTING:
+        if self._session.state() in IDLE | GONE:
             return
         with contextlib.suppress(NsysError):
             self._session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
@@ -149,7 +149,7 @@ class NsysRecording:
         if self._spec.num_steps is None:
             return False
         try:
-            return self._session.state() not in COLLECTING
+            return self._session.state() not in COLLECTING  # it may wait for `nsys stop`
         except NsysError:
             return False  # nsys is busy writing
 
@@ -193,12 +193,15 @@ class NsysRecording:
         session = self._session
         if self._spec.num_steps is not None:
             self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
-        if self._spec.num_steps is not None and session.state() not in COLLECTING:
+        if self._spec.num_steps is not None and session.state() in IDLE | GONE:
             return self._ended_report(deadline)
         if self._progress:
             self._progress("nsys writes the report")
-        left = _left(deadline)
-        return session.stop(timeout=left, progress=self._progress)
+        report = session.stop(timeout=_left(deadline), progress=self._progress)
+        if session.remarks:
+            text = "; ".join(session.remarks)
+            self._notes.append(f"nsys had errors in this window, which may lack events: {text}")
+        return report
 
     def _ended_report(self, deadline: float) -> Path:
         """The report of a range that ended by itself, once its size no longer grows."""
@@ -237,7 +240,7 @@ class NsysRecording:
 
     def _collects(self) -> bool:
         with contextlib.suppress(NsysError):
-            return self._session.state() in COLLECTING
+            return self._session.state() not in IDLE | GONE
         return True
 
     def _is_gone(self) -> bool:
@@ -282,7 +285,7 @@ class NsysRecording:
             if self._spec.num_steps is not None:
                 self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
         with contextlib.suppress(NsysError, ServerDied, OSError):
-            if self._session.state() in COLLECTING:
+            if self._session.state() not in IDLE | GONE:
                 self._session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
             self._report.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from pytest_sglprof._config.thresholds import check_threshold, default_threshold
 from pytest_sglprof._config.windows import check_name, refuse_too_few_steps
 from pytest_sglprof._errors import SettingsError, did_you_mean, docs
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
+from pytest_sglprof._nsys import check_profile_args
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
 
@@ -331,11 +332,10 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
 
 
 def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
-    values: dict[str, Any] = dict(table)
-    values.update((key, tuple(v)) for key, v in table.items() if isinstance(v, list))
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
     values["args"] = tuple(_with_absolute_files(values.get("args", ()), base))
-    if "env" in values:
-        values["env"] = tuple(values["env"].items())
+    values["env"] = tuple(values.get("env", {}).items())
+    check_profile_args(values.get("nsys_args", ()), f"server {name}: nsys_args")
     if values.get("model_path", "").startswith(("./", "../")):
         values["model_path"] = str((base / values["model_path"]).resolve())
     return ServerSpec(name=name, **values)

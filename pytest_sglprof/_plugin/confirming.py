@@ -17,19 +17,22 @@ from pytest_sglprof._plugin.markers import SERVER_FIXTURE
 
 
 class Confirming:
-    """The outermost hook around the call of a test.
+    """The outermost hooks around the call of a test and around the making of its report.
 
     wants_life: whether a test needs one more server life. announce: says what it costs, from the
-    seconds that the one before took without the start of its server.
+    seconds that the one before took without the start of its server. attach_last: adds to a
+    report what other plugins did while they made it.
     """
 
     def __init__(
         self,
         wants_life: Callable[[pytest.Item], bool],
         announce: Callable[[pytest.Item, float], None],
+        attach_last: Callable[[pytest.Item, pytest.TestReport], None],
     ) -> None:
         self._wants_life = wants_life
         self._announce = announce
+        self._attach_last = attach_last
         self._is_running = False
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -50,6 +53,15 @@ class Confirming:
         finally:
             self._is_running = False
         return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Completes the report of a test that was repeated while it was made."""
+        report = yield
+        self._attach_last(item, report)
+        return report
 
 
 def _take_down(item: pytest.Item) -> None:

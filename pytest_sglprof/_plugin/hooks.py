@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sglprof._config.options import OPTIONS, PLUGIN_NAME, is_on, shows_config
-from pytest_sglprof._plugin.markers import MARKER_HELP, concerns
+from pytest_sglprof._plugin.markers import MARKER_HELP, TEST_CASE_FIXTURE, concerns
 
 if TYPE_CHECKING:
     from pytest_sglprof._bench_serving.bench import BenchServing
@@ -68,7 +68,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
         session = PluginSession(config)
         config.pluginmanager.register(session, PLUGIN_NAME)
-        confirming = Confirming(session.wants_life, session.announce_life)
+        confirming = Confirming(
+            session.wants_life, session.announce_life, session.attach_last_attempt
+        )
         config.pluginmanager.register(confirming, f"{PLUGIN_NAME}-lives")
 
 
@@ -143,6 +145,16 @@ def load_watch(request: pytest.FixtureRequest, sglang_server: Server) -> Iterato
         yield watch
     finally:
         watch.stop()
+
+
+@pytest.fixture(name=TEST_CASE_FIXTURE)
+def _test_case(
+    request: pytest.FixtureRequest, sglang_server: Server, profile_window: ProfileWindow
+) -> None:
+    """Gives a method of a marked `unittest.TestCase` what a function has as arguments."""
+    test: Any = request.instance
+    test.sglang_server, test.profile_window = sglang_server, profile_window
+    test.bench_serving = _session(request).test_run(request.node).bench_serving()
 
 
 def _session(request: pytest.FixtureRequest) -> PluginSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SERVER_MARK = "sglang_server"
 WINDOW_MARK = "profile_window"
 SERVER_FIXTURE = "sglang_server"  # the other fixtures take it
+TEST_CASE_FIXTURE = "_sglprof_test_case"  # sets attributes of a unittest.TestCase
 TRIGGER_SECONDS = 2.0  # default duration of a torch window that a trigger opens
 MARKER_HELP = (
     f'{SERVER_MARK}(name="default", nsys=None): run this test on [servers.NAME] of '
@@ -33,6 +35,12 @@ def concerns(item: pytest.Item) -> bool:
     return SERVER_FIXTURE in getattr(item, "fixturenames", ()) or any(
         item.get_closest_marker(mark) is not None for mark in (SERVER_MARK, WINDOW_MARK)
     )
+
+
+def is_test_case(node: Any) -> bool:
+    """True for a class of unittest, and for a method of one."""
+    cls = getattr(node, "cls", None)
+    return isinstance(cls, type) and issubclass(cls, unittest.TestCase)
 
 
 def server_spec(node: Any, settings: Settings) -> ServerSpec:
@@ -88,11 +96,26 @@ def check_item(item: pytest.Item, settings: Settings) -> str | None:
     try:
         server = server_spec(item, settings)
         window = marked_window(item, settings)
+        _check_test_case(item)
         if window is not None:
             _check_pair(item, server, window, attached=bool(settings.server))
     except SettingsError as error:
         return f"{item.name}: {error}"
     return None
+
+
+def _check_test_case(item: pytest.Item) -> None:
+    """A method without a server: its class has no marker, or only the method has it."""
+    if SERVER_FIXTURE in getattr(item, "fixturenames", ()) or not is_test_case(item):
+        return
+    mark = next(m for m in (SERVER_MARK, WINDOW_MARK) if item.get_closest_marker(m) is not None)
+    raise SettingsError(
+        f"@pytest.mark.{mark} on a method of a unittest.TestCase without a server",
+        expected=f"@pytest.mark.{SERVER_MARK} on the class, which gives its methods "
+        "self.sglang_server, self.bench_serving and self.profile_window",
+        hint=f'write @pytest.mark.{SERVER_MARK}("NAME") above the class; a method may then have '
+        "another one",
+    )
 
 
 def _check_pair(

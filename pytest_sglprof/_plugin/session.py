@@ -27,7 +27,15 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._plugin import xdist
 from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
+from pytest_sglprof._plugin.unittests import (
+    drives_load,
+    explain_missing,
+    offer_attributes,
+    parametrise,
+    raise_what_it_raised,
+)
 from pytest_sglprof._plugin.verdicts import (
+    SECTION,
     TerminalProgress,
     VerdictFailed,
     VerdictInconclusive,
@@ -55,6 +63,7 @@ if TYPE_CHECKING:
 TEST_RUN = pytest.StashKey[TestRun]()
 ATTEMPTS = pytest.StashKey[int]()
 EARLIER = pytest.StashKey[list[TestRun]]()  # attempts on the server lives before
+UNREPORTED = pytest.StashKey[list[TestRun]]()
 LIVES = pytest.StashKey[TestLives]()
 # After these the windows of the test are dropped without a verdict.
 DISCARDING = (
@@ -81,6 +90,7 @@ class PluginSession:
         keep_secrets(self.settings.servers.values())
         self._show_config = shows_config(config)
         self.worker = xdist.worker_name(config)
+        xdist.take_mode(config)
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})
         self.run_id = str(workerinput.get(WORKER_INPUT) or new_run_id())
         self.folder = RunFolder(self.settings.output, self.run_id, worker=self.worker)
@@ -98,6 +108,7 @@ class PluginSession:
     def pytest_configure_node(self, node: Any) -> None:
         """xdist: lets workers write into the run of the controller."""
         node.workerinput[WORKER_INPUT] = self.run_id
+        node.workerinput[xdist.GROUPS] = self.config.getoption("dist") == "loadgroup"
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
@@ -178,6 +189,17 @@ class PluginSession:
         )
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_pycollect_makeitem(self) -> Generator[None, Any, Any]:
+        """Gives the methods of a marked `unittest.TestCase` the server as an attribute."""
+        made = yield
+        offer_attributes(made)
+        return made
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """Passes the server to methods of a `unittest.TestCase`, which are not generated."""
+        parametrise(item, self.pytest_generate_tests)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(
         self, collector: pytest.Collector
     ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
@@ -201,6 +223,12 @@ class PluginSession:
             for item, spec in servers.items():
                 xdist.add_group(item, spec)
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """In a worker of xdist: before it sends the node ids, by which tests are grouped."""
+        if self.worker:
+            xdist.keep_groups(session.items)
+
     # ---- tests ---------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
@@ -219,20 +247,28 @@ class PluginSession:
             return (yield)
         attempt = item.stash.get(ATTEMPTS, 0) + 1
         item.stash[ATTEMPTS] = attempt
+        unreported = item.stash.setdefault(UNREPORTED, [])
+        if TEST_RUN in item.stash and not unreported:
+            item.stash[TEST_RUN].forget()
         test = item.stash[TEST_RUN] = TestRun(
             xdist.plain_nodeid(item.nodeid),
             attempt,
             self.settings,
             self.folder,
             marked_window(item, self.settings),
-            drives_load="bench_serving" in getattr(item, "fixturenames", ()),
+            drives_load=drives_load(item),
             progress=self.progress,
             lives=item.stash.setdefault(LIVES, TestLives(self._known_lives)),
         )
         test.earlier = item.stash.get(EARLIER, [])
         item.stash[EARLIER] = []
+        unreported.append(test)
         with _shown_plainly():
-            result = yield
+            try:
+                result = yield
+            except AttributeError as error:
+                explain_missing(error)
+                raise
             test.prepare(self.server)
         return result
 
@@ -246,10 +282,13 @@ class PluginSession:
             with _shown_plainly():
                 measuring.enter_context(test.measuring())
                 test.begin()
+            test.is_in_body = True
             try:
                 with _body(item, test):
                     yield
+                    raise_what_it_raised(item)
             finally:
+                test.is_in_body = False
                 self.progress.clear()
         if not test.wants_life:
             self._raise_verdict(test)
@@ -261,11 +300,16 @@ class PluginSession:
         """Attaches the record, the properties and the rank table of the attempt."""
         test = item.stash.get(TEST_RUN, None)
         problems = []
+        if test is not None and test.is_in_body:  # of a subtest, which is no attempt of its own
+            report = yield
+            test.has_failed_subtest = test.has_failed_subtest or report.failed
+            hide_secrets(report)
+            return report
         if test is not None and call.when == "call":
             problems = set_properties(item, test)
         report = yield
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
-            attach(report, test, problems)
+            attach(report, test, problems, item.stash[UNREPORTED])
         attach_servers(report, self._left)
         self._left = []
         if test is not None and call.when == "teardown":
@@ -273,6 +317,20 @@ class PluginSession:
             test.forget()
         hide_secrets(report)
         return report
+
+    def attach_last_attempt(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Attaches the attempts that a plugin made after the report, which it then changed.
+
+        pytest-retry repeats setup and call while a report is made, and reports only the first.
+        """
+        test = item.stash.get(TEST_RUN, None)
+        if test is None or test.is_in_body or report.when != "call" or not item.stash[UNREPORTED]:
+            return
+        problems = set_properties(item, test)
+        report.user_properties[:] = item.user_properties
+        report.sections[:] = [each for each in report.sections if not each[0].startswith(SECTION)]
+        attach(report, test, problems, item.stash[UNREPORTED])
+        hide_secrets(report)
 
     def wants_life(self, item: pytest.Item) -> bool:
         """Whether the test needs one more server life for its verdict."""

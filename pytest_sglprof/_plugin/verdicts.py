@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -43,6 +43,10 @@ class VerdictInconclusive(pytest.fail.Exception):  # type: ignore[name-defined,m
         super().__init__(message, pytrace=False)
 
 
+SECTION = "sglprof "  # begins the titles of our sections in a report
+PART_FAILED = (
+    "sglprof_part_failed"  # set on the report of a test whose subtests have not all passed
+)
 PROPERTIES = pytest.StashKey[dict[str, str]]()
 
 
@@ -65,11 +69,16 @@ def take_records(report: pytest.TestReport) -> list[Record]:
         return []
     del report.sglprof
     outcome = _outcome(report)
-    return [
+    together = [*record.before, record]
+    last = [
         each
         if each.attempt is None
-        else replace(each, attempt=replace(each.attempt, outcome=outcome), before=())
-        for each in (*record.before, record)
+        else replace(each, attempt=replace(each.attempt, outcome=outcome))
+        for each in together
+    ]
+    return [
+        replace(each, before=(), repeated=())
+        for each in (*(e for r in record.repeated for e in (*r.before, r)), *last)
     ]
 
 
@@ -107,13 +116,16 @@ def _carried(report: pytest.TestReport) -> Record | None:
 
 
 def _outcome(report: pytest.TestReport) -> Outcome:
-    """The outcome for results.json. pytest-rerunfailures reports "rerun" for repeated tests."""
+    """The outcome for results.json: pytest's, or the name that another plugin gave it.
+
+    pytest-rerunfailures reports "rerun" for a test that failed and is repeated.
+    """
     if hasattr(report, "wasxfail"):
         return "xfailed" if report.skipped else "xpassed"
-    bad = report.failed or str(report.outcome) == "rerun"
+    bad = report.failed or str(report.outcome) == "rerun" or hasattr(report, PART_FAILED)
     if bad:
         return "failed" if report.when == "call" else "error"
-    return cast("Outcome", report.outcome)
+    return str(report.outcome) or "unknown"
 
 
 def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
@@ -138,16 +150,32 @@ def set_properties(item: pytest.Item, test: TestRun) -> list[str]:
     return problems
 
 
-def attach(report: pytest.TestReport, test: TestRun, problems: list[str]) -> None:
-    """Adds the record of the attempt to the report, and a rank table for each bad window."""
+def attach(
+    report: pytest.TestReport, test: TestRun, problems: list[str], unreported: list[TestRun]
+) -> None:
+    """Adds the record of the attempt to the report, and a rank table for each bad window.
+
+    unreported: the attempts without a report; emptied. Those before this one have failed, since
+    they were repeated.
+    """
+    from msgspec.structs import replace
+
     from pytest_sglprof._report.terminal import rank_table
 
-    for each in (*test.earlier, test):
+    repeated = [each for each in unreported if each is not test and each not in test.earlier]
+    unreported.clear()
+    for each in (*repeated, *test.earlier, test):
         each.drop_artifacts()
-    _carry(report, test.record(_outcome(report), problems))
+    if test.has_failed_subtest:
+        setattr(report, PART_FAILED, True)
+    record = test.record(_outcome(report), problems)
+    before = tuple(each.record("failed", ()) for each in repeated)
+    _carry(report, replace(record, repeated=before))
+    for each in repeated:
+        each.forget()
     for window in test.documents():
         if window.verdict != "pass" and not test.message_shows_windows:
-            report.sections.append((f"sglprof {window.name}", "\n".join(rank_table(window))))
+            report.sections.append((f"{SECTION}{window.name}", "\n".join(rank_table(window))))
 
 
 def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:

@@ -6,12 +6,16 @@ servers, GPUs and windows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from pytest_sglprof._config.model import ServerSpec
+
+
+GROUPS = "sglprof_groups"  # in the input of a worker
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -38,6 +42,12 @@ def prefer_loadgroup(config: pytest.Config) -> None:
         config.option.dist = "loadgroup"
 
 
+def take_mode(config: pytest.Config) -> None:
+    """In a worker: groups tests if the controller does, which only its command line says."""
+    if getattr(config, "workerinput", {}).get(GROUPS):
+        config.option.loadgroup = True
+
+
 def mode_warning(config: pytest.Config) -> str | None:
     """A warning if the mode distributes the tests of one server over several workers, or None."""
     if not is_distributed(config):
@@ -55,6 +65,15 @@ def add_group(item: pytest.Item, server: ServerSpec) -> None:
     """Puts a test into the group of its server, unless it has a group."""
     if item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(name=f"sglprof-{server.key}"))
+
+
+def keep_groups(items: Iterable[pytest.Item]) -> None:
+    """Puts the group into the node ids of pytest 9.2, where xdist 3.8 sets what nobody reads."""
+    for item in items:
+        node: Any = item
+        given = getattr(node, "_nodeid", item.nodeid)
+        if given != item.nodeid:
+            node._id = type(node.id).parse(given)
 
 
 def plain_nodeid(nodeid: str) -> str:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from pytest_sglprof._load.onset import Onset
 
 
-Outcome = Literal["passed", "failed", "skipped", "error", "xfailed", "xpassed"]
+# passed, failed, skipped, error, xfailed, xpassed, or what another plugin calls it: "retried".
+Outcome = Annotated[str, msgspec.Meta(min_length=1)]
 Statistics = dict[str, float | None]  # "mean", "median", "p90", "p95", "p99" -> ms
 
 
@@ -345,7 +346,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     attempt: None where servers alone ended. problems: what could not be written, a line each.
     lives: what the attempt left of its server life. before: the attempts on the server lives before
-    this one, which only together decide.
+    this one, which only together decide. repeated: earlier attempts that had no report.
     """
 
     attempt: Attempt | None
@@ -355,6 +356,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...]
     lives: tuple[LifeRecord, ...] = ()
     before: tuple[Record, ...] = ()
+    repeated: tuple[Record, ...] = ()
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):

@@ -90,6 +90,8 @@ class TestRun:
         self._lives = lives
         self._alone: tuple[VerdictWord | None, str] = None, ""  # the verdict without other lives
         self._measured: list[RecordedWindow] = []  # its documents without them
+        self.is_in_body = False
+        self.has_failed_subtest = False
         self._has_failed = False  # by an exception of the body
         self._is_incomparable = False  # that exception says no more than this
         self._ended: float | None = None  # where another server life follows
@@ -386,7 +388,7 @@ class TestRun:
             if window.repeat_index == 1 and window.was_opened
         ]
         self._lives.add(new)
-        is_over = self.verdict == "fail" or self._has_failed
+        is_over = self.verdict == "fail" or self._has_failed or self.has_failed_subtest
         self.wants_life = self._lives.judge(can_confirm=not self.server.attached, is_over=is_over)
         self._ended = time.monotonic() if self.wants_life else None
         for attempt in (*self.earlier, self):
@@ -416,7 +418,7 @@ class TestRun:
             self.server,
             describe_server(self.server, self._folder.path),
             self._load_commands(),
-            has_failed=self._has_failed and not self._is_incomparable,
+            has_failed=(self._has_failed and not self._is_incomparable) or self.has_failed_subtest,
         )
 
     def _repeated(self, window: Window) -> RepeatedVerdict | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from pytest_sglprof import _nsys
+from pytest_sglprof._config.load import read_settings
 from pytest_sglprof._errors import (
     NsysError,
     NsysMissing,
@@ -17,15 +20,17 @@ from pytest_sglprof._errors import (
     SettingsError,
 )
 from pytest_sglprof._nsys import (
+    REFUSED,
     NsysSession,
     NsysTool,
     StopOutput,
+    check_profile_args,
     find_nsys,
     profile_prefix,
     read_sessions,
 )
 from pytest_sglprof._nsys_export import export, hide_credentials
-from tests.support.fake_nsys import HELP, calls, fake_nsys, listed
+from tests.support.fake_nsys import HELP, VERSION, calls, fake_nsys, listed
 
 
 def session(path: Path, name: str = "mine") -> NsysSession:
@@ -160,6 +165,86 @@ def test_the_users_options_replace_ours_and_cannot_break_the_session(tmp_path):
         profile_prefix(tool, "mine", Path("r"), ["--session-new=other"], gpu=True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"{name}=1"] for name in sorted(REFUSED)),
+        ["--delay", "5"],
+        ["-y", "5"],
+        ["-d5"],
+        ["-c", "cudaProfilerApi"],
+        ["--trace=cuda", "-x", "false"],
+        ["-h"],
+    ],
+)
+def test_what_means_nothing_beside_start_later_is_refused(tmp_path, words):
+    with pytest.raises(
+        SettingsError, match=r"set by pytest-sglprof|means nothing|no server"
+    ) as why:
+        check_profile_args(words, "server moe: nsys_args")
+    assert why.value.hint.startswith("remove --")
+    config = tmp_path / "sglprof.toml"
+    config.write_text(f"[servers.moe]\nkind = 'standin'\nnsys_args = {words}\n")
+    with pytest.raises(SettingsError, match="server moe: nsys_args: --"):
+        read_settings(
+            {"config": str(config)},
+            {},
+            start=[tmp_path],
+            rootdir=tmp_path,
+            invocation_dir=tmp_path,
+            of_pytest=True,
+        )
+
+
+def test_values_are_no_options():
+    words = ("--gpu-metrics-devices=all", "-t", "cuda,nvtx", "--env-var", "A=--delay=3", "-w", "-1")
+    assert check_profile_args(words) >= {"--trace", "--gpu-metrics-devices", "--env-var"}
+
+
+@pytest.mark.parametrize(
+    ("model", "help_text", "extra", "trace"),
+    [
+        ("NVIDIA GB200", "'cuda-sw'", (), "--trace=cuda-sw,nvtx"),
+        ("NVIDIA B300 SXM6 AC", "'cuda-sw'", (), "--trace=cuda-sw,nvtx"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "cuda-sw", (), "--trace=cuda-sw,nvtx"),
+        ("NVIDIA GB200", "", (), "--trace=cuda,nvtx"),
+        ("NVIDIA GB200", "'cuda-sw'", ("--trace=cuda",), "--trace=cuda"),
+        ("NVIDIA H200", "'cuda-sw'", (), "--trace=cuda,nvtx"),
+        ("NVIDIA GH200 480GB", "'cuda-sw'", (), "--trace=cuda,nvtx"),
+        ("NVIDIA RTX A4500 Laptop GPU B12", "'cuda-sw'", (), "--trace=cuda,nvtx"),
+        (None, "'cuda-sw'", (), "--trace=cuda,nvtx"),
+    ],
+)
+def test_cuda_is_recorded_in_software_on_blackwell(
+    tmp_path, monkeypatch, model, help_text, extra, trace
+):
+    if model is not None:
+        gpu = tmp_path / "gpus" / "0000:01:00.0"
+        gpu.mkdir(parents=True)
+        (gpu / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 134\n")
+    monkeypatch.setattr(_nsys, "_DRIVER", tmp_path / "gpus")
+    tool = NsysTool(str(fake_nsys(tmp_path, help_text=HELP + help_text)), "2026.1.1")
+    words = profile_prefix(tool, "mine", Path("r"), extra, gpu=True)
+    assert [word for word in words if word.startswith("--trace=")] == [trace]
+    assert "--trace=nvtx" in profile_prefix(tool, "mine", Path("r"), (), gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ("7  1d 02:03:12  Collection  1  my run", {"my run": "Collection"}),
+        ("7  1 day 02:03:12  Launched  1  a", {"a": "Launched"}),
+        ("7  2 days 3 hours  RangeGeneration  2  a 1 B", {"a 1 B": "RangeGeneration"}),
+        ("30763  41:07  RangeGeneration  1  Run 5 Copy 2 b", {"Run 5 Copy 2 b": "RangeGeneration"}),
+        ("7  00:12  Collection  1  ", {}),
+        ("WARNING: 7 CPU sampling not supported, 1 disabled", {}),
+        ("    ID        TIME       STATE       LAUNCH   NAME", {}),
+    ],
+)
+def test_a_time_may_hold_blanks(line, read):
+    assert read_sessions(line) == read
+
+
 def test_names_with_blanks_are_read():
     text = listed("my session 2", "Collection") + listed("b", "DelayedCollection") + "noise\n"
     assert read_sessions(text) == {"my session 2": "Collection", "b": "DelayedCollection"}
@@ -225,6 +310,100 @@ def stopping(tmp_path: Path, commands: str) -> NsysSession:
     return session(
         fake_nsys(tmp_path, sessions=listed("mine", "Collection"), commands=f"stop) {commands} ;;")
     )
+
+
+@pytest.mark.parametrize("state", ["RangeGeneration", "Finalizing"])
+def test_a_state_that_lasts_is_ended_by_a_stop(tmp_path, state):
+    report = tmp_path / "w.nsys-rep"
+    report.write_bytes(b"report")
+    path = fake_nsys(
+        tmp_path,
+        sessions=listed("mine", state),
+        commands=f"stop) printf 'Generated:\\n\\t{report}\\n' ;;",
+    )
+    assert session(path).stop(timeout=1.0) == report
+    assert calls(path).count("sessions") > 2, "it was waited for"
+    with pytest.raises(NsysSessionError, match=rf"already collects .state {state}"):
+        session(path).start(tmp_path / "next.nsys-rep", timeout=0.4)
+    with pytest.raises(NsysSessionError, match="still has an open window"):
+        session(path).shutdown(timeout=0.4)
+
+
+def test_a_range_that_ends_while_it_is_waited_for_has_left_its_report(tmp_path):
+    report = tmp_path / "w.nsys-rep"
+    over = listed("mine", "Launched").strip()
+    path = fake_nsys(
+        tmp_path,
+        sessions=listed("mine", "Launched"),
+        commands=f"""start) sed -i s/Launched/RangeGeneration/ {tmp_path}/sessions ;;
+stop) exit 1 ;;""",
+    )
+    mine = session(path)
+    mine.start(report)
+
+    def end():
+        report.write_bytes(b"report")
+        (tmp_path / "sessions").write_text(over)
+
+    threading.Timer(0.5, end).start()
+    assert mine.stop(timeout=20) == report
+    assert "stop" not in calls(path)
+    with pytest.raises(NsysSessionError, match="no open window"):
+        mine.stop(timeout=1)
+
+
+def test_errors_of_an_import_that_succeeded_are_kept(tmp_path):
+    report = tmp_path / "w.nsys-rep"
+    report.write_bytes(b"report")
+    mine = stopping(
+        tmp_path,
+        "printf 'Importer error status: Importation succeeded with non-fatal errors.\\n"
+        f"Status:   TargetProfilingFailed\\nGenerated:\\n  {report}\\n'",
+    )
+    assert mine.stop(timeout=10) == report
+    assert mine.remarks == (
+        "Importer error status: Importation succeeded with non-fatal errors.",
+        "Status: TargetProfilingFailed",
+    )
+
+
+CASES = {
+    "N01_plain": "Collection",
+    "N02_range_generation": "RangeGeneration",
+    "N03_days": "Collection",
+    "N03b_days_blank": "Collection",
+    "N04_no_name_blank": None,
+    "N05_warning_first": "Collection",
+    "N08_stop_importer_warn": "Collection",
+    "N09_stop_color": "Collection",
+    "N10_version_cli": None,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_nsys_prints_in_public_reports_is_read(tmp_path, shared_data, name):
+    folder = shared_data.parent / "cases" / "server" / "nsys_cases" / name
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    text = {path.stem: path.read_text() for path in folder.iterdir()}
+    said = tmp_path / "said"
+    said.write_text(text.get("stop", "").replace("x.nsys-rep", f"{tmp_path}/x.nsys-rep"))
+    (tmp_path / "x.nsys-rep").write_bytes(b"report")
+    path = fake_nsys(
+        tmp_path,
+        version=text.get("version", VERSION).splitlines()[0],
+        sessions=text.get("sessions", ""),
+        commands=f"stop) cat {said} ;;",
+    )
+    tool = find_nsys(str(path))
+    assert tool.version == ("2026.1.0.1" if "version" in text else "2023.4.4.54")
+    mine = NsysSession(tool, "sglprof-x")
+    assert mine.state() == (CASES[name] or "")
+    if name.startswith("N04"):
+        assert NsysSession(tool, "[default]").state() == "Collection"
+    if "stop" in text:
+        assert mine.stop(timeout=1.0) == tmp_path / "x.nsys-rep"
+        assert any("non-fatal errors" in line for line in mine.remarks) == ("N08" in name)
 
 
 def test_the_report_is_where_nsys_says_and_progress_is_told(tmp_path, shared_data):

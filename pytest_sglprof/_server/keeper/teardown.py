@@ -68,7 +68,7 @@ def _close_window(life: ServerLife, window: Backend, opened: float, limit: float
     log.info("closing the open %s window, limit %.0f s", window, limit)
     try:
         if BACKENDS[window].needs_session and life.session is not None:
-            if life.session.state() in nsys.COLLECTING:
+            if life.session.state() not in nsys.IDLE | nsys.GONE:
                 log.info("report: %s", life.session.stop(timeout=limit))
         else:
             _stop_profile(life, limit)

@@ -36,6 +36,7 @@ class FakeSession:
         self.windows = 0
         self.fails_to_stop: NsysError | None = None
         self.output: Path | None = None
+        self.remarks: tuple[str, ...] = ()
 
     def state(self) -> str:
         return self.now
@@ -245,6 +246,15 @@ def test_a_death_while_stopping(session, server, new_window):
     assert (capture.state, capture.reason) == ("failed", "killed")
 
 
+def test_errors_of_the_importer_are_told_with_the_window(session, new_window):
+    session.remarks = ("Importation succeeded with non-fatal errors.", "Status: TargetFailed")
+    with new_window(backend="nsys") as opened:
+        pass
+    capture = opened.close()
+    assert capture.state == "complete"
+    assert "non-fatal errors.; Status: TargetFailed" in capture.notes[0]
+
+
 def test_discard_ends_the_window_without_a_report(session, server, new_window):
     opened = new_window(backend="nsys")
     opened.open()
@@ -301,6 +311,18 @@ class TestBySteps:
             opened.wait()
         assert opened.close().state == "failed"
         assert "is not there" in opened.close().reason
+
+    @pytest.mark.parametrize("state", ["RangeGeneration", "SomethingNew"])
+    def test_a_range_that_waits_for_a_stop_is_stopped(self, session, http, new_window, state):
+        def end(body):
+            session.now = state
+
+        http.on_start = end
+        http.steps_end = False
+        with new_window("waits", backend="nsys", num_steps=7, timeout=20) as opened:
+            opened.wait()
+        capture = opened.close()
+        assert (capture.state, session.now) == ("complete", "Launched")
 
     def test_a_refused_start_ends_the_session_s_window(self, session, http, new_window):
         http.start_status = 500
