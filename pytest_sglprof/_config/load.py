@@ -332,7 +332,7 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
 
 
 def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
     values["args"] = tuple(_with_absolute_files(values.get("args", ()), base))
     values["env"] = tuple(values.get("env", {}).items())
     check_profile_args(values.get("nsys_args", ()), f"server {name}: nsys_args")
