@@ -138,7 +138,9 @@ their files, in any version (from reports, not executed).
 The stand-in speaks as each of these versions: `python -m pytest_sglprof.standin --speak 0.5.3`
 (`standin_args` in `sglprof.toml`). The contract suite, which compares it with the records, runs
 against the oldest and the newest; with `SGLPROF_ALL_VERSIONS=1` and in CI against all of them,
-and against a real 0.5.23 where one is installed.
+and against a real 0.5.23 where one is installed. A real 0.5.20 ran once on a CPU, with the
+libraries of 0.5.23: a window of two ranks at steady load was complete and judged. 0.5.14 does
+not start with them.
 """
 
 
