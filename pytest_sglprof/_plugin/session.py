@@ -223,11 +223,11 @@ class PluginSession:
             for item, spec in servers.items():
                 xdist.add_group(item, spec)
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """In a worker of xdist: before it sends the node ids, by which tests are grouped."""
-        if self.worker:
-            xdist.keep_groups(session.items)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> Generator[None]:
+        """In a worker of xdist, which sends the node ids here: tests are grouped by them."""
+        with xdist.grouped_ids(session.items if self.worker else ()):
+            return (yield)
 
     # ---- tests ---------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ servers, GPUs and windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,13 +68,24 @@ def add_group(item: pytest.Item, server: ServerSpec) -> None:
         item.add_marker(pytest.mark.xdist_group(name=f"sglprof-{server.key}"))
 
 
-def keep_groups(items: Iterable[pytest.Item]) -> None:
-    """Puts the group into the node ids of pytest 9.2, where xdist 3.8 sets what nobody reads."""
-    for item in items:
-        node: Any = item
-        given = getattr(node, "_nodeid", item.nodeid)
-        if given != item.nodeid:
-            node._id = type(node.id).parse(given)
+@contextlib.contextmanager
+def grouped_ids(items: Sequence[pytest.Item]) -> Iterator[None]:
+    """The node ids name the groups while xdist sends them, and are plain again in reports.
+
+    xdist 3.8 writes the groups where pytest 9.2 does not read them (pytest-xdist#1386).
+    """
+    nodes: list[Any] = [item for item in items if hasattr(item, "_nodeid")]
+    ids = [(getattr(node, "_id", None), node._nodeid) for node in nodes]
+    for node, (structured, given) in zip(nodes, ids, strict=True):
+        if structured is not None and given != node.nodeid:
+            node._id = type(structured).parse(given)
+    try:
+        yield
+    finally:
+        for node, (structured, given) in zip(nodes, ids, strict=True):
+            node._nodeid = plain_nodeid(given)
+            if structured is not None:
+                node._id = structured
 
 
 def plain_nodeid(nodeid: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import httpx
 
 from pytest_sglprof._load.sources import LOADS_INTERVAL, LoadsSource, Sample
-from pytest_sglprof.standin.answers import _load
+from pytest_sglprof.standin.documents import _load
 from pytest_sglprof.standin.engine import PUBLISH_INTERVAL, Lane, Load, Request
 
 START = 1_795_490_000.0

@@ -156,6 +156,7 @@ def test_workers_write_one_document(make_project):
     }
     attempts = [attempt for test in ran.results["tests"] for attempt in test["attempts"]]
     assert {attempt["worker"] for attempt in attempts} <= {"gw0", "gw1"}
+    assert len(ran.results["servers"]) == 2, "each server is started by one worker"
     assert {window["verdict"] for window in ran.windows("test_slow[1]")} == {"fail"}
     assert ran.text.count("= sglprof =") == 1
     assert "profile window verdict: fail" in ran.text
