@@ -19,11 +19,14 @@ def pattern_of(lines: Sequence[Mapping[str, Any]], head: str, tags: str) -> str:
 
 
 def shape(value: Any) -> Any:
-    """Names of objects, inside of each other; of a list, the shape of its first entry."""
+    """Names of objects, inside of each other; of a list of objects, the shape of the first.
+
+    A list of plain values is a value: a server has none of them until it has measured some.
+    """
     if isinstance(value, Mapping):
         return {name: shape(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [shape(each) for each in value[:1]]
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [shape(value[0])]
     return None
 
 
