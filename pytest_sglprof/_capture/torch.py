@@ -466,7 +466,8 @@ class ProgressReader:
     """Follows one window in the log from byte `start` on, reading each byte once.
 
     folder: of this window alone, as the server spells it; "" if only the id tells its files. A
-    window is ours by that, too, since servers before 0.5.15 choose ids themselves, or log none.
+    window is ours by that, too, since servers that take no id (`takes_id`) log their own, or
+    none.
     """
 
     def __init__(self, log: ServerLog, start: int, profile_id: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -126,6 +125,7 @@ def _record(
 ) -> ExitStatus:
     """Opens the window and waits for its end; `INCONCLUSIVE` if it is not complete."""
     from pytest_sglprof._cli.watch import onset_line
+    from pytest_sglprof._run.servers import attach_running
     from pytest_sglprof._run.window import Window
 
     folder = Path(args.output or _fresh(Path(FOLDER))).absolute()
@@ -138,7 +138,7 @@ def _record(
     )
     if onset is not None:
         say(onset_line(onset))
-    server = _attached(args, settings, folder)
+    server = attach_running(args.target, settings, folder / "server")
     try:
         if wait_for_load:
             _wait_for_load(server, args.seconds or STEADY_WAIT)
@@ -187,19 +187,3 @@ def _fresh(path: Path) -> Path:
     names = [path.name, *(f"{path.name}-{number}" for number in range(2, 1000))]
     existing = {entry.name.partition(".")[0] for entry in path.parent.glob(f"{path.name}*")}
     return path.with_name(next(name for name in names if name not in existing))
-
-
-def _attached(args: argparse.Namespace, settings: Settings, folder: Path) -> Server:
-    from pytest_sglprof._run.servers import ADMIN_KEY_ENV, API_KEY_ENV
-    from pytest_sglprof._server.launch import attach
-
-    return attach(
-        args.target,
-        api_key=os.environ.get(API_KEY_ENV, ""),
-        admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
-        server_dir=settings.server_dir,
-        nsys_session=settings.nsys_session or None,
-        nsys_path=settings.nsys or None,
-        ca=settings.server_ca,
-        folder=folder / "server",
-    )

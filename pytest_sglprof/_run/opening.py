@@ -361,8 +361,3 @@ class _BatchLines:
             for busy in [int(by_role and is_prefill and now - since < BUSY)]
         ]
         return sum(counts) if self.has_any else -1
-
-
-def running_requests(server: Server) -> tuple[int, str | None]:
-    """As `LoadLook.requests`, once."""
-    return LoadLook(server).requests()

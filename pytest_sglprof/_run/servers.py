@@ -32,29 +32,37 @@ def open_server(
     folder: RunFolder,
     progress: Callable[[str], None] | None,
 ) -> Server:
-    """Starts the server of `spec`, or attaches to that of `--sglprof-server`.
-
-    The keys of an attached server are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
-    """
+    """Starts the server of `spec`, or attaches to that of `--sglprof-server`."""
     from pytest_sglprof._server import launch as servers
 
     if settings.server:
-        return servers.attach(
-            settings.server,
-            api_key=os.environ.get(API_KEY_ENV, ""),
-            admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
-            server_dir=settings.server_dir,
-            nsys_session=settings.nsys_session or None,
-            nsys_path=settings.nsys or None,
-            python=settings.python,
-            ca=settings.server_ca,
-            folder=folder.server("attached"),
-        )
+        attached = folder.server("attached")
+        return attach_running(settings.server, settings, attached, python=settings.python)
     return servers.launch(
         spec,
         folder=folder.server(spec.key),
         nsys_path=settings.nsys or None,
         progress=progress,
+    )
+
+
+def attach_running(url: str, settings: Settings, folder: Path, *, python: str = "") -> Server:
+    """Attaches to a running server as the settings describe it; python: of a load driver.
+
+    Its keys are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    """
+    from pytest_sglprof._server.launch import attach
+
+    return attach(
+        url,
+        api_key=os.environ.get(API_KEY_ENV, ""),
+        admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
+        server_dir=settings.server_dir,
+        nsys_session=settings.nsys_session or None,
+        nsys_path=settings.nsys or None,
+        python=python,
+        ca=settings.server_ca,
+        folder=folder,
     )
 
 

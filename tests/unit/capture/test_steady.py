@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pytest_sglprof._errors import ServerRefused, ServerUnreachable
-from pytest_sglprof._run.opening import LoadLook, running_requests, steady_load
+from pytest_sglprof._run.opening import LoadLook, steady_load
 from pytest_sglprof._server.client import DpLoad
 
 
@@ -95,12 +95,12 @@ def test_a_refusal_is_an_error_not_an_idle_server():
     server = Loaded(Clock(), lambda now: 1)
     server.client = Refusing()
     with pytest.raises(ServerRefused):
-        running_requests(server)
+        LoadLook(server).requests()
 
 
 def test_a_real_loads_answer_is_summed(http, server):
     http.running = 7
-    assert running_requests(server) == (7, None)
+    assert LoadLook(server).requests() == (7, None)
 
 
 class WithoutLoads:
