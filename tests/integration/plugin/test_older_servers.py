@@ -115,7 +115,7 @@ standin_args = ["--step-ms", "4", "--layers", "1", "--speak", "{version}"]
 COUNTED = f"""
 @pytest.mark.profile_window(num_steps={STEPS}, slowdown=5.0)
 def test_window(sglang_server, bench_serving):
-    bench_serving(num_prompts=16, max_concurrency=8, random_input_len=8, random_output_len=300,
+    bench_serving(num_prompts=48, max_concurrency=8, random_input_len=8, random_output_len=300,
                   random_range_ratio=1.0, warm_up=False, disable_stream=True)
 """
 # Where passes have no names, as in 0.5.3, steps are what lies between two samplings.
@@ -136,7 +136,7 @@ def test_a_window_has_as_many_steps_as_were_asked_for(tmp_path: Path, version: s
 UNNAMED = """
 @pytest.mark.profile_window(num_steps=60, slowdown=1.10)
 def test_window(sglang_server, bench_serving):
-    bench_serving(num_prompts=64, max_concurrency=8, random_input_len=64, random_output_len=64)
+    bench_serving(num_prompts=200, max_concurrency=8, random_input_len=64, random_output_len=64)
 """
 
 
