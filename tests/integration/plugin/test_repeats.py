@@ -10,7 +10,8 @@ from pytest_sglprof._report.results import validate
 from tests.integration.plugin.conftest import OutcomeOf, RunProjects
 from tests.support.project import SERVERS
 
-# Each is a project of its own: a load that lasts three windows takes 15 s.
+# Each is a project of its own: a load that lasts three windows takes 15 s. A load that is too short
+# has fewer passes than the windows ask for, so that it is so on a machine of any speed.
 TESTS = {
     "test_marked": """
 @pytest.mark.profile_window(num_steps=60, repeat=3)
@@ -24,7 +25,7 @@ def test_marked_slow(load):
     load(2600)
 """,
     "test_too_short": """
-@pytest.mark.profile_window(num_steps=60, repeat=4)
+@pytest.mark.profile_window(num_steps=400, repeat=4)
 def test_too_short(load):
     load(1000)
 """,
