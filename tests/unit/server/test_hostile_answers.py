@@ -28,6 +28,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     answer: Answer
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client that has enough resets the connection."""
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
