@@ -144,9 +144,9 @@ HEAD = """# From an uneven load to the page
 
 A running server, one of whose ranks falls behind now and then: what to type, and what is answered.
 The server is a real SGLang with DP attention on two ranks of a CPU, under a real nsys. This page
-was written by `python -m ci.story`, which draws at random which rank gets more requests, how many more
-more and when, and checks that the answers name them. On a CPU two ranks slow each other down, so the
-figures of kernels mean little here.
+was written by `python -m ci.story`, which draws at random which rank gets more requests, how many
+more and when, and checks that the answers name them. On a CPU two ranks slow each other down, so
+the figures of kernels mean little here.
 """
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import ssl
@@ -24,9 +25,11 @@ from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import (
     ABSENT,
     LOADS_PATHS,
+    MOST_BYTES,
     DpLoad,
     is_local_url,
     is_transient_status,
+    json_of,
     read_loads,
 )
 from pytest_sglprof._server.log_lines import (
@@ -88,8 +91,8 @@ class HttpSource:
                 verify=self._verify,
             )
         try:
-            response = await self._http.get(self.path)
-        except httpx.RequestError as error:
+            response = await asyncio.wait_for(self._answer(self._http), REQUEST_TIMEOUT)
+        except (httpx.RequestError, asyncio.TimeoutError) as error:
             self.failed(str(error) or type(error).__name__)
             return None
         if not response.is_success:
@@ -101,6 +104,16 @@ class HttpSource:
             raise self._refused(response, "an SGLang server that has it", self.without())
         self.failures, self.problem, self.delay = 0, "", self._interval
         return response
+
+    async def _answer(self, http: httpx.AsyncClient) -> httpx.Response:
+        """The whole answer, unless it is longer than any of an SGLang server."""
+        content = bytearray()
+        async with http.stream("GET", self.path) as response:
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > MOST_BYTES:
+                    raise httpx.ReadError(f"an answer of more than {MOST_BYTES >> 20} MiB")
+        return httpx.Response(response.status_code, content=bytes(content))
 
     def without(self) -> str:
         """Hint for a server that lacks the endpoint."""
@@ -157,7 +170,7 @@ class LoadsSource(HttpSource):
         if response is None:
             return []
         try:
-            loads = read_loads(response.json())
+            loads = read_loads(json_of(response))
         except ValueError as error:
             self.failed(f"not the load of an SGLang server: {error}")
             return []

@@ -29,7 +29,7 @@ from pytest_sglprof._errors import (
     SettingsError,
 )
 from pytest_sglprof._redact import learn, redact, redact_text
-from pytest_sglprof._server.sizes import flat_info, invalid_size
+from pytest_sglprof._server.sizes import MOST_RANKS, flat_info, invalid_size
 
 PROBE_TIMEOUT = 5.0  # s; a readiness probe that takes longer counts as "not yet"
 # The load of each DP rank, newest endpoint first; 0.4.4 has neither. Without `include` the first
@@ -38,6 +38,8 @@ LOADS_PATHS = ("/v1/loads?include=core,disagg", "/get_load")
 ABSENT = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 _DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 SHOWN_BODY = 300  # characters of an error's body; the real reason is in the server's log
+# Bytes of an answer. `/server_info` has about 10 kB for each DP rank, the other answers less.
+MOST_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def read_loads(answer: Any) -> list[DpLoad]:
             loads = [loads]
         if not isinstance(loads, list):
             raise TypeError(f"a {type(loads).__name__} where loads are expected")
+        if len(loads) > MOST_RANKS:
+            raise ValueError(f"the loads of {len(loads)} DP ranks")
         return [_read_load(load) for load in loads]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"it does not give each DP rank's requests ({error!r})") from error
@@ -187,7 +191,9 @@ class SglangClient:
         raise self._refusal(path, response, admin=False)
 
     def _probe(self, path: str) -> httpx.Response:
-        return self._http.get(path, headers=self._headers(admin=False), timeout=PROBE_TIMEOUT)
+        headers = self._headers(admin=False)
+        request = self._http.build_request("GET", path, headers=headers, timeout=PROBE_TIMEOUT)
+        return self._answer(request, PROBE_TIMEOUT)
 
     def server_info(self) -> dict[str, Any]:
         """All resolved arguments of the server in one dict, with keys and tokens hidden."""
@@ -211,7 +217,7 @@ class SglangClient:
                 raise self._refusal(" and ".join(map(_path, LOADS_PATHS)), response, admin=False)
             return self.loads()
         try:
-            return read_loads(response.json())
+            return read_loads(json_of(response))
         except ValueError as error:
             path = _path(self._loads_path)
             raise self._not_understood(response, path, f"its load: {error}") from error
@@ -288,12 +294,13 @@ class SglangClient:
     ) -> httpx.Response:
         limit = self._http.timeout if timeout is None else httpx.Timeout(timeout)
         target, path = path, _path(path)
+        seconds = limit.read or 0.0
         try:
-            response = self._http.request(
+            request = self._http.build_request(
                 method, target, headers=self._headers(admin), timeout=limit, json=json
             )
+            response = self._answer(request, seconds)
         except httpx.TimeoutException as error:
-            seconds = limit.read or 0.0
             raise ServerSilent(
                 f"{self.url}{path} did not answer within {seconds:g} s",
                 hint="a server does not answer while it exports a profile: take a smaller window "
@@ -304,6 +311,25 @@ class SglangClient:
         if response.is_success or response.status_code in allow:
             return response
         raise self._refusal(path, response, admin)
+
+    def _answer(self, request: httpx.Request, seconds: float) -> httpx.Response:
+        """The whole answer. httpx limits the time of each read, this that of all reads."""
+        deadline = time.monotonic() + seconds
+        response = self._http.send(request, stream=True)
+        with contextlib.closing(response):
+            content = bytearray()
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > MOST_BYTES:
+                    raise ServerRefused(
+                        f"{request.url} answers with more than {MOST_BYTES >> 20} MiB",
+                        status=response.status_code,
+                        expected="an SGLang server, whose answers are shorter",
+                        hint="check the URL: another program may be listening there",
+                    )
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer has no end", request=request)
+        return httpx.Response(response.status_code, content=bytes(content), request=request)
 
     def _refusal(self, path: str, response: httpx.Response, admin: bool) -> ServerRefused:
         status = response.status_code
@@ -324,7 +350,7 @@ class SglangClient:
 
     def _json_object(self, response: httpx.Response, path: str) -> dict[str, Any]:
         try:
-            document = response.json()
+            document = json_of(response)
         except ValueError:
             document = None
         if isinstance(document, dict):
@@ -338,6 +364,14 @@ class SglangClient:
             expected="an SGLang server",
             hint="check the URL: another program may be listening there",
         )
+
+
+def json_of(response: httpx.Response) -> Any:
+    """The document of an answer; ValueError if it is none."""
+    try:
+        return response.json()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _is_untrusted(error: httpx.RequestError) -> bool:

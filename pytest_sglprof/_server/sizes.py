@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from pytest_sglprof._files import atomic_write
 from pytest_sglprof._ranks import Rank
 
 _WITHOUT_RANKS = ("device", "version", "decode_log_interval")  # sizes of no ranks
+MOST_OF_A_SIZE = 4096
+MOST_RANKS = 65_536
 _COUNTS = ("tp_size", "dp_size", "attn_dp_size", "pp_size", "ep_size", "moe_dp_size", "nnodes")
 
 
@@ -31,8 +34,11 @@ def invalid_size(info: Mapping[str, Any]) -> str:
         value = info.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             return f"{name} is {str(value)[:80]!r}"
-        if isinstance(value, int) and value < 1:
-            return f"{name} is {value}"
+        if isinstance(value, int) and not 1 <= value <= MOST_OF_A_SIZE:
+            return f"{name} is {str(value)[:80]}"
+    ranks = math.prod(info.get(name) or 1 for name in ("tp_size", "dp_size", "pp_size"))
+    if ranks > MOST_RANKS:
+        return f"tp_size, dp_size and pp_size make {ranks} ranks"
     nested = info.get("server_args", {})
     return "" if nested is None or nested == {} else f"server_args is a {type(nested).__name__}"
 

@@ -33,7 +33,11 @@ KINDS = ("kernel", "memcpy", "memset")
 PREFIX = "CUPTI_ACTIVITY_KIND_"
 
 
+ACTIVITIES = tuple(PREFIX + kind.upper() for kind in (*KINDS, "graph_trace"))
+
+
 MISSING = -(2**63)
+LONGEST_TEXT = 65_536  # characters of a name that are read
 
 
 PID_SHIFT, PID_MASK = 24, 0xFFFFFF
@@ -126,6 +130,14 @@ def open_database(path: Path) -> Iterator[Database]:
             refuse_unknown_schema(path, database.names)
             if not KNOWN_TABLES & database.names:
                 raise _not_an_export(path, _whose(database.names))
+            if posing := sorted(database.views & {*KNOWN_TABLES, *ACTIVITIES}):
+                raise TraceError(
+                    f"{path}: {posing[0]} is a view instead of a table",
+                    expected="an export as nsys writes it",
+                    hint="export the .nsys-rep again",
+                )
+            for table in ACTIVITIES:
+                refuse_without_times(path, table, database.columns(table))
             yield database
     except (sqlite3.Error, UnicodeError) as error:  # the latter: in SQLite's own message
         if "not a database" in str(error):
@@ -154,6 +166,20 @@ def refuse_unknown_schema(path: Path, names: Iterable[str]) -> None:
         )
 
 
+def refuse_without_times(path: Path, table: str, columns: Set[str]) -> None:
+    """Raises `TraceError` for a table of activities without times. columns: none if it is absent.
+
+    Each of its rows would be left out, and the sums of the others would pass for those of all.
+    """
+    missing = sorted({"start", "end"} - columns) if columns else []
+    if missing:
+        raise TraceError(
+            f"{path}: its table {table} has no column {' and no column '.join(missing)}",
+            expected="an export as nsys writes it, with the start and the end of each activity",
+            hint="export the .nsys-rep again",
+        )
+
+
 def _whose(names: Iterable[str]) -> str:
     """Why a database is no export of nsys."""
     if any(name.startswith("rocpd_") for name in names):
@@ -162,15 +188,17 @@ def _whose(names: Iterable[str]) -> str:
 
 
 class Database:
-    """An open export. names: its tables; `temp` ones may be made, in memory."""
+    """An open export. names: its tables; `temp` ones may be made, in memory. views: not read."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA temp_store = MEMORY")
         # Of temporary tables, in which a sum is then found within one page.
         connection.execute("PRAGMA page_size = 16384")
         self.connection = connection
-        rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        self.names = frozenset(str(name) for (name,) in rows)
+        rows = connection.execute("SELECT name, type FROM sqlite_master").fetchall()
+        self.names = frozenset(str(name) for name, kind in rows if kind == "table")
+        # A view may take for ever, and is not what nsys recorded.
+        self.views = frozenset(str(name) for name, kind in rows if kind == "view")
 
     def columns(self, table: str) -> frozenset[str]:
         """The columns of a table; none where there is no such table."""
@@ -187,7 +215,8 @@ class Database:
         left = iter(ids)
         while some := list(islice(left, _IDS)):
             marks = ", ".join("?" * len(some))
-            words = f'SELECT "id", "value" FROM "StringIds" WHERE "id" IN ({marks})'
+            value = f'SUBSTR("value", 1, {LONGEST_TEXT})'
+            words = f'SELECT "id", {value} FROM "StringIds" WHERE "id" IN ({marks})'
             for number, value in self.connection.execute(words, some):
                 texts[int(number)] = "" if value is None else str(value)
         return texts

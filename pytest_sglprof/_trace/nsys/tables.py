@@ -17,11 +17,14 @@ import numpy as np
 
 from pytest_sglprof._errors import NotATrace, TraceError
 from pytest_sglprof._trace.nsys.database import (
+    ACTIVITIES,
     KNOWN_TABLES,
+    LONGEST_TEXT,
     MISSING,
     Database,
     open_database,
     refuse_unknown_schema,
+    refuse_without_times,
     whole_number,
 )
 from pytest_sglprof._trace.table import Flags, Ints
@@ -194,6 +197,8 @@ class ParquetTables:
         self._pyarrow: Any = pyarrow
         self._files = {file.stem: file for file in sorted(folder.glob(f"*{SUFFIX}"))}
         refuse_unknown_schema(folder, self._files)
+        for table in ACTIVITIES:
+            refuse_without_times(folder, table, self._columns(table))
         if not KNOWN_TABLES & self._files.keys():
             raise NotATrace(
                 f"{folder} is not an export of an nsys report: no file is named like its tables",
@@ -248,7 +253,15 @@ class ParquetTables:
             return {}
         wanted = set(ids)
         pairs = zip(read["id"].to_pylist(), read["value"].to_pylist(), strict=True)
-        return {number: value or "" for number, value in pairs if number in wanted}
+        return {number: (value or "")[:LONGEST_TEXT] for number, value in pairs if number in wanted}
+
+    def _columns(self, table: str) -> frozenset[str]:
+        """The columns of a table; none where there is no such table."""
+        file = self._files.get(table)
+        try:
+            return frozenset(self._pyarrow.parquet.read_schema(file).names if file else ())
+        except (OSError, self._pyarrow.ArrowException) as error:
+            raise _unreadable(file or Path(table)) from error
 
     def _read(self, table: str, columns: Sequence[str]) -> Any:
         """The columns of `columns` that exist; None when there is none."""
