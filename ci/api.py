@@ -116,7 +116,7 @@ def _options() -> Iterator[str]:
 def _commands() -> Iterator[str]:
     for name in command_line.COMMANDS:
         yield name
-        parser = command_line._parser(name, command_line._module(name))
+        parser = command_line._parser({name: command_line._module(name)})
         for action in _command(parser, name)._actions:
             yield f"{name} {'/'.join(action.option_strings) or action.metavar or action.dest}"
 

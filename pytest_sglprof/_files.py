@@ -12,6 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+# In the folder of a run.
+RESULTS = "results.json"
+RUN_FILE = "run.json"  # marks the folder
+JOURNAL = "journal.jsonl"  # until the run has ended
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+@-]+")
 MAX_NAME_BYTES = 120  # a file system allows 255; suffixes, ranks and temporary names are added
 

@@ -29,6 +29,7 @@ from pytest_sglprof._errors import (
 from pytest_sglprof._nsys import COLLECTING, GONE, IDLE, NsysSession
 from pytest_sglprof._nsys_export import export
 from pytest_sglprof._server.command import LAUNCHERS
+from pytest_sglprof._trace.nsys.ranks import ReportRanks, write_ranks
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
@@ -252,6 +253,11 @@ class NsysRecording:
         if report is None:
             return (), ""
         kept = Artifact(self._moved(report), "nsys-rep")
+        try:
+            write_ranks(kept.path, ReportRanks(self._pid_ranks, self._gpu_ranks()))
+        except OSError as error:
+            why = error.strerror or error
+            self._notes.append(f"its ranks could not be written beside the report: {why}")
         target = self._report.with_suffix(".sqlite")
         if self._progress:
             self._progress("exporting the report")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
@@ -14,23 +13,26 @@ from pytest_sglprof._cli.options import (
     Column,
     NewParser,
     input_options,
+    ordered,
     output_options,
     render,
     select_options,
     settings_of,
     settings_options,
+    table_options,
     to_csv,
     to_json,
     write_text,
 )
+from pytest_sglprof._cli.selection import is_selected, thresholds_of
 from pytest_sglprof._config.model import Threshold
-from pytest_sglprof._errors import ExitStatus, NoKernels, SettingsError, did_you_mean
+from pytest_sglprof._errors import ExitStatus, NoKernels, SettingsError
 from pytest_sglprof._metrics import METRICS, WORST_FIRST
 
 if TYPE_CHECKING:
     from pytest_sglprof._analysis.straggler import StragglerFinding
     from pytest_sglprof._analysis.sums import Sums
-    from pytest_sglprof._cli.options import Recorded
+    from pytest_sglprof._cli.inputs import Recorded
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._trace.table import KernelTable
     from pytest_sglprof._verdict.judge import Verdict
@@ -44,6 +46,7 @@ STATUS = {
     "inconclusive": ExitStatus.INCONCLUSIVE,
 }
 MAX_SHOWN_KERNELS = 3
+RANK_KEYS = ("rank", "total_ns", "slowest_share")  # of ranks in every table
 SMALL_DIFFERENCE = 0.15
 SHOWN_OVERLAP = 0.01
 
@@ -61,6 +64,7 @@ def add_parser(new_parser: NewParser) -> None:
             input_options(PATHS),
             select_options(),
             output_options(),
+            table_options(RANK_KEYS, "ranks of each group"),
             settings_options(),
         ],
     )
@@ -80,22 +84,25 @@ def add_parser(new_parser: NewParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Prints figures and verdict; returns the exit status of the verdict."""
-    from pytest_sglprof._cli.options import recorded_by
+    from pytest_sglprof._cli.inputs import recorded_by
 
-    settings = settings_of(args, args.paths)
     recorded = recorded_by(args)
+    settings = settings_of(args, recorded.inputs.places)
     findings: list[Measured] = []
     try:
         document, findings = _measured(args, settings, recorded)
     except NoKernels as error:
         document = _unmeasured(error)
+    for group in _groups(document):
+        group["ranks"] = ordered(group["ranks"], args.sort, args.top)
     if args.format == "json":
         text = to_json(document)
     elif args.format == "csv":
         text = _csv_text(document)
     else:
         text = _table_text(document, findings)
-    write_text(text, args.output, [*recorded.files.paths, *args.paths])
+    slow = _slow_ranks(document) if args.format == "table" else None
+    write_text(text, args.output, recorded.inputs.recorded, slow)
     return STATUS[document["verdict"]]
 
 
@@ -110,17 +117,32 @@ def _measured(
         _check_lateness(args, settings)
         sums = Sums(read_table(recorded.files, args, settings))
         return check_document(sums, (), None, _late(sums, args, settings), args.limit), []
-    thresholds = _thresholds(args, settings, recorded)
+    thresholds = thresholds_of(args, settings, recorded.window)
     table = read_table(recorded.files, args, settings)
     verdict = _judged(table, thresholds, settings, recorded)
     findings = [each for threshold in thresholds for each in _findings(verdict.of(threshold))]
     sums = verdict.sums or Sums(table)
-    late = None if _is_selected(args) else _late(sums, args, settings)
+    late = None if is_selected(args) else _late(sums, args, settings)
     document = check_document(sums, thresholds, verdict, late, None)
     document["budgets"] = _budgets(sums) if _asks_for_budgets(args, thresholds) else None
     if args.power is not None:
         _add_power(document, thresholds, verdict, args.power)
     return document, findings
+
+
+def _groups(document: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [group for check in document["checks"] for group in check["groups"]]
+    return [*groups, *(document["stragglers"] or {"groups": ()})["groups"]]
+
+
+def _slow_ranks(document: dict[str, Any]) -> set[str]:
+    """Those of failures, and those that others wait for."""
+    named = [
+        group.get("straggler") or group.get("slowest")
+        for group in _groups(document)
+        if group["verdict"] == "fail" or group.get("straggler")
+    ]
+    return {rank for rank in named if rank}
 
 
 def _add_power(
@@ -208,7 +230,6 @@ def _judged(
     from pytest_sglprof._verdict.judge import judge
 
     window = recorded.window
-    is_complete = window is None or window.state == "complete"
     return judge(
         table,
         thresholds,
@@ -216,7 +237,7 @@ def _judged(
         min_share=settings.min_share,
         expected_ranks=window.expected_ranks if window else (),
         missing_ranks=window.missing_ranks if window else (),
-        incomplete_reason=None if window is None or is_complete else window.state_reason,
+        incomplete_reason=recorded.doubt,
     )
 
 
@@ -229,70 +250,6 @@ def _late(sums: Sums, args: argparse.Namespace, settings: Settings) -> tuple[Str
 
 
 # What is judged.
-
-
-def _is_selected(args: argparse.Namespace) -> bool:
-    options = (args.metric, args.limit, args.scope, args.kernel, args.stage, args.across)
-    return any(option is not None for option in options)
-
-
-def _thresholds(
-    args: argparse.Namespace, settings: Settings, recorded: Recorded
-) -> tuple[Threshold, ...]:
-    """The threshold of the options, else those of the recorded window, else those configured.
-
-    The limit is infinite where nobody set one.
-    """
-    if _is_selected(args):
-        return (_selected(args, settings),)
-    judged = recorded.window.judgements if recorded.window else ()
-    is_changed = any(assignment.startswith("threshold") for assignment in args.set or ())
-    if judged and args.config is None and not is_changed:
-        thresholds = tuple(dict.fromkeys(judgement.threshold for judgement in judged))
-    else:
-        thresholds = settings.thresholds
-    return tuple(
-        replace(each, limit=math.inf) if each.origin == "default" else each for each in thresholds
-    )
-
-
-def _selected(args: argparse.Namespace, settings: Settings) -> Threshold:
-    from pytest_sglprof._config.thresholds import (
-        check_across,
-        check_kernel,
-        check_limit,
-        check_metric,
-        check_stage,
-        check_subject,
-    )
-
-    origin = "sglprof check"
-    metric = check_metric(args.metric or "slowdown", origin)
-    scope, stage = args.scope or "compute", args.stage or ""
-    where = "--kernel" if args.kernel else "--scope"
-    check_subject(metric, scope, args.kernel, origin, where, stage=stage)
-    _check_scope(scope, settings, origin, metric)
-    check_stage(stage, origin, "--stage")
-    across = check_across(metric, args.across or "", origin, "--across")
-    limit = math.inf
-    if args.limit is not None:
-        limit = check_limit(metric, args.limit, origin, "--limit")
-    if args.kernel:
-        check_kernel(args.kernel, origin, "--kernel")
-    kernel = args.kernel or ""
-    return Threshold(metric, limit, scope, kernel, stage, origin="command line", across=across)
-
-
-def _check_scope(scope: str, settings: Settings, origin: str, metric: str) -> None:
-    """Raises `SettingsError` for a scope that resembles a known one.
-
-    Any other may be a category of a configuration that is not available here.
-    """
-    from pytest_sglprof._config.thresholds import SCOPES, check_scope
-
-    known = (*SCOPES, *settings.category_names)
-    if scope not in known and did_you_mean([scope], known):
-        check_scope(scope, settings.category_names, origin, "--scope", metric=metric)
 
 
 def _check_lateness(args: argparse.Namespace, settings: Settings) -> None:

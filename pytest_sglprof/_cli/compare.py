@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._cli.options import (
+    PATHS,
     NewParser,
-    count,
     input_options,
+    ordered,
     output_options,
     settings_of,
     settings_options,
+    table_options,
     to_csv,
     to_json,
+    write_notes,
     write_text,
 )
 from pytest_sglprof._errors import ExitStatus
@@ -45,8 +48,8 @@ STATUS = {
     "fail": ExitStatus.EXCEEDED,
     "inconclusive": ExitStatus.INCONCLUSIVE,
 }
-WHAT = "results of a run (its folder or results.json), a window (folder of traces), a trace, an "
-WHAT += "nsys report or export, or a baseline"
+WHAT = f"{PATHS}; or a baseline"
+SORT_KEYS = ("name", "category", "before_ns", "now_ns", "ratio", "lost_ns", "share")
 TOP = 20  # kernels that are listed of a stage
 ONE_LIFE = (
     "One server life each: how much lives of one version differ is not known, so no figure has an "
@@ -65,7 +68,12 @@ def add_parser(new_parser: NewParser) -> None:
         "no verdict.",
         epilog="exit status: 0 compared, and nothing is above --limit; 1 above --limit; 2 wrong "
         "usage or unreadable input; 3 they cannot be compared (other GPUs, other work, …)",
-        parents=[input_options(), output_options(), settings_options()],
+        parents=[
+            input_options(),
+            output_options(),
+            table_options(SORT_KEYS, f"kernels of a stage (default: {TOP}, most lost first)"),
+            settings_options(),
+        ],
     )
     parser.add_argument("old", type=Path, metavar="OLD", help=f"before: {WHAT}")
     parser.add_argument("new", type=Path, metavar="NEW", help="now: the same")
@@ -80,18 +88,19 @@ def add_parser(new_parser: NewParser) -> None:
         "communication and memory), all, or a category such as moe",
     )
     group.add_argument("--stage", help="only steps of one stage: decode, prefill, mixed or idle")
-    group.add_argument(
-        "--top", type=count, default=TOP, metavar="N", help=f"list N kernels (default: {TOP})"
-    )
+    parser.set_defaults(top=TOP)
 
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Prints the comparison; returns the exit status of its verdict."""
+    from pytest_sglprof._cli.inputs import inputs_of
     from pytest_sglprof._cli.sides import pairs_of, sides_of
 
-    settings = settings_of(args, [args.old, args.new])
+    before, now = inputs_of(args, [args.old]), inputs_of(args, [args.new])
+    write_notes((*before.notes, *now.notes))
+    settings = settings_of(args, [*before.places, *now.places])
     _check_selection(args, settings)
-    old, new = sides_of(args.old, args, settings), sides_of(args.new, args, settings)
+    old, new = sides_of(before, args, settings), sides_of(now, args, settings)
     pairs, alone = pairs_of(old, new)
     document = compare_document(pairs, alone, args)
     if args.format == "json":
@@ -99,7 +108,8 @@ def run(args: argparse.Namespace) -> ExitStatus:
     else:
         text = _csv_text(document) if args.format == "csv" else _table_text(document, args.top)
     read = [file for side in (*old, *new) for file in side.files]
-    write_text(text, args.output, [args.old, args.new, *read])
+    slow = () if args.format == "table" else None
+    write_text(text, args.output, [*before.recorded, *now.recorded, *read], slow)
     return STATUS[document["verdict"]]
 
 
@@ -209,6 +219,7 @@ def _stage(change: StageChange, args: argparse.Namespace) -> dict[str, Any]:
         _kernel(each, change) for each in change.kernels if _is_in(each.category, args.scope)
     ]
     kernels.sort(key=lambda each: (-(each["lost_ns"] or 0.0), each["name"]))
+    kernels = ordered(kernels, args.sort)
     return {
         "group": change.group,
         "stage": change.stage,

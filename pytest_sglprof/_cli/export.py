@@ -7,21 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof._cli.inputs import inputs_of, recorded_by
 from pytest_sglprof._cli.options import (
     PATHS,
     Column,
     NewParser,
     input_options,
     milliseconds,
+    ordered,
     output_options,
     read_table,
-    recorded_by,
     render,
     settings_of,
     settings_options,
+    table_options,
+    write_notes,
     write_text,
 )
 from pytest_sglprof._config.load import Settings
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from pytest_sglprof._trace.table import KernelTable
 
 
+ROW_KEYS = ("rank", "pid", "device", "stream", "kernels", "total_ns", "file")
 KINDS = ("perfetto", "nsight", "svg", "png")
 
 
@@ -48,7 +51,7 @@ def add_parser(new_parser: NewParser) -> None:
     parser = new_parser(
         description="perfetto: merges the torch traces of all ranks into one file (*.json.gz or "
         "*.json) with sorted ranks, summary rows on top and findings as instant events, and "
-        "writes an open.html beside it that shows the file in the Perfetto UI with the kernel "
+        "writes a page beside it (NAME.open.html) that shows it in the Perfetto UI with the kernel "
         "rows of all ranks pinned. nsight: lists the streams with kernels in nsys reports, which "
         "are the rows to pin in Nsight Systems. svg, png: draws a heat map of one "
         "window of a run, the worst unless --window is given: the busy time of each rank in each "
@@ -57,6 +60,7 @@ def add_parser(new_parser: NewParser) -> None:
         parents=[
             input_options(PATHS),
             output_options("file to write; only nsight prints without it", "nsight: "),
+            table_options(ROW_KEYS, "rows of nsight"),
             settings_options(),
         ],
     )
@@ -81,9 +85,9 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if args.to in ("svg", "png"):
         write_picture(args)
     elif args.to == "nsight":
-        write_hints(args, settings_of(args, args.paths))
+        write_hints(args)
     else:
-        write_perfetto(args, settings_of(args, args.paths))
+        write_perfetto(args)
     return ExitStatus.DONE
 
 
@@ -93,10 +97,10 @@ BATCH = 10_000  # events that are encoded at once
 PROGRESS_S = 1.0  # between two lines of progress
 
 
-def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
+def write_perfetto(args: argparse.Namespace) -> None:
     """Writes the merged trace and a page that opens it, and prints how many events they hold."""
     from pytest_sglprof._cli.options import refuse_foreign, refuse_inputs
-    from pytest_sglprof._report.perfetto import NAME, write_open_page
+    from pytest_sglprof._report.perfetto import open_page_of, write_open_page
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
     if not args.output.name.endswith((".json", ".json.gz")):
@@ -105,8 +109,9 @@ def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
             expected="a name that ends in .json.gz or .json",
             hint="for example -o merged.json.gz",
         )
-    recorded = recorded_by(args).files
-    files = window_files(recorded.paths)
+    recorded = recorded_by(args)
+    settings = settings_of(args, recorded.inputs.places)
+    files = window_files(recorded.files.paths)
     reports = [file for file in files if is_nsys(file)]
     if reports and args.only != "kernels":
         raise TraceError(
@@ -114,17 +119,16 @@ def write_perfetto(args: argparse.Namespace, settings: Settings) -> None:
             expected="torch traces (*.trace.json.gz), or --only kernels",
             hint="add --only kernels, which also takes nsys reports",
         )
-    refuse_inputs(args.output, [*files, *args.paths], which="to merge")
-    refuse_foreign(args.output.parent / NAME, hint="choose another folder with -o")
+    refuse_inputs(args.output, [*files, *recorded.inputs.recorded], which="to merge")
+    refuse_foreign(open_page_of(args.output), hint="choose another name or folder with -o")
     events, notes, ranks, gpu = (_kernels if args.only else _everything)(
-        args, settings, replace(recorded, paths=tuple(files))
+        args, settings, replace(recorded.files, paths=tuple(files))
     )
     page = write_open_page(args.output, ranks, gpu=gpu)
     for rank, count in events.items():
         sys.stdout.write(f"{rank}: {count} events\n")
     sys.stdout.write(f"{args.output}\n{page}\n")
-    for note in notes:
-        sys.stderr.write(f"note: {note}\n")
+    write_notes(notes)
 
 
 # Events of each rank, notes, ranks with kernel rows, and whether these are those of a GPU.
@@ -213,12 +217,11 @@ def _progress() -> Callable[[int, int], None] | None:
 
 
 def write_picture(args: argparse.Namespace) -> None:
-    """Draws `args.window`, or the worst window of the run."""
-    from pytest_sglprof._cli.options import refuse_inputs, results_file
-    from pytest_sglprof._cli.report import recorded
+    """Draws `args.window`, or the worst window."""
+    from pytest_sglprof._cli.measured import measured
+    from pytest_sglprof._cli.options import refuse_inputs
     from pytest_sglprof._files import atomic_write
     from pytest_sglprof._report.heat_map import heat_map_png, heat_map_svg, worst_window
-    from pytest_sglprof._report.results import load_results
 
     kind = args.output.suffix.lower()
     if kind != f".{args.to}":
@@ -226,17 +229,16 @@ def write_picture(args: argparse.Namespace) -> None:
             f"-o {args.output} with --to {args.to}: the file is not of that type",
             expected=f"a name that ends in .{args.to}",
         )
-    if len(args.paths) != 1:
-        raise SettingsError(f"--to {args.to} with {len(args.paths)} paths", expected="one run")
-    file = results_file(Path(args.paths[0]))
-    document = load_results(file)
-    refuse_inputs(args.output, recorded(file, document))
-    windows = document.windows
+    inputs = inputs_of(args)
+    write_notes(inputs.notes)
+    refuse_inputs(args.output, inputs.recorded)
     if args.window:
-        windows = tuple(window for window in windows if window.id == args.window)
-    window = worst_window(windows)
+        inputs = replace(inputs, windows=tuple(inputs.chosen(args.window)))
+    chosen = {each.id for each in inputs.windows}
+    windows = [each for made in measured(inputs, args) for each in made.document.windows]
+    window = worst_window([each for each in windows if each.id in chosen])
     if window is None:
-        known = ", ".join(each.id for each in document.windows) or "none"
+        known = ", ".join(each.id for each in windows) or "none"
         raise SglprofError(
             f"{args.paths[0]} has no window to draw"
             + (f" with the id {args.window}" if args.window else ""),
@@ -257,33 +259,37 @@ one after the other.
 """
 
 
-def write_hints(args: argparse.Namespace, settings: Settings) -> None:
+def write_hints(args: argparse.Namespace) -> None:
     """Prints the rows to pin, or writes them to `args.output`."""
+    from pytest_sglprof._trace.nsys.ranks import known_ranks
     from pytest_sglprof._trace.nsys.report import stream_rows
     from pytest_sglprof._trace.paths import given_labels, is_nsys, names_of_reports, window_files
 
-    recorded = recorded_by(args).files
+    chosen = recorded_by(args)
+    settings, recorded = settings_of(args, chosen.inputs.places), chosen.files
     files = window_files(recorded.paths)
     traces = [file for file in files if not is_nsys(file)]
     if traces:
         raise NotATrace(
             f"{traces[0]} is a torch trace, which Nsight Systems does not open",
             expected="*.nsys-rep, *.sqlite or a folder of them",
-            hint="for torch traces: sglprof export --to perfetto, whose open.html pins the rows",
+            hint="for torch traces: sglprof export --to perfetto, whose page pins the rows",
         )
     records: list[dict[str, Any]] = []
     notes: list[str] = []
     names = names_of_reports(files, given_labels(files, recorded.file_ranks))
     for file in files:
+        ranks = known_ranks(file, names[file], recorded.pid_ranks, recorded.gpu_ranks)
         for row in stream_rows(
             file,
-            pid_ranks=recorded.pid_ranks,
+            pid_ranks=ranks.pid_ranks,
             name=names[file],
             nsys=settings.nsys or None,
             notes=notes,
         ):
             record = {"file": file.name, **asdict(row)}
             records.append({**record, "row": _row(row.pid, row.device, row.stream)})
+    records = ordered(records, args.sort, args.top)
     columns: tuple[Column, ...] = (
         Column("rank", left=True),
         Column("row", "row in the timeline", left=True),
@@ -295,10 +301,12 @@ def write_hints(args: argparse.Namespace, settings: Settings) -> None:
         keys = ("file", "rank", "pid", "device", "stream", "kernels", "total_ns", "row")
         columns = tuple(Column(key) for key in keys)
     how = f"\n{HOW}" if args.format == "table" and records else ""
-    write_text(render(records, columns, args.format) + how, args.output, [*files, *args.paths])
+    write_text(
+        render(records, columns, args.format) + how, args.output, [*files, *chosen.inputs.recorded]
+    )
     if not records:
         notes.append(f"no kernels in {', '.join(path.name for path in files)}")
-    sys.stderr.write("".join(f"note: {note}\n" for note in dict.fromkeys(notes)))
+    write_notes(dict.fromkeys(notes))
 
 
 def _row(pid: int, device: int, stream: int) -> str:

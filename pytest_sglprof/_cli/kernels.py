@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_sglprof._cli.inputs import Recorded, recorded_by
 from pytest_sglprof._cli.options import (
     PATHS,
     Column,
     NewParser,
-    Recorded,
-    count,
     input_options,
     milliseconds,
+    ordered,
     output_options,
     read_table,
-    recorded_by,
     render,
     settings_of,
     settings_options,
+    table_options,
+    write_notes,
     write_text,
 )
 from pytest_sglprof._errors import ExitStatus, SettingsError, did_you_mean
@@ -47,6 +47,7 @@ def add_parser(new_parser: NewParser) -> None:
         parents=[
             input_options(PATHS),
             output_options(),
+            table_options((*KEYS, "count", "total_ns", "share")),
             settings_options(),
         ],
     )
@@ -57,7 +58,6 @@ def add_parser(new_parser: NewParser) -> None:
         help=f"one row for each combination of these keys: {', '.join(KEYS)} (default: "
         f"{','.join(DEFAULT_KEYS)}; with --uncategorised {','.join(UNCATEGORISED_KEYS)})",
     )
-    parser.add_argument("--top", type=count, metavar="N", help="only the N largest rows")
     parser.add_argument(
         "--uncategorised",
         action="store_true",
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> ExitStatus:
     """Prints the table. Raises `TraceError` for unreadable input."""
     default = UNCATEGORISED_KEYS if args.uncategorised else DEFAULT_KEYS
     keys = _keys(args.by) if args.by is not None else list(default)
-    settings, recorded = settings_of(args, args.paths), recorded_by(args)
+    recorded = recorded_by(args)
+    settings = settings_of(args, recorded.inputs.places)
     records, notes = _from_sums(keys, args, settings, recorded) or _from_rows(
         keys, args, settings, recorded
     )
@@ -77,12 +78,17 @@ def run(args: argparse.Namespace) -> ExitStatus:
     columns.append(Column("total_ns", "total ms", milliseconds))
     if args.uncategorised:
         columns.append(Column("share", cell=_percent))
-    if args.top is not None:
-        records = sorted(records, key=lambda record: -int(record["total_ns"]))[: args.top]
+    known = [column.key for column in columns]
+    if args.sort is not None and args.sort not in known:
+        raise SettingsError(
+            f"--sort {args.sort}: the table has no such column",
+            expected=f"one of {', '.join(known)}",
+            hint=f"add it: --by {','.join((*keys, args.sort))}" if args.sort in KEYS else "",
+        )
+    records = ordered(records, args.sort or ("total_ns" if args.top else None), args.top)
     text = render(records, columns, args.format)
-    write_text(text, args.output, [*recorded.files.paths, *args.paths])
-    for note in notes:
-        sys.stderr.write(f"note: {note}\n")
+    write_text(text, args.output, recorded.inputs.recorded)
+    write_notes(notes)
     return ExitStatus.DONE
 
 
@@ -98,14 +104,19 @@ def _from_sums(
     files = window_files(recorded.files.paths)
     if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
         return None
+    from pytest_sglprof._trace.nsys.ranks import known_ranks
     from pytest_sglprof._trace.nsys.sums import KEYS as SUMMED
     from pytest_sglprof._trace.nsys.sums import read_sums
 
     if not set(keys) <= set(SUMMED):
         return None
+    name = names_of_reports(files, {})[files[0]]
+    ranks = known_ranks(files[0], name, {}, {})
     sums = read_sums(
         files[0],
-        name=names_of_reports(files, {})[files[0]],
+        pid_ranks=ranks.pid_ranks,
+        gpu_ranks=ranks.gpu_ranks,
+        name=name,
         nsys=settings.nsys or None,
         patterns=settings.categories,
     )

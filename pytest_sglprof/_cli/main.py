@@ -9,7 +9,8 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -26,20 +27,20 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._redact import learn_command, learn_environment, redact_text
 
-# Name -> help. To add a command, add a row and the module of that name in this package, with
-# `add_parser(new_parser: NewParser) -> None` and `run(args) -> ExitStatus`. Only the chosen
-# module is imported, so that `--help` stays instant.
+# Name -> help, in the order in which they are used. To add a command, add a row and the module of
+# that name in this package, with `add_parser(new_parser: NewParser) -> None` and
+# `run(args) -> ExitStatus`. Only the chosen module is imported, so that `--help` stays instant.
 COMMANDS = {
     "watch": "show the load of each rank, live or from a log, and when it became uneven",
     "record": "record one profile window of a running server",
     "kernels": "list kernel time by rank and kernel",
     "check": "compare the ranks, name the one that the others wait for, and apply limits",
-    "ab": "start two versions in turn and say which is slower, and in which kernel",
     "compare": "compare two windows, kernel by kernel, at equal work",
+    "report": "write one HTML page about runs, windows or traces",
+    "export": "write files for Perfetto, rows to pin in Nsight Systems, or a picture",
+    "ab": "start two versions in turn and say which is slower, and in which kernel",
     "baseline": "look after the accepted server lives that runs are compared with",
     "history": "list a figure of every recorded server life, and where it changed",
-    "report": "write one HTML page about one or more runs",
-    "export": "write files for Perfetto, rows to pin in Nsight Systems, or a picture",
 }
 STDOUT, STDERR = 1, 2  # file descriptors
 
@@ -125,14 +126,15 @@ def _run(words: list[str]) -> int:
     chosen = next((word for word in words if not word.startswith("-")), "")
     module = _module(chosen) if chosen in COMMANDS else None
     try:
-        args = _parser(chosen, module).parse_args(words)
+        args = _parser({} if module is None else {chosen: module}).parse_args(words)
     except SystemExit as leaving:  # argparse has printed why
         return leaving.code if isinstance(leaving.code, int) else ExitStatus.UNUSABLE
     if module is None:
         return ExitStatus.UNUSABLE
     only_shows = getattr(args, "exit_zero", False)  # the exit status leaves the verdict out
     try:
-        status: int = module.run(args)
+        with ExitStack() as args.temporary:  # folders that the command needs until it ends
+            status: int = module.run(args)
     except Inconclusive as error:
         if not only_shows:
             raise
@@ -158,7 +160,25 @@ class _Parser(argparse.ArgumentParser):
             raise
 
 
-def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
+class _Completion(argparse.Action):
+    """Prints a script for a shell, and ends."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        from pytest_sglprof._cli.completion import script
+
+        every = _parser({name: _module(name) for name in COMMANDS})
+        sys.stdout.write(script(every, values))
+        parser.exit()
+
+
+def _parser(modules: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
+    """The parser, in which only the commands of `modules` have their options."""
     parser = _Parser(
         prog="sglprof",
         description="Find out which rank of an SGLang server is slow, by how much, and why.",
@@ -167,10 +187,17 @@ def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
         "sglprof; 130 interrupted. More: " + docs("exit-status"),
     )
     parser.add_argument("--version", action="version", version=f"sglprof {__version__}")
+    parser.add_argument(
+        "--completion",
+        choices=("bash", "zsh", "fish"),
+        action=_Completion,
+        help='print a script that completes commands and options: eval "$(sglprof --completion '
+        'bash)"',
+    )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
-        if name == chosen and module is not None:
-            module.add_parser(partial(subparsers.add_parser, name, help=text))
+        if name in modules:
+            modules[name].add_parser(partial(subparsers.add_parser, name, help=text))
         else:
             subparsers.add_parser(name, help=text)
     return parser

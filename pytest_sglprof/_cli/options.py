@@ -10,19 +10,20 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pytest_sglprof._config.options import OPTIONS
-from pytest_sglprof._errors import SettingsError, SglprofError, TraceError
+from pytest_sglprof._errors import SettingsError
+from pytest_sglprof._files import JOURNAL, RESULTS, RUN_FILE
 from pytest_sglprof._metrics import METRICS
+from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._verdict.wording import text_table
 
 if TYPE_CHECKING:
     from pytest_sglprof._config.load import Settings
-    from pytest_sglprof._report.model import RecordedWindow, Results
     from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.table import KernelTable
 
@@ -31,11 +32,11 @@ NewParser = Callable[..., argparse.ArgumentParser]  # takes what argparse's `add
 Format = Literal["table", "csv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 LATENESS = "lateness"  # how late the last rank of a sync group arrives; not in `METRICS`
-RUN_FILE = "run.json"
 _RUN_DEPTH = 4  # a trace is in RUN/windows/ID, or in a folder of its own in there
 
 
-PATHS = "torch trace, nsys report, nsys export, or a folder of these: a window, a run, your own"
+PATHS = "a run (its folder or results.json), a window (its folder), torch traces, nsys reports and "
+PATHS += "exports, a folder of any of these, or a .zip of them, as CI keeps it"
 
 
 def input_options(paths: str = "") -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def input_options(paths: str = "") -> argparse.ArgumentParser:
         "--window",
         default="",
         metavar="ID",
-        help="which window to read; needed where a run has several",
+        help="which window to read, by its id or name; needed where there are several",
     )
     group.add_argument(
         "--rank",
@@ -130,6 +131,21 @@ def output_options(
         choices=FORMATS,
         default="table",
         help=f"{form}table for people, csv or json for programs (default: table)",
+    )
+    return parser
+
+
+def table_options(keys: Sequence[str], what: str = "rows") -> argparse.ArgumentParser:
+    """How many rows a table has, and in which order. keys: by which it can be sorted."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("table")
+    group.add_argument("--top", type=count, metavar="N", help=f"only the first N {what}")
+    group.add_argument(
+        "--sort",
+        choices=keys,
+        metavar="KEY",
+        help=f"order of the {what}: numbers from the largest on, text from A to Z; one of "
+        f"{', '.join(keys)}",
     )
     return parser
 
@@ -227,115 +243,28 @@ def given_ranks(args: argparse.Namespace) -> tuple[dict[int, str], dict[str, str
     return by_pid, {owner: label for owner, label in given.items() if isinstance(owner, str)}
 
 
-# What a command reads: files as they are given, or a window of a run.
-
-RESULTS = "results.json"
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The window that a command reads. window: its part of results.json, None for files alone."""
-
-    files: WindowFiles
-    window: RecordedWindow | None = None
-
-
-def recorded_by(args: argparse.Namespace) -> Recorded:
-    """The window that the paths of a command name: that of a run, or the files themselves."""
-    results = [results_file(Path(path)) for path in args.paths]
-    if len(results) != 1 or results[0].name != RESULTS or not results[0].is_file():
-        if args.window:
-            raise SglprofError(
-                f"--window {args.window}: {args.paths[0]} is not the folder of one run",
-                expected=f"one path, a {RESULTS} or the folder that holds it",
-                hint="leave --window out: traces and reports are read as they are",
-            )
-        from pytest_sglprof._run.measure import WindowFiles
-
-        pid_ranks, file_ranks = given_ranks(args)
-        paths = tuple(map(Path, args.paths))
-        files = WindowFiles(
-            paths, pid_ranks=pid_ranks, file_ranks=file_ranks, server_info=args.server_info
-        )
-        return Recorded(files)
-    from pytest_sglprof._report.results import load_results
-
-    window, folder = choose_window([load_results(results[0])], [results[0].parent], args.window)
-    return Recorded(window_files(window, folder, args), window)
-
-
-def results_file(path: Path) -> Path:
-    """results.json of a run that is given as that file or as its folder."""
-    return path / RESULTS if path.is_dir() else path
-
-
-def choose_window(
-    documents: Sequence[Results], folders: Sequence[Path], window_id: str
-) -> tuple[RecordedWindow, Path]:
-    """The window with that id, else the only one, and the folder of its run.
-
-    Raises `SglprofError` that lists the windows.
-    """
-    chosen = [
-        (window, folder)
-        for document, folder in zip(documents, folders, strict=True)
-        for window in document.windows
-        if window_id in ("", window.id)
-    ]
-    if len(chosen) != 1:
-        ids = [window.id for document in documents for window in document.windows]
-        what = f"no window {window_id}" if window_id else f"{len(chosen)} windows"
-        raise SglprofError(
-            f"there {'is' if window_id else 'are'} {what} in these results",
-            expected="one window",
-            hint=f"choose with --window: {', '.join(ids) or 'there is none'}",
-        )
-    return chosen[0]
-
-
-def window_files(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> WindowFiles:
-    """The files of a window of results.json, and its ranks, which `--rank` may correct.
-
-    Raises `TraceError` where the files were not kept.
-    """
-    from pytest_sglprof._run.measure import WindowFiles
-
-    kinds = {artifact.kind for artifact in window.artifacts}
-    exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
-    paths = [
-        folder / artifact.path
-        for artifact in window.artifacts
-        if not exported or artifact.kind in exported
-    ]
-    if not paths or not all(path.exists() for path in paths):
-        raise TraceError(
-            f"the traces of window {window.id} are gone",
-            expected="the files that results.json names, beside it",
-            hint="keep the traces of windows that pass: --sglprof-set=output.keep=all",
-        )
-    by_pid, by_file = given_ranks(args)
-    pid_ranks = {int(pid): rank for pid, rank in window.pid_ranks.items()}
-    return WindowFiles(
-        tuple(paths),
-        pid_ranks={**pid_ranks, **by_pid},
-        file_ranks=by_file,
-        gpu_ranks={int(gpu): rank for gpu, rank in window.gpu_ranks.items()},
-        settle=window.spec.settle,
-        server_info=args.server_info,
-    )
+# What a command reads (which files these are: `inputs.py`), and writes.
 
 
 def read_table(
-    files: WindowFiles, args: argparse.Namespace, settings: Settings, *, launches: bool = True
+    files: WindowFiles,
+    args: argparse.Namespace,
+    settings: Settings,
+    *,
+    launches: bool = True,
+    partial: bool = False,
 ) -> KernelTable:
-    """The kernel table of a window, partial if `--allow-partial` is given; or `TraceError`."""
+    """The kernel table of a window; or `TraceError`.
+
+    partial: also that of truncated traces, as with `--allow-partial`.
+    """
     _import_numpy()
     from pytest_sglprof._run.measure import read_recorded
 
     return read_recorded(
         files,
         settings,
-        allow_partial=args.allow_partial,
+        allow_partial=partial or args.allow_partial,
         launches=launches,
         force=args.force,
     )
@@ -359,6 +288,7 @@ def _import_numpy() -> None:
 
 
 Record = Mapping[str, Any]
+_Row = TypeVar("_Row", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -374,16 +304,47 @@ class Column:
     left: bool = False
 
 
-def write_text(text: str, output: Path | None, inputs: Iterable[str | Path]) -> None:
-    """Prints `text`, or writes it to `output`, which must not be one of the `inputs`."""
+def write_text(
+    text: str,
+    output: Path | None,
+    inputs: Iterable[str | Path],
+    slow: Collection[str] | None = None,
+) -> None:
+    """Prints `text`, or writes it to `output`, which must not be one of the `inputs`.
+
+    slow: ranks that get colour on a terminal, as verdicts do; None for what gets none.
+    """
     if output is None:
-        sys.stdout.write(text)
+        from pytest_sglprof._cli.colour import coloured, wants_colour
+
+        is_coloured = slow is not None and wants_colour(sys.stdout, os.environ)
+        sys.stdout.write(coloured(text, slow or ()) if is_coloured else text)
         return
     from pytest_sglprof._files import atomic_write
 
     refuse_inputs(output, inputs)
     atomic_write(output, text)
     sys.stdout.write(f"{output}\n")
+
+
+def ordered(records: Sequence[_Row], key: str | None, top: int | None = None) -> list[_Row]:
+    """The first `top` records, sorted by `key`: numbers from the largest on; None comes last."""
+    if key is None:
+        return list(records)[:top]
+    values = [record[key] for record in records]
+    texts = [value for value in values if isinstance(value, str)]
+    place = {text: at for at, text in enumerate(rank_order(set(texts)))}
+
+    def order(record: _Row) -> tuple[bool, float]:
+        value = record[key]
+        return value is None, place[value] if isinstance(value, str) else -(value or 0)
+
+    return sorted(records, key=order)[:top]
+
+
+def write_notes(notes: Iterable[str]) -> None:
+    """Writes a line for each to standard error."""
+    sys.stderr.write("".join(f"note: {note}\n" for note in notes))
 
 
 def milliseconds(ns: Any) -> str:
@@ -428,9 +389,7 @@ _HEAD = 4096  # bytes of a page that are searched for it
 
 
 # What runs and servers record. No command writes such a file.
-_RECORDS = ("results.json", "run.json", "journal.jsonl")
-
-
+_RECORDS = (RESULTS, RUN_FILE, JOURNAL)
 _RECORD_ENDINGS = (
     *(".trace.json", ".trace.json.gz", ".trace.json.zst"),
     *(".nsys-rep", ".qdstrm", ".sqlite", ".parquet", ".log", ".jsonl"),

@@ -1,4 +1,4 @@
-"""`sglprof report PATH…`: one HTML page about runs, with the lanes of any step."""
+"""`sglprof report PATH…`: one HTML page about runs or traces, with the lanes of any step."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_sglprof._cli.inputs import Inputs, InputWindow, inputs_of
+from pytest_sglprof._cli.measured import measured
 from pytest_sglprof._cli.options import (
+    PATHS,
     NewParser,
-    choose_window,
     input_options,
     read_table,
     refuse_foreign,
     refuse_inputs,
-    results_file,
+    select_options,
     settings_of,
     settings_options,
-    window_files,
+    write_notes,
 )
-from pytest_sglprof._errors import ExitStatus, SglprofError
+from pytest_sglprof._errors import ExitStatus, SettingsError, SglprofError
+from pytest_sglprof._files import JOURNAL, RESULTS
+from pytest_sglprof._ranks import FILE_END
 
 if TYPE_CHECKING:
+    from pytest_sglprof._config.load import Settings
     from pytest_sglprof._report.model import RecordedWindow, Results
     from pytest_sglprof._report.series import Lanes
 
@@ -33,23 +38,24 @@ def add_parser(new_parser: NewParser) -> None:
     """Adds the options of the command."""
     parser = new_parser(
         description="Writes one HTML file that needs no network: the verdicts, which rank is slow, "
-        "since which step and in which kernel, and the kernels of all ranks on one time axis. The "
-        'options under "input" are for --step.',
+        "since which step and in which kernel, and the kernels of all ranks on one time axis. "
+        "Windows of runs are shown as they were judged. Traces alone are measured, and judged by "
+        "--limit or the thresholds of a configuration.",
         epilog="exit status: 0 written, 2 wrong usage or unreadable input",
-        parents=[input_options("results.json of a run, or the run's folder"), settings_options()],
+        parents=[input_options(PATHS), select_options(), settings_options()],
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"page to write (default: {PAGE} beside the first results.json)",
+        help=f"page to write (default: {PAGE} in the first PATH; NAME.{PAGE} beside a file)",
     )
     parser.set_defaults(exit_zero=True)
     parser.add_argument(
         "--baseline",
         metavar="PATH",
-        help="earlier run (its results.json or folder) to compare with: the page shows which "
+        help="earlier run, window or traces to compare with: the page shows which "
         "kernels got slower, among steps with equal batches",
     )
     parser.add_argument(
@@ -65,63 +71,88 @@ def add_parser(new_parser: NewParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Writes the page and prints where it is."""
+    from pytest_sglprof._cli.selection import is_selected
     from pytest_sglprof._report.page.page import write_page
-    from pytest_sglprof._report.results import load_results
 
-    files = [results_file(Path(path)) for path in args.paths]
-    documents = [load_results(file) for file in files]
-    folders = [file.resolve().parent for file in files]
-    output = args.output or files[0].parent / PAGE
-    baseline = None
-    if args.baseline:
-        baseline = _baseline(Path(args.baseline))
-        refuse_inputs(output, recorded(results_file(Path(args.baseline)), baseline))
-    for file, document in zip(files, documents, strict=True):
-        refuse_inputs(output, recorded(file, document))
+    inputs = inputs_of(args)
+    write_notes(inputs.notes)
+    if inputs.baselines:
+        raise SettingsError(
+            f"report {inputs.baselines[0]}: accepted lives have no page of their own",
+            expected="runs, windows or traces",
+            hint="sglprof baseline show lists them; sglprof history --page FILE draws nights",
+        )
+    if is_selected(args) and all(each.window is not None for each in inputs.windows):
+        raise SettingsError(
+            "a limit for windows that were judged when they were recorded",
+            expected="traces, reports or exports alone",
+            hint="sglprof check judges a window of a run anew",
+        )
+    output = args.output or _page_of(inputs.paths[0])
+    refuse_inputs(output, inputs.recorded)
+    baseline = _baseline(args, output) if args.baseline else None
     if not args.output:
         refuse_foreign(output, hint="choose another file with -o")
+    made = measured(inputs, args, is_judged=True)
+    documents = [each.document for each in made]
     if args.step:
-        documents = _redrawn(documents, folders, args)
-    write_page(documents, folders, output.resolve(), baseline=baseline)
+        documents = _redrawn(documents, inputs, args)
+    homes = [each.home.resolve() for each in made]
+    write_page(documents, homes, output.resolve(), baseline=baseline)
     sys.stdout.write(f"{output}\n")
     return ExitStatus.DONE
 
 
-def _baseline(path: Path) -> Results:
-    from pytest_sglprof._report.results import load_results
+def _page_of(path: Path) -> Path:
+    """The default page: in a folder, beside results.json, or named after another file."""
+    if path.is_dir():
+        return path / PAGE
+    if path.name in (RESULTS, JOURNAL):
+        return path.parent / PAGE
+    name = FILE_END.sub("", path.name)
+    for ending in (".zip", ".nsys-rep", ".sqlite"):
+        name = name.removesuffix(ending)
+    return path.parent / f"{name}.{PAGE}"
 
-    document = load_results(results_file(path))
-    if not document.windows:
+
+def _baseline(args: argparse.Namespace, output: Path) -> Results:
+    """The earlier run to compare with: its results, or what its traces measure."""
+    inputs = inputs_of(args, [args.baseline])
+    refuse_inputs(output, inputs.recorded)
+    made = measured(inputs, args) if inputs.windows else []
+    if len(made) != 1:
         raise SglprofError(
-            f"--baseline: {path} has no profile window",
+            f"--baseline: {args.baseline} has {'several runs' if made else 'no profile window'}",
             expected="the results of a run that recorded windows",
             hint="the runs of pytest are in .sglprof",
         )
-    return document
-
-
-def recorded(results: Path, document: Results) -> list[Path]:
-    """What no page may replace: the results of a run, their folder, and the files they name."""
-    folder = results.resolve().parent
-    artifacts = [folder / item.path for window in document.windows for item in window.artifacts]
-    return [results, folder, *artifacts]
+    return made[0].document
 
 
 def _redrawn(
-    documents: Sequence[Results], folders: Sequence[Path], args: argparse.Namespace
+    documents: Sequence[Results], inputs: Inputs, args: argparse.Namespace
 ) -> list[Results]:
     """The documents, in which one window has the lanes of `args.step`."""
     from msgspec.structs import replace
 
-    window, folder = choose_window(documents, folders, args.window)
-    redrawn = replace(window, lanes=_lanes(window, folder, args))
-    return [
-        replace(run, windows=tuple(redrawn if one is window else one for one in run.windows))
-        for run in documents
-    ]
+    chosen = inputs.one(args.window)
+    settings = settings_of(args, inputs.places)
+    drawn: list[Results] = []
+    for document in documents:
+        of_chosen = chosen.run is None or chosen.run.document.run.id == document.run.id
+        windows = tuple(
+            replace(each, lanes=_lanes(each, chosen, args, settings))
+            if of_chosen and each.id == chosen.id
+            else each
+            for each in document.windows
+        )
+        drawn.append(replace(document, windows=windows))
+    return drawn
 
 
-def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> Lanes:
+def _lanes(
+    window: RecordedWindow, chosen: InputWindow, args: argparse.Namespace, settings: Settings
+) -> Lanes:
     """The lanes of `args.step`, from the window's own traces."""
     from msgspec.structs import replace
 
@@ -129,7 +160,7 @@ def _lanes(window: RecordedWindow, folder: Path, args: argparse.Namespace) -> La
     from pytest_sglprof._report.model import storable
     from pytest_sglprof._report.series import lanes
 
-    table = read_table(window_files(window, folder, args), args, settings_of(args, args.paths))
+    table = read_table(chosen.files(args), args, settings)
     steps = list(dict.fromkeys(args.step))
     known = {int(step) for step in table.steps["step"]}
     unknown = [step for step in steps if step not in known]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._cli.options import RESULTS, read_table, results_file
+from pytest_sglprof._cli.inputs import Inputs, InputWindow
+from pytest_sglprof._cli.options import read_table
 from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._ranks import rank_order
 
@@ -59,14 +60,30 @@ def other_versions(old: Side, new: Side) -> list[tuple[str, str, str]]:
     return [each for each in pairs if each[1] and each[2] and each[1] != each[2]]
 
 
-def sides_of(path: Path, args: argparse.Namespace, settings: Settings) -> list[Side]:
-    """The windows of a run, or the one side that any other path is."""
-    results = results_file(path)
-    if results.name == RESULTS and results.is_file():
-        return _of_run(results, args.window)
-    if path.suffix == ".json" and path.is_file() and _is_baseline(path):
-        return [_of_baseline(path)]
-    return [_of_files(path, args, settings)]
+def sides_of(inputs: Inputs, args: argparse.Namespace, settings: Settings) -> list[Side]:
+    """The windows of a path, all of them unless `--window` names one; or a baseline."""
+    from pytest_sglprof._report.page.baseline import paired_by
+
+    if inputs.baselines:
+        return [_of_baseline(inputs.baselines[0])]
+    chosen = inputs.chosen(args.window)
+    sides = [
+        _of_window(window, run.document, place, run.file)
+        for run in inputs.runs
+        for place, window in paired_by(run.document).items()
+        if any(each.window is window for each in chosen)
+    ]
+    alone = [each for each in chosen if each.window is None]
+    sides += [_of_files(each, inputs.paths[0], args, settings, len(chosen) == 1) for each in alone]
+    if not sides:
+        ids = ", ".join(window.id for window in inputs.windows)
+        what = f"no window {args.window}" if args.window and ids else "no window"
+        raise SglprofError(
+            f"{inputs.paths[0]} has {what}",
+            expected="a run that recorded windows, or traces",
+            hint=f"choose with --window: {ids}" if ids else "the runs of pytest are in .sglprof",
+        )
+    return sides
 
 
 def pairs_of(old: Sequence[Side], new: Sequence[Side]) -> tuple[list[tuple[Side, Side]], list[str]]:
@@ -93,28 +110,6 @@ def pairs_of(old: Sequence[Side], new: Sequence[Side]) -> tuple[list[tuple[Side,
 
 
 # Windows of a run.
-
-
-def _of_run(results: Path, window_id: str) -> list[Side]:
-    from pytest_sglprof._report.page.baseline import paired_by
-    from pytest_sglprof._report.results import load_results
-
-    document = load_results(results)
-    placed = paired_by(document)
-    chosen = {
-        place: window
-        for place, window in placed.items()
-        if window_id in ("", window.id, window.name)
-    }
-    if not chosen:
-        ids = ", ".join(window.id for window in placed.values())
-        what = f"no window {window_id}" if window_id else "no window"
-        raise SglprofError(
-            f"{results} has {what}",
-            expected="the results of a run that recorded windows",
-            hint=f"choose with --window: {ids}" if ids else "the runs of pytest are in .sglprof",
-        )
-    return [_of_window(window, document, place, results) for place, window in chosen.items()]
 
 
 def _of_window(window: RecordedWindow, document: Results, place: Place, results: Path) -> Side:
@@ -174,27 +169,28 @@ def _doubts(window: RecordedWindow) -> Iterator[str]:
 # Files alone.
 
 
-def _of_files(path: Path, args: argparse.Namespace, settings: Settings) -> Side:
+def _of_files(
+    window: InputWindow, path: Path, args: argparse.Namespace, settings: Settings, is_alone: bool
+) -> Side:
+    """A window of files. is_alone: it is the only one of `path`, and is compared with any other."""
     from pytest_sglprof._analysis.budget import step_walls
     from pytest_sglprof._analysis.collectives import waits
     from pytest_sglprof._analysis.strata import strata
     from pytest_sglprof._analysis.times import sum_times
-    from pytest_sglprof._cli.options import given_ranks
-    from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.paths import is_nsys, window_files
 
-    by_pid, by_file = given_ranks(args)
-    files = WindowFiles((path,), pid_ranks=by_pid, file_ranks=by_file, server_info=args.server_info)
+    files = window.files(args)
     table = read_table(files, args, settings)
     waited = waits(table)
-    read = window_files((path,))
-    doubt = table.incomparable
+    read = window_files(files.paths)
+    doubt = table.incomparable or window.doubt or ""
     if table.partial and not args.allow_partial:
         doubt = doubt or "it was read from a truncated trace"
     groups = strata(table, sum_times(table), waited, step_walls(table, waited))
     return Side(
-        title=str(path),
+        title=str(path) if is_alone else window.id,
         groups=groups,
+        place=("", "" if is_alone else window.id, 0),
         facts={
             "profiler": "nsys" if is_nsys(read[0]) else "torch",
             "times of": table.source,
@@ -203,20 +199,11 @@ def _of_files(path: Path, args: argparse.Namespace, settings: Settings) -> Side:
         },
         versions={name: value for name, value in table.run.items() if name != "GPU"},
         doubt=doubt,
-        files=(path, *read),
+        files=(*files.paths, *read),
     )
 
 
 # Baselines.
-
-
-def _is_baseline(path: Path) -> bool:
-    """A baseline's first keys say so; a torch trace is not decoded for that."""
-    import re
-
-    with path.open("rb") as stream:
-        head = stream.read(200)
-    return re.match(rb'\s*\{\s*"(format|floor|key)"', head) is not None
 
 
 def _of_baseline(path: Path) -> Side:

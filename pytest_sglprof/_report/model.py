@@ -49,7 +49,10 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """Who ran what, where and when. versions: of programs, "" where one is absent."""
+    """Who ran what, where and when. versions: of programs, "" where one is absent.
+
+    interrupted: why only a part is here; None for a run that ended, and in older documents.
+    """
 
     id: str
     started: str | None
@@ -59,6 +62,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     min_steps: Count
     exit_status: int
+    interrupted: str | None = None
 
 
 class WindowCounts(msgspec.Struct, frozen=True, kw_only=True, rename={"passed": "pass"}):

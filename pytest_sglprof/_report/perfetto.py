@@ -236,15 +236,19 @@ def _worst_moment(table: KernelTable, finding: ImbalanceFinding) -> int:
     return int(slowest["start_ns"].min())
 
 
-# `open.html` opens a merged trace in the Perfetto UI and pins the kernel rows of the ranks, as
+# `X.open.html` opens the trace `X.json.gz` in the Perfetto UI and pins the ranks' kernel rows, as
 # docs/visualization/deep-linking-to-perfetto-ui.md of Perfetto describes: a window on
 # ui.perfetto.dev with `startupCommands` in its address, PING until it answers PONG, then the
 # trace as an ArrayBuffer. The page itself loads nothing from the network.
 
-NAME = "open.html"
 EMBED_BYTES = 24 * 2**20  # a larger trace is chosen by hand, or fetched where a server is
 PERFETTO = "https://ui.perfetto.dev"
 _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
+
+
+def open_page_of(trace: Path) -> Path:
+    """The page that opens a trace: `merged.open.html` beside `merged.json.gz`."""
+    return trace.with_name(re.sub(r"(\.trace)?\.json(\.gz)?$", "", trace.name) + ".open.html")
 
 
 def write_open_page(trace: Path, ranks: Sequence[str], *, gpu: bool = True) -> Path:
@@ -252,14 +256,15 @@ def write_open_page(trace: Path, ranks: Sequence[str], *, gpu: bool = True) -> P
     embedded = ""
     if trace.stat().st_size <= EMBED_BYTES:
         embedded = base64.b64encode(trace.read_bytes()).decode()
+    page = open_page_of(trace)
     html = template("open.html").render(
         name=trace.name,
+        page=page.name,
         perfetto=PERFETTO,
         commands=json.dumps(startup_commands(ranks, gpu=gpu)),
         embedded=embedded,
         ranks=ranks,
     )
-    page = trace.parent / NAME
     atomic_write(page, html)
     return page
 

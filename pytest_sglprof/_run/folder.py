@@ -24,7 +24,7 @@ import msgspec
 
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import SettingsError, SglprofError
-from pytest_sglprof._files import atomic_write, safe_name
+from pytest_sglprof._files import JOURNAL, RESULTS, RUN_FILE, atomic_write, safe_name
 from pytest_sglprof._redact import redact, redact_text
 from pytest_sglprof._report.model import utc
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pytest_sglprof._report.model import Record, Results
 
 
-JOURNAL = "journal.jsonl"
 PAGE = "report.html"
 LATEST = "latest"
 
@@ -183,7 +182,7 @@ class RunBook:
     def _write(self, journal: Journal, exit_status: int) -> None:
         from pytest_sglprof._report.results import write_results
 
-        file = self.folder / "results.json"
+        file = self.folder / RESULTS
         if self._made_output:  # as pytest does in its cache: nobody commits it by mistake
             with self.writing(".gitignore"):
                 (self.folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
@@ -353,9 +352,9 @@ class Journal:
 # run.json, which marks a folder as that of a run, and the removal of old runs.
 
 RUN_PREFIX = "run-"
-RUN_FILE = "run.json"
 FORMAT = "pytest-sglprof run"
 FORMAT_VERSION = 1
+_INTERRUPTED = 2  # pytest's exit status
 _MAX_RUN_FILE = 1 << 20  # bytes; a larger file is not from a run
 
 
@@ -376,6 +375,49 @@ def write_run_file(
         "settings": redact(dict(settings or {})),
     }
     atomic_write(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def interrupted_results(folder: Path) -> Results:
+    """What a run without results.json has recorded: that of the tests that ended.
+
+    It was killed, or has not ended yet; `run.interrupted` says which.
+    """
+    from pytest_sglprof._metrics import MIN_STEPS
+    from pytest_sglprof._report.model import Run
+    from pytest_sglprof._report.results import run_document
+
+    marked = _content(folder) or {}
+    records = list(_recorded(folder / JOURNAL))
+    with _locked(Path(os.path.realpath(folder))) as ended:
+        why = "was interrupted" if ended else "has not ended"
+    version = str(marked.get("version") or "")
+    run = Run(
+        id=str(marked.get("id") or folder.absolute().name),
+        started=str(marked["started"]) if marked.get("started") else None,
+        ended=None,
+        host=str(marked.get("host") or ""),
+        command=(),
+        versions={"pytest_sglprof": version, **_server_versions(records)},
+        min_steps=MIN_STEPS,
+        exit_status=_INTERRUPTED,
+        interrupted=f"the run {why}: only what it had recorded by then is here",
+    )
+    return run_document(
+        run,
+        [record.attempt for record in records if record.attempt is not None],
+        [window for record in records for window in record.windows],
+        [server for record in records for server in record.servers],
+        [load for record in records for load in record.loads],
+    )
+
+
+def _recorded(journal: Path) -> Iterator[Record]:
+    """The whole lines of a journal, up to one that cannot be read."""
+    from pytest_sglprof._report.model import Record
+
+    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError), journal.open("rb") as lines:
+        for line in lines:
+            yield msgspec.json.decode(line, type=Record)
 
 
 def prune(output: Path, *, keep_runs: int, keep_bytes: float) -> list[str]:
@@ -417,20 +459,21 @@ def _runs(output: Path) -> list[Path]:
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a run made this folder; False for links, and for copies under another name."""
+    content = None if folder.is_symlink() else _content(folder)
+    return content is not None and content.get("id") == folder.name
+
+
+def _content(folder: Path) -> dict[str, Any] | None:
+    """What run.json says; None where pytest-sglprof did not write it."""
     file = folder / RUN_FILE
     try:
-        if folder.is_symlink() or file.is_symlink() or not file.is_file():
-            return False
-        if file.stat().st_size > _MAX_RUN_FILE:
-            return False
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > _MAX_RUN_FILE:
+            return None
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return (
-        isinstance(content, dict)
-        and content.get("format") == FORMAT
-        and content.get("id") == folder.name
-    )
+        return None
+    is_ours = isinstance(content, dict) and content.get("format") == FORMAT
+    return content if is_ours else None
 
 
 @contextlib.contextmanager

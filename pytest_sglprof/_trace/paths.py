@@ -19,6 +19,7 @@ from pytest_sglprof._ranks import FILE_END, NamedRank, Rank, named_ranks, node_i
 from pytest_sglprof._server.sizes import SERVER_INFO
 from pytest_sglprof._trace.foreign import EXPECTED, HEAD, kind_of
 from pytest_sglprof._trace.nsys.database import KNOWN_TABLES
+from pytest_sglprof._trace.nsys.ranks import RANKS, known_ranks
 from pytest_sglprof._trace.torch.stream import GZIP, ZSTD
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
     names = names_of_reports(files, options.file_ranks)
     parts: Activities = []
     for file in files:
+        ranks = known_ranks(file, names[file], options.pid_ranks, options.gpu_ranks)
         activities_by_rank = read_recorded(
             file,
-            pid_ranks=options.pid_ranks,
-            gpu_ranks=options.gpu_ranks,
+            pid_ranks=ranks.pid_ranks,
+            gpu_ranks=ranks.gpu_ranks,
             name=names[file],
             nsys=options.nsys,
         )
@@ -180,7 +182,7 @@ def _files(path: Path) -> list[Path]:
         _refuse_captures([path])
         return [path]
     inside = sorted(
-        file for file in path.iterdir() if file.name[0] != "." and file.name != SERVER_INFO
+        file for file in path.iterdir() if file.name[0] != "." and not _is_beside(file.name)
     )
     tables = [file for file in inside if file.suffix == ".parquet"]
     if any(file.stem in KNOWN_TABLES for file in tables):
@@ -199,6 +201,11 @@ def _files(path: Path) -> list[Path]:
     if not traces:
         _refuse_others(inside)
     return [file for file in traces if not _of_a_capture(file)]
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a file says something of the traces beside it."""
+    return name == SERVER_INFO or name.endswith(RANKS)
 
 
 def _of_ranks_or_nodes(inside: Sequence[Path]) -> list[Path]:

@@ -33,7 +33,7 @@ def test_each_command_is_understood(
     monkeypatch.chdir(tmp_path)
     words = words_of(line)[1:]
     assert words[0] in COMMANDS
-    _parser(words[0], _module(words[0])).parse_args(words)
+    _parser({words[0]: _module(words[0])}).parse_args(words)
 
 
 def test_the_page_has_all_commands_of_baselines() -> None:

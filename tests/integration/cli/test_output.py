@@ -170,17 +170,18 @@ def traces(tmp_path: Path) -> Path:
 
 def test_fault_f_a_foreign_open_html_stays(traces: Path, tmp_path: Path, capsys: Output) -> None:
     out = tmp_path / "merged.json.gz"
-    (tmp_path / "open.html").write_text("<title>of somebody else</title>")
+    page = tmp_path / "merged.open.html"
+    page.write_text("<title>of somebody else</title>")
     assert main([*MERGE, str(traces), "-o", str(out)]) == 2
-    assert "open.html exists" in capsys.readouterr().err
-    assert (tmp_path / "open.html").read_text() == "<title>of somebody else</title>"
+    assert "merged.open.html exists" in capsys.readouterr().err
+    assert page.read_text() == "<title>of somebody else</title>"
     assert not out.exists()
 
 
 def test_fault_f_our_own_open_html_and_trace_are_written_again(traces: Path) -> None:
     words = [*MERGE, str(traces), "-o", str(traces / "merged.json.gz")]
     assert main(words) == 0
-    assert GENERATOR in (traces / "open.html").read_bytes()
+    assert GENERATOR in (traces / "merged.open.html").read_bytes()
     assert main(words) == 0
 
 

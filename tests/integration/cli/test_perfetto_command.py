@@ -147,7 +147,7 @@ def test_real_ranks_with_a_prefix_and_an_idle_replica(shared_data: Path, tmp_pat
     assert list(found["sglprof"]["ranks"]) == ["DP0 TP0", "DP0 TP1", "DP1 TP0", "DP1 TP1"]
     total = sum(len(load(file)["traceEvents"]) for file in folder.iterdir())
     assert sum(found["sglprof"]["ranks"].values()) == total
-    page = (tmp_path / "open.html").read_text()
+    page = (tmp_path / "merged.open.html").read_text()
     assert "DP1 TP1) (step|compute|communication)" in page
 
 
@@ -201,7 +201,7 @@ def test_the_page_holds_the_trace_and_the_documented_commands(window: Path, tmp_
     name = "m <script>alert(1)<&\"'.json.gz"
     out = tmp_path / name.replace("/", "")
     assert main([*MERGE, str(window), "-o", str(out)]) == 0
-    text = (tmp_path / "open.html").read_text()
+    text = out.with_name(out.name.replace("json.gz", "open.html")).read_text()
     page = Page(text)
     assert [tag for tag, _ in page.tags].count("script") == 2
     data = next(attrs for tag, attrs in page.tags if attrs.get("id") == "data")
@@ -224,5 +224,14 @@ def test_a_large_trace_is_not_embedded(
 ) -> None:
     monkeypatch.setattr(perfetto, "EMBED_BYTES", 10)
     assert main([*MERGE, str(window), "-o", str(tmp_path / "m.json.gz")]) == 0
-    page = Page((tmp_path / "open.html").read_text())
+    page = Page((tmp_path / "m.open.html").read_text())
     assert next(a for _, a in page.tags if a.get("id") == "data")["data-trace"] == ""
+
+
+def test_pages_of_two_traces_lie_beside_each_other(window: Path, tmp_path: Path) -> None:
+    for name in ("before.json.gz", "after.trace.json"):
+        assert main([*MERGE, str(window), "-o", str(tmp_path / name)]) == 0
+    before, after = ((tmp_path / f"{name}.open.html").read_text() for name in ("before", "after"))
+    assert "before.json.gz" in before
+    assert "after.trace.json" in after
+    assert "8000/after.open.html" in after

@@ -136,7 +136,7 @@ def test_what_is_no_results_document(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(tmp_path)]) == 2
     assert "results.json" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere.json")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "nowhere.json does not exist" in capsys.readouterr().err
 
 
 def test_a_window_without_any_of_the_page_s_own_data_is_shown(tmp_path: Path) -> None:

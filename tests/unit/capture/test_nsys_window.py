@@ -22,6 +22,7 @@ from pytest_sglprof._errors import (
 from pytest_sglprof._nsys import NsysTool
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.sizes import ServerSizes
+from pytest_sglprof._trace.nsys.ranks import ranks_beside
 
 
 class FakeSession:
@@ -100,6 +101,8 @@ def test_windows_again_and_again_each_with_report_and_export(session, server, ne
         assert capture.pid_ranks == {11: "TP0", 12: "TP1"}
         assert capture.expected_ranks == ("TP0", "TP1")
         assert capture.gpu_ranks == {}
+        beside = ranks_beside(opened.folder / f"w{number}.sqlite")
+        assert beside.pid_ranks == capture.pid_ranks
     assert not session.first.exists(), "the first report was moved from where it went"
 
 

@@ -1,4 +1,4 @@
-"""`open.html` in a real browser, against a page that answers as the Perfetto UI does."""
+"""`merged.open.html` in a real browser, against a page that answers as the Perfetto UI does."""
 
 from __future__ import annotations
 

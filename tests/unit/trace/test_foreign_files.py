@@ -372,7 +372,6 @@ def test_damaged_compression_is_told_in_our_words(tmp_path: Path, capsys: Output
 CASES = {
     "two_docs": "holds two documents",
     "two_docs_nl": "holds two documents",
-    "zipped.zip": r"is an archive \(zip\)",
     "zipped.json": r"is an archive \(zip\)",
     "jax": "is a trace of JAX or TensorFlow",
     "cupti_failed": "200 launches.*, but no kernels were recorded",
@@ -393,6 +392,13 @@ def test_given_cases(cases: Path, tmp_path: Path, capsys: Output, case: str) -> 
         assert status in (2, 3), command
         if not ("perfetto" in command and "sqlite" in case and "--only" not in command):
             assert re.search(words, printed), command
+
+
+def test_a_zip_is_unpacked_by_commands_and_named_by_the_reader(cases: Path, capsys: Output) -> None:
+    with pytest.raises(NotATrace, match=r"is an archive \(zip\)"):
+        read_window(cases / "zipped.zip")
+    assert main(["kernels", str(cases / "zipped.zip")]) == 0
+    assert "TP0" in capsys.readouterr().out
 
 
 def test_kernels_that_were_not_recorded_are_inconclusive(cases: Path, capsys: Output) -> None:
