@@ -8,10 +8,17 @@ from statistics import median
 
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._analysis.straggler import StragglerFinding
+from pytest_sglprof._baselines.figures import IDLE_SHARE, Figure
 from pytest_sglprof._metrics import METRICS, metrics_of
 from pytest_sglprof._report.heat_map import ScopeTimes, scope_times
 from pytest_sglprof._report.model import RecordedWindow
-from pytest_sglprof._report.page.jinja import figure_alone, head_unit, in_percent
+from pytest_sglprof._report.page.jinja import (
+    NONE,
+    figure_alone,
+    head_unit,
+    in_microseconds,
+    in_percent,
+)
 from pytest_sglprof._report.series import KernelGroup, KernelSpread
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.wording import count, milliseconds, ratio
@@ -23,6 +30,7 @@ MIN_SHADED = 0.01  # of the lost time of all kernels
 LEAST_CAUSE = 0.01  # of a straggler's lateness
 NOT_KNOWN = "not known"
 NOBODY = "nobody"
+LEAST_SHOWN_NS = 500  # less is 0.000 ms
 EXPLAINING = 3  # kernels that stand beside a straggler
 
 
@@ -290,7 +298,9 @@ def _straggler_row(finding: StragglerFinding) -> StragglerRow:
         who=who_is_late(finding.verdict, finding.straggler),
         causes=tuple(causes),
         reason=finding.reason,
-        kernels=tuple((each.name, milliseconds(each.ns)) for each in kernels),
+        kernels=tuple(
+            (each.name, milliseconds(each.ns)) for each in kernels if each.ns >= LEAST_SHOWN_NS
+        ),
     )
 
 
@@ -361,6 +371,23 @@ def _kernel_row(row: KernelSpread, ranks: Sequence[str], lost: int) -> ShownKern
             TextCell(f"{round(sum(row.count) / len(ranks)):,}", "n"),
         ),
     )
+
+
+def amount_unit(figure: Figure) -> str:
+    """`, µs a step` to put after the name of a figure of server lives; "" for one without."""
+    if figure.is_of_load:
+        return head_unit(METRICS[figure.name])
+    return ", % idle" if figure.name == IDLE_SHARE and not figure.kernel else ", µs a step"
+
+
+def amount_alone(figure: Figure, value: float | None) -> str:
+    """A figure of server lives without its unit: `812`, `20.3`, `1,512`."""
+    if value is None:
+        return NONE
+    if figure.is_of_load:
+        return figure_alone(METRICS[figure.name], value)
+    is_share = figure.name == IDLE_SHARE and not figure.kernel
+    return in_percent(value, 1) if is_share else in_microseconds(value)
 
 
 def shortened(name: str) -> str:

@@ -64,6 +64,11 @@ def head_unit(metric: Metric) -> str:
     return f", {suffix}" if suffix else ""
 
 
+def in_microseconds(ns: float) -> str:
+    """`41.2`, `0.412`, `1,234` for a column whose head says µs: three significant digits."""
+    return milliseconds(1e3 * ns)
+
+
 def in_percent(share: float | None, digits: int = 0) -> str:
     """`64` for a column whose head says %."""
     return NONE if share is None else f"{100 * share:.{digits}f}"

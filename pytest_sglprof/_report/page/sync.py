@@ -165,6 +165,7 @@ def _row(
     }
     difference = microseconds(rank.difference_ns)
     ratio, reach = ratio_words(rank)
+    ratio = ratio.removesuffix("x")
     waited = in_percent(rank.waits_for)
     listed = ", ".join(f"{part} {words}" for part, words in figures.items())
     return SyncRow(
