@@ -188,11 +188,15 @@ def _photograph(browser: Browser, picture: Picture) -> Image.Image:
 
 
 def _whole(browser: Browser, picture: Whole) -> Image.Image:
-    """Nothing is opened or scrolled: what is not there by itself is missing in the picture."""
+    """Nothing is opened or scrolled: what is not there by itself is missing in the picture.
+
+    Without the commands at the end of the page, which have paths of this machine.
+    """
     width, height = (PHONE, SCREEN[1]) if picture.seen == "phone" else SCREEN
     _screen(browser, width, height)
     browser.open(picture.page())
     browser.js(f"document.body.style.fontFamily = '{FONT}'; return sglprof.allLoaded")
+    browser.js("document.getElementById('about').remove()")
     if picture.seen == "print":
         return _printed(browser)
     if picture.seen != "screen":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from pytest_sglprof._report.page.page import write_page
 from tests.browser.conftest import RunPage
-from tests.support.browser import Browser
+from tests.support.browser import Browser, find_chromium
 from tests.support.kernel_tables import build, slow
 from tests.support.windows import as_run, run, window
 
@@ -359,6 +360,15 @@ def test_charts_are_there_without_scrolling(browser: Browser, standin_run: RunPa
         )
     assert (empty, drawn, others) == (0, 4, 0)
     assert "TTFT" in facts
+
+
+def test_what_captures_a_page_at_its_load_has_the_charts(standin_run: RunPage) -> None:
+    binary, _ = find_chromium()
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom")
+    command = [binary, *options, standin_run.path.as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    window = dumped.stdout.partition(f'id="{standin_run.anchor("test_slow")}"')[2]
+    assert window.partition("</details>\n")[0].count("<canvas") == 4
 
 
 def test_a_closed_window_is_drawn_when_it_is_opened(browser: Browser, standin_run: RunPage) -> None:

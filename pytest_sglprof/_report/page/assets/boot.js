@@ -2,7 +2,9 @@
    are on the page. Those of a closed window are drawn when it is opened. */
 "use strict";
 (() => {
-  const AHEAD = 16e6; // letters of packed data of closed windows that are unpacked for printing
+  // Letters of packed data that are unpacked for printing: before `load`, and when there is time.
+  const [AT_ONCE, AHEAD] = [1e6, 16e6];
+  const HELD_MS = 3000; // at most
   const drawn = new WeakSet();
   const holder = (place) => place.closest(".window, main > section"); // whose data it draws
   const isOpen = (place) => !place.closest("details:not([open])");
@@ -27,20 +29,30 @@
   }
 
   /* Printing does not wait, so that data of closed windows must be there before it begins. */
-  async function unpackAhead() {
+  async function unpackAhead(most) {
     let letters = 0;
     for (const data of document.querySelectorAll('script[type="application/gzip"]')) {
       letters += data.textContent.length;
-      if (letters > AHEAD) return;
+      if (letters > most) return;
       await sglprof.load(document.getElementById(data.id.replace(/-data$/, "")));
       await pause();
     }
   }
 
   /* Scripts stand before the data, and charts come after the first picture of the tables: the
-     page answers while the rest is still read. */
+     page answers while the rest is still read. A page in the background is not painted. */
   function afterFirstPicture(act) {
-    addEventListener("load", () => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(act))));
+    const painted = new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)));
+    const waited = new Promise((go) => setTimeout(go, 100));
+    addEventListener("DOMContentLoaded", () => Promise.race([painted, waited]).then(() => setTimeout(act)));
+  }
+
+  /* What prints or captures a page does so at its `load`, which waits for a frame that is open. */
+  function holdLoad() {
+    const frame = sglprof.element("iframe", { hidden: true });
+    document.body.append(frame);
+    frame.contentDocument.open();
+    return () => { frame.contentDocument?.close(); frame.remove(); };
   }
 
   /* What a box hides is said above it. */
@@ -148,13 +160,19 @@
     document.querySelector("main").prepend(sglprof.element("p", { class: "notice", text: "This browser cannot unpack the data of the charts (it has no DecompressionStream). The tables are complete. For the charts, open this file in Chromium 123, Firefox 120, Safari 17.5 or newer." }));
   }
   sglprof.draw = draw;
+  const release = holdLoad();
+  setTimeout(release, HELD_MS);
   sglprof.allLoaded = new Promise((done) => afterFirstPicture(async () => {
     document.querySelectorAll(".heatmap .tall").forEach(showMarked);
     watch(document);
     if (sglprof.canUnpack) {
       await drawOpen(document);
+      await unpackAhead(AT_ONCE);
+    }
+    release();
+    if (sglprof.canUnpack) {
       await new Promise((go) => requestIdleCallback(go, { timeout: 2000 }));
-      await unpackAhead();
+      await unpackAhead(AHEAD);
     }
     document.documentElement.dataset.drawn = "true"; // all is laid out from now on, seen or not
     done(true);
