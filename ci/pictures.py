@@ -2,7 +2,8 @@
 
 All randomness of the stand-in has one seed, the screen one size, the page one font; times of
 day and latencies differ from one making to the next. Look at each picture before you commit
-it. Needs the extra `test`, Chromium with its driver, and the font DejaVu Sans.
+it. Needs the extra `test`, Chromium with its driver, the font DejaVu Sans, and pdftoppm (package
+poppler-utils) for the picture of a print.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import io
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -27,6 +28,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 MADE_BY = "python -m ci.pictures"  # stands in every picture, as its `Source`
 FONT = "DejaVu Sans"
 WIDTH, HEIGHT = 1400, 1000  # px
+SCREEN = (1400, 900)  # px, of which the first screen of a page is made
+PHONE, COLUMN = 420, 1500  # px: its width; the height of the columns that its page is cut into
+SHEETS, PRINT_DPI = 4, 64  # of a print, two beside each other
 # From the first to the last element and 8 px around them: x, y, right, bottom.
 BOX = """
 const [first, last] = [...arguments].map((s) => document.querySelector(s).getBoundingClientRect());
@@ -79,6 +83,13 @@ class Picture(NamedTuple):
     dark: bool = False
 
 
+class Whole(NamedTuple):
+    """A page as it is seen. seen: on the first screen, all of it, on a phone, or printed."""
+
+    page: Callable[[], Path]
+    seen: Literal["screen", "full", "phone", "print"]
+
+
 @cache
 def _runs() -> tempfile.TemporaryDirectory[str]:
     """Where the runs lie until this process ends."""
@@ -119,7 +130,11 @@ def slower_night() -> Path:
     return Project(folder, TESTS, config).run().run_folder / "report.html"
 
 
-PICTURES = {
+PICTURES: dict[str, Picture | Whole] = {
+    "failing": Whole(slow_rank, "screen"),
+    "failing-full": Whole(slow_rank, "full"),
+    "failing-phone": Whole(slow_rank, "phone"),
+    "failing-print": Whole(slow_rank, "print"),
     "who-when": Picture(slow_rank, "details[open] .who", "details[open] .when"),
     "dark": Picture(slow_rank, "details[open] .who", "details[open] .when", dark=True),
     "lanes": Picture(slow_rank, "details[open] .lanes", "details[open] .lanes"),
@@ -135,7 +150,12 @@ def main(names: Sequence[str]) -> int:
         sys.exit(f"no such picture: {', '.join(unknown)}; there are {', '.join(PICTURES)}")
     with chromium() as browser:
         for name in names or PICTURES:
-            _save(_photograph(browser, PICTURES[name]), FOLDER / f"{name}.png")
+            picture = PICTURES[name]
+            if isinstance(picture, Whole):
+                image = _whole(browser, picture)
+            else:
+                image = _photograph(browser, picture)
+            _save(image, FOLDER / f"{name}.png")
             print(FOLDER / f"{name}.png", flush=True)
     return 0
 
@@ -155,30 +175,87 @@ def _report(*words: object) -> Path:
     return page
 
 
-def _photograph(browser: Browser, picture: Picture) -> bytes:
-    browser.driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
-    _screen(browser, HEIGHT)
+def _photograph(browser: Browser, picture: Picture) -> Image.Image:
+    _screen(browser, WIDTH, HEIGHT)
     browser.open(picture.page(), dark=picture.dark)
     browser.js(f"document.body.style.fontFamily = '{FONT}'")
     browser.draw_all()
     # A screen that holds the whole page: else it is laid out anew for the picture alone.
-    _screen(browser, browser.js("return document.documentElement.scrollHeight"))
+    _screen(browser, WIDTH, browser.js("return document.documentElement.scrollHeight"))
     browser.draw_all()
     x, y, right, bottom = browser.js(BOX, picture.first, picture.last)
-    clip = {"x": x, "y": y, "width": right - x, "height": bottom - y, "scale": 1}
-    shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip})
-    return base64.b64decode(shot["data"])
+    return _captured(browser, (x, y, right - x, bottom - y))
 
 
-def _screen(browser: Browser, height: int) -> None:
-    size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
+def _whole(browser: Browser, picture: Whole) -> Image.Image:
+    """Nothing is opened or scrolled: what is not there by itself is missing in the picture.
+
+    Without the commands at the end of the page, which have paths of this machine.
+    """
+    width, height = (PHONE, SCREEN[1]) if picture.seen == "phone" else SCREEN
+    _screen(browser, width, height)
+    browser.open(picture.page())
+    browser.js(f"document.body.style.fontFamily = '{FONT}'; return sglprof.allLoaded")
+    browser.js("document.getElementById('about').remove()")
+    if picture.seen == "print":
+        return _printed(browser)
+    if picture.seen != "screen":
+        height = browser.js("return document.documentElement.scrollHeight")
+    shot = _captured(browser, (0, 0, width, height))
+    return _beside([*_cut(shot)]) if picture.seen == "phone" else shot
+
+
+def _printed(browser: Browser) -> Image.Image:
+    """The first sheets, two beside each other."""
+    options = {"printBackground": True, "preferCSSPageSize": True}
+    pdf = browser.driver.execute_cdp_cmd("Page.printToPDF", options)["data"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["pdftoppm", "-png", "-r", str(PRINT_DPI), "-l", str(SHEETS), "-", "sheet"]
+        subprocess.run(command, input=base64.b64decode(pdf), cwd=folder, check=True)
+        sheets = [
+            Image.open(io.BytesIO(path.read_bytes())) for path in sorted(Path(folder).iterdir())
+        ]
+    rows = [_beside(sheets[at : at + 2]) for at in range(0, len(sheets), 2)]
+    whole = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "gray")
+    for at, row in enumerate(rows):
+        whole.paste(row, (0, at * rows[0].height))
+    return whole
+
+
+def _cut(image: Image.Image) -> Iterator[Image.Image]:
+    """Columns of a high picture, from the top."""
+    for top in range(0, image.height, COLUMN):
+        yield image.crop((0, top, image.width, min(top + COLUMN, image.height)))
+
+
+def _beside(images: Sequence[Image.Image], gap: int = 12) -> Image.Image:
+    width = sum(image.width + gap for image in images) - gap
+    whole = Image.new("RGB", (width, max(image.height for image in images)), "gray")
+    left = 0
+    for image in images:
+        whole.paste(image, (left, 0))
+        left += image.width + gap
+    return whole
+
+
+def _captured(browser: Browser, box: tuple[float, float, float, float]) -> Image.Image:
+    """box: x, y, width and height on the page, px; what is beyond the screen is captured, too."""
+    clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
+    options = {"clip": clip, "captureBeyondViewport": True}
+    shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", options)
+    return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+
+
+def _screen(browser: Browser, width: int, height: int) -> None:
+    browser.driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
-def _save(png: bytes, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     text = PngInfo()
     text.add_text("Source", MADE_BY)
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(path, optimize=True, pnginfo=text)
+    image.convert("RGB").quantize(256).save(path, optimize=True, pnginfo=text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from pytest_sglprof._report.page.page import write_page
 from tests.browser.conftest import RunPage
-from tests.support.browser import Browser
+from tests.support.browser import Browser, find_chromium
 from tests.support.kernel_tables import build, slow
 from tests.support.windows import as_run, run, window
 
@@ -162,15 +163,22 @@ def test_every_part_is_there(browser: Browser, standin_run: RunPage) -> None:
     )
 
 
-def test_the_worst_window_is_open_and_links_open_the_others(
+def test_the_failing_window_is_first_and_open_and_links_open_the_others(
     browser: Browser, standin_run: RunPage
 ) -> None:
     is_open = "return [...document.querySelectorAll('.window[open]')].map((w) => w.id)"
     assert browser.open(standin_run.path).js(is_open) == [standin_run.anchor("test_slow")]
+    order = browser.js(
+        "return [...document.querySelectorAll('.window, #verdicts')].map((e) => e.id)"
+    )
+    assert order[:2] == [standin_run.anchor("test_slow"), "verdicts"]
+    assert len(order) == 4
     clean = standin_run.anchor("test_clean")
     browser.js(f"document.querySelector('a[href=\"#{clean}\"]').click()")
     assert clean in browser.js(is_open)
     assert clean in browser.open(standin_run.path, fragment=f"#{clean}").js(is_open)
+    # A link into a closed window opens it, too.
+    assert clean in browser.open(standin_run.path, fragment=f"#{clean}-which").js(is_open)
 
 
 def test_raw_traces_are_one_click_away(browser: Browser, standin_run: RunPage) -> None:
@@ -251,7 +259,7 @@ def test_what_other_parts_of_a_window_tell_is_shown_where_it_exists(
     browser.open(tmp_path / "report.html")
     browser.draw_all()
     text = browser.js("return document.body.innerText")
-    for part in ("TP1 arrives last", "host late", "idle (+2.00 ms)", "◀ straggler", "1410.0",
+    for part in ("TP1 arrives last", "host late", "idle +2.00", "◀ straggler", "1410.0",
                  "may be 1.350 to 1.440", "TP1 got the long ones.", "step 10: onset",
                  "50 steps, 1 excluded (hatched)", "Load of the ranks"):  # fmt: skip
         assert part in text
@@ -279,3 +287,137 @@ def test_of_many_kernels_the_rest_is_asked_for(browser: Browser, tmp_path: Path)
     browser.js("document.querySelector('.kernels tr:not([hidden]) button.opens').click()")
     browser.js("return sglprof.allLoaded")
     assert browser.js("return document.querySelector('.detail .full').textContent") == "kernel_44"
+
+
+FIRST_SCREEN = """
+const bottom = (e) => e.getBoundingClientRect().bottom;
+const lead = document.querySelector('.window .lead');
+return {heads: [...lead.querySelectorAll('dt')].map((e) => e.textContent), bottom: bottom(lead),
+        since: lead.querySelectorAll('dd')[2].textContent.trim()};
+"""
+
+
+def test_the_answers_are_within_the_first_screen(browser: Browser, standin_run: RunPage) -> None:
+    with browser.screen(1400, 900):
+        found = browser.open(standin_run.path).js(FIRST_SCREEN)
+    assert found["heads"] == ["Who", "How much", "Since when", "How sure"]
+    assert found["bottom"] < 900
+    assert found["since"].startswith("throughout the window's ")
+
+
+def test_the_reason_of_a_window_is_said_once(browser: Browser, standin_run: RunPage) -> None:
+    browser.open(standin_run.path)
+    browser.draw_all()
+    text = browser.js("return document.body.innerText")
+    for test in ("test_slow", "test_too_short"):
+        reason = standin_run.window(test)["reason"].split(";")[0]
+        assert text.count(reason) == 1
+
+
+def test_one_measure_is_shown_and_the_others_when_they_are_asked_for(
+    browser: Browser, standin_run: RunPage
+) -> None:
+    slow = f"#{standin_run.anchor('test_slow')}"
+    lines = (
+        f"return [...document.querySelectorAll('{slow} .heat tfoot tr')]"
+        ".filter((r) => r.checkVisibility()).map((r) => r.cells[0].textContent)"
+    )
+    assert browser.open(standin_run.path).js(lines) == ["Slowdown"]
+    browser.js(f"document.querySelector('{slow} [data-more]').click()")
+    assert browser.js(lines) == ["Slowdown", "Imbalance factor", "Lost share, %", "Spike share, %"]
+
+
+def test_units_stand_in_heads_and_not_in_cells(browser: Browser, any_page: RunPage) -> None:
+    browser.open(any_page.path)
+    browser.draw_all()
+    browser.js("document.querySelectorAll('button.opens')[1]?.click()")
+    cells = browser.js(
+        "return [...document.querySelectorAll('td.n, td.detail td')].map((c) => c.textContent)"
+        r".filter((text) => /\d\s?(%|ns|µs|ms|s)\b|\d %/.test(text))"
+    )
+    assert cells == []
+
+
+def test_equal_values_have_no_difference(browser: Browser, any_page: RunPage) -> None:
+    browser.open(any_page.path)
+    browser.draw_all()
+    cells = browser.js("return [...document.querySelectorAll('td')].map((c) => c.textContent)")
+    zeros = {"+0", "−0", "+0.0", "−0.0", "+0.00", "−0.00"}
+    assert [text for text in cells if text.split(" ")[0] in zeros] == []
+
+
+def test_charts_are_there_without_scrolling(browser: Browser, standin_run: RunPage) -> None:
+    with browser.screen(1400, 900):
+        browser.open(standin_run.path)
+        browser.js("return sglprof.allLoaded")
+        slow = standin_run.anchor("test_slow")
+        empty = browser.js(f"return document.querySelectorAll('#{slow} [data-part]:empty').length")
+        drawn = browser.js(f"return document.querySelectorAll('#{slow} canvas').length")
+        facts = browser.js(f"return document.querySelector('#{slow} .facts-of').innerText")
+        assert browser.js("return scrollY") == 0
+        others = browser.js(
+            f"return document.querySelectorAll('.window:not(#{slow}) canvas').length"
+        )
+    assert (empty, drawn, others) == (0, 4, 0)
+    assert "TTFT" in facts
+
+
+def test_what_captures_a_page_at_its_load_has_the_charts(standin_run: RunPage) -> None:
+    binary, _ = find_chromium()
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom")
+    command = [binary, *options, standin_run.path.as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    window = dumped.stdout.partition(f'id="{standin_run.anchor("test_slow")}"')[2]
+    assert window.partition("</details>\n")[0].count("<canvas") == 4
+
+
+def test_a_closed_window_is_drawn_when_it_is_opened(browser: Browser, standin_run: RunPage) -> None:
+    clean = standin_run.anchor("test_clean")
+    browser.open(standin_run.path)
+    browser.js("return sglprof.allLoaded")
+    browser.driver.find_element("css selector", f"#{clean} > summary h2").click()
+    drawn = browser.driver.execute_async_script(
+        "const done = arguments[arguments.length - 1];"
+        "const clean = document.getElementById(arguments[0]);"
+        "const look = () => clean.querySelectorAll('canvas').length === 4"
+        " ? done(4) : requestAnimationFrame(look); look();",
+        clean,
+    )
+    assert drawn == 4
+
+
+@pytest.mark.parametrize("width", [420, 1400])
+def test_what_a_table_hides_is_said_above_it(
+    browser: Browser, any_page: RunPage, width: int
+) -> None:
+    with browser.screen(width, 900):
+        browser.open(any_page.path)
+        browser.draw_all()
+        boxes = browser.js(
+            "return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>"
+            " done([...document.querySelectorAll('.scroll')].filter((b) => b.checkVisibility())"
+            ".map((b) => [b.scrollWidth - b.clientWidth > 1, b.scrollHeight - b.clientHeight > 1,"
+            " b.previousElementSibling?.matches('.hint:not([hidden])') ?"
+            " b.previousElementSibling.textContent : '', b.className])))))"
+        )
+    assert boxes
+    for wide, tall, hint, classes in boxes:
+        assert ("sideways" in hint, "down" in hint) == (wide, tall)
+        assert ("goes-right" in classes) == wide
+
+
+def test_a_browser_that_cannot_unpack_says_so(browser: Browser, standin_run: RunPage) -> None:
+    script = "Object.defineProperty(window, 'DecompressionStream', {value: undefined});"
+    made = browser.driver.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument", {"source": script}
+    )
+    try:
+        browser.open(standin_run.path)
+        browser.js("return sglprof.allLoaded")
+        notice = browser.js("return document.querySelector('main .notice').textContent")
+        rows = browser.js("return document.querySelectorAll('.window[open] .heat tbody tr').length")
+        assert browser.console() == []
+    finally:
+        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
+    assert notice.startswith("This browser cannot unpack the data of the charts")
+    assert rows >= 8

@@ -130,7 +130,7 @@ def test_a_row_opens_into_its_calls(page: Browser, anchor: str, standin_run: Run
         durations = sorted(truth[rank])
         middle = durations[round(0.5 * (len(durations) - 1))]
         # The page rounds halves up, as browsers do; Python's formats round them to even.
-        assert median == f"{(middle + 500) // 1000} µs"
+        assert median == f"{(middle + 500) // 1000}"
     assert page.js(f"return document.querySelectorAll('#{anchor} .detail canvas').length") == 2
     button.send_keys(Keys.ENTER)
     assert page.js(f"return document.querySelectorAll('#{anchor} .detail').length") == 0

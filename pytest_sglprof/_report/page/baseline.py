@@ -21,18 +21,20 @@ from pytest_sglprof._report.model import (
     Run,
 )
 from pytest_sglprof._report.page.figures import shortened
+from pytest_sglprof._report.page.jinja import NONE, in_microseconds, in_percent
 from pytest_sglprof._trace.categories import NOT_COMPUTE
-from pytest_sglprof._verdict.wording import duration, percent, ratio, signed_duration
+from pytest_sglprof._verdict.wording import percent, ratio
 
 SHOWN_KERNELS = 20  # of a stage, those that change compute most
 # What is recorded besides kernels slows a server down, each in its own way.
 RECORDED = ("with_stack", "record_shapes", "activities", "detailed_annotations")
+EQUAL = "="  # instead of a difference
 MIN_CHANGE = 0.0005  # of a figure; smaller ones have no bar
 
 
 @dataclass(frozen=True)
 class ChangeRow:
-    """A kernel or a category before and now, as texts.
+    """A kernel or a category before and now, as texts; times in µs, the share in %.
 
     name: cut where it is long. outside: its time is no compute. share: of compute. bar: -1 to 1,
     of the longest bar of the table; slower is to the right. direction: "slower", "faster" or
@@ -262,7 +264,7 @@ def _stage(stage: StageChange) -> ComparedStage:
         title=" ".join(part for part in (stage.group, stage.stage) if part) or whole,
         unit=stage.unit,
         reason=stage.reason,
-        matched=(percent(stage.matched_before), percent(stage.matched_now)),
+        matched=(in_percent(stage.matched_before), in_percent(stage.matched_now)),
         cautions=tuple(stage.cautions),
         compute=None if stage.compute is None else _row(stage.compute, 0.0),
         most=None if most is None else _row(most, 0.0),
@@ -299,6 +301,8 @@ def _rows(changes: Sequence[Change]) -> list[ChangeRow]:
 def _row(change: Change, widest: float) -> ChangeRow:
     """widest: the largest share of the table, 0.0 for a row without a bar."""
     share = change.share or 0.0
+    before, now = _time(change.before_ns), _time(change.now_ns)
+    is_equal = before == now != NONE
     word: str | None = None
     if _is_one_sided(change):
         word = "new" if change.before_ns == 0.0 else "gone"
@@ -310,11 +314,11 @@ def _row(change: Change, widest: float) -> ChangeRow:
         full=change.name,
         category=change.category,
         outside=_outside(change),
-        before=_time(change.before_ns),
-        now=_time(change.now_ns),
+        before=before,
+        now=now,
         ratio=word or ratio(change.ratio, 3),
-        difference=signed_duration(change.difference_ns, none="–"),
-        share=percent(change.share, 1, sign=True, none="–"),
+        difference=_signed(change.difference_ns, is_equal=is_equal),
+        share=EQUAL if is_equal else _signed_percent(change.share),
         bar=share / widest if widest and abs(share) >= MIN_CHANGE else 0.0,
         direction=direction if abs(share) >= MIN_CHANGE else None,
     )
@@ -358,7 +362,18 @@ def _span(bucket: int) -> str:
 
 
 def _time(ns: float | None) -> str:
-    return "–" if ns is None else duration(ns) if ns else "0"
+    return NONE if ns is None else in_microseconds(ns)
+
+
+def _signed(ns: float | None, *, is_equal: bool) -> str:
+    """`+1.20`, µs; that two are equal is no difference."""
+    if ns is None or is_equal:
+        return NONE if ns is None else EQUAL
+    return f"{'+' if ns > 0 else '−'}{in_microseconds(abs(ns))}"
+
+
+def _signed_percent(share: float | None) -> str:
+    return percent(share, 1, sign=True, none=NONE).removesuffix(" %")
 
 
 # What the runs were made with: versions, GPUs, commands, loads.

@@ -7,18 +7,31 @@ from dataclasses import dataclass
 from statistics import median
 
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
+from pytest_sglprof._analysis.straggler import StragglerFinding
+from pytest_sglprof._baselines.figures import IDLE_SHARE, Figure
 from pytest_sglprof._metrics import METRICS, metrics_of
 from pytest_sglprof._report.heat_map import ScopeTimes, scope_times
 from pytest_sglprof._report.model import RecordedWindow
+from pytest_sglprof._report.page.jinja import (
+    NONE,
+    figure_alone,
+    head_unit,
+    in_microseconds,
+    in_percent,
+)
 from pytest_sglprof._report.series import KernelGroup, KernelSpread
 from pytest_sglprof._trace.categories import NOT_COMPUTE
-from pytest_sglprof._verdict.judge import Judgement
-from pytest_sglprof._verdict.wording import beside_limit, count, milliseconds, percent, ratio
+from pytest_sglprof._verdict.wording import count, milliseconds, ratio
 
 # A cell's shade says how far above the group's mean it is, on the same scale in every page.
 SHADES = (1.01, 1.02, 1.05, 1.10, 1.20, 1.35, 1.60)
 MAX_NAME = 120
 MIN_SHADED = 0.01  # of the lost time of all kernels
+LEAST_CAUSE = 0.01  # of a straggler's lateness
+NOT_KNOWN = "not known"
+NOBODY = "nobody"
+LEAST_SHOWN_NS = 500  # less is 0.000 ms
+EXPLAINING = 3  # kernels that stand beside a straggler
 
 
 def shade(ratio: float | None) -> int:
@@ -81,10 +94,11 @@ class FigureCell:
 
 @dataclass(frozen=True)
 class FigureLine:
-    """A line below the ranks: one metric of every column."""
+    """A line below the ranks: one metric of every column. is_more: shown when it is asked for."""
 
     label: str
     cells: tuple[FigureCell, ...]
+    is_more: bool
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ def _heat_table(window: RecordedWindow, compute: ImbalanceFinding) -> HeatTable:
             HeatColumn(times.finding.scope, times.finding.scope not in NOT_COMPUTE)
             for times in shown
         ),
-        figures=_figures([times.finding for times in shown]),
+        figures=_figures([times.finding for times in shown], _headline(window)),
         rows=tuple(
             HeatRow(
                 rank=figure.rank,
@@ -144,17 +158,25 @@ def _heat_table(window: RecordedWindow, compute: ImbalanceFinding) -> HeatTable:
     )
 
 
-def _figures(findings: Sequence[ImbalanceFinding]) -> tuple[FigureLine, ...]:
+def _headline(window: RecordedWindow) -> str:
+    """The metric of ranks that decided, else the one that markers have by default."""
+    decided = window.deciding.threshold.metric if window.deciding is not None else ""
+    metric = METRICS.get(decided)
+    return decided if metric is not None and metric.of == "ranks" else "slowdown"
+
+
+def _figures(findings: Sequence[ImbalanceFinding], headline: str) -> tuple[FigureLine, ...]:
     return tuple(
         FigureLine(
-            metric.label.capitalize(),
+            metric.label.capitalize() + head_unit(metric),
             tuple(
                 FigureCell(
-                    metric.format(metric.read(finding), finer=1, none="–"),
+                    figure_alone(metric, metric.read(finding)),
                     _beside(metric.name, finding),
                 )
                 for finding in findings
             ),
+            is_more=metric.name != headline,
         )
         for metric in metrics_of("ranks")
         if not metric.across or any(metric.read(finding) is not None for finding in findings)
@@ -163,7 +185,7 @@ def _figures(findings: Sequence[ImbalanceFinding]) -> tuple[FigureLine, ...]:
 
 def _beside(metric: str, finding: ImbalanceFinding) -> str:
     if metric == "lost_share":
-        return f"{milliseconds(finding.lost_ns)} ms"
+        return milliseconds(finding.lost_ns)
     known = metric == "imbalance_factor" and finding.factor_sync is not None
     return f"sync {ratio(finding.factor_sync, 3)}" if known else ""
 
@@ -244,6 +266,49 @@ def _judged_slow(window: RecordedWindow, group: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class StragglerRow:
+    """Who is late in one sync group. causes, kernels: name and figure (share in %; more than
+    its peers, ms), the largest first."""
+
+    group: str
+    who: str
+    causes: tuple[tuple[str, str], ...]
+    reason: str
+    kernels: tuple[tuple[str, str], ...]
+
+
+def stragglers(window: RecordedWindow) -> list[StragglerRow]:
+    """A row for each sync group."""
+    return [_straggler_row(finding) for finding in window.stragglers]
+
+
+def _straggler_row(finding: StragglerFinding) -> StragglerRow:
+    causes = [
+        (each.cause.replace("_", " "), in_percent(each.share))
+        for each in finding.causes or ()
+        if each.share >= LEAST_CAUSE
+    ]
+    if not causes and finding.cause:
+        causes = [(finding.cause.replace("_", " "), "")]
+    late = next((each for each in finding.ranks if each.rank == finding.straggler), None)
+    kernels = () if late is None else late.kernels[:EXPLAINING]
+    return StragglerRow(
+        group=finding.group or "all ranks",
+        who=who_is_late(finding.verdict, finding.straggler),
+        causes=tuple(causes),
+        reason=finding.reason,
+        kernels=tuple(
+            (each.name, milliseconds(each.ns)) for each in kernels if each.ns >= LEAST_SHOWN_NS
+        ),
+    )
+
+
+def who_is_late(verdict: str, rank: str | None) -> str:
+    """A rank; "nobody" where the verdict is that there is none, else "not known"."""
+    return rank or (NOBODY if verdict == "pass" else NOT_KNOWN)
+
+
 def _span(compute: ImbalanceFinding) -> str:
     if compute.compared_steps is None:
         return "in the whole window, whose source has no step markers"
@@ -299,7 +364,7 @@ def _kernel_row(row: KernelSpread, ranks: Sequence[str], lost: int) -> ShownKern
         cells=(
             TextCell(row.category, ""),
             TextCell(milliseconds(row.lost_ns), "n"),
-            TextCell(percent(row.lost_ns / lost) if lost and not outside else "–", "n"),
+            TextCell(in_percent(row.lost_ns / lost if lost and not outside else None), "n"),
             TextCell(slowest or "–", ""),
             TextCell("–" if slowdown is None else ratio(slowdown), f"n s{level}"),
             TextCell(milliseconds(sum(totals) / len(totals)), "n"),
@@ -308,36 +373,23 @@ def _kernel_row(row: KernelSpread, ranks: Sequence[str], lost: int) -> ShownKern
     )
 
 
+def amount_unit(figure: Figure) -> str:
+    """`, µs a step` to put after the name of a figure of server lives; "" for one without."""
+    if figure.is_of_load:
+        return head_unit(METRICS[figure.name])
+    return ", % idle" if figure.name == IDLE_SHARE and not figure.kernel else ", µs a step"
+
+
+def amount_alone(figure: Figure, value: float | None) -> str:
+    """A figure of server lives without its unit: `812`, `20.3`, `1,512`."""
+    if value is None:
+        return NONE
+    if figure.is_of_load:
+        return figure_alone(METRICS[figure.name], value)
+    is_share = figure.name == IDLE_SHARE and not figure.kernel
+    return in_percent(value, 1) if is_share else in_microseconds(value)
+
+
 def shortened(name: str) -> str:
     """A kernel's name without the end of a very long one."""
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-
-
-def numbers(judgement: Judgement) -> list[str]:
-    """The figures that decided, as short phrases."""
-    finding, threshold = judgement.finding, judgement.threshold
-    if judgement.measured is None:
-        return []
-    parts = []
-    metric = METRICS[threshold.metric]
-    if judgement.value is not None:
-        value, limit = beside_limit(metric, judgement.value, threshold.limit)
-        parts.append(f"{metric.label} {value}{limit}")
-    # The metric's own interval: another one beside it would be a wrong number.
-    if interval := metric.read_interval(judgement.measured):
-        low, high = interval
-        parts.append(f"may be {metric.format(low, finer=1)} to {metric.format(high, finer=1)}")
-    if finding is None:  # of whole steps
-        return parts
-    if finding.p_value is not None:
-        parts.append("p < 0.001" if finding.p_value < 0.001 else f"p {finding.p_value:.2g}")
-    parts += [
-        f"{other.label} {other.format(other.read(finding))}"
-        for other in metrics_of("ranks")
-        if other is not metric and other.read(finding) is not None
-    ]
-    if finding.factor_sync is not None:
-        parts.append(f"λ sync {finding.factor_sync:.2f}")
-    if finding.steps is not None:
-        parts.append(count(finding.steps, "step"))
-    return parts

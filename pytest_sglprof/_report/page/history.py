@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_sglprof._analysis.compare import compare_strata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
@@ -18,7 +18,9 @@ Values = list[float | None]
 class PlacedWindow:
     """A window on a page. run: its document. load: the one that ran meanwhile.
 
-    base: folder of its artifacts relative to the page, "" for the same folder.
+    base: folder of its artifacts relative to the page, "" for the same folder. counts: whether it
+    is the one that its test is known by (of attempts the last one, of repeats the typical one).
+    earlier: those of the same test and name in earlier runs of the page, the oldest first.
     """
 
     doc: RecordedWindow
@@ -26,6 +28,8 @@ class PlacedWindow:
     anchor: str
     load: RecordedLoad | None
     base: str
+    counts: bool = True
+    earlier: tuple[PlacedWindow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,37 @@ class History:
 
 def history(documents: Sequence[Results], windows: Sequence[PlacedWindow]) -> list[History]:
     """One history for each test and window name that occurs in more than one run."""
+    by_key = _by_key(documents, windows)
+    return [_one(key, same) for key, same in by_key.items() if len(same) > 1]
+
+
+def with_earlier(
+    documents: Sequence[Results], windows: Sequence[PlacedWindow]
+) -> list[PlacedWindow]:
+    """The windows, each with those of earlier runs, and whether it counts for its test."""
+    earlier: dict[str, tuple[PlacedWindow, ...]] = {}
+    for same in _by_key(documents, windows).values():
+        earlier |= {window.anchor: tuple(same[:at]) for at, window in enumerate(same)}
+    return [
+        replace(
+            window,
+            counts=window.anchor in earlier,
+            earlier=earlier.get(window.anchor, ()),
+        )
+        for window in windows
+    ]
+
+
+def _by_key(
+    documents: Sequence[Results], windows: Sequence[PlacedWindow]
+) -> dict[tuple[str, str, int], list[PlacedWindow]]:
+    """The windows of each test and name, the oldest first."""
     on_page = {id(window.doc): window for window in windows}
     by_key: dict[tuple[str, str, int], list[PlacedWindow]] = {}
     for document in documents:
         for key, window in paired_by(document).items():
             by_key.setdefault(key, []).append(on_page[id(window)])
-    several = {key: same for key, same in by_key.items() if len(same) > 1}
-    return [_one(key, sorted(same, key=_opened)) for key, same in several.items()]
+    return {key: sorted(same, key=_opened) for key, same in by_key.items()}
 
 
 def _opened(window: PlacedWindow) -> str:

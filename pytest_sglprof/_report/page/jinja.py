@@ -6,7 +6,8 @@ import re
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._metrics import METRICS, Metric, metrics_of
+from pytest_sglprof._metrics import METRICS, UNITS, Metric, metrics_of
+from pytest_sglprof._verdict.reasons import subject
 from pytest_sglprof._verdict.wording import count, duration, milliseconds, percent, ratio
 
 if TYPE_CHECKING:
@@ -35,25 +36,45 @@ def _environment() -> Environment:
         "ms": milliseconds,
         "duration": duration,
         "percent": partial(percent, none=NONE),
+        "in_percent": in_percent,
         "ratio": partial(ratio, none=NONE),
         "column": _column,
-        "moment": _moment,
+        "moment": moment,
     }
     environment.globals |= {
         "signs": SIGNS,
         "count": count,
         "metrics": METRICS,
         "metrics_of": metrics_of,
-        "figure": _figure,
+        "figure": figure_alone,
+        "unit": head_unit,
+        "subject": subject,
     }
     return environment
 
 
-def _figure(metric: Metric, value: float | None) -> str:
-    return metric.format(value, finer=1, none=NONE)
+def figure_alone(metric: Metric, value: float | None) -> str:
+    """`1.400`, `14.20`, without the unit, which stands in the head (`head_unit`)."""
+    return metric.format(value, finer=1, none=NONE).removesuffix(UNITS[metric.unit].suffix)
 
 
-def _moment(text: str | None) -> str:
+def head_unit(metric: Metric) -> str:
+    """`, %` to put after the name of a metric; "" for a ratio."""
+    suffix = UNITS[metric.unit].suffix.strip()
+    return f", {suffix}" if suffix else ""
+
+
+def in_microseconds(ns: float) -> str:
+    """`41.2`, `0.412`, `1,234` for a column whose head says µs: three significant digits."""
+    return milliseconds(1e3 * ns)
+
+
+def in_percent(share: float | None, digits: int = 0) -> str:
+    """`64` for a column whose head says %."""
+    return NONE if share is None else f"{100 * share:.{digits}f}"
+
+
+def moment(text: str | None) -> str:
     """`2026-11-24 14:35:51 UTC` from the form of results; any other text unchanged."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", text or "")
     return f"{match[1]} {match[2]} UTC" if match else text or ""

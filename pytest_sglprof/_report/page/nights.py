@@ -12,6 +12,7 @@ from pytest_sglprof._baselines.records import AcceptedLife, BaselineKey, LifeRec
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._metrics import METRICS, UNITS
 from pytest_sglprof._report.page.data import embedded
+from pytest_sglprof._report.page.figures import amount_alone, amount_unit
 from pytest_sglprof._report.page.history import Chart, DrawnHistory, Line, RunLabel
 from pytest_sglprof._report.page.jinja import NONE
 from pytest_sglprof._report.page.page import rendered
@@ -115,14 +116,14 @@ def _history(
         NightRow(
             record=record,
             version=version_of(record),
-            cells=tuple(_cell(each.figure, each.values[at]) for each in figures),
+            cells=tuple(amount_alone(each.figure, each.values[at]) for each in figures),
             notes=_notes(record, accepted.get(record.id), at, figures),
         )
         for at, record in enumerate(lives)
     ]
     return LifeHistory(
         key=lives[0].key,
-        labels=tuple(figure_label(each.figure) for each in figures),
+        labels=tuple(f"{figure_label(each.figure)}{amount_unit(each.figure)}" for each in figures),
         rows=tuple(reversed(rows)),
         changes=tuple(
             _change_words(at, figures, lives)
@@ -133,10 +134,6 @@ def _history(
             tuple(_chart(each) for each in figures),
         ),
     )
-
-
-def _cell(figure: Figure, value: float | None) -> str:
-    return NONE if value is None else amount(figure, value)
 
 
 def _notes(

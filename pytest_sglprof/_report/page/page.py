@@ -13,10 +13,10 @@ from typing import Any
 
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._metrics import WORST_FIRST, worst_word
-from pytest_sglprof._report.model import Results
+from pytest_sglprof._report.model import RecordedWindow, Results
 from pytest_sglprof._report.page.baseline import load_of
 from pytest_sglprof._report.page.data import embedded
-from pytest_sglprof._report.page.history import PlacedWindow
+from pytest_sglprof._report.page.history import PlacedWindow, with_earlier
 from pytest_sglprof._report.page.jinja import template
 from pytest_sglprof._report.page.sections import (
     SECTIONS,
@@ -27,6 +27,7 @@ from pytest_sglprof._report.page.sections import (
     window_data,
 )
 from pytest_sglprof._report.terminal import STANDIN_NOTE, window_title
+from pytest_sglprof._verdict.wording import count
 
 SCRIPTS = (
     *("uPlot.iife.min.js", "core.js", "strip.js"),
@@ -46,12 +47,14 @@ def page(
     """The page as text. documents: results of runs, as `load_results` returns them.
 
     bases: for each document the folder of its artifacts, relative to the page ("" for the
-    same folder). The window that is worst is opened, the others are folded. baseline: results
-    of a run that the windows of all others are compared with.
+    same folder). Windows that fail are opened, without any the worst one; the others are
+    folded. baseline: results of a run that the windows of all others are compared with.
     """
-    placed = _placed(documents, list(bases) or [""] * len(documents))
-    worst = min(placed, key=lambda w: WORST_FIRST.index(w.doc.verdict), default=None)
-    windows = [_window(window, opened=window is worst) for window in placed]
+    placed = with_earlier(documents, _placed(documents, list(bases) or [""] * len(documents)))
+    failing = [window for window in placed if window.counts and window.doc.verdict == "fail"]
+    worst = sorted(placed, key=lambda w: WORST_FIRST.index(w.doc.verdict))
+    opened = {window.anchor for window in failing or worst[:1]}
+    windows = [_window(window, opened=window.anchor in opened) for window in placed]
     sections = all_shown(SECTIONS, PageRuns(documents, windows, baseline))
     data = {one.name: embedded(one.drawn) for one in sections if one.drawn is not None}
     return rendered(
@@ -59,6 +62,7 @@ def page(
         scripts=SCRIPTS,
         runs=documents,
         verdict=_worst(documents),
+        counts=_counts(documents),
         standin=any(document.summary.standin for document in documents),
         standin_note=STANDIN_NOTE,
         sections=sections,
@@ -111,6 +115,9 @@ def _window(window: PlacedWindow, *, opened: bool) -> PageWindow:
         anchor=window.anchor,
         load=window.load,
         base=window.base,
+        counts=window.counts,
+        earlier=window.earlier,
+        reason=_reason(window.doc),
         title=window_title(window.doc),
         opened=opened,
         sections=sections,
@@ -118,8 +125,28 @@ def _window(window: PlacedWindow, *, opened: bool) -> PageWindow:
     )
 
 
+def _reason(window: RecordedWindow) -> str:
+    """Why it has its verdict; of windows opened together, the typical one has that of them all."""
+    repeats = window.repeats
+    alone = repeats is not None and repeats.typical != window.id
+    return repeats.own_reason if repeats is not None and alone else window.reason
+
+
 def _worst(documents: Sequence[Results]) -> str | None:
     return worst_word({document.summary.verdict for document in documents})
+
+
+def _counts(documents: Sequence[Results]) -> str:
+    """`3 windows: 1 fail, 2 pass`."""
+    every = [document.summary.windows for document in documents]
+    numbers = {
+        "fail": sum(one.fail for one in every),
+        "inconclusive": sum(one.inconclusive for one in every),
+        "pass": sum(one.passed for one in every),
+    }
+    parts = [f"{number} {word}" for word, number in numbers.items() if number]
+    windows = count(sum(numbers.values()), "window")
+    return f"{windows}: {', '.join(parts)}" if parts else windows
 
 
 def _policy(scripts: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from statistics import median
 
 from pytest_sglprof._baselines.figures import IDLE_SHARE, Figure
 from pytest_sglprof._metrics import METRICS
-from pytest_sglprof._report.page.jinja import NONE
+from pytest_sglprof._report.page.figures import amount_alone, amount_unit
+from pytest_sglprof._report.page.jinja import NONE, in_microseconds
 from pytest_sglprof._report.regression import (
     RecordedFigure,
     RecordedKernelChange,
@@ -24,7 +25,7 @@ from pytest_sglprof._report.regression import (
 )
 from pytest_sglprof._verdict.life_words import amount, figure_label
 from pytest_sglprof._verdict.regression import cost
-from pytest_sglprof._verdict.wording import count, duration, percent, ratio, shorten
+from pytest_sglprof._verdict.wording import count, percent, ratio, shorten
 
 FIRST_KERNELS = 6  # rows of the scan that stand on the screen
 SHOWN_NIGHTS = 60  # of the strip, the last ones; the table has all
@@ -76,11 +77,12 @@ class Strip:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A figure. limit, bound, one: places of the limit, of the pass bound and of 1. interval: its
-    left end and width. words: all that is drawn."""
+    """A figure; unit: of it, in words. limit, bound, one: places of the limit, of the pass bound
+    and of 1. interval: its left end and width. words: all that is drawn."""
 
     figure: RecordedFigure
     name: str
+    unit: str
     before: str
     now: str
     ratio: str
@@ -293,22 +295,23 @@ def _words(figure: RecordedFigure, value: float | None) -> str:
 def _figure_row(doc: RecordedRegression, figure: RecordedFigure, axis: _Axis) -> FigureRow:
     scale = _Scale.of(figure, doc.accepted)
     limit, bound = scale.limit(figure), figure.pass_bound
-    has_ends = figure.low is not None and figure.high is not None
+    has_ends, of = figure.low is not None and figure.high is not None, figure.figure
     known = [value for value in figure.fresh if value is not None]
     now = figure.now if figure.now is not None or not known else median(known)
     limit_words = NONE
     if figure.limit is not None:
         is_ratio = figure.limit_of == "ratio"
-        limit_words = f"{figure.limit:g}" if is_ratio else _words(figure, figure.limit)
+        limit_words = f"{figure.limit:g}" if is_ratio else amount_alone(of, figure.limit)
     return FigureRow(
         figure=figure,
         name=_label(figure),
-        before=_words(figure, scale.base),
-        now=_words(figure, now),
+        unit=amount_unit(of),
+        before=amount_alone(of, scale.base),
+        now=amount_alone(of, now),
         ratio=ratio(figure.ratio, 3, none=NONE),
         ends=f"{ratio(figure.low, 3)} to {ratio(figure.high, 3)}" if has_ends else NONE,
         limit_words=limit_words,
-        detects=NONE if figure.detects is None else percent(figure.detects - 1, 1, sign=True),
+        detects=NONE if figure.detects is None else _signed_percent(figure.detects - 1),
         one=axis.place(1.0),
         limit=None if limit is None else axis.place(limit),
         bound=None if bound is None else axis.place(bound),
@@ -459,6 +462,7 @@ def _strip_words(
 def _kernel_row(kernel: RecordedKernelChange) -> KernelChangeRow:
     change, before, now = kernel.change, kernel.before_calls, kernel.now_calls
     mark = "slower" if change.is_slower else "faster" if change.is_faster else ""
+    before_ns, now_ns = in_microseconds(change.before_ns), in_microseconds(change.now_ns)
     calls = NONE
     if before is not None and now is not None:
         was, became = f"{before:.4g}", f"{now:.4g}"
@@ -469,7 +473,7 @@ def _kernel_row(kernel: RecordedKernelChange) -> KernelChangeRow:
         mark=mark,
         cells=(
             change.category,
-            f"{duration(change.before_ns)} → {duration(change.now_ns)}",
+            before_ns if before_ns == now_ns else f"{before_ns} → {now_ns}",
             ratio(change.ratio, 3),
             f"{ratio(change.low, 3)} to {ratio(change.high, 3)}",
             f"{change.q:.2g}" if change.q >= 1e-4 else "< 0.0001",
@@ -493,7 +497,7 @@ def _life_rows(doc: RecordedRegression) -> tuple[LifeRow, ...]:
         LifeRow(
             life,
             _role(life),
-            tuple(_words(figure, figure.accepted[at]) for figure in doc.figures),
+            tuple(amount_alone(each.figure, each.accepted[at]) for each in doc.figures),
             is_new=False,
         )
         for at, life in enumerate(doc.accepted)
@@ -504,12 +508,16 @@ def _life_rows(doc: RecordedRegression) -> tuple[LifeRow, ...]:
             LifeRow(
                 life,
                 "new",
-                tuple(_words(figure, figure.fresh[at]) for figure in doc.figures),
+                tuple(amount_alone(each.figure, each.fresh[at]) for each in doc.figures),
                 is_new=True,
             )
             for at, life in enumerate(doc.fresh)
         ),
     )
+
+
+def _signed_percent(share: float) -> str:
+    return percent(share, 1, sign=True).removesuffix(" %")
 
 
 def _role(life: RecordedLife) -> str:
@@ -526,6 +534,6 @@ def _nights(doc: RecordedRegression) -> tuple[LifeRow, ...]:
         role = "accepted" + (f": {life.reason}" if life.reason else "") if life.accepted else ""
         if changed:
             role = f"{role}; " * bool(role) + f"change of {', '.join(changed)}"
-        figures = tuple(_words(figure, figure.history[at]) for figure in doc.figures)
+        figures = tuple(amount_alone(each.figure, each.history[at]) for each in doc.figures)
         rows.append(LifeRow(life, role or NONE, figures, is_new=False))
     return tuple(rows)

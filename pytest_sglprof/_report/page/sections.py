@@ -21,9 +21,10 @@ from pytest_sglprof._report.page.figures import (
     ShownKernel,
     heat_maps,
     kernel_rows,
-    numbers,
+    stragglers,
 )
 from pytest_sglprof._report.page.history import History, PlacedWindow, history
+from pytest_sglprof._report.page.lead import lead
 from pytest_sglprof._report.page.regression import regression_picture
 from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
@@ -69,11 +70,12 @@ class ShownSection:
     drawn: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PageWindow(PlacedWindow):
     """A window with its sections. data: what scripts draw of it, packed."""
 
     title: str
+    reason: str
     opened: bool
     sections: tuple[ShownSection, ...]
     data: str
@@ -170,12 +172,12 @@ def _facts(window: PlacedWindow) -> Facts:
 
 
 WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
+    Section("lead", "lead.html.j2", lead),
     Section(
         "regression",
         "regression.html.j2",
         lambda window: regression_picture(window.doc.regression),
     ),
-    Section("straggler", "straggler.html.j2", lambda window: window.doc.stragglers or None),
     Section("sync", "sync.html.j2", lambda window: sync_pictures(window.doc.syncs or ())),
     Section("who", "who.html.j2", _heat_maps),
     Section(
@@ -185,6 +187,7 @@ WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
         scripts=("when.js",),
         drawn=lambda window, _: {"series": data.step_times(window.doc)},
     ),
+    Section("straggler", "straggler.html.j2", lambda window: stragglers(window.doc) or None),
     Section(
         "which",
         "which.html.j2",
@@ -217,18 +220,10 @@ WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
 
 
 @dataclass(frozen=True)
-class VerdictRow:
-    """A window in the table of verdicts. numbers: the figures that decided."""
-
-    window: PageWindow
-    numbers: list[str]
-
-
-@dataclass(frozen=True)
 class Verdicts:
     """rows: the worst window first. without_window: tests that opened none."""
 
-    rows: list[VerdictRow]
+    rows: list[PageWindow]
     without_window: list[RecordedTest]
 
 
@@ -249,12 +244,8 @@ class BaselineSection:
 
 
 def _verdicts(page: PageRuns) -> Verdicts:
-    worst_first = sorted(page.windows, key=lambda w: WORST_FIRST.index(w.doc.verdict))
     return Verdicts(
-        rows=[
-            VerdictRow(window, numbers(window.doc.deciding) if window.doc.deciding else [])
-            for window in worst_first
-        ],
+        rows=sorted(page.windows, key=lambda w: WORST_FIRST.index(w.doc.verdict)),
         without_window=[test for run in page.runs for test in run.tests if test.verdict is None],
     )
 
@@ -273,9 +264,18 @@ def _history(page: PageRuns) -> list[History] | None:
     return (history(page.runs, page.windows) or None) if len(page.runs) > 1 else None
 
 
+def _failing(page: PageRuns) -> list[PageWindow] | None:
+    """Of several runs the newest first."""
+    newest = sorted(page.windows, key=lambda w: w.run.run.started or "", reverse=True)
+    return [w for w in newest if w.opened and w.doc.verdict == "fail"] or None
+
+
+def _others(page: PageRuns) -> list[PageWindow] | None:
+    return [w for w in page.windows if not (w.opened and w.doc.verdict == "fail")] or None
+
+
 SECTIONS: tuple[Section[PageRuns], ...] = (
-    Section("verdicts", "verdicts.html.j2", _verdicts),
-    Section("baseline", "baseline.html.j2", _baseline),
+    Section("failing", "windows.html.j2", _failing),
     Section(
         "history",
         "history.html.j2",
@@ -283,6 +283,8 @@ SECTIONS: tuple[Section[PageRuns], ...] = (
         scripts=("history.js",),
         drawn=lambda _, histories: [one.drawn for one in histories],
     ),
-    Section("windows", "windows.html.j2", lambda page: page.windows),
+    Section("baseline", "baseline.html.j2", _baseline),
+    Section("verdicts", "verdicts.html.j2", _verdicts),
+    Section("windows", "windows.html.j2", _others),
     Section("about", "about.html.j2", lambda page: page.runs),
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pytest_sglprof._analysis.sync import RankSplit, SyncCost, SyncFinding
 from pytest_sglprof._ranks import short_labels
-from pytest_sglprof._report.page.jinja import NONE
+from pytest_sglprof._report.page.jinja import NONE, in_percent
 from pytest_sglprof._verdict.sync import (
     COST_PARTS,
     cost_words,
@@ -22,7 +22,6 @@ from pytest_sglprof._verdict.sync import (
     reach_words,
     share_words,
 )
-from pytest_sglprof._verdict.wording import percent
 
 SPLIT_PARTS = ("load", "speed", "rest", "not known")
 THIN_ABOVE = 24  # ranks: then only those at the ends have a row with text
@@ -166,7 +165,8 @@ def _row(
     }
     difference = microseconds(rank.difference_ns)
     ratio, reach = ratio_words(rank)
-    waited = percent(rank.waits_for, none=NONE)
+    ratio = ratio.removesuffix("x")
+    waited = in_percent(rank.waits_for)
     listed = ", ".join(f"{part} {words}" for part, words in figures.items())
     return SyncRow(
         rank=rank.rank,
@@ -175,7 +175,7 @@ def _row(
         is_thin=is_thin,
         difference=difference,
         segments=segments,
-        words=f"{name}: {difference} µs a pass: {listed}; waited for {waited}",
+        words=f"{name}: {difference} µs a pass: {listed}; waited for {waited} %",
         ratio=ratio,
         waited=waited,
         figures=(

@@ -53,9 +53,9 @@ def test_the_slower_kernel_comes_first() -> None:
     assert stage.compute is not None
     assert stage.compute.ratio == f"{(600 + 375 + 200) / 1100:.3f}"
     first, *rest = stage.kernels
-    assert (first.name, first.before, first.now) == ("gemm_kernel", "300 µs", "375 µs")
-    assert (first.ratio, first.difference) == ("1.250", "+75.0 µs")
-    assert (first.share, first.bar, first.direction) == ("+6.8 %", 1.0, "slower")
+    assert (first.name, first.before, first.now) == ("gemm_kernel", "300", "375")
+    assert (first.ratio, first.difference) == ("1.250", "+75.0")
+    assert (first.share, first.bar, first.direction) == ("+6.8", 1.0, "slower")
     assert rest == []
     assert stage.others == "4 more kernels differ by less than 0.05 % of compute"
     assert stage.most is not None
@@ -69,6 +69,12 @@ def test_waiting_longer_is_no_slower_kernel() -> None:
     assert stage.most is None
     assert stage.compute is not None
     assert stage.compute.ratio == "1.000"
+    # Equal values have no difference.
+    assert (stage.compute.before, stage.compute.difference, stage.compute.share) == (
+        stage.compute.now,
+        "=",
+        "=",
+    )
 
 
 def test_kernels_of_one_run_only() -> None:

@@ -109,7 +109,7 @@ def test_rows_say_what_is_compared_where_the_figure_is_not() -> None:
     by_name = {row.name: row for row in picture.rows}
     assert by_name["compute"].inverse == ""
     assert by_name["output_throughput"].inverse == "inverse: higher is better"
-    assert by_name["ttft_p99"].limit_words == "300.00 ms"
+    assert by_name["ttft_p99"].limit_words == "300.00"
     assert by_name["idle_share"].inverse == "of the busy share, inverse"
     assert by_name["idle_share"].limit_words == "–"
     # A throughput that sinks is drawn to the right, as a time that rises.
@@ -143,5 +143,5 @@ def test_no_idle_time_at_all_is_a_figure_too() -> None:
     picture = regression_picture(regression_document(verdict, against))
     assert picture is not None
     (idle,) = [row for row in picture.rows if row.name == "idle_share"]
-    assert idle.now == "5.0 % idle"
+    assert (idle.now, idle.unit) == ("5.0", ", % idle")
     assert len(idle.dots) == 7

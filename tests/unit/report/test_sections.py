@@ -34,6 +34,7 @@ def test_every_shown_section_stands_in_the_page_once() -> None:
     for name in ("who", "when", "which", "load", "lanes"):
         shown = text.count(f'<section class="{name}"')
         assert shown == (0 if name == "load" else 1)
+    assert text.count('<dl class="lead">') == 1
     assert text.count('<section id="verdicts"') == text.count('<section id="about"') == 1
 
 

@@ -24,7 +24,9 @@ from pytest_sglprof._config.thresholds import check_limit, thresholds_from_keywo
 from pytest_sglprof._config.windows import window_spec
 from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._metrics import METRICS, UNITS, Metric, metrics_of
-from pytest_sglprof._report.page.figures import heat_maps, numbers
+from pytest_sglprof._report.page.figures import heat_maps
+from pytest_sglprof._report.page.jinja import head_unit
+from pytest_sglprof._report.page.lead import headline
 from pytest_sglprof._report.results import validate
 from pytest_sglprof._report.terminal import imbalance_line
 from pytest_sglprof._verdict.judge import judge
@@ -153,11 +155,11 @@ def test_a_new_row_stands_in_results_on_the_terminal_and_on_the_page(evenness: M
     judged = next(each for each in recorded.judgements if each.threshold.metric == "evenness")
     assert judged.finding is not None
     assert "evenness 1.10" in imbalance_line(judged.finding)
-    assert numbers(judged)[0] == "evenness 1.10 (limit 1.01)"
+    assert headline(judged) == ("1.10", "evenness of compute, limit 1.01")
     (heat_map,) = heat_maps(recorded)
     labels = [figure.label for figure in heat_map.figures]
     of_peers = [row for row in metrics_of("ranks") if not row.across]
-    assert labels == [row.label.capitalize() for row in of_peers]
+    assert labels == [row.label.capitalize() + head_unit(row) for row in of_peers]
     assert labels[-1] == "Evenness"
 
 

@@ -21,7 +21,7 @@ from pytest_sglprof._config.thresholds import (
 )
 from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._report.ci import kernel_table, properties
-from pytest_sglprof._report.page.figures import numbers
+from pytest_sglprof._report.page.lead import certainty, headline
 from pytest_sglprof._report.results import validate
 from pytest_sglprof._report.terminal import rank_table
 from pytest_sglprof._trace.table import KernelTable, Step
@@ -190,7 +190,8 @@ def test_results_terminal_junit_and_page_know_them() -> None:
     named = dict(properties(recorded))
     assert (named["slowest_rank"], named["metric"]) == ("TP0", "pass_wall")
     assert "scope" not in named
-    assert numbers(judgement) == ["pass wall 9.99 ms (limit 5.00 ms)", "may be 9.93 ms to 10.04 ms"]
+    assert headline(judgement) == ("9.99 ms", "pass wall of steps, limit 5.00 ms")
+    assert [*certainty(judgement)] == ["may be 9.93 ms to 10.04 ms"]
     assert kernel_table(recorded) == []
 
 

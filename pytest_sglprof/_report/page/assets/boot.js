@@ -1,8 +1,14 @@
-/* Parts are drawn when they come near the screen, so that a large page opens at once. */
+/* Tables come first; then the charts of open windows are drawn, one after another, wherever they
+   are on the page. Those of a closed window are drawn when it is opened. */
 "use strict";
 (() => {
+  // Letters of packed data that are unpacked for printing: before `load`, and when there is time.
+  const [AT_ONCE, AHEAD] = [1e6, 16e6];
+  const HELD_MS = 3000; // at most
   const drawn = new WeakSet();
   const holder = (place) => place.closest(".window, main > section"); // whose data it draws
+  const isOpen = (place) => !place.closest("details:not([open])");
+  const pause = () => new Promise((go) => setTimeout(go)); // so that the page answers meanwhile
 
   function drawNow(place, data) {
     if (drawn.has(place)) return;
@@ -14,40 +20,103 @@
     drawNow(place, await sglprof.load(holder(place)));
   }
 
-  /* Scripts stand before the data, and charts come after the first picture of the tables: the
-     page answers while the rest is still read. */
-  function afterFirstPicture(act) {
-    addEventListener("load", () => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(act))));
+  async function drawOpen(root) {
+    for (const place of root.querySelectorAll("[data-part]")) {
+      if (!isOpen(place)) continue;
+      await draw(place);
+      await pause();
+    }
   }
 
-  const near = new IntersectionObserver(
-    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
-    { rootMargin: "300px" },
-  );
+  /* Printing does not wait, so that data of closed windows must be there before it begins. */
+  async function unpackAhead(most) {
+    let letters = 0;
+    for (const data of document.querySelectorAll('script[type="application/gzip"]')) {
+      letters += data.textContent.length;
+      if (letters > most) return;
+      await sglprof.load(document.getElementById(data.id.replace(/-data$/, "")));
+      await pause();
+    }
+  }
+
+  /* Scripts stand before the data, and charts come after the first picture of the tables: the
+     page answers while the rest is still read. A page in the background is not painted. */
+  function afterFirstPicture(act) {
+    const painted = new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)));
+    const waited = new Promise((go) => setTimeout(go, 100));
+    addEventListener("DOMContentLoaded", () => Promise.race([painted, waited]).then(() => setTimeout(act)));
+  }
+
+  /* What prints or captures a page does so at its `load`, which waits for a frame that is open. */
+  function holdLoad() {
+    const frame = sglprof.element("iframe", { hidden: true });
+    document.body.append(frame);
+    frame.contentDocument.open();
+    return () => { frame.contentDocument?.close(); frame.remove(); };
+  }
+
+  /* What a box hides is said above it. */
+  const hints = new Map();
+  function hint(box) {
+    const right = box.scrollWidth - box.clientWidth - box.scrollLeft > 1;
+    const isWide = box.scrollWidth - box.clientWidth > 1;
+    const isTall = box.scrollHeight - box.clientHeight > 1;
+    box.classList.toggle("goes-right", right);
+    box.classList.toggle("goes-left", isWide && box.scrollLeft > 1);
+    if (!hints.has(box) && (isWide || isTall)) {
+      hints.set(box, sglprof.element("p", { class: "hint quiet" }));
+      box.before(hints.get(box));
+    }
+    const words = hints.get(box);
+    if (!words) return;
+    const sides = [isWide ? "sideways for more columns →" : "", isTall ? "down for more rows ↓" : ""];
+    words.textContent = isWide || isTall ? `Scroll ${sides.filter(Boolean).join(", ")}` : "";
+    words.hidden = box.hidden || !words.textContent;
+  }
+  const sizes = new ResizeObserver((entries) => entries.forEach((entry) => hint(entry.target.closest(".scroll"))));
+  function watch(root) {
+    for (const box of root.querySelectorAll(".scroll")) {
+      if (!box.sglprofWatched && isOpen(box)) {
+        box.sglprofWatched = true;
+        sizes.observe(box);
+        if (box.firstElementChild) sizes.observe(box.firstElementChild);
+        box.addEventListener("scroll", () => hint(box), { passive: true });
+      }
+    }
+  }
+
   /* Of many ranks, the one that is marked is in sight. */
   function showMarked(box) {
     const mark = box.querySelector(".mark");
     if (mark && box.scrollHeight > box.clientHeight) box.scrollTop = mark.closest("tr").offsetTop - box.clientHeight / 2;
   }
-  afterFirstPicture(() => {
-    document.querySelectorAll(".heatmap .tall").forEach(showMarked);
-    document.querySelectorAll("[data-part]").forEach((place) => near.observe(place));
-  });
+  document.addEventListener("toggle", (event) => {
+    if (!event.target.open) return;
+    watch(event.target);
+    drawOpen(event.target);
+  }, true);
   document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
 
   document.addEventListener("click", (event) => {
+    const more = event.target.closest("button[data-more]");
+    if (more) {
+      const isMore = document.getElementById(more.dataset.more).classList.toggle("all");
+      more.setAttribute("aria-pressed", String(isMore));
+    }
     const button = event.target.closest("button[data-shows]");
     if (!button) return;
     for (const other of button.parentElement.children) {
       other.setAttribute("aria-pressed", String(other === button));
-      document.getElementById(other.dataset.shows).hidden = other !== button;
+      const box = document.getElementById(other.dataset.shows);
+      box.hidden = other !== button;
+      hint(box);
     }
   });
 
   function openTarget() {
     const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    if (!target || !target.matches("details")) return;
-    target.open = true;
+    if (!target) return;
+    for (let around = target.closest("details"); around; around = around.parentElement.closest("details")) around.open = true;
     target.scrollIntoView();
   }
   addEventListener("hashchange", openTarget);
@@ -71,25 +140,42 @@
     folded.forEach((one) => { one.open = true; });
     theme = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
-    // Printing does not wait: what is unpacked by now is drawn, and all is soon after opening.
     for (const place of document.querySelectorAll("[data-part]")) {
       const data = sglprof.data(holder(place));
       if (data) drawNow(place, data);
+      else if (place.matches(":empty")) place.append(sglprof.quiet("Not drawn: open this window before you print."));
     }
     sglprof.redraw();
     sglprof.resize(PRINTED);
   });
   addEventListener("afterprint", () => {
     folded.forEach((one) => { one.open = false; });
+    document.querySelectorAll("[data-part]").forEach((place) => drawn.has(place) || place.replaceChildren());
     if (theme) document.documentElement.dataset.theme = theme;
     else delete document.documentElement.dataset.theme;
     sglprof.redraw();
     sglprof.resize();
   });
+  if (!sglprof.canUnpack) {
+    document.querySelector("main").prepend(sglprof.element("p", { class: "notice", text: "This browser cannot unpack the data of the charts (it has no DecompressionStream). The tables are complete. For the charts, open this file in Chromium 123, Firefox 120, Safari 17.5 or newer." }));
+  }
   sglprof.draw = draw;
-  sglprof.allLoaded = new Promise((done) => addEventListener("load", () => requestIdleCallback(async () => {
-    for (const data of document.querySelectorAll('script[type="application/gzip"]')) await sglprof.load(document.getElementById(data.id.replace(/-data$/, "")));
+  const release = holdLoad();
+  setTimeout(release, HELD_MS);
+  sglprof.allLoaded = new Promise((done) => afterFirstPicture(async () => {
+    document.querySelectorAll(".heatmap .tall").forEach(showMarked);
+    watch(document);
+    if (sglprof.canUnpack) {
+      await drawOpen(document);
+      await unpackAhead(AT_ONCE);
+    }
+    release();
+    if (sglprof.canUnpack) {
+      await new Promise((go) => requestIdleCallback(go, { timeout: 2000 }));
+      await unpackAhead(AHEAD);
+    }
+    document.documentElement.dataset.drawn = "true"; // all is laid out from now on, seen or not
     done(true);
-  }, { timeout: 2000 })));
+  }));
   document.documentElement.dataset.ready = "true";
 })();

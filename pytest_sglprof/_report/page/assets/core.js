@@ -85,7 +85,10 @@ const sglprof = (() => {
     return loading.get(window);
   }
 
+  const canUnpack = typeof DecompressionStream === "function";
+
   async function unpack(window) {
+    if (!canUnpack) return new Promise(() => {}); // the page says so
     const text = document.getElementById(`${window.id}-data`).textContent;
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -109,5 +112,5 @@ const sglprof = (() => {
     return element("p", { class: "quiet", text });
   }
 
-  return { parts, charts, element, three, duration, colour, isDark, redraw, room, resize, shade, load, data, quiet };
+  return { parts, charts, element, three, duration, colour, isDark, redraw, room, resize, shade, load, data, quiet, canUnpack };
 })();

@@ -2,7 +2,7 @@
    is hatched, and a line joins the arrivals of all ranks, so that the late one stands out. */
 "use strict";
 (() => {
-  const { element, duration, colour } = sglprof;
+  const { element, duration, three, colour } = sglprof;
   const TOO_NARROW = 34; // px below which a bar has no room for a name
 
   /* base: hue and saturation of the category; the kernel's name picks the lightness. */
@@ -209,16 +209,16 @@
       const durations = mine.map(({ lane, event }) => lane.dur_ns[event]).sort((a, b) => a - b);
       const median = durations[durations.length >> 1];
       const waiting = mine.some(({ lane, event }) => lane.match[event] >= 0);
-      const head = ["Rank", "Start", "Duration", "of the median", ...(waiting ? ["Waits"] : [])].map((text, at) => element("th", { scope: "col", class: at ? "n" : null, text }));
+      const head = ["Rank", "Start, µs", "Duration, µs", "of the median", ...(waiting ? ["Waits, µs"] : [])].map((text, at) => element("th", { scope: "col", class: at ? "n" : null, text }));
       const rows = mine.map(({ lane, event }) => {
         const wait = lane.match[event] < 0 ? null : Math.min(lane.dur_ns[event], joined.get(lane.match[event]).latest - lane.start_ns[event]);
         const ratio = lane.dur_ns[event] / median;
         return element("tr", {},
           element("th", { scope: "row", text: lane.rank }),
-          element("td", { class: "n", text: duration(lane.start_ns[event]) }),
-          element("td", { class: "n", text: duration(lane.dur_ns[event]) }),
+          element("td", { class: "n", text: three(lane.start_ns[event] / 1e3) }),
+          element("td", { class: "n", text: three(lane.dur_ns[event] / 1e3) }),
           element("td", { class: `n s${lane.match[event] < 0 ? sglprof.shade(ratio) : 0}`, text: ratio.toFixed(2) }),
-          waiting ? element("td", { class: "n", text: wait === null ? "–" : duration(wait) }) : null);
+          waiting ? element("td", { class: "n", text: wait === null ? "–" : three(wait / 1e3) }) : null);
       });
       table.append(element("table", { class: "small followed" },
         element("caption", { text: `${names[name].slice(0, 200)}: call ${state.call + 1} of ${most} in this step` }),

@@ -30,11 +30,11 @@ sglprof.parts.which = (section, window) => {
         shape("line", "range", { x1: x(points[0]), x2: x(points[4]), y1: 8, y2: 8 });
         shape("rect", "body", { x: x(points[1]), width: Math.max(2, x(points[3]) - x(points[1])), y: 4, height: 8 });
         shape("line", "mid", { x1: x(points[2]), x2: x(points[2]), y1: 2, y2: 14 });
-        row.append(element("td", {}, svg), ...[0, 2, 4].map((q) => element("td", { class: "n", text: duration(points[q]) })));
+        row.append(element("td", {}, svg), ...[0, 2, 4].map((q) => element("td", { class: "n", text: sglprof.three(points[q] / 1e3) })));
       } else row.append(element("td", { text: "no call" }));
       body.append(row);
     });
-    const head = ["Rank", "", "shortest", "median", "longest"].map((text, at) => element("th", { scope: "col", class: at > 1 ? "n" : null, text }));
+    const head = ["Rank", "", "shortest, µs", "median, µs", "longest, µs"].map((text, at) => element("th", { scope: "col", class: at > 1 ? "n" : null, text }));
     return element("table", {}, element("thead", {}, element("tr", {}, ...head)), body);
   }
 
