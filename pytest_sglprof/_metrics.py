@@ -62,9 +62,9 @@ class Metric(NamedTuple):
     of server lives, see `_verdict.regression`.
     value, interval: the attributes of that finding with the figure and what it may be. estimate:
     how both are found, a key of `ESTIMATES` in `_analysis.imbalance` or `_analysis.budget`.
-    sentence: the reason of a verdict, with the fields of `_verdict.judge.facts`; at_best: the
-    sentence for a figure equal to `best`, "" for the same one. unit: a key of `UNITS`. best: the
-    best possible figure; a limit beyond it is refused.
+    sentence: the reason of a verdict, with the fields of `_verdict.reasons.facts`; at_best: the
+    sentence for a figure that is written like `best`, "" for the same one. unit: a key of `UNITS`.
+    best: the best possible figure; a limit beyond it is refused.
     across: "sync" if it is of ranks that wait for each other, whatever their input.
     """
 
@@ -176,7 +176,7 @@ _ROWS = (
         estimate="typical_ratio",
         sentence="{slowest_is} {value}x slower than {peers} in {subject}{limit}: "
         "{most} against {others}{over}",
-        at_best="{group}no rank is slower in {subject}{over}{limit}",
+        at_best="{group}no rank is slower in {subject} ({value}{within}){over}",
     ),
     Metric(
         name="imbalance_factor",
@@ -206,7 +206,7 @@ _ROWS = (
         estimate="spike_shares",
         sentence="{group}{spiky} loses {value} of the time in {subject} in spikes{limit}: it has "
         "{spikes} above 1.3 times its usual{over}",
-        at_best="{group}no rank has a spike in {subject}{over}{limit}",
+        at_best="{group}no rank has a spike in {subject} ({value}{within}){over}",
         unit="share",
         best=0.0,
     ),

@@ -209,7 +209,7 @@ def running_batches(
                 refused = usage_error(output, options, FIXTURE + "(driver={…})")
                 return refused or driver_failed(driver, f"a result of {len(sizes)} batches")
 
-            check = runs.check(driver, timeout, FIXTURE)
+            check = runs.check(driver, timeout, FIXTURE, "batches of fixed shape")
             yield Batches(driver, record, gate, sizes, failed, check)
 
 

@@ -81,6 +81,7 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
                 hint="remove one of the two",
             )
         keywords["name"] = mark.args[0]
+    keywords.setdefault("name", item.name)
     spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
     refuse_too_few_steps(spec.num_steps, settings, f"@pytest.mark.{WINDOW_MARK}")
     default_steps = BACKENDS[spec.backend].default_steps

@@ -25,7 +25,7 @@ from pytest_sglprof._errors import (
     described,
     note,
 )
-from pytest_sglprof._plugin import xdist
+from pytest_sglprof._plugin import invocation, xdist
 from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
 from pytest_sglprof._plugin.unittests import (
     drives_load,
@@ -44,6 +44,7 @@ from pytest_sglprof._plugin.verdicts import (
     hide_secrets,
     record_of_servers,
     set_properties,
+    show_finding,
     take_records,
     write_summary,
 )
@@ -90,6 +91,7 @@ class PluginSession:
         keep_secrets(self.settings.servers.values())
         self._show_config = shows_config(config)
         self.worker = xdist.worker_name(config)
+        self._base = invocation.base_of_names(config, self.settings.config_file)
         xdist.take_mode(config)
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})
         self.run_id = str(workerinput.get(WORKER_INPUT) or new_run_id())
@@ -122,10 +124,10 @@ class PluginSession:
     def pytest_report_header(self) -> list[str]:
         """One or two lines about the settings; all of them with `--sglprof-show-config`."""
         lines = header_lines(self.settings, self._book.folder)
-        warning = xdist.mode_warning(self.config)
+        warnings = (xdist.mode_warning(self.config), invocation.rootdir_warning(self.config))
         if self._show_config:
             lines += self.settings.describe()
-        return [*lines, warning] if warning else lines
+        return [*lines, *filter(None, warnings)]
 
     def pytest_sessionstart(self) -> None:
         """Creates the folder of the run, unless tests are only collected."""
@@ -251,7 +253,7 @@ class PluginSession:
         if TEST_RUN in item.stash and not unreported:
             item.stash[TEST_RUN].forget()
         test = item.stash[TEST_RUN] = TestRun(
-            xdist.plain_nodeid(item.nodeid),
+            invocation.recorded_name(item, xdist.plain_nodeid(item.nodeid), self._base),
             attempt,
             self.settings,
             self.folder,
@@ -308,6 +310,7 @@ class PluginSession:
         if test is not None and call.when == "call":
             problems = set_properties(item, test)
         report = yield
+        show_finding(report, call.excinfo and call.excinfo.value)
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
             attach(report, test, problems, item.stash[UNREPORTED])
         attach_servers(report, self._left)
@@ -393,7 +396,7 @@ class PluginSession:
         """The value of the fixture `profile_window`."""
         from pytest_sglprof._run.window import ProfileWindow
 
-        return ProfileWindow(self.settings, self.test_run(item).new_window)
+        return ProfileWindow(self.settings, self.test_run(item).new_window, item.name)
 
     def _server_spec(self, node: Any) -> ServerSpec:
         try:
@@ -464,8 +467,8 @@ def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:
 
 
 def _settings(config: pytest.Config) -> Settings:
-    invocation = config.invocation_params.dir
-    tests = [invocation / arg.split("::")[0] for arg in config.args]
+    folder = config.invocation_params.dir
+    tests = [folder / arg.split("::")[0] for arg in config.args]
     try:
         extra: dict[str, Any] = {}
         for answer in config.hook.pytest_sglprof_servers(config=config):
@@ -474,8 +477,8 @@ def _settings(config: pytest.Config) -> Settings:
             {option.name: config.getoption(option.dest) for option in OPTIONS if option.pytest},
             os.environ,
             start=[test for test in tests if test.exists()],
-            rootdir=config.rootpath,
-            invocation_dir=invocation,
+            rootdir=invocation.root_of_tests(config),
+            invocation_dir=folder,
             of_pytest=True,
             extra_servers=extra,
         )

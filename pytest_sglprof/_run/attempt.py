@@ -139,7 +139,7 @@ class TestRun:
             self._bench = BenchServing(
                 self.server,
                 folder=self._folder.load(self.nodeid),
-                progress=self._show_load,
+                progress=self._progress,
                 on_start=self._load.start,
                 on_end=self._load.end,
                 on_result=self.server.note_load,
@@ -268,13 +268,18 @@ class TestRun:
         )
 
     def message(self) -> str:
-        """The failure message of the test: a rank table for each bad window, or the reason."""
-        from pytest_sglprof._report.terminal import rank_table
+        """The failure message of the test: a rank table for each bad window, or the reason.
+
+        Its first line is the finding, since lists of failed tests show no more.
+        """
+        from pytest_sglprof._report.terminal import headline, rank_table
 
         self.message_shows_windows = True
         bad = [window for window in self.documents() if window.verdict != "pass"]
         shown = [rank_table(window) for window in bad if _is_shown(window)]
-        parts = [f"profile window verdict: {self.verdict}"]
+        worst = [window for window in bad if window.verdict == self.verdict]
+        first = headline(worst[0]) if worst else f"{self.verdict}: {self.reason}".partition("\n")[0]
+        parts = [first, f"profile window verdict: {self.verdict}"]
         if not shown:
             parts.append(self.reason)
         for lines in shown:
@@ -323,10 +328,6 @@ class TestRun:
             earlier.forget()
         self.windows, self._made, self._documents, self._measured = [], [], [], []
         self._window = self._opening = self._load_watch = self._bench = None
-
-    def _show_load(self, elapsed: float, line: str) -> None:
-        if self._progress is not None:
-            self._progress(f"load: {elapsed:.0f} s: {line}")
 
     def _end_opening(self) -> None:
         opening, self._opening = self._opening, None

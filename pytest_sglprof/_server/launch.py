@@ -120,6 +120,7 @@ class Server:
         self.driver_variables = dict(driver_variables or {})
         self.loads: list[Any] = []  # those that ended before its first window
         self.had_window = False
+        self.warm_for: dict[str, int] = {}  # shape of a load it has run -> requests at once
         self._keeper = keeper
         self._created = created
         self._left: tuple[str, ...] | None = None
@@ -433,7 +434,8 @@ def wait_until_ready(
                 log=log.reason() or [log.last_line()],
             )
         if progress is not None and now - shown >= PROGRESS_EVERY:
-            progress(f"server {spec.key}: {clock.elapsed(now):.0f} s, {log.last_line()}")
+            phase = log.phase() or "starting"
+            progress(f"server {spec.key}: {phase}, {clock.elapsed(now):.0f} s")
             shown = now
         time.sleep(POLL)
 

@@ -30,6 +30,7 @@ class FakeServer:
     api_key: str = ""
     driver_variables: Mapping[str, str] = field(default_factory=dict)
     died: SglprofError | None = None
+    warm_for: dict[str, int] = field(default_factory=dict)
 
     @property
     def client(self) -> FakeServer:

@@ -59,7 +59,7 @@ def test_a_balanced_window_passes_with_its_figures() -> None:
         "over 50 steps; at most 1.020 in this window"
     )
     assert judge(build(), [MOE]).reason == (
-        "no rank is slower in moe over 50 steps (limit 1.10); at most 1.000 in this window"
+        "no rank is slower in moe (1.00, limit 1.10) over 50 steps; at most 1.000 in this window"
     )
 
 
