@@ -226,7 +226,7 @@ class BenchServing:
 
         def command(record: Path) -> list[str]:
             return bench_command(
-                server.python, server.kind, server.url, self._runs.model, options, record
+                server.python, server.driver_kind, server.url, self._runs.model, options, record
             )
 
         on_end = self._on_end if target else None

@@ -19,13 +19,13 @@ from pytest_sglprof._config.options import OPTIONS, shows_config
 from pytest_sglprof._errors import (
     Incomparable,
     Inconclusive,
-    ServerMissing,
     SettingsError,
     SglprofError,
     described,
     note,
 )
 from pytest_sglprof._plugin import invocation, xdist
+from pytest_sglprof._plugin.header import header_lines, lacking_lines
 from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
 from pytest_sglprof._plugin.unittests import (
     drives_load,
@@ -57,7 +57,6 @@ from pytest_sglprof._run.servers import close_server, describe_server, open_serv
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
     from pytest_sglprof._run.window import ProfileWindow
-    from pytest_sglprof._server.command import Launcher
     from pytest_sglprof._server.launch import Server
 
 
@@ -99,6 +98,7 @@ class PluginSession:
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
         self._in_test = False
+        self._unfinished: TestRun | None = None  # an attempt without a report
         self._known_lives = KnownLives(self.settings, self.run_id)
         self._left: list[RecordedServer] = []  # stopped servers that left something behind
         facts = run_facts(config, self.settings)
@@ -129,6 +129,11 @@ class PluginSession:
             lines += self.settings.describe()
         return [*lines, *filter(None, warnings)]
 
+    def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
+        """A line for each thing that this machine lacks for the servers of the collected tests."""
+        specs = {spec.key: spec for spec in map(self._server_spec, filter(concerns, items))}
+        return lacking_lines(specs.values(), self.settings)
+
     def pytest_sessionstart(self) -> None:
         """Creates the folder of the run, unless tests are only collected."""
         option = self.config.option
@@ -158,9 +163,16 @@ class PluginSession:
         if self.worker:
             return
         try:
+            if exitstatus == pytest.ExitCode.INTERRUPTED:
+                self._keep_unfinished()
             if self._left:  # an interrupted run stops its servers without a report
                 self._book.add(record_of_servers(self._left))
             self._book.finish(int(exitstatus))
+            if exitstatus == pytest.ExitCode.INTERRUPTED and self._book.file is not None:
+                self._book.notes.append(
+                    "interrupted: what was recorded until then is in these files; "
+                    f"`sglprof report {self._book.folder}` makes the page again"
+                )
             if self.settings.accept and exitstatus in ENDED:
                 accept_lives(self.settings, self._book)
             prune(
@@ -173,6 +185,13 @@ class PluginSession:
             session.exitstatus = pytest.ExitCode.INTERRUPTED
             session.shouldstop = "KeyboardInterrupt while results were written"
             self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
+
+    def _keep_unfinished(self) -> None:
+        """Adds what the interrupted test had recorded; pytest makes no report of it."""
+        test, self._unfinished = self._unfinished, None
+        if test is not None and test.has_recorded:
+            with self._book.writing("the interrupted test"):
+                self._book.add(test.record("interrupted", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Writes the section of the plugin, if there is anything to report."""
@@ -262,6 +281,7 @@ class PluginSession:
             progress=self.progress,
             lives=item.stash.setdefault(LIVES, TestLives(self._known_lives)),
         )
+        self._unfinished = test
         test.earlier = item.stash.get(EARLIER, [])
         item.stash[EARLIER] = []
         unreported.append(test)
@@ -313,6 +333,7 @@ class PluginSession:
         show_finding(report, call.excinfo and call.excinfo.value)
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
             attach(report, test, problems, item.stash[UNREPORTED])
+            self._unfinished = None
         attach_servers(report, self._left)
         self._left = []
         if test is not None and call.when == "teardown":
@@ -444,7 +465,10 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
 def _abandon(error: BaseException, test: TestRun) -> None:
     """Ends the windows after a body that raised `error`; their errors become notes of it."""
     try:
-        test.abandon(discard=isinstance(error, DISCARDING))
+        test.abandon(
+            discard=isinstance(error, DISCARDING),
+            keep_closed=isinstance(error, KeyboardInterrupt),
+        )
     except Exception as later_error:
         if isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception)):
             raise  # pytest does not show the notes of a skipped test
@@ -509,55 +533,6 @@ def sort_by_server(
         sorted((item for item in items if item in servers), key=lambda i: order[servers[i].key])
     )
     return [next(sorted_items) if item in servers else item for item in items]
-
-
-def header_lines(settings: Settings, folder: Path) -> list[str]:
-    """A line with servers, configuration and results, and a warning about any stand-in."""
-    config = _short(settings.config_file) if settings.config_file else "none"
-    lines = [f"sglprof: {_servers(settings)}; config {config}; results {_short(folder)}"]
-    if settings.server:
-        lines.append(
-            "sglprof: this server is never stopped; while it exports a profile its requests stall "
-            "and /health answers 503"
-        )
-    elif stand_ins := _stand_ins(settings):
-        names = ", ".join(stand_ins)
-        lines.append(
-            f"sglprof: STAND-IN server for {names}: no SGLang, no GPU; the numbers are synthetic"
-        )
-    return lines
-
-
-def _servers(settings: Settings) -> str:
-    if settings.server:
-        return f"attached to {settings.server}"
-    return "servers " + ", ".join(f"{name} ({_kind(settings, name)})" for name in settings.servers)
-
-
-def _kind(settings: Settings, name: str) -> str:
-    """The kind of server that is started; one that is missing is an error only then."""
-    launcher = _launcher(settings, name)
-    return launcher.name if launcher else f"{settings.servers[name].kind}, which is missing"
-
-
-def _stand_ins(settings: Settings) -> list[str]:
-    launchers = {name: _launcher(settings, name) for name in settings.servers}
-    return [name for name, launcher in launchers.items() if launcher and launcher.is_standin]
-
-
-def _launcher(settings: Settings, name: str) -> Launcher | None:
-    """What starts the server of this name; None if what it needs is not installed."""
-    from pytest_sglprof._server.command import find_launcher
-
-    try:
-        return find_launcher(settings.servers[name])
-    except ServerMissing:
-        return None
-
-
-def _short(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)
 
 
 def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:

@@ -200,15 +200,18 @@ class TestRun:
         """After the body: closes and judges each window, and raises their errors."""
         do_every(self._ending())
 
-    def abandon(self, *, discard: bool, is_incomparable: bool = False) -> None:
+    def abandon(
+        self, *, discard: bool, keep_closed: bool = False, is_incomparable: bool = False
+    ) -> None:
         """After a body that raised: closes each window, and raises their errors.
 
         discard: the test was skipped or interrupted, so that windows are dropped without a
-        verdict, except those that the body has checked. is_incomparable: it found no accepted
+        verdict, except those that the body has checked, and with keep_closed those that it has
+        closed. is_incomparable: it found no accepted
         life to compare with, which is no fault of what it measured.
         """
         self._has_failed, self._is_incomparable = True, is_incomparable
-        do_every(self._abandoning(discard))
+        do_every(self._abandoning(discard, keep_closed))
 
     def _ending(self) -> Iterator[Callable[[], object]]:
         yield self._end_opening
@@ -219,11 +222,11 @@ class TestRun:
         yield self._compare_lives
         yield self._end_load_watch
 
-    def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
+    def _abandoning(self, discard: bool, keep_closed: bool) -> Iterator[Callable[[], object]]:
         for step in (self._end_opening, self._end_load_watch):
             yield partial(_without_our_errors, step) if discard else step
         for window in self._made:
-            is_kept = window.was_checked or not discard
+            is_kept = window.was_checked or not discard or (keep_closed and window.is_closed)
             if window.was_opened and is_kept:
                 yield partial(self._close, window)
             else:
@@ -285,6 +288,11 @@ class TestRun:
         for lines in shown:
             parts += ["", *lines]
         return "\n".join(parts)
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether there is anything to keep of an attempt that was interrupted."""
+        return bool(self.windows or (self._bench is not None and self._bench.results))
 
     def documents(self) -> list[RecordedWindow]:
         """The windows as in results.json; made once, since their tables are large."""

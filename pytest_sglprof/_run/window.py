@@ -132,6 +132,11 @@ class Window:
         return self.state != "new"
 
     @property
+    def is_closed(self) -> bool:
+        """True once it has recorded what it was to record."""
+        return self._capture is not None
+
+    @property
     def repeat_index(self) -> int:
         """Its number among the windows that repeat each other, from 1."""
         return 1 + self.windows.index(self)
