@@ -14,6 +14,7 @@ from pytest_sglprof._run.folder import RunFolder
 from pytest_sglprof._run.servers import open_server
 from pytest_sglprof._server import command
 from tests.integration.plugin.conftest import MakeProject, RunHere
+from tests.support.project import SERVERS
 from tests.support.running import standin
 
 STANDIN = '[server]\nkind = "standin"\n'
@@ -136,7 +137,8 @@ def test_somebody_else_drives_a_load(bench_serving, profile_window, load, drive)
 def test_a_window_opened_after_the_load_had_ended_says_so_at_once(
     make_project: MakeProject,
 ) -> None:
-    project = make_project(TOO_LATE)
+    patient = 'args = ["--tp", "2", "--watchdog-timeout", "100000"]'  # for a window of many steps
+    project = make_project(TOO_LATE, SERVERS.replace('args = ["--tp", "2"]', patient))
     ran = project.run()  # of which each window has a timeout of 300 s
     text = ran.section("test_after_the_load")
     assert text.startswith("inconclusive: the load was over before the window ")
@@ -348,7 +350,7 @@ def test_interrupted(bench_serving, profile_window):
                                random_range_ratio=1.0, warm_up=False):
         with profile_window("first", num_steps=60) as window:
             window.wait()
-        with profile_window("second", num_steps=100_000):
+        with profile_window("second"):
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
 """
