@@ -186,6 +186,7 @@ _ROWS = (
         estimate="share_of_mean",
         sentence="{group}the imbalance factor of {subject} is {value}{limit}: {heaviest} has "
         "{largest}, the mean is {mean}{over}{longer}",
+        at_best="{group}no rank takes longer than the mean in {subject} ({value}{within}){over}",
     ),
     Metric(
         name="lost_share",
@@ -195,6 +196,7 @@ _ROWS = (
         estimate="lost_share",
         sentence="{group}{value} of the time in {subject} is lost to imbalance{limit}: "
         "{lost}{over}, of which {noise} is what noise alone loses{longer}",
+        at_best="{group}no time in {subject} is lost to imbalance ({value}{within}){over}",
         unit="share",
         best=0.0,
     ),
@@ -263,6 +265,8 @@ _OF_LIVES = (
         interval="interval",
         estimate="log_ratio",
         sentence="{subject} is {value}x as {much} as in the accepted lives{limit}: "
+        "{before} → {now}{over}",
+        at_best="{subject} is as {much} as in the accepted lives ({value}{within}): "
         "{before} → {now}{over}",
     ),
     *(

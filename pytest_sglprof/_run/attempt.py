@@ -284,7 +284,7 @@ class TestRun:
         first = headline(worst[0]) if worst else f"{self.verdict}: {self.reason}".partition("\n")[0]
         parts = [first, f"profile window verdict: {self.verdict}"]
         if not shown:
-            parts.append(self.reason)
+            parts += self.reason.splitlines()[0 if worst else 1 :]
         for lines in shown:
             parts += ["", *lines]
         return "\n".join(parts)

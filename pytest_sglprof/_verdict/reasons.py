@@ -18,6 +18,7 @@ from pytest_sglprof._verdict.wording import (
     count,
     duration,
     percent,
+    sentence_of,
     shorten,
     work_words,
 )
@@ -140,9 +141,7 @@ def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
 def measured_reason(finding: Measured, threshold: Threshold, value: float, *, failed: bool) -> str:
     """The sentence for a figure that was compared with its limit."""
     metric = METRICS[threshold.metric]
-    known = facts(finding, threshold, value, failed=failed)
-    is_best = metric.at_best and known["value"] == beside_limit(metric, metric.best, math.inf)[0]
-    text = (metric.at_best if is_best else metric.sentence).format(**known)
+    text = sentence_of(metric, facts(finding, threshold, value, failed=failed))
     if not failed or isinstance(finding, StepBudget):
         return text
     work = work_words(finding.work.word, finding.work.ratio, finding.work.by)
@@ -162,8 +161,7 @@ def _facts_of_ranks(
 ) -> dict[str, str]:
     """The fields of a metric of `ranks`.
 
-    group: `DP0: ` or "". subject: of the threshold. value, limit: `1.39`, ` (limit 1.10)`;
-    within: `, limit 1.10`.
+    group: `DP0: ` or "". subject: of the threshold. value, limit: `1.39`, ` (limit 1.10)`.
     slowest_is, peers: `TP1 is` and `its peers`, or the plural if several ranks are the slowest;
     `the other ranks` where those have different input. most,
     others: total of the slowest rank, the median of the others. heaviest, largest, mean: the
@@ -181,7 +179,6 @@ def _facts_of_ranks(
         "subject": subject_of(finding, threshold),
         "value": shown,
         "limit": limit,
-        "within": f", {limit[2:-1]}" if limit else "",
         # Ranks are equally slow only if one of three or more ranks is *faster*.
         "slowest_is": f"{finding.slowest} is" if slowest else f"{', '.join(heaviest)} are equally",
         "peers": _peers(finding) if finding.across == "peers" else "the other ranks",

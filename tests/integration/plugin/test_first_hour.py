@@ -116,9 +116,9 @@ def test_after_the_load(bench_serving, profile_window, load):
 
 
 def test_load_ends_first(bench_serving, profile_window):
-    with bench_serving.running(num_prompts=4, random_input_len=8, random_output_len=900,
+    with bench_serving.running(num_prompts=4, random_input_len=8, random_output_len=1100,
                                random_range_ratio=1.0, warm_up=False):
-        with profile_window(num_steps=100_000) as window:
+        with profile_window(num_steps=1500) as window:  # more than the load has
             window.wait()
 
 
@@ -145,7 +145,7 @@ def test_a_window_opened_after_the_load_had_ended_says_so_at_once(
     assert "inside `with bench_serving.running(...):`" in text
     (window,) = ran.windows("test_load_ends_first")
     assert window["verdict"] == "inconclusive"
-    assert "its 100000 steps were not over when it closed" in window["reason"]
+    assert "its 1500 steps were not over when it closed" in window["reason"]
     assert ran.word("test_somebody_else_drives_a_load") == "PASSED"
     assert ran.seconds < 240
     names = [window["name"] for window in ran.results["windows"]]
@@ -366,7 +366,8 @@ def test_an_interrupted_run_keeps_what_it_recorded_and_says_how_to_report_it(
         "test_job.py::test_whole": "passed",
         "test_job.py::test_interrupted": "interrupted",
     }
-    assert [(w["name"], w["state"]) for w in ran.results["windows"]] == [("first", "complete")]
+    words = {window["name"]: window["verdict"] for window in ran.results["windows"]}
+    assert words == {"first": "pass", "second": "inconclusive"}  # the block of the second was cut
     assert f"`sglprof report {ran.run_folder}`" in ran.text
     monkeypatch.chdir(ran.folder)
     assert main(["report", str(ran.run_folder)]) == 0
