@@ -68,6 +68,24 @@ def lacking_lines(specs: Iterable[ServerSpec], settings: Settings) -> list[str]:
     return lines
 
 
+def unread_lines(folders: Iterable[Path], settings: Settings, root: Path) -> list[str]:
+    """A line for each sglprof.toml beside or above tests that is not the one that is read.
+
+    One is read for all tests: the nearest above all that are given.
+    """
+    unread = []
+    for folder in folders:
+        above = [folder, *(each for each in folder.parents if root in (each, *each.parents))]
+        nearest = next(filter(Path.is_file, (each / "sglprof.toml" for each in above)), None)
+        if nearest is not None and nearest != settings.config_file:
+            unread.append(_short(nearest))
+    return [
+        f"sglprof: {name} is not read, since it is not above all given tests: give "
+        f"--sglprof-config={name}, or only tests below it"
+        for name in dict.fromkeys(unread)
+    ]
+
+
 def _lacks_sglang(spec: ServerSpec, settings: Settings) -> None:
     if not spec.url:
         find_launcher(spec)

@@ -25,7 +25,7 @@ from pytest_sglprof._errors import (
     note,
 )
 from pytest_sglprof._plugin import invocation, xdist
-from pytest_sglprof._plugin.header import header_lines, lacking_lines
+from pytest_sglprof._plugin.header import header_lines, lacking_lines, unread_lines
 from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
 from pytest_sglprof._plugin.unittests import (
     drives_load,
@@ -130,9 +130,14 @@ class PluginSession:
         return [*lines, *filter(None, warnings)]
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
-        """A line for each thing that this machine lacks for the servers of the collected tests."""
-        specs = {spec.key: spec for spec in map(self._server_spec, filter(concerns, items))}
-        return lacking_lines(specs.values(), self.settings)
+        """What of the configuration is not read, and what this machine lacks for these tests."""
+        ours = list(filter(concerns, items))
+        specs = {spec.key: spec for spec in map(self._server_spec, ours)}
+        lines = lacking_lines(specs.values(), self.settings)
+        if not (self.config.getoption("sglprof_config") or os.environ.get("SGLPROF_CONFIG")):
+            folders = dict.fromkeys(item.path.parent for item in ours)
+            lines += unread_lines(folders, self.settings, invocation.root_of_tests(self.config))
+        return lines
 
     def pytest_sessionstart(self) -> None:
         """Creates the folder of the run, unless tests are only collected."""

@@ -10,6 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import pytest
@@ -182,7 +184,8 @@ def attach(
         each.forget()
     for window in test.documents():
         if window.verdict != "pass" and not test.message_shows_windows:
-            report.sections.append((f"{SECTION}{window.name}", "\n".join(rank_table(window))))
+            title = f"{SECTION}window {window.name}"
+            report.sections.append((title, "\n".join(rank_table(window))))
 
 
 def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
@@ -237,7 +240,7 @@ class TerminalProgress:
     def __call__(self, line: str) -> None:
         """Shows `line`, at most once a second (every 15 s if the output is not a terminal)."""
         now = time.monotonic()
-        if self._silent or now - self._last < (1.0 if _is_live() else LOG_INTERVAL):
+        if self._silent or now - self._last < (1.0 if self._is_live else LOG_INTERVAL):
             return
         self._last = now
         self._write(f"{self._start}sglprof: {' '.join(line.split())[:150]}")
@@ -252,27 +255,28 @@ class TerminalProgress:
     def clear(self) -> None:
         """Ends the line when the work is over, so that an outcome begins on a line of its own."""
         if self._dirty:
-            self._write(ERASE if _is_live() else "\n")
+            self._write(ERASE if self._is_live else "\n")
             self._dirty = False
 
     @property
     def _start(self) -> str:
         """Begins a line in the place of the last one, or below what pytest has written."""
-        return ERASE if self._dirty and _is_live() else "\n"
+        return ERASE if self._dirty and self._is_live else "\n"
+
+    @cached_property
+    def _is_live(self) -> bool:
+        """Whether the output is a terminal, which pytest's capturing hides."""
+        with self._uncaptured():
+            return sys.__stderr__ is not None and sys.__stderr__.isatty()
 
     def _write(self, text: str) -> None:
+        with self._uncaptured():
+            if sys.__stderr__ is not None:
+                sys.__stderr__.write(text)
+                sys.__stderr__.flush()
+
+    def _uncaptured(self) -> AbstractContextManager[None]:
         if self._capture is None:
-            self._emit(text)
-        else:
-            with self._capture.global_and_fixture_disabled():
-                self._emit(text)
-
-    @staticmethod
-    def _emit(text: str) -> None:
-        if sys.__stderr__ is not None:
-            sys.__stderr__.write(text)
-            sys.__stderr__.flush()
-
-
-def _is_live() -> bool:
-    return sys.__stderr__ is not None and sys.__stderr__.isatty()
+            return nullcontext()
+        uncaptured: AbstractContextManager[None] = self._capture.global_and_fixture_disabled()
+        return uncaptured

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,6 +108,28 @@ def test_progress_is_ours_and_the_outcome_begins_a_line_and_a_warm_server_is_not
     logs = [sorted(path.stem for path in folder.glob("*.log")) for folder in folders]
     assert logs == [["load-1", "load-1-warm-up"], ["load-1"]]
     assert [load["warmed_up"] for load in ran.results["loads"]] == [True, True]
+
+
+def test_on_a_terminal_a_line_of_progress_is_replaced(make_project: MakeProject) -> None:
+    project = make_project(ASKS_FOR_A_SERVER)
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        running = subprocess.Popen(
+            project.command("-v"),
+            cwd=project.folder,
+            env=project.environment(),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shown = bytearray()
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while piece := terminal.read(4096):
+                shown += piece
+    assert running.wait() == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert re.search(r"test_it \nsglprof: server default: \w+, \d s\r\x1b\[K", text), text
 
 
 # ---- a window after the load -----------------------------------------------------------------
@@ -371,3 +397,19 @@ def test_an_interrupted_run_keeps_what_it_recorded_and_says_how_to_report_it(
     assert f"`sglprof report {ran.run_folder}`" in ran.text
     monkeypatch.chdir(ran.folder)
     assert main(["report", str(ran.run_folder)]) == 0
+
+
+def test_a_configuration_that_is_not_read_is_named(
+    pytester: pytest.Pytester, run_here: RunHere
+) -> None:
+    """It is beside the tests, but pytest was given a folder above both."""
+    for name in ("one", "two"):
+        pytester.mkdir(name)
+        (pytester.path / name / f"test_{name}.py").write_text(ASKS_FOR_A_SERVER)
+    (pytester.path / "one" / "sglprof.toml").write_text(STANDIN)
+    ran = run_here("--sglprof", "--collect-only", config=None)
+    ran.stdout.fnmatch_lines(["sglprof: one/sglprof.toml is not read*=one/sglprof.toml, or *"])
+    ran = run_here("--sglprof", "--collect-only", "one", config=None)
+    ran.stdout.no_fnmatch_line("*is not read*")
+    ran = run_here("--sglprof", "--collect-only", "--sglprof-config=one/sglprof.toml", config=None)
+    ran.stdout.no_fnmatch_line("*is not read*")
