@@ -53,7 +53,7 @@ def test_progress_tells_the_time_and_what_the_server_does(fake_sglang, nothing_l
     with pytest.raises(ServerNotReady):
         launch(spec, folder=tmp_path / "server", progress=told.append)
     assert any(line.startswith("server main: ") for line in told)
-    phase = r"server main: (starting|answering its first request), \d s"
+    phase = r"server main: (starting|answering its first request), \d+ s"
     assert all(re.fullmatch(phase, line) for line in told)
 
 
