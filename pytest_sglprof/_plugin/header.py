@@ -20,17 +20,14 @@ def header_lines(settings: Settings, folder: Path) -> list[str]:
     """A line with servers, configuration and results, and a warning about any stand-in."""
     config = _short(settings.config_file) if settings.config_file else "none"
     lines = [f"sglprof: {_servers(settings)}; config {config}; results {_short(folder)}"]
-    attached = {
-        name: spec for name, spec in settings.servers.items() if is_attached(spec, settings)
-    }
+    attached = [spec for spec in settings.servers.values() if settings.server or spec.url]
     if attached:
         lines.append(
             "sglprof: a running server is never stopped; while it exports a profile its requests "
             "stall and /health answers 503"
         )
-        if not all(spec.python for spec in attached.values()) and not has_load_driver(
-            sys.executable
-        ):
+        names_python = all(spec.python for spec in attached)
+        if not names_python and not has_load_driver(sys.executable):
             lines.append(
                 f"sglprof: {sys.executable} has no SGLang, so loads for a running server are sent "
                 "by the embedded driver (`python` of the server names another interpreter)"
@@ -49,17 +46,10 @@ def _servers(settings: Settings) -> str:
     return "servers " + ", ".join(f"{name} ({_kind(settings, name)})" for name in settings.servers)
 
 
-def is_attached(spec: ServerSpec, settings: Settings) -> bool:
-    """Whether a server is one that somebody else runs."""
-    return bool(settings.server or spec.url)
-
-
 def lacking_lines(specs: Iterable[ServerSpec], settings: Settings) -> list[str]:
     """A line for each thing that these servers need and this machine lacks."""
     lines = []
-    for spec in specs:
-        if settings.server:
-            continue
+    for spec in () if settings.server else specs:
         for lack in (_lacks_sglang, _lacks_nsys, _lacks_key, _lacks_model):
             try:
                 lack(spec, settings)

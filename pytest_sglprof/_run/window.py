@@ -374,7 +374,11 @@ class Window:
     ) -> None:
         self.close()
         while error is None and (following := self.next()) is not None:
-            await_driven_load(following, self._load, self._progress)
+            try:
+                await_driven_load(following, self._load, self._progress)
+            except Inconclusive as why:  # those before it are judged without it
+                following.conclude_unopened(None, why.what)
+                return
             following.open()
             try:
                 target, ended = following._load.driven
