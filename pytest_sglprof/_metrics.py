@@ -62,9 +62,9 @@ class Metric(NamedTuple):
     of server lives, see `_verdict.regression`.
     value, interval: the attributes of that finding with the figure and what it may be. estimate:
     how both are found, a key of `ESTIMATES` in `_analysis.imbalance` or `_analysis.budget`.
-    sentence: the reason of a verdict, with the fields of `_verdict.judge.facts`; at_best: the
-    sentence for a figure equal to `best`, "" for the same one. unit: a key of `UNITS`. best: the
-    best possible figure; a limit beyond it is refused.
+    sentence: the reason of a verdict, with the fields of `_verdict.reasons.facts`; at_best: the
+    sentence for a figure that is written like `best`, "" for the same one. unit: a key of `UNITS`.
+    best: the best possible figure; a limit beyond it is refused.
     across: "sync" if it is of ranks that wait for each other, whatever their input.
     """
 
@@ -176,7 +176,7 @@ _ROWS = (
         estimate="typical_ratio",
         sentence="{slowest_is} {value}x slower than {peers} in {subject}{limit}: "
         "{most} against {others}{over}",
-        at_best="{group}no rank is slower in {subject}{over}{limit}",
+        at_best="{group}no rank is slower in {subject} ({value}{within}){over}",
     ),
     Metric(
         name="imbalance_factor",
@@ -186,6 +186,7 @@ _ROWS = (
         estimate="share_of_mean",
         sentence="{group}the imbalance factor of {subject} is {value}{limit}: {heaviest} has "
         "{largest}, the mean is {mean}{over}{longer}",
+        at_best="{group}no rank takes longer than the mean in {subject} ({value}{within}){over}",
     ),
     Metric(
         name="lost_share",
@@ -195,6 +196,7 @@ _ROWS = (
         estimate="lost_share",
         sentence="{group}{value} of the time in {subject} is lost to imbalance{limit}: "
         "{lost}{over}, of which {noise} is what noise alone loses{longer}",
+        at_best="{group}no time in {subject} is lost to imbalance ({value}{within}){over}",
         unit="share",
         best=0.0,
     ),
@@ -206,7 +208,7 @@ _ROWS = (
         estimate="spike_shares",
         sentence="{group}{spiky} loses {value} of the time in {subject} in spikes{limit}: it has "
         "{spikes} above 1.3 times its usual{over}",
-        at_best="{group}no rank has a spike in {subject}{over}{limit}",
+        at_best="{group}no rank has a spike in {subject} ({value}{within}){over}",
         unit="share",
         best=0.0,
     ),
@@ -263,6 +265,8 @@ _OF_LIVES = (
         interval="interval",
         estimate="log_ratio",
         sentence="{subject} is {value}x as {much} as in the accepted lives{limit}: "
+        "{before} → {now}{over}",
+        at_best="{subject} is as {much} as in the accepted lives ({value}{within}): "
         "{before} → {now}{over}",
     ),
     *(

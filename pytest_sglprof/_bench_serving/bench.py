@@ -19,6 +19,7 @@ from pytest_sglprof._bench_serving.command import (
     DETAILS,
     LoadResult,
     bench_command,
+    load_shape,
     measured_keywords,
     num_prompts,
     parse_result,
@@ -27,6 +28,7 @@ from pytest_sglprof._bench_serving.command import (
     target_concurrency,
     usage_error,
     warm_up_keywords,
+    warm_up_prompts,
 )
 from pytest_sglprof._bench_serving.driver import DriverProcess, Over
 from pytest_sglprof._bench_serving.runs import DriverRuns, Progress, driver_failed
@@ -71,12 +73,11 @@ class BenchServing:
     """Runs loads against one server.
 
     folder: for the driver's output and records (`load-1.log`, `load-1.jsonl`, …).
-    progress: called about once a second with the seconds since the driver's start and
-    its newest line. on_start: called with the target concurrency when the measured load
-    (not the warm-up) starts; on_end: called when it ends. Both may be called from another
-    thread. on_result: called with each finished load. results: the finished loads, in order.
-    commands: of all measured loads, redacted, in the order in which they started; numbers: from
-    1, of those of them that finished.
+    progress: called about once a second with `warm-up 12 s` or `load 18/24, 5 s`. on_start: called
+    with the target concurrency when the measured load (not the warm-up) starts; on_end: called
+    when it ends. Both may be called from another thread. on_result: called with each finished
+    load. results: the finished loads, in order. commands: of all measured loads, redacted, in the
+    order in which they started; numbers: from 1, of those of them that finished.
     """
 
     __module__ = "pytest_sglprof"
@@ -116,7 +117,8 @@ class BenchServing:
         options: options of SGLang's load driver with `_` for `-` (`num_prompts=200`,
         `random_input_len=1024`, `max_concurrency=16`, …). Prompts are random token ids
         unless `dataset_name` chooses others. warm_up: first run a load of the same shape,
-        unmeasured, with just enough prompts to fill the batch. keep_cache: do not empty the
+        unmeasured, with just enough prompts to fill the batch, unless one of that shape has
+        run on this server. keep_cache: do not empty the
         server's prefix cache before the measured run; since the driver's seed is fixed, the
         run would find the prompts of an earlier one there. allow_failed: True, or how many
         requests may fail. timeout: s for each run. With steady_state_concurrency_ratio=0.8
@@ -152,7 +154,7 @@ class BenchServing:
         """
         self._count += 1
         name = f"load-{self._count}"
-        if warm_up:
+        if warm_up and not self._is_warm(options):
             self._warm_up(name, options, timeout)
         flushed = not keep_cache and self._flush_cache()
         measured = measured_keywords(options)
@@ -176,6 +178,7 @@ class BenchServing:
                 started=driver.started,
                 drop=drop,
             )
+        self._note_warm(options)
         self.results.append(load.result)
         self.numbers.append(number)
         if self._on_result is not None:
@@ -185,7 +188,16 @@ class BenchServing:
     def _warm_up(self, name: str, options: Mapping[str, Any], timeout: float) -> None:
         fewer = warm_up_keywords(options)
         with self._driver_run(f"{name}-warm-up", fewer) as (driver, record, _):
-            self._finish(driver, record, fewer, timeout)
+            self._finish(driver, record, fewer, timeout, what="warm-up")
+        self._note_warm(options)
+
+    def _is_warm(self, options: Mapping[str, Any]) -> bool:
+        """Whether this server has run a load of this shape, with as many requests at once."""
+        return self.server.warm_for.get(load_shape(options), 0) >= warm_up_prompts(options)
+
+    def _note_warm(self, options: Mapping[str, Any]) -> None:
+        shape, warm_for = load_shape(options), self.server.warm_for
+        warm_for[shape] = max(warm_for.get(shape, 0), warm_up_prompts(options))
 
     def _flush_cache(self) -> bool:
         # The server refuses while a request runs, such as the last ones of the warm-up.
@@ -214,7 +226,7 @@ class BenchServing:
 
         def command(record: Path) -> list[str]:
             return bench_command(
-                server.python, server.kind, server.url, self._runs.model, options, record
+                server.python, server.driver_kind, server.url, self._runs.model, options, record
             )
 
         on_end = self._on_end if target else None
@@ -224,10 +236,16 @@ class BenchServing:
             yield running
 
     def _finish(
-        self, driver: DriverProcess, record: Path, options: Mapping[str, Any], timeout: float
+        self,
+        driver: DriverProcess,
+        record: Path,
+        options: Mapping[str, Any],
+        timeout: float,
+        what: str = "load",
     ) -> str:
         """Waits for the driver's end; returns the last line of its record."""
-        status = driver.wait(self._runs.check(driver, timeout, "bench_serving"))
+        check = self._runs.check(driver, timeout, "bench_serving", what, num_prompts(options))
+        status = driver.wait(check)
         if status == 0 and record.exists():
             return record_line(record.read_text("utf-8", "replace"))
         self._runs.raise_when_server_died()

@@ -112,7 +112,18 @@ def target_concurrency(keywords: Mapping[str, Any]) -> int:
 
 def warm_up_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a load of the same shape with just enough prompts to fill the batch."""
-    return {**keywords, "num_prompts": min(target_concurrency(keywords), WARM_UP_LIMIT)}
+    return {**keywords, "num_prompts": warm_up_prompts(keywords)}
+
+
+def warm_up_prompts(keywords: Mapping[str, Any]) -> int:
+    """How many prompts a warm-up sends."""
+    return min(target_concurrency(keywords), WARM_UP_LIMIT)
+
+
+def load_shape(keywords: Mapping[str, Any]) -> str:
+    """What loads have in common that differ only in how many requests they send."""
+    shape = without(keywords, ("num_prompts", "max_concurrency", "seed"))
+    return json.dumps(shape, sort_keys=True, default=repr)
 
 
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
@@ -345,6 +356,12 @@ def requested_of(output: str, asked: int) -> int:
     """
     bars = _BAR.findall(output)
     return int(bars[-1][1]) if bars else asked
+
+
+def progress_of(output: str, requests: int) -> str:
+    """` 18/24`, from the driver's newest progress bar of so many requests; "" before that."""
+    done = [done for done, total in _BAR.findall(output) if int(total) == requests]
+    return f" {done[-1]}/{requests}" if done else ""
 
 
 def reason(output: str) -> list[str]:

@@ -143,13 +143,16 @@ class DriverProcess:
         """Everything that the driver has written so far."""
         return self.log.read_text("utf-8", "replace")
 
-    def last_line(self) -> str:
-        """The last line of its output; of a progress bar its newest state."""
+    def newest_output(self) -> str:
+        """The end of its output."""
         with self.log.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _TAIL_BYTES))
-            text = stream.read().decode("utf-8", "replace")
-        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+            return stream.read().decode("utf-8", "replace")
+
+    def last_line(self) -> str:
+        """The last line of its output; of a progress bar its newest state."""
+        lines = [line for line in re.split(r"[\r\n]+", self.newest_output()) if line.strip()]
         return lines[-1].strip() if lines else ""
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._bench_serving.command import reason, redact_record
+from pytest_sglprof._bench_serving.command import progress_of, reason, redact_record
 from pytest_sglprof._bench_serving.driver import DriverProcess
 from pytest_sglprof._errors import LoadError, do_every
 from pytest_sglprof._files import atomic_write
@@ -19,15 +19,14 @@ from pytest_sglprof._server.command import secret_variables
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
 
-Progress = Callable[[float, str], None]
+Progress = Callable[[str], None]
 _CHECK_EVERY_S = 1.0  # s; to check the server may take a request to it
 
 
 class DriverRuns:
     """Runs drivers in `folder`, which keeps their output and records, redacted.
 
-    progress: called about once a second with the seconds since the driver's start and its newest
-    line.
+    progress: called about once a second with what runs, and for how long.
     """
 
     def __init__(self, server: Server, *, folder: Path, progress: Progress | None = None) -> None:
@@ -96,10 +95,13 @@ class DriverRuns:
         private = secret_variables(self._server.spec, env)
         return {"env": {k: v for k, v in env.items() if k not in private}, "private": private}
 
-    def check(self, driver: DriverProcess, timeout: float, what: str) -> Callable[[], None]:
+    def check(
+        self, driver: DriverProcess, timeout: float, call: str, what: str, requests: int = 0
+    ) -> Callable[[], None]:
         """A function that raises once the driver is too late or the server has died.
 
-        It looks once a second, however often it is called. what: whose `timeout` that is.
+        It looks once a second, however often it is called. call: whose `timeout` that is. what:
+        runs, of how many requests, for the progress.
         """
         checked = 0.0
 
@@ -109,15 +111,17 @@ class DriverRuns:
                 return
             checked = driver.elapsed
             self.raise_when_server_died()
-            last_line = redact_text(driver.last_line())
             if checked > timeout:
                 raise LoadError(
                     f"the load driver did not end within {timeout:g} s",
-                    hint=f"raise {what}(timeout=…), or read its output: {driver.log}",
-                    log=[last_line],
+                    hint=f"raise {call}(timeout=…), or read its output: {driver.log}",
+                    log=[redact_text(driver.last_line())],
                 )
             if self._progress:
-                self._progress(checked, last_line)
+                done = progress_of(driver.newest_output(), requests)
+                self._progress(
+                    f"{what}{done}, {checked:.0f} s" if done else f"{what} {checked:.0f} s"
+                )
 
         return check
 

@@ -64,7 +64,7 @@ def batch_command(
             expected="options of SGLang's one_batch_server that leave shapes and address alone",
             hint=f"{FIXTURE}(batch=…, input=…, output=…) chooses the shapes",
         )
-    words, known = LAUNCHERS[server.kind].batch_driver(server.python)
+    words, known = LAUNCHERS[server.driver_kind].batch_driver(server.python)
     flags = {name: value for name, value in _WHERE_KNOWN.items() if _has(known, name)}
     asks_server = _has(known, "local_tokenizer_path")  # older ones load the tokenizer of --model
     shape: dict[str, Any] = {
@@ -209,7 +209,7 @@ def running_batches(
                 refused = usage_error(output, options, FIXTURE + "(driver={…})")
                 return refused or driver_failed(driver, f"a result of {len(sizes)} batches")
 
-            check = runs.check(driver, timeout, FIXTURE)
+            check = runs.check(driver, timeout, FIXTURE, "batches of fixed shape")
             yield Batches(driver, record, gate, sizes, failed, check)
 
 

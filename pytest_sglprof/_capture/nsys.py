@@ -78,18 +78,7 @@ class NsysRecording:
         """Raises `WindowRefused` if there is no session, or steps cannot be counted."""
         self._session.name  # noqa: B018 - raises where there is none
         spec, server = self._spec, self._server
-        by_torch = {
-            "profile_by_stage": spec.profile_by_stage,
-            "merge_profiles": spec.merge_profiles,
-            "start_step": spec.start_step is not None,
-            "activities": spec.activities is not None,
-        }
-        if given := [name for name, value in by_torch.items() if value]:
-            raise WindowRefused(
-                f"{', '.join(given)} with backend='nsys'",
-                expected="options of nsys windows: num_steps, duration, delay, settle, timeout",
-                hint="use backend='torch', or leave them out",
-            )
+        refuse_torch_options(spec)
         if spec.num_steps is None:
             return
         if spec.num_steps < 1:
@@ -298,3 +287,19 @@ class NsysRecording:
 
 def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 1.0)
+
+
+def refuse_torch_options(spec: WindowSpec) -> None:
+    """Raises `WindowRefused` for options of torch windows in one of nsys."""
+    by_torch = {
+        "profile_by_stage": spec.profile_by_stage,
+        "merge_profiles": spec.merge_profiles,
+        "start_step": spec.start_step is not None,
+        "activities": spec.activities is not None,
+    }
+    if given := [name for name, value in by_torch.items() if value]:
+        raise WindowRefused(
+            f"{', '.join(given)} with backend='nsys'",
+            expected="options of nsys windows: num_steps, duration, delay, settle, timeout",
+            hint="use backend='torch', or leave them out",
+        )

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_sglprof._config.model import CERTAIN, SERVER_KINDS, ServerSpec, Threshold
 from pytest_sglprof._config.options import OPTIONS, Option, compiled, is_on
+from pytest_sglprof._config.servers import server_dir_pair, servers_from
 from pytest_sglprof._config.thresholds import check_threshold, default_thresholds
-from pytest_sglprof._config.windows import check_name, refuse_too_few_steps
+from pytest_sglprof._config.windows import check_name, refuse_too_few_steps, window_spec
 from pytest_sglprof._errors import SettingsError, did_you_mean, docs
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
-from pytest_sglprof._nsys import check_profile_args
-from pytest_sglprof._redact import redact_command
+from pytest_sglprof._redact import redact_command, redact_text
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
 
 if sys.version_info >= (3, 11):
@@ -91,6 +91,9 @@ class Settings:
         lines += [f"window.{name} = {value}  (config)" for name, value in self.window.items()]
         for name, spec in self.servers.items():
             args = " ".join(redact_command(spec.args))
+            if spec.url:
+                lines.append(f"server {name}: url={redact_text(spec.url)}")
+                continue
             lines.append(f"server {name}: kind={spec.kind} nsys={spec.nsys} args={args}")
         return lines
 
@@ -204,6 +207,8 @@ def build_settings(
         origins=effective_origins,
         stored={name: document[name] for name in _STORED if name in document},
     )
+    if settings.window:
+        window_spec(settings, {}, origin=f"{where}: [window]")
     refuse_too_few_steps(settings.window.get("num_steps"), settings, f"{where}: [window]")
     if settings.accept and settings.baselines is None:
         raise SettingsError(
@@ -241,12 +246,6 @@ def _effective(
 
 _STORED = ("gate", "trace", "category", "threshold")  # nothing of a server: it may hold secrets
 _NO_SETTING = ("enabled", "config", "set", "show_config")
-
-
-def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpec]:
-    """The servers by name: `[server]` is "default", `[servers.NAME]` is NAME."""
-    tables = {"default": document.get("server", {}), **document.get("servers", {})}
-    return {name: _server_spec(name, table, base) for name, table in tables.items()}
 
 
 def thresholds_from(document: Mapping[str, Any], origin: str) -> tuple[Threshold, ...]:
@@ -308,18 +307,6 @@ _NUMBERS: dict[str, tuple[Callable[[Any], float], Callable[[float], bool], str]]
 }
 
 
-def server_dir_pair(text: str) -> tuple[str, str]:
-    """`SERVER:LOCAL` as two absolute paths; else raises `SettingsError`."""
-    server, colon, local = text.partition(":")
-    if not colon or not server.startswith("/") or not local:
-        raise SettingsError(
-            f"the folder of the running server is {text!r}",
-            expected="SERVER:LOCAL, its absolute path on the server's machine and its path here",
-            hint="for a server on this machine give the same path twice: /data/prof:/data/prof",
-        )
-    return server, str(Path(local).resolve())
-
-
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     for name in ("server_dir", "server_ca", "nsys_session"):
         if values.get(name) and not values.get("server"):
@@ -329,26 +316,6 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
                 expected="both: it describes a running server",
                 hint=f"add --sglprof-server=URL, or leave {flag} out",
             )
-
-
-def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
-    values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
-    values["args"] = tuple(_with_absolute_files(values.get("args", ()), base))
-    values["env"] = tuple(values.get("env", {}).items())
-    check_profile_args(values.get("nsys_args", ()), f"server {name}: nsys_args")
-    if values.get("model_path", "").startswith(("./", "../")):
-        values["model_path"] = str((base / values["model_path"]).resolve())
-    return ServerSpec(name=name, **values)
-
-
-_FILE_OPTIONS = ("--config", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
-
-
-def _with_absolute_files(args: Sequence[str], base: Path) -> Iterator[str]:
-    """`args`, in which the files of some options are relative to `base`, as `model_path` is."""
-    for before, word in zip(["", *args], args, strict=False):
-        name, equals, file = word.rpartition("=")
-        yield f"{name}{equals}{base / file}" if (name or before) in _FILE_OPTIONS else word
 
 
 # `sglprof.toml`, or `[tool.sglprof]` of pyproject.toml: search, parse, check against the schema.

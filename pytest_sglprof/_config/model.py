@@ -31,6 +31,9 @@ class ServerSpec:
     nsys: start the server under ``nsys profile --start-later``. nsys_args: further options of
     nsys. gpus: device indices to lease, or "all" visible ones. lock_clocks: MHz at which their
     clocks are held while the server lives; 0 leaves them alone.
+    url: of a running server, which is attached to instead; server_dir: (a folder on its machine,
+    the same folder here); server_ca: file of the certificate of its https; nsys_session: the name
+    of the session that it is in.
     """
 
     __module__ = "pytest_sglprof"
@@ -53,6 +56,10 @@ class ServerSpec:
     port: int | None = None
     ready_timeout: float = 1800.0
     stop_timeout: float = 60.0
+    url: str = ""
+    server_dir: tuple[str, str] | None = None
+    server_ca: str = ""
+    nsys_session: str = ""
 
     @property
     def key(self) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sglprof._config.options import OPTIONS, PLUGIN_NAME, is_on, shows_config
+from pytest_sglprof._plugin.invocation import refuse_options_alone, why_off
 from pytest_sglprof._plugin.markers import MARKER_HELP, TEST_CASE_FIXTURE, concerns
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from pytest_sglprof._run.shapes import ProfileShapes
     from pytest_sglprof._run.window import ProfileWindow
     from pytest_sglprof._server.launch import Server
-
-OFF = "needs --sglprof: it starts a server and opens profile windows"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,14 +71,17 @@ def pytest_configure(config: pytest.Config) -> None:
             session.wants_life, session.announce_life, session.attach_last_attempt
         )
         config.pluginmanager.register(confirming, f"{PLUGIN_NAME}-lives")
+    else:
+        refuse_options_alone(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without `--sglprof`, skips the tests that need it."""
     if not config.pluginmanager.has_plugin(PLUGIN_NAME):
+        reason = why_off(config)
         for item in items:
             if concerns(item):
-                item.add_marker(pytest.mark.skip(reason=OFF))
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _enabled(config: pytest.Config) -> bool:
@@ -160,5 +162,5 @@ def _test_case(
 def _session(request: pytest.FixtureRequest) -> PluginSession:
     session: PluginSession | None = request.config.pluginmanager.getplugin(PLUGIN_NAME)
     if session is None:  # only known now: `getfixturevalue`
-        pytest.skip(OFF)
+        pytest.skip(why_off(request.config))
     return session

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._errors import SettingsError, did_you_mean, docs
+from pytest_sglprof._errors import SettingsError, WindowRefused, did_you_mean, docs
 
 if TYPE_CHECKING:
     import pytest
@@ -61,8 +61,6 @@ def server_spec(node: Any, settings: Settings) -> ServerSpec:
 
 def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
     """The window of the closest marker, or None. Markers further away are ignored."""
-    from pytest_sglprof._config.windows import refuse_too_few_steps, window_spec
-
     mark = item.get_closest_marker(WINDOW_MARK)
     if mark is None:
         return None
@@ -81,6 +79,9 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
                 hint="remove one of the two",
             )
         keywords["name"] = mark.args[0]
+    keywords.setdefault("name", item.name)
+    from pytest_sglprof._config.windows import refuse_too_few_steps, window_spec
+
     spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
     refuse_too_few_steps(spec.num_steps, settings, f"@pytest.mark.{WINDOW_MARK}")
     default_steps = BACKENDS[spec.backend].default_steps
@@ -93,13 +94,16 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:
     """The first mistake in the markers of a test, or None."""
+    from pytest_sglprof._config.windows import repeats
+
     try:
         server = server_spec(item, settings)
         window = marked_window(item, settings)
         _check_test_case(item)
         if window is not None:
-            _check_pair(item, server, window, attached=bool(settings.server))
-    except SettingsError as error:
+            repeats(window, settings)
+            _check_pair(item, server, window, attached=bool(settings.server or server.url))
+    except (SettingsError, WindowRefused) as error:
         return f"{item.name}: {error}"
     return None
 
@@ -133,6 +137,30 @@ def _check_pair(
             expected=f"@pytest.mark.{SERVER_MARK}(nsys=True) on the test",
             hint="remove nsys=False, or use the torch backend",
         )
+    if not attached:
+        _refuse_by_text(server, window)
+
+
+def _refuse_by_text(server: ServerSpec, window: WindowSpec) -> None:
+    """Raises what the window would be refused for, as far as the text alone says it."""
+    from pytest_sglprof._capture.nsys import refuse_torch_options
+    from pytest_sglprof._capture.torch_request import refuse_request
+    from pytest_sglprof._server.arguments import has_option, option
+    from pytest_sglprof._server.sizes import ServerSizes
+
+    if BACKENDS[window.backend].needs_session:
+        refuse_torch_options(window)
+        return
+    is_elsewhere = has_option(server.args, "--config")  # then the device may be in that file
+    is_cpu = is_elsewhere or option(server.args, "--device") == "cpu"
+    refuse_request(
+        window,
+        ServerSizes.from_info({}),
+        under_nsys=server.nsys and not is_cpu,
+        standin=server.kind != "sglang",
+        env=dict(server.env),
+        last_step=None,
+    )
 
 
 def _server_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, bool | None]:

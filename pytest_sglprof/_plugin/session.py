@@ -19,13 +19,13 @@ from pytest_sglprof._config.options import OPTIONS, shows_config
 from pytest_sglprof._errors import (
     Incomparable,
     Inconclusive,
-    ServerMissing,
     SettingsError,
     SglprofError,
     described,
     note,
 )
-from pytest_sglprof._plugin import xdist
+from pytest_sglprof._plugin import invocation, xdist
+from pytest_sglprof._plugin.header import header_lines, lacking_lines, unread_lines
 from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
 from pytest_sglprof._plugin.unittests import (
     drives_load,
@@ -44,6 +44,7 @@ from pytest_sglprof._plugin.verdicts import (
     hide_secrets,
     record_of_servers,
     set_properties,
+    show_finding,
     take_records,
     write_summary,
 )
@@ -56,7 +57,6 @@ from pytest_sglprof._run.servers import close_server, describe_server, open_serv
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
     from pytest_sglprof._run.window import ProfileWindow
-    from pytest_sglprof._server.command import Launcher
     from pytest_sglprof._server.launch import Server
 
 
@@ -90,6 +90,7 @@ class PluginSession:
         keep_secrets(self.settings.servers.values())
         self._show_config = shows_config(config)
         self.worker = xdist.worker_name(config)
+        self._base = invocation.base_of_names(config, self.settings.config_file)
         xdist.take_mode(config)
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})
         self.run_id = str(workerinput.get(WORKER_INPUT) or new_run_id())
@@ -97,6 +98,7 @@ class PluginSession:
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
         self._in_test = False
+        self._unfinished: TestRun | None = None  # an attempt without a report
         self._known_lives = KnownLives(self.settings, self.run_id)
         self._left: list[RecordedServer] = []  # stopped servers that left something behind
         facts = run_facts(config, self.settings)
@@ -122,10 +124,20 @@ class PluginSession:
     def pytest_report_header(self) -> list[str]:
         """One or two lines about the settings; all of them with `--sglprof-show-config`."""
         lines = header_lines(self.settings, self._book.folder)
-        warning = xdist.mode_warning(self.config)
+        warnings = (xdist.mode_warning(self.config), invocation.rootdir_warning(self.config))
         if self._show_config:
             lines += self.settings.describe()
-        return [*lines, warning] if warning else lines
+        return [*lines, *filter(None, warnings)]
+
+    def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
+        """What of the configuration is not read, and what this machine lacks for these tests."""
+        ours = list(filter(concerns, items))
+        specs = {spec.key: spec for spec in map(self._server_spec, ours)}
+        lines = lacking_lines(specs.values(), self.settings)
+        if not (self.config.getoption("sglprof_config") or os.environ.get("SGLPROF_CONFIG")):
+            folders = dict.fromkeys(item.path.parent for item in ours)
+            lines += unread_lines(folders, self.settings, invocation.root_of_tests(self.config))
+        return lines
 
     def pytest_sessionstart(self) -> None:
         """Creates the folder of the run, unless tests are only collected."""
@@ -156,9 +168,16 @@ class PluginSession:
         if self.worker:
             return
         try:
+            if exitstatus == pytest.ExitCode.INTERRUPTED:
+                self._keep_unfinished()
             if self._left:  # an interrupted run stops its servers without a report
                 self._book.add(record_of_servers(self._left))
             self._book.finish(int(exitstatus))
+            if exitstatus == pytest.ExitCode.INTERRUPTED and self._book.file is not None:
+                self._book.notes.append(
+                    "interrupted: what was recorded until then is in these files; "
+                    f"`sglprof report {self._book.folder}` makes the page again"
+                )
             if self.settings.accept and exitstatus in ENDED:
                 accept_lives(self.settings, self._book)
             prune(
@@ -171,6 +190,13 @@ class PluginSession:
             session.exitstatus = pytest.ExitCode.INTERRUPTED
             session.shouldstop = "KeyboardInterrupt while results were written"
             self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
+
+    def _keep_unfinished(self) -> None:
+        """Adds what the interrupted test had recorded; pytest makes no report of it."""
+        test, self._unfinished = self._unfinished, None
+        if test is not None and test.has_recorded:
+            with self._book.writing("the interrupted test"):
+                self._book.add(test.record("interrupted", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Writes the section of the plugin, if there is anything to report."""
@@ -251,7 +277,7 @@ class PluginSession:
         if TEST_RUN in item.stash and not unreported:
             item.stash[TEST_RUN].forget()
         test = item.stash[TEST_RUN] = TestRun(
-            xdist.plain_nodeid(item.nodeid),
+            invocation.recorded_name(item, xdist.plain_nodeid(item.nodeid), self._base),
             attempt,
             self.settings,
             self.folder,
@@ -260,6 +286,7 @@ class PluginSession:
             progress=self.progress,
             lives=item.stash.setdefault(LIVES, TestLives(self._known_lives)),
         )
+        self._unfinished = test
         test.earlier = item.stash.get(EARLIER, [])
         item.stash[EARLIER] = []
         unreported.append(test)
@@ -308,8 +335,10 @@ class PluginSession:
         if test is not None and call.when == "call":
             problems = set_properties(item, test)
         report = yield
+        show_finding(report, call.excinfo and call.excinfo.value)
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
             attach(report, test, problems, item.stash[UNREPORTED])
+            self._unfinished = None
         attach_servers(report, self._left)
         self._left = []
         if test is not None and call.when == "teardown":
@@ -393,7 +422,7 @@ class PluginSession:
         """The value of the fixture `profile_window`."""
         from pytest_sglprof._run.window import ProfileWindow
 
-        return ProfileWindow(self.settings, self.test_run(item).new_window)
+        return ProfileWindow(self.settings, self.test_run(item).new_window, item.name)
 
     def _server_spec(self, node: Any) -> ServerSpec:
         try:
@@ -441,7 +470,10 @@ def _body(item: pytest.Item, test: TestRun) -> Iterator[None]:
 def _abandon(error: BaseException, test: TestRun) -> None:
     """Ends the windows after a body that raised `error`; their errors become notes of it."""
     try:
-        test.abandon(discard=isinstance(error, DISCARDING))
+        test.abandon(
+            discard=isinstance(error, DISCARDING),
+            keep_closed=isinstance(error, KeyboardInterrupt),
+        )
     except Exception as later_error:
         if isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception)):
             raise  # pytest does not show the notes of a skipped test
@@ -464,8 +496,8 @@ def _cut_traceback(error: SglprofError, item: pytest.Item) -> None:
 
 
 def _settings(config: pytest.Config) -> Settings:
-    invocation = config.invocation_params.dir
-    tests = [invocation / arg.split("::")[0] for arg in config.args]
+    folder = config.invocation_params.dir
+    tests = [folder / arg.split("::")[0] for arg in config.args]
     try:
         extra: dict[str, Any] = {}
         for answer in config.hook.pytest_sglprof_servers(config=config):
@@ -474,8 +506,8 @@ def _settings(config: pytest.Config) -> Settings:
             {option.name: config.getoption(option.dest) for option in OPTIONS if option.pytest},
             os.environ,
             start=[test for test in tests if test.exists()],
-            rootdir=config.rootpath,
-            invocation_dir=invocation,
+            rootdir=invocation.root_of_tests(config),
+            invocation_dir=folder,
             of_pytest=True,
             extra_servers=extra,
         )
@@ -506,55 +538,6 @@ def sort_by_server(
         sorted((item for item in items if item in servers), key=lambda i: order[servers[i].key])
     )
     return [next(sorted_items) if item in servers else item for item in items]
-
-
-def header_lines(settings: Settings, folder: Path) -> list[str]:
-    """A line with servers, configuration and results, and a warning about any stand-in."""
-    config = _short(settings.config_file) if settings.config_file else "none"
-    lines = [f"sglprof: {_servers(settings)}; config {config}; results {_short(folder)}"]
-    if settings.server:
-        lines.append(
-            "sglprof: this server is never stopped; while it exports a profile its requests stall "
-            "and /health answers 503"
-        )
-    elif stand_ins := _stand_ins(settings):
-        names = ", ".join(stand_ins)
-        lines.append(
-            f"sglprof: STAND-IN server for {names}: no SGLang, no GPU; the numbers are synthetic"
-        )
-    return lines
-
-
-def _servers(settings: Settings) -> str:
-    if settings.server:
-        return f"attached to {settings.server}"
-    return "servers " + ", ".join(f"{name} ({_kind(settings, name)})" for name in settings.servers)
-
-
-def _kind(settings: Settings, name: str) -> str:
-    """The kind of server that is started; one that is missing is an error only then."""
-    launcher = _launcher(settings, name)
-    return launcher.name if launcher else f"{settings.servers[name].kind}, which is missing"
-
-
-def _stand_ins(settings: Settings) -> list[str]:
-    launchers = {name: _launcher(settings, name) for name in settings.servers}
-    return [name for name, launcher in launchers.items() if launcher and launcher.is_standin]
-
-
-def _launcher(settings: Settings, name: str) -> Launcher | None:
-    """What starts the server of this name; None if what it needs is not installed."""
-    from pytest_sglprof._server.command import find_launcher
-
-    try:
-        return find_launcher(settings.servers[name])
-    except ServerMissing:
-        return None
-
-
-def _short(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)
 
 
 def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,6 +60,13 @@ def hide_secrets(report: pytest.TestReport | pytest.CollectReport) -> None:
     text = "" if report.longrepr is None else str(report.longrepr)
     if (shown := redact_text(text)) != text:
         report.longrepr = shown
+
+
+def show_finding(report: pytest.TestReport, error: BaseException | None) -> None:
+    """Makes the first line of a verdict what pytest's short summary and JUnit's message show."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and isinstance(error, VerdictFailed | VerdictInconclusive):
+        crash.message = str(error).partition("\n")[0]
 
 
 def take_records(report: pytest.TestReport) -> list[Record]:
@@ -175,7 +184,8 @@ def attach(
         each.forget()
     for window in test.documents():
         if window.verdict != "pass" and not test.message_shows_windows:
-            report.sections.append((f"{SECTION}{window.name}", "\n".join(rank_table(window))))
+            title = f"{SECTION}window {window.name}"
+            report.sections.append((title, "\n".join(rank_table(window))))
 
 
 def write_summary(reporter: pytest.TerminalReporter, book: RunBook) -> None:
@@ -211,6 +221,7 @@ def _append(path: str, document: Results) -> None:
         stream.write(step_summary(document))
 
 
+ERASE = "\r\x1b[K"  # the line of a terminal that the cursor is in
 LOG_INTERVAL = 15.0  # s between lines of progress in an output that is not a terminal
 
 
@@ -229,35 +240,43 @@ class TerminalProgress:
     def __call__(self, line: str) -> None:
         """Shows `line`, at most once a second (every 15 s if the output is not a terminal)."""
         now = time.monotonic()
-        live = sys.__stderr__ is not None and sys.__stderr__.isatty()
-        if self._silent or now - self._last < (1.0 if live else LOG_INTERVAL):
+        if self._silent or now - self._last < (1.0 if self._is_live else LOG_INTERVAL):
             return
         self._last = now
-        text = " ".join(line.split())[:150]
-        self._write(f"\r\x1b[K{text}" if live else f"\nsglprof: {text}")
-        self._dirty = live
+        self._write(f"{self._start}sglprof: {' '.join(line.split())[:150]}")
+        self._dirty = True
 
     def announce(self, line: str) -> None:
         """Shows a line that stays, whatever else is shown."""
         if not self._silent:
-            self.clear()
-            self._write(f"\nsglprof: {' '.join(line.split())}\n")
-
-    def clear(self) -> None:
-        """Removes the line when the work is over."""
-        if self._dirty:
-            self._write("\r\x1b[K")
+            self._write(f"{self._start}sglprof: {' '.join(line.split())}\n")
             self._dirty = False
 
-    def _write(self, text: str) -> None:
-        if self._capture is None:
-            self._emit(text)
-        else:
-            with self._capture.global_and_fixture_disabled():
-                self._emit(text)
+    def clear(self) -> None:
+        """Ends the line when the work is over, so that an outcome begins on a line of its own."""
+        if self._dirty:
+            self._write(ERASE if self._is_live else "\n")
+            self._dirty = False
 
-    @staticmethod
-    def _emit(text: str) -> None:
-        if sys.__stderr__ is not None:
-            sys.__stderr__.write(text)
-            sys.__stderr__.flush()
+    @property
+    def _start(self) -> str:
+        """Begins a line in the place of the last one, or below what pytest has written."""
+        return ERASE if self._dirty and self._is_live else "\n"
+
+    @cached_property
+    def _is_live(self) -> bool:
+        """Whether the output is a terminal, which pytest's capturing hides."""
+        with self._uncaptured():
+            return sys.__stderr__ is not None and sys.__stderr__.isatty()
+
+    def _write(self, text: str) -> None:
+        with self._uncaptured():
+            if sys.__stderr__ is not None:
+                sys.__stderr__.write(text)
+                sys.__stderr__.flush()
+
+    def _uncaptured(self) -> AbstractContextManager[None]:
+        if self._capture is None:
+            return nullcontext()
+        uncaptured: AbstractContextManager[None] = self._capture.global_and_fixture_disabled()
+        return uncaptured

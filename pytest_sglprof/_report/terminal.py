@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from pytest_sglprof._metrics import metrics_of
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.life_words import figure_label
+from pytest_sglprof._verdict.reasons import headline as headline_of
+from pytest_sglprof._verdict.reasons import short_reason
 from pytest_sglprof._verdict.steps import budget_table
 from pytest_sglprof._verdict.wording import (
     count,
@@ -21,15 +23,20 @@ from pytest_sglprof._verdict.wording import (
 )
 
 if TYPE_CHECKING:
+    from pytest_sglprof._analysis.budget import StepBudget
     from pytest_sglprof._analysis.imbalance import ImbalanceFinding
+    from pytest_sglprof._analysis.lives import LifeChange
+    from pytest_sglprof._baselines.records import LoadFigure
     from pytest_sglprof._report.model import RecordedTest, RecordedWindow, Results
     from pytest_sglprof._report.regression import RecordedRegression
+    from pytest_sglprof._verdict.judge import Judgement
 
 
 STANDIN_NOTE = "embedded stand-in server: these figures say nothing about SGLang"
 CPU_SOURCES = {"cpu_op": "CPU operators", "nvtx": "NVTX ranges"}
 MAX_RANKS = 16
 MAX_NAME = 60
+MAX_PASSED = 20  # windows that passed
 MAX_KERNELS = 5  # of the scan between server lives
 
 
@@ -67,6 +74,27 @@ def rank_table(window: RecordedWindow) -> list[str]:
     return [*lines, *regression_lines(window)]
 
 
+def headline(window: RecordedWindow) -> str:
+    """The verdict in one line, for a list of failed tests."""
+    judgement = window.deciding
+    if window.verdict == "fail" and judgement is not None:
+        return headline_of(_measured(judgement), judgement.threshold)
+    return f"{window.verdict}: {window.reason.partition(chr(10))[0]}"
+
+
+def _figures_and_limits(window: RecordedWindow) -> str:
+    """`slowdown of compute 1.01 (limit 1.10)` for each threshold of a window that passed."""
+    if window.repeats is not None or not window.judgements:
+        return window.reason
+    return ", ".join(short_reason(_measured(each), each.threshold) for each in window.judgements)
+
+
+def _measured(
+    judgement: Judgement,
+) -> ImbalanceFinding | StepBudget | LifeChange | LoadFigure | None:
+    return judgement.measured or judgement.change or judgement.load
+
+
 def summary_lines(run: Results) -> list[str]:
     """Lines of the summary section; without a window only what servers left behind."""
     left_behind = [
@@ -88,6 +116,13 @@ def summary_lines(run: Results) -> list[str]:
             if window.verdict == word and window.repeat_index == 1:
                 lines.append(f"{word.upper()} {window.nodeid} {window_title(window)}")
                 lines.append(f"  {window.reason}")
+    passed = [each for each in shown if each.verdict == "pass" and each.repeat_index == 1]
+    lines.extend(
+        f"PASS {window.nodeid} {window_title(window)}: {_figures_and_limits(window)}"
+        for window in passed[:MAX_PASSED]
+    )
+    if len(passed) > MAX_PASSED:
+        lines.append(f"and {len(passed) - MAX_PASSED} more passed")
     if any(map(_may_be_accepted, shown)):
         lines.append(
             f'if this change is intended: sglprof baseline accept {run.run.id} --reason "…"'

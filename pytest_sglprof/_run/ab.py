@@ -233,7 +233,7 @@ def _steady(
     from pytest_sglprof._bench_serving.bench import BenchServing
     from pytest_sglprof._config.windows import window_by_hand
 
-    bench = BenchServing(server, folder=folder.load(TEST), progress=_of_load(say))
+    bench = BenchServing(server, folder=folder.load(TEST), progress=say)
     load = bench(**plan.load.options())
     options = {"backend": plan.backend, "num_steps": plan.steps}
     spec = window_by_hand(settings, "ab", options)
@@ -268,15 +268,11 @@ def _shapes(
         return _window(spec, server, folder, settings, say)
 
     where = folder.load(TEST)
-    bench = BenchServing(server, folder=where, progress=_of_load(say))
+    bench = BenchServing(server, folder=where, progress=say)
     shapes = ProfileShapes(settings, make, bench, LoadState(), where)
     load = plan.load
     results = shapes(list(load.batch), load.input, load.output, backend=plan.backend)
     return [each.window for each in results], results[0].load
-
-
-def _of_load(say: Say) -> Callable[[float, str], None]:
-    return lambda seconds, line: say(f"load, {seconds:.0f} s: {line}")
 
 
 def _record(

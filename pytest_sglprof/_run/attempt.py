@@ -139,7 +139,7 @@ class TestRun:
             self._bench = BenchServing(
                 self.server,
                 folder=self._folder.load(self.nodeid),
-                progress=self._show_load,
+                progress=self._progress,
                 on_start=self._load.start,
                 on_end=self._load.end,
                 on_result=self.server.note_load,
@@ -200,15 +200,18 @@ class TestRun:
         """After the body: closes and judges each window, and raises their errors."""
         do_every(self._ending())
 
-    def abandon(self, *, discard: bool, is_incomparable: bool = False) -> None:
+    def abandon(
+        self, *, discard: bool, keep_closed: bool = False, is_incomparable: bool = False
+    ) -> None:
         """After a body that raised: closes each window, and raises their errors.
 
         discard: the test was skipped or interrupted, so that windows are dropped without a
-        verdict, except those that the body has checked. is_incomparable: it found no accepted
+        verdict, except those that the body has checked, and with keep_closed those that it has
+        closed. is_incomparable: it found no accepted
         life to compare with, which is no fault of what it measured.
         """
         self._has_failed, self._is_incomparable = True, is_incomparable
-        do_every(self._abandoning(discard))
+        do_every(self._abandoning(discard, keep_closed))
 
     def _ending(self) -> Iterator[Callable[[], object]]:
         yield self._end_opening
@@ -219,11 +222,11 @@ class TestRun:
         yield self._compare_lives
         yield self._end_load_watch
 
-    def _abandoning(self, discard: bool) -> Iterator[Callable[[], object]]:
+    def _abandoning(self, discard: bool, keep_closed: bool) -> Iterator[Callable[[], object]]:
         for step in (self._end_opening, self._end_load_watch):
             yield partial(_without_our_errors, step) if discard else step
         for window in self._made:
-            is_kept = window.was_checked or not discard
+            is_kept = window.was_checked or not discard or (keep_closed and window.is_closed)
             if window.was_opened and is_kept:
                 yield partial(self._close, window)
             else:
@@ -268,18 +271,28 @@ class TestRun:
         )
 
     def message(self) -> str:
-        """The failure message of the test: a rank table for each bad window, or the reason."""
-        from pytest_sglprof._report.terminal import rank_table
+        """The failure message of the test: a rank table for each bad window, or the reason.
+
+        Its first line is the finding, since lists of failed tests show no more.
+        """
+        from pytest_sglprof._report.terminal import headline, rank_table
 
         self.message_shows_windows = True
         bad = [window for window in self.documents() if window.verdict != "pass"]
         shown = [rank_table(window) for window in bad if _is_shown(window)]
-        parts = [f"profile window verdict: {self.verdict}"]
+        worst = [window for window in bad if window.verdict == self.verdict]
+        first = headline(worst[0]) if worst else f"{self.verdict}: {self.reason}".partition("\n")[0]
+        parts = [first, f"profile window verdict: {self.verdict}"]
         if not shown:
-            parts.append(self.reason)
+            parts += self.reason.splitlines()[0 if worst else 1 :]
         for lines in shown:
             parts += ["", *lines]
         return "\n".join(parts)
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether there is anything to keep of an attempt that was interrupted."""
+        return bool(self.windows or (self._bench is not None and self._bench.results))
 
     def documents(self) -> list[RecordedWindow]:
         """The windows as in results.json; made once, since their tables are large."""
@@ -323,10 +336,6 @@ class TestRun:
             earlier.forget()
         self.windows, self._made, self._documents, self._measured = [], [], [], []
         self._window = self._opening = self._load_watch = self._bench = None
-
-    def _show_load(self, elapsed: float, line: str) -> None:
-        if self._progress is not None:
-            self._progress(f"load: {elapsed:.0f} s: {line}")
 
     def _end_opening(self) -> None:
         opening, self._opening = self._opening, None

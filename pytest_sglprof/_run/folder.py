@@ -57,7 +57,8 @@ class RunFolder:
 
     def window(self, name: str, nodeid: str) -> Path:
         """A new folder for one window. Its name is the id of the window."""
-        return self._new("windows", safe_name(redact_text(f"{nodeid}-{name}")))
+        text = nodeid if nodeid.endswith(f"::{name}") else f"{nodeid}-{name}"
+        return self._new("windows", safe_name(redact_text(text)))
 
     def load(self, nodeid: str) -> Path:
         """A new folder for the files of the load driver."""

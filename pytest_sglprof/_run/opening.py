@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._errors import ServerError, ServerRefused
+from pytest_sglprof._errors import Inconclusive, ServerError, ServerRefused
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.triggers import Detector, Trigger, as_trigger
@@ -18,6 +18,7 @@ from pytest_sglprof._server.log_lines import Batch, Entry, EntryReader, read_bat
 from pytest_sglprof._server.sizes import Role, role_of
 
 if TYPE_CHECKING:
+    from pytest_sglprof._capture.recording import Progress
     from pytest_sglprof._load.sources import Sample
     from pytest_sglprof._run.window import Window
     from pytest_sglprof._server.launch import Server
@@ -136,6 +137,42 @@ def _without_onset(trigger: Trigger, detector: Detector, seconds: float) -> NotO
     )
 
 
+def await_driven_load(window: Window, load: LoadState, progress: Progress | None) -> None:
+    """Waits for the load of `bench_serving.running`, which takes seconds to build up.
+
+    Raises `Inconclusive` for a window of so many steps if the test's load is over and nobody else
+    keeps the server busy: there would be no steps to wait for.
+    """
+    target, ended = load.driven
+    if window.spec.delay or not (target or load.is_over):
+        return
+    if target:
+        if progress is not None:
+            progress(f"window {window.spec.name}: waiting for {target} requests to run")
+        timeout = window.spec.timeout
+        server, on_look = window.server, window.saw_load
+        if steady_load(server, target, timeout=timeout, stop=ended, on_look=on_look):
+            return
+    if load.is_over and window.spec.num_steps and _stays_idle(window.server):
+        raise Inconclusive(
+            f"the load was over before the window {window.spec.name} could open, and the server is "
+            "idle",
+            expected=f"a load that lasts for {window.spec.num_steps} steps",
+            hint="open the window inside `with bench_serving.running(...):`, and give that more "
+            "or longer prompts",
+        )
+
+
+def _stays_idle(server: Server) -> bool:
+    """True if the server says for `IDLE` seconds that it has no request."""
+    look, deadline = LoadLook(server), time.monotonic() + IDLE
+    while time.monotonic() < deadline:
+        if look.requests()[0] != 0 or look.is_blind:
+            return False
+        time.sleep(INTERVAL)
+    return True
+
+
 def load_ranks(server: Server) -> list[str]:
     """Labels of the server's DP ranks, as in samples; empty for one rank."""
     count = server.sizes.dp_ranks
@@ -184,6 +221,12 @@ class LoadState:
         """How many requests the current load keeps in flight; 0 while there is none."""
         return self.driven[0]
 
+    @property
+    def is_over(self) -> bool:
+        """True after the end of a load, until another one begins."""
+        with self._changed:
+            return bool(self._started) and not self._target
+
     def start(self, target: int) -> None:
         """Begins a load. target: requests that it keeps in flight."""
         with self._changed:
@@ -209,6 +252,7 @@ class LoadState:
             return True
 
 
+IDLE = 2.0  # s without a request after the load of a test: no more of it will come
 INTERVAL = 0.2  # s between two requests; the server updates its load every few steps
 TAIL_BYTES = 2**20  # of a log, in which a server that logs its batches has one
 FRESH = 10.0  # s for which a batch line counts: the next one of a busy rank comes before

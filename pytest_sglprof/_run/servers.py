@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,29 @@ def open_server(
     folder: RunFolder,
     progress: Callable[[str], None] | None,
 ) -> Server:
-    """Starts the server of `spec`, or attaches to that of `--sglprof-server`."""
+    """Starts the server of `spec`, or attaches to its url, or to that of `--sglprof-server`."""
     from pytest_sglprof._server import launch as servers
 
     if settings.server:
         attached = folder.server("attached")
-        return attach_running(settings.server, settings, attached, python=settings.python)
+        return attach_running(settings.server, settings, attached, python=spec.python)
+    if spec.url:
+        given = replace(
+            settings,
+            server_dir=spec.server_dir,
+            server_ca=spec.server_ca,
+            nsys_session=spec.nsys_session,
+        )
+        api_key, admin_key = servers.server_keys(spec)
+        return attach_running(
+            spec.url,
+            given,
+            folder.server(spec.name),
+            name=spec.name,
+            python=spec.python,
+            api_key=api_key,
+            admin_key=admin_key,
+        )
     return servers.launch(
         spec,
         folder=folder.server(spec.key),
@@ -46,17 +64,27 @@ def open_server(
     )
 
 
-def attach_running(url: str, settings: Settings, folder: Path, *, python: str = "") -> Server:
+def attach_running(
+    url: str,
+    settings: Settings,
+    folder: Path,
+    *,
+    name: str = "attached",
+    python: str = "",
+    api_key: str = "",
+    admin_key: str = "",
+) -> Server:
     """Attaches to a running server as the settings describe it; python: of a load driver.
 
-    Its keys are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    Without keys they are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
     """
     from pytest_sglprof._server.launch import attach
 
     return attach(
         url,
-        api_key=os.environ.get(API_KEY_ENV, ""),
-        admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
+        name=name,
+        api_key=api_key or os.environ.get(API_KEY_ENV, ""),
+        admin_key=admin_key or os.environ.get(ADMIN_KEY_ENV, ""),
         server_dir=settings.server_dir,
         nsys_session=settings.nsys_session or None,
         nsys_path=settings.nsys or None,

@@ -29,7 +29,7 @@ from pytest_sglprof._errors import (
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._metrics import METRICS, VerdictWord
 from pytest_sglprof._run.measure import Measured, judge_table, read_and_judge
-from pytest_sglprof._run.opening import LoadState, steady_load
+from pytest_sglprof._run.opening import LoadState, await_driven_load
 from pytest_sglprof._server.log_lines import ServerFacts, read_log_facts
 from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, watch_clocks
 from pytest_sglprof._server.series import SeriesWatch, watch_series
@@ -132,6 +132,11 @@ class Window:
         return self.state != "new"
 
     @property
+    def is_closed(self) -> bool:
+        """True once it has recorded what it was to record."""
+        return self._capture is not None
+
+    @property
     def repeat_index(self) -> int:
         """Its number among the windows that repeat each other, from 1."""
         return 1 + self.windows.index(self)
@@ -205,8 +210,8 @@ class Window:
     def wait(self, stop: threading.Event | None = None) -> None:
         """Waits for the end of its steps or duration.
 
-        Also returns after its `timeout`, if the server dies, or if `stop` is set; the result of
-        `close` says which.
+        Also returns after its `timeout`, if the server dies, if `stop` is set, or if the load that
+        it counts steps of ends; the result of `close` says which.
         """
         if self.state != "open":
             return
@@ -218,7 +223,8 @@ class Window:
                 hint="set one of them, or close the window yourself",
             )
         over = None if duration is None else self._opened_at + duration
-        pause = stop or threading.Event()
+        target, load_ended = self._load.driven
+        pause = stop or (load_ended if target and self.spec.num_steps else threading.Event())
         while not self._life.death():
             now = time.monotonic()
             if over is not None and now >= over:
@@ -356,7 +362,7 @@ class Window:
             self._end_clocks()
 
     def __enter__(self) -> Window:
-        self._await_steady_load()
+        await_driven_load(self, self._load, self._progress)
         self.open()
         return self
 
@@ -368,27 +374,17 @@ class Window:
     ) -> None:
         self.close()
         while error is None and (following := self.next()) is not None:
-            following._await_steady_load()
+            try:
+                await_driven_load(following, self._load, self._progress)
+            except Inconclusive as why:  # those before it are judged without it
+                following.conclude_unopened(None, why.what)
+                return
             following.open()
             try:
                 target, ended = following._load.driven
                 following.wait(ended if target else None)
             finally:
                 following.close()
-
-    def _await_steady_load(self) -> None:
-        """Waits for the load of `bench_serving.running`, which takes seconds to build up."""
-        target, ended = self._load.driven
-        if target and not self.spec.delay:
-            if self._progress is not None:
-                self._progress(f"window {self.spec.name}: waiting for {target} requests to run")
-            steady_load(
-                self.server,
-                target,
-                timeout=self.spec.timeout,
-                stop=ended,
-                on_look=self.saw_load,
-            )
 
     def next(self) -> Window | None:
         """The next window that repeats this one; None after the last.
@@ -585,16 +581,17 @@ def _figure(verdict: Verdict) -> float:
 class ProfileWindow:
     """The value of the fixture `profile_window`: makes windows that a test opens itself.
 
-    The options are in docs/windows.md. Raises `SettingsError` for options that do not exist or
-    contradict each other.
+    test_name: the name of a window without one. The options are in docs/windows.md. Raises
+    `SettingsError` for options that do not exist or contradict each other.
     """
 
     __module__ = "pytest_sglprof"
 
-    def __init__(self, settings: Settings, make: Callable[[WindowSpec], Window]) -> None:
-        self._settings = settings
-        self._make = make
+    def __init__(
+        self, settings: Settings, make: Callable[[WindowSpec], Window], test_name: str = "window"
+    ) -> None:
+        self._settings, self._make, self._test_name = settings, make, test_name
 
-    def __call__(self, name: str = "window", **options: Any) -> Window:
+    def __call__(self, name: str = "", **options: Any) -> Window:
         """A new window of the current test."""
-        return self._make(window_by_hand(self._settings, name, options))
+        return self._make(window_by_hand(self._settings, name or self._test_name, options))

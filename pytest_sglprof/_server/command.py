@@ -182,6 +182,11 @@ def load_driver(python: str) -> str:
     )
 
 
+def has_load_driver(python: str) -> bool:
+    """Whether this interpreter has SGLang's load driver."""
+    return bool(_probe(python).driver)
+
+
 def _batch_driver(python: str) -> tuple[list[str], Sequence[str]]:
     sglang = installation(python)
     if sglang.batch_driver:
@@ -420,7 +425,7 @@ def learn_secrets(spec: ServerSpec, environment: Mapping[str, str]) -> None:
     the server's keys.
     """
     learn_environment({**environment, **dict(spec.env)}, _declared(spec))
-    learn_command([*spec.args, *spec.standin_args, *spec.nsys_args])
+    learn_command([*spec.args, *spec.standin_args, *spec.nsys_args, spec.url])
     # Also where the option is abbreviated, so that its name says nothing.
     learn(filter(None, (option(spec.args, name) for name in SECRET_OPTIONS)), guessed=True)
 

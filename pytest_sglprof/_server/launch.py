@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -93,6 +94,7 @@ class Server:
         started: float | None = None,
         ready_s: float | None = None,
         driver_variables: Mapping[str, str] | None = None,
+        is_any_driver: bool = False,
     ) -> None:
         self.spec = spec
         self.kind = kind
@@ -120,6 +122,8 @@ class Server:
         self.driver_variables = dict(driver_variables or {})
         self.loads: list[Any] = []  # those that ended before its first window
         self.had_window = False
+        self.warm_for: dict[str, int] = {}  # shape of a load it has run -> requests at once
+        self._is_any_driver = is_any_driver
         self._keeper = keeper
         self._created = created
         self._left: tuple[str, ...] | None = None
@@ -147,6 +151,13 @@ class Server:
         if exited is None and self._keeper.death():
             return lost_keeper(self._keeper, self.folder, "while the server ran")
         return died(self.log, exited.status if exited else None)
+
+    @cached_property
+    def driver_kind(self) -> LauncherName:
+        """The launcher whose load drivers are used: its own, or that of the embedded ones."""
+        if self._is_any_driver and not command.has_load_driver(self.python):
+            return "standin"
+        return self.kind
 
     def scheduler_ranks(self) -> dict[int, Rank]:
         """pid -> rank, from the titles of processes; {} for a server on another machine."""
@@ -287,6 +298,7 @@ def _when_ready(
 def attach(
     url: str,
     *,
+    name: str = "attached",
     api_key: str = "",
     admin_key: str = "",
     server_dir: tuple[str, str] | None = None,
@@ -298,7 +310,8 @@ def attach(
 ) -> Server:
     """Connects to a server that somebody else runs, and never stops it.
 
-    python: an interpreter on this machine that has SGLang's load driver ("": this one).
+    python: an interpreter on this machine that has SGLang's load driver ("": this one, and where
+    it has none, the embedded driver).
     server_dir: (a folder on the server's machine, the same folder here).
     nsys_session: the name of the nsys session that the server runs under. ca: file of the
     certificates that its https is trusted by ("": the usual authorities).
@@ -320,11 +333,12 @@ def attach(
         raise
     folder.mkdir(parents=True, exist_ok=True)
     return Server(
-        spec=ServerSpec(name="attached", nsys=session is not None),
+        spec=ServerSpec(name=name, nsys=session is not None),
         kind=command.kind_from_info(info),
         url=tls.named(url, verify),
         folder=folder.absolute(),
         python=(process.which(python) or python) if python else sys.executable,
+        is_any_driver=not python,
         client=client,
         info=info,
         nsys=session,
@@ -433,7 +447,8 @@ def wait_until_ready(
                 log=log.reason() or [log.last_line()],
             )
         if progress is not None and now - shown >= PROGRESS_EVERY:
-            progress(f"server {spec.key}: {clock.elapsed(now):.0f} s, {log.last_line()}")
+            phase = log.phase() or "starting"
+            progress(f"server {spec.key}: {phase}, {clock.elapsed(now):.0f} s")
             shown = now
         time.sleep(POLL)
 

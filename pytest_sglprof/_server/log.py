@@ -15,6 +15,15 @@ TAIL_BYTES = 65536  # enough for the last line, whatever the log's size
 REASON_BYTES = 2**22  # 30,000 lines; what explains a death is near the end
 
 _LINE_END = re.compile(rb"[\r\n]")
+# What the log of a server that starts says -> what that is called; a group is how far it is.
+_PHASES = (
+    (re.compile(r"ready to roll|Application startup complete"), "answering its first request"),
+    (re.compile(r"Capturing batches.*?(\d+)%|Capture \w[^\[]*? begin"), "capturing graphs"),
+    (re.compile(r"KV Cache is allocated|Memory pool end"), "its memory is allocated"),
+    (re.compile(r"[Ll]oading (?:safetensors|pt|shards|weights).*?(\d+)%"), "loading weights"),
+    (re.compile(r"Load weight begin"), "loading weights"),
+    (re.compile(r"(?:Fetching \d+ files|Downloading).*?(\d+)%"), "downloading"),
+)
 
 
 class ServerLog:
@@ -55,6 +64,15 @@ class ServerLog:
         for line in reversed(self._decode(self._last(TAIL_BYTES))):
             if line.strip():
                 return _shorten(line)
+        return ""
+
+    def phase(self) -> str:
+        """What a server that starts is doing, `loading weights 45 %`; "" if nothing says."""
+        for line in reversed(self._decode(self._last(TAIL_BYTES))):
+            for pattern, words in _PHASES:
+                if match := pattern.search(line):
+                    done = next(filter(None, match.groups()), "")
+                    return f"{words} {done} %" if done else words
         return ""
 
     def reason(self, start: int = 0, limit: int = 12) -> tuple[str, ...]:

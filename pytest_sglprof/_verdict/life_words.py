@@ -7,7 +7,7 @@ from pytest_sglprof._analysis.lives import LifeChange
 from pytest_sglprof._baselines.figures import Figure
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._metrics import LOAD_WORDS, METRICS, VerdictWord
-from pytest_sglprof._verdict.wording import beside_limit, count, duration, percent
+from pytest_sglprof._verdict.wording import beside_limit, count, duration, percent, sentence_of
 
 _LIFE = ("life", "lives")
 _HUGE = 10  # a ratio beyond which it does not matter what is seen
@@ -24,7 +24,7 @@ def change_sentence(
 ) -> str:
     """`compute is 1.15x as long as in the accepted lives (limit 1.05): 812 µs → 934 µs a step…`."""
     metric = METRICS[threshold.metric]
-    return metric.sentence.format(**change_facts(figure, threshold, change, before, now))
+    return sentence_of(metric, change_facts(figure, threshold, change, before, now))
 
 
 def change_facts(

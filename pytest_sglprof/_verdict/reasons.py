@@ -13,7 +13,15 @@ from pytest_sglprof._baselines.records import LoadFigure
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._metrics import METRICS
 from pytest_sglprof._verdict.steps import facts_of_steps
-from pytest_sglprof._verdict.wording import beside_limit, count, duration, percent, work_words
+from pytest_sglprof._verdict.wording import (
+    beside_limit,
+    count,
+    duration,
+    percent,
+    sentence_of,
+    shorten,
+    work_words,
+)
 
 Measured = ImbalanceFinding | StepBudget
 
@@ -133,8 +141,7 @@ def one_sided_reason(finding: ImbalanceFinding, threshold: Threshold) -> str:
 def measured_reason(finding: Measured, threshold: Threshold, value: float, *, failed: bool) -> str:
     """The sentence for a figure that was compared with its limit."""
     metric = METRICS[threshold.metric]
-    sentence = metric.at_best if metric.at_best and value == metric.best else metric.sentence
-    text = sentence.format(**facts(finding, threshold, value, failed=failed))
+    text = sentence_of(metric, facts(finding, threshold, value, failed=failed))
     if not failed or isinstance(finding, StepBudget):
         return text
     work = work_words(finding.work.word, finding.work.ratio, finding.work.by)
@@ -202,6 +209,26 @@ def short_reason(finding: Measured | LifeChange | LoadFigure | None, threshold: 
         return what
     shown, limit = beside_limit(metric, value, threshold.limit)
     return f"{what} {shown}{limit}"
+
+
+def headline(finding: Measured | LifeChange | LoadFigure | None, threshold: Threshold) -> str:
+    """`TP1 1.19x slower in compute (limit 1.10), fused_moe_kernel +50 ms`: one line of a list."""
+    text = short_reason(finding, threshold)
+    if not isinstance(finding, ImbalanceFinding) or finding.slowest is None:
+        return text
+    if finding.one_sided:
+        return one_sided_reason(finding, threshold)
+    if threshold.metric == "slowdown":
+        metric = METRICS[threshold.metric]
+        shown, limit = beside_limit(metric, metric.read(finding), threshold.limit)
+        subject_words = subject_of(finding, threshold)
+        text = f"{group_prefix(finding)}{finding.slowest} {shown}x slower in {subject_words}{limit}"
+    else:
+        text = f"{text}: {finding.slowest}"
+    if not finding.contributors:
+        return text
+    kernel = finding.contributors[0]
+    return f"{text}, {shorten(kernel.name, 60)} +{duration(kernel.ns)}"
 
 
 def cause(finding: ImbalanceFinding) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pytest_sglprof._metrics import UNITS, Metric
 
@@ -62,6 +62,16 @@ def beside_limit(metric: Metric, value: float, limit: float) -> tuple[str, str]:
     """`against_limit` for a figure of a metric, in the metric's unit."""
     unit = UNITS[metric.unit]
     return against_limit(value * unit.scale, limit * unit.scale, unit=unit.suffix)
+
+
+def sentence_of(metric: Metric, known: Mapping[str, str]) -> str:
+    """The sentence of a metric with its fields; `at_best` where the figure is written like that.
+
+    known: has `value` and `limit` of `beside_limit`; `within`, `, limit 1.10`, follows from these.
+    """
+    is_best = metric.at_best and known["value"] == beside_limit(metric, metric.best, math.inf)[0]
+    within = f", {known['limit'][2:-1]}" if known["limit"] else ""
+    return (metric.at_best if is_best else metric.sentence).format(**known, within=within)
 
 
 def count(number: int, singular: str, plural: str = "") -> str:

@@ -99,6 +99,11 @@ async def _benchmark(
             async with limit:
                 return await _send(client, options, row)
 
+        async def counted(row: Row) -> Outcome:
+            outcome = await one(row)
+            bar.step()
+            return outcome
+
         _say(f"Starting warmup with {options.warmup_requests} sequences...")
         if options.warmup_requests and todo:
             short = Row(todo[0].ids, min(todo[0].output_len, WARM_UP_TOKENS))
@@ -112,12 +117,45 @@ async def _benchmark(
         if options.flush_cache:
             await client.post("/flush_cache")
         await asyncio.sleep(SETTLE_S)
+        bar = Bar(len(todo), is_shown=not options.disable_tqdm)
         began = time.perf_counter()
-        tasks = [asyncio.create_task(one(row)) async for row in _paced(options, todo)]
+        tasks = [asyncio.create_task(counted(row)) async for row in _paced(options, todo)]
         outcomes = list(await asyncio.gather(*tasks))
         duration = time.perf_counter() - began
+        bar.end()
         reply = await _server_info(client)
     return _result(options, outcomes, duration, reply)
+
+
+class Bar:
+    """How many requests have ended, in the form of tqdm, which SGLang's driver has."""
+
+    def __init__(self, total: int, *, is_shown: bool) -> None:
+        self._total = total
+        self._is_shown = is_shown
+        self._done = 0
+        self._began = time.perf_counter()
+        self._show()
+
+    def step(self) -> None:
+        """One more."""
+        self._done += 1
+        self._show()
+
+    def end(self) -> None:
+        """Ends the line."""
+        if self._is_shown:
+            sys.stderr.write("\n")
+
+    def _show(self) -> None:
+        if self._is_shown:
+            share = self._done / max(self._total, 1)
+            seconds = int(time.perf_counter() - self._began)
+            sys.stderr.write(
+                f"\r{100 * share:3.0f}%|{'#' * int(10 * share):10}| {self._done}/{self._total} "
+                f"[{seconds // 60:02d}:{seconds % 60:02d}]"
+            )
+            sys.stderr.flush()
 
 
 async def _paced(options: argparse.Namespace, todo: Sequence[Row]) -> AsyncIterator[Row]:

@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 
 from pytest_sglprof import _process as process
 from pytest_sglprof._config.backends import Backend
@@ -42,6 +43,8 @@ from pytest_sglprof._server.keeper.teardown import tear_down
 log = logging.getLogger("sglprof.keeper")
 
 TICK = 0.25  # s between two checks whether the server runs
+FIRST_LOOK = 0.5  # s between two looks at what the server has made; twice as long each time
+LAST_LOOKS = 30.0
 ALONE_LIMIT = 20.0  # s for closing a window when pytest no longer waits for it
 
 
@@ -121,7 +124,12 @@ class Keeper:
         return True
 
     def _loop(self, life: ServerLife) -> None:
+        pause, due = FIRST_LOOK, 0.0
         while not self._is_ending():
+            if time.monotonic() >= due:  # what ranks have made is not known once they have ended
+                life.remember()
+                pause = min(2 * pause, LAST_LOOKS)
+                due = time.monotonic() + pause
             with contextlib.suppress(queue.Empty):
                 self._take(self._inbox.get(timeout=TICK))
             if not life.is_alive():

@@ -150,7 +150,9 @@ class ServerLife:
         """Notes the server's processes, and the shared memory that they would leave if killed."""
         members = process.descendants(os.getpid())
         self.seen.update(member.pid for member in members)
-        self.shared |= process.shared_memory(members, self._began)
+        if new := process.shared_memory(members, self._began) - self.shared:
+            self.shared |= new
+            log.info("shared memory: %s", ", ".join(sorted(path.name for path in new)))
 
     def free(self) -> None:
         """Removes temporary files and frees the leases, after the server's end."""

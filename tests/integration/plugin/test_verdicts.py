@@ -3,6 +3,7 @@ sides."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,11 @@ def test_each_key_had_one_server_life(ran):
 
 def test_a_failed_verdict_is_told_at_once(ran):
     text = ran.section("test_fail")
-    assert text.startswith("profile window verdict: fail\n")
+    finding, word, _ = text.split("\n", 2)
+    assert re.fullmatch(r"TP1 1\.\d+x slower in moe \(limit 1\.10\), \w+ \+[\d.]+ ms", finding)
+    assert word == "profile window verdict: fail"
+    assert f"FAILED test_job.py::test_fail - {finding[:30]}" in ran.text
+    assert ran.cases["test_fail"].find("failure").get("message") == finding
     assert "TP1" in text
     assert "moe" in text
     assert "rank  compute ms  communication ms" in " ".join(text.split("\n"))
@@ -236,7 +241,6 @@ def test_a_failed_verdict_is_told_at_once(ran):
     properties = dict(ran.properties("test_fail"))
     assert (properties["slowest_rank"], properties["scope"]) == ("TP1", "moe")
     assert float(properties["value"]) == pytest.approx(judged["moe"]["value"], rel=1e-4)
-    assert "TP1" in ran.cases["test_fail"].find("failure").get("message")
 
 
 def test_the_bodys_failure_wins_and_the_table_goes_below(ran):
@@ -272,7 +276,9 @@ def test_too_little_data_says_how_much_is_needed(ran, ran_one_server):
         ran_one_server.section("test_check_of_too_little"),
         ran.section("test_too_short_is_no_known_failure"),
     ):
-        assert text.startswith("profile window verdict: inconclusive\n")
+        finding, word, _ = text.split("\n", 2)
+        assert finding.startswith("inconclusive: ")
+        assert word == "profile window verdict: inconclusive"
         assert "50 are needed" in text
     assert "drive a longer load" in ran_one_server.section("test_over_before_it_was_steady")
 
@@ -310,6 +316,13 @@ def test_traces_of_passed_windows_are_not_kept(ran):
     assert sorted(artifact["rank"] for artifact in failed["artifacts"]) == ["TP0", "TP1"]
     for artifact in failed["artifacts"]:
         assert (ran.run_folder / artifact["path"]).is_file()
+
+
+def test_a_window_that_passed_shows_its_figure_and_limit(ran, ran_one_server):
+    figure = r"slowdown of compute 1\.0\d+ \(limit 1\.10\)"
+    for outcome, name in ((ran, "test_pass"), (ran_one_server, "test_steady")):
+        line = rf'^PASS test_job\.py::{name} window "{name}" \(.*\): {figure}, slowdown of moe '
+        assert re.search(line, outcome.text, re.M)
 
 
 def test_header_and_summary(ran):

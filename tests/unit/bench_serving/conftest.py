@@ -22,6 +22,7 @@ class FakeServer:
 
     spec: ServerSpec = field(default_factory=ServerSpec)
     kind: Literal["sglang", "standin"] = "sglang"
+    driver_kind: Literal["sglang", "standin"] = "sglang"
     url: str = "http://127.0.0.1:1"
     python: str = sys.executable
     info: Mapping[str, Any] = field(default_factory=lambda: {"model_path": "some/model"})
@@ -30,6 +31,7 @@ class FakeServer:
     api_key: str = ""
     driver_variables: Mapping[str, str] = field(default_factory=dict)
     died: SglprofError | None = None
+    warm_for: dict[str, int] = field(default_factory=dict)
 
     @property
     def client(self) -> FakeServer:

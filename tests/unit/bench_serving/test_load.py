@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,28 @@ def wait_until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.02)
+
+
+def test_a_load_of_a_shape_that_has_run_is_not_warmed_up_again(
+    bench: BenchServing, server: FakeServer, tmp_path: Path
+) -> None:
+    for options in (
+        {"num_prompts": 20, "max_concurrency": 4},
+        {"num_prompts": 30, "max_concurrency": 4},
+        {"num_prompts": 2},
+        {"num_prompts": 20, "max_concurrency": 8},  # more at once: batches that it has not run
+        {"num_prompts": 20, "max_concurrency": 4, "tag": "other"},
+    ):
+        assert bench(**options).warmed_up
+    other = FakeServer()  # a new life is cold
+    BenchServing(other, folder=tmp_path / "other")(num_prompts=20, max_concurrency=4)
+    names = (path.relative_to(tmp_path) for path in tmp_path.glob("*/*-warm-up.log"))
+    assert sorted(map(str, names)) == [
+        "loads/load-1-warm-up.log",
+        "loads/load-4-warm-up.log",
+        "loads/load-5-warm-up.log",
+        "other/load-1-warm-up.log",
+    ]
 
 
 def hanging_pids(log: Path) -> list[int]:
@@ -161,15 +184,13 @@ def test_timeout_and_progress(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "_CHECK_EVERY_S", 0.0)
-    seen: list[tuple[float, str]] = []
-    bench = BenchServing(
-        server, folder=tmp_path, progress=lambda elapsed, line: seen.append((elapsed, line))
-    )
+    seen: list[str] = []
+    bench = BenchServing(server, folder=tmp_path, progress=seen.append)
     with pytest.raises(LoadError, match=r"within 1\.5 s"):
         bench(hang=True, warm_up=False, timeout=1.5)
     assert_gone(hanging_pids(tmp_path / "load-1.log"))
-    assert seen[-1][1].startswith("child ")
-    assert [elapsed for elapsed, _ in seen] == sorted(elapsed for elapsed, _ in seen)
+    assert seen[0] == "load 0 s"
+    assert {line for line in seen if not re.fullmatch(r"load \d s", line)} == set()
 
 
 def test_server_death_is_the_error(

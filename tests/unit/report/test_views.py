@@ -144,6 +144,8 @@ def test_the_summary_marks_the_stand_in_and_shows_every_attempt() -> None:
     assert lines == [
         "1 profile window: 1 pass",
         STANDIN_NOTE,
+        'PASS tests/test_a.py::test_b[x|y] window "steady" (torch, 50 steps): '
+        "slowdown of compute 1.01 (limit 1.10), slowdown of moe 1.02 (limit 1.10)",
         "t: 3 attempts: inconclusive, fail, failed",
     ]
     assert summary_lines(as_run(run([]))) == []

@@ -12,6 +12,7 @@ from pytest_sglprof._config.thresholds import default_thresholds, thresholds_fro
 from pytest_sglprof._report.terminal import spike_lines
 from pytest_sglprof._trace.table import KernelTable
 from pytest_sglprof._verdict.judge import Verdict, judge
+from pytest_sglprof._verdict.reasons import headline
 from tests.support.kernel_tables import KERNELS, build, slow
 from tests.support.planted import Plan, window
 
@@ -59,8 +60,57 @@ def test_a_balanced_window_passes_with_its_figures() -> None:
         "over 50 steps; at most 1.020 in this window"
     )
     assert judge(build(), [MOE]).reason == (
-        "no rank is slower in moe over 50 steps (limit 1.10); at most 1.000 in this window"
+        "no rank is slower in moe (1.00, limit 1.10) over 50 steps; at most 1.000 in this window"
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "limit", "reason"),
+    [
+        ("slowdown", 1.10, "no rank is slower in moe (1.00, limit 1.10) over 50 steps"),
+        (
+            "imbalance_factor",
+            1.10,
+            "no rank takes longer than the mean in moe (1.00, limit 1.10) over 50 steps",
+        ),
+        (
+            "lost_share",
+            0.05,
+            "0.05 % of the time in moe is lost to imbalance (limit 5.00 %): 15.0 µs over 50 steps",
+        ),
+        ("slowdown", 1.002, "TP1 is 1.001x slower than its peers in moe (limit 1.002): 30.0 ms"),
+    ],
+)
+def test_a_figure_is_said_in_words_where_it_reads_like_equal_ranks(
+    metric: str, limit: float, reason: str
+) -> None:
+    """TP1 takes 0.1 % longer, which two digits do not show unless the limit is as near."""
+    verdict = judge(build(scale=slow("TP1", "moe", 1.001)), [Threshold(metric, limit, "moe")])
+    assert verdict.reason.startswith(reason)
+
+
+def test_nothing_is_lost_among_equal_ranks() -> None:
+    verdict = judge(build(), [Threshold("lost_share", 0.05, "moe")])
+    assert verdict.reason.startswith(
+        "no time in moe is lost to imbalance (0.00 %, limit 5.00 %) over 50 steps"
+    )
+
+
+@pytest.mark.parametrize(
+    ("threshold", "line"),
+    [
+        (MOE, "TP1 1.40x slower in moe (limit 1.10), fused_moe_kernel +12.0 ms"),
+        (
+            Threshold("imbalance_factor", 1.1, "moe"),
+            "imbalance_factor of moe 1.17 (limit 1.10): TP1, fused_moe_kernel +12.0 ms",
+        ),
+    ],
+)
+def test_a_failure_in_one_line(threshold: Threshold, line: str) -> None:
+    verdict = judge(build(scale=slow("TP1", "moe", 1.4)), [threshold])
+    assert verdict.deciding is not None
+    assert verdict.word == "fail"
+    assert headline(verdict.deciding.measured, threshold) == line
 
 
 def test_spikes_are_judged_by_a_metric_of_their_own() -> None:

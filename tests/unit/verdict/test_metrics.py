@@ -97,8 +97,9 @@ class TestEveryRow:
         else:
             known = facts(found, threshold, row.read(found), failed=True)
         for sentence in filter(None, (row.sentence, row.at_best)):
-            assert sentence.format(**known)
-            assert "limit" in {name for _, name, _, _ in Formatter().parse(sentence)}
+            assert sentence.format(**known, within=", limit 1.10")
+            names = {name for _, name, _, _ in Formatter().parse(sentence)}
+            assert names & {"limit", "within"}
         assert "{value}" in row.sentence
 
     def test_is_no_option_of_a_window(self, row: Metric) -> None:

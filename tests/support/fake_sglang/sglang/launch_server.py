@@ -2,7 +2,8 @@
 
 Environment: FAKE_MODE = "" | "never" (never ready) | "chatty" (never ready, log moves) |
 "die" (traceback while starting) | "deaf" (ignores SIGTERM) | "hang_stop" (/stop_profile
-never answers). FAKE_REPORT = file that gets what the server and a spawned child see.
+never answers). FAKE_SHARED = name of shared memory of each rank.
+FAKE_REPORT = file that gets what the server and a spawned child see.
 """
 
 import argparse
@@ -20,6 +21,13 @@ from typing import ClassVar
 
 MODE = os.environ.get("FAKE_MODE", "")
 SLEEP = "import time, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
+SHARE = """
+import mmap, os
+stream = open(f"/dev/shm/sgl_shm_mq_{os.getpid()}_{os.environ['FAKE_SHARED']}", "w+b")
+stream.truncate(4096)
+kept = mmap.mmap(stream.fileno(), 4096)
+"""
+RANK = SHARE * ("FAKE_SHARED" in os.environ) + SLEEP
 
 
 def say(text):
@@ -105,7 +113,7 @@ def main():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ranks = [
         subprocess.Popen(
-            [f"sglang::scheduler_TP{rank}", "-S", "-c", SLEEP], executable=sys.executable
+            [f"sglang::scheduler_TP{rank}", "-S", "-c", RANK], executable=sys.executable
         )
         for rank in range(args.tp)
     ]
