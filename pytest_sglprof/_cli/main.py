@@ -31,7 +31,8 @@ from pytest_sglprof._redact import learn_command, learn_environment, redact_text
 # module is imported, so that `--help` stays instant.
 COMMANDS = {
     "watch": "show the load of each rank, live or from a log, and when it became uneven",
-    "record": "record one profile window of a running server",
+    "record": "record one profile window of a running server, judge it and write its page",
+    "status": "show servers, leases, dead runs, nsys sessions and tools of this machine",
     "kernels": "list kernel time by rank and kernel",
     "check": "compare the ranks, name the one that the others wait for, and apply limits",
     "ab": "start two versions in turn and say which is slower, and in which kernel",

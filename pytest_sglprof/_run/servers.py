@@ -46,10 +46,13 @@ def open_server(
     )
 
 
-def attach_running(url: str, settings: Settings, folder: Path, *, python: str = "") -> Server:
+def attach_running(
+    url: str, settings: Settings, folder: Path, *, python: str = "", finds_session: bool = False
+) -> Server:
     """Attaches to a running server as the settings describe it; python: of a load driver.
 
-    Its keys are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    finds_session: find the nsys session that it runs in, where the settings name none. Its keys are
+    taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
     """
     from pytest_sglprof._server.launch import attach
 
@@ -59,6 +62,7 @@ def attach_running(url: str, settings: Settings, folder: Path, *, python: str = 
         admin_key=os.environ.get(ADMIN_KEY_ENV, ""),
         server_dir=settings.server_dir,
         nsys_session=settings.nsys_session or None,
+        finds_session=finds_session,
         nsys_path=settings.nsys or None,
         python=python,
         ca=settings.server_ca,
