@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     """Waits for the moment, records and judges."""
     from pytest_sglprof._cli.terminal import StatusLine, refuse_unreadable_input
     from pytest_sglprof._process import ended_in_order
-    from pytest_sglprof._run.one_window import window_folder
+    from pytest_sglprof._run.one_window import recorded_files, window_folder
 
     settings = settings_of(args)
     rule = rule_of(args)
@@ -118,9 +118,16 @@ def run(args: argparse.Namespace) -> ExitStatus:
         refuse_unreadable_input()
     folder = Path(args.output) if args.output else fresh_folder()
     with ended_in_order(), window_folder(folder) as args.folder, StatusLine(sys.stderr) as line:
-        if args.when != "onset":
-            return _record(args, settings, say, line.show)
-        return _record_at_onset(args, settings, rule, line.show)
+        try:
+            if args.when != "onset":
+                return _record(args, settings, say, line.show)
+            return _record_at_onset(args, settings, rule, line.show)
+        except KeyboardInterrupt:
+            line.show("")
+            if files := recorded_files(args.folder):
+                what = "sglprof: the window is recorded but not judged"
+                sys.stderr.write(f"{what}: sglprof check {files[0].parent}\n")
+            raise
 
 
 def _record_at_onset(

@@ -157,9 +157,7 @@ class WindowKeys:
             self._say(title, reason, where)
 
     def _show_last(self) -> None:
-        self._say(
-            *(["there is no window yet"] if self._last is None else outcome_lines(self._last))
-        )
+        self._say(*(["no window so far"] if self._last is None else outcome_lines(self._last)))
 
     def _say(self, *lines: str) -> None:
         self._screen.clear()

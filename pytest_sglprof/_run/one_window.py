@@ -101,33 +101,39 @@ def record_window(
     window is to be closed. onset, watch: what opened it, and the load around it. If `wait` or the
     closing raises, what was recorded is dropped, with nothing left open on the server.
     """
-    output, run_id = folder.parent, folder.name
     facts = run_facts(command, settings)
-    book = RunBook(output, run_id, facts, settings.stored, is_alone=True)
+    book = RunBook(folder.parent, folder.name, facts, settings.stored, is_alone=True)
     book.open()
-    run_folder = RunFolder(output, run_id)
-    test = TestRun(NODEID, 1, settings, run_folder, None, drives_load=False, progress=progress)
-    test.prepare(server)
-    window = test.new_window(spec)
-    window.onset, window.watch = onset, watch
+    try:
+        run_folder = RunFolder(folder.parent, folder.name)
+        test = TestRun(NODEID, 1, settings, run_folder, None, drives_load=False, progress=progress)
+        test.prepare(server)
+        window = test.new_window(spec)
+        window.onset, window.watch = onset, watch
+        _record(test, window, wait, progress or (lambda text: None))
+        (document,) = test.documents()
+        book.add(test.record("passed" if document.verdict == "pass" else "failed", ()))
+        book.finish(window_status(document))
+    finally:
+        book.finish(ExitStatus.INTERRUPTED)  # does nothing after the one above
+    return WindowRun(folder, document, book.page, tuple(book.problems))
+
+
+def _record(
+    test: TestRun, window: Window, wait: Callable[[Window], None], progress: Progress
+) -> None:
     try:
         window.open()
         wait(window)
-        if progress is not None:
-            progress("closing the window")
+        progress("closing the window")
         window.close()
     except BaseException:
         with uninterrupted():
             test.abandon(discard=True)
             shutil.rmtree(window.folder, ignore_errors=True)
         raise
-    if progress is not None:
-        progress("reading what was recorded")
+    progress("reading what was recorded")
     test.end()
-    (document,) = test.documents()
-    book.add(test.record("passed" if document.verdict == "pass" else "failed", ()))
-    book.finish(window_status(document))
-    return WindowRun(folder, document, book.page, tuple(book.problems))
 
 
 def wait_until(window: Window, is_over: Callable[[float], bool]) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import NsysError, ServerError, ServerMissing
+from pytest_sglprof._files import safe_name
 from pytest_sglprof._nsys import COLLECTING, NsysTool, find_nsys
 from pytest_sglprof._run.folder import RUN_FILE, RUN_PREFIX, is_run_folder
 from pytest_sglprof._server import lease
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 KEEPER = "pytest_sglprof._server.keeper"
 DEFAULT_PORT = 30000  # of SGLang
-SERVERS = ("sglang", "pytest_sglprof.standin")  # words of a server's command line begin so
+SERVERS = ("sglang", "pytest_sglprof.standin")  # one of the first words of a server begins so
+_LAUNCHER_WORDS = 8  # in which it stands, behind the interpreter and what hands over its secrets
 EXTRAS = {"parquet": "pyarrow", "gpu": "pynvml", "png": "PIL", "xdist": "xdist", "nvtx": "nvtx"}
 
 
@@ -178,9 +180,9 @@ def _server_below(parent: psutil.Process) -> psutil.Process | None:
     for child in process.descendants(parent.pid):
         with contextlib.suppress(psutil.Error):
             words = child.cmdline()
-            # A launcher in front of it, such as nsys, has the server's words behind its own.
-            is_server = any(word.startswith(SERVERS) for word in words[1:4])
-            if is_server and Path(words[0]).name != "nsys":
+            names = [Path(word).name for word in words[:_LAUNCHER_WORDS]]
+            is_nsys = any(name.startswith("nsys") for name in names[:2])
+            if not is_nsys and any(name.startswith(SERVERS) for name in names[1:]):
                 return child
     return None
 
@@ -301,7 +303,7 @@ def server_state(
 
 def _profile(url: str, holders: Sequence[Holder], sessions: Sequence[KnownSession]) -> str:
     """Whether a profile of the server is running, as far as this machine knows."""
-    name = lease.window_name(checked_url(url))
+    name = safe_name(lease.window_name(checked_url(url)))
     holder = next((each for each in holders if name in each.leases), None)
     if holder is not None:
         return f"a window of process {holder.pid} is open"

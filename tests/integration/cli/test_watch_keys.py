@@ -126,7 +126,7 @@ def test_space_opens_and_closes_enter_shows_q_ends(pure_tp: Running, terminal: A
     assert re.search(r"^all +[1-9]", at.see("running requests") + at.see("q: ends"), re.M)
     assert not at.has_own_modes
     at.press("\n")
-    at.see("there is no window yet")
+    at.see("no window so far")
     before = profiles(pure_tp)
     at.press(" ")
     at.see("torch window: open for")
