@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from pytest_sglprof._cli.main import main
 from pytest_sglprof._report.results import load_results
 from pytest_sglprof._server.lease import free_server_ports
+from tests.integration.cli.test_record import started
 from tests.support import session_nsys
 from tests.support.running import ROOT, end, wait_for
 
@@ -100,3 +102,26 @@ def test_a_server_outside_of_every_session_is_not_recorded(
         assert main(["record", "http://gpu-7:30000", "--backend", "nsys"]) == 2
         assert "on another machine" in capsys.readouterr().err
     assert list(Path().glob("sglprof-window*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_in_the_window_ends_the_collection(
+    nsys: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    session = tmp_path / "tmp" / "fake-nsys-sessions" / "serve.json"
+    with under(nsys, tmp_path, "serve") as url:
+        process = started(url, "--backend", "nsys", "--until-enter")
+
+        def collects() -> bool:
+            assert process.poll() is None, process.communicate()
+            return '"Collection"' in session.read_text()
+
+        wait_for(collects, 300)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=300)
+        assert (process.returncode, errors) == (130, "sglprof: interrupted\n")
+        assert '"Launched"' in session.read_text()
+        assert not Path("sglprof-window").exists()
+        assert not (tmp_path / "serve.nsys-rep").exists()
+        assert main(["record", url, "--backend", "nsys", "--seconds", "0.2"]) == 3
+        assert load_results(Path("sglprof-window/results.json")).windows[0].state == "complete"
