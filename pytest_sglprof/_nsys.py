@@ -307,9 +307,7 @@ class NsysSession:
         )
 
     def _sessions(self) -> dict[str, str]:
-        words = [self.tool.path, "sessions", "list", "--show-header=false"]
-        process = run(words, QUICK, self.tmpdir)
-        return read_sessions(process.stdout)
+        return {each.name: each.state for each in list_sessions(self.tool, self.tmpdir)}
 
     def _wait_for_state(self, wanted: Callable[[str], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -429,19 +427,34 @@ def started(words: Sequence[str], tmpdir: Path | None = None) -> Iterator[subpro
 # Reading what nsys prints: its list of sessions, and the progress and result of `nsys stop`.
 
 # TIME may hold blanks ("1d 02:03:12"); STATE is one word, which begins with a capital.
-_SESSION = re.compile(r"^\s*\d+\s+\S.*?\s([A-Z][A-Za-z]+)\s+\d+\s+(\S.*?)\s*$")
+_SESSION = re.compile(r"^\s*(\d+)\s+\S.*?\s([A-Z][A-Za-z]+)\s+\d+\s+(\S.*?)\s*$")
 _FAULT = re.compile(r"non-fatal error|Analysis failed with|^\s*Status: ", re.IGNORECASE)
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]\s*\[\D*?(\d+)%\s*\]\s*(.*)$")
 _GENERATING = re.compile(r"^Generating '(.+)'")
 
 
-def read_sessions(text: str) -> dict[str, str]:
-    """Name -> state, from ``nsys sessions list`` (ID, TIME, STATE, LAUNCH, NAME).
+@dataclass(frozen=True)
+class ListedSession:
+    """One session as nsys lists it."""
+
+    id: str
+    name: str
+    state: str
+
+
+def list_sessions(tool: NsysTool, tmpdir: Path | None = None) -> list[ListedSession]:
+    """The sessions of this user under a TMPDIR (None: that of this process)."""
+    words = [tool.path, "sessions", "list", "--show-header=false"]
+    return read_session_list(run(words, QUICK, tmpdir).stdout)
+
+
+def read_session_list(text: str) -> list[ListedSession]:
+    """From ``nsys sessions list`` (ID, TIME, STATE, LAUNCH, NAME).
 
     The name, in the last column, may contain blanks.
     """
     matches = (_SESSION.match(line) for line in text.splitlines())
-    return {match[2]: match[1] for match in matches if match}
+    return [ListedSession(match[1], match[3], match[2]) for match in matches if match]
 
 
 class StopOutput:

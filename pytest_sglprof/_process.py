@@ -10,10 +10,13 @@ import ctypes
 import os
 import re
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._ranks import Rank
 
@@ -100,6 +103,16 @@ def is_alive(pid: int, created: float) -> bool:
     """True while the process that started at `created` runs; a zombie does not run."""
     start = create_time(pid)
     return start is not None and abs(start - created) <= SAME_PROCESS
+
+
+def shares_files(pid: int) -> bool:
+    """Whether a process is of this user and sees the same files, as one in a container does not."""
+    try:
+        is_of_user = Path(f"/proc/{pid}").stat().st_uid == os.getuid()
+        spaces = {str(Path(f"/proc/{each}/ns/mnt").readlink()) for each in (pid, "self")}
+    except OSError:
+        return False
+    return is_of_user and len(spaces) == 1
 
 
 def variable(pid: int, name: str) -> str:
@@ -193,6 +206,16 @@ def descendants(pid: int) -> list[psutil.Process]:
     except psutil.Error:
         return []
     return [process for process in children if not _is_zombie(process)]
+
+
+def ancestors(pid: int) -> list[int]:
+    """`pid` and the processes above it, as far as they are known."""
+    import psutil
+
+    try:
+        return [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
+    except psutil.Error:
+        return [pid]
 
 
 def terminate_tree(pids: Iterable[int], grace: float) -> list[int]:
@@ -306,3 +329,41 @@ def _signal(processes: Iterable[psutil.Process], action: str) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             getattr(process, action)()
+
+
+# Signals that ask this process to end.
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and other requests to end during the block, which ends by itself."""
+    # A function, since processes that are started meanwhile would inherit SIG_IGN.
+    with _handled(_ENDINGS, lambda number, frame: None):
+        yield
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Makes SIGTERM, SIGQUIT and SIGHUP (a lost connection) end the block as Ctrl-C does."""
+    with _handled(_ENDINGS[1:], signal.default_int_handler):
+        yield
+
+
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _handled(
+    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
+    """Handles these signals by `handler`, except those that are ignored, as by `nohup`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [each for each in numbers if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

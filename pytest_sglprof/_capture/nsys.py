@@ -146,7 +146,16 @@ class NsysRecording:
     def stop(
         self, capture: WindowCapture, deadline: float, *, unfinished: str | None
     ) -> WindowCapture:
-        """Ends the window and exports its report to SQLite, next to it."""
+        """Ends the window and exports its report to SQLite, next to it; an interrupt drops both."""
+        try:
+            return self._stopped(capture, deadline, unfinished)
+        except (KeyboardInterrupt, SystemExit):
+            self.abort()
+            raise
+
+    def _stopped(
+        self, capture: WindowCapture, deadline: float, unfinished: str | None
+    ) -> WindowCapture:
         reason, still_open = unfinished, False
         log: tuple[str, ...] = ()
         report: Path | None = None

@@ -35,6 +35,7 @@ from pytest_sglprof._capture.torch_request import (
     OutputFolder,
     check_space,
     check_watchdog,
+    how_to_fetch,
     output_folder,
     refuse_request,
     request_body,
@@ -207,7 +208,16 @@ class TorchRecording:
     def stop(
         self, capture: WindowCapture, deadline: float, *, unfinished: str | None
     ) -> WindowCapture:
-        """Ends the profile and collects its files."""
+        """Ends the profile and collects its files; an interrupt drops them."""
+        try:
+            return self._stopped(capture, deadline, unfinished)
+        except (KeyboardInterrupt, SystemExit):
+            self.abort()
+            raise
+
+    def _stopped(
+        self, capture: WindowCapture, deadline: float, unfinished: str | None
+    ) -> WindowCapture:
         reasons = [self._why_unfinished(unfinished)] if unfinished else []
         log: tuple[str, ...] = ()
         dead = still_open = False
@@ -397,6 +407,8 @@ class TorchRecording:
             remarks.append(f"{WITHOUT_DECODE[role]}: no threshold of that stage can be judged")
         if self._spec.profile_id and not any(self._profile_id in path.name for path in complete):
             remarks.append(f"the server chose a profile id itself, not {self._spec.profile_id!r}")
+        if self._server.attached and self._place is not None and not self._files.rank_files():
+            remarks.append(how_to_fetch(self._place, self._server.url))
         if stages := self._files.missing_stages(complete):
             remarks.append(f"no rank has a file of stage {', '.join(stages)}")
         others = [path.name for path in self._files.others()]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import Inconclusive, WindowRefused, did_you_mean
 from pytest_sglprof._files import safe_name
+from pytest_sglprof._process import shares_files
+from pytest_sglprof._server.client import is_local_url, port_of
+from pytest_sglprof._server.lease import listener_of
 from pytest_sglprof._server.sizes import Role, ServerSizes, version_of
 
 if TYPE_CHECKING:
@@ -278,12 +283,7 @@ def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFol
         local = server.trace_root.absolute() / _fresh(server.trace_root, window_id)
         return OutputFolder(str(local), local, ours=True)
     if server.server_dir is None:
-        raise WindowRefused(
-            f"the server at {server.url} was started by somebody else, and it is not known which "
-            "of its folders can be read from here",
-            expected="a folder that both machines (or containers) share",
-            hint="give --sglprof-server-dir SERVER:LOCAL",
-        )
+        return _folder_on_this_machine(server, spec, window_id)
     theirs, ours = PurePosixPath(server.server_dir[0]), Path(server.server_dir[1]).absolute()
     if not spec.output_dir:
         name = _fresh(ours, window_id)
@@ -299,6 +299,41 @@ def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFol
             hint="leave output_dir out, or name another pair with --sglprof-server-dir",
         ) from None
     return OutputFolder(str(wanted), ours / below, ours=False)
+
+
+def _folder_on_this_machine(server: Server, spec: WindowSpec, window_id: str) -> OutputFolder:
+    """The folder of a window of an attached server for which nobody named one."""
+    if not is_local_url(server.url):
+        raise WindowRefused(
+            f"the server at {server.url} is on another machine, and it is not known which of its "
+            "folders can be read from here",
+            expected="a folder that both machines (or containers) share",
+            hint="give --sglprof-server-dir (--server-dir of a command) DIR, which both see under "
+            "this path, or SERVER:LOCAL; if they share none, name one of the server's machine, "
+            "such as /tmp: the window says how to fetch its files",
+        )
+    if spec.output_dir:
+        chosen = Path(spec.output_dir).expanduser().absolute()
+        return OutputFolder(str(chosen), chosen, ours=False)
+    listener = listener_of(port_of(urlsplit(server.url)))
+    if listener is not None and shares_files(listener):
+        root = server.trace_root.absolute()
+        local = root / _fresh(root, window_id)
+    else:  # another user's, or behind a forwarded port: every machine has this one
+        local = Path("/tmp") / f"sglprof-{secrets.token_hex(6)}"
+    return OutputFolder(str(local), local, ours=True)
+
+
+def how_to_fetch(folder: OutputFolder, url: str) -> str:
+    """What to do if a window's files did not come into `folder`, as a note of the window."""
+    name, theirs = folder.local.name, folder.server
+    host = urlsplit(url).hostname
+    return (
+        f"nothing came into {folder.local}. If the server's {theirs} is on another machine or in a "
+        f"container, fetch it with one of: scp -r {host}:{theirs} {name} | docker cp "
+        f"CONTAINER:{theirs} {name} | kubectl cp POD:{theirs} {name}, and then run: "
+        f"sglprof check {name}"
+    )
 
 
 def _fresh(root: Path, window_id: str) -> str:

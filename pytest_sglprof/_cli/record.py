@@ -1,11 +1,11 @@
-"""`sglprof record URL`: one profile window of a running server."""
+"""`sglprof record URL`: one profile window of a running server, judged and written as a run."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,34 +17,44 @@ from pytest_sglprof._cli.options import (
     settings_of,
     settings_options,
 )
+from pytest_sglprof._cli.recording import FOLDER, fresh_folder, outcome_lines, window_of
 from pytest_sglprof._cli.watch import add_rule, is_url, rule_of
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
 
 if TYPE_CHECKING:
-    from pytest_sglprof._capture.recording import WindowCapture
     from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._config.model import WindowSpec
     from pytest_sglprof._load.onset import Onset, OnsetRule
+    from pytest_sglprof._load.watcher import LoadWatch
+    from pytest_sglprof._run.window import Window
     from pytest_sglprof._server.launch import Server
 
-FOLDER = "sglprof-window"
+SECONDS = 2.0  # that a window lasts by default
 STEADY_WAIT = 300.0  # s to wait for steady load, without --for
 
 
 def add_parser(new_parser: NewParser) -> None:
     """Adds the options of the command."""
     parser = new_parser(
-        description="Opens a profile window on a running server and closes it after a number of "
-        "steps or seconds. With --when onset it watches the load as `sglprof watch` does, opens "
-        "the window once the load has become uneven, and says whether the trace confirms that. The "
-        "server's keys are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.",
-        epilog="exit status: 0 recorded, 2 wrong usage, or the server cannot be reached or "
-        "refuses, 3 the window is incomplete or was never opened, 130 interrupted",
+        description="Opens a profile window on a running server, closes it after a number of "
+        "steps or seconds, judges it by the thresholds of sglprof.toml, and writes results.json, "
+        "the page and the traces into a folder that the other commands read. With --when onset "
+        "it watches the load as `sglprof watch` does, opens the window once the load has become "
+        "uneven, and says whether the trace confirms that. The server's keys are taken from "
+        "SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.",
+        epilog="exit status: 0 recorded, nothing above its limit; 1 above a limit that somebody "
+        "gave; 2 wrong usage, or the server cannot be reached or refuses; 3 inconclusive, "
+        "incomplete or never opened; 130 interrupted",
         parents=[settings_options()],
     )
     add = parser.add_argument
-    add("target", metavar="URL", help="http://HOST:PORT")
+    add(
+        "target",
+        metavar="URL|SERVER",
+        help="http://HOST:PORT, HOST:PORT, or the name of a server that a run of pytest keeps "
+        "(sglprof status lists them)",
+    )
     add(
         "--when",
         choices=("now", "steady", "onset"),
@@ -61,104 +71,184 @@ def add_parser(new_parser: NewParser) -> None:
         "onset)",
     )
     add("--backend", choices=tuple(BACKENDS), default="torch", help="profiler (default: torch)")
-    add(
-        "--steps",
-        type=count,
-        metavar="N",
-        help="close the window after N steps (num_steps in pytest)",
-    )
-    add(
-        "--seconds",
-        dest="window_s",
-        type=positive,
-        default=2.0,
-        metavar="S",
-        help="close the window after S seconds, unless --steps is given (duration in pytest; "
-        "default: 2)",
-    )
+    add_end(parser)
     add(
         "-o",
         "--output",
         metavar="DIR",
-        help=f"folder for the files (default: {FOLDER}, then {FOLDER}-2 and so on)",
+        help=f"new folder for the results (default: {FOLDER}, then {FOLDER}-2 and so on)",
     )
     add_rows(parser, "server_dir", "server_ca", "nsys_session", "nsys", "step_delimiter")
     add_rule(parser)
 
 
+def add_end(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say when the window closes."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--steps",
+        type=count,
+        metavar="N",
+        help="close the window after N steps (num_steps in pytest)",
+    )
+    group.add_argument(
+        "--seconds",
+        dest="window_s",
+        type=positive,
+        metavar="S",
+        help=f"close the window after S seconds (duration in pytest; default: {SECONDS:g})",
+    )
+    group.add_argument(
+        "--until-enter",
+        action="store_true",
+        help="close the window when Enter is pressed, or standard input ends",
+    )
+
+
 def run(args: argparse.Namespace) -> ExitStatus:
-    """Waits for the moment and records."""
+    """Waits for the moment, records and judges."""
+    from pytest_sglprof._cli.terminal import StatusLine, refuse_unreadable_input
+    from pytest_sglprof._process import ended_in_order
+    from pytest_sglprof._run.one_window import recorded_files, window_folder
+
     settings = settings_of(args)
     rule = rule_of(args)
-    if not is_url(args.target):
-        raise SettingsError(
-            f"record {args.target}",
-            expected="the URL of a running server",
-            hint="a log cannot be recorded: give the URL of its server",
-        )
-    if args.when == "onset":
-        return _record_at_onset(args, settings, rule)
-    return _record(args, settings, _say, wait_for_load=args.when == "steady")
+    args.keys = "", ""  # then those of the environment
+    configured = settings.servers.get(args.target)
+    if configured is not None and configured.url:
+        from pytest_sglprof._run.servers import settings_of_running
+        from pytest_sglprof._server.launch import server_keys
+
+        args.target, args.keys = configured.url, server_keys(configured)
+        settings = settings_of_running(configured, settings)
+        args.server_ca = configured.server_ca or args.server_ca
+    args.target = server_url(args.target)
+    if args.until_enter:
+        refuse_unreadable_input()
+    folder = Path(args.output) if args.output else fresh_folder()
+    with ended_in_order(), window_folder(folder) as args.folder, StatusLine(sys.stderr) as line:
+        try:
+            if args.when != "onset":
+                return _record(args, settings, say, line.show)
+            return _record_at_onset(args, settings, rule, line.show)
+        except KeyboardInterrupt:
+            line.show("")
+            if files := recorded_files(args.folder):
+                what = "sglprof: the window is recorded but not judged"
+                sys.stderr.write(f"{what}: sglprof check {files[0].parent}\n")
+            raise
 
 
-def _record_at_onset(args: argparse.Namespace, settings: Settings, rule: OnsetRule) -> ExitStatus:
+def _record_at_onset(
+    args: argparse.Namespace,
+    settings: Settings,
+    rule: OnsetRule,
+    progress: Callable[[str], None],
+) -> ExitStatus:
+    from pytest_sglprof._cli.screen import onset_line
     from pytest_sglprof._cli.watch import JsonLines, watch_live
 
     onsets: list[Onset] = []
 
-    def record(onset: Onset, say: Callable[[str], None]) -> ExitStatus:
+    def record(onset: Onset, watch: LoadWatch, tell: Callable[[str], None]) -> ExitStatus:
         onsets.append(onset)
-        return _record(args, settings, say, onset=onset)
+        tell(onset_line(onset))
+        return _record(args, settings, tell, progress, onset=onset, watch=watch)
 
     with JsonLines(None) as lines:
         status = watch_live(args, rule, lines, sys.stdout, on_first=record)
     return status if onsets else ExitStatus.INCONCLUSIVE
 
 
+def server_url(target: str) -> str:
+    """The URL of a server that is given as a URL, as HOST:PORT, or by its name in a run.
+
+    Raises `SettingsError` for anything else.
+    """
+    if is_url(target):
+        return target
+    if not Path(target).exists():
+        from pytest_sglprof._run.status import servers_alive
+
+        urls = [each.url for each in servers_alive() if each.name == target and each.url]
+        if len(urls) == 1:
+            return urls[0]
+        if urls:
+            raise SettingsError(
+                f"{len(urls)} servers are called {target}: {', '.join(urls)}",
+                expected="one server",
+                hint="give its URL",
+            )
+    raise SettingsError(
+        f"record {target}",
+        expected="the URL of a running server, or the name of one that `sglprof status` lists or "
+        "that has a url in sglprof.toml",
+        hint="a log cannot be recorded: give the URL of its server",
+    )
+
+
 def _record(
     args: argparse.Namespace,
     settings: Settings,
-    say: Callable[[str], None],
+    tell: Callable[[str], None],
+    progress: Callable[[str], None],
     *,
     onset: Onset | None = None,
-    wait_for_load: bool = False,
+    watch: LoadWatch | None = None,
 ) -> ExitStatus:
-    """Opens the window and waits for its end; `INCONCLUSIVE` if it is not complete."""
-    from pytest_sglprof._cli.watch import onset_line
+    """Attaches, opens the window and waits for its end; prints the outcome."""
+    from pytest_sglprof._cli.terminal import was_entered
+    from pytest_sglprof._run.one_window import record_window, wait_until
     from pytest_sglprof._run.servers import attach_running
-    from pytest_sglprof._run.window import Window
 
-    folder = Path(args.output or _fresh(Path(FOLDER))).absolute()
-    window_id = _fresh(folder / ("onset" if onset else "window")).name
-    spec = WindowSpec(
-        name="onset" if onset else "window",
-        backend=args.backend,
-        num_steps=args.steps,
-        duration=None if args.steps else args.window_s,
-    )
-    if onset is not None:
-        say(onset_line(onset))
-    server = attach_running(args.target, settings, folder / "server")
-    try:
-        if wait_for_load:
+    seconds = None if args.steps or args.until_enter else args.window_s or SECONDS
+    name = "window" if onset is None else "onset"
+    spec = window_of(settings, name, args.backend, steps=args.steps, seconds=seconds)
+
+    def wait(window: Window) -> None:
+        if not args.until_enter:
+            progress(f"the window is open: {_end(spec)}")
+            return window.wait()
+        progress("the window is open: Enter closes it")
+        return wait_until(window, was_entered)
+
+    with ExitStack() as attached:
+        server = attach_running(
+            args.target,
+            settings,
+            args.folder / "servers" / "attached.1",
+            api_key=args.keys[0],
+            admin_key=args.keys[1],
+            finds_session=args.backend == "nsys",
+        )
+        attached.callback(server.client.close)
+        if args.when == "steady":
+            progress("waiting for steady load")
             _wait_for_load(server, args.seconds or STEADY_WAIT)
-        with Window(server, spec, folder, window_id=window_id) as window:
-            window.wait()
-        capture = window.close()
-    finally:
-        server.client.close()
-    say(f"window: {capture.state}, {capture.closed - capture.opened:.1f} s, in {folder}")
-    if capture.reason:
-        say(capture.reason)
-    if not capture.artifacts:
-        return ExitStatus.INCONCLUSIVE
-    if onset is not None:
-        say(_confirmation(onset, capture, settings))
-    is_complete = capture.state == "complete"
-    return ExitStatus.DONE if is_complete else ExitStatus.INCONCLUSIVE
+        outcome = record_window(
+            server,
+            spec,
+            settings,
+            args.folder,
+            command=["sglprof", "record", args.target, "--when", args.when],
+            wait=wait,
+            onset=onset,
+            watch=watch,
+            progress=progress,
+        )
+    progress("")
+    for text in outcome_lines(outcome):
+        tell(text)
+    return outcome.status
+
+
+def _end(spec: WindowSpec) -> str:
+    return f"{spec.num_steps} steps" if spec.num_steps else f"{spec.duration:g} s"
 
 
 def _wait_for_load(server: Server, timeout: float) -> None:
+    import threading
+
     from pytest_sglprof._run.opening import steady_load
 
     if not steady_load(server, 1, timeout=timeout, stop=threading.Event()):
@@ -169,21 +259,7 @@ def _wait_for_load(server: Server, timeout: float) -> None:
         )
 
 
-def _confirmation(onset: Onset, capture: WindowCapture, settings: Settings) -> str:
-    """A sentence that says whether the trace confirms the onset."""
-    from pytest_sglprof._analysis.load import join_load
-    from pytest_sglprof._run.measure import WindowFiles, read_recorded
-
-    return join_load(onset, read_recorded(WindowFiles.of_capture(capture), settings)).sentence
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line at once."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _fresh(path: Path) -> Path:
-    """`path`, or the first of `path-2`, `path-3` … that does not exist with any file ending."""
-    names = [path.name, *(f"{path.name}-{number}" for number in range(2, 1000))]
-    existing = {entry.name.partition(".")[0] for entry in path.parent.glob(f"{path.name}*")}
-    return path.with_name(next(name for name in names if name not in existing))

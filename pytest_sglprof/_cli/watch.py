@@ -6,27 +6,31 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
-import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pytest_sglprof._cli.options import NewParser, add_rows, positive
+from pytest_sglprof._cli.options import NewParser, add_rows, positive, settings_options
+from pytest_sglprof._cli.screen import ONE_RANK, Screen, onset_line
+from pytest_sglprof._cli.terminal import is_interactive
+from pytest_sglprof._cli.window_keys import WindowKeys
+from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._errors import ExitStatus, Inconclusive, SettingsError
-from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetRule, imbalance
+from pytest_sglprof._load.onset import CANNOT_KNOW, Onset, OnsetDetector, OnsetRule
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.sources import LogFollower
-from pytest_sglprof._load.watcher import LoadWatch, LogSource, server_watch
+from pytest_sglprof._load.watcher import MAX_SAMPLES, LoadWatch, LogSource, server_watch
+from pytest_sglprof._process import ended_in_order
 from pytest_sglprof._server.client import SglangClient, patiently
 from pytest_sglprof._server.sizes import ServerSizes
-from pytest_sglprof._verdict.wording import percent, text_table
+from pytest_sglprof._verdict.wording import text_table
 
 if TYPE_CHECKING:
     from pytest_sglprof._load.change_points import LoadOutline
-    from pytest_sglprof._load.samples import RankLoad
     from pytest_sglprof._load.sources import Sample
 
 
@@ -35,15 +39,24 @@ def add_parser(new_parser: NewParser) -> None:
     parser = new_parser(
         description="Watches a running server (URL) or reads a server's log (LOG). The log is "
         "taken as complete unless --follow is given. An onset is the moment at which the load of "
-        "the ranks became uneven. The server's API key is taken from SGLPROF_API_KEY.",
+        "the ranks became uneven. At a terminal, keys open profile windows of a server, as "
+        "`sglprof record` does: space opens one and closes it, Enter shows the ranks of the last "
+        "one, q ends. The server's keys are taken from SGLPROF_API_KEY and "
+        "SGLPROF_ADMIN_API_KEY.",
         epilog="exit status: 0 done, 2 wrong usage or unreadable input, 130 interrupted; with "
         "--check also 1 if there was an onset, and 3 if that cannot be decided (one DP rank, or "
         "too little load)",
+        parents=[settings_options()],
     )
     add = parser.add_argument
     add("target", metavar="URL|LOG", help="http://HOST:PORT, or the log of a server")
     add_rows(parser, "server_ca")
     add_rule(parser)
+    group = parser.add_argument_group("windows that keys open")
+    group.add_argument(
+        "--backend", choices=tuple(BACKENDS), default="torch", help="profiler (default: torch)"
+    )
+    add_rows(group, "server_dir", "nsys_session", "nsys", "step_delimiter")
     add("--follow", action="store_true", help="keep reading LOG while it grows")
     add(
         "--for",
@@ -107,8 +120,9 @@ def rule_of(args: argparse.Namespace) -> OnsetRule:
 
 
 def is_url(target: str) -> bool:
-    """Whether `target` is the URL of a server, not the path of a log."""
-    return "://" in target and not Path(target).exists()
+    """Whether `target` is the address of a server, not the path of a log."""
+    is_address = "://" in target or re.fullmatch(r"[^/\s]+:\d+", target)
+    return bool(is_address) and not Path(target).exists()
 
 
 def run(args: argparse.Namespace) -> ExitStatus:
@@ -303,73 +317,10 @@ class JsonLines:
         )
 
 
-# The live table: one row for each rank, and onsets as lines.
-
-BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 30  # moments in a sparkline
-ONE_RANK = "all"  # label for a server with one DP rank, which logs no tag
-
-
-class LoadHistory:
-    """The latest numbers of running requests of each rank, for sparklines."""
-
-    def __init__(self) -> None:
-        self._running: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=WIDTH))
-
-    def add(self, samples: Iterable[Sample], source: str) -> None:
-        """Keeps the load samples of `source`."""
-        for sample in samples:
-            if isinstance(sample, LoadSample) and sample.source == source:
-                self._running[sample.rank].append(sample.running)
-
-    def sparkline(self, rank: str) -> str:
-        """The bars of one rank, on the scale of all ranks."""
-        top = max((max(values) for values in self._running.values()), default=0)
-        return sparkline(self._running.get(rank, ()), top)
-
-
-def sparkline(values: Iterable[float], top: float) -> str:
-    """One character for each value, on a scale from 0 to `top`."""
-    return "".join(BARS[round((len(BARS) - 1) * min(1.0, v / top)) if top else 0] for v in values)
-
-
-def load_table(loads: Sequence[RankLoad], history: LoadHistory) -> list[str]:
-    """The table as lines, with the load of each rank over the mean, and λ below it."""
-    running = [load.running for load in loads]
-    mean = sum(running) / len(running) if running else 0.0
-    rows = [
-        [
-            load.rank or ONE_RANK,
-            f"{load.running:.0f}",
-            f"{load.waiting:.0f}",
-            "-" if load.tokens is None else f"{load.tokens:.0f}",
-            "-" if load.usage is None else percent(load.usage),
-            "-" if not mean or len(loads) < 2 else f"{load.running / mean:.2f}",
-            "silent" if load.silent_since is not None else history.sparkline(load.rank),
-        ]
-        for load in loads
-    ]
-    head = ["rank", "running", "waiting", "tokens", "KV", "of mean", "running requests"]
-    lines = text_table(head, rows, left=[0, 6])
-    if len(loads) > 1:
-        lines.append(f"λ {imbalance(running):.2f}")
-    return lines
-
-
-def onset_line(onset: Onset) -> str:
-    """`2026-11-24 03:13:51 (± 0.5 s, loads) to 03:14:02: DP1 is starved …`."""
-    begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(onset.time))
-    period = begin
-    if onset.ended is not None:
-        end = time.strftime("%H:%M:%S", time.localtime(onset.ended))
-        period = f"{begin} to {end} ({onset.ended - onset.time:.0f} s)"
-    group = f"{onset.group}: " if onset.group else ""
-    return (
-        f"onset {period}, known to {onset.resolution_s:.1f} s from the {onset.source}: {group}"
-        f"{onset.sentence}; λ {onset.factor:.2f}, {percent(onset.lost_capacity)} lost"
-    )
-
-
+NO_ONSETS = (
+    "note: this server has one DP rank, whose TP ranks run the same batches: its load is shown, "
+    "but it has no onset. `sglprof record` compares the ranks' kernels"
+)
 REDRAW = 0.5  # s between two drawings of the table
 
 
@@ -379,42 +330,53 @@ def watch_live(
     lines: JsonLines,
     out: IO[str],
     *,
-    on_first: Callable[[Onset, Callable[[str], None]], ExitStatus] | None = None,
+    on_first: Callable[[Onset, LoadWatch, Callable[[str], None]], ExitStatus] | None = None,
 ) -> ExitStatus:
-    """Watches until `--for` is over, or Ctrl-C; `EXCEEDED` if there was an onset.
+    """Watches until `--for` is over, `q` or Ctrl-C; `EXCEEDED` if there was an onset.
 
-    on_first: called with the first onset and with a function that prints a line above the
+    on_first: called with the first onset, the watch, and a function that prints a line above the
     table. It ends the watch, and its result is returned.
     """
-    log = None
+    log, note = None, ""
+    has_keys = on_first is None and out is sys.stdout and is_url(args.target)
+    has_keys = has_keys and is_interactive(out)
     if is_url(args.target):
-        watch, detector = _server(args.target, rule, args.server_ca)
+        shows_any = on_first is None and args.exit_zero
+        keeps = has_keys or on_first is not None
+        watch, detector, note = _server(args, rule, shows_any=shows_any, keeps=keeps)
     else:
         path = Path(args.target)
         detector = OnsetDetector(rule, source="log", milliseconds=_has_milliseconds(path))
         log = LogSource(path, from_end=False)
         detector.servers.known = log.lines.known
         watch = LoadWatch([log], keep=0)
-    screen = _Screen(out, detector, lines, log)
+    screen = Screen(out, detector, lines, log)
     watch.listen(screen.take)
-    with watch:
+    if note:
+        screen.say(note)
+    pressing = WindowKeys(args, screen, watch) if has_keys else nullcontext()
+    with ended_in_order(), watch, pressing as keys:
         began = time.monotonic()
         while args.seconds is None or time.monotonic() - began < args.seconds:
             watch.check()
             if screen.cannot_know:
                 raise Inconclusive(CANNOT_KNOW)
-            screen.onset.wait(REDRAW)
-            screen.onset.clear()  # before `first`, so that a later onset ends the next wait
+            if keys is not None:
+                if not keys.wait(REDRAW):
+                    break
+            else:
+                screen.onset.wait(REDRAW)
+                screen.onset.clear()  # before `first`, so that a later onset ends the next wait
             first = screen.first()
             if first is not None and on_first is not None:
                 screen.clear()
-                return on_first(first, screen.say)
-            screen.draw()
+                return on_first(first, watch, screen.say)
+            screen.draw(keys.lines() if keys is not None else ())
         screen.clear()
-        return _conclusion(screen, detector)
+    return ExitStatus.DONE if note else _conclusion(screen, detector)
 
 
-def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
+def _conclusion(screen: Screen, detector: OnsetDetector) -> ExitStatus:
     boards = {group.name: group.board.elsewhere for group in detector.groups}
     for note in absent_lines({name: ranks for name, ranks in boards.items() if ranks}):
         screen.say(note)
@@ -432,7 +394,13 @@ def _conclusion(screen: _Screen, detector: OnsetDetector) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _server(url: str, rule: OnsetRule, ca: str | None) -> tuple[LoadWatch, OnsetDetector]:
+def _server(
+    args: argparse.Namespace, rule: OnsetRule, *, shows_any: bool, keeps: bool
+) -> tuple[LoadWatch, OnsetDetector, str]:
+    """The watch of a server, and a note on what it cannot show.
+
+    shows_any: also of a server whose ranks cannot differ in load. keeps: the samples, for a window.
+    """
     from pytest_sglprof._config.load import resolve_options
     from pytest_sglprof._run.opening import records_experts
     from pytest_sglprof._run.servers import API_KEY_ENV
@@ -440,8 +408,8 @@ def _server(url: str, rule: OnsetRule, ca: str | None) -> tuple[LoadWatch, Onset
     from pytest_sglprof._server.client import checked_url, is_local_url
 
     key = os.environ.get(API_KEY_ENV, "")
-    url = checked_url(url)
-    given, _ = resolve_options({"server_ca": ca}, os.environ, of_pytest=False)
+    url = checked_url(args.target)
+    given, _ = resolve_options({"server_ca": args.server_ca}, os.environ, of_pytest=False)
     files = tls.given_certificates(given.get("server_ca", ""), url)
     verify = tls.trust(files, any_name=is_local_url(url))
     client = SglangClient(url, api_key=key, verify=verify)
@@ -450,11 +418,13 @@ def _server(url: str, rule: OnsetRule, ca: str | None) -> tuple[LoadWatch, Onset
     finally:
         client.close()
     count = ServerSizes.from_info(info).dp_ranks
-    if count < 2 and not records_experts(info):
+    is_blind = count < 2 and not records_experts(info)
+    if is_blind and not shows_any:
         raise Inconclusive(CANNOT_KNOW)
-    metrics = bool(info.get("enable_metrics"))
-    watch = server_watch(url, api_key=key, metrics=metrics, keep=0, verify=verify)
-    return watch, OnsetDetector(rule, ranks=[f"DP{number}" for number in range(count)])
+    metrics, keep = bool(info.get("enable_metrics")), MAX_SAMPLES if keeps else 0
+    watch = server_watch(url, api_key=key, metrics=metrics, keep=keep, verify=verify)
+    ranks = [f"DP{number}" for number in range(count)] if count > 1 else []
+    return watch, OnsetDetector(rule, ranks=ranks), NO_ONSETS if is_blind else ""
 
 
 def _has_milliseconds(path: Path) -> bool:
@@ -462,87 +432,3 @@ def _has_milliseconds(path: Path) -> bool:
         for _ in log.blocks():
             return log.lines.has_milliseconds
     return False
-
-
-class _Screen:
-    """The terminal. The watching thread adds samples, the main thread draws."""
-
-    def __init__(
-        self, out: IO[str], detector: OnsetDetector, lines: JsonLines, log: LogSource | None
-    ) -> None:
-        self.onset = threading.Event()
-        self.cannot_know = False
-        self._log = log
-        self._has_untagged = self._has_balance = False
-        self._out = out
-        self._detector = detector
-        self._lines = lines
-        self._history = LoadHistory()
-        self._lock = threading.Lock()
-        self._new: list[Onset] = []
-        self._first: Onset | None = None
-        self._ended: set[float] = set()
-        self._drawn = 0
-        self._is_terminal = out.isatty()
-
-    def take(self, samples: Sequence[Sample], now: float) -> None:
-        """Adds samples; called in the watching thread."""
-        with self._lock:
-            self._lines.samples(samples)
-            self._history.add(samples, self._detector.source)
-            new_onsets = self._detector.add(samples, now)
-            self._has_untagged |= any(s.source == "log" and not s.rank for s in samples)
-            self._has_balance |= any(isinstance(sample, BalanceSample) for sample in samples)
-            self.cannot_know = self._is_one_rank(now)
-            for onset in new_onsets:
-                self._lines.onset(onset)
-            onsets = self._detector.onsets
-            self._ended &= {onset.time for onset in onsets}
-            for onset in onsets:
-                if onset.ended is not None and onset.time not in self._ended:
-                    self._ended.add(onset.time)
-                    self._lines.end(onset)
-            self._new += new_onsets
-            self._first = self._first or next(iter(new_onsets), None)
-        if new_onsets:
-            self.onset.set()
-
-    def first(self) -> Onset | None:
-        """The first onset, or None."""
-        with self._lock:
-            return self._first
-
-    def _is_one_rank(self, now: float) -> bool:
-        """Whether everything read so far is of one DP rank; False before the end of the log."""
-        if self._log is not None and not self._log.delay:
-            return False
-        tagged = any(len(group.board.loads(now)) > 1 for group in self._detector.groups)
-        return self._has_untagged and not tagged and not self._has_balance
-
-    def draw(self) -> None:
-        """Prints new onsets; on a terminal also redraws the table below them."""
-        with self._lock:
-            new, self._new = self._new, []
-            tables: list[str] = []
-            if self._is_terminal:
-                for group in self._detector.groups:
-                    tables += [f"{group.name}:"] if self._detector.servers.several else []
-                    tables += load_table(group.board.loads(time.time()), self._history)
-        self.clear()
-        for onset in new:
-            self.say(onset_line(onset))
-        if tables:
-            self._out.write("".join(f"{line}\n" for line in tables))
-            self._drawn = len(tables)
-        self._out.flush()
-
-    def clear(self) -> None:
-        """Erases the table."""
-        if self._drawn:
-            self._out.write(f"\x1b[{self._drawn}F\x1b[J")
-            self._drawn = 0
-
-    def say(self, text: str) -> None:
-        """Prints a line that stays."""
-        self._out.write(f"{text}\n")
-        self._out.flush()

@@ -159,9 +159,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "server_dir",
         "text",
-        "where the running server sees its output folder under another path: the path as the "
-        "server sees it, a colon, the path on this machine",
-        metavar="SERVER:LOCAL",
+        "folder that the running server and this machine share: its path, or where the two differ "
+        "the path on the server's machine, a colon, the path here (default for a server on this "
+        "machine: a folder of its own)",
+        metavar="DIR|SERVER:LOCAL",
         command=True,
     ),
     Option(
@@ -175,8 +176,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "nsys_session",
         "text",
-        "name of the nsys session in which the server runs",
-        metavar="NAME",
+        "name or ID of the nsys session in which the server runs (default of record and watch: the "
+        "only one that holds it)",
+        metavar="NAME|ID",
         command=True,
     ),
     Option(

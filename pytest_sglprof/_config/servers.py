@@ -18,15 +18,15 @@ def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpe
 
 
 def server_dir_pair(text: str) -> tuple[str, str]:
-    """`SERVER:LOCAL` as two absolute paths; else raises `SettingsError`."""
+    """`SERVER:LOCAL`, or one path for both, as two absolute paths; else raises `SettingsError`."""
     server, colon, local = text.partition(":")
-    if not colon or not server.startswith("/") or not local:
+    if not server.startswith("/") or (colon and not local):
         raise SettingsError(
             f"the folder of the running server is {text!r}",
             expected="SERVER:LOCAL, its absolute path on the server's machine and its path here",
-            hint="for a server on this machine give the same path twice: /data/prof:/data/prof",
+            hint="where both machines have it under the same path, give that alone: /data/prof",
         )
-    return server, str(Path(local).resolve())
+    return server, str(Path(local or server).resolve())
 
 
 def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sglprof import __version__
 from pytest_sglprof._config.load import Settings, read_settings
 from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._config.options import OPTIONS, shows_config
@@ -48,9 +45,9 @@ from pytest_sglprof._plugin.verdicts import (
     take_records,
     write_summary,
 )
-from pytest_sglprof._redact import learn_command, learn_environment, redact_command, redact_text
+from pytest_sglprof._redact import learn_command, learn_environment, redact_text
 from pytest_sglprof._run.attempt import TestRun
-from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune
+from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune, run_facts
 from pytest_sglprof._run.lives import KnownLives, TestLives, accept_lives
 from pytest_sglprof._run.servers import close_server, describe_server, open_server
 
@@ -101,7 +98,8 @@ class PluginSession:
         self._unfinished: TestRun | None = None  # an attempt without a report
         self._known_lives = KnownLives(self.settings, self.run_id)
         self._left: list[RecordedServer] = []  # stopped servers that left something behind
-        facts = run_facts(config, self.settings)
+        command = ["pytest", *map(str, config.invocation_params.args)]
+        facts = run_facts(command, self.settings)
         self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
 
     # ---- the run -------------------------------------------------------------------------
@@ -538,20 +536,3 @@ def sort_by_server(
         sorted((item for item in items if item in servers), key=lambda i: order[servers[i].key])
     )
     return [next(sorted_items) if item in servers else item for item in items]
-
-
-def run_facts(config: pytest.Config, settings: Settings) -> dict[str, Any]:
-    """The part of `Run` that is known from the start: command, host, versions."""
-    return {
-        "command": tuple(redact_command(["pytest", *map(str, config.invocation_params.args)])),
-        "host": platform.node(),
-        "versions": {
-            "pytest_sglprof": __version__,
-            "python": platform.python_version(),
-            "pytest": pytest.__version__,
-            "pandas": metadata.version("pandas"),
-            "sglang": "",
-            "nsys": "",
-        },
-        "min_steps": settings.min_steps,
-    }

@@ -17,19 +17,22 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pytest_sglprof import __version__
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import SettingsError, SglprofError
 from pytest_sglprof._files import JOURNAL, RESULTS, RUN_FILE, atomic_write, safe_name
-from pytest_sglprof._redact import redact, redact_text
+from pytest_sglprof._redact import redact, redact_command, redact_text
 from pytest_sglprof._report.model import utc
 
 if TYPE_CHECKING:
     from pytest_sglprof._baselines.records import LifeRecord
+    from pytest_sglprof._config.load import Settings
     from pytest_sglprof._report.model import Record, Results
 
 
@@ -40,6 +43,23 @@ LATEST = "latest"
 def new_run_id() -> str:
     """`run-20261124-031351-3f9a`: sorts by time, unique on a shared disk."""
     return f"{RUN_PREFIX}{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def run_facts(command: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """The part of `Run` that is known from the start: command, host, versions."""
+    return {
+        "command": tuple(redact_command(command)),
+        "host": platform.node(),
+        "versions": {
+            "pytest_sglprof": __version__,
+            "python": platform.python_version(),
+            "pytest": metadata.version("pytest"),
+            "pandas": metadata.version("pandas"),
+            "sglang": "",
+            "nsys": "",
+        },
+        "min_steps": settings.min_steps,
+    }
 
 
 class RunFolder:
@@ -85,7 +105,8 @@ class RunBook:
     results: the results of the run, None until it is finished. file, page: results.json and
     the HTML page, None until they are written. problems: one line for each file that could not
     be written. lives: what the tests left of their server lives, once it is finished. notes:
-    further lines for the summary.
+    further lines for the summary. is_alone: the folder is one that a user chose, beside which
+    nothing is written, not one of the runs of an output folder.
     """
 
     def __init__(
@@ -94,6 +115,8 @@ class RunBook:
         run_id: str,
         facts: Mapping[str, Any],
         settings: Mapping[str, Any] | None = None,
+        *,
+        is_alone: bool = False,
     ) -> None:
         self.folder = output / run_id
         self.run_id = run_id
@@ -105,6 +128,7 @@ class RunBook:
         self.lives: list[LifeRecord] = []
         self._facts = dict(facts)
         self._settings = settings
+        self._is_alone = is_alone
         self._started = time.time()
         self._journal: Journal | None = None
         self._lock: int | None = None  # descriptor of the folder: a lock file would remain
@@ -184,11 +208,8 @@ class RunBook:
         from pytest_sglprof._report.results import write_results
 
         file = self.folder / RESULTS
-        if self._made_output:  # as pytest does in its cache: nobody commits it by mistake
-            with self.writing(".gitignore"):
-                (self.folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
-        with self.writing("history of server lives"):
-            self._write_history(journal)
+        if not self._is_alone:
+            self._write_beside(journal)
         with self.writing(str(file)):
             self.results = self._document(list(journal.records()), exit_status)
             self._write_run_file()  # the folder may have been removed meanwhile
@@ -197,11 +218,19 @@ class RunBook:
         if self.file is None:
             self.problems.append(f"the records of its tests stay in {self.folder / JOURNAL}")
         else:
-            _point_latest(self.folder)
+            if not self._is_alone:
+                _point_latest(self.folder)
             with contextlib.suppress(OSError):
                 (self.folder / JOURNAL).unlink()
         with self.writing(str(self.folder / PAGE)):
             self._write_page()
+
+    def _write_beside(self, journal: Journal) -> None:
+        if self._made_output:  # as pytest does in its cache: nobody commits it by mistake
+            with self.writing(".gitignore"):
+                (self.folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+        with self.writing("history of server lives"):
+            self._write_history(journal)
 
     def _write_history(self, journal: Journal) -> None:
         """A file of its own, which stays when this run is removed."""

@@ -40,16 +40,10 @@ def open_server(
         attached = folder.server("attached")
         return attach_running(settings.server, settings, attached, python=spec.python)
     if spec.url:
-        given = replace(
-            settings,
-            server_dir=spec.server_dir,
-            server_ca=spec.server_ca,
-            nsys_session=spec.nsys_session,
-        )
         api_key, admin_key = servers.server_keys(spec)
         return attach_running(
             spec.url,
-            given,
+            settings_of_running(spec, settings),
             folder.server(spec.name),
             name=spec.name,
             python=spec.python,
@@ -64,6 +58,16 @@ def open_server(
     )
 
 
+def settings_of_running(spec: ServerSpec, settings: Settings) -> Settings:
+    """The settings for a running server that the configuration names."""
+    return replace(
+        settings,
+        server_dir=spec.server_dir,
+        server_ca=spec.server_ca,
+        nsys_session=spec.nsys_session,
+    )
+
+
 def attach_running(
     url: str,
     settings: Settings,
@@ -73,10 +77,12 @@ def attach_running(
     python: str = "",
     api_key: str = "",
     admin_key: str = "",
+    finds_session: bool = False,
 ) -> Server:
     """Attaches to a running server as the settings describe it; python: of a load driver.
 
-    Without keys they are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
+    finds_session: find the nsys session that it runs in, where the settings name none. Without
+    keys they are taken from SGLPROF_API_KEY and SGLPROF_ADMIN_API_KEY.
     """
     from pytest_sglprof._server.launch import attach
 
@@ -87,6 +93,7 @@ def attach_running(
         admin_key=admin_key or os.environ.get(ADMIN_KEY_ENV, ""),
         server_dir=settings.server_dir,
         nsys_session=settings.nsys_session or None,
+        finds_session=finds_session,
         nsys_path=settings.nsys or None,
         python=python,
         ca=settings.server_ca,

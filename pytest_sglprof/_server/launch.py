@@ -51,6 +51,7 @@ from pytest_sglprof._server.keeper.protocol import (
     teardown_limit,
 )
 from pytest_sglprof._server.log import ServerLog
+from pytest_sglprof._server.nsys_sessions import session_for
 from pytest_sglprof._server.sizes import ServerSizes
 
 Progress = Callable[[str], None]
@@ -303,6 +304,7 @@ def attach(
     admin_key: str = "",
     server_dir: tuple[str, str] | None = None,
     nsys_session: str | None = None,
+    finds_session: bool = False,
     nsys_path: str | None = None,
     python: str = "",
     ca: str = "",
@@ -313,8 +315,9 @@ def attach(
     python: an interpreter on this machine that has SGLang's load driver ("": this one, and where
     it has none, the embedded driver).
     server_dir: (a folder on the server's machine, the same folder here).
-    nsys_session: the name of the nsys session that the server runs under. ca: file of the
-    certificates that its https is trusted by ("": the usual authorities).
+    nsys_session: the name or ID of the nsys session that the server runs under. finds_session:
+    find it otherwise; it is an error if there is none. ca: file of the certificates that its
+    https is trusted by ("": the usual authorities).
     Raises `SettingsError`, `ServerUnreachable`, `ServerRefused` (401 without the key) or
     `NsysError`.
     """
@@ -322,9 +325,8 @@ def attach(
     files = tls.given_certificates(ca, url)
     verify = tls.trust(files, any_name=is_local_url(url))
     session = None
-    if nsys_session:
-        session = NsysSession(find_nsys(nsys_path), nsys_session)
-        session.require()
+    if nsys_session or finds_session:
+        session = session_for(url, find_nsys(nsys_path), nsys_session or "")
     client = SglangClient(url, api_key=api_key, admin_key=admin_key, verify=verify)
     try:
         info = patiently(client.server_info)

@@ -168,11 +168,32 @@ def sweep() -> None:
 @contextlib.contextmanager
 def window_lock(url: str) -> Iterator[None]:
     """A lock to hold while a window of the server at `url` is open; `LeaseError` if one is."""
-    lease = acquire(f"window-{server_name(url)}", timeout=0, what=f"the profile window of {url}")
+    lease = acquire(window_name(url), timeout=0, what=f"the profile window of {url}")
     try:
         yield
     finally:
         lease.release()
+
+
+def window_name(url: str) -> str:
+    """Name of the lease of a server's window."""
+    return f"window-{server_name(url)}"
+
+
+def held() -> list[tuple[str, int]]:
+    """The leases that processes of this user hold, and their pids. Touches no file."""
+    folder = Path(os.environ.get(ENV_DIR) or ROOT / f"sglprof-{os.getuid()}")
+    leases = []
+    with contextlib.suppress(OSError):
+        # A line: `1: FLOCK  ADVISORY  WRITE 4711 fe:01:131090 0 EOF`.
+        locks = Path("/proc/locks").read_text().splitlines()
+        locked = {line.split()[5].rpartition(":")[2] for line in locks if " FLOCK " in line}
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError, LeaseError):
+                signed = _SIGNATURE.fullmatch(_read(path) or "")
+                if signed and str(path.lstat().st_ino) in locked:
+                    leases.append((path.stem, int(signed[1])))
+    return leases
 
 
 def lease_server_ports(port: int) -> list[Lease] | None:

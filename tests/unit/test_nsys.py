@@ -27,7 +27,7 @@ from pytest_sglprof._nsys import (
     check_profile_args,
     find_nsys,
     profile_prefix,
-    read_sessions,
+    read_session_list,
 )
 from pytest_sglprof._nsys_export import export, hide_credentials
 from tests.support.fake_nsys import HELP, VERSION, calls, fake_nsys, listed
@@ -229,6 +229,10 @@ def test_cuda_is_recorded_in_software_on_blackwell(
     assert "--trace=nvtx" in profile_prefix(tool, "mine", Path("r"), (), gpu=False)
 
 
+def states(text):
+    return {session.name: session.state for session in read_session_list(text)}
+
+
 @pytest.mark.parametrize(
     ("line", "read"),
     [
@@ -242,13 +246,13 @@ def test_cuda_is_recorded_in_software_on_blackwell(
     ],
 )
 def test_a_time_may_hold_blanks(line, read):
-    assert read_sessions(line) == read
+    assert states(line) == read
 
 
 def test_names_with_blanks_are_read():
     text = listed("my session 2", "Collection") + listed("b", "DelayedCollection") + "noise\n"
-    assert read_sessions(text) == {"my session 2": "Collection", "b": "DelayedCollection"}
-    assert read_sessions("There are no active sessions.\n") == {}
+    assert states(text) == {"my session 2": "Collection", "b": "DelayedCollection"}
+    assert states("There are no active sessions.\n") == {}
 
 
 def test_an_unknown_session_is_never_started(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_sglprof._cli.main import main
 from pytest_sglprof._cli.options import GENERATOR
-from pytest_sglprof._cli.record import _fresh
+from pytest_sglprof._cli.recording import fresh
 from pytest_sglprof._report.results import write_results
 from tests.integration.cli.test_perfetto_command import trace
 from tests.support.windows import BALANCED, SLOW, as_run, run, window
@@ -229,12 +229,12 @@ def test_fault_f_lines_for_programs_never_replace_the_log(
 
 
 def test_fault_f_a_window_that_nobody_named_goes_into_a_folder_of_its_own(tmp_path: Path) -> None:
-    assert _fresh(tmp_path / "sglprof-window") == tmp_path / "sglprof-window"
+    assert fresh(tmp_path / "sglprof-window") == tmp_path / "sglprof-window"
     (tmp_path / "sglprof-window").mkdir()
     (tmp_path / "sglprof-window-2").touch()
-    assert _fresh(tmp_path / "sglprof-window") == tmp_path / "sglprof-window-3"
+    assert fresh(tmp_path / "sglprof-window") == tmp_path / "sglprof-window-3"
     (tmp_path / "onset.nsys-rep").touch()
-    assert _fresh(tmp_path / "onset") == tmp_path / "onset-2"
+    assert fresh(tmp_path / "onset") == tmp_path / "onset-2"
 
 
 def test_fault_f_the_pages_that_pytest_writes_carry_the_mark_too(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pytest_sglprof._capture import torch, torch_request
@@ -87,9 +89,11 @@ def test_a_window_that_the_watchdog_would_kill_is_refused(server, new_window):
 
 def test_attached_servers_are_told_no_path_unless_it_is_shared(server, http, new_window, tmp_path):
     server.attached, server.log = True, None
+    here, server.url = server.url, "http://gpu-7:30000"
     with pytest.raises(WindowRefused) as error:
         new_window().open()
     assert "--sglprof-server-dir" in error.value.hint
+    server.url = here
     shared = tmp_path / "shared"
     server.server_dir = ("/srv/traces", str(shared))
     folders = {}
@@ -111,6 +115,28 @@ def test_attached_servers_are_told_no_path_unless_it_is_shared(server, http, new
     with below:
         below.wait()
     assert below.close().state == "complete"
+
+
+def test_an_attached_server_of_this_machine_needs_no_shared_folder(server, http, new_window):
+    server.attached, server.log = True, None
+    with new_window(num_steps=3) as opened:
+        opened.wait()
+    assert opened.close().state == "complete"
+    assert http.bodies()[-1]["output_dir"].startswith(str(server.trace_root))
+    assert not list(server.trace_root.iterdir())
+
+
+def test_behind_a_forwarded_port_a_folder_that_every_machine_has_is_used(
+    server, http, new_window, monkeypatch
+):
+    monkeypatch.setattr(torch_request, "listener_of", lambda port: None)
+    server.attached, server.log = True, None
+    with new_window(num_steps=3) as opened:
+        opened.wait()
+    folder = Path(http.bodies()[-1]["output_dir"])
+    assert folder.parent == Path("/tmp")
+    assert opened.close().state == "complete"
+    assert not folder.exists()
 
 
 def test_an_idle_attached_server_is_known_by_its_loads(server, http, new_window, tmp_path):
