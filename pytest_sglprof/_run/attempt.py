@@ -16,7 +16,7 @@ from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._config.windows import repeats
 from pytest_sglprof._errors import Inconclusive, SglprofError, do_every
 from pytest_sglprof._metrics import WORST_FIRST, VerdictWord
-from pytest_sglprof._run.opening import LoadState, open_in_time
+from pytest_sglprof._run.opening import LoadState, open_in_time, refuse_trigger
 from pytest_sglprof._run.servers import check_alive, describe_server, undisturbed
 from pytest_sglprof._run.window import Window
 from pytest_sglprof._server.command import LAUNCHERS
@@ -107,6 +107,7 @@ class TestRun:
         self._open_whole_body()
         if self._window is None and self._marked is not None:
             self._window = self.new_window(self._marked)
+            refuse_trigger(self._marked.trigger, server)
             with contextlib.suppress(Inconclusive):  # a full disk may have space when it opens
                 self._window.refuse()
 

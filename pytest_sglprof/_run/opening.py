@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._errors import ServerError, ServerRefused
+from pytest_sglprof._errors import ServerError, ServerRefused, WindowRefused
 from pytest_sglprof._load.onset import CANNOT_KNOW, Onset
 from pytest_sglprof._load.samples import LoadSample
 from pytest_sglprof._load.triggers import Detector, Trigger, as_trigger
@@ -53,6 +53,16 @@ def open_in_time(
         following = None if body_is_over.is_set() else following.next()
 
 
+def refuse_trigger(trigger: Trigger | None, server: Server) -> None:
+    """Raises `WindowRefused` for a trigger that this server can never fire."""
+    if trigger is not None and trigger.compares_ranks and not can_compare(server):
+        raise WindowRefused(
+            CANNOT_KNOW,
+            expected="several DP ranks, whose load differs",
+            hint="trigger=KernelImbalance(...) compares the ranks' kernels instead",
+        )
+
+
 def _await_steady_load(
     window: Window, load: LoadState, body_is_over: threading.Event, drives_load: bool
 ) -> NotOpened | None:
@@ -86,8 +96,6 @@ def _await_trigger(
 ) -> NotOpened | None:
     trigger, watch = as_trigger(window.spec.trigger), window.watch
     assert watch is not None, "a window with a trigger has a watch"
-    if trigger.compares_ranks and not can_compare(window.server):
-        return "inconclusive", CANNOT_KNOW
     if drives_load and not load.wait_for_start(body_is_over):
         return "inconclusive", "the test drove no load with bench_serving"
     detector = trigger.detector(load_ranks(window.server))
