@@ -128,8 +128,16 @@ class TestRun:
         )
         window.watch = self._load_watch
         window.compare = self._compared
+        window.drop = partial(self._drop, window)
         self._made.append(window)
         return window
+
+    def _drop(self, window: Window) -> None:
+        """Forgets a closed window, and deletes its files."""
+        import shutil
+
+        self._made.remove(window)
+        shutil.rmtree(window.folder, ignore_errors=True)
 
     def bench_serving(self) -> BenchServing:
         """The load driver. Windows wait for its loads."""
@@ -168,9 +176,12 @@ class TestRun:
                 api_key=server.client.api_key,
                 log=server.log.path if server.log is not None else None,
                 metrics=bool(server.info.get("enable_metrics")),
+                waits=True,
                 verify=server.client.verify,
             )
             self._load_watch.start()
+            for window in self._made:
+                window.watch = self._load_watch
         return self._load_watch
 
     @contextlib.contextmanager
@@ -214,7 +225,7 @@ class TestRun:
     def _ending(self) -> Iterator[Callable[[], object]]:
         yield self._end_opening
         for window in self._made:
-            if window.was_opened or window.repeat_index == 1:
+            if window.was_opened or (window.repeat_index == 1 and window.is_judged):
                 yield partial(self._close, window)
         yield self._conclude
         yield self._compare_lives
@@ -353,7 +364,7 @@ class TestRun:
 
     def _conclude(self) -> None:
         """Sets the worst verdict of all windows. Reads each of them, even if another one fails."""
-        closed = [window for window in self._made if window in self.windows]
+        closed = [each for each in self._made if each in self.windows and each.is_judged]
         try:
             do_every(partial(getattr, window, "verdict") for window in closed)
         finally:
@@ -386,7 +397,7 @@ class TestRun:
         new = [
             NewLife(window.spec.name, records.get(window.id), window.of_lives)
             for window in self.windows
-            if window.repeat_index == 1 and window.was_opened
+            if window.repeat_index == 1 and window.was_opened and window.is_judged
         ]
         self._lives.add(new)
         is_over = self.verdict == "fail" or self._has_failed or self.has_failed_subtest
@@ -415,7 +426,7 @@ class TestRun:
         if self.server is None or self._lives is None:
             return []
         return self._lives.records(
-            windows,
+            [window for window in windows if window.is_judged],
             self.server,
             describe_server(self.server, self._folder.path),
             self._load_commands(),

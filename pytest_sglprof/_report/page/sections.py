@@ -24,6 +24,7 @@ from pytest_sglprof._report.page.figures import (
     numbers,
 )
 from pytest_sglprof._report.page.history import History, PlacedWindow, history
+from pytest_sglprof._report.page.moments import moments
 from pytest_sglprof._report.page.regression import regression_picture
 from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
@@ -249,7 +250,8 @@ class BaselineSection:
 
 
 def _verdicts(page: PageRuns) -> Verdicts:
-    worst_first = sorted(page.windows, key=lambda w: WORST_FIRST.index(w.doc.verdict))
+    judged = [window for window in page.windows if window.doc.is_judged]
+    worst_first = sorted(judged, key=lambda w: WORST_FIRST.index(w.doc.verdict))
     return Verdicts(
         rows=[
             VerdictRow(window, numbers(window.doc.deciding) if window.doc.deciding else [])
@@ -276,6 +278,7 @@ def _history(page: PageRuns) -> list[History] | None:
 SECTIONS: tuple[Section[PageRuns], ...] = (
     Section("verdicts", "verdicts.html.j2", _verdicts),
     Section("baseline", "baseline.html.j2", _baseline),
+    Section("moments", "moments.html.j2", lambda page: moments(page.windows) or None),
     Section(
         "history",
         "history.html.j2",
