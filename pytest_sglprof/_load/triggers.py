@@ -24,6 +24,7 @@ _WORDS = {"source": ("loads", "log"), "on_no_onset": ("pass", "inconclusive", "f
 WITHIN = 120.0  # s from the start of the test's load that a trigger waits by default
 SUSPICION = 0.5  # of `hold`: for so long it lasts until the first window is opened
 MAX_SHARE = 0.02  # of the time for which windows of a few steps may stall a server
+MOST_SHARE = 0.1  # of a ring
 BEST_OVER = 5.0  # s over which the best throughput is averaged
 
 
@@ -122,7 +123,7 @@ class Ring(_Arguments):
     """Windows of a few steps, one after another, until a trigger fires or the test ends.
 
     steps: of each. every: s from one to the next. keep: as many of the newest stay on disk.
-    max_share: of the time for which serving may stand still because of them, 0 to 1: where a
+    max_share: of the time for which serving may stand still because of them, at most 0.1: where a
     window stalls the server for longer, they are farther apart.
     """
 
@@ -132,6 +133,15 @@ class Ring(_Arguments):
     max_share: float = MAX_SHARE
 
     above: ClassVar[Mapping[str, float]] = {"steps": 0, "every": 0.0, "keep": 0, "max_share": 0.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_share > MOST_SHARE:
+            raise SettingsError(
+                f"Ring(max_share={self.max_share!r})",
+                expected=f"at most {MOST_SHARE}: load counts again only after twice the stall, so "
+                "that no onset would be seen between the windows",
+            )
 
 
 @dataclass(frozen=True, repr=False)

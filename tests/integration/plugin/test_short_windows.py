@@ -11,12 +11,12 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--dp", "2"]
-standin_args = ["--step-ms", "4", "--layers", "1", "--profile-stall", "rank=1,s=4"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--profile-stall", "rank=1,s=1.5"]
 
 [servers.tp]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4", "--layers", "1", "--slow", "rank=1,factor=1.3,from_step=200"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--slow", "rank=1,factor=1.2,from_step=200"]
 
 [output]
 keep = "all"
@@ -37,17 +37,17 @@ def endless(concurrency, output_len):
 def closed(load_watch):
     return [each for each in load_watch.disturbances.windows if each.closed < math.inf]
 
-ONSET = ImbalanceOnset(hold=1.0, within=250, suspicion=False)
+ONSET = ImbalanceOnset(hold=0.5, within=250, suspicion=False)
 
 # While the second replica writes its traces, it serves nobody: its queue grows, and the first one
 # runs out of requests.
-@pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.5))
+@pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.1))
 def test_the_ring_does_not_fire_its_own_trigger(bench_serving, load_watch):
     with bench_serving.running(**endless(32, 100)) as load:
         while load.is_running and len(closed(load_watch)) < 3:
             time.sleep(0.1)
         load.stop()
-    assert min(each.stall for each in closed(load_watch)[:2]) > 3
+    assert min(each.stall for each in closed(load_watch)[:2]) > 1
 
 @pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.001))
 def test_a_ring_that_stalls_too_much_is_refused(bench_serving, load_watch):
@@ -70,7 +70,7 @@ def test_a_rank_becomes_slower(bench_serving, load_watch):
 
 def names():
     import pathlib
-    folders = pathlib.Path(".sglprof/latest/windows").glob("*becomes-slower*")
+    folders = pathlib.Path(".sglprof").glob("run-*/windows/*becomes_slower*")
     return ["window-after" for each in folders if "window-after" in each.name]
 
 @pytest.mark.profile_window(trigger=KernelImbalance())
@@ -96,7 +96,8 @@ def test_only_the_newest_windows_of_a_ring_are_kept(outcome: Outcome) -> None:
     windows = outcome.windows("test_the_ring_does_not_fire_its_own_trigger")
     (kept,) = [each for each in windows if each["name"] == "window-ring"]
     assert kept["moment"] == "before"
-    folders = (outcome.folder / ".sglprof/latest/windows").glob("*does-not-fire*window-ring*")
+    assert outcome.run_folder is not None
+    folders = (outcome.run_folder / "windows").glob("*does_not_fire*window-ring*")
     assert len(list(folders)) == 1
 
 
@@ -116,7 +117,7 @@ def test_a_rank_that_becomes_slower_opens_a_window_by_its_kernels(outcome: Outco
     assert window["verdict"] == "fail"
     sampled = {series["rank"]: series["ratios"] for series in window["around"]["sampled"]}
     assert len(sampled["TP1"]) >= 2
-    assert sampled["TP1"][-1] == pytest.approx(1.3, abs=0.1)
+    assert sampled["TP1"][-1] == pytest.approx(1.2, abs=0.05)
 
 
 def test_kernels_without_peers_are_refused_before_the_load_runs(outcome: Outcome) -> None:

@@ -84,6 +84,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         lambda: KernelImbalance(every=0),
         lambda: KernelImbalance(max_share=2),
         lambda: Ring(keep=0),
+        lambda: Ring(max_share=0.5),
         lambda: Ring(steps=1.5),  # type: ignore[arg-type]  # wrong on purpose
         lambda: Ring(evry=60),  # type: ignore[call-arg]  # likewise
         lambda: ImbalanceOnset(suspicion=1),  # type: ignore[arg-type]  # likewise
