@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import time
 from datetime import datetime
 from typing import Any
@@ -188,7 +189,9 @@ def test_what_costs_nothing_is_kept_beside_it(onsets: Outcome) -> None:
     assert {series["source"] for series in around["log"]} == {"log"}
     busy = log["DP1"]
     known = [ms for ms in busy["token_ms"] if ms is not None]
-    assert min(known) >= 4.0  # of the stand-in's steps, which a busy machine makes longer
+    assert (
+        statistics.median(known) >= 4.0
+    )  # of the stand-in's steps, which a busy machine makes longer
     assert busy["time"][0] < moment(at_onset(onsets)["onset"]["time"])
 
 
