@@ -172,7 +172,7 @@ def run(story: Story, load: Load, rng: random.Random) -> None:
         words = ("--when", "onset", "--for", "60", "--steps", "60", *RULE, "-o", "onset")
         seen = story.sglprof("record", load.url, *words, expected=(0, 1, 3))
     story.must_say(seen, f"confirms it: {name} had most to do", "the trace names the rank")
-    story.must_say(seen, r"load \(.*\) explains|not known", "the load is told from the speed")
+    story.must_say(seen, r"load \(.*\) explains|not known", "the load is kept apart from the speed")
 
     story.tell("The same load under nsys:")
     words = ("--backend", "nsys", "--seconds", "3", "-o", "nsys")

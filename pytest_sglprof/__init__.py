@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pytest_sglprof._errors import SglprofError as SglprofError
     from pytest_sglprof._load.samples import LoadSample as LoadSample
     from pytest_sglprof._load.triggers import ImbalanceOnset as ImbalanceOnset
+    from pytest_sglprof._load.triggers import KernelImbalance as KernelImbalance
     from pytest_sglprof._load.triggers import QueueGrowth as QueueGrowth
+    from pytest_sglprof._load.triggers import Ring as Ring
     from pytest_sglprof._load.triggers import ThroughputDrop as ThroughputDrop
     from pytest_sglprof._load.watcher import LoadWatch as LoadWatch
     from pytest_sglprof._plugin.verdicts import VerdictFailed as VerdictFailed
@@ -41,6 +43,7 @@ _HOMES = {
     "BenchServing": "_bench_serving.bench",
     "ImbalanceOnset": "_load.triggers",
     "Inconclusive": "_errors",
+    "KernelImbalance": "_load.triggers",
     "KernelTable": "_trace.table",
     "LoadResult": "_bench_serving.command",
     "LoadSample": "_load.samples",
@@ -48,6 +51,7 @@ _HOMES = {
     "ProfileShapes": "_run.shapes",
     "ProfileWindow": "_run.window",
     "QueueGrowth": "_load.triggers",
+    "Ring": "_load.triggers",
     "Server": "_server.launch",
     "ServerSpec": "_config.model",
     "SglprofError": "_errors",

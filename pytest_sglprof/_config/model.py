@@ -13,6 +13,7 @@ SERVER_ENTRIES = get_args(ServerEntry)[1:]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
 Across = Literal["", "peers", "sync"]  # who is compared; "": peers, else sync if nobody has any
 ACROSS = get_args(Across)[1:]
+Moment = Literal["before", "at", "after"]  # of a window, seen from the onset that opened one
 STAGES = ("decode", "prefill", "mixed", "idle")  # of the steps in a trace
 
 
@@ -160,4 +161,5 @@ class WindowSpec:
     repeat: int | Literal["certain"] | None = None
     max_time: float | None = None
     trigger: Any = None
+    ring: Any = None
     thresholds: tuple[Threshold, ...] = ()

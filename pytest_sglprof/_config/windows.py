@@ -15,7 +15,7 @@ from pytest_sglprof._config.thresholds import (
     thresholds_from_keywords,
 )
 from pytest_sglprof._errors import SettingsError, did_you_mean
-from pytest_sglprof._load.triggers import as_trigger
+from pytest_sglprof._load.triggers import KernelImbalance, Ring, as_trigger
 from pytest_sglprof._metrics import METRICS
 
 if TYPE_CHECKING:
@@ -199,6 +199,18 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             spec.trigger is None or not (spec.whole_body or spec.delay or spec.start_step),
             "trigger with whole_body, delay or start_step",
             "the trigger alone: it says when the window opens",
+        ),
+        (
+            spec.ring is None or isinstance(spec.ring, Ring),
+            f"ring={spec.ring!r}",
+            "Ring(steps=10, every=60, keep=3)",
+        ),
+        (
+            spec.ring is None
+            or (spec.trigger is not None and not isinstance(spec.trigger, KernelImbalance)),
+            f"ring without a trigger that it waits for (trigger={spec.trigger!r})",
+            "trigger=ImbalanceOnset(...) or another one beside it; KernelImbalance takes samples "
+            "of its own",
         ),
         (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a string"),
         *_type_rules(spec),

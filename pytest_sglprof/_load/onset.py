@@ -19,6 +19,7 @@ from pytest_sglprof._load.samples import (
     RankBoard,
     RankLoad,
     Servers,
+    WaitSample,
     group_of,
 )
 
@@ -239,7 +240,9 @@ class OnsetDetector:
         """Largest λ of the requests that were judged, see `judged_figures`."""
         return max((group.largest_factor for group in self.groups), default=1.0)
 
-    def add(self, samples: Iterable[LoadSample | BalanceSample], now: float) -> list[Onset]:
+    def add(
+        self, samples: Iterable[LoadSample | BalanceSample | WaitSample], now: float
+    ) -> list[Onset]:
         """Takes new samples and the time (Unix s); returns the onsets declared by this look."""
         balances = []
         several = self.servers.several
@@ -247,7 +250,7 @@ class OnsetDetector:
             if isinstance(sample, BalanceSample):
                 if sample.source == self.source or self.source == "loads":
                     balances.append(sample)
-            elif sample.source == self.source:
+            elif isinstance(sample, LoadSample) and sample.source == self.source:
                 self.servers.add(sample)
                 if self.servers.several != several:  # what was seen of both as one is no load
                     several = True

@@ -57,6 +57,21 @@ class BalanceSample:
     server: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class WaitSample:
+    """How long the scheduler of a DP rank waited for the others before a pass, on average.
+
+    time: Unix time, s. seconds: the mean of the passes since the sample before. From `/metrics`.
+    source: "metrics". server: as for `LoadSample`.
+    """
+
+    time: float
+    rank: str
+    seconds: float
+    source: str = "metrics"
+    server: str = ""
+
+
 @dataclass(frozen=True)
 class KnownRanks:
     """DP ranks that a server's log tells of. here: those whose load it holds.

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import httpx
 
 from pytest_sglprof._errors import ServerRefused, SglprofError
 from pytest_sglprof._load.onset import seem_unequal
-from pytest_sglprof._load.samples import BalanceSample, KnownRanks, LoadSample
+from pytest_sglprof._load.samples import BalanceSample, KnownRanks, LoadSample, WaitSample
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.client import (
     ABSENT,
@@ -39,7 +40,7 @@ from pytest_sglprof._server.log_lines import (
     read_batch,
     read_sizes,
 )
-from pytest_sglprof._server.series import BALANCEDNESS, SYNC_WAIT, read_totals
+from pytest_sglprof._server.series import BALANCEDNESS, SYNC_WAIT, Totals, between, read_totals
 
 MAX_BACKOFF = 5.0  # s between two requests to a server that does not answer
 MAX_DOUBLINGS = 64  # of the interval: far beyond MAX_BACKOFF, but no float overflow
@@ -208,7 +209,7 @@ METRICS_INTERVAL = 2.0  # s; each answer makes the server gather the series of a
 
 
 class MetricsSource(HttpSource):
-    """Balances, as means over the steps between two answers.
+    """Balances, as means over the steps between two answers; with `reads_waits` also waits.
 
     Needs `--enable-metrics`, and SGLANG_ENABLE_METRICS_DP_ATTENTION=1 for `dp_tokens` or
     an expert recorder with `--expert-balancedness-report-mode` for `experts`; without
@@ -217,6 +218,8 @@ class MetricsSource(HttpSource):
 
     path = "/metrics"
     _before: dict[str, tuple[float, float]] | None = None
+    _totals: Totals = MappingProxyType({})
+    reads_waits = False  # those of the ranks' schedulers for each other
 
     async def poll(self) -> list[Sample]:
         """At most one sample of each kind: the mean over the steps since the last call."""
@@ -224,11 +227,16 @@ class MetricsSource(HttpSource):
         if response is None:
             return []
         now, before = read_metrics(response.text), self._before
-        self._before = now
+        totals, totals_before = read_totals(response.text), self._totals
+        self._before, self._totals = now, totals
         if before is None:
             return []
         moment = self._clock()
-        samples: list[Sample] = []
+        samples: list[Sample] = [
+            WaitSample(moment, f"DP{wait.dp}", wait.seconds)
+            for wait in between(totals_before, totals).sync_waits
+            if self.reads_waits
+        ]
         for name, (total, count) in now.items():
             old_total, old_count = before.get(name, (0.0, 0.0))
             steps = count - old_count
@@ -380,7 +388,7 @@ def read_log(path: Path) -> list[Sample]:
 
 # From the lines of a log to samples.
 
-Sample = LoadSample | BalanceSample
+Sample = LoadSample | BalanceSample | WaitSample
 MOST_RANKS = 4096  # larger numbers are not DP ranks; every rank below one that is seen is tracked
 
 

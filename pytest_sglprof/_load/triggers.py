@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from pytest_sglprof._errors import SettingsError, did_you_mean
+from pytest_sglprof._load.cusum import KernelDetector
+from pytest_sglprof._load.disturbance import Detector, Samples
 from pytest_sglprof._load.onset import Onset, OnsetDetector, OnsetRule
-from pytest_sglprof._load.samples import BalanceSample, LoadSample, RankLoad
+from pytest_sglprof._load.samples import LoadSample, RankLoad
 
-Samples = Iterable[LoadSample | BalanceSample]
 NoOnset = Literal["pass", "inconclusive", "fail"]
 Made = TypeVar("Made")
 _WORDS = {"source": ("loads", "log"), "on_no_onset": ("pass", "inconclusive", "fail")}
 WITHIN = 120.0  # s from the start of the test's load that a trigger waits by default
+SUSPICION = 0.5  # of `hold`: for so long it lasts until the first window is opened
+MAX_SHARE = 0.02  # of the time for which windows of a few steps may stall a server
+MOST_SHARE = 0.1  # of a ring
 BEST_OVER = 5.0  # s over which the best throughput is averaged
-
-
-class Detector(Protocol):
-    """What the watching thread passes samples to; see `OnsetDetector`."""
-
-    @property
-    def judged_s(self) -> float: ...
-    @property
-    def largest_factor(self) -> float: ...
-    def add(self, samples: Samples, now: float) -> list[Onset]: ...
 
 
 class Trigger(Protocol):
@@ -49,15 +43,9 @@ class Trigger(Protocol):
     def detector(self, ranks: Sequence[str]) -> Detector: ...
 
 
-@dataclass(frozen=True, repr=False)
-class _Trigger:
-    """Arguments that all built-in triggers share. source: "loads" (`/v1/loads`) or "log"."""
+class _Arguments:
+    """Checks the arguments of a frozen dataclass, and shows them as they are written."""
 
-    within: float = field(default=WITHIN, kw_only=True)
-    source: Literal["loads", "log"] = field(default="loads", kw_only=True)
-    on_no_onset: NoOnset = field(default="pass", kw_only=True)
-
-    compares_ranks: ClassVar[bool] = False
     above: ClassVar[Mapping[str, float]] = {}  # argument -> the value that it must exceed
 
     def __new__(cls: type[Made], *args: object, **keywords: object) -> Made:
@@ -74,14 +62,43 @@ class _Trigger:
 
     def __post_init__(self) -> None:
         limits = {"hold": 0.0, "within": 0.0, **self.above}
-        for item in fields(self):
+        for item in fields(self):  # type: ignore[arg-type]  # a dataclass
             _check(item.name, getattr(self, item.name), type(self).__name__, limits)
 
     def __repr__(self) -> str:
-        """As it is written in code, with the arguments of this trigger first."""
-        arguments = sorted(fields(self), key=lambda item: item.kw_only is True)
+        """As it is written in code, with the arguments of this class first."""
+        listed = fields(self)  # type: ignore[arg-type]  # a dataclass
+        arguments = sorted(listed, key=lambda item: item.kw_only is True)
         written = (f"{item.name}={getattr(self, item.name)!r}" for item in arguments)
         return f"{type(self).__name__}({', '.join(written)})"
+
+
+@dataclass(frozen=True, repr=False)
+class _Trigger(_Arguments):
+    """Arguments that all built-in triggers share. source: "loads" (`/v1/loads`) or "log".
+
+    suspicion: whether short windows are opened beside the one at the onset: once what it looks
+    for has lasted for half of `hold`, and when the load goes on afterwards.
+    """
+
+    within: float = field(default=WITHIN, kw_only=True)
+    source: Literal["loads", "log"] = field(default="loads", kw_only=True)
+    on_no_onset: NoOnset = field(default="pass", kw_only=True)
+    suspicion: bool = field(default=True, kw_only=True)
+
+    compares_ranks: ClassVar[bool] = False
+
+    def detector(self, ranks: Sequence[str]) -> Detector:
+        """A fresh detector for these ranks."""
+        raise NotImplementedError
+
+    def suspecting(self, ranks: Sequence[str]) -> Detector | None:
+        """What suspects an onset before it has held for long enough; None if nothing is to."""
+        hold = getattr(self, "hold", 0.0)
+        if not (self.suspicion and hold):
+            return None
+        sooner: dict[str, Any] = {"hold": SUSPICION * hold}
+        return replace(self, **sooner).detector(ranks)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +116,60 @@ class ImbalanceOnset(_Trigger, OnsetRule):
     def detector(self, ranks: Sequence[str]) -> OnsetDetector:
         """A fresh detector for these ranks."""
         return OnsetDetector(self, ranks=ranks, source=self.source)
+
+
+@dataclass(frozen=True, repr=False)
+class Ring(_Arguments):
+    """Windows of a few steps, one after another, until a trigger fires or the test ends.
+
+    steps: of each. every: s from one to the next. keep: as many of the newest stay on disk.
+    max_share: of the time for which serving may stand still because of them, at most 0.1: where a
+    window stalls the server for longer, they are farther apart.
+    """
+
+    steps: int = 10
+    every: float = 60.0
+    keep: int = 3
+    max_share: float = MAX_SHARE
+
+    above: ClassVar[Mapping[str, float]] = {"steps": 0, "every": 0.0, "keep": 0, "max_share": 0.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_share > MOST_SHARE:
+            raise SettingsError(
+                f"Ring(max_share={self.max_share!r})",
+                expected=f"at most {MOST_SHARE}: load counts again only after twice the stall, so "
+                "that no onset would be seen between the windows",
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class KernelImbalance(_Trigger):
+    """Opens once a rank has become slower than its peers, by samples of their kernels.
+
+    For ranks with the same input (tensor parallelism), whose load cannot differ. every: s between
+    two samples; steps: of each. limit: how many times slower is too slow; samples add up until it
+    is certain (`Cusum`), and the window that is opened then is judged alone. max_share: as for
+    `Ring`. within: s, a day.
+    """
+
+    every: float = 60.0
+    steps: int = 5
+    limit: float = 1.1
+    max_share: float = MAX_SHARE
+    within: float = field(default=86_400.0, kw_only=True)
+
+    above: ClassVar[Mapping[str, float]] = {
+        "every": 0.0,
+        "steps": 2,
+        "limit": 1.0,
+        "max_share": 0.0,
+    }
+
+    def detector(self, ranks: Sequence[str]) -> KernelDetector:
+        """A fresh detector, which is given samples of kernels instead of load."""
+        return KernelDetector(self.limit)
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,8 +273,8 @@ def as_trigger(given: Any) -> Trigger:
         return CallableTrigger(given)
     raise SettingsError(
         f"trigger={given!r}",
-        expected="ImbalanceOnset(…), QueueGrowth(…), ThroughputDrop(…), or a function of the "
-        "newest samples",
+        expected="ImbalanceOnset(…), KernelImbalance(…), QueueGrowth(…), ThroughputDrop(…), or a "
+        "function of the newest samples",
         hint="from pytest_sglprof import ImbalanceOnset",
     )
 
@@ -221,10 +292,17 @@ def _check(name: str, value: Any, trigger: str, limits: Mapping[str, float]) -> 
         if value not in words:
             expected = " or ".join(f'"{word}"' for word in words)
             raise SettingsError(what, expected=expected, hint=did_you_mean([value], words))
+    elif name == "suspicion":
+        if not isinstance(value, bool):
+            raise SettingsError(what, expected="True or False")
     elif not callable(value):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0:
             raise SettingsError(what, expected="a number, 0 or more")
+        if name in ("steps", "keep") and not isinstance(value, int):
+            raise SettingsError(what, expected="a whole number")
+        if name == "max_share" and value > 1:
+            raise SettingsError(what, expected="a share, at most 1")
         if name in limits and value <= limits[name]:
             raise SettingsError(what, expected=f"more than {limits[name]:g}")
 
@@ -302,5 +380,5 @@ class _SumDetector:
 
 
 # Not in their bodies: dataclasses look for `ClassVar` in the module that a class names.
-for _public in (ImbalanceOnset, QueueGrowth, ThroughputDrop):
+for _public in (ImbalanceOnset, KernelImbalance, QueueGrowth, Ring, ThroughputDrop):
     _public.__module__ = "pytest_sglprof"

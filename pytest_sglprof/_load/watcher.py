@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pytest_sglprof._load.samples import BalanceSample, LoadSample
+from pytest_sglprof._load.disturbance import Disturbances
+from pytest_sglprof._load.samples import BalanceSample, LoadSample, WaitSample
 from pytest_sglprof._load.sources import LineReader, LogFollower, Sample
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class LoadWatch:
 
     clock: gives the time, Unix s. keep: number of samples kept, the oldest are dropped; 0 if
     only listeners need them. An error in the thread, from a source or a listener, ends the
-    watch; `check` and `stop` raise it. Use `start` and `stop`, or a `with` block.
+    watch; `check` and `stop` raise it. Use `start` and `stop`, or a `with` block. disturbances:
+    the windows that are opened meanwhile, whose effect on the load does not count.
     """
 
     __module__ = "pytest_sglprof"
@@ -90,6 +92,7 @@ class LoadWatch:
         clock: Callable[[], float] = time.time,
         keep: int = MAX_SAMPLES,
     ) -> None:
+        self.disturbances = Disturbances(clock)
         self._sources = tuple(sources)
         self._clock = clock
         self._lock = threading.Lock()
@@ -112,6 +115,12 @@ class LoadWatch:
         """All balances so far, as the server itself measured them."""
         with self._lock:
             return tuple(s for s in self._samples if isinstance(s, BalanceSample))
+
+    @property
+    def metrics(self) -> tuple[BalanceSample | WaitSample, ...]:
+        """All that the server measured of itself so far."""
+        with self._lock:
+            return tuple(s for s in self._samples if not isinstance(s, LoadSample))
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -226,6 +235,7 @@ class LoadWatch:
         with self._lock:
             self._samples.extend(samples)
             listeners = list(self._listeners)
+        self.disturbances.hear(samples)
         now = self._clock()
         for listener in listeners:
             listener(samples, now)
@@ -237,6 +247,7 @@ def server_watch(
     api_key: str = "",
     log: Path | None = None,
     metrics: bool = False,
+    waits: bool = False,
     keep: int = MAX_SAMPLES,
     verify: ssl.SSLContext | bool = True,
 ) -> LoadWatch:
@@ -258,7 +269,7 @@ def server_watch(
     if log is not None:
         sources.append(LogSource(log))
     if metrics:
-        sources.append(
-            MetricsSource(url, api_key=api_key, interval=METRICS_INTERVAL, verify=verify)
-        )
+        of_metrics = MetricsSource(url, api_key=api_key, interval=METRICS_INTERVAL, verify=verify)
+        of_metrics.reads_waits = waits
+        sources.append(of_metrics)
     return LoadWatch(sources, keep=keep)

@@ -19,10 +19,11 @@ from pytest_sglprof._analysis.sums import Sums
 from pytest_sglprof._analysis.sync import SyncFinding, sync_findings
 from pytest_sglprof._analysis.times import GroupCells
 from pytest_sglprof._capture.recording import WindowCapture
-from pytest_sglprof._config.model import WindowSpec
+from pytest_sglprof._config.model import Moment, WindowSpec
 from pytest_sglprof._load.triggers import describe_trigger
 from pytest_sglprof._report.model import (
     KernelRow,
+    LoadAround,
     LoadSeries,
     RecordedArtifact,
     RecordedOnset,
@@ -61,6 +62,9 @@ def window_document(
     repeat: Repeat | None = None,
     onset: RecordedOnset | None = None,
     load_samples: Sequence[LoadSeries] = (),
+    around: LoadAround | None = None,
+    moment: Moment | None = None,
+    moment_of: str | None = None,
 ) -> RecordedWindow:
     """One window as results hold it, redacted.
 
@@ -68,6 +72,7 @@ def window_document(
     root: folder that artifact paths are relative to (None: file names only).
     repeat: the windows that it was opened with; `verdict` and `reason` are then those over all
     of them, and the judgements those of this window. onset, load_samples: those that opened it.
+    around, moment, moment_of: see `RecordedWindow`.
     """
     together = verdict if repeat is None else repeat.verdict
     window = RecordedWindow(
@@ -105,6 +110,9 @@ def window_document(
         decisive=_decisive(verdict),
         onset=onset,
         load_samples=tuple(load_samples),
+        around=around,
+        moment=moment,
+        moment_of=moment_of,
         **(
             _UNMEASURED if table is None else _measured(verdict.sums or Sums(table), capture, onset)
         ),

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import msgspec
 
@@ -22,19 +21,13 @@ from pytest_sglprof._analysis.strata import GroupStrata
 from pytest_sglprof._analysis.sync import SyncFinding
 from pytest_sglprof._baselines.records import LifeRecord
 from pytest_sglprof._config.backends import Backend
-from pytest_sglprof._config.model import LauncherName, Threshold
-from pytest_sglprof._load.samples import LoadSample
+from pytest_sglprof._config.model import LauncherName, Moment, Threshold
 from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
 from pytest_sglprof._report.regression import RecordedRegression
 from pytest_sglprof._report.series import KernelGroup, Lanes, StepSeries
 from pytest_sglprof._server.nvml import GpuClocks
 from pytest_sglprof._verdict.judge import Judgement
-
-if TYPE_CHECKING:
-    from pytest_sglprof._analysis.load import LoadJoin
-    from pytest_sglprof._load.onset import Onset
-
 
 # passed, failed, skipped, error, xfailed, xpassed, or what another plugin calls it: "retried".
 Outcome = Annotated[str, msgspec.Meta(min_length=1)]
@@ -223,6 +216,9 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     decisive: index of the judgement that decided. source: None where there was nothing to read.
     budgets: what steps are made of, by kind; None in older documents. syncs: of the groups of ranks
     that meet in collectives and have different input; None in older documents.
+    moment: where it lies, seen from the onset that opened the window `moment_of`; only that one,
+    "at", is judged. around: what else was known of the load around it without a profiler. Both
+    are None without a trigger, and in older documents.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
     `CUDA driver` …); None in older documents. regression: against accepted lives; None where
     nothing was compared.
@@ -274,6 +270,14 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     syncs: tuple[SyncFinding, ...] | None = None
     run: dict[str, str] | None = None
     regression: RecordedRegression | None = None
+    moment: Moment | None = None
+    moment_of: str | None = None
+    around: LoadAround | None = None
+
+    @property
+    def is_judged(self) -> bool:
+        """False for the short windows before and after an onset, whose verdict says nothing."""
+        return self.moment in (None, "at")
 
     @property
     def deciding(self) -> Judgement | None:
@@ -384,7 +388,8 @@ NOTHING = Record(attempt=None, windows=(), servers=(), loads=(), problems=())
 
 MAX_POINTS = 600  # of a rank in a document; a strip on a page is no wider
 _Correlation = Annotated[float, msgspec.Meta(ge=-1.000001, le=1.000001)]
-_Source = Annotated[str, msgspec.Meta(pattern="^(loads|log|metrics)$")]
+Measured = Literal["experts", "dp_tokens", "sync_wait"]
+_Source = Annotated[str, msgspec.Meta(pattern="^(loads|log|metrics|kernels)$")]
 
 
 class LoadAtOnset(msgspec.Struct, frozen=True, kw_only=True):
@@ -414,7 +419,12 @@ class RecordedOnset(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadSeries(msgspec.Struct, frozen=True, kw_only=True):
-    """The load of one rank over time, one item of each list a moment. time: Unix time, s."""
+    """The load of one rank over time, one item of each list a moment. time: Unix time, s.
+
+    token_ms: for how long a running request waited for a token, which without speculative
+    decoding is the time of a decode step: running requests / tokens a second, ms. None in older
+    documents.
+    """
 
     rank: str
     source: _Source
@@ -422,61 +432,44 @@ class LoadSeries(msgspec.Struct, frozen=True, kw_only=True):
     running: list[Count]
     waiting: list[Count]
     tokens: list[Count | None]
+    token_ms: list[float | None] | None = None
 
 
-def onset_document(onset: Onset | None, join: LoadJoin | None = None) -> RecordedOnset | None:
-    """`onset` of a window; None where none was looked for or found."""
-    if onset is None:
-        return None
-    return RecordedOnset(
-        time=utc(onset.time),
-        declared=utc(onset.declared),
-        kind=onset.kind,
-        factor=onset.factor,
-        resolution_s=onset.resolution_s,
-        source=onset.source,
-        ranks=tuple(
-            LoadAtOnset(
-                rank=load.rank, running=load.running, waiting=load.waiting, tokens=load.tokens
-            )
-            for load in onset.ranks
-        ),
-        sentence=onset.sentence if join is None else f"{onset.sentence}; {join.sentence}",
-        correlation=None if join is None else join.correlation,
-    )
+class MetricSeries(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server measured of itself over time. time: Unix time, s.
 
-
-def load_strip(
-    samples: Iterable[LoadSample], source: str, begin: float, end: float
-) -> tuple[LoadSeries, ...]:
-    """The load of each rank in at most 600 points.
-
-    Samples of `source` between `begin` and `end` (Unix s). Where there are more, points are
-    left out at even distances and the last one stays.
+    kind: "experts" and "dp_tokens" are λ = max / mean over the ranks; "sync_wait" is how long a
+    DP rank's scheduler waited for the others before a pass, s, the mean of the passes between two
+    answers. rank: "" for a figure of all ranks.
     """
-    by_rank: dict[str, list[LoadSample]] = {}
-    for sample in samples:
-        if sample.source == source and begin <= sample.time <= end:
-            by_rank.setdefault(sample.rank, []).append(sample)
-    return tuple(_series(rank, _thinned(of_rank)) for rank, of_rank in sorted(by_rank.items()))
+
+    kind: Measured
+    rank: str
+    time: list[float]
+    values: list[float]
 
 
-def _thinned(samples: list[LoadSample]) -> list[LoadSample]:
-    if len(samples) <= MAX_POINTS:
-        return samples
-    last = len(samples) - 1
-    return [samples[round(at * last / (MAX_POINTS - 1))] for at in range(MAX_POINTS)]
+class SampledRatios(msgspec.Struct, frozen=True, kw_only=True):
+    """How much longer than its peers a rank computed, in the samples of `KernelImbalance`.
+
+    time: Unix time, s. ratios: to the median of its peers; 1.0 is alike.
+    """
+
+    rank: str
+    time: list[float]
+    ratios: list[float]
 
 
-def _series(rank: str, samples: list[LoadSample]) -> LoadSeries:
-    return LoadSeries(
-        rank=rank,
-        source=samples[0].source,
-        time=[round(sample.time, 3) for sample in samples],
-        running=[sample.running for sample in samples],
-        waiting=[sample.waiting for sample in samples],
-        tokens=[sample.tokens for sample in samples],
-    )
+class LoadAround(msgspec.Struct, frozen=True, kw_only=True):
+    """What costs nothing, of the time before a window and shortly after it; and samples.
+
+    log: load of each rank by its log, whatever source the trigger reads. sampled: all samples of
+    the ranks' kernels that were taken until the window was opened.
+    """
+
+    log: tuple[LoadSeries, ...]
+    metrics: tuple[MetricSeries, ...]
+    sampled: tuple[SampledRatios, ...]
 
 
 # Values as a stored document may hold them, and times as text.

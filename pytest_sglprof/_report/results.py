@@ -173,7 +173,7 @@ def run_document(
     are those of its last attempt.
     """
     tests = _tests(attempts)
-    words = [window.verdict for window in windows]
+    words = [window.verdict for window in windows if window.is_judged]
     return storable(
         Results(
             schema_version=FORMAT,

@@ -16,7 +16,7 @@ from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._config.windows import repeats
 from pytest_sglprof._errors import Inconclusive, SglprofError, do_every
 from pytest_sglprof._metrics import WORST_FIRST, VerdictWord
-from pytest_sglprof._run.opening import LoadState, open_in_time
+from pytest_sglprof._run.opening import LoadState, open_in_time, refuse_trigger
 from pytest_sglprof._run.servers import check_alive, describe_server, undisturbed
 from pytest_sglprof._run.window import Window
 from pytest_sglprof._server.command import LAUNCHERS
@@ -107,6 +107,7 @@ class TestRun:
         self._open_whole_body()
         if self._window is None and self._marked is not None:
             self._window = self.new_window(self._marked)
+            refuse_trigger(self._marked.trigger, server)
             with contextlib.suppress(Inconclusive):  # a full disk may have space when it opens
                 self._window.refuse()
 
@@ -127,8 +128,16 @@ class TestRun:
         )
         window.watch = self._load_watch
         window.compare = self._compared
+        window.drop = partial(self._drop, window)
         self._made.append(window)
         return window
+
+    def _drop(self, window: Window) -> None:
+        """Forgets a closed window, and deletes its files."""
+        import shutil
+
+        self._made.remove(window)
+        shutil.rmtree(window.folder, ignore_errors=True)
 
     def bench_serving(self) -> BenchServing:
         """The load driver. Windows wait for its loads."""
@@ -167,9 +176,12 @@ class TestRun:
                 api_key=server.client.api_key,
                 log=server.log.path if server.log is not None else None,
                 metrics=bool(server.info.get("enable_metrics")),
+                waits=True,
                 verify=server.client.verify,
             )
             self._load_watch.start()
+            for window in self._made:
+                window.watch = self._load_watch
         return self._load_watch
 
     @contextlib.contextmanager
@@ -207,8 +219,8 @@ class TestRun:
 
         discard: the test was skipped or interrupted, so that windows are dropped without a
         verdict, except those that the body has checked, and with keep_closed those that it has
-        closed. is_incomparable: it found no accepted
-        life to compare with, which is no fault of what it measured.
+        closed. is_incomparable: it found no accepted life to compare with, which is no fault of
+        what it measured.
         """
         self._has_failed, self._is_incomparable = True, is_incomparable
         do_every(self._abandoning(discard, keep_closed))
@@ -216,7 +228,7 @@ class TestRun:
     def _ending(self) -> Iterator[Callable[[], object]]:
         yield self._end_opening
         for window in self._made:
-            if window.was_opened or window.repeat_index == 1:
+            if window.was_opened or (window.repeat_index == 1 and window.is_judged):
                 yield partial(self._close, window)
         yield self._conclude
         yield self._compare_lives
@@ -226,7 +238,8 @@ class TestRun:
         for step in (self._end_opening, self._end_load_watch):
             yield partial(_without_our_errors, step) if discard else step
         for window in self._made:
-            is_kept = window.was_checked or not discard or (keep_closed and window.is_closed)
+            is_closed = window.state == "closed"
+            is_kept = window.was_checked or not discard or (keep_closed and is_closed)
             if window.was_opened and is_kept:
                 yield partial(self._close, window)
             else:
@@ -361,7 +374,7 @@ class TestRun:
 
     def _conclude(self) -> None:
         """Sets the worst verdict of all windows. Reads each of them, even if another one fails."""
-        closed = [window for window in self._made if window in self.windows]
+        closed = [each for each in self._made if each in self.windows and each.is_judged]
         try:
             do_every(partial(getattr, window, "verdict") for window in closed)
         finally:
@@ -394,7 +407,7 @@ class TestRun:
         new = [
             NewLife(window.spec.name, records.get(window.id), window.of_lives)
             for window in self.windows
-            if window.repeat_index == 1 and window.was_opened
+            if window.repeat_index == 1 and window.was_opened and window.is_judged
         ]
         self._lives.add(new)
         is_over = self.verdict == "fail" or self._has_failed or self.has_failed_subtest
@@ -423,7 +436,7 @@ class TestRun:
         if self.server is None or self._lives is None:
             return []
         return self._lives.records(
-            windows,
+            [window for window in windows if window.is_judged],
             self.server,
             describe_server(self.server, self._folder.path),
             self._load_commands(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,16 @@ def read_and_judge(
     table, unreadable = _table_or_reason(capture, settings)
     doubt = unreadable or (capture.reason if capture.state != "complete" else None)
     return Measured(table, judge_table(capture, table, doubt, settings, extra), doubt)
+
+
+def without_verdict(measured: Measured, moment: str) -> Measured:
+    """What was measured of a window beside the one that is judged: it cannot fail a test."""
+    from pytest_sglprof._verdict.judge import Verdict
+
+    reason = f"not judged: it is of the time {moment} the onset"
+    if measured.doubt:
+        reason += f" ({measured.doubt})"
+    return replace(measured, verdict=Verdict("pass", reason, sums=measured.verdict.sums))
 
 
 def judge_table(

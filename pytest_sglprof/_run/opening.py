@@ -1,16 +1,15 @@
-"""When a marked window opens: at steady load or when its trigger fires, beside the test's body."""
+"""When a marked window opens: at steady load, or when its trigger fires (`triggered.py`)."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._errors import Inconclusive, ServerError, ServerRefused
-from pytest_sglprof._load.onset import CANNOT_KNOW, Onset
-from pytest_sglprof._load.samples import LoadSample
-from pytest_sglprof._load.triggers import Detector, Trigger, as_trigger
+from pytest_sglprof._errors import Inconclusive, ServerError, ServerRefused, WindowRefused
+from pytest_sglprof._load.onset import CANNOT_KNOW
+from pytest_sglprof._load.triggers import KernelImbalance
 from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._server.client import ABSENT, is_transient
 from pytest_sglprof._server.log import LogGrowth, ServerLog
@@ -19,12 +18,11 @@ from pytest_sglprof._server.sizes import Role, role_of
 
 if TYPE_CHECKING:
     from pytest_sglprof._capture.recording import Progress
-    from pytest_sglprof._load.sources import Sample
+    from pytest_sglprof._load.triggers import Trigger
     from pytest_sglprof._run.window import Window
     from pytest_sglprof._server.launch import Server
 
 
-POLL = 0.05  # s; the window has to open within a second of the onset
 # The verdict of a window that was not opened (None: that of its thresholds), and the reason.
 NotOpened = tuple[VerdictWord | None, str]
 
@@ -37,12 +35,15 @@ def open_in_time(
     drives_load: the test uses `bench_serving`, so that the server is left alone until its load
     begins.
     """
+    from pytest_sglprof._run.triggered import await_trigger, look_afterwards
+
     following: Window | None = window
     while following is not None:
-        if following.spec.trigger is not None:
-            not_opened = _await_trigger(following, load, body_is_over, drives_load)
-        else:
+        trigger, not_opened = following.spec.trigger, None
+        if trigger is None or isinstance(trigger, KernelImbalance):
             not_opened = _await_steady_load(following, load, body_is_over, drives_load)
+        if trigger is not None and not_opened is None:
+            not_opened = await_trigger(following, load, body_is_over, drives_load)
         if not_opened is not None:
             following.conclude_unopened(*not_opened)
             return
@@ -51,7 +52,25 @@ def open_in_time(
             following.wait(body_is_over)
         finally:
             following.close()
+        if following.onset is not None:
+            look_afterwards(following, load, body_is_over, drives_load)
         following = None if body_is_over.is_set() else following.next()
+
+
+def refuse_trigger(trigger: Trigger | None, server: Server) -> None:
+    """Raises `WindowRefused` for a trigger that this server can never fire."""
+    if isinstance(trigger, KernelImbalance) and not has_peers(server):
+        raise WindowRefused(
+            f"{trigger!r} on a server whose ranks have no peers",
+            expected="ranks with the same input: tensor parallelism of 2 or more",
+            hint="trigger=ImbalanceOnset(...) compares the load of DP ranks",
+        )
+    if trigger is not None and trigger.compares_ranks and not can_compare(server):
+        raise WindowRefused(
+            CANNOT_KNOW,
+            expected="several DP ranks, whose load differs",
+            hint="trigger=KernelImbalance(...) compares the ranks' kernels instead",
+        )
 
 
 def _await_steady_load(
@@ -82,59 +101,12 @@ def _await_steady_load(
     )
 
 
-def _await_trigger(
-    window: Window, load: LoadState, body_is_over: threading.Event, drives_load: bool
-) -> NotOpened | None:
-    trigger, watch = as_trigger(window.spec.trigger), window.watch
-    assert watch is not None, "a window with a trigger has a watch"
-    if trigger.compares_ranks and not can_compare(window.server):
-        return "inconclusive", CANNOT_KNOW
-    if drives_load and not load.wait_for_start(body_is_over):
-        return "inconclusive", "the test drove no load with bench_serving"
-    detector = trigger.detector(load_ranks(window.server))
-    onsets: list[Onset] = []
-    fired = threading.Event()
-    sample_count = 0
+def has_peers(server: Server) -> bool:
+    """False for a server of which it is known that no two ranks have the same input."""
+    from pytest_sglprof._analysis.groups import work_groups
 
-    def listen(samples: Sequence[Sample], now: float) -> None:
-        """Called in a watching thread. An exception ends that, and is raised in the test."""
-        nonlocal sample_count
-        sample_count += sum(isinstance(sample, LoadSample) for sample in samples)
-        onsets.extend(detector.add(samples, now))
-        if onsets:
-            fired.set()
-
-    began = time.monotonic()
-    watch.listen(listen)
-    try:
-        while not fired.wait(POLL):
-            watch.check()
-            seconds = time.monotonic() - began
-            if body_is_over.is_set() or seconds >= trigger.within:
-                if not sample_count:
-                    why = f" ({watch.problem})" if watch.problem else ""
-                    return "inconclusive", f"no load was reported for {seconds:.0f} s{why}"
-                return _without_onset(trigger, detector, seconds)
-    finally:
-        watch.unlisten(listen)
-    window.onset = onsets[0]
-    return None
-
-
-def _without_onset(trigger: Trigger, detector: Detector, seconds: float) -> NotOpened:
-    if not trigger.compares_ranks:
-        return trigger.on_no_onset, f"the trigger did not fire in {seconds:.0f} s"
-    judged = detector.judged_s
-    if judged < getattr(trigger, "hold", 0.0):
-        least = getattr(trigger, "min_running", 0.0)
-        return "inconclusive", (
-            f"the load had {least:g} requests a rank for only {judged:.0f} s: too little to "
-            "tell whether it was balanced (drive more at once, or lower min_running)"
-        )
-    return trigger.on_no_onset, (
-        f"balanced for {judged:.0f} s (λ of running requests at most "
-        f"{detector.largest_factor:.2f}, without an onset)"
-    )
+    labels = [rank.label for rank in server.sizes.ranks()]
+    return not labels or any(len(group.ranks) > 1 for group in work_groups(labels))
 
 
 def await_driven_load(window: Window, load: LoadState, progress: Progress | None) -> None:
@@ -171,12 +143,6 @@ def _stays_idle(server: Server) -> bool:
             return False
         time.sleep(INTERVAL)
     return True
-
-
-def load_ranks(server: Server) -> list[str]:
-    """Labels of the server's DP ranks, as in samples; empty for one rank."""
-    count = server.sizes.dp_ranks
-    return [f"DP{number}" for number in range(count)] if count > 1 else []
 
 
 def can_compare(server: Server) -> bool:

@@ -28,7 +28,7 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._metrics import METRICS, VerdictWord
-from pytest_sglprof._run.measure import Measured, judge_table, read_and_judge
+from pytest_sglprof._run.measure import Measured, judge_table, read_and_judge, without_verdict
 from pytest_sglprof._run.opening import LoadState, await_driven_load
 from pytest_sglprof._server.log_lines import ServerFacts, read_log_facts
 from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, watch_clocks
@@ -40,6 +40,7 @@ from pytest_sglprof._verdict.repeats import RepeatedVerdict, judge_together, jud
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_sglprof._config.model import Moment
     from pytest_sglprof._load.onset import Onset
     from pytest_sglprof._load.watcher import LoadWatch
     from pytest_sglprof._report.model import RecordedWindow
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 30.0  # s to close a window after its deadline, at most its `timeout`
 ENDING_SECONDS = 3.0  # s to wait at the close for the end of the last steps
-STRIP_BEFORE = 120.0  # s of load before the window that its document keeps
-STRIP_AFTER = 15.0  # s of load after it
 
 
 class Window:
@@ -89,6 +88,10 @@ class Window:
         self.load_problem: str | None = None  # why the last request for the load failed
         self.onset: Onset | None = None  # at which a trigger opened it
         self.watch: LoadWatch | None = None  # has the load around it
+        self.moment: Moment | None = None  # seen from the onset that opened `moment_of`
+        self.moment_of = ""
+        self.sampled: list[tuple[float, dict[str, float]]] = []  # Unix s, log ratios of its ranks
+        self.drop: Callable[[], object] = lambda: None  # as if it had never been opened
         self.compare: Callable[[Window, Threshold], JudgedFigure] | None = None  # with lives
         self._settings = settings or Settings(self.folder)
         self._load = load or LoadState()
@@ -132,9 +135,9 @@ class Window:
         return self.state != "new"
 
     @property
-    def is_closed(self) -> bool:
-        """True once it has recorded what it was to record."""
-        return self._capture is not None
+    def is_judged(self) -> bool:
+        """False for a short window before or after an onset."""
+        return self.moment in (None, "at")
 
     @property
     def repeat_index(self) -> int:
@@ -169,6 +172,8 @@ class Window:
             self.server.announce_window(self.spec.backend)
             self._raise_death()
             self._experts.start()
+            if self.watch is not None:
+                self._held.enter_context(self.watch.disturbances.window())
             self._opened = time.time()
             self._recording.start(self._deadline)
         except BaseException as error:
@@ -287,6 +292,8 @@ class Window:
             unfinished = self._unfinished()
             floor = time.monotonic() + min(self.spec.timeout, CLOSE_SECONDS)
             deadline = max(self._deadline, floor)
+            if self.watch is not None and not self._recording.is_done():
+                self.watch.disturbances.stopping()
             capture = self._recording.stop(interrupted, deadline, unfinished=unfinished)
             notes = (*capture.notes, *self._experts.finish(), *self._keep_settings(capture))
             capture = replace(capture, notes=notes)
@@ -386,6 +393,13 @@ class Window:
             finally:
                 following.close()
 
+    def beside(self, moment: Moment, spec: WindowSpec) -> Window:
+        """A new window of this test that is not judged, before or after what opens this one."""
+        assert self._make_next is not None, "the windows of tests have others beside them"
+        beside = self._make_next(spec)
+        beside.moment, beside.moment_of = moment, self.id
+        return beside
+
     def next(self) -> Window | None:
         """The next window that repeats this one; None after the last.
 
@@ -434,6 +448,8 @@ class Window:
             if self._measured is None:
                 try:
                     self._measured = read_and_judge(capture, self._settings, self._checks)
+                    if not self.is_judged:
+                        self._measured = without_verdict(self._measured, self.moment or "")
                 except Exception as error:
                     # Raised once, in the test; later uses get an inconclusive verdict.
                     reason = f"reading or judging the window failed: {error!r}"
@@ -549,27 +565,13 @@ class Window:
     def document(self, *, is_final: bool = True, **about: Any) -> RecordedWindow:
         """The window as in results.json. After the final one `check` raises `WindowError`."""
         from pytest_sglprof._report.results import window_document
+        from pytest_sglprof._run.around import load_document
 
         self._is_documented = is_final
         table = self.measured.table
         return window_document(
-            self.capture, table, self.verdict, **about, **self._load_document(table)
+            self.capture, table, self.verdict, **about, **load_document(self, table)
         )
-
-    def _load_document(self, table: KernelTable | None) -> dict[str, Any]:
-        """The onset that opened it, joined with its kernels, and the load around it."""
-        from pytest_sglprof._analysis.load import join_load
-        from pytest_sglprof._report.model import load_strip, onset_document
-
-        if self.watch is None:
-            return {}
-        capture, onset = self.capture, self.onset
-        source = getattr(self.spec.trigger, "source", "loads")
-        begin = min(capture.opened, onset.time if onset else capture.opened) - STRIP_BEFORE
-        samples = self.watch.samples
-        strip = load_strip(samples, source, begin, capture.closed + STRIP_AFTER)
-        join = join_load(onset, table) if onset is not None and table is not None else None
-        return {"onset": onset_document(onset, join), "load_samples": strip}
 
 
 def _figure(verdict: Verdict) -> float:

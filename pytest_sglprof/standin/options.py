@@ -50,6 +50,7 @@ class Options:
     start_fault: str = ""
     crash_delay: float = 5.0
     export_delay: float = 0.0
+    profile_stall: tuple[str, float] = ("", 0.0)
     launch_command: str = ""
     speech: Speech = NEWEST
     others: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,7 @@ def parse(argv: Sequence[str]) -> Options:
         slow = tuple(_slow(text, sizes) for text in known.slow)
         noise = _step_noise(known.step_noise) if known.step_noise else None
         life = _life_noise(known.life_noise, known.life_seed)
+        stall = _profile_stall(known.profile_stall, sizes) if known.profile_stall else ("", 0.0)
         others = _others(rest)
     except ValueError as error:
         parser.error(str(error))
@@ -105,6 +107,7 @@ def parse(argv: Sequence[str]) -> Options:
         start_fault=known.start_fault or "",
         crash_delay=known.crash_delay,
         export_delay=known.export_delay,
+        profile_stall=stall,
         launch_command=shlex.join(argv),
         speech=SPEECHES[known.speak],
         others=others,
@@ -205,6 +208,12 @@ def _add_faults(fault: argparse._ArgumentGroup) -> None:
     fault.add_argument(
         "--export-delay", type=float, default=0.0, metavar="S", help="write traces S s late"
     )
+    fault.add_argument(
+        "--profile-stall",
+        metavar="rank=1,s=3",
+        help="one rank (number, or label such as DP1.TP0) writes its traces for s seconds longer, "
+        "in which it serves nobody",
+    )
 
 
 def _sizes(known: argparse.Namespace) -> Sizes:
@@ -238,6 +247,16 @@ def _slow(text: str, sizes: Sizes) -> Slow:
         from_step=int(values.get("from_step", 0)),
         until_step=None if until is None else int(until),
     )
+
+
+def _profile_stall(text: str, sizes: Sizes) -> tuple[str, float]:
+    values = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    rank = values.get("rank", "").replace(".", " ")
+    if set(values) != {"rank", "s"}:
+        raise ValueError(f"--profile-stall {text!r}: expected rank= and s=")
+    if all(rank not in (p.label, str(p.index)) for p in places(sizes)):
+        raise ValueError(f"--profile-stall {text!r}: the server has no rank {rank}")
+    return rank, float(values["s"])
 
 
 def _step_noise(text: str) -> StepNoise:

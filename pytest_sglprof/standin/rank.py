@@ -294,7 +294,9 @@ class Profiler:
         if self.options.hang_in_stop_profile:
             while True:
                 time.sleep(3600)
-        time.sleep(self.options.export_delay)
+        slow_rank, seconds = self.options.profile_stall
+        is_slow = slow_rank in (self.place.label, str(self.place.index))
+        time.sleep(self.options.export_delay + (seconds if is_slow else 0.0))
         name = f"{self._prefix()}{self.params['profile_id']}-{self.place.file_part}{suffix}"
         target = folder / f"{name}.trace.json.gz"
         recording = Recording(

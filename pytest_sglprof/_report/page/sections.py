@@ -25,6 +25,7 @@ from pytest_sglprof._report.page.figures import (
 )
 from pytest_sglprof._report.page.history import History, PlacedWindow, history
 from pytest_sglprof._report.page.lead import lead
+from pytest_sglprof._report.page.moments import moments
 from pytest_sglprof._report.page.regression import regression_picture
 from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
@@ -244,8 +245,9 @@ class BaselineSection:
 
 
 def _verdicts(page: PageRuns) -> Verdicts:
+    judged = [window for window in page.windows if window.doc.is_judged]
     return Verdicts(
-        rows=sorted(page.windows, key=lambda w: WORST_FIRST.index(w.doc.verdict)),
+        rows=sorted(judged, key=lambda w: WORST_FIRST.index(w.doc.verdict)),
         without_window=[test for run in page.runs for test in run.tests if test.verdict is None],
     )
 
@@ -276,6 +278,7 @@ def _others(page: PageRuns) -> list[PageWindow] | None:
 
 SECTIONS: tuple[Section[PageRuns], ...] = (
     Section("failing", "windows.html.j2", _failing),
+    Section("moments", "moments.html.j2", lambda page: moments(page.windows) or None),
     Section(
         "history",
         "history.html.j2",

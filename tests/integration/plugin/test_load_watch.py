@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import time
 from datetime import datetime
+from typing import Any
 
 import pytest
 
+from pytest_sglprof._report.page.history import PlacedWindow
+from pytest_sglprof._report.page.moments import Moments, moments
 from pytest_sglprof._report.results import validate
 from tests.integration.plugin.conftest import MakeProject, OutcomeOf, RunProjects
 from tests.support.project import Outcome
@@ -27,7 +31,9 @@ standin_args = ["--step-ms", "4", "--layers", "1"]
 limit = 1.5
 """
 HEAD = """
+import math
 import threading
+import time
 from pytest_sglprof._errors import SettingsError
 from pytest_sglprof import ImbalanceOnset, QueueGrowth, balanced_load, one_rank_load
 
@@ -38,25 +44,34 @@ def equal(concurrency=32, requests=64):
     return {"warm_up": False, "disable_stream": True, **load}
 
 # In one wave: of three, looks would meet the moments while the rank is filled anew.
-ONE = one_rank_load(1, concurrency=32, requests=32, input_len=8, output_len=900)
+ONE = one_rank_load(1, concurrency=32, requests=32, input_len=8, output_len=20_000)
 ONE |= {"warm_up": False, "disable_stream": True}
 
+def uneven_until(bench_serving, load_watch, count):
+    # As long as it takes: a load until so many windows are closed.
+    with bench_serving.running(**ONE) as load:
+        while load.is_running and sum(
+            each.closed < math.inf for each in load_watch.disturbances.windows
+        ) < count:
+            time.sleep(0.1)
+        load.stop()
+
 def onset(**more):
-    return pytest.mark.profile_window(trigger=ImbalanceOnset(hold=1.0, within=60, **more))
+    return pytest.mark.profile_window(trigger=ImbalanceOnset(hold=1.0, within=250, **more))
 """
 ONSETS = """
 @onset()
 def test_onset(bench_serving, load_watch):
     bench_serving(**equal())
-    bench_serving(**ONE)
+    uneven_until(bench_serving, load_watch, 3)
     frame = load_watch.frame
     assert set(frame["rank"]) == {"DP0", "DP1"}
     assert set(frame["source"]) == {"loads", "log"}
     assert frame.loc[frame["rank"] == "DP1", "running"].max() == 32
 
-@onset(source="log")
-def test_onset_in_the_log(bench_serving):
-    bench_serving(**ONE)
+@onset(source="log", suspicion=False)
+def test_onset_in_the_log(bench_serving, load_watch):
+    uneven_until(bench_serving, load_watch, 1)
 """
 BALANCED = """
 @onset()
@@ -93,12 +108,19 @@ def test_too_little_load(bench_serving):
 @pytest.mark.sglang_server("tp")
 @onset()
 def test_pure_tp_cannot_know(bench_serving):
-    bench_serving(**equal())
+    open("body-of-pure-tp", "w").close()
 
 def test_a_window_by_hand_has_no_trigger(profile_window):
     with pytest.raises(SettingsError, match="you open this window yourself"):
         profile_window("mine", trigger=ImbalanceOnset())
 """
+
+
+def load_page(outcome: Outcome) -> Moments:
+    run = validate(outcome.results)
+    placed = [PlacedWindow(doc, run, doc.id, None, "") for doc in run.windows]
+    (around,) = moments(placed)
+    return around
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +144,18 @@ def unknown(without_onset: OutcomeOf) -> Outcome:
     return without_onset("unknown")
 
 
+def at_onset(outcome: Outcome) -> dict[str, Any]:
+    (window,) = [each for each in outcome.windows("test_onset") if each["moment"] == "at"]
+    return window
+
+
 def moment(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 def test_the_window_opens_within_a_second_of_the_onset(onsets: Outcome) -> None:
     validate(onsets.results)
-    (window,) = onsets.windows("test_onset")
+    window = at_onset(onsets)
     onset = window["onset"]
     assert 0 <= moment(window["opened"]) - moment(onset["declared"]) <= 1.0
     assert moment(onset["declared"]) - moment(onset["time"]) >= 1.0
@@ -139,7 +166,7 @@ def test_the_window_opens_within_a_second_of_the_onset(onsets: Outcome) -> None:
 
 
 def test_the_trace_confirms_the_suspicion(onsets: Outcome) -> None:
-    (window,) = onsets.windows("test_onset")
+    window = at_onset(onsets)
     assert window["state"] == "complete", window["state_reason"]
     assert window["steps"]["per_rank"]["DP1 TP0"] > 100
     assert window["onset"]["correlation"] == pytest.approx(1.0)
@@ -147,13 +174,59 @@ def test_the_trace_confirms_the_suspicion(onsets: Outcome) -> None:
 
 
 def test_load_around_the_window_is_kept(onsets: Outcome) -> None:
-    (window,) = onsets.windows("test_onset")
+    window = at_onset(onsets)
     strip = {rank["rank"]: rank for rank in window["load_samples"]}
     assert set(strip) == {"DP0", "DP1"}
     assert strip["DP1"]["time"][0] < moment(window["opened"]) - 2
     assert max(strip["DP1"]["running"]) == 32
     for rank in strip.values():
         assert len(rank["time"]) == len(rank["running"]) == len(rank["tokens"]) <= 600
+
+
+def test_what_costs_nothing_is_kept_beside_it(onsets: Outcome) -> None:
+    around = at_onset(onsets)["around"]
+    log = {series["rank"]: series for series in around["log"]}
+    assert {series["source"] for series in around["log"]} == {"log"}
+    busy = log["DP1"]
+    known = [ms for ms in busy["token_ms"] if ms is not None]
+    assert (
+        statistics.median(known) >= 4.0
+    )  # of the stand-in's steps, which a busy machine makes longer
+    assert busy["time"][0] < moment(at_onset(onsets)["onset"]["time"])
+
+
+def test_short_windows_before_and_after_lie_beside_the_one_that_is_judged(
+    onsets: Outcome,
+) -> None:
+    windows = sorted(onsets.windows("test_onset"), key=lambda each: each["opened"])
+    assert [each["moment"] for each in windows] == ["before", "at", "after"]
+    before, at, after = windows
+    assert {each["moment_of"] for each in windows} == {at["id"]}
+    assert moment(before["opened"]) < moment(at["onset"]["declared"]) < moment(after["opened"])
+    assert [each["name"] for each in windows] == ["window-before", "window", "window-after"]
+    for short in (before, after):
+        assert short["reason"].startswith("not judged: it is of the time ")
+        assert 0 < max(short["steps"]["per_rank"].values()) < at["steps"]["per_rank"]["DP1 TP0"]
+        assert short["judgements"] == []
+    shown = onsets.results["summary"]["windows"]
+    assert sum(shown.values()) == 2  # those at the onsets of the two tests
+
+
+def test_the_page_has_the_ranks_of_all_three_side_by_side(onsets: Outcome) -> None:
+    page = load_page(onsets)
+    assert [each.moment for each in page.windows] == ["before", "at", "after"]
+    assert page.sentence.startswith("DP0 is starved")
+    busy = next(row for row in page.rows if row.rank == "DP1 TP0")
+    assert [then.running for then in busy.then][1] == 32
+    # By hand, from the sums of the kernels in the document.
+    window = at_onset(onsets)
+    compute = sum(
+        row["total_ns"]
+        for row in window["table"]
+        if row["rank"] == "DP1 TP0" and row["category"] not in ("communication", "memory")
+    )
+    shown = busy.then[1].compute_ns
+    assert shown in (compute, pytest.approx(compute / window["steps"]["per_rank"]["DP1 TP0"]))
 
 
 def test_an_onset_in_the_log_opens_it_too(onsets: Outcome) -> None:
@@ -172,12 +245,15 @@ def test_balanced_load_passes_in_words(balanced: Outcome) -> None:
 
 
 def test_what_cannot_be_known_is_inconclusive(unknown: Outcome) -> None:
-    for name, words in (
-        ("test_too_little_load", "too little to tell"),
-        ("test_pure_tp_cannot_know", "imbalance of load cannot be known here"),
-    ):
-        assert unknown.test(name)["verdict"] == "inconclusive"
-        assert words in unknown.test(name)["reason"]
+    assert unknown.test("test_too_little_load")["verdict"] == "inconclusive"
+    assert "too little to tell" in unknown.test("test_too_little_load")["reason"]
+
+
+def test_one_dp_rank_is_refused_before_the_load_runs(unknown: Outcome) -> None:
+    section = unknown.section("test_pure_tp_cannot_know")
+    assert "imbalance of load cannot be known here" in section
+    assert "trigger=KernelImbalance(...)" in section
+    assert not (unknown.folder / "body-of-pure-tp").exists()
 
 
 def test_a_callable_is_a_trigger(balanced: Outcome) -> None:

@@ -37,6 +37,14 @@ def test_planted_slowness() -> None:
     )
 
 
+def test_a_rank_that_stalls_while_it_writes() -> None:
+    options = parse(["--dp", "2", "--profile-stall", "rank=DP1,s=2.5"])
+    assert options.profile_stall == ("DP1", 2.5)
+    for wrong in ("rank=DP1", "s=2", "rank=7,s=2", "rank=1,seconds=2"):
+        with pytest.raises(SystemExit):
+            parse(["--dp", "2", "--profile-stall", wrong])
+
+
 def test_noise_of_steps() -> None:
     assert parse([]).model.step_noise is None
     assert parse(["--step-noise", "sd=0.08"]).model.step_noise == StepNoise(0.08)

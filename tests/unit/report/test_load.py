@@ -9,7 +9,7 @@ import pytest
 from pytest_sglprof._analysis.load import compute_by_dp, join_load, pearson
 from pytest_sglprof._load.onset import Onset
 from pytest_sglprof._load.samples import LoadSample, RankLoad
-from pytest_sglprof._report.model import load_strip, onset_document
+from pytest_sglprof._report.load import load_strip, onset_document
 from pytest_sglprof._report.results import validate
 from tests.support.kernel_tables import build, from_rows, slow
 from tests.support.windows import plain, run, window

@@ -1,0 +1,125 @@
+"""Windows of a few steps around an onset: rings, samples, and that none fires its own trigger."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.plugin.conftest import MakeProject
+from tests.support.project import Outcome
+
+CONFIG = """
+[server]
+kind = "standin"
+args = ["--dp", "2"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--profile-stall", "rank=1,s=1.5"]
+
+[servers.tp]
+kind = "standin"
+args = ["--tp", "2"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--slow", "rank=1,factor=1.2,from_step=200"]
+
+[output]
+keep = "all"
+
+[[threshold]]
+limit = 1.5
+"""
+TESTS = """
+import math, time
+from pytest_sglprof import ImbalanceOnset, KernelImbalance, Ring, balanced_load
+
+def endless(concurrency, output_len):
+    load = balanced_load(
+        concurrency=concurrency, requests=100_000, input_len=8, output_len=output_len
+    )
+    return {"warm_up": False, "disable_stream": True, **load}
+
+def closed(load_watch):
+    return [each for each in load_watch.disturbances.windows if each.closed < math.inf]
+
+ONSET = ImbalanceOnset(hold=0.5, within=250, suspicion=False)
+
+# While the second replica writes its traces, it serves nobody: its queue grows, and the first one
+# runs out of requests.
+@pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.1))
+def test_the_ring_does_not_fire_its_own_trigger(bench_serving, load_watch):
+    with bench_serving.running(**endless(32, 100)) as load:
+        while load.is_running and len(closed(load_watch)) < 3:
+            time.sleep(0.1)
+        load.stop()
+    assert min(each.stall for each in closed(load_watch)[:2]) > 1
+
+@pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.001))
+def test_a_ring_that_stalls_too_much_is_refused(bench_serving, load_watch):
+    with bench_serving.running(**endless(32, 100)) as load:
+        while load.is_running and not closed(load_watch):
+            time.sleep(0.1)
+        time.sleep(12)
+        load.stop()
+
+@pytest.mark.sglang_server("tp")
+@pytest.mark.profile_window(
+    trigger=KernelImbalance(every=0.5, steps=5, limit=1.1, max_share=1.0),
+    num_steps=60, slowdown=1.1,
+)
+def test_a_rank_becomes_slower(bench_serving, load_watch):
+    with bench_serving.running(**endless(8, 400)) as load:
+        while load.is_running and "window-after" not in names():
+            time.sleep(0.1)
+        load.stop()
+
+def names():
+    import pathlib
+    folders = pathlib.Path(".sglprof").glob("run-*/windows/*becomes_slower*")
+    return ["window-after" for each in folders if "window-after" in each.name]
+
+@pytest.mark.profile_window(trigger=KernelImbalance())
+def test_replicas_of_one_rank_have_no_peers(bench_serving):
+    open("body-without-peers", "w").close()
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(make_project: MakeProject) -> Outcome:
+    return make_project(TESTS, CONFIG).run("-p", "no:cacheprovider")
+
+
+def test_windows_do_not_fire_the_trigger_that_they_are_opened_for(outcome: Outcome) -> None:
+    assert outcome.word("test_the_ring_does_not_fire_its_own_trigger") == "PASSED"
+    windows = outcome.windows("test_the_ring_does_not_fire_its_own_trigger")
+    (unopened,) = [each for each in windows if each["name"] == "window"]
+    assert unopened["onset"] is None
+    assert unopened["reason"].startswith("balanced for ")
+
+
+def test_only_the_newest_windows_of_a_ring_are_kept(outcome: Outcome) -> None:
+    windows = outcome.windows("test_the_ring_does_not_fire_its_own_trigger")
+    (kept,) = [each for each in windows if each["name"] == "window-ring"]
+    assert kept["moment"] == "before"
+    assert outcome.run_folder is not None
+    folders = (outcome.run_folder / "windows").glob("*does_not_fire*window-ring*")
+    assert len(list(folders)) == 1
+
+
+def test_a_ring_whose_windows_would_be_too_far_apart_is_inconclusive(outcome: Outcome) -> None:
+    test = outcome.test("test_a_ring_that_stalls_too_much_is_refused")
+    assert test["verdict"] == "inconclusive"
+    assert "more than 10: ask for fewer steps" in test["reason"]
+
+
+def test_a_rank_that_becomes_slower_opens_a_window_by_its_kernels(outcome: Outcome) -> None:
+    windows = outcome.windows("test_a_rank_becomes_slower")
+    by_moment = {each["moment"]: each for each in windows}
+    assert set(by_moment) == {"at", "after"}  # samples are read and deleted
+    window = by_moment["at"]
+    assert (window["onset"]["kind"], window["onset"]["source"]) == ("kernels", "kernels")
+    assert window["onset"]["sentence"].startswith("TP1 computes 1.")
+    assert window["verdict"] == "fail"
+    sampled = {series["rank"]: series["ratios"] for series in window["around"]["sampled"]}
+    assert len(sampled["TP1"]) >= 2
+    assert sampled["TP1"][-1] == pytest.approx(1.2, abs=0.05)
+
+
+def test_kernels_without_peers_are_refused_before_the_load_runs(outcome: Outcome) -> None:
+    assert "whose ranks have no peers" in outcome.section("test_replicas_of_one_rank_have_no_peers")
+    assert not (outcome.folder / "body-without-peers").exists()
