@@ -270,7 +270,7 @@ def as_trigger(given: Any) -> Trigger:
             )
         return cast("Trigger", given)
     if callable(given) and not isinstance(given, type):
-        return CallableTrigger(given)
+        return CallableTrigger(given, suspicion=False)
     raise SettingsError(
         f"trigger={given!r}",
         expected="ImbalanceOnset(…), KernelImbalance(…), QueueGrowth(…), ThroughputDrop(…), or a "

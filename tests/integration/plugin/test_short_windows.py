@@ -11,7 +11,7 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--dp", "2"]
-standin_args = ["--step-ms", "4", "--layers", "1", "--profile-stall", "rank=1,s=1.5"]
+standin_args = ["--step-ms", "4", "--layers", "1", "--profile-stall", "rank=1,s=3"]
 
 [servers.tp]
 kind = "standin"
@@ -37,17 +37,17 @@ def endless(concurrency, output_len):
 def closed(load_watch):
     return [each for each in load_watch.disturbances.windows if each.closed < math.inf]
 
-ONSET = ImbalanceOnset(hold=0.5, within=250, suspicion=False)
+ONSET = ImbalanceOnset(hold=0.5, min_running=4, within=250, suspicion=False)
 
 # While the second replica writes its traces, it serves nobody: its queue grows, and the first one
 # runs out of requests.
 @pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.1))
 def test_the_ring_does_not_fire_its_own_trigger(bench_serving, load_watch):
-    with bench_serving.running(**endless(32, 100)) as load:
-        while load.is_running and len(closed(load_watch)) < 3:
+    with bench_serving.running(**endless(32, 50)) as load:
+        while load.is_running and len(closed(load_watch)) < 2:
             time.sleep(0.1)
         load.stop()
-    assert min(each.stall for each in closed(load_watch)[:2]) > 1
+    assert min(each.stall for each in closed(load_watch)[:1]) > 1
 
 @pytest.mark.profile_window(trigger=ONSET, ring=Ring(steps=5, every=1, keep=1, max_share=0.001))
 def test_a_ring_that_stalls_too_much_is_refused(bench_serving, load_watch):
