@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING
 
 from pytest_sglprof._cli.terminal import width
+from pytest_sglprof._load.disturbance import Disturbances
 from pytest_sglprof._load.onset import Onset, OnsetDetector, imbalance
 from pytest_sglprof._load.samples import BalanceSample, LoadSample
 from pytest_sglprof._load.watcher import LogSource
@@ -88,7 +89,12 @@ class Screen:
     """The terminal. The watching thread adds samples, the main thread draws."""
 
     def __init__(
-        self, out: IO[str], detector: OnsetDetector, lines: JsonLines, log: LogSource | None
+        self,
+        out: IO[str],
+        detector: OnsetDetector,
+        lines: JsonLines,
+        log: LogSource | None,
+        disturbances: Disturbances,
     ) -> None:
         self.onset = threading.Event()
         self.cannot_know = False
@@ -96,6 +102,7 @@ class Screen:
         self._has_untagged = self._has_balance = False
         self._out = out
         self._detector = detector
+        self._disturbances = disturbances
         self._lines = lines
         self._history = LoadHistory()
         self._lock = threading.Lock()
@@ -105,12 +112,18 @@ class Screen:
         self._drawn = 0
         self._is_terminal = out.isatty()
 
+    def _undisturbed(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Those that are not what a window did to the load."""
+        if not self._disturbances.windows:
+            return samples
+        return [sample for sample in samples if not self._disturbances.covers(sample.time)]
+
     def take(self, samples: Sequence[Sample], now: float) -> None:
         """Adds samples; called in the watching thread."""
         with self._lock:
             self._lines.samples(samples)
             self._history.add(samples, self._detector.source)
-            new_onsets = self._detector.add(samples, now)
+            new_onsets = self._detector.add(self._undisturbed(samples), now)
             self._has_untagged |= any(s.source == "log" and not s.rank for s in samples)
             self._has_balance |= any(isinstance(sample, BalanceSample) for sample in samples)
             self.cannot_know = self._is_one_rank(now)

@@ -350,7 +350,7 @@ def watch_live(
         log = LogSource(path, from_end=False)
         detector.servers.known = log.lines.known
         watch = LoadWatch([log], keep=0)
-    screen = Screen(out, detector, lines, log)
+    screen = Screen(out, detector, lines, log, watch.disturbances)
     watch.listen(screen.take)
     if note:
         screen.say(note)

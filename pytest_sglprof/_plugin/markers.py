@@ -81,13 +81,15 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
         keywords["name"] = mark.args[0]
     keywords.setdefault("name", item.name)
     from pytest_sglprof._config.windows import refuse_too_few_steps, window_spec
+    from pytest_sglprof._load.triggers import KernelImbalance
 
     spec = window_spec(settings, keywords, origin=f"@pytest.mark.{WINDOW_MARK}")
     refuse_too_few_steps(spec.num_steps, settings, f"@pytest.mark.{WINDOW_MARK}")
     default_steps = BACKENDS[spec.backend].default_steps
     if spec.num_steps or spec.duration or spec.whole_body or default_steps is None:
         return spec
-    if spec.trigger is not None:  # a starved rank runs no steps, so a count would never be full
+    # A starved rank runs no steps, so a count would never be full. One whose kernels are slow does.
+    if spec.trigger is not None and not isinstance(spec.trigger, KernelImbalance):
         return replace(spec, duration=TRIGGER_SECONDS)
     return replace(spec, num_steps=max(default_steps, settings.min_steps))
 

@@ -102,6 +102,14 @@ def test_a_window_is_a_run_that_every_command_reads(slow: Running, capsys: Outpu
     assert (folder / "report.html").stat().st_size > 1000
 
 
+def test_a_server_may_be_named_as_in_the_configuration(slow: Running, capsys: Output) -> None:
+    Path("sglprof.toml").write_text(f'{LIMIT}[servers.ours]\nurl = "{slow.url}"\n')
+    assert main(["record", "ours", "--steps", "80"]) == 1
+    assert load_results(Path("sglprof-window/results.json")).servers[0].url == slow.url
+    assert main(["record", "theirs"]) == 2
+    assert "has a url in sglprof.toml" in capsys.readouterr().err
+
+
 def test_without_thresholds_it_measures(slow: Running, capsys: Output) -> None:
     assert main(["record", slow.url, "--steps", "80", "-o", "kept"]) == 0
     shown = capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sglprof import ImbalanceOnset, KernelImbalance
 from pytest_sglprof._config.load import Settings
 from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._errors import SettingsError
@@ -119,6 +120,14 @@ def test_the_closest_window_marker_wins_whole():
     assert (spec.name, spec.num_steps, spec.duration) == ("near", 3, None)
     assert [limit.limit for limit in spec.thresholds] == [1.05]
     assert marked_window(FakeItem(), SETTINGS) is None
+
+
+def test_a_window_at_a_trigger_has_as_many_steps_or_seconds_as_its_ranks_can_run():
+    load, kernels = ImbalanceOnset(), KernelImbalance()
+    by_load = marked_window(FakeItem(window("w", trigger=load)), SETTINGS)
+    assert (by_load.num_steps, by_load.duration) == (None, 2.0)  # a starved rank runs no steps
+    by_kernels = marked_window(FakeItem(window("w", trigger=kernels)), SETTINGS)
+    assert (by_kernels.num_steps, by_kernels.duration) == (100, None)
 
 
 def test_who_is_concerned():
