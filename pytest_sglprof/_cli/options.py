@@ -371,15 +371,24 @@ def to_json(value: Any) -> str:
 
 
 def to_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
-    """CSV with a header line; None is an empty cell."""
+    """CSV with a header line; None is an empty cell.
 
+    Text that a spreadsheet would run as a formula gets an apostrophe before it (OWASP, "CSV
+    Injection"): names of kernels and tests come from files of others.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(keys)
     for record in records:
-        values = (json_value(record[key]) for key in keys)
-        writer.writerow("" if value is None else value for value in values)
+        writer.writerow([_cell(json_value(record[key])) for key in keys])
     return stream.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return "" if value is None else value
+    text = value.replace("\r", "\\r")  # which `csv` writes without quotes: it would end the row
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
 GENERATOR = b'<meta name="generator" content="pytest-sglprof">'  # in the head of our pages
