@@ -18,7 +18,6 @@ import random
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,9 +33,11 @@ from tests.support.dp_attention import ARGS, MODEL, RANKS
 from tests.support.real_env import CPU_ARGUMENTS, RealSglang, real_nsys, real_sglang
 
 READY_S = 400.0
-CLIENTS = 12  # that send requests, each one after the other
+CLIENTS = 16  # that send requests, each one after the other
 EVEN = {0: CLIENTS // 2, 1: CLIENTS // 2}
-RULE = ("--min-running", "4", "--min-gap", "3")  # a CPU server runs few requests
+# A CPU server runs few requests, and what one rank has beyond twice that of the other is explained
+# by no law: so the load is less uneven than it would have to be by default.
+RULE = ("--factor", "1.2", "--min-running", "4", "--min-gap", "2")
 COLUMNS = 100
 SESSION = "serving"
 
@@ -153,7 +154,7 @@ the figures of kernels mean little here.
 def run(story: Story, load: Load, rng: random.Random) -> None:
     """The commands, and what the load does meanwhile."""
     busy = rng.randrange(RANKS)
-    more = rng.choice((CLIENTS - 1, CLIENTS - 2))
+    more = rng.choice((10, 11))
     uneven = {busy: more, 1 - busy: CLIENTS - more}
     print(f"drawn: DP{busy} gets {more} of {CLIENTS} requests", flush=True)
     name, ratio = f"DP{busy}", more / (CLIENTS / 2)
@@ -172,12 +173,12 @@ def run(story: Story, load: Load, rng: random.Random) -> None:
         words = ("--when", "onset", "--for", "60", "--steps", "60", *RULE, "-o", "onset")
         seen = story.sglprof("record", load.url, *words, expected=(0, 1, 3))
     story.must_say(seen, f"confirms it: {name} had most to do", "the trace names the rank")
-    story.must_say(seen, r"load \(.*\) explains|not known", "the load is kept apart from the speed")
+    story.must_say(seen, r"load \(.*\) explains", "the load is kept apart from the speed")
 
     story.tell("The same load under nsys:")
     words = ("--backend", "nsys", "--seconds", "3", "-o", "nsys")
     seen = story.sglprof("record", load.url, *words, expected=(0, 1, 3))
-    story.must_say(seen, "nsys records no batch", "nsys does not know the load")
+    story.must_say(seen, "load not known: no batch is recorded", "nsys does not know the load")
     for folder in ("onset", "nsys"):
         if not (story.folder / folder / "report.html").is_file():
             story.wrong.append(f"{folder} has no page")
@@ -186,9 +187,8 @@ def run(story: Story, load: Load, rng: random.Random) -> None:
 @contextlib.contextmanager
 def running_server(folder: Path, sglang: RealSglang, nsys: str) -> Iterator[str]:
     """The URL of a server that was started by hand, and ends with the block."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    # SGLang also takes ports above its own: below those that the system hands out.
+    port = random.randrange(20_000, 29_000, 100)
     command = [
         *(nsys, "profile", "--start-later=true", f"--session-new={SESSION}"),
         *(f"--output={folder / 'first'}", "--trace=nvtx", "--sample=none", "--cpuctxsw=none"),

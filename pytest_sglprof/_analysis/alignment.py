@@ -32,6 +32,7 @@ TRIED = 6
 FEW_SHIFTS = 32  # so few are all tried by all collectives
 PASSES_OF_PIECE = 8  # in no such part of the window another shift may be CLEAR times better
 CANNOT = "passes cannot be aligned: "
+NO_BATCH = "no batch is recorded (nsys records none)"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,18 @@ class Alignment:
 
 
 def aligned(table: KernelTable, ranks: Sequence[str]) -> Alignment:
-    """Aligns the passes of a sync group. Passes that were numbered by their ids are aligned."""
+    """Aligns the passes of a sync group. Passes that were numbered by their ids are aligned.
+
+    Where they cannot be, the reason also says so of their load, if no batch is recorded.
+    """
+    alignment = _aligned(table, ranks)
+    has_batches = "batch_size" in table.steps and bool((table.steps["batch_size"] >= 0).any())
+    if alignment.shifts is not None or has_batches:
+        return alignment
+    return Alignment(None, f"{alignment.reason}; load not known: {NO_BATCH}")
+
+
+def _aligned(table: KernelTable, ranks: Sequence[str]) -> Alignment:
     if len(ranks) < 2 or _has_ids(table):
         return Alignment(dict.fromkeys(ranks, 0))
     lines = _collectives(table, ranks)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from pytest_sglprof._analysis.alignment import NO_BATCH
 from pytest_sglprof._analysis.busy import Activities, Ints, busy_times
 from pytest_sglprof._analysis.certainty import (
     Amount,
@@ -580,6 +581,8 @@ def _why_not_same_work(group: SyncGroup, scope: str, kernel: str) -> str:
             "how the ranks' batches are padded is not known: give the answer of the server's "
             "/server_info with --server-info"
         )
+    if (passes.rows < 0).all():
+        return NO_BATCH
     if (passes.rows < 0).any():
         return "the batches of some passes are not known"
     return "no pass has equally many rows on all ranks, so none has the same work"

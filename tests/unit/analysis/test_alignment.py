@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,16 @@ def test_without_a_collective_of_all_ranks_order_is_never_enough(
     found = aligned(table, table.ranks)
     assert found.shifts is None
     assert found.reason == (
-        "passes cannot be aligned: TP0 DP0 has no symmetric collective in a pass"
+        "passes cannot be aligned: TP0 DP0 has no symmetric collective in a pass; "
+        "load not known: no batch is recorded (nsys records none)"
     )
+
+
+def test_a_batch_that_is_recorded_is_not_said_to_be_missing() -> None:
+    table = window(late(server(40), FIRST), ONE_HOST, name="ncclDevKernel_SendRecv")
+    steps = table.steps.assign(batch_size=[8] + [-1] * (len(table.steps) - 1))
+    reason = aligned(replace(table, steps=steps), table.ranks).reason
+    assert reason == "passes cannot be aligned: TP0 DP0 has no symmetric collective in a pass"
 
 
 def test_a_rank_without_passes_cannot_be_aligned() -> None:
