@@ -185,14 +185,13 @@ def test_a_rank_without_passes_cannot_be_aligned() -> None:
         table.frame[table.frame["rank"] != "TP1 DP1"], table.ranks,
         table.steps[table.steps["rank"] != "TP1 DP1"], hosts=table.hosts,
     )  # fmt: skip
-    assert aligned(without, table.ranks).reason.endswith(
-        "TP1 DP1 has no symmetric collective in a pass"
-    )
+    reason = aligned(without, table.ranks).reason
+    assert "TP1 DP1 has no symmetric collective in a pass; load not known" in reason
 
 
 def test_too_few_passes_cannot_be_aligned() -> None:
     table = window(late(server(4), {"TP0 DP0": 1, "TP1 DP1": 1}), ONE_HOST)
-    assert aligned(table, table.ranks).reason.endswith("too few passes with the same collectives")
+    assert "too few passes with the same collectives" in aligned(table, table.ranks).reason
 
 
 @pytest.mark.parametrize("hosts", [ONE_HOST, TWO_HOSTS])
@@ -203,7 +202,7 @@ def test_a_rank_that_lacks_a_pass_in_the_middle_cannot_be_aligned(
     """No shift is right for all of its passes: those after the gap are one off."""
     ends = late(server(100), {"TP0 DP0": 0, "TP1 DP1": 1})
     table = window(ends, hosts, drop={"TP1 DP1": [lost]})
-    assert aligned(table, table.ranks).reason.endswith("is better in a part of the window")
+    assert "is better in a part of the window" in aligned(table, table.ranks).reason
 
 
 def test_passes_whose_collectives_differ_are_passed_over() -> None:
