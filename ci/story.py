@@ -29,6 +29,7 @@ from pathlib import Path
 
 import httpx
 
+from pytest_sglprof._server.client import url_to
 from tests.support.dp_attention import ARGS, MODEL, RANKS
 from tests.support.real_env import CPU_ARGUMENTS, RealSglang, real_nsys, real_sglang
 
@@ -203,7 +204,7 @@ def running_server(folder: Path, sglang: RealSglang, nsys: str) -> Iterator[str]
         "SGLANG_LOG_MS": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    url = f"http://127.0.0.1:{port}"
+    url = url_to("http", "127.0.0.1", port)
     log = folder / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(

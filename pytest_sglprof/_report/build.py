@@ -220,7 +220,8 @@ def _reasons(table: KernelTable, capture: WindowCapture) -> dict[str, int]:
 
 def _spec(spec: WindowSpec) -> RecordedSpec:
     fields = {name: getattr(spec, name) for name in RecordedSpec.__struct_fields__}
-    return RecordedSpec(**fields | {"trigger": describe_trigger(spec.trigger)})
+    ring = repr(spec.ring) if spec.ring is not None else None
+    return RecordedSpec(**fields | {"trigger": describe_trigger(spec.trigger), "ring": ring})
 
 
 def _doubt(capture: WindowCapture) -> str | None:

@@ -112,7 +112,7 @@ class RecordedArtifact(msgspec.Struct, frozen=True, kw_only=True):
 class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked of a window, as in `WindowSpec`; its thresholds stand in the judgements.
 
-    trigger: as text. timeout: None where there is no limit.
+    trigger, ring: as text. timeout: None where there is no limit.
     """
 
     name: str
@@ -137,6 +137,7 @@ class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     repeat: int | Literal["certain"] | None
     trigger: str | None
     max_time: float | None = None
+    ring: str | None = None
 
 
 class RecordedSpread(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,7 +70,8 @@ def test_the_session_of_the_server_is_found_and_each_window_keeps_its_name(
             assert window.ranks == ("TP0", "TP1")
             assert set(window.pid_ranks.values()) == {"TP0", "TP1"}
             names = sorted(path.name for path in Path(folder).glob("windows/*/*"))
-            assert names[:2] == ["record-window.1.nsys-rep", "record-window.1.sqlite"]
+            kept = ["nsys-rep", "ranks.json", "sqlite"]
+            assert names[:3] == [f"record-window.1.{ending}" for ending in kept]
         assert not (tmp_path / "serve.nsys-rep").exists(), "the first report was moved"
         capsys.readouterr()
         assert main(["status", "--format", "json"]) == 0

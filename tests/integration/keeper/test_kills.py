@@ -17,6 +17,7 @@ from pytest_sglprof._process import variable as process_variable
 from pytest_sglprof._process import wait_gone
 from tests.integration.keeper.conftest import family, wait_clean, words
 from tests.support.real_env import real_nsys
+from tests.support.running import wait_for
 
 CLEAN_WITHIN = 60.0  # s; what is promised of a killed pytest
 
@@ -83,8 +84,10 @@ def test_sigkill_of_pytest_while_the_server_runs(launcher, lease_folder):
     assert kill_and_wait(process, lease_folder) < 10
 
 
-def test_sigkill_of_pytest_while_the_server_starts(launcher, lease_folder):
-    process, _ = launcher("never", until="fired up")
+def test_sigkill_of_pytest_while_the_server_starts(launcher, lease_folder, tmp_path):
+    process, _ = launcher("never", until="")
+    log = tmp_path / "server" / "server.log"
+    wait_for(lambda: log.is_file() and "fired up" in log.read_text())
     assert kill_and_wait(process, lease_folder) < 10
 
 

@@ -111,7 +111,8 @@ def test_progress_is_ours_and_the_outcome_begins_a_line_and_a_warm_server_is_not
 
 
 def test_on_a_terminal_a_line_of_progress_is_replaced(make_project: MakeProject) -> None:
-    project = make_project(ASKS_FOR_A_SERVER)
+    late = SERVERS.replace('"--crash-delay", "0.2"]', '"--ready-delay", "4"]', 1)
+    project = make_project(ASKS_FOR_A_SERVER, late)
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         running = subprocess.Popen(
@@ -219,7 +220,7 @@ def test_a_running_server_may_stand_in_the_configuration(
     [
         ('url = "http://a:1"\nargs = ["--tp", "2"]', "server default: args beside url"),
         ('server_dir = "/a:/b"', "server default: server_dir without url"),
-        ('url = "http://a:1"\nserver_dir = "/a"', "the folder of the running server is '/a'"),
+        ('url = "http://a:1"\nserver_dir = "a"', "the folder of the running server is 'a'"),
     ],
 )
 def test_a_server_is_either_started_or_running(

@@ -203,7 +203,8 @@ def test_short_windows_before_and_after_lie_beside_the_one_that_is_judged(
     before, at, after = windows
     assert {each["moment_of"] for each in windows} == {at["id"]}
     assert moment(before["opened"]) < moment(at["onset"]["declared"]) < moment(after["opened"])
-    assert [each["name"] for each in windows] == ["window-before", "window", "window-after"]
+    names = ["test_onset-before", "test_onset", "test_onset-after"]
+    assert [each["name"] for each in windows] == names
     for short in (before, after):
         assert short["reason"].startswith("not judged: it is of the time ")
         assert 0 < max(short["steps"]["per_rank"].values()) < at["steps"]["per_rank"]["DP1 TP0"]

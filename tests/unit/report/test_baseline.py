@@ -269,7 +269,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["report", new, "--baseline", str(tmp_path / "empty")]) == 2
     assert "has no profile window" in capsys.readouterr().err
     assert main(["report", new, "--baseline", str(tmp_path / "nowhere")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_several_runs_against_one_baseline_and_nothing_to_compare() -> None:

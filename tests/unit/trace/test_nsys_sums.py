@@ -260,7 +260,7 @@ def test_values_that_no_nsys_writes(tmp_path: Path, odd: dict[str, Any]) -> None
         assert of(read_sums(to_parquet(path, tmp_path / "pq"))) == truth
 
 
-@pytest.mark.parametrize("gone", ["start", "end", "deviceId", "streamId", "globalPid",
+@pytest.mark.parametrize("gone", ["deviceId", "streamId", "globalPid",
                                   "graphNodeId", "demangledName", "shortName"])  # fmt: skip
 def test_schemas_without_a_column(tmp_path: Path, gone: str) -> None:
     rows = [kernel(0, 10), kernel(10, 25, 2, deviceId=1)]
