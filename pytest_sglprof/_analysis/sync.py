@@ -42,7 +42,13 @@ from pytest_sglprof._analysis.load_split import (
 from pytest_sglprof._analysis.passes import STATIC, Passes, SyncGroup, why_other_work
 from pytest_sglprof._analysis.replicas import replica_cells
 from pytest_sglprof._analysis.sums import Sums
-from pytest_sglprof._analysis.sync_words import HeadWait, HotExpert, hot_expert, sentence_of
+from pytest_sglprof._analysis.sync_words import (
+    MOST_HOT,
+    HeadWait,
+    HotExpert,
+    hot_experts,
+    sentence_of,
+)
 from pytest_sglprof._analysis.times import GroupCells, Rows
 from pytest_sglprof._analysis.work import matrix_places
 from pytest_sglprof._ranks import Rank
@@ -124,8 +130,9 @@ class SyncFinding(msgspec.Struct, frozen=True, kw_only=True):
     have the same shapes on all ranks. latest: the rank for which the others wait most.
     hot: the expert of that rank that gets far more tokens than those of its layer do; None where
     there is none or they were not counted. heads: idle time at the head of a pass beside SGLang's
-    own measure of it, for ranks of which both are known. sentence: the three answers in words.
-    reason: why there are none, "" if there are.
+    own measure of it, for ranks of which both are known. hot_experts: the hottest of all ranks, at
+    most `MOST_HOT`; None in older documents. sentence: the three answers in words. reason: why
+    there are none, "" if there are.
     """
 
     group: str
@@ -142,6 +149,7 @@ class SyncFinding(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str
     reason: str
     heads: tuple[HeadWait, ...] = ()
+    hot_experts: tuple[HotExpert, ...] | None = None
 
 
 # Cost.
@@ -442,13 +450,15 @@ def sync_finding(group: SyncGroup) -> SyncFinding:
     waits_for = _waits_for(group.waited, passes)
     ranks = _rank_splits(group, waits_for)
     latest = _latest(ranks)
+    hot = hot_experts(group.table.experts, passes.numbers)
     finding = msgspec.structs.replace(
         base,
         cost=_cost(times, passes),
         heads=_heads(times, passes, group.table.facts.sync_waits),
         latest=latest,
         ranks=ranks,
-        hot=None if latest is None else hot_expert(group.table.experts, passes.numbers, latest),
+        hot=next((expert for expert in hot if expert.rank == latest), None),
+        hot_experts=hot[:MOST_HOT],
     )
     return msgspec.structs.replace(finding, sentence=sentence_of(finding))
 

@@ -44,20 +44,22 @@ NAMED_SHARE = 0.2  # of a difference: what makes less is not named
 NAMED_UNKNOWN = 0.1  # of what is not known: categories that make less are not named
 AS_FAST = 0.02  # a speed that is surely within 1 ± this is that of the peers
 HOT = 3.0  # times the mean of the experts of its layer
+MOST_HOT = 8  # experts that are listed
 DISAGREE = 1.5  # times: two measures of one waiting that differ by more
 MUCH_IDLE = 0.05  # of the wall: measures that are both less are not worth a word
 
 
 class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
-    """An expert that gets most of its layer. share: of all tokens that experts of it get.
+    """An expert that gets far more than others of its layer. share: of all tokens that they get.
 
-    times: how many times the mean of these experts.
+    times: how many times their mean. rank: where it is; None in older documents.
     """
 
     layer: Count
     expert: Count
     share: Share
     times: Amount
+    rank: str | None = None
 
 
 class HeadWait(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,35 +108,33 @@ def head_words(heads: Sequence[HeadWait]) -> str:
     )
 
 
-def hot_expert(experts: pd.DataFrame, numbers: Ints, rank: str) -> HotExpert | None:
-    """The expert of a rank with the largest multiple of its layer's mean, if that is `HOT`.
+def hot_experts(experts: pd.DataFrame, numbers: Ints) -> tuple[HotExpert, ...]:
+    """The experts with at least `HOT` times the mean of their layer, the largest multiple first.
 
     experts: `KernelTable.experts`, of which the passes `numbers` count (totals where the recorder
-    kept only these). An expert with copies on other ranks is no single rank's.
+    kept only these). An expert with copies on other ranks is no single rank's, and left out.
     """
     counted = experts[experts["step"].isin(numbers) | (experts["step"] < 0)]
     if counted.empty:
-        return None
+        return ()
     by_rank = counted.groupby(["layer", "expert", "rank"], observed=True)["tokens"].sum()
     sums = by_rank.reset_index()
     sums["total"] = sums.groupby(["layer", "expert"])["tokens"].transform("sum")
     sums["of_layer"] = sums.groupby("layer")["tokens"].transform("sum")
     sums["experts"] = sums.groupby("layer")["expert"].transform("nunique")
-    whole = sums[
-        (sums["rank"] == rank) & (sums["tokens"] == sums["total"]) & (sums["of_layer"] > 0)
-    ]
-    if whole.empty:
-        return None
-    share = (whole["tokens"] / whole["of_layer"]).to_numpy()
-    times = share * whole["experts"].to_numpy()
-    at = int(times.argmax())
-    if times[at] < HOT:
-        return None
-    return HotExpert(
-        layer=int(whole["layer"].iloc[at]),
-        expert=int(whole["expert"].iloc[at]),
-        share=float(share[at]),
-        times=float(times[at]),
+    whole = sums[(sums["tokens"] == sums["total"]) & (sums["of_layer"] > 0)]
+    shares = (whole["tokens"] / whole["of_layer"]).to_numpy()
+    times = shares * whole["experts"].to_numpy()
+    hottest = (int(at) for at in np.argsort(-times, kind="stable") if times[at] >= HOT)
+    return tuple(
+        HotExpert(
+            layer=int(whole["layer"].iloc[at]),
+            expert=int(whole["expert"].iloc[at]),
+            share=float(shares[at]),
+            times=float(times[at]),
+            rank=str(whole["rank"].iloc[at]),
+        )
+        for at in hottest
     )
 
 

@@ -13,7 +13,8 @@ SERVER_ENTRIES = get_args(ServerEntry)[1:]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
 Across = Literal["", "peers", "sync"]  # who is compared; "": peers, else sync if nobody has any
 ACROSS = get_args(Across)[1:]
-Moment = Literal["before", "at", "after"]  # of a window, seen from the onset that opened one
+# Of a window, seen from the onset that opened one; "sources": after a fail, with stacks.
+Moment = Literal["before", "at", "after", "sources"]
 STAGES = ("decode", "prefill", "mixed", "idle")  # of the steps in a trace
 
 
@@ -133,6 +134,8 @@ class WindowSpec:
     of the configuration, if it can be repeated); "certain": until the verdict is not
     inconclusive, 2 to 8 times. max_time: no more windows are opened after that, from the first
     opening on.
+    source_lines: after a fail, while the load goes on, another window of 3 steps is recorded with
+    Python stacks, for the lines that launched the kernels of the slow rank.
     trigger: opens the window instead of steady load: a trigger of `pytest_sglprof`, or a
     callable. The other names and defaults are those of SGLang's `/start_profile`.
     """
@@ -160,6 +163,7 @@ class WindowSpec:
     whole_body: bool = False
     repeat: int | Literal["certain"] | None = None
     max_time: float | None = None
+    source_lines: bool = False
     trigger: Any = None
     ring: Any = None
     thresholds: tuple[Threshold, ...] = ()

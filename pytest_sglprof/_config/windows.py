@@ -143,6 +143,7 @@ _SWITCHES = (
     "record_shapes",
     "merge_profiles",
     "detailed_annotations",
+    "source_lines",
 )
 _TEXTS = ("profile_prefix", "profile_id", "output_dir")
 _LISTS = ("activities", "profile_stages")
@@ -211,6 +212,12 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             f"ring without a trigger that it waits for (trigger={spec.trigger!r})",
             "trigger=ImbalanceOnset(...) or another one beside it; KernelImbalance takes samples "
             "of its own",
+        ),
+        (
+            not spec.source_lines or (spec.backend == "torch" and not spec.whole_body),
+            f"source_lines=True with backend={spec.backend!r}, whole_body={spec.whole_body}",
+            'backend="torch", and a window that is closed while the load goes on: nsys records no '
+            "line of Python for a kernel",
         ),
         (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a string"),
         *_type_rules(spec),

@@ -27,6 +27,7 @@ from pytest_sglprof._report.model import (
     LoadSeries,
     RecordedArtifact,
     RecordedOnset,
+    RecordedSources,
     RecordedSpec,
     RecordedSpread,
     RecordedWindow,
@@ -65,6 +66,7 @@ def window_document(
     around: LoadAround | None = None,
     moment: Moment | None = None,
     moment_of: str | None = None,
+    sources: RecordedSources | None = None,
 ) -> RecordedWindow:
     """One window as results hold it, redacted.
 
@@ -72,7 +74,7 @@ def window_document(
     root: folder that artifact paths are relative to (None: file names only).
     repeat: the windows that it was opened with; `verdict` and `reason` are then those over all
     of them, and the judgements those of this window. onset, load_samples: those that opened it.
-    around, moment, moment_of: see `RecordedWindow`.
+    around, moment, moment_of, sources: see `RecordedWindow`.
     """
     together = verdict if repeat is None else repeat.verdict
     window = RecordedWindow(
@@ -113,6 +115,7 @@ def window_document(
         around=around,
         moment=moment,
         moment_of=moment_of,
+        sources=sources,
         **(
             _UNMEASURED if table is None else _measured(verdict.sums or Sums(table), capture, onset)
         ),

@@ -27,6 +27,7 @@ from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
 from pytest_sglprof._report.regression import RecordedRegression
 from pytest_sglprof._report.series import KernelGroup, Lanes, StepSeries
 from pytest_sglprof._server.nvml import GpuClocks
+from pytest_sglprof._trace.torch.source_lines import SourceLine
 from pytest_sglprof._verdict.judge import Judgement
 
 # passed, failed, skipped, error, xfailed, xpassed, or what another plugin calls it: "retried".
@@ -138,6 +139,7 @@ class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     trigger: str | None
     max_time: float | None = None
     ring: str | None = None
+    source_lines: bool | None = None
 
 
 class RecordedSpread(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,6 +211,19 @@ class KernelRow(msgspec.Struct, frozen=True, kw_only=True):
     total_ns: Count
 
 
+class RecordedSources(msgspec.Struct, frozen=True, kw_only=True):
+    """The lines that launched the kernels of one rank, from a short window after a fail.
+
+    window: id of that window, None where none was opened. lines: those with most time.
+    reason: why there are none, "" if there are.
+    """
+
+    rank: str
+    window: str | None
+    lines: tuple[SourceLine, ...]
+    reason: str
+
+
 class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     """One profile window: what was recorded, measured and judged.
 
@@ -217,9 +232,10 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     decisive: index of the judgement that decided. source: None where there was nothing to read.
     budgets: what steps are made of, by kind; None in older documents. syncs: of the groups of ranks
     that meet in collectives and have different input; None in older documents.
-    moment: where it lies, seen from the onset that opened the window `moment_of`; only that one,
-    "at", is judged. around: what else was known of the load around it without a profiler. Both
-    are None without a trigger, and in older documents.
+    sources: None where no lines were asked for, and in older documents.
+    moment: where it lies, seen from the onset that opened the window `moment_of`, or "sources"
+    after that one failed; only "at" is judged. around: what else was known of the load around it
+    without a profiler. Both are None without a trigger, and in older documents.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
     `CUDA driver` …); None in older documents. regression: against accepted lives; None where
     nothing was compared.
@@ -274,10 +290,11 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     moment: Moment | None = None
     moment_of: str | None = None
     around: LoadAround | None = None
+    sources: RecordedSources | None = None
 
     @property
     def is_judged(self) -> bool:
-        """False for the short windows before and after an onset, whose verdict says nothing."""
+        """False for the short windows beside another one, whose verdict says nothing."""
         return self.moment in (None, "at")
 
     @property

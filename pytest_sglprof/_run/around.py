@@ -23,14 +23,20 @@ def load_document(window: Window, table: KernelTable | None) -> dict[str, Any]:
     )
     from pytest_sglprof._report.model import LoadAround
 
+    moment = {
+        "moment": window.moment,
+        "moment_of": window.moment_of or None,
+        "sources": window.sources,
+    }
     if window.watch is None:
-        return {}
+        return moment
     capture, onset, watch = window.capture, window.onset, window.watch
     source = getattr(window.spec.trigger, "source", "loads")
     begin = min(capture.opened, onset.time if onset else capture.opened) - BEFORE
     end = capture.closed + AFTER
     samples = watch.samples
     return {
+        **moment,
         "onset": onset_document(
             onset, join_load(onset, table) if onset is not None and table is not None else None
         ),
@@ -40,6 +46,4 @@ def load_document(window: Window, table: KernelTable | None) -> dict[str, Any]:
             metrics=metric_series(watch.metrics, begin, end),
             sampled=sampled_ratios(window.sampled),
         ),
-        "moment": window.moment,
-        "moment_of": window.moment_of or None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pytest_sglprof._errors import ExitStatus, SettingsError
 from pytest_sglprof._process import uninterrupted
 from pytest_sglprof._run.attempt import TestRun
 from pytest_sglprof._run.folder import RunBook, RunFolder, run_facts
+from pytest_sglprof._run.sources import record_sources
 from pytest_sglprof._run.window import Window
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ def _record(
             shutil.rmtree(window.folder, ignore_errors=True)
         raise
     progress("reading what was recorded")
+    record_sources(window, None, threading.Event())
     test.end()
 
 

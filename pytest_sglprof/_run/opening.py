@@ -35,6 +35,7 @@ def open_in_time(
     drives_load: the test uses `bench_serving`, so that the server is left alone until its load
     begins.
     """
+    from pytest_sglprof._run.sources import record_sources
     from pytest_sglprof._run.triggered import await_trigger, look_afterwards
 
     following: Window | None = window
@@ -55,6 +56,7 @@ def open_in_time(
         if following.onset is not None:
             look_afterwards(following, load, body_is_over, drives_load)
         following = None if body_is_over.is_set() else following.next()
+    record_sources(window, load, body_is_over)
 
 
 def refuse_trigger(trigger: Trigger | None, server: Server) -> None:

@@ -104,8 +104,8 @@ def open_short(
     steps: int = SHORT_STEPS,
 ) -> Window | None:
     """Opens and closes one beside `window`; None where the test has opened one by hand."""
-    assert window.watch is not None, "its load is watched"
-    spec = short_spec(window, name or moment, window.watch.samples, steps)
+    samples = window.watch.samples if window.watch is not None else ()
+    spec = short_spec(window, name or moment, samples, steps)
     short = window.beside(moment, spec)
     try:
         short.open()
@@ -145,6 +145,8 @@ def short_spec(window: Window, name: str, samples: Sequence[LoadSample], steps: 
         settle=0.0,
         repeat=1,
         max_time=None,
+        with_stack=spec.with_stack or name == "sources",
+        source_lines=False,
         trigger=None,
         ring=None,
         thresholds=(),

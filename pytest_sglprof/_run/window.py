@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_sglprof._capture.experts import ExpertRecording
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from pytest_sglprof._config.model import Moment
     from pytest_sglprof._load.onset import Onset
     from pytest_sglprof._load.watcher import LoadWatch
-    from pytest_sglprof._report.model import RecordedWindow
+    from pytest_sglprof._report.model import RecordedSources, RecordedWindow
     from pytest_sglprof._server.launch import Server
     from pytest_sglprof._trace.table import KernelTable
     from pytest_sglprof._verdict.regression import JudgedFigure
@@ -90,6 +89,7 @@ class Window:
         self.watch: LoadWatch | None = None  # has the load around it
         self.moment: Moment | None = None  # seen from the onset that opened `moment_of`
         self.moment_of = ""
+        self.sources: RecordedSources | None = None  # set after a fail
         self.sampled: list[tuple[float, dict[str, float]]] = []  # Unix s, log ratios of its ranks
         self.drop: Callable[[], object] = lambda: None  # as if it had never been opened
         self.compare: Callable[[Window, Threshold], JudgedFigure] | None = None  # with lives
@@ -136,7 +136,7 @@ class Window:
 
     @property
     def is_judged(self) -> bool:
-        """False for a short window before or after an onset."""
+        """False for a short window beside another one."""
         return self.moment in (None, "at")
 
     @property
@@ -373,12 +373,7 @@ class Window:
         self.open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
         while error is None and (following := self.next()) is not None:
             try:
@@ -392,6 +387,10 @@ class Window:
                 following.wait(ended if target else None)
             finally:
                 following.close()
+        if error is None and self.spec.source_lines:
+            from pytest_sglprof._run.sources import record_sources
+
+            record_sources(self, self._load, threading.Event())
 
     def beside(self, moment: Moment, spec: WindowSpec) -> Window:
         """A new window of this test that is not judged, before or after what opens this one."""

@@ -58,7 +58,7 @@ def moments(windows: Sequence[PlacedWindow]) -> list[Moments]:
     """One for each window with short ones beside it."""
     around: dict[tuple[int, str], list[PlacedWindow]] = {}
     for window in windows:
-        if window.doc.moment is not None and window.doc.moment_of is not None:
+        if window.doc.moment in ("before", "at", "after") and window.doc.moment_of is not None:
             around.setdefault((id(window.run), window.doc.moment_of), []).append(window)
     return [_moments(each) for each in around.values() if any(not w.doc.is_judged for w in each)]
 

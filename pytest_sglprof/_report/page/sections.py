@@ -199,6 +199,7 @@ WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
             "more": [group.rest for group in kernels],
         },
     ),
+    Section("sources", "sources.html.j2", lambda window: window.doc.sources),
     Section(
         "load",
         "load.html.j2",

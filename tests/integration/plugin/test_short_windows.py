@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 
 from tests.integration.plugin.conftest import MakeProject
@@ -63,18 +66,18 @@ def test_a_ring_that_stalls_too_much_is_refused(bench_serving, load_watch):
 @pytest.mark.sglang_server("tp")
 @pytest.mark.profile_window(
     trigger=KernelImbalance(every=0.5, steps=5, limit=1.1, max_share=1.0),
-    num_steps=60, slowdown=1.1,
+    num_steps=60, slowdown=1.1, source_lines=True,
 )
 def test_a_rank_becomes_slower(bench_serving, load_watch):
     with bench_serving.running(**endless(8, 400)) as load:
-        while load.is_running and "window-after" not in names():
+        while load.is_running and not has_sources():
             time.sleep(0.1)
         load.stop()
 
-def names():
+def has_sources():
     import pathlib
-    folders = pathlib.Path(".sglprof").glob("run-*/windows/*becomes_slower*")
-    return ["window-after" for each in folders if "-after" in each.name]
+    folder = ".sglprof/run-*/windows/*becomes_slower*-sources*/*-TP-1.trace.json.gz"
+    return any(pathlib.Path().glob(folder))
 
 @pytest.mark.profile_window(trigger=KernelImbalance())
 def test_replicas_of_one_rank_have_no_peers(bench_serving):
@@ -113,7 +116,7 @@ def test_a_ring_whose_windows_would_be_too_far_apart_is_inconclusive(outcome: Ou
 def test_a_rank_that_becomes_slower_opens_a_window_by_its_kernels(outcome: Outcome) -> None:
     windows = outcome.windows("test_a_rank_becomes_slower")
     by_moment = {each["moment"]: each for each in windows}
-    assert set(by_moment) == {"at", "after"}  # samples are read and deleted
+    assert set(by_moment) == {"at", "after", "sources"}  # samples are read and deleted
     window = by_moment["at"]
     assert (window["onset"]["kind"], window["onset"]["source"]) == ("kernels", "kernels")
     assert window["onset"]["sentence"].startswith("TP1 computes 1.")
@@ -121,6 +124,25 @@ def test_a_rank_that_becomes_slower_opens_a_window_by_its_kernels(outcome: Outco
     sampled = {series["rank"]: series["ratios"] for series in window["around"]["sampled"]}
     assert len(sampled["TP1"]) >= 2
     assert sampled["TP1"][-1] == pytest.approx(1.2, abs=0.05)
+
+
+def test_after_the_fail_the_lines_behind_the_kernels_of_the_slow_rank_are_named(
+    outcome: Outcome,
+) -> None:
+    windows = outcome.windows("test_a_rank_becomes_slower")
+    by_moment = {each["moment"]: each for each in windows}
+    sources = by_moment["at"]["sources"]
+    assert (sources["rank"], sources["reason"]) == ("TP1", "")
+    assert sources["window"] == by_moment["sources"]["id"]
+    assert by_moment["sources"]["spec"]["with_stack"] is True
+    (trace,) = [each for each in by_moment["sources"]["artifacts"] if each["rank"] == "TP1"]
+    assert outcome.run_folder is not None
+    packed = (outcome.run_folder / trace["path"]).read_bytes()
+    events = json.loads(gzip.decompress(packed))["traceEvents"]
+    on_gpu = ("kernel", "gpu_memcpy", "gpu_memset")
+    total = sum(event["dur"] for event in events if event.get("cat") in on_gpu)
+    assert sum(line["total_ns"] for line in sources["lines"]) / 1e3 == pytest.approx(total)
+    assert all(line["line"].startswith("sglang/") for line in sources["lines"])
 
 
 def test_kernels_without_peers_are_refused_before_the_load_runs(outcome: Outcome) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_sglprof._analysis.load_split import CategorySplit, Part
 from pytest_sglprof._analysis.sync import DifferentCalls, RankSplit, SyncCost, SyncFinding
-from pytest_sglprof._analysis.sync_words import HeadWait, HotExpert, hot_expert, sentence_of
+from pytest_sglprof._analysis.sync_words import HeadWait, HotExpert, hot_experts, sentence_of
 from pytest_sglprof._ranks import short_labels
 from pytest_sglprof._verdict.sync import cost_words, heads_words, sync_lines
 
@@ -249,20 +249,25 @@ RANKS_OF_EXPERTS = ["a"] * 4 + ["b"] * 4
 def test_an_expert_is_hot_from_three_times_the_mean_of_its_layer_on() -> None:
     tokens = np.full((2, 8), 100)
     tokens[1, 6] = 420  # of 1120, whose mean is 140
-    found = hot_expert(experts(tokens, RANKS_OF_EXPERTS), np.array([5]), "b")
-    assert found == HotExpert(layer=1, expert=6, share=420 / 1120, times=420 / 140)
-    assert hot_expert(experts(tokens, RANKS_OF_EXPERTS), np.array([5]), "a") is None
+    (hot,) = hot_experts(experts(tokens, RANKS_OF_EXPERTS), np.array([5]))
+    assert hot == HotExpert(layer=1, expert=6, share=420 / 1120, times=420 / 140, rank="b")
     tokens[1, 6] = 415
-    assert hot_expert(experts(tokens, RANKS_OF_EXPERTS), np.array([5]), "b") is None
+    assert hot_experts(experts(tokens, RANKS_OF_EXPERTS), np.array([5])) == ()
+
+
+def test_the_hottest_expert_of_any_rank_is_the_first() -> None:
+    tokens = np.full((3, 8), 100)
+    tokens[0, 1], tokens[2, 7] = 500, 900
+    hot = hot_experts(experts(tokens, RANKS_OF_EXPERTS), np.array([5]))
+    assert [(each.layer, each.expert, each.rank) for each in hot] == [(2, 7, "b"), (0, 1, "a")]
 
 
 def test_only_counts_of_the_passes_or_totals_make_an_expert_hot() -> None:
     tokens = np.full((1, 8), 100)
     tokens[0, 6] = 900
-    assert hot_expert(experts(tokens, RANKS_OF_EXPERTS), np.array([4]), "b") is None
-    found = hot_expert(experts(tokens, RANKS_OF_EXPERTS, step=-1), np.array([4]), "b")
-    assert found is not None
-    assert found.expert == 6
+    assert hot_experts(experts(tokens, RANKS_OF_EXPERTS), np.array([4])) == ()
+    (hot,) = hot_experts(experts(tokens, RANKS_OF_EXPERTS, step=-1), np.array([4]))
+    assert hot.expert == 6
 
 
 def test_an_expert_with_copies_on_two_ranks_is_no_single_ranks() -> None:
@@ -271,7 +276,7 @@ def test_an_expert_with_copies_on_two_ranks_is_no_single_ranks() -> None:
     both = pd.concat(
         [experts(tokens, RANKS_OF_EXPERTS), experts(tokens, RANKS_OF_EXPERTS[::-1])]
     )  # fmt: skip
-    assert hot_expert(both, np.array([5]), "b") is None
+    assert hot_experts(both, np.array([5])) == ()
 
 
 def head(name: str = "DP0 TP0", **changed: Any) -> HeadWait:
