@@ -26,7 +26,7 @@ CONFIG = """
 [server]
 kind = "standin"
 args = ["--tp", "2"]
-standin_args = ["--step-ms", "4", "--layers", "1", "--life-noise", "0.005"{more}]
+standin_args = ["--step-ms", "4", "--layers", "1", "--life-noise", "0.002"{more}]
 
 [baseline]
 dir = "baselines"
