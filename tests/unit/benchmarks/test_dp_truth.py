@@ -19,10 +19,10 @@ CASE = {case.name: case for case in CASES}
 @pytest.mark.parametrize("name", ["a", "b", "c", "d", "e", "f", "g", "h", "i"])
 def test_a_cell_keeps_its_bounds(name: str, ranks: int) -> None:
     cell = Cell(CASE[name], ranks, 0.02, with_counts=True)
-    tally = tally_of(cell, range(20))
-    assert (tally.windows, missed(cell, tally)) == (20, [])
+    tally = tally_of(cell, range(8))
+    assert (tally.windows, missed(cell, tally)) == (8, [])
     if name in "de":
-        assert tally.named >= 16
+        assert tally.named >= 6
     if name == "f":
         assert (tally.blamed, tally.named) == (0, 0)
 
