@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_sglprof._cli.inputs import inputs_of, recorded_by
+from pytest_sglprof._cli.inputs import Recorded, inputs_of, recorded_by
 from pytest_sglprof._cli.options import (
     PATHS,
     Column,
@@ -69,7 +69,7 @@ def add_parser(new_parser: NewParser) -> None:
         "--only",
         choices=("kernels",),
         help="perfetto: a small file with only kernels, copies and summary rows, also from nsys "
-        "reports",
+        "reports; of a window around an onset, with those before and after it, each from time 0",
     )
     parser.set_defaults(exit_zero=True)
 
@@ -121,9 +121,12 @@ def write_perfetto(args: argparse.Namespace) -> None:
         )
     refuse_inputs(args.output, [*files, *recorded.inputs.recorded], which="to merge")
     refuse_foreign(open_page_of(args.output), hint="choose another name or folder with -o")
-    events, notes, ranks, gpu = (_kernels if args.only else _everything)(
-        args, settings, replace(recorded.files, paths=tuple(files))
-    )
+    whole = replace(recorded.files, paths=tuple(files))
+    if args.only:
+        outcome = _kernels(args, settings, _around(args, recorded) or {"": whole})
+    else:
+        outcome = _everything(args, settings, whole)
+    events, notes, ranks, gpu = outcome
     page = write_open_page(args.output, ranks, gpu=gpu)
     for rank, count in events.items():
         sys.stdout.write(f"{rank}: {count} events\n")
@@ -169,19 +172,42 @@ def _table(
     return table, table.notes
 
 
-def _kernels(args: argparse.Namespace, settings: Settings, recorded: WindowFiles) -> Outcome:
+def _around(args: argparse.Namespace, recorded: Recorded) -> dict[str, WindowFiles]:
+    """The files of the windows around an onset by their moment, in order of time; else nothing."""
+    chosen = recorded.window
+    if chosen is None or chosen.moment_of is None:
+        return {}
+    around = [
+        (each.window.opened, each.window.moment, each)
+        for each in recorded.inputs.windows
+        if each.window is not None and each.window.moment_of == chosen.moment_of
+    ]
+    moments = [(moment, each) for _, moment, each in sorted(around, key=lambda one: one[0])]
+    return {
+        moment if len({one for one, _ in moments}) == len(moments) else each.id: each.files(args)
+        for moment, each in moments
+        if moment in ("before", "at", "after")
+    }
+
+
+def _kernels(
+    args: argparse.Namespace, settings: Settings, windows: Mapping[str, WindowFiles]
+) -> Outcome:
+    """Summary and kernels of one window; of several, by their names, the kernels side by side."""
     import msgspec
 
-    from pytest_sglprof._report.perfetto import kernel_events, summary_events
+    from pytest_sglprof._report.perfetto import kernel_events, side_by_side, summary_events
     from pytest_sglprof._trace.merge.files import TraceWriter
 
-    table = read_table(recorded, args, settings)
+    tables = {name: read_table(files, args, settings) for name, files in windows.items()}
+    table = side_by_side(tables) if len(tables) > 1 else next(iter(tables.values()))
     starts = table.frame["start_ns"]
     base = int(starts.min()) if len(starts) else 0
     counts = table.frame["rank"].value_counts()
     events = {rank: int(counts.get(rank, 0)) for rank in table.ranks}
     with TraceWriter(args.output, base_ns=base) as writer:
-        for written in (summary_events(table, base), kernel_events(table, base)):
+        summary = summary_events(table, base) if len(tables) == 1 else iter(())
+        for written in (summary, kernel_events(table, base)):
             for batch in _batches(written):
                 writer.add(msgspec.json.encode(batch)[1:-1])
         writer.close({"sglprof": {"ranks": events, "notes": list(table.notes)}})

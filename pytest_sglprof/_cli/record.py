@@ -52,8 +52,8 @@ def add_parser(new_parser: NewParser) -> None:
     add(
         "target",
         metavar="URL|SERVER",
-        help="http://HOST:PORT, HOST:PORT, or the name of a server that a run of pytest keeps "
-        "(sglprof status lists them)",
+        help="http://HOST:PORT, HOST:PORT, the name of a server with a url in sglprof.toml, or of "
+        "one that a run of pytest keeps (sglprof status lists them)",
     )
     add(
         "--when",

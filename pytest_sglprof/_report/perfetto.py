@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,32 @@ def kernel_events(table: KernelTable, base_ns: int) -> Iterator[Event]:
             "dur": dur / 1e3,
             "args": {"kernel": name, "category": category, "step": step},
         }
+
+
+def side_by_side(tables: Mapping[str, KernelTable]) -> KernelTable:
+    """One table of several windows: each begins at 0, its ranks are `TP0 before`, `TP0 at`.
+
+    tables: by what to call each. The windows of one rank follow each other. What does not belong
+    to single kernels, such as steps, is that of the first window.
+    """
+    import pandas as pd
+
+    first = next(iter(tables.values()))
+    ranks = dict.fromkeys(rank for table in tables.values() for rank in table.ranks)
+    labels = [
+        f"{rank} {name}" for rank in ranks for name, table in tables.items() if rank in table.ranks
+    ]
+    frames = []
+    for name, table in tables.items():
+        frame = table.frame.astype(dict.fromkeys(table.frame.select_dtypes("category"), object))
+        begin = frame["start_ns"].min() if len(frame) else 0
+        frame["rank"] = frame["rank"] + f" {name}"
+        frame["start_ns"] -= begin
+        frames.append(frame)
+    joined = pd.concat(frames, ignore_index=True)
+    joined["rank"] = pd.Categorical(joined["rank"], categories=labels)
+    notes = [f"{name}: {note}" for name, table in tables.items() for note in table.notes]
+    return replace(first, frame=joined, ranks=tuple(labels), notes=tuple(notes))
 
 
 def streams_of(table: KernelTable) -> dict[str, frozenset[int]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
+from pytest_sglprof._cli.main import main
 from tests.integration.plugin.conftest import MakeProject
 from tests.support.project import Outcome
 
@@ -143,6 +145,29 @@ def test_after_the_fail_the_lines_behind_the_kernels_of_the_slow_rank_are_named(
     total = sum(event["dur"] for event in events if event.get("cat") in on_gpu)
     assert sum(line["total_ns"] for line in sources["lines"]) / 1e3 == pytest.approx(total)
     assert all(line["line"].startswith("sglang/") for line in sources["lines"])
+
+
+def test_perfetto_has_the_windows_around_an_onset_side_by_side(
+    outcome: Outcome, tmp_path: Path
+) -> None:
+    windows = outcome.windows("test_a_rank_becomes_slower")
+    by_moment = {each["moment"]: each for each in windows}
+    file = tmp_path / "around.json"
+    words = ("--to", "perfetto", "--only", "kernels", "--window", by_moment["after"]["id"])
+    assert main(["export", str(outcome.run_folder), *words, "-o", str(file)]) == 0
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {
+        event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"
+    }
+    for moment in ("at", "after"):
+        rows = by_moment[moment]["table"]
+        for rank in ("TP0", "TP1"):
+            of_rank = [
+                e for e in events if e["ph"] == "X" and names[e["pid"]] == f"{rank} {moment}"
+            ]
+            assert len(of_rank) == sum(row["count"] for row in rows if row["rank"] == rank)
+        of_window = [e for e in events if e["ph"] == "X" and names[e["pid"]].endswith(moment)]
+        assert min(event["ts"] for event in of_window) == 0
 
 
 def test_kernels_without_peers_are_refused_before_the_load_runs(outcome: Outcome) -> None:
