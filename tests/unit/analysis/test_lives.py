@@ -22,7 +22,7 @@ from pytest_sglprof._analysis.lives import (
     upper_factor,
 )
 
-SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300"))  # 1000 in .ci/run
+SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300"))
 NIGHTS = 3 * SEEDS
 LIMIT = 1.05
 PASS_BOUND = 1.075

@@ -15,7 +15,7 @@ from pytest_sglprof._verdict.judge import Judgement, judge, judge_finding
 from tests.support.planted import Plan, cells, matrix, window
 
 LIMIT = Threshold(limit=1.02)
-SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300"))  # 1000 in .ci/run
+SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300"))
 UNLIKELY = 0.002
 PROMISED = 0.01
 

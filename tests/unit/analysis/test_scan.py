@@ -23,7 +23,7 @@ from pytest_sglprof._analysis.scan import (
     without_levels,
 )
 
-SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300")) // 3  # 333 in .ci/run
+SEEDS = int(os.environ.get("SGLPROF_SEEDS", "300")) // 3
 KERNELS = 200
 NAMES = [("gemm", f"kernel_{at}") for at in range(KERNELS)]
 LIMIT = 1.02
