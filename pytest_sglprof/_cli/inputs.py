@@ -138,8 +138,10 @@ class Inputs:
         return [*(run.folder for run in self.runs), *self.recorded]
 
     def one(self, window_id: str) -> InputWindow:
-        """The window of that id or name, else the only one; `SglprofError` lists them."""
+        """The window of that id or name, else the only judged one; `SglprofError` lists them."""
         chosen = self.chosen(window_id)
+        if not window_id:
+            chosen = [each for each in chosen if each.window is None or each.window.is_judged]
         if len(chosen) == 1:
             return chosen[0]
         ids = ", ".join(window.id for window in self.windows)

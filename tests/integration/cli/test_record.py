@@ -76,12 +76,16 @@ def assert_unarmed(server: Running, tmp_path: Path) -> None:
 
 def test_a_window_is_a_run_that_every_command_reads(slow: Running, capsys: Output) -> None:
     Path("sglprof.toml").write_text(LIMIT)
-    assert main(["record", slow.url, "--steps", "80"]) == 1
+    sources = ("--set", "window.source_lines=true")
+    assert main(["record", slow.url, "--steps", "80", *sources]) == 1
     shown = capsys.readouterr().out
     folder = Path("sglprof-window")
     document = load_results(folder / "results.json")
     validate(json.loads((folder / "results.json").read_text()))
-    (window,) = document.windows
+    window, with_stacks = document.windows
+    assert window.sources is not None
+    assert (window.sources.rank, window.sources.window) == ("TP1", with_stacks.id)
+    assert sum(line.count for line in window.sources.lines) > 10
     assert (window.verdict, window.ranks, window.state) == ("fail", ("TP0", "TP1"), "complete")
     assert document.summary.verdict == "fail"
     assert document.run.exit_status == 1
