@@ -186,8 +186,8 @@ def test_timeout_and_progress(
     monkeypatch.setattr(runs, "_CHECK_EVERY_S", 0.0)
     seen: list[str] = []
     bench = BenchServing(server, folder=tmp_path, progress=seen.append)
-    with pytest.raises(LoadError, match=r"within 1\.5 s"):
-        bench(hang=True, warm_up=False, timeout=1.5)
+    with pytest.raises(LoadError, match=r"within 5 s"):
+        bench(hang=True, warm_up=False, timeout=5)
     assert_gone(hanging_pids(tmp_path / "load-1.log"))
     assert seen[0] == "load 0 s"
     assert {line for line in seen if not re.fullmatch(r"load \d s", line)} == set()
