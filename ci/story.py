@@ -34,11 +34,11 @@ from tests.support.dp_attention import ARGS, MODEL, RANKS
 from tests.support.real_env import CPU_ARGUMENTS, RealSglang, real_nsys, real_sglang
 
 READY_S = 400.0
-CLIENTS = 16  # that send requests, each one after the other
+CLIENTS = 20  # that send requests, each one after the other
 EVEN = {0: CLIENTS // 2, 1: CLIENTS // 2}
 # A CPU server runs few requests, and what one rank has beyond twice that of the other is explained
 # by no law: so the load is less uneven than it would have to be by default.
-RULE = ("--factor", "1.2", "--min-running", "4", "--min-gap", "2")
+RULE = ("--factor", "1.15", "--min-running", "4", "--min-gap", "2")
 COLUMNS = 100
 SESSION = "serving"
 
@@ -155,7 +155,7 @@ the figures of kernels mean little here.
 def run(story: Story, load: Load, rng: random.Random) -> None:
     """The commands, and what the load does meanwhile."""
     busy = rng.randrange(RANKS)
-    more = rng.choice((10, 11))
+    more = rng.choice((12, 13))
     uneven = {busy: more, 1 - busy: CLIENTS - more}
     print(f"drawn: DP{busy} gets {more} of {CLIENTS} requests", flush=True)
     name, ratio = f"DP{busy}", more / (CLIENTS / 2)
