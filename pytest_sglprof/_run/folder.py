@@ -180,7 +180,7 @@ class RunBook:
                 self._journal.add(record)
             if (attempt := record.attempt) is not None:
                 with self.writing(RUN_FILE):
-                    forget_test(self.folder, attempt.nodeid, attempt.number)
+                    forget_test(self.folder, redact_text(attempt.nodeid), attempt.number)
 
     def finish(self, exit_status: int) -> Path | None:
         """Writes `results.json` and the page; removes the folder of a run without records.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pytest_sglprof import _process as process
 from pytest_sglprof._files import JOURNAL, RESULTS
+from pytest_sglprof._redact import redact_text
 from pytest_sglprof._report.model import utc
 from pytest_sglprof._run.folder import locked, run_content, server_versions
-from pytest_sglprof._server.journal import StartedTest, started_tests
+from pytest_sglprof._server.journal import StartedTest, kept_servers, started_tests
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import Attempt, Record, Results
@@ -50,7 +53,7 @@ def interrupted_results(folder: Path) -> Results:
         interrupted=f"the run {why}: only what it had recorded by then is here",
     )
     attempts = [record.attempt for record in records if record.attempt is not None]
-    known = {(attempt.nodeid, attempt.number) for attempt in attempts}
+    known = {(redact_text(attempt.nodeid), attempt.number) for attempt in attempts}
     begun = [e for e in started_tests(marked) if (e.nodeid, e.number) not in known]
     return run_document(
         run,
@@ -80,7 +83,7 @@ def _unended(test: StartedTest, *, has_run_ended: bool) -> Attempt:
 def write_interrupted(document: Results, folder: Path) -> Path | None:
     """Writes results.json of a run that was killed; None if it goes on, or has one.
 
-    Raises OSError.
+    Raises OSError, also while a keeper is about to close its window.
     """
     from pytest_sglprof._report.results import write_results
 
@@ -88,6 +91,9 @@ def write_interrupted(document: Results, folder: Path) -> Path | None:
     with locked(folder) as alone:
         if not alone or file.exists():
             return None
+        servers = kept_servers(run_content(folder) or {})
+        if any(each.ended is None and process.is_same(each.keeper) for each in servers):
+            raise BlockingIOError(errno.EAGAIN, "a keeper still tears its server down: try again")
         write_results(document, file)
     return file
 

@@ -130,6 +130,7 @@ class ServerLife:
         self._spawn(line, environment)
         self._hand_over(fifo, self._secrets(hidden, private))
         self._wait_for_pid()
+        self.note(server=process.identity(self.pid))
 
     def is_alive(self) -> bool:
         """True while the server's process runs, even if nsys has ended."""
@@ -353,7 +354,6 @@ class ServerLife:
         self.created = process.create_time(self.pid) or 0.0  # 0.0: it has ended already
         if self.session is not None:
             self._injection = process.variable(self.pid, INJECTION)
-        self.note(server=process.identity(self.pid))
         log.info("server is process %d", self.pid)
 
     def _not_started(self) -> ServerDied | ServerNotReady:

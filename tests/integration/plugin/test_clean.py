@@ -217,6 +217,29 @@ def test_nothing_of_another_machine_or_time_is_ended(
     assert [each.alone for each in lives if why] == ([(why,)] if why else [])
 
 
+def test_a_keeper_at_work_is_not_disturbed(tmp_path: Path) -> None:
+    from pytest_sglprof._run.clean import clean, swept
+    from pytest_sglprof._run.interrupted import interrupted_results, write_interrupted
+
+    keeper = subprocess.Popen(["sleep", "600"])
+    try:
+        known = process.identity(keeper.pid)
+        assert known is not None
+        entry = {"pid": known.pid, "start": known.start}
+        folder, _ = crafted(tmp_path, server={"keeper": entry})
+        assert swept(tmp_path) == []
+        (life,) = clean(tmp_path, patience=0.1)
+        with pytest.raises(BlockingIOError, match="a keeper still tears its server down"):
+            write_interrupted(interrupted_results(folder), folder)
+        assert keeper.poll() is None
+    finally:
+        keeper.kill()
+        keeper.wait()
+    left = f"process {keeper.pid} (its keeper, which tears the server down)"
+    assert (life.ended, life.left) == ((), (left,))
+    assert not (folder / "results.json").exists()
+
+
 def test_clocks_of_a_gpu_that_another_run_uses_stay_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
