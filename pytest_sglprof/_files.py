@@ -58,6 +58,16 @@ def atomic_write(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
         stream.write(data.encode() if isinstance(data, str) else data)
 
 
+def unwritten(name: str, error: Exception) -> str:
+    """One line for a file that could not be written. Only errors of the system are expected."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    else:
+        first = (str(error).splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first} (a bug of pytest-sglprof: please report it)"
+    return f"{name} could not be written: {reason}"
+
+
 def json_text(value: Any, is_one_line: Callable[[Any], bool], *, is_sorted: bool = False) -> str:
     """JSON for people and for `diff`: one item a line, but `is_one_line` values on one.
 

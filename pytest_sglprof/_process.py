@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,40 @@ def is_alive(pid: int, created: float) -> bool:
     return start is not None and abs(start - created) <= SAME_PROCESS
 
 
+@dataclass(frozen=True)
+class ProcessId:
+    """A process as a file may name it: no other one of this boot of the machine ever equals it.
+
+    start: clock ticks from the boot to its start, which setting the clock does not change.
+    """
+
+    pid: int
+    start: int
+
+
+def identity(pid: int) -> ProcessId | None:
+    """The process that has this pid now; None if there is none, or only a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else ProcessId(pid, int(fields[19]))  # proc(5)
+
+
+def is_same(known: ProcessId) -> bool:
+    """True while this very process runs."""
+    return identity(known.pid) == known
+
+
+def machine() -> dict[str, str]:
+    """What processes must have in common for a pid to mean the same: a boot, and a container."""
+    texts = {"boot": "", "pid_space": ""}
+    with contextlib.suppress(OSError):
+        texts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        texts["pid_space"] = str(Path("/proc/self/ns/pid").readlink())
+    return texts
+
+
 def shares_files(pid: int) -> bool:
     """Whether a process is of this user and sees the same files, as one in a container does not."""
     try:
@@ -135,18 +170,29 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def marked(name: str, value: str, *, leader: int = 0, since: float = 0.0) -> list[psutil.Process]:
+def marked(
+    name: str,
+    value: str,
+    *,
+    leader: int = 0,
+    since: float = 0.0,
+    known: Iterable[ProcessId] = (),
+) -> list[psutil.Process]:
     """All living processes that were started with ``name=value``, and their descendants.
 
     leader: adds the processes of its process session that started after `since` (Unix time
     in s), since a process that changes its title, as SGLang's ranks do, overwrites its
-    variables.
+    variables. known: others of the family, as far as they still run.
     """
     import psutil
 
     members = []
+    living = {each.pid for each in known if is_same(each)}
     for candidate in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
+            if candidate.pid in living:
+                members.append(candidate)
+                continue
             in_session = leader and os.getsid(candidate.pid) == leader
             is_recent = in_session and candidate.create_time() >= since - SAME_PROCESS
             if is_recent or candidate.environ().get(name) == value:
@@ -165,6 +211,12 @@ def shared_memory(processes: Iterable[psutil.Process], since: float = 0.0) -> se
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
             files |= {Path(name) for name in _SHARED_FILE.findall(maps)}
+    return {file for file in files if _made_since(file, since)}
+
+
+def named_shared_memory(names: Iterable[str], since: float) -> set[Path]:
+    """Those of these names that are such files, made after `since` (Unix time in s)."""
+    files = {Path(name) for name in names if _SHARED_FILE.fullmatch(name)}
     return {file for file in files if _made_since(file, since)}
 
 

@@ -354,7 +354,7 @@ def _judged(run: RecordedRun) -> Iterator[InputWindow]:
 
 def _interrupted(folder: Path, home: Path) -> Inputs:
     """A run that was killed, or has not ended: its finished tests, and files of the other."""
-    from pytest_sglprof._run.folder import interrupted_results
+    from pytest_sglprof._run.interrupted import interrupted_results
 
     document = interrupted_results(folder)
     run = RecordedRun(folder / JOURNAL, folder, home, document)
@@ -365,7 +365,7 @@ def _interrupted(folder: Path, home: Path) -> Inputs:
         if each.is_dir() and each.name not in known
         for window in _readable(each, folder, home)
     ]
-    if not known and not unjudged:
+    if not known and not unjudged and not document.tests:
         raise NotATrace(
             f"the run in {folder} has no {RESULTS}, and left no window",
             expected=f"{RESULTS}, or windows with traces",

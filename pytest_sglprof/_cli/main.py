@@ -34,6 +34,7 @@ COMMANDS = {
     "watch": "show the load of each rank, live or from a log, and when it became uneven",
     "record": "record one profile window of a running server, judge it and write its page",
     "status": "show servers, leases, dead runs, nsys sessions and tools of this machine",
+    "clean": "end what runs that were killed have left on this machine",
     "kernels": "list kernel time by rank and kernel",
     "check": "compare the ranks, name the one that the others wait for, and apply limits",
     "compare": "compare two windows, kernel by kernel, at equal work",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._cli.inputs import Inputs, InputWindow, inputs_of
-from pytest_sglprof._cli.measured import measured
+from pytest_sglprof._cli.measured import Measured, measured
 from pytest_sglprof._cli.options import (
     PATHS,
     NewParser,
@@ -23,7 +23,7 @@ from pytest_sglprof._cli.options import (
     write_notes,
 )
 from pytest_sglprof._errors import ExitStatus, SettingsError, SglprofError
-from pytest_sglprof._files import JOURNAL, RESULTS
+from pytest_sglprof._files import JOURNAL, RESULTS, unwritten
 from pytest_sglprof._ranks import FILE_END
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def add_parser(new_parser: NewParser) -> None:
         description="Writes one HTML file that needs no network: the verdicts, which rank is slow, "
         "since which step and in which kernel, and the kernels of all ranks on one time axis. "
         "Windows of runs are shown as they were judged. Traces alone are measured, and judged by "
-        "--limit or the thresholds of a configuration.",
+        "--limit or the thresholds of a configuration. A run that was killed also gets its "
+        "results.json.",
         epilog="exit status: 0 written, 2 wrong usage or unreadable input",
         parents=[input_options(PATHS), select_options(), settings_options()],
     )
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
     if not args.output:
         refuse_foreign(output, hint="choose another file with -o")
     made = measured(inputs, args, is_judged=True)
+    _write_results(inputs, made)
     documents = [each.document for each in made]
     if args.step:
         documents = _redrawn(documents, inputs, args)
@@ -101,6 +103,19 @@ def run(args: argparse.Namespace) -> ExitStatus:
     write_page(documents, homes, output.resolve(), baseline=baseline)
     sys.stdout.write(f"{output}\n")
     return ExitStatus.DONE
+
+
+def _write_results(inputs: Inputs, made: Sequence[Measured]) -> None:
+    """Gives a run that was killed its results.json; one in an archive stays as it is."""
+    from pytest_sglprof._run.interrupted import write_interrupted
+
+    for run, measured_run in zip(inputs.runs, made, strict=False):  # runs come first
+        if run.file.name == JOURNAL and run.folder.resolve() == run.home.resolve():
+            try:
+                if file := write_interrupted(measured_run.document, run.folder):
+                    sys.stdout.write(f"{file}\n")
+            except OSError as error:
+                write_notes([unwritten(str(run.folder / RESULTS), error)])
 
 
 def _page_of(path: Path) -> Path:

@@ -21,6 +21,7 @@ from pytest_sglprof._errors import (
     described,
     note,
 )
+from pytest_sglprof._files import RUN_FILE, unwritten
 from pytest_sglprof._plugin import invocation, xdist
 from pytest_sglprof._plugin.header import header_lines, lacking_lines, unread_lines
 from pytest_sglprof._plugin.markers import check_item, concerns, marked_window, server_spec
@@ -47,6 +48,7 @@ from pytest_sglprof._plugin.verdicts import (
 )
 from pytest_sglprof._redact import learn_command, learn_environment, redact_text
 from pytest_sglprof._run.attempt import TestRun
+from pytest_sglprof._run.clean import swept
 from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune, run_facts
 from pytest_sglprof._run.lives import KnownLives, TestLives, accept_lives
 from pytest_sglprof._run.servers import close_server, describe_server, open_server
@@ -97,7 +99,8 @@ class PluginSession:
         self._in_test = False
         self._unfinished: TestRun | None = None  # an attempt without a report
         self._known_lives = KnownLives(self.settings, self.run_id)
-        self._left: list[RecordedServer] = []  # stopped servers that left something behind
+        self._left: list[RecordedServer] = []  # stopped servers with which something went wrong
+        self._unwritten: list[str] = []  # a line for each file, for the next report
         command = ["pytest", *map(str, config.invocation_params.args)]
         facts = run_facts(command, self.settings)
         self._book = RunBook(self.settings.output, self.run_id, facts, self.settings.stored)
@@ -138,13 +141,18 @@ class PluginSession:
         return lines
 
     def pytest_sessionstart(self) -> None:
-        """Creates the folder of the run, unless tests are only collected."""
+        """Creates the folder of the run, unless tests are only collected.
+
+        Ends what runs that were killed have left: their GPUs and ports may be needed now.
+        """
         option = self.config.option
         if not (self.worker or option.collectonly or self._show_config):
             try:
                 self._book.open()
             except SettingsError as error:
                 raise pytest.UsageError(redact_text(str(error))) from None
+            with self._book.writing("what a run that was killed has left"):
+                self._book.notes.extend(swept(self.settings.output))
 
     def pytest_collection(self) -> None:
         """Ends a run with `--sglprof-show-config` after the header, which shows the settings."""
@@ -154,8 +162,7 @@ class PluginSession:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the process that reports: adds the record that came with the report to the run."""
         for record in () if self.worker else take_records(report):
-            new = (line for line in record.problems if line not in self._book.problems)
-            self._book.problems.extend(new)
+            self._book.add_lines(record.problems)
             self._book.add(record)
 
     @pytest.hookimpl(trylast=True)
@@ -170,6 +177,7 @@ class PluginSession:
                 self._keep_unfinished()
             if self._left:  # an interrupted run stops its servers without a report
                 self._book.add(record_of_servers(self._left))
+            self._book.add_lines(self._unwritten)
             self._book.finish(int(exitstatus))
             if exitstatus == pytest.ExitCode.INTERRUPTED and self._book.file is not None:
                 self._book.notes.append(
@@ -198,8 +206,9 @@ class PluginSession:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Writes the section of the plugin, if there is anything to report."""
-        if not self.worker and (self._book.results is not None or self._book.problems):
-            write_summary(terminalreporter, self._book)
+        book = self._book
+        if not self.worker and (book.results is not None or book.problems or book.notes):
+            write_summary(terminalreporter, book)
 
     # ---- collection ----------------------------------------------------------------------
 
@@ -285,6 +294,10 @@ class PluginSession:
             lives=item.stash.setdefault(LIVES, TestLives(self._known_lives)),
         )
         self._unfinished = test
+        try:
+            self.folder.note_test(test.nodeid, attempt)
+        except (OSError, ValueError) as error:
+            self._unwritten.append(unwritten(RUN_FILE, error))
         test.earlier = item.stash.get(EARLIER, [])
         item.stash[EARLIER] = []
         unreported.append(test)
@@ -337,8 +350,8 @@ class PluginSession:
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
             attach(report, test, problems, item.stash[UNREPORTED])
             self._unfinished = None
-        attach_servers(report, self._left)
-        self._left = []
+        attach_servers(report, self._left, self._unwritten)
+        self._left, self._unwritten = [], []
         if test is not None and call.when == "teardown":
             del item.stash[TEST_RUN]  # pytest keeps the item until it ends
             test.forget()
@@ -407,7 +420,8 @@ class PluginSession:
             what = str(error).partition("\n")[0] or "interrupted while it was stopped"
             self._book.problems.append(f"server {server.spec.key}: {what}")
         finally:
-            if server.left_behind:
+            self._unwritten.extend(server.problems)
+            if server.left_behind or server.keeper_fault:
                 self._left.append(describe_server(server, self.folder.path))
 
     def test_run(self, item: pytest.Item) -> TestRun:

@@ -91,20 +91,30 @@ def take_records(report: pytest.TestReport) -> list[Record]:
     ]
 
 
-def attach_servers(report: pytest.TestReport, servers: Sequence[RecordedServer]) -> None:
-    """Adds stopped servers to the record of the report."""
-    if servers:
-        _carry(report, record_of_servers(servers, _carried(report)))
+def attach_servers(
+    report: pytest.TestReport, servers: Sequence[RecordedServer], problems: Sequence[str]
+) -> None:
+    """Adds stopped servers, and a line for each file not written, to the record of the report."""
+    if servers or problems:
+        _carry(report, record_of_servers(servers, _carried(report), problems))
 
 
-def record_of_servers(servers: Sequence[RecordedServer], record: Record | None = None) -> Record:
+def record_of_servers(
+    servers: Sequence[RecordedServer],
+    record: Record | None = None,
+    problems: Sequence[str] = (),
+) -> Record:
     """`record` with stopped servers added. None: a record without an attempt."""
     from msgspec.structs import replace
 
     from pytest_sglprof._report.model import NOTHING
 
     record = record or NOTHING
-    return replace(record, servers=(*record.servers, *servers))
+    return replace(
+        record,
+        servers=(*record.servers, *servers),
+        problems=(*record.problems, *problems),
+    )
 
 
 def _carry(report: pytest.TestReport, record: Record) -> None:

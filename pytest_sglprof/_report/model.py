@@ -321,7 +321,8 @@ class LockedClock(msgspec.Struct, frozen=True, kw_only=True):
 class RecordedServer(msgspec.Struct, frozen=True, kw_only=True):
     """One server life. log: relative to the document. nsys: its version, "" without.
 
-    started, ready_s (s until it was ready): None where somebody else started it.
+    started, ready_s (s until it was ready): None where somebody else started it. keeper_fault:
+    how its keeper ended although nobody had asked it to; None where it did not.
     """
 
     key: str
@@ -339,6 +340,7 @@ class RecordedServer(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     left_behind: tuple[str, ...]
     locked_clocks: tuple[LockedClock, ...]
+    keeper_fault: str | None = None
 
 
 class RecordedLoad(msgspec.Struct, frozen=True, kw_only=True):

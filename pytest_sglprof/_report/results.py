@@ -93,6 +93,7 @@ def server_document(
     log: str = "",
     left_behind: Sequence[str] = (),
     locked_clocks: Mapping[str, int] | None = None,
+    keeper_fault: str | None = None,
 ) -> RecordedServer:
     """One server life. command is redacted here once more; nsys: its version, "" without.
 
@@ -119,6 +120,7 @@ def server_document(
             locked_clocks=tuple(
                 LockedClock(uuid=uuid, mhz=mhz) for uuid, mhz in (locked_clocks or {}).items()
             ),
+            keeper_fault=keeper_fault,
         )
     )
 

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from pytest_sglprof._analysis.imbalance import ImbalanceFinding
     from pytest_sglprof._analysis.lives import LifeChange
     from pytest_sglprof._baselines.records import LoadFigure
-    from pytest_sglprof._report.model import RecordedTest, RecordedWindow, Results
+    from pytest_sglprof._report.model import (
+        RecordedServer,
+        RecordedTest,
+        RecordedWindow,
+        Results,
+    )
     from pytest_sglprof._report.regression import RecordedRegression
     from pytest_sglprof._verdict.judge import Judgement
 
@@ -96,14 +101,12 @@ def _measured(
 
 
 def summary_lines(run: Results) -> list[str]:
-    """Lines of the summary section; without a window only what servers left behind."""
-    left_behind = [
-        f"server {server.key} left behind: {what}"
-        for server in run.servers
-        for what in server.left_behind
+    """Lines of the summary section; without a window only what went wrong with servers."""
+    of_servers = [
+        line for server in run.servers for line in (*_keeper_lines(server), *_left_lines(server))
     ]
     if not run.windows:
-        return left_behind
+        return of_servers
     counts = run.summary.windows
     by_word = {"pass": counts.passed, "fail": counts.fail, "inconclusive": counts.inconclusive}
     parts = [f"{number} {word}" for word, number in by_word.items() if number]
@@ -133,7 +136,16 @@ def summary_lines(run: Results) -> list[str]:
         if window.regression is not None and window.verdict == "pass" and window.repeat_index == 1
     )
     lines.extend(_attempt_lines(run.tests))
-    return [*lines, *left_behind]
+    return [*lines, *of_servers]
+
+
+def _keeper_lines(server: RecordedServer) -> list[str]:
+    fault = server.keeper_fault
+    return [f"server {server.key}: {fault}; the server was ended without it"] if fault else []
+
+
+def _left_lines(server: RecordedServer) -> list[str]:
+    return [f"server {server.key} left behind: {what}" for what in server.left_behind]
 
 
 def _may_be_accepted(window: RecordedWindow) -> bool:

@@ -16,7 +16,7 @@ import platform
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,17 @@ import msgspec
 from pytest_sglprof import __version__
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import SettingsError, SglprofError
-from pytest_sglprof._files import JOURNAL, RESULTS, RUN_FILE, atomic_write, safe_name
+from pytest_sglprof._files import (
+    JOURNAL,
+    RESULTS,
+    RUN_FILE,
+    atomic_write,
+    safe_name,
+    unwritten,
+)
 from pytest_sglprof._redact import redact, redact_command, redact_text
 from pytest_sglprof._report.model import utc
+from pytest_sglprof._server.journal import StartedTest, forget_test, note_test
 
 if TYPE_CHECKING:
     from pytest_sglprof._baselines.records import LifeRecord
@@ -83,6 +91,13 @@ class RunFolder:
     def load(self, nodeid: str) -> Path:
         """A new folder for the files of the load driver."""
         return self._new("loads", safe_name(redact_text(nodeid)))
+
+    def note_test(self, nodeid: str, number: int) -> None:
+        """Writes into run.json that an attempt of a test has begun. Raises OSError."""
+        test = StartedTest(
+            nodeid=redact_text(nodeid), number=number, worker=self.worker, began=time.time()
+        )
+        note_test(self.path, test)
 
     def _new(self, kind: str, name: str) -> Path:
         stem = f"{self.worker}-{name}" if self.worker else name
@@ -159,10 +174,13 @@ class RunBook:
             ) from error
 
     def add(self, record: Record) -> None:
-        """Adds the record of one attempt of one test."""
-        if self._journal is not None:
+        """Adds the record of one attempt of one test, or of stopped servers."""
+        if self._journal is not None and (record.attempt or record.servers):
             with self.writing(JOURNAL):
                 self._journal.add(record)
+            if (attempt := record.attempt) is not None:
+                with self.writing(RUN_FILE):
+                    forget_test(self.folder, redact_text(attempt.nodeid), attempt.number)
 
     def finish(self, exit_status: int) -> Path | None:
         """Writes `results.json` and the page; removes the folder of a run without records.
@@ -195,14 +213,11 @@ class RunBook:
 
     def add_problem(self, name: str, error: Exception) -> None:
         """Notes that the file `name` could not be written; equal lines only once."""
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        else:
-            first = (str(error).splitlines() or [""])[0]
-            reason = f"{type(error).__name__}: {first} (a bug of pytest-sglprof: please report it)"
-        line = f"{name} could not be written: {reason}"
-        if line not in self.problems:
-            self.problems.append(line)
+        self.add_lines([unwritten(name, error)])
+
+    def add_lines(self, problems: Iterable[str]) -> None:
+        """Adds problems that are not listed yet."""
+        self.problems.extend(each for each in dict.fromkeys(problems) if each not in self.problems)
 
     def _write(self, journal: Journal, exit_status: int) -> None:
         from pytest_sglprof._report.results import write_results
@@ -216,7 +231,9 @@ class RunBook:
             write_results(self.results, file)
             self.file = file
         if self.file is None:
-            self.problems.append(f"the records of its tests stay in {self.folder / JOURNAL}")
+            refused = f", without {journal.refused} that the disk refused" * bool(journal.refused)
+            place = self.folder / JOURNAL
+            self.problems.append(f"the records of its tests stay in {place}{refused}")
         else:
             if not self._is_alone:
                 _point_latest(self.folder)
@@ -245,7 +262,7 @@ class RunBook:
         from pytest_sglprof._report.results import run_document
 
         facts = dict(self._facts)
-        versions = {**facts.pop("versions"), **_server_versions(records)}
+        versions = {**facts.pop("versions"), **server_versions(records)}
         run = Run(
             id=self.run_id,
             started=utc(self._started),
@@ -272,9 +289,12 @@ class RunBook:
 
     def _write_run_file(self) -> None:
         if not (self.folder / RUN_FILE).exists():
-            version = self._facts["versions"]["pytest_sglprof"]
             write_run_file(
-                self.folder, started=self._started, version=version, settings=self._settings
+                self.folder,
+                started=self._started,
+                version=self._facts["versions"]["pytest_sglprof"],
+                settings=self._settings,
+                facts=self._facts,
             )
 
     def _release(self) -> None:
@@ -293,7 +313,7 @@ class RunBook:
                 self.folder.parent.rmdir()
 
 
-def _server_versions(records: Sequence[Record]) -> dict[str, str]:
+def server_versions(records: Sequence[Record]) -> dict[str, str]:
     """Versions of SGLang and nsys of the run's servers, without stand-ins."""
     servers = [server for record in records for server in record.servers]
     sglang = {server.version for server in servers if not server.standin}
@@ -341,6 +361,11 @@ class Journal:
         """The number of records."""
         return len(self._records)
 
+    @property
+    def refused(self) -> int:
+        """The number of records that are in memory only."""
+        return sum(not isinstance(each, tuple) for each in self._records)
+
     def add(self, record: Record) -> None:
         """Appends a record. If the disk refuses it, keeps it in memory and raises OSError."""
         line = msgspec.json.encode(record) + b"\n"
@@ -384,15 +409,23 @@ class Journal:
 RUN_PREFIX = "run-"
 FORMAT = "pytest-sglprof run"
 FORMAT_VERSION = 1
-_INTERRUPTED = 2  # pytest's exit status
-_MAX_RUN_FILE = 1 << 20  # bytes; a larger file is not from a run
+_MAX_RUN_FILE = 1 << 24  # bytes; a larger file is not from a run
 
 
 def write_run_file(
-    folder: Path, *, started: float, version: str, settings: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    started: float,
+    version: str,
+    settings: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Marks a folder as that of a run. started: Unix time in s. settings: `Settings.stored`."""
+    """Marks a folder as that of a run, and begins the journal of what it has on this machine.
+
+    started: Unix time in s. settings: `Settings.stored`. facts: `run_facts`.
+    """
     born = process.create_time(os.getpid())
+    here = process.identity(os.getpid())
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -401,53 +434,13 @@ def write_run_file(
         "host": platform.node(),
         "pid": os.getpid(),
         "process_started": utc(born),
+        "start": here.start if here else 0,
+        **process.machine(),
         "version": version,
+        "facts": dict(facts or {}),
         "settings": redact(dict(settings or {})),
     }
     atomic_write(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
-
-
-def interrupted_results(folder: Path) -> Results:
-    """What a run without results.json has recorded: that of the tests that ended.
-
-    It was killed, or has not ended yet; `run.interrupted` says which.
-    """
-    from pytest_sglprof._metrics import MIN_STEPS
-    from pytest_sglprof._report.model import Run
-    from pytest_sglprof._report.results import run_document
-
-    marked = _content(folder) or {}
-    records = list(_recorded(folder / JOURNAL))
-    with _locked(Path(os.path.realpath(folder))) as ended:
-        why = "was interrupted" if ended else "has not ended"
-    version = str(marked.get("version") or "")
-    run = Run(
-        id=str(marked.get("id") or folder.absolute().name),
-        started=str(marked["started"]) if marked.get("started") else None,
-        ended=None,
-        host=str(marked.get("host") or ""),
-        command=(),
-        versions={"pytest_sglprof": version, **_server_versions(records)},
-        min_steps=MIN_STEPS,
-        exit_status=_INTERRUPTED,
-        interrupted=f"the run {why}: only what it had recorded by then is here",
-    )
-    return run_document(
-        run,
-        [record.attempt for record in records if record.attempt is not None],
-        [window for record in records for window in record.windows],
-        [server for record in records for server in record.servers],
-        [load for record in records for load in record.loads],
-    )
-
-
-def _recorded(journal: Path) -> Iterator[Record]:
-    """The whole lines of a journal, up to one that cannot be read."""
-    from pytest_sglprof._report.model import Record
-
-    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError), journal.open("rb") as lines:
-        for line in lines:
-            yield msgspec.json.decode(line, type=Record)
 
 
 def prune(output: Path, *, keep_runs: int, keep_bytes: float) -> list[str]:
@@ -458,12 +451,12 @@ def prune(output: Path, *, keep_runs: int, keep_bytes: float) -> list[str]:
     several runs end at the same time, one of them prunes.
     """
     output = Path(os.path.realpath(output))  # may be a link, unlike the folder of a run
-    with _locked(output) as alone:
+    with locked(output) as alone:
         return _prune(output, keep_runs, keep_bytes) if alone else []
 
 
 def _prune(output: Path, keep_runs: int, keep_bytes: float) -> list[str]:
-    runs = _runs(output)
+    runs = run_folders(output)
     sizes = {path: _size(path) for path in runs}
     removed = []
     for path in runs[:-1]:
@@ -471,14 +464,14 @@ def _prune(output: Path, keep_runs: int, keep_bytes: float) -> list[str]:
         too_large = sum(sizes.values()) > keep_bytes
         if not (too_many or too_large):
             break
-        with _locked(path) as ended:
+        with locked(path) as ended:
             if ended and _remove(path):
                 removed.append(path.name)
                 del sizes[path]
     return removed
 
 
-def _runs(output: Path) -> list[Path]:
+def run_folders(output: Path) -> list[Path]:
     """The folders of runs, the oldest first."""
     try:
         folders = sorted(output.glob(f"{RUN_PREFIX}*"))
@@ -489,11 +482,11 @@ def _runs(output: Path) -> list[Path]:
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a run made this folder; False for links, and for copies under another name."""
-    content = None if folder.is_symlink() else _content(folder)
+    content = None if folder.is_symlink() else run_content(folder)
     return content is not None and content.get("id") == folder.name
 
 
-def _content(folder: Path) -> dict[str, Any] | None:
+def run_content(folder: Path) -> dict[str, Any] | None:
     """What run.json says; None where pytest-sglprof did not write it."""
     file = folder / RUN_FILE
     try:
@@ -506,8 +499,24 @@ def _content(folder: Path) -> dict[str, Any] | None:
     return content if is_ours else None
 
 
+def has_process(content: Mapping[str, Any]) -> bool:
+    """Whether the process of a run may run. content: of its run.json.
+
+    One of another machine or container may; none has survived a restart of the machine.
+    """
+    here = {"host": platform.node(), **process.machine()}
+    if any(content.get(key, here[key]) != here[key] for key in ("host", "pid_space")):
+        return True
+    if content.get("boot", here["boot"]) != here["boot"]:
+        return False
+    pid, start = content.get("pid"), content.get("start")
+    if isinstance(pid, int) and isinstance(start, int):
+        return process.is_same(process.ProcessId(pid, start))
+    return True  # of an older version
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Locks a folder during the block; False if another process has the lock, or on errors."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

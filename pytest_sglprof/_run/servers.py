@@ -103,8 +103,9 @@ def attach_running(
 
 def close_server(server: Server) -> None:
     """Stops a server that was started; raises `ServerError` if something of it remains."""
+    was_alive = not server.attached and server.is_alive()
     left = server.stop()
-    if server.keeper_fault:
+    if server.keeper_fault and was_alive:  # else a test has reported the server's death
         # Only a warning: nothing remains, and the tests are not affected.
         warnings.warn(f"{server.keeper_fault}; its server was ended without it", stacklevel=2)
     if left:
@@ -170,4 +171,5 @@ def describe_server(server: Server, root: Path) -> RecordedServer:
         ready_s=server.ready_s,
         left_behind=server.left_behind,
         locked_clocks=server.locked_clocks,
+        keeper_fault=server.keeper_fault,
     )

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import NsysError, ServerError, ServerMissing
-from pytest_sglprof._files import RUN_FILE, safe_name
+from pytest_sglprof._files import RESULTS, safe_name
 from pytest_sglprof._nsys import COLLECTING, NsysTool, find_nsys
-from pytest_sglprof._run.folder import RUN_PREFIX, is_run_folder
+from pytest_sglprof._run.clean import open_servers
+from pytest_sglprof._run.folder import has_process, run_content, run_folders
 from pytest_sglprof._server import lease
 from pytest_sglprof._server.arguments import has_option, option
 from pytest_sglprof._server.client import SglangClient, checked_url, port_of, server_name
@@ -68,7 +66,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class DeadRun:
-    """A run that ended without results.json. host: where it ran."""
+    """A run that ended without results.json, or left something. host: where it ran."""
 
     folder: str
     started: str
@@ -218,24 +216,12 @@ def _command(pid: int) -> str:
 def dead_runs(output: Path) -> list[DeadRun]:
     """The runs below `output` that were killed, the oldest first."""
     runs = []
-    for folder in sorted(output.glob(f"{RUN_PREFIX}*")):
-        if not is_run_folder(folder) or (folder / "results.json").exists():
-            continue
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads((folder / RUN_FILE).read_bytes())
-            if not _is_running(content["host"], content["pid"], content["process_started"]):
-                runs.append(DeadRun(str(folder), content["started"], content["host"]))
+    for folder in run_folders(output):
+        content = run_content(folder) or {}
+        is_unfinished = not (folder / RESULTS).exists() or open_servers(folder)
+        if is_unfinished and not has_process(content):
+            runs.append(DeadRun(str(folder), str(content["started"]), str(content["host"])))
     return runs
-
-
-def _is_running(host: str, pid: int, started: str | None) -> bool:
-    """Whether the process of a run may live; one of another machine may."""
-    if host != platform.node():
-        return True
-    created = process.create_time(pid)
-    if created is None or started is None:
-        return created is not None
-    return abs(created - datetime.fromisoformat(started.replace("Z", "+00:00")).timestamp()) < 0.1
 
 
 def _session_state(session: KnownSession) -> SessionState:

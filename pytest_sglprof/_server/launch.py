@@ -66,10 +66,10 @@ class Server:
     the server lives, tmp/. info: ``/server_info`` without its secrets. server_dir: for an
     attached server, (a folder on its machine, the same folder here). locked_clocks: UUID of
     a GPU -> MHz at which its clock is held. keeper_fault: after `stop`, how the keeper
-    failed to tear the server down; None if it did not fail, or if the server's death has
-    been reported already. started: Unix time in s. ready_s: s from then until the server was
-    ready. Both are None for an attached server. driver_variables: what a load driver needs in
-    its environment to reach it.
+    ended or failed although nobody had asked it to; None if it did not. problems: after `stop`,
+    a line for each file that could not be written. started: Unix time in s. ready_s: s from
+    then until the server was ready. Both are None for an attached server. driver_variables:
+    what a load driver needs in its environment to reach it.
     """
 
     __module__ = "pytest_sglprof"
@@ -114,6 +114,7 @@ class Server:
         self.trace_root = Path(server_dir[1]) if server_dir else folder / "traces"
         self.command = shown_command
         self.keeper_fault: str | None = None
+        self.problems: tuple[str, ...] = ()
         self.pid = pid
         self.attached = keeper is None
         self.locked_clocks = dict(locked_clocks or {})
@@ -198,10 +199,12 @@ class Server:
             self.client.close()
             self._left = ()
             if self._keeper is not None:
-                was_alive = self.is_alive()
+                # One whose server has ended by itself ends, too.
+                death = None if self._keeper.last_event(Exited) else self._keeper.death()
                 self._keeper.close(_teardown(self.spec))
                 self._left = self._keeper.left
-                self.keeper_fault = self._keeper.death() if was_alive else None
+                self.problems = self._keeper.problems
+                self.keeper_fault = death or self._keeper.death()
         return self._left
 
 

@@ -21,6 +21,7 @@ from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._redact import learn, redact_text
 from pytest_sglprof._server.command import learn_secrets, merged_spec
+from pytest_sglprof._server.journal import end_server
 from pytest_sglprof._server.keeper.life import ServerLife, log_gpus
 from pytest_sglprof._server.keeper.protocol import (
     Clocks,
@@ -100,7 +101,9 @@ class Keeper:
             limit = plan.spec.stop_timeout
             limit = min(limit, ALONE_LIMIT) if self._alone else limit
             left = tear_down(life, self._window, self._opened, limit)
-            self._say(Stopped(tuple(left)))
+            with life.journal():
+                end_server(plan.folder, plan.life, tuple(left))
+            self._say(Stopped(tuple(left), life.problems))
         return 1 if left else 0
 
     def _start(self, life: ServerLife) -> bool:

@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pytest_sglprof import _nsys as nsys
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import LeaseError, ServerDied, ServerNotReady, SettingsError
+from pytest_sglprof._files import RUN_FILE, unwritten
 from pytest_sglprof._redact import (
     known_values,
     longest_spelling,
@@ -29,6 +30,7 @@ from pytest_sglprof._redact import (
 )
 from pytest_sglprof._server import command, lease, tls
 from pytest_sglprof._server.arguments import has_option, option
+from pytest_sglprof._server.journal import change_server
 from pytest_sglprof._server.keeper.protocol import (
     HURRIED_WAIT,
     INJECTION,
@@ -44,6 +46,7 @@ from pytest_sglprof._server.nvml import ClockLock, Nvml
 
 log = logging.getLogger("sglprof.keeper")
 
+FULL = 1 << 16  # bytes; with less, a server can write neither its log nor its files
 SOCKET_ROOM = 60  # longest path of TMPDIR in bytes: SGLang's sockets in it may have 107
 
 Show = Callable[[str], None]
@@ -83,6 +86,7 @@ class ServerLife:
         self.seen: set[int] = set()
         self.shared: set[Path] = set()
         self.clocks: ClockLock | None = None
+        self.problems: tuple[str, ...] = ()  # a line for each file that could not be written
         self._leases: list[lease.Lease] = []
         self._link: Path | None = None
         self._injection = ""
@@ -90,6 +94,7 @@ class ServerLife:
         self._cancelled = cancelled
         self._progress = progress
         self._locked = locked
+        self._noted: tuple[list[process.ProcessId], list[str]] = ([], [])
 
     def start(self) -> None:
         """Takes the leases, then starts the server's process; it is not ready yet on return."""
@@ -100,6 +105,11 @@ class ServerLife:
         (self.folder / "server.log").unlink(missing_ok=True)
         gpus = self._lease_gpus()
         self.port, nccl_port = self._lease_ports()
+        names = [each.name for each in self._leases]
+        self.note(
+            gpus=[name.removeprefix("gpu-") for name in names if name.startswith("gpu-")],
+            ports=[int(name.removeprefix("port-")) for name in names if name.startswith("port-")],
+        )
         self._shorten_tmpdir()
         plan = self.plan
         words = command.server_words(plan.spec, plan.entry, self.port, nccl_port)
@@ -120,6 +130,7 @@ class ServerLife:
         self._spawn(line, environment)
         self._hand_over(fifo, self._secrets(hidden, private))
         self._wait_for_pid()
+        self.note(server=process.identity(self.pid))
 
     def is_alive(self) -> bool:
         """True while the server's process runs, even if nsys has ended."""
@@ -153,11 +164,32 @@ class ServerLife:
         if new := process.shared_memory(members, self._began) - self.shared:
             self.shared |= new
             log.info("shared memory: %s", ", ".join(sorted(path.name for path in new)))
+        alive = [each for each in (process.identity(member.pid) for member in members) if each]
+        files = [self._injection, str(self.plan.short_tmpdir), *map(str, sorted(self.shared))]
+        if (now := (alive, [file for file in files if file])) != self._noted:
+            self._noted = now
+            self.note(processes=now[0], files=now[1])
+
+    def note(self, **changes: Any) -> None:
+        """Writes into the run's journal what there is of this life now."""
+        with self.journal():
+            change_server(self.folder, self.plan.life, **changes)
+
+    @contextlib.contextmanager
+    def journal(self) -> Iterator[None]:
+        """A journal that cannot be written is a problem, and ends nothing."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            log.warning("%s", problem := unwritten(RUN_FILE, error))
+            if problem not in self.problems:
+                self.problems += (problem,)
 
     def free(self) -> None:
         """Removes temporary files and frees the leases, after the server's end."""
         if self.pump is not None:
             self.pump.close()
+            self.problems += self.pump.problems
         if self._link is not None:
             self._link.unlink(missing_ok=True)
         remove_injection(self._injection)
@@ -191,6 +223,7 @@ class ServerLife:
             by_bus = order == "PCI_BUS_ID"
             self.clocks = ClockLock(chosen, spec.lock_clocks, by_bus=by_bus)
             self._locked(self.clocks.held)
+            self.note(clocks=dict(self.clocks.held))
             log.info("locked at %d MHz: %s", spec.lock_clocks, ", ".join(self.clocks.held))
         if spec.gpus == "all" or VISIBLE in dict(spec.env):
             return None
@@ -341,8 +374,10 @@ class ServerLife:
                 hint=f"read {self.folder / 'server.log'}",
                 log=lines[-12:],
             )
+        is_full = shutil.disk_usage(self.folder).free < FULL
         return ServerDied(
-            f"the server's command ended with status {status} before the server ran",
+            f"the server's command ended with status {status} before the server ran"
+            + (", and the disk of its folder is full" if is_full else ""),
             expected="a command that starts",
             hint=f"read the whole log: {self.folder / 'server.log'}",
             log=lines[-12:],
@@ -399,9 +434,19 @@ class LogPump:
         # For reading and writing, so that the pump neither blocks here nor sees an end of file
         # between two writers.
         self._handle = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._dropped = 0  # bytes
+        self._fault: OSError | None = None
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log pump", daemon=True)
         self._thread.start()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What of the log could not be written, as one line; empty if all of it could be."""
+        if self._fault is None:
+            return ()
+        line = unwritten(self._log.name, self._fault)
+        return (f"{line} (it lacks {self._dropped:,} bytes)",)
 
     def close(self) -> None:
         """Writes what is left and ends the pump, after the server's end."""
@@ -439,8 +484,13 @@ class LogPump:
     def _write(self, data: bytes) -> None:
         # surrogateescape: a log may hold any bytes, and they are kept
         text = redact_text(data.decode("utf-8", errors="surrogateescape"))
-        with contextlib.suppress(OSError):
-            self._log.write(text.encode("utf-8", errors="surrogateescape"))
+        rest = memoryview(text.encode("utf-8", errors="surrogateescape"))
+        try:
+            while rest:
+                rest = rest[self._log.write(rest) :]
+        except OSError as error:
+            self._dropped += len(rest)
+            self._fault = error
 
 
 # Which GPUs are visible, and which processes NVML lists on them.

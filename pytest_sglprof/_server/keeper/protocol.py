@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,12 @@ from pytest_sglprof import _process as process
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import ServerSpec
 from pytest_sglprof._errors import LeaseError, ServerError, SglprofError
+from pytest_sglprof._files import RUN_FILE, unwritten
 from pytest_sglprof._nsys import QUICK as NSYS_QUICK
-from pytest_sglprof._process import KILL_WAIT, TERM_WAIT
+from pytest_sglprof._process import KILL_WAIT, TERM_WAIT, ProcessId
 from pytest_sglprof._server import lease
 from pytest_sglprof._server.command import PACKAGE_ROOT, Entry
+from pytest_sglprof._server.journal import KeptServer, end_server, note_server, run_of
 from pytest_sglprof._server.nvml import unlock_clocks
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 
 LIFE = "SGLPROF_LIFE"  # set for every process that a keeper starts; holds the plan's `life`
+TMPDIR_LINK = "sglprof-"  # begins the name of a link, which ends in the plan's `life`
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Plan:
     @property
     def short_tmpdir(self) -> Path:
         """A link to the server's temporary folder, used if the path of that is too long."""
-        return Path(tempfile.gettempdir()) / f"sglprof-{self.life}"
+        return Path(tempfile.gettempdir()) / f"{TMPDIR_LINK}{self.life}"
 
 
 class Launch(msgspec.Struct, frozen=True, tag_field="op", tag="launch"):
@@ -136,9 +139,13 @@ class Exited(msgspec.Struct, frozen=True, tag_field="event", tag="exited"):
 
 
 class Stopped(msgspec.Struct, frozen=True, tag_field="event", tag="stopped"):
-    """The last message. left: what the teardown could not remove."""
+    """The last message. left: what the teardown could not remove.
+
+    problems: a line for each file that could not be written.
+    """
 
     left: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 class Closed(msgspec.Struct, frozen=True, tag_field="event", tag="closed"):
@@ -197,7 +204,8 @@ _Event = TypeVar("_Event")
 class KeeperLink:
     """Starts a keeper, talks to it, and cleans up after it if it is killed.
 
-    Events are kept until they are asked for. left: what could not be removed.
+    Events are kept until they are asked for. left: what could not be removed. problems: a line
+    for each file that could not be written.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -207,6 +215,7 @@ class KeeperLink:
         self._ending = threading.Event()
         self._fault: str | None = None
         self.left: tuple[str, ...] = ()
+        self.problems: tuple[str, ...] = ()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._last: dict[type[Any], Any] = {}
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -220,6 +229,9 @@ class KeeperLink:
                 start_new_session=True,
             )
         self._began = process.create_time(self.pid) or time.time()
+        self._server = self._kept_server()
+        with self._writing():
+            note_server(self._server, run_of(plan.folder))
         threading.Thread(target=self._read, name="sglprof keeper", daemon=True).start()
         self._watch = threading.Thread(
             target=self._watch_over, name="sglprof keeper watch", daemon=True
@@ -311,15 +323,40 @@ class KeeperLink:
         self._closed.wait(READ_LIMIT)
         if (teardown := self.last_event(Stopped)) is not None:
             self.left = teardown.left
+            self.problems += teardown.problems
             return
         self._ending.wait(ORPHAN_GRACE)
         started, locked = self.last_event(Started), self.last_event(Clocks)
-        self.left = end_orphans(
-            self._plan,
-            server=started.pid if started else 0,
-            since=self._began,
+        orphaned = msgspec.structs.replace(
+            self._server,
+            server=ProcessId(started.pid, 0) if started else None,
             clocks=locked.clocks if locked else {},
         )
+        folder = self._plan.folder
+        self.left = end_orphans(orphaned, folder, leader=started.pid if started else 0)
+        with self._writing():
+            end_server(folder, self._plan.life, self.left)
+
+    def _kept_server(self) -> KeptServer:
+        plan = self._plan
+        return KeptServer(
+            life=plan.life,
+            folder=f"{plan.folder.parent.name}/{plan.folder.name}",
+            since=self._began,
+            stop_timeout=plan.spec.stop_timeout,
+            owner=process.identity(os.getpid()) or ProcessId(os.getpid(), 0),
+            keeper=process.identity(self.pid) or ProcessId(self.pid, 0),
+            session=plan.session_name if plan.nsys else "",
+            files=(str(plan.short_tmpdir),),
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A journal that cannot be written is a problem, and ends nothing."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.problems = (unwritten(RUN_FILE, error),)
 
     def _kill(self, fault: str) -> None:
         self._fault = fault
@@ -413,49 +450,60 @@ def teardown_limit(stop_timeout: float, *, nsys: bool) -> float:
 INJECTION = "QUADD_INJECTION_CONFIG"  # names a file in /tmp, which stays if nsys is killed
 
 
-def end_orphans(
-    plan: Plan, *, server: int, since: float, clocks: Mapping[str, int]
-) -> tuple[str, ...]:
+def end_orphans(server: KeptServer, folder: Path, *, leader: int) -> tuple[str, ...]:
     """Ends the processes, removes the files and unlocks the clocks; returns what is left.
 
-    server: its pid, 0 if unknown. since: Unix time in s at which the keeper started.
-    clocks: UUID of a GPU -> MHz at which it is locked. The keeper's leases ended with it.
+    folder: of the server. leader: pid of the server if its process session is surely its, else 0.
+    The keeper's leases ended with it.
     """
-    family = _family(plan, server, since)
+    family = family_of(server, leader)
     injections = {process.variable(member.pid, INJECTION) for member in family}
-    shared = process.shared_memory(family, since)
-    left = _end(plan, family, server, since)
+    shared = process.shared_memory(family, server.since)
+    shared |= process.named_shared_memory(server.files, server.since)
+    left = _end(server, family, leader)
     process.remove_shared_memory(shared)
-    for name in injections:
+    for name in {*injections, *server.files}:
         remove_injection(name)
-    with contextlib.suppress(OSError):
-        plan.short_tmpdir.unlink()
-    shutil.rmtree(plan.folder / "tmp", ignore_errors=True)
+    for link in map(Path, server.files):
+        if link.name == f"{TMPDIR_LINK}{server.life}" and link.is_symlink():
+            with contextlib.suppress(OSError):
+                link.unlink()
+    shutil.rmtree(folder / "tmp", ignore_errors=True)
     with contextlib.suppress(LeaseError):  # no folder, so no leases
         lease.sweep()
-    return (*(f"process {pid}" for pid in left), *unlock_clocks(clocks))
+    return (*(f"process {pid}" for pid in left), *unlock_clocks(server.clocks))
+
+
+def family_of(server: KeptServer, leader: int) -> list[psutil.Process]:
+    """The processes of a server life that run."""
+    known = [*server.processes, *([server.server] if server.server else [])]
+    return process.marked(LIFE, server.life, leader=leader, since=server.since, known=known)
 
 
 def remove_injection(name: str) -> None:
     """Removes the file that a killed nsys leaves behind; does nothing for any other name."""
-    if Path(name).name.startswith("injection_config_"):
+    path = Path(name)
+    if is_injection(path):
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            if path.lstat().st_uid == os.getuid():
+                path.unlink()
 
 
-def _end(plan: Plan, family: list[psutil.Process], server: int, since: float) -> list[int]:
+def is_injection(path: Path) -> bool:
+    """Whether nsys names its file so."""
+    return path.name.startswith("injection_config_")
+
+
+def _end(server: KeptServer, family: list[psutil.Process], leader: int) -> list[int]:
     """Ends the server first, so that nsys can finish; returns the pids that are still alive."""
     pids = {member.pid for member in family}
-    first = [server] if server in pids else process.topmost(family)
-    process.terminate_tree(first, min(ORPHAN_TERM, plan.spec.stop_timeout))
-    patience = FINALISE if plan.nsys else AGENT_WAIT
-    process.wait_gone(_family(plan, server, since), patience)
+    main = server.server.pid if server.server else 0
+    first = [main] if main in pids else process.topmost(family)
+    process.terminate_tree(first, min(ORPHAN_TERM, server.stop_timeout))
+    patience = FINALISE if server.session else AGENT_WAIT
+    process.wait_gone(family_of(server, leader), patience)
     deadline = time.monotonic() + process.KILL_WAIT
     # Repeated, since a process may be starting another one just now.
-    while (rest := _family(plan, server, since)) and time.monotonic() < deadline:
+    while (rest := family_of(server, leader)) and time.monotonic() < deadline:
         process.kill_all(rest, wait=deadline - time.monotonic())
     return [member.pid for member in rest]
-
-
-def _family(plan: Plan, server: int, since: float) -> list[psutil.Process]:
-    return process.marked(LIFE, plan.life, leader=server, since=since)

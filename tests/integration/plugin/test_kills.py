@@ -246,3 +246,25 @@ def test_fault_3_a_keeper_that_froze_while_the_tests_passed_is_a_warning(project
     assert ran.status == pytest.ExitCode.OK
     warning = r"Warning: the keeper process \(pid \d+\) was stopped \(SIGSTOP\) and did not"
     assert re.search(warning, ran.text)
+    line = r"^server default: the keeper process \(pid \d+\) was stopped .*; the server was ended"
+    assert len(re.findall(line, ran.text, re.M)) == 1
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_a_keeper_that_was_killed_while_all_tests_passed_is_in_the_summary(project, workers):
+    kill = """
+def test_last_of_server(sglang_server):
+    keeper = psutil.Process(sglang_server.pid).parent()
+    keeper.kill()
+    while sglang_server.is_alive():  # pytest ends it after its keeper
+        time.sleep(0.1)
+
+def test_without_server(): pass
+"""
+    (project.folder / "test_job.py").write_text(f"import pytest\n{TESTS}{kill}")
+    ran = project.run(*workers, *only("last_of_server", "without_server"))
+    assert ran.status == pytest.ExitCode.OK
+    line = r"^server default: (the keeper process \(pid \d+\) was killed by signal 9); the server"
+    assert len(faults := re.findall(line, ran.text, re.M)) == 1
+    assert [server["keeper_fault"] for server in ran.results["servers"]] == faults
+    assert project.left_over(within=5) == []

@@ -139,7 +139,7 @@ def test_the_oldest_runs_are_pruned(five_runs):
 
 
 def test_runs_are_pruned_by_size_but_never_the_newest(five_runs):
-    assert prune(five_runs, keep_runs=10, keep_bytes=2500) == ["run-0", "run-1", "run-2"]
+    assert prune(five_runs, keep_runs=10, keep_bytes=3000) == ["run-0", "run-1", "run-2"]
     assert prune(five_runs, keep_runs=10, keep_bytes=1) == ["run-3"]
     assert run_folders(five_runs) == ["run-4"]
 

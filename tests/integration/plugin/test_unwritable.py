@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._report.results import load_results
 from pytest_sglprof._run.folder import RunBook
 from tests.integration.plugin.test_run_folder import FACTS, record
-from tests.support.project import CONFTEST, Outcome
+from tests.support.project import CONFTEST, SERVERS, Outcome
 
 LIMITS = """
 import resource
@@ -33,6 +34,7 @@ def test_plain(): pass
 """
 MISSING = "--sglprof-python=/nowhere/python"
 SGLANG = "[server]\n"
+SECRETS = 'secrets = ["SOME_SECRET"]'
 
 
 def is_orderly(ran: Outcome) -> None:
@@ -126,6 +128,57 @@ def test_fault_18_what_could_be_written_is_there(full):
     assert "report:" not in full.text
     assert full.properties("test_slow")
     assert not [p for p in full.properties("test_slow") if p[0].startswith("attachment")]
+
+
+FULL_DISK = """
+import os
+
+def test_full(sglang_server, drive, request):
+    place = our_folder(request.config)
+    free = os.statvfs(place)
+    with (place / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, free.f_bavail * free.f_frsize)
+    with (place / "filler").open("ab", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(b"x")
+    log = sglang_server.folder / "tmp" / "log.fifo"
+    with log.open("wb") as as_the_server_does:
+        as_the_server_does.write(b"a line of a log\\n" * 2**16)  # 1 MB: a pipe holds 64 kB
+    drive(20)
+    assert sglang_server.is_alive()
+"""
+
+
+def test_on_a_full_disk_the_server_never_waits_and_each_file_is_one_line(make_project, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk of a few MB can be mounted here: {mounted.stderr.strip()}")
+    try:
+        project = make_project(FULL_DISK, SERVERS.replace("[server]", "[server]\n" + SECRETS))
+        (project.folder / "conftest.py").write_text(f"from helpers import *\n{CONFTEST}")
+        (project.folder / "helpers.py").write_text(LIMITS)
+        (project.folder / "test_job.py").write_text(
+            f"import pytest\nfrom helpers import our_folder\n{FULL_DISK}"
+        )
+        ran = project.run(f"--sglprof-output={disk}", SOME_SECRET="of-this-test-alone")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    is_orderly(ran)
+    assert ran.status == pytest.ExitCode.OK
+    for name in (r"run\.json", r"journal\.jsonl", r"\S*/server\.log", r"\S*/results\.json"):
+        line = rf"^{name} could not be written: No space left on device( \(it lacks .* bytes\))?$"
+        assert len(re.findall(line, ran.text, re.M)) == 1
+    lacks = re.search(r"server\.log .*\(it lacks ([\d,]+) bytes\)$", ran.text, re.M)
+    assert lacks is not None
+    assert int(lacks[1].replace(",", "")) >= 2**20 - 4096
+    assert "journal.jsonl, without 1 that the disk refused" in ran.text
 
 
 UNWRITTEN = """

@@ -106,6 +106,8 @@ def test_a_full_disk_does_not_stop_the_server_at_its_log(tmp_path):
         for _ in range(64):  # 4 MB, far more than a fifo holds
             server.write(b"a line of a log\n" * 4096)
     pump.close()
+    why = "/dev/full could not be written: No space left on device"
+    assert pump.problems == (f"{why} (it lacks 4,194,304 bytes)",)
 
 
 @pytest.mark.usefixtures("secrets_end_here")
