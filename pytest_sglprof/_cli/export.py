@@ -248,6 +248,7 @@ def write_picture(args: argparse.Namespace) -> None:
     from pytest_sglprof._cli.options import refuse_inputs
     from pytest_sglprof._files import atomic_write
     from pytest_sglprof._report.heat_map import heat_map_png, heat_map_svg, worst_window
+    from pytest_sglprof._report.stored import heads_of, whole
 
     kind = args.output.suffix.lower()
     if kind != f".{args.to}":
@@ -261,10 +262,11 @@ def write_picture(args: argparse.Namespace) -> None:
     if args.window:
         inputs = replace(inputs, windows=tuple(inputs.chosen(args.window)))
     chosen = {each.id for each in inputs.windows}
-    windows = [each for made in measured(inputs, args) for each in made.document.windows]
-    window = worst_window([each for each in windows if each.id in chosen])
+    documents = [made.document for made in measured(inputs, args)]
+    heads = [(head, document) for document in documents for head in heads_of(document)]
+    window = worst_window(whole(head, run) for head, run in heads if head.id in chosen)
     if window is None:
-        known = ", ".join(each.id for each in windows) or "none"
+        known = ", ".join(head.id for head, _ in heads) or "none"
         raise SglprofError(
             f"{args.paths[0]} has no window to draw"
             + (f" with the id {args.window}" if args.window else ""),

@@ -22,7 +22,7 @@ from pytest_sglprof._files import JOURNAL, RESULTS, RUN_FILE
 from pytest_sglprof._ranks import FILE_END, NAME_PATTERNS, named_ranks, node_in_name
 
 if TYPE_CHECKING:
-    from pytest_sglprof._report.model import RecordedWindow, Results
+    from pytest_sglprof._report.model import Results, WindowHead
     from pytest_sglprof._run.measure import WindowFiles
 
 UNJUDGED = "its run stopped before this window was judged"
@@ -48,7 +48,9 @@ class RecordedRun:
     @property
     def recorded(self) -> list[Path]:
         """What nothing may replace: the results, their folder, and the files they name."""
-        artifacts = [item.path for window in self.document.windows for item in window.artifacts]
+        from pytest_sglprof._report.stored import heads_of
+
+        artifacts = [item.path for head in heads_of(self.document) for item in head.artifacts]
         return [self.file, self.folder, *(self.folder / path for path in artifacts)]
 
 
@@ -66,7 +68,7 @@ class InputWindow:
     home: Path
     paths: tuple[Path, ...] = ()
     run: RecordedRun | None = None
-    window: RecordedWindow | None = None
+    window: WindowHead | None = None
 
     @property
     def doubt(self) -> str | None:
@@ -95,7 +97,7 @@ class InputWindow:
         )
 
 
-def _artifacts(window: RecordedWindow, folder: Path) -> tuple[Path, ...]:
+def _artifacts(window: WindowHead, folder: Path) -> tuple[Path, ...]:
     """The files that results.json names. Raises `TraceError` where they were not kept."""
     kinds = {artifact.kind for artifact in window.artifacts}
     exported = kinds & {"sqlite", "parquet"}  # a report and its export are the same data
@@ -165,13 +167,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The one window that a command reads. window: its part of results.json, None without.
+    """The one window that a command reads. window: its head in results.json, None without.
 
     doubt: why it cannot be trusted as a whole; None if nothing says so.
     """
 
     files: WindowFiles
-    window: RecordedWindow | None
+    window: WindowHead | None
     inputs: Inputs
     doubt: str | None = None
 
@@ -348,7 +350,9 @@ def _run(results: Path, home: Path) -> Inputs:
 
 
 def _judged(run: RecordedRun) -> Iterator[InputWindow]:
-    for window in run.document.windows:
+    from pytest_sglprof._report.stored import heads_of
+
+    for window in heads_of(run.document):
         yield InputWindow(window.id, run.folder, run.home, run=run, window=window)
 
 

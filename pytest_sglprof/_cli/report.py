@@ -150,18 +150,19 @@ def _redrawn(
     """The documents, in which one window has the lanes of `args.step`."""
     from msgspec.structs import replace
 
+    from pytest_sglprof._report.stored import heads_of, whole, with_window
+
     chosen = inputs.one(args.window)
     settings = settings_of(args, inputs.places)
     drawn: list[Results] = []
     for document in documents:
         of_chosen = chosen.run is None or chosen.run.document.run.id == document.run.id
-        windows = tuple(
-            replace(each, lanes=_lanes(each, chosen, args, settings))
-            if of_chosen and each.id == chosen.id
-            else each
-            for each in document.windows
-        )
-        drawn.append(replace(document, windows=windows))
+        for head in heads_of(document) if of_chosen else ():
+            if head.id == chosen.id:
+                window = whole(head, document)
+                lanes = _lanes(window, chosen, args, settings)
+                document = with_window(document, head, replace(window, lanes=lanes))
+        drawn.append(document)
     return drawn
 
 

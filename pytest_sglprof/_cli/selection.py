@@ -12,7 +12,7 @@ from pytest_sglprof._errors import did_you_mean
 
 if TYPE_CHECKING:
     from pytest_sglprof._config.load import Settings
-    from pytest_sglprof._report.model import RecordedWindow
+    from pytest_sglprof._report.model import WindowHead
 
 
 def is_selected(args: argparse.Namespace) -> bool:
@@ -21,7 +21,7 @@ def is_selected(args: argparse.Namespace) -> bool:
 
 
 def thresholds_of(
-    args: argparse.Namespace, settings: Settings, window: RecordedWindow | None = None
+    args: argparse.Namespace, settings: Settings, window: WindowHead | None = None
 ) -> tuple[Threshold, ...]:
     """The threshold of the options, else those of the recorded window, else those configured.
 

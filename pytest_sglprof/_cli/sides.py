@@ -63,15 +63,17 @@ def other_versions(old: Side, new: Side) -> list[tuple[str, str, str]]:
 def sides_of(inputs: Inputs, args: argparse.Namespace, settings: Settings) -> list[Side]:
     """The windows of a path, all of them unless `--window` names one; or a baseline."""
     from pytest_sglprof._report.page.baseline import paired_by
+    from pytest_sglprof._report.stored import whole
 
     if inputs.baselines:
         return [_of_baseline(inputs.baselines[0])]
     chosen = inputs.chosen(args.window)
+    heads = {id(each.window) for each in chosen}
     sides = [
-        _of_window(window, run.document, place, run.file)
+        _of_window(whole(head, run.document), run.document, place, run.file)
         for run in inputs.runs
-        for place, window in paired_by(run.document).items()
-        if any(each.window is window for each in chosen)
+        for place, head in paired_by(run.document).items()
+        if id(head) in heads
     ]
     alone = [each for each in chosen if each.window is None]
     sides += [_of_files(each, inputs.paths[0], args, settings, len(chosen) == 1) for each in alone]

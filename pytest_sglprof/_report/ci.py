@@ -48,13 +48,16 @@ def step_summary(run: Results) -> str:
     lines += [_row(window) for window in run.windows]
     lines += _baseline_table(run.windows)
     text = "\n".join([*lines, ""])
-    left_out = 0
+    left_out, size, parts = 0, len(text.encode()), [text]
     for window in run.windows:
         details = "" if window.verdict == "pass" else _details(window)
-        if len((text + details).encode()) > MAX_BYTES:
+        added = len(details.encode())
+        if size + added > MAX_BYTES:
             left_out += 1
         else:
-            text += details
+            parts.append(details)
+            size += added
+    text = "".join(parts)
     if left_out:
         text += f"\n{left_out} more windows did not pass; results.json has them.\n"
     return text

@@ -8,7 +8,7 @@ without seeing colours.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,10 +131,10 @@ def cell_text(cell: Cell) -> str:
     return "–" if cell.ratio is None else f"{cell.ratio:.2f}×"
 
 
-def worst_window(windows: Sequence[RecordedWindow]) -> RecordedWindow | None:
+def worst_window(windows: Iterable[RecordedWindow]) -> RecordedWindow | None:
     """The first failed window, else the first inconclusive one, else the first; None
     where there is none to draw."""
-    drawable = [window for window in windows if window.findings]
+    drawable = (window for window in windows if window.findings)
     return min(drawable, key=lambda window: WORST_FIRST.index(window.verdict), default=None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal, TypeVar, overload
 
@@ -224,21 +225,17 @@ class RecordedSources(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
-    """One profile window: what was recorded, measured and judged.
+class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
+    """What is said of a window in a list of many: how it was recorded and judged.
 
     repeat_of: id of the first of the windows that it was opened with; then `verdict` and
     `reason` are those over all of them. load: id of the load that ran meanwhile.
     decisive: index of the judgement that decided. source: None where there was nothing to read.
-    budgets: what steps are made of, by kind; None in older documents. syncs: of the groups of ranks
-    that meet in collectives and have different input; None in older documents.
-    sources: None where no lines were asked for, and in older documents.
     moment: where it lies, seen from the onset that opened the window `moment_of`, or "sources"
-    after that one failed; only "at" is judged. around: what else was known of the load around it
-    without a profiler. Both are None without a trigger, and in older documents.
+    after that one failed; only "at" is judged. Both are None without a trigger, and in older
+    documents.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
-    `CUDA driver` …); None in older documents. regression: against accepted lives; None where
-    nothing was compared.
+    `CUDA driver` …); None in older documents.
     """
 
     id: str
@@ -270,27 +267,13 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     gpu_ranks: dict[str, str]
     judgements: tuple[Judgement, ...]
     decisive: Count | None
-    onset: RecordedOnset | None
-    load_samples: tuple[LoadSeries, ...]
     source: str | None
     partial: bool
     ranks: tuple[str, ...]
     steps: WindowSteps
-    findings: tuple[ImbalanceFinding, ...]
-    stragglers: tuple[StragglerFinding, ...]
-    table: tuple[KernelRow, ...]
-    step_times: tuple[StepSeries, ...]
-    kernels: tuple[KernelGroup, ...]
-    strata: tuple[GroupStrata, ...]
-    lanes: Lanes | None
-    budgets: tuple[StepBudget, ...] | None = None
-    syncs: tuple[SyncFinding, ...] | None = None
     run: dict[str, str] | None = None
-    regression: RecordedRegression | None = None
     moment: Moment | None = None
     moment_of: str | None = None
-    around: LoadAround | None = None
-    sources: RecordedSources | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -301,6 +284,32 @@ class RecordedWindow(msgspec.Struct, frozen=True, kw_only=True):
     def deciding(self) -> Judgement | None:
         """The judgement that decided; None when there is none."""
         return None if self.decisive is None else self.judgements[self.decisive]
+
+
+class RecordedWindow(WindowHead, frozen=True, kw_only=True):
+    """One profile window: its head, and all that was measured.
+
+    budgets: what steps are made of, by kind; None in older documents. syncs: of the groups of ranks
+    that meet in collectives and have different input; None in older documents. around: what else
+    was known of the load around it without a profiler; None without a trigger, and in older
+    documents. regression: against accepted lives; None where nothing was compared. sources: None
+    where no lines were asked for, and in older documents.
+    """
+
+    onset: RecordedOnset | None
+    load_samples: tuple[LoadSeries, ...]
+    findings: tuple[ImbalanceFinding, ...]
+    stragglers: tuple[StragglerFinding, ...]
+    table: tuple[KernelRow, ...]
+    step_times: tuple[StepSeries, ...]
+    kernels: tuple[KernelGroup, ...]
+    strata: tuple[GroupStrata, ...]
+    lanes: Lanes | None
+    budgets: tuple[StepBudget, ...] | None = None
+    syncs: tuple[SyncFinding, ...] | None = None
+    regression: RecordedRegression | None = None
+    around: LoadAround | None = None
+    sources: RecordedSources | None = None
 
     def of_scope(self, scope: str, group: str | None = None) -> tuple[ImbalanceFinding, ...]:
         """The findings of a scope or category as a whole, of all work groups or of one."""
@@ -388,13 +397,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """The document of a run, of which every view is made."""
+    """The document of a run, of which every view is made.
+
+    windows: those of a large file are decoded each time that one is asked for.
+    """
 
     schema_version: Version
     run: Run
     summary: Summary
     tests: tuple[RecordedTest, ...]
-    windows: tuple[RecordedWindow, ...]
+    windows: Sequence[RecordedWindow]
     servers: tuple[RecordedServer, ...]
     loads: tuple[RecordedLoad, ...]
 

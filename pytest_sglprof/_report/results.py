@@ -33,6 +33,7 @@ from pytest_sglprof._report.model import (
     storable,
     utc,
 )
+from pytest_sglprof._report.stored import stored_results
 
 __all__ = [
     "attempt_document",
@@ -246,7 +247,7 @@ def _place(value: Any, kind: Any) -> str:
         for field in msgspec.structs.fields(kind):
             if field.encode_name in value:
                 parts.append((f".{field.encode_name}", value[field.encode_name], field.type))
-    elif isinstance(value, list) and get_origin(kind) in (list, tuple):
+    elif isinstance(value, list) and get_origin(kind) in (list, tuple, Sequence):
         item_kind = get_args(kind)[0]
         parts = [(f"[{at}]", item, item_kind) for at, item in enumerate(value)]
     for name, part, part_kind in parts:
@@ -280,9 +281,14 @@ class _Head(msgspec.Struct):
 
 
 def load_results(path: Path) -> Results:
-    """Reads a results document. Raises SglprofError that names the file and the place in it."""
+    """Reads a results document; of a large one, the windows when they are asked for.
+
+    Raises SglprofError that names the file and the place in it.
+    """
     expected = "a results.json that pytest-sglprof wrote, or the folder that holds it"
     try:
+        if stored := stored_results(path):
+            return stored
         text = path.read_bytes()
     except OSError as error:
         raise SglprofError(

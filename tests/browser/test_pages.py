@@ -421,3 +421,41 @@ def test_a_browser_that_cannot_unpack_says_so(browser: Browser, standin_run: Run
         browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
     assert notice.startswith("This browser cannot unpack the data of the charts")
     assert rows >= 8
+
+
+def test_a_packed_window_is_whole_when_it_is_opened(browser: Browser, tmp_path: Path) -> None:
+    kernels = [(name, "moe", 100_000 + at) for at, name in enumerate(HOSTILE[:3])]
+    document = run([window(build(kernels=kernels, steps=30))])
+    document["windows"] = [
+        {**document["windows"][0], "id": f"w{at}", "verdict": "fail" if at == 55 else "pass"}
+        for at in range(56)
+    ]
+    write_page([as_run(document)], [tmp_path], tmp_path / "report.html")
+    browser.open(tmp_path / "report.html")
+    in_sight = "return document.querySelector('#verdicts .fail').getBoundingClientRect().bottom"
+    assert browser.js(in_sight) < 300
+    packed = browser.js("return [...document.querySelectorAll('[data-packed]')].map((w) => w.id)")
+    assert packed == [f"window-{number}" for number in range(50, 56)]
+    whole = (
+        "const [id, done] = arguments, window_ = document.getElementById(id);"
+        "const look = () => window_.open && window_.querySelectorAll('canvas').length === 4"
+        " ? done([...window_.querySelectorAll('h3')].map((h) => h.textContent))"
+        " : requestAnimationFrame(look); look();"
+    )
+    heads = ["Who", "When", "Which", "Lanes", "Load and evidence"]
+    browser.js("document.querySelector('#window-51 > summary').click()")
+    assert browser.driver.execute_async_script(whole, "window-51") == heads
+    browser.js("document.querySelector('#verdicts a[href=\"#window-52\"]').click()")
+    assert browser.driver.execute_async_script(whole, "window-52") == heads
+    browser.open(tmp_path / "report.html", fragment="#window-53-which")
+    assert browser.driver.execute_async_script(whole, "window-53") == heads
+    browser.js("document.querySelector('#window-53 button.opens').click()")
+    browser.js("window.dispatchEvent(new Event('beforeprint'))")
+    left = "return [...document.querySelectorAll('.window:not([open])')].map((w) => w.id)"
+    assert browser.js(left) == [name for name in packed if name != "window-53"]
+    browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.js("return [window.hacked, document.querySelectorAll('img').length]") == [
+        None,
+        0,
+    ]
+    assert browser.console() == []

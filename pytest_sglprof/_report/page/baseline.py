@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_sglprof._analysis.compare import (
@@ -19,9 +20,11 @@ from pytest_sglprof._report.model import (
     RecordedWindow,
     Results,
     Run,
+    WindowHead,
 )
 from pytest_sglprof._report.page.figures import shortened
 from pytest_sglprof._report.page.jinja import NONE, in_microseconds, in_percent
+from pytest_sglprof._report.stored import heads_of, whole
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.wording import percent, ratio
 
@@ -106,7 +109,7 @@ class Pair:
     run: id of the window's run. reason: why they are not compared, None where they are.
     """
 
-    window: RecordedWindow
+    window: WindowHead
     run: str
     reason: str | None
     warnings: list[str]
@@ -118,7 +121,7 @@ class Pair:
 class Unpaired:
     """A window of one run only. where: which run has it."""
 
-    window: RecordedWindow
+    window: WindowHead
     where: str
 
 
@@ -149,9 +152,10 @@ def against_baseline(baseline: Results, runs: Sequence[Results]) -> Against:
     unpaired: list[Unpaired] = []
     for run in runs:
         new = paired_by(run)
+        loads = (loads_of(baseline), loads_of(run))
         for key, window in new.items():
             if key in old:
-                pairs.append(_pair(old[key], window, baseline, run))
+                pairs.append(_pair(old[key], window, baseline, run, loads))
             else:
                 unpaired.append(Unpaired(window, f"only in {run.run.id}"))
         unpaired += [
@@ -168,21 +172,23 @@ def against_baseline(baseline: Results, runs: Sequence[Results]) -> Against:
     )
 
 
-def paired_by(run: Results) -> dict[tuple[str, str, int], RecordedWindow]:
-    """The windows of a run that are compared with those of other runs.
+def paired_by(run: Results) -> dict[tuple[str, str, int], WindowHead]:
+    """The heads of the windows of a run that are compared with those of other runs.
 
     By test, name, and how many windows of that name the test had before. Of attempts the last
     one, of repeats the typical one.
     """
     last = {test.nodeid: max(one.number for one in test.attempts) for test in run.tests}
-    paired: dict[tuple[str, str, int], RecordedWindow] = {}
-    for window in run.windows:
+    paired: dict[tuple[str, str, int], WindowHead] = {}
+    earlier: Counter[tuple[str, str]] = Counter()
+    for window in heads_of(run):
         if window.attempt != last.get(window.nodeid, window.attempt) or (
             window.repeats is not None and window.repeats.typical != window.id
         ):
             continue
-        earlier = sum(key[:2] == (window.nodeid, window.name) for key in paired)
-        paired[window.nodeid, window.name, earlier] = window
+        key = (window.nodeid, window.name)
+        paired[(*key, earlier[key])] = window
+        earlier[key] += 1
     return paired
 
 
@@ -197,23 +203,30 @@ def _run_warnings(baseline: Results, runs: Sequence[Results]) -> Iterator[str]:
             yield f"{name} is older than the baseline."
 
 
-def _pair(old: RecordedWindow, new: RecordedWindow, baseline: Results, run: Results) -> Pair:
+def _pair(
+    before: WindowHead,
+    now: WindowHead,
+    baseline: Results,
+    run: Results,
+    loads: tuple[Mapping[str, RecordedLoad], Mapping[str, RecordedLoad]],
+) -> Pair:
+    old, new = whole(before, baseline), whole(now, run)
     reason = not_comparable(old, new)
     stages = () if reason else compare_strata(old.strata, new.strata)
-    loads = (load_of(old, baseline), load_of(new, run))
+    both = (loads[0].get(old.load or ""), loads[1].get(new.load or ""))
     return Pair(
-        window=new,
+        window=now,
         run=run.run.id,
         reason=reason,
-        warnings=[*_warnings(old, new), *load_options(*loads)],
+        warnings=[*_warnings(old, new), *load_options(*both)],
         stages=[_stage(stage) for stage in stages],
-        load=load_figures(*loads),
+        load=load_figures(*both),
     )
 
 
-def load_of(window: RecordedWindow, run: Results) -> RecordedLoad | None:
-    """The load that ran during a window."""
-    return next((load for load in run.loads if load.id == window.load), None)
+def loads_of(run: Results) -> dict[str, RecordedLoad]:
+    """The loads of a run by their ids, which windows name."""
+    return {load.id: load for load in run.loads}
 
 
 def not_comparable(old: RecordedWindow, new: RecordedWindow) -> str | None:
@@ -516,7 +529,7 @@ def _gpus(run: Results) -> str:
     described = {
         gpu.uuid: gpu.uuid
         + (f" ({gpu.power_limit_w:.0f} W)" if gpu.power_limit_w is not None else "")
-        for window in run.windows
+        for window in heads_of(run)
         for gpu in window.gpus
     }
     return ", ".join(described[uuid] for uuid in sorted(described)) or NOT_RECORDED

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from pytest_sglprof._analysis.compare import compare_strata
 from pytest_sglprof._analysis.imbalance import ImbalanceFinding
 from pytest_sglprof._metrics import metrics_of
-from pytest_sglprof._report.model import RecordedLoad, RecordedWindow, Results
+from pytest_sglprof._report.model import RecordedLoad, RecordedWindow, Results, WindowHead
 from pytest_sglprof._report.page.baseline import not_comparable, paired_by
+from pytest_sglprof._report.stored import whole
 
 Values = list[float | None]
 
 
 @dataclass(frozen=True)
-class PlacedWindow:
-    """A window on a page. run: its document. load: the one that ran meanwhile.
+class PlacedHead:
+    """The head of a window on a page. run: its document. load: the one that ran meanwhile.
 
     base: folder of its artifacts relative to the page, "" for the same folder. counts: whether it
     is the one that its test is known by (of attempts the last one, of repeats the typical one).
     earlier: those of the same test and name in earlier runs of the page, the oldest first.
     """
 
-    doc: RecordedWindow
+    doc: WindowHead
     run: Results
     anchor: str
     load: RecordedLoad | None
     base: str
     counts: bool = True
-    earlier: tuple[PlacedWindow, ...] = ()
+    earlier: tuple[PlacedHead, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlacedWindow(PlacedHead):
+    """A window on a page, with all that was measured."""
+
+    doc: RecordedWindow
+
+
+Placed = TypeVar("Placed", bound=PlacedHead)
 
 
 @dataclass(frozen=True)
@@ -108,17 +120,15 @@ class History:
     drawn: DrawnHistory
 
 
-def history(documents: Sequence[Results], windows: Sequence[PlacedWindow]) -> list[History]:
+def history(documents: Sequence[Results], windows: Sequence[PlacedHead]) -> list[History]:
     """One history for each test and window name that occurs in more than one run."""
     by_key = _by_key(documents, windows)
     return [_one(key, same) for key, same in by_key.items() if len(same) > 1]
 
 
-def with_earlier(
-    documents: Sequence[Results], windows: Sequence[PlacedWindow]
-) -> list[PlacedWindow]:
+def with_earlier(documents: Sequence[Results], windows: Sequence[Placed]) -> list[Placed]:
     """The windows, each with those of earlier runs, and whether it counts for its test."""
-    earlier: dict[str, tuple[PlacedWindow, ...]] = {}
+    earlier: dict[str, tuple[PlacedHead, ...]] = {}
     for same in _by_key(documents, windows).values():
         earlier |= {window.anchor: tuple(same[:at]) for at, window in enumerate(same)}
     return [
@@ -132,25 +142,24 @@ def with_earlier(
 
 
 def _by_key(
-    documents: Sequence[Results], windows: Sequence[PlacedWindow]
-) -> dict[tuple[str, str, int], list[PlacedWindow]]:
+    documents: Sequence[Results], windows: Sequence[Placed]
+) -> dict[tuple[str, str, int], list[Placed]]:
     """The windows of each test and name, the oldest first."""
     on_page = {id(window.doc): window for window in windows}
-    by_key: dict[tuple[str, str, int], list[PlacedWindow]] = {}
+    by_key: dict[tuple[str, str, int], list[Placed]] = {}
     for document in documents:
         for key, window in paired_by(document).items():
             by_key.setdefault(key, []).append(on_page[id(window)])
     return {key: sorted(same, key=_opened) for key, same in by_key.items()}
 
 
-def _opened(window: PlacedWindow) -> str:
+def _opened(window: PlacedHead) -> str:
     return window.doc.opened
 
 
-def _one(key: tuple[str, str, int], windows: Sequence[PlacedWindow]) -> History:
+def _one(key: tuple[str, str, int], windows: Sequence[PlacedHead]) -> History:
     nodeid, name, _ = key
-    first = next((w.doc for w in windows if w.doc.strata), windows[0].doc)
-    points = tuple(_point(window, first) for window in windows)
+    points = tuple(_points(windows))
     labels = tuple(RunLabel(point.run, point.opened, point.verdict) for point in points)
     return History(
         nodeid=nodeid,
@@ -161,8 +170,17 @@ def _one(key: tuple[str, str, int], windows: Sequence[PlacedWindow]) -> History:
     )
 
 
-def _point(window: PlacedWindow, first: RecordedWindow) -> Point:
-    doc, load = window.doc, window.load
+def _points(windows: Sequence[PlacedHead]) -> Iterator[Point]:
+    """One of each run; the first run whose steps are sorted by work is the one to compare with."""
+    first: RecordedWindow | None = None
+    for window in windows:
+        doc = whole(window.doc, window.run)
+        first = doc if first is None and doc.strata else first
+        yield _point(window, doc, first or doc)
+
+
+def _point(window: PlacedHead, doc: RecordedWindow, first: RecordedWindow) -> Point:
+    load = window.load
     return Point(
         run=window.run.run.id,
         anchor=window.anchor,

@@ -9,7 +9,8 @@ from statistics import fmean, median
 from pytest_sglprof._config.model import Moment
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._report.model import RecordedWindow, unix_ns
-from pytest_sglprof._report.page.history import PlacedWindow
+from pytest_sglprof._report.page.history import PlacedHead
+from pytest_sglprof._report.stored import whole
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
 
@@ -54,18 +55,18 @@ class Moments:
     rows: tuple[RankOverTime, ...]
 
 
-def moments(windows: Sequence[PlacedWindow]) -> list[Moments]:
+def moments(windows: Sequence[PlacedHead]) -> list[Moments]:
     """One for each window with short ones beside it."""
-    around: dict[tuple[int, str], list[PlacedWindow]] = {}
+    around: dict[tuple[int, str], list[PlacedHead]] = {}
     for window in windows:
         if window.doc.moment in ("before", "at", "after") and window.doc.moment_of is not None:
             around.setdefault((id(window.run), window.doc.moment_of), []).append(window)
     return [_moments(each) for each in around.values() if any(not w.doc.is_judged for w in each)]
 
 
-def _moments(placed: Sequence[PlacedWindow]) -> Moments:
+def _moments(placed: Sequence[PlacedHead]) -> Moments:
     in_order = sorted(placed, key=lambda window: window.doc.opened)
-    docs = [window.doc for window in in_order]
+    docs = [whole(window.doc, window.run) for window in in_order]
     judged = next((doc for doc in docs if doc.is_judged), None)
     ranks = list(dict.fromkeys(rank for doc in docs for rank in doc.ranks))
     figures = [_figures(doc) for doc in docs]

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pytest_sglprof._files import atomic_write
+from markupsafe import Markup
+
+from pytest_sglprof._files import atomic_writer
 from pytest_sglprof._metrics import WORST_FIRST, worst_word
-from pytest_sglprof._report.model import RecordedWindow, Results
-from pytest_sglprof._report.page.baseline import load_of
+from pytest_sglprof._report.model import Results, WindowHead
+from pytest_sglprof._report.page.baseline import loads_of
 from pytest_sglprof._report.page.data import embedded
-from pytest_sglprof._report.page.history import PlacedWindow, with_earlier
+from pytest_sglprof._report.page.history import PlacedHead, PlacedWindow, with_earlier
 from pytest_sglprof._report.page.jinja import template
 from pytest_sglprof._report.page.sections import (
     SECTIONS,
+    WHOLE_WINDOWS,
     WINDOW_SECTIONS,
     PageRuns,
     PageWindow,
     all_shown,
+    is_long,
     window_data,
 )
+from pytest_sglprof._report.stored import heads_of, whole
 from pytest_sglprof._report.terminal import STANDIN_NOTE, window_title
 from pytest_sglprof._verdict.wording import count
 
@@ -35,6 +44,8 @@ SCRIPTS = (
     *(script for row in SECTIONS for script in row.scripts),
     "boot.js",
 )
+NEW_OBJECTS = 200_000  # after which those that refer to each other are looked for
+MOST_OPEN = 10  # of many windows: charts of all that fail would keep the page busy
 STYLES = ("uPlot.min.css", "page.css")
 
 
@@ -48,38 +59,15 @@ def page(
 
     bases: for each document the folder of its artifacts, relative to the page ("" for the
     same folder). Windows that fail are opened, without any the worst one; the others are
-    folded. baseline: results of a run that the windows of all others are compared with.
+    folded. Of many windows the first ones are opened, and a list of all comes first. baseline:
+    results of a run that the windows of all others are compared with.
     """
-    placed = with_earlier(documents, _placed(documents, list(bases) or [""] * len(documents)))
-    failing = [window for window in placed if window.counts and window.doc.verdict == "fail"]
-    worst = sorted(placed, key=lambda w: WORST_FIRST.index(w.doc.verdict))
-    opened = {window.anchor for window in failing or worst[:1]}
-    windows = [_window(window, opened=window.anchor in opened) for window in placed]
-    sections = all_shown(SECTIONS, PageRuns(documents, windows, baseline))
-    data = {one.name: embedded(one.drawn) for one in sections if one.drawn is not None}
-    return rendered(
-        "page.html.j2",
-        scripts=SCRIPTS,
-        runs=documents,
-        verdict=_worst(documents),
-        counts=_counts(documents),
-        standin=any(document.summary.standin for document in documents),
-        standin_note=STANDIN_NOTE,
-        sections=sections,
-        data=data | {window.anchor: window.data for window in windows},
-    )
+    return "".join(_pieces(documents, bases, baseline))
 
 
 def rendered(name: str, *, scripts: Sequence[str], data: dict[str, str], **values: Any) -> str:
     """A page from a template that extends `layout.html.j2`. data: packed, by their element's id."""
-    sources = [_asset(script) for script in scripts]
-    return template(name).render(
-        styles="\n".join(_asset(style) for style in STYLES),
-        scripts=sources,
-        policy=_policy(sources),
-        data=data,
-        **values,
-    )
+    return "".join(_rendered(name, scripts=scripts, data=data, **values))
 
 
 def write_page(
@@ -92,40 +80,106 @@ def write_page(
     """Writes the page whole or not at all. folders: where each document's artifacts lie."""
     bases = [os.path.relpath(folder, path.parent) for folder in folders]
     bases = ["" if base == "." else Path(base).as_posix() for base in bases]
-    atomic_write(path, page(documents, bases=bases, baseline=baseline))
+    pieces = _pieces(documents, bases, baseline)
+    with atomic_writer(path) as stream:
+        stream.writelines(piece.encode() for piece in pieces)
 
 
-def _placed(documents: Sequence[Results], bases: Sequence[str]) -> list[PlacedWindow]:
+def _pieces(
+    documents: Sequence[Results], bases: Sequence[str], baseline: Results | None
+) -> Iterator[str]:
+    placed = with_earlier(documents, _placed(documents, list(bases) or [""] * len(documents)))
+    windows = _windows(placed)
+    sections = all_shown(SECTIONS, PageRuns(documents, windows, baseline))
+    if is_long(windows):
+        sections = tuple(sorted(sections, key=lambda section: section.name != "verdicts"))
+    data = {one.name: embedded(one.drawn) for one in sections if one.drawn is not None}
+    return _rendered(
+        "page.html.j2",
+        scripts=SCRIPTS,
+        runs=documents,
+        verdict=_worst(documents),
+        counts=_counts(documents),
+        standin=any(document.summary.standin for document in documents),
+        standin_note=STANDIN_NOTE,
+        sections=sections,
+        data=data | {window.anchor: window.data for window in windows},
+    )
+
+
+def _rendered(
+    name: str, *, scripts: Sequence[str], data: dict[str, str], **values: Any
+) -> Iterator[str]:
+    sources = [_asset(script) for script in scripts]
+    return template(name).generate(
+        styles="\n".join(_asset(style) for style in STYLES),
+        scripts=sources,
+        policy=_policy(sources),
+        data=data,
+        **values,
+    )
+
+
+def _placed(documents: Sequence[Results], bases: Sequence[str]) -> list[PlacedHead]:
+    loads = [loads_of(document) for document in documents]
     windows = (
-        (window, document, base)
-        for document, base in zip(documents, bases, strict=True)
-        for window in document.windows
+        (head, document, load.get(head.load or ""), base)
+        for document, load, base in zip(documents, loads, bases, strict=True)
+        for head in heads_of(document)
     )
     return [
-        PlacedWindow(window, document, f"window-{number}", load_of(window, document), base)
-        for number, (window, document, base) in enumerate(windows, 1)
+        PlacedHead(head, document, f"window-{number}", load, base)
+        for number, (head, document, load, base) in enumerate(windows, 1)
     ]
 
 
-def _window(window: PlacedWindow, *, opened: bool) -> PageWindow:
+def _windows(placed: Sequence[PlacedHead]) -> list[PageWindow]:
+    """The windows with their content: of the worst ones as it is, of all others packed."""
+    failing = [window for window in placed if window.counts and window.doc.verdict == "fail"]
+    newest = sorted(failing, key=lambda w: w.run.run.started or "", reverse=True)
+    worst = sorted(placed, key=lambda w: WORST_FIRST.index(w.doc.verdict))
+    by_weight = dict.fromkeys(window.anchor for window in (*newest, *worst))
+    in_full = set(islice(by_weight, WHOLE_WINDOWS))
+    most = MOST_OPEN if is_long(placed) else len(placed)
+    opened = {window.anchor for window in newest[:most] or worst[:1]}
+    with _few_collections():
+        return [
+            _window(window, opened=window.anchor in opened, in_full=window.anchor in in_full)
+            for window in placed
+        ]
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """A window is some 10,000 objects, nearly all without cycles: to look for these each time that
+    there are 700 more takes as long as all the rest."""
+    usual = gc.get_threshold()
+    gc.set_threshold(NEW_OBJECTS, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
+def _window(head: PlacedHead, *, opened: bool, in_full: bool) -> PageWindow:
+    """A window is decoded here, and not kept."""
+    values = {field.name: getattr(head, field.name) for field in fields(PlacedHead)}
+    window = PlacedWindow(**values | {"doc": whole(head.doc, head.run)})
+    reason = _reason(window.doc)
     sections = all_shown(WINDOW_SECTIONS, window)
+    content = template("window.html.j2").render(w=window, reason=reason, sections=sections)
+    drawn = window_data(window, sections)
     return PageWindow(
-        doc=window.doc,
-        run=window.run,
-        anchor=window.anchor,
-        load=window.load,
-        base=window.base,
-        counts=window.counts,
-        earlier=window.earlier,
-        reason=_reason(window.doc),
+        **values,
         title=window_title(window.doc),
+        reason=reason,
         opened=opened,
-        sections=sections,
-        data=embedded(window_data(window, sections)),
+        content=Markup(content) if in_full else None,
+        data=embedded(drawn) if in_full else embedded(drawn | {"content": content}, at_once=True),
     )
 
 
-def _reason(window: RecordedWindow) -> str:
+def _reason(window: WindowHead) -> str:
     """Why it has its verdict; of windows opened together, the typical one has that of them all."""
     repeats = window.repeats
     alone = repeats is not None and repeats.typical != window.id

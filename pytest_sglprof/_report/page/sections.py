@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from pytest_sglprof._metrics import WORST_FIRST
 from pytest_sglprof._report.model import RecordedTest, Results
 from pytest_sglprof._report.page import data
@@ -23,13 +25,14 @@ from pytest_sglprof._report.page.figures import (
     kernel_rows,
     stragglers,
 )
-from pytest_sglprof._report.page.history import History, PlacedWindow, history
+from pytest_sglprof._report.page.history import History, PlacedHead, PlacedWindow, history
 from pytest_sglprof._report.page.lead import lead
 from pytest_sglprof._report.page.moments import moments
 from pytest_sglprof._report.page.regression import regression_picture
 from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
 
+WHOLE_WINDOWS = 50  # of a page, the worst ones; the content of the others is unpacked by scripts
 FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
 
 Subject = TypeVar("Subject")
@@ -72,14 +75,23 @@ class ShownSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageWindow(PlacedWindow):
-    """A window with its sections. data: what scripts draw of it, packed."""
+class PageWindow(PlacedHead):
+    """A window as the page has it.
+
+    content: what stands below its summary, None where `data` has it as well. data: what scripts
+    draw of it, packed.
+    """
 
     title: str
     reason: str
     opened: bool
-    sections: tuple[ShownSection, ...]
+    content: Markup | None
     data: str
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether its test failed by it."""
+        return self.counts and self.doc.verdict == "fail"
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,11 @@ class PageRuns:
     runs: Sequence[Results]
     windows: Sequence[PageWindow]
     baseline: Results | None
+
+
+def is_long(windows: Sequence[PlacedHead]) -> bool:
+    """Whether a page of these is one of many windows, which begins with the list of them."""
+    return len(windows) > WHOLE_WINDOWS
 
 
 def all_shown(rows: Sequence[Section[Subject]], subject: Subject) -> tuple[ShownSection, ...]:
@@ -223,10 +240,14 @@ WINDOW_SECTIONS: tuple[Section[PlacedWindow], ...] = (
 
 @dataclass(frozen=True)
 class Verdicts:
-    """rows: the worst window first. without_window: tests that opened none."""
+    """rows: the worst window first. without_window: tests that opened none.
+
+    is_long: the rows do not fit on a screen.
+    """
 
     rows: list[PageWindow]
     without_window: list[RecordedTest]
+    is_long: bool
 
 
 @dataclass(frozen=True)
@@ -250,6 +271,7 @@ def _verdicts(page: PageRuns) -> Verdicts:
     return Verdicts(
         rows=sorted(judged, key=lambda w: WORST_FIRST.index(w.doc.verdict)),
         without_window=[test for run in page.runs for test in run.tests if test.verdict is None],
+        is_long=is_long(page.windows),
     )
 
 
@@ -270,11 +292,11 @@ def _history(page: PageRuns) -> list[History] | None:
 def _failing(page: PageRuns) -> list[PageWindow] | None:
     """Of several runs the newest first."""
     newest = sorted(page.windows, key=lambda w: w.run.run.started or "", reverse=True)
-    return [w for w in newest if w.opened and w.doc.verdict == "fail"] or None
+    return [w for w in newest if w.is_failure] or None
 
 
 def _others(page: PageRuns) -> list[PageWindow] | None:
-    return [w for w in page.windows if not (w.opened and w.doc.verdict == "fail")] or None
+    return [w for w in page.windows if not w.is_failure] or None
 
 
 SECTIONS: tuple[Section[PageRuns], ...] = (

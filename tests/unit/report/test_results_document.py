@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -235,7 +235,7 @@ def full_of(value: float, kind: Any) -> Any:
         return (value, 1.0)
     if origin is tuple:
         return tuple(full_of(value, one) for one in arguments if one is not Ellipsis)
-    if origin is list:
+    if origin in (list, Sequence):
         return [full_of(value, arguments[0])]
     if origin is dict:
         return {"key": full_of(value, arguments[1])}

@@ -24,7 +24,8 @@ ROWS = (*SECTIONS, *WINDOW_SECTIONS)
 def test_every_section_has_its_files_and_every_file_its_section() -> None:
     templates = {row.template for row in ROWS}
     here = {path.name for path in (PAGE / "templates").glob("*.j2")}
-    assert here == templates | {"layout.html.j2", "page.html.j2", "nights.html.j2"}
+    frames = {"layout.html.j2", "page.html.j2", "nights.html.j2", "window.html.j2"}
+    assert here == templates | frames
     assert {path.name for path in (PAGE / "assets").glob("*.js")} == set(SCRIPTS)
     assert len({row.name for row in ROWS}) == len(ROWS)
 

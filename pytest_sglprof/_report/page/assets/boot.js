@@ -32,9 +32,11 @@
   async function unpackAhead(most) {
     let letters = 0;
     for (const data of document.querySelectorAll('script[type="application/gzip"]')) {
+      const place = document.getElementById(data.id.replace(/-data$/, ""));
+      if (place.matches("[data-packed]")) continue;
       letters += data.textContent.length;
       if (letters > most) return;
-      await sglprof.load(document.getElementById(data.id.replace(/-data$/, "")));
+      await sglprof.load(place);
       await pause();
     }
   }
@@ -90,12 +92,18 @@
     const mark = box.querySelector(".mark");
     if (mark && box.scrollHeight > box.clientHeight) box.scrollTop = mark.closest("tr").offsetTop - box.clientHeight / 2;
   }
-  document.addEventListener("toggle", (event) => {
+  async function fill(window) {
+    if (!window?.matches("[data-packed]") || !sglprof.canUnpack) return;
+    await sglprof.load(window);
+    sglprof.fill(window);
+  }
+  document.addEventListener("toggle", async (event) => {
     if (!event.target.open) return;
+    await fill(event.target);
     watch(event.target);
     drawOpen(event.target);
   }, true);
-  document.querySelectorAll(".window .which").forEach((section) => sglprof.parts.which(section, section.closest(".window")));
+  document.querySelectorAll(".window").forEach(sglprof.begin);
 
   document.addEventListener("click", (event) => {
     const more = event.target.closest("button[data-more]");
@@ -113,8 +121,10 @@
     }
   });
 
-  function openTarget() {
-    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  async function openTarget() {
+    const name = decodeURIComponent(location.hash.slice(1));
+    await fill(document.getElementById(name.match(/^window-\d+/)?.[0]));
+    const target = name && document.getElementById(name);
     if (!target) return;
     for (let around = target.closest("details"); around; around = around.parentElement.closest("details")) around.open = true;
     target.scrollIntoView();
@@ -136,7 +146,8 @@
   let folded = [];
   let theme;
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open])")];
+    document.querySelectorAll("[data-packed]").forEach(sglprof.fill);
+    folded = [...document.querySelectorAll("details:not([open], [data-packed])")];
     folded.forEach((one) => { one.open = true; });
     theme = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";

@@ -1,4 +1,5 @@
-/* What all parts of the page share. Text only ever enters the document as text. */
+/* What all parts of the page share. Text only ever enters the document as text, but for the content
+   of packed windows: made with all others, by the templates of the page. */
 "use strict";
 const sglprof = (() => {
   const parts = {};
@@ -89,6 +90,7 @@ const sglprof = (() => {
 
   async function unpack(window) {
     if (!canUnpack) return new Promise(() => {}); // the page says so
+    if (document.readyState === "loading") await new Promise((go) => addEventListener("DOMContentLoaded", go)); // data stands last
     const text = document.getElementById(`${window.id}-data`).textContent;
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -106,11 +108,27 @@ const sglprof = (() => {
     return value;
   }
 
+  /* The content of a window whose data holds that as well: only the worst of many have it at once. */
+  function fill(window) {
+    const value = unpacked.get(window);
+    if (!value || !window.matches("[data-packed]")) return;
+    window.removeAttribute("data-packed");
+    while (window.lastElementChild.tagName !== "SUMMARY") window.lastElementChild.remove();
+    window.insertAdjacentHTML("beforeend", value.content);
+    delete value.content;
+    begin(window);
+  }
+
+  /* The scripts of what stands in a window. */
+  function begin(window) {
+    window.querySelectorAll(".which").forEach((section) => parts.which(section, window));
+  }
+
   const data = (window) => unpacked.get(window) ?? null;
 
   function quiet(text) {
     return element("p", { class: "quiet", text });
   }
 
-  return { parts, charts, element, three, duration, colour, isDark, redraw, room, resize, shade, load, data, quiet, canUnpack };
+  return { parts, charts, element, three, duration, colour, isDark, redraw, room, resize, shade, load, fill, begin, data, quiet, canUnpack };
 })();
