@@ -45,7 +45,7 @@ from pytest_sglprof._trace.read import build_table, read_window
 from pytest_sglprof._trace.table import KernelTable
 from pytest_sglprof._trace.torch.assemble import _assembled
 
-WINDOWS = 10
+WINDOWS = 20
 KEPT = (
     "nothing lost 0 % 2 ranks balanced",
     "nothing lost 0 % 8 ranks slow",
