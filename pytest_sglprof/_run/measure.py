@@ -117,7 +117,8 @@ def without_verdict(measured: Measured, moment: str) -> Measured:
     """What was measured of a window beside the one that is judged: it cannot fail a test."""
     from pytest_sglprof._verdict.judge import Verdict
 
-    of_what = "has the stacks after a fail" if moment == "sources" else f"is {moment} the onset"
+    around = f"is of the time {moment} the onset"
+    of_what = "has the stacks after a fail" if moment == "sources" else around
     reason = f"not judged: it {of_what}"
     if measured.doubt:
         reason += f" ({measured.doubt})"
