@@ -206,7 +206,7 @@ class LoadWatch:
             self._loop, self._halt = asyncio.get_running_loop(), halt
             if self._stopping:
                 halt.set()
-        tasks = [asyncio.create_task(self._follow(source)) for source in self._sources]
+        tasks = [asyncio.create_task(self._follow(source, halt)) for source in self._sources]
         ending = asyncio.create_task(halt.wait())
         try:
             await asyncio.wait([*tasks, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -216,6 +216,7 @@ class LoadWatch:
         finally:
             with self._lock:
                 self._loop = None
+            halt.set()
             ending.cancel()
             for task in tasks:
                 task.cancel()
@@ -224,9 +225,10 @@ class LoadWatch:
                 for source in self._sources:
                     closing.push_async_callback(source.close)
 
-    async def _follow(self, source: Source) -> None:
+    async def _follow(self, source: Source, halt: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        # Up to Python 3.11, `asyncio.wait_for` loses a cancellation that comes with its result.
+        while not halt.is_set():
             began = loop.time()
             self._publish(await source.poll())
             await asyncio.sleep(max(0.0, source.delay - (loop.time() - began)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -147,3 +149,22 @@ def test_fault_14_a_source_that_cannot_be_closed_leaves_no_other_one_open() -> N
         watch.stop()
     assert [source.closed for source in sources] == [1, 1, 1]
     assert threads() == []
+
+
+class Losing(Counting):
+    """Loses each cancellation, as `asyncio.wait_for` may: its answer came at the same moment."""
+
+    async def poll(self) -> list[Sample]:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.05)
+        return await super().poll()
+
+
+def test_a_source_that_loses_its_cancellation_is_ended_all_the_same() -> None:
+    watch = LoadWatch([Losing()])
+    watch.start()
+    time.sleep(0.07)
+    ending = threading.Thread(target=watch.stop, daemon=True)
+    ending.start()
+    ending.join(10)
+    assert not ending.is_alive()
