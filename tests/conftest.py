@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -76,31 +76,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for number, path in enumerate(sorted(files, key=_mixed))
     }
     items.sort(key=lambda item: (turn[item.path], item.path))
-
-
-# Parts of paths of files that run, in servers and commands of their own, what others measure as
-# well: coverage would double the time that they take.
-UNMEASURED = ("/browser/", "/unit/benchmarks/", "/integration/plugin/")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _coverage_where_it_tells(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Stops the measuring of `.ci/run` in this process, and in what it starts."""
-    is_measured = "COVERAGE_PROCESS_START" in os.environ
-    if not is_measured or not any(part in request.path.as_posix() for part in UNMEASURED):
-        yield
-        return
-    from coverage import Coverage
-
-    current = Coverage.current()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
-            patch.delenv(name, raising=False)
-        if current is not None:
-            current.stop()
-        yield
-    if current is not None:
-        current.start()
 
 
 def _mixed(path: Path) -> int:
