@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> ExitStatus:
 
 BATCH = 10_000  # events that are encoded at once
 PROGRESS_S = 1.0  # between two lines of progress
+AROUND = ("before", "at", "after")  # an onset
 
 
 def write_perfetto(args: argparse.Namespace) -> None:
@@ -175,19 +176,17 @@ def _table(
 def _around(args: argparse.Namespace, recorded: Recorded) -> dict[str, WindowFiles]:
     """The files of the windows around an onset by their moment, in order of time; else nothing."""
     chosen = recorded.window
-    if chosen is None or chosen.moment_of is None:
+    if chosen is None or chosen.moment not in AROUND:
         return {}
-    around = [
-        (each.window.opened, each.window.moment, each)
+    around = sorted(
+        (each.window.opened, each.window.moment, each.id, each.files(args))
         for each in recorded.inputs.windows
-        if each.window is not None and each.window.moment_of == chosen.moment_of
-    ]
-    moments = [(moment, each) for _, moment, each in sorted(around, key=lambda one: one[0])]
-    return {
-        moment if len({one for one, _ in moments}) == len(moments) else each.id: each.files(args)
-        for moment, each in moments
-        if moment in ("before", "at", "after")
-    }
+        if each.window is not None
+        and each.window.moment in AROUND
+        and each.window.moment_of == chosen.moment_of
+    )
+    is_unique = len({moment for _, moment, *_ in around}) == len(around)
+    return {moment if is_unique else name: files for _, moment, name, files in around}
 
 
 def _kernels(
