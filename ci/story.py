@@ -55,10 +55,11 @@ class Load:
     def _client(self, number: int) -> None:
         with httpx.Client(base_url=self.url, timeout=120, trust_env=False) as http:
             while not self.over.is_set():
-                rank = 0 if number < self.clients[0] else 1
+                place = 7 * number % CLIENTS  # so that each rank gets short and long requests
+                rank = 0 if place < self.clients[0] else 1
                 # Each client's requests have a length of their own: equal ones come in waves.
                 sampling = {"max_new_tokens": 90 + 7 * number, "ignore_eos": True}
-                prompt = [10 + (7 * number + place) % 900 for place in range(24 + 4 * number)]
+                prompt = [10 + (7 * number + at) % 900 for at in range(24 + 4 * number)]
                 body = {"input_ids": prompt, "routed_dp_rank": rank, "sampling_params": sampling}
                 try:
                     http.post("/generate", json=body).raise_for_status()
@@ -196,6 +197,7 @@ def running_server(folder: Path, sglang: RealSglang, nsys: str) -> Iterator[str]
         *("--trace-fork-before-exec=true", "--force-overwrite=true"),
         *(sglang.python, "-m", "sglang.launch_server", "--model-path", sglang.model(MODEL)),
         *("--host", "127.0.0.1", "--port", str(port), *CPU_ARGUMENTS, *ARGS),
+        *("--max-running-requests", str(RANKS * CLIENTS)),  # nobody waits, whoever gets most
     ]
     environment = {
         **os.environ,
@@ -253,7 +255,8 @@ def main() -> int:
     for problem in story.wrong:
         print(f"WRONG: {problem}")
     if args.write and not story.wrong:
-        args.write.write_text("\n".join((HEAD, *story.parts)), encoding="utf-8")
+        text = "\n".join((HEAD, *story.parts)).replace(str(Path.home()), "~")
+        args.write.write_text(text, encoding="utf-8")
     return 1 if story.wrong else 0
 
 
