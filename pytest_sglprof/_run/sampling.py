@@ -102,10 +102,12 @@ def open_short(
     *,
     name: str = "",
     steps: int = SHORT_STEPS,
+    with_stack: bool = False,
 ) -> Window | None:
     """Opens and closes one beside `window`; None where the test has opened one by hand."""
     samples = window.watch.samples if window.watch is not None else ()
     spec = short_spec(window, name or moment, samples, steps)
+    spec = replace(spec, with_stack=spec.with_stack or with_stack)
     short = window.beside(moment, spec)
     try:
         short.open()
@@ -145,7 +147,6 @@ def short_spec(window: Window, name: str, samples: Sequence[LoadSample], steps: 
         settle=0.0,
         repeat=1,
         max_time=None,
-        with_stack=spec.with_stack or name == "sources",
         source_lines=False,
         trigger=None,
         ring=None,

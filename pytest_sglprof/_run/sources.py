@@ -44,7 +44,7 @@ def _recorded(
         why = "the load was over before the verdict was known: drive a longer one"
         return RecordedSources(rank=rank, window=None, lines=(), reason=why)
     try:
-        short = open_short(window, "sources", body_is_over, steps=STEPS)
+        short = open_short(window, "sources", body_is_over, steps=STEPS, with_stack=True)
         if short is None:
             why = "another window of this server was open"
             return RecordedSources(rank=rank, window=None, lines=(), reason=why)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -64,6 +65,13 @@ class _Event(msgspec.Struct, gc=False):
 _DOCUMENT = msgspec.json.Decoder(Document[_Event] | list[_Event])
 
 
+class _Launch(NamedTuple):
+    """A call that launches work, at a time in ns."""
+
+    at: int
+    correlation: int
+
+
 @dataclass
 class _Span:
     """A call of an operator or of a Python function; ns. inner: time of operators inside of it."""
@@ -73,14 +81,6 @@ class _Span:
     name: str
     is_operator: bool
     inner: int = 0
-
-
-@dataclass
-class _Launch:
-    """Where work was launched: kernels by (name, ns), or the operator itself on a CPU."""
-
-    at: int
-    correlation: int
 
 
 def source_lines(path: Path) -> tuple[SourceLine, ...]:
@@ -124,7 +124,7 @@ def _launched(
     spans: list[_Span], launches: list[_Launch], kernels: dict[int, list[tuple[str, int]]]
 ) -> Iterator[_Row]:
     """The kernels of the launches of one thread."""
-    following = iter(sorted(launches, key=lambda launch: launch.at))
+    following = iter(sorted(launches))
     launch = next(following, None)
     open_spans: list[_Span] = []
     for span in (*_in_order(spans), None):
