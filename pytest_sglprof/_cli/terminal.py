@@ -84,8 +84,11 @@ class Keyboard:
     def _stop(self, number: int, frame: object) -> None:
         self._give_back()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # stops here until SIGCONT
+        os.kill(
+            os.getpid(), signal.SIGTSTP
+        )  # stops here until SIGCONT, unless nobody can resume it
         signal.signal(signal.SIGTSTP, self._stop)
+        self._take()  # also where SIGCONT was handled before, or the kernel stopped nobody
 
     def _resume(self, number: int, frame: object) -> None:
         self._take()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ COLUMNS = 80
 class Terminal:
     """A terminal of 80 columns with `sglprof watch` in it, as its foreground job."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, under: Sequence[str] = ()) -> None:
         self.ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
         self.modes = termios.tcgetattr(theirs)
         self.text = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pytest_sglprof", "watch", *words],
+            [*under, sys.executable, "-m", "pytest_sglprof", "watch", *words],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -110,8 +110,8 @@ def pure_tp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def terminal() -> Iterator[Any]:
     made: list[Terminal] = []
 
-    def open_one(*words: str) -> Terminal:
-        made.append(Terminal(*words))
+    def open_one(*words: str, under: Sequence[str] = ()) -> Terminal:
+        made.append(Terminal(*words, under=under))
         return made[-1]
 
     yield open_one
@@ -183,16 +183,29 @@ def test_an_interrupt_drops_the_window_and_gives_the_terminal_back(
 
 
 def test_while_it_is_stopped_the_terminal_is_the_shell_s(pure_tp: Running, terminal: Any) -> None:
+    shell = ["bash", "-m", "-c", '"$@"; echo "stopped: $?"; read line; fg', "bash"]
+    at = terminal(pure_tp.url, under=shell)
+    at.see("q: ends")
+    assert not at.has_own_modes
+    at.press("\x1a")  # Ctrl-Z
+    at.see(f"stopped: {128 + signal.SIGTSTP}")
+    assert at.has_own_modes
+    at.press("\n")
+    at.see("q: ends")
+    at.press("q")
+    assert at.end()[0] == 0
+    assert at.has_own_modes
+
+
+def test_a_stop_that_the_kernel_refuses_leaves_the_keys(pure_tp: Running, terminal: Any) -> None:
+    """Of a process group without a shell the kernel stops nobody; SIGCONT may be handled first."""
     at = terminal(pure_tp.url)
     at.see("q: ends")
-    wait_for(lambda: not at.has_own_modes)
     at.process.send_signal(signal.SIGTSTP)
-    # Of an orphaned process group the kernel stops nobody; then it goes on at once.
-    wait_for(lambda: at.has_own_modes or not at.process.poll())
     at.process.send_signal(signal.SIGCONT)
-    wait_for(lambda: not at.has_own_modes)
-    at.text = ""
     at.see("q: ends")
+    at.see("q: ends")
+    assert not at.has_own_modes
     at.press("q")
     assert at.end()[0] == 0
     assert at.has_own_modes
