@@ -47,7 +47,7 @@ from pytest_sglprof._plugin.verdicts import (
     write_summary,
 )
 from pytest_sglprof._redact import learn_command, learn_environment, redact_text
-from pytest_sglprof._run.attempt import TestRun
+from pytest_sglprof._run.attempt import ProfileWindow, TestRun
 from pytest_sglprof._run.clean import swept
 from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune, run_facts
 from pytest_sglprof._run.lives import KnownLives, TestLives, accept_lives
@@ -55,7 +55,6 @@ from pytest_sglprof._run.servers import close_server, describe_server, open_serv
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
-    from pytest_sglprof._run.window import ProfileWindow
     from pytest_sglprof._server.launch import Server
 
 
@@ -432,8 +431,6 @@ class PluginSession:
 
     def profile_window(self, item: pytest.Item) -> ProfileWindow:
         """The value of the fixture `profile_window`."""
-        from pytest_sglprof._run.window import ProfileWindow
-
         return ProfileWindow(self.settings, self.test_run(item).new_window, item.name)
 
     def _server_spec(self, node: Any) -> ServerSpec:

@@ -124,6 +124,7 @@ class Server:
         self.driver_variables = dict(driver_variables or {})
         self.loads: list[Any] = []  # those that ended before its first window
         self.had_window = False
+        self.past_windows: dict[Any, dict[float, Any]] = {}  # by kind and length, for `_run.cost`
         self.warm_for: dict[str, int] = {}  # shape of a load it has run -> requests at once
         self._is_any_driver = is_any_driver
         self._keeper = keeper
