@@ -261,8 +261,12 @@ def _pyarrow(doing: str) -> tuple[Any, Any]:
 
 
 def _damaged(file: Path, error: Exception) -> TraceError:
-    return error if isinstance(error, TraceError) else TraceError(
-        f"{file} is damaged: {type(error).__name__}",
-        expected="a file that sglprof reduce wrote, as a whole",
-        hint="reduce the traces again",
+    return (
+        error
+        if isinstance(error, TraceError)
+        else TraceError(
+            f"{file} is damaged: {type(error).__name__}",
+            expected="a file that sglprof reduce wrote, as a whole",
+            hint="reduce the traces again",
+        )
     )

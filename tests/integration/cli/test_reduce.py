@@ -60,7 +60,7 @@ def test_two_files_are_the_table_of_all_traces(traces: list[Path], nodes: list[P
 
 
 @pytest.mark.parametrize(
-    ("command", "words"), [("check", ("--limit", "1.05")), ("kernels", ("--by", "rank,kernel"))]
+    ("command", "words"), [("check", ("--limit", "1.05")), ("kernels", ("--by", "rank,name"))]
 )
 def test_commands_say_the_same(
     traces: list[Path],
@@ -103,8 +103,14 @@ def test_settings_and_doubts_travel_with_it(traces: list[Path], tmp_path: Path) 
     for path in twice:
         path.write_bytes(traces[0].read_bytes())
     (place / "server_info.json").write_text('{"tp_size": 2, "disable_overlap_schedule": true}')
-    node = reduce_to(tmp_path / "node.parquet", twice, "--rank", "a-TP-0.trace.json.gz=TP0",
-                     "--rank", "a-TP-1.trace.json.gz=TP1")
+    node = reduce_to(
+        tmp_path / "node.parquet",
+        twice,
+        "--rank",
+        "a-TP-0.trace.json.gz=TP0",
+        "--rank",
+        "a-TP-1.trace.json.gz=TP1",
+    )
     table = read_window(node)
     assert "have the same contents" in table.incomparable
     assert "have the same contents" not in read_window(node, force=True).incomparable
@@ -126,3 +132,15 @@ def test_another_ending_is_refused(
 ) -> None:
     assert main(["reduce", *map(str, traces), "-o", str(tmp_path / "x.json")]) == 2
     assert "a name that ends in .parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torch/sglang-cpu-tp2dp2", "torch/a100-nccl", "nsys/mfu_2gpu_before.sqlite"],
+)
+def test_recorded_windows_are_the_same(name: str, shared_data: Path, tmp_path: Path) -> None:
+    place = shared_data / name
+    if not place.exists():
+        pytest.skip(f"{place} is absent")
+    node = reduce_to(tmp_path / "node.parquet", [place])
+    same(read_window(place), read_window(node))
