@@ -251,6 +251,9 @@ def docs(page: str) -> str:
     return f"https://github.com/pytest-sglprof/pytest-sglprof/blob/main/docs/{page}.md"
 
 
+_LONGEST = 100  # characters of a name that is compared with others
+
+
 def did_you_mean(given: Iterable[object], known: Iterable[str], otherwise: str = "") -> str:
     """`did you mean moe?`, with the known names nearest to `given`; `otherwise` if none is near."""
     import difflib  # only where something is wrong
@@ -258,6 +261,6 @@ def did_you_mean(given: Iterable[object], known: Iterable[str], otherwise: str =
     by_folded = {name.casefold(): name for name in known}
     nearest: dict[str, None] = {}
     for name in given:
-        close = difflib.get_close_matches(str(name).strip().casefold(), by_folded, n=1)
+        close = difflib.get_close_matches(str(name)[:_LONGEST].strip().casefold(), by_folded, n=1)
         nearest.update(dict.fromkeys(by_folded[folded] for folded in close))
     return f"did you mean {' and '.join(nearest)}?" if nearest else otherwise

@@ -6,7 +6,6 @@ A cell is the time of one kernel on one rank in one step. A window of 50 steps, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from pytest_sglprof._analysis.groups import (
     work_groups,
 )
 from pytest_sglprof._analysis.work import StepInputs, step_inputs
+from pytest_sglprof._limits import matching
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._trace.table import first_of
 
@@ -97,8 +97,8 @@ class GroupCells:
         regular expression searched in normalised names; if given, the scope is ignored.
         """
         if kernel:
-            search = re.compile(kernel).search
-            chosen = [search(name) is not None for _, name in self.kernels]
+            matches = matching(kernel, (name for _, name in self.kernels))
+            chosen = [name in matches for _, name in self.kernels]
         elif scope == "all":
             chosen = [True] * len(self.kernels)
         elif scope == "compute":

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from pytest_sglprof._analysis.imbalance import MIN_ASSIGNED_SHARE, MIN_MATCHED_SHARE
 from pytest_sglprof._analysis.strata import UNKNOWN, GroupStrata, StepWork, Stratum
 from pytest_sglprof._baselines.records import LifeRecord, LoadFigures
+from pytest_sglprof._limits import matching
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 
 Floats = npt.NDArray[np.float64]
@@ -257,9 +258,9 @@ def _means(
 
 def _of_kind(group: GroupStrata, stratum: Stratum, figure: Figure) -> float | None:
     if figure.kernel:
-        search = re.compile(figure.kernel).search
+        matches = matching(figure.kernel, (name for _, name in group.kernels))
         rows = zip(group.kernels, stratum.kernels, strict=True)
-        chosen = [ns for (_, name), ns in rows if search(name)]
+        chosen = [ns for (_, name), ns in rows if name in matches]
         return sum(chosen) if chosen or not group.left_out_kernels else None
     if figure.name == "compute":
         return stratum.compute_ns

@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 
 from pytest_sglprof._baselines.records import RECORD_FORMAT, LifeRecord
+from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._files import atomic_write, safe_name
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, why_undecodable
 
 HISTORY = "history"
 
@@ -51,9 +53,12 @@ def read_history(folder: Path, *, problems: list[str] | None = None) -> list[Lif
 def read_lives(path: Path, problems: list[str]) -> list[LifeRecord]:
     """The lives in the file of one run; broken lines go to `problems`."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_bytes(path).splitlines()
     except OSError as error:
         problems.append(f"{path} cannot be read: {error.strerror or error}")
+        return []
+    except SglprofError as error:
+        problems.append(error.what)
         return []
     records = []
     for number, line in enumerate(lines, start=1):
@@ -65,8 +70,9 @@ def read_lives(path: Path, problems: list[str]) -> list[LifeRecord]:
                 records.append(msgspec.json.decode(line, type=LifeRecord))
             else:
                 problems.append(f"{path}, line {number}: of format {major}, left out")
-        except ValueError as error:
-            problems.append(f"{path}, line {number}: damaged, left out: {error}")
+        except UNDECODABLE as error:
+            why = why_undecodable(error)
+            problems.append(f"{path}, line {number}: damaged, left out: {why}")
     return records
 
 

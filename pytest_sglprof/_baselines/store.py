@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from pytest_sglprof._baselines.records import (
 )
 from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._files import atomic_write, json_text
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, why_undecodable
 from pytest_sglprof._server import lease
 
 Mode = Literal["new", "all"]
@@ -93,8 +94,16 @@ def usable_lives(
 
 
 def moment(text: str) -> datetime:
-    """What `utc` wrote, with its time zone."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    """What `utc` wrote, with its time zone. Raises `BaselineError` for any other text."""
+    try:
+        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError as error:
+        raise BaselineError(
+            f"a server life was recorded at {text[:40]!r}, which is no time",
+            expected="a time such as 2026-11-24T06:08:42Z",
+            hint="correct the record, or remove it",
+        ) from error
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def why_refused(record: LifeRecord, reason: str = "") -> str:
@@ -249,7 +258,7 @@ class BaselineFolder:
     def _read(self, file: Path, *, for_writing: bool = False) -> Baseline | None:
         """None where there is no such file. for_writing: it will be replaced."""
         try:
-            text = file.read_bytes()
+            text = read_bytes(file, error=BaselineError)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -265,9 +274,9 @@ class BaselineFolder:
                     expected=f"the name {baseline.key.file_name}",
                     hint="rename it, or remove it",
                 )
-        except ValueError as error:
+        except UNDECODABLE as error:
             raise BaselineError(
-                f"baseline {file} is damaged: {error}",
+                f"baseline {file} is damaged: {why_undecodable(error)}",
                 expected="a file that pytest-sglprof wrote",
                 hint="restore it (git checkout), or remove it",
             ) from error

@@ -14,6 +14,7 @@ from typing import Any
 
 from pytest_sglprof._config.model import LauncherName
 from pytest_sglprof._errors import LoadError, SettingsError
+from pytest_sglprof._limits import UNDECODABLE, refuse_deep, why_undecodable
 from pytest_sglprof._redact import redact
 from pytest_sglprof._server.command import LAUNCHERS
 
@@ -253,15 +254,11 @@ def parse_result(
     drop: further keys that `raw` does not keep.
     Raises LoadError if `line` is not such a record.
     """
-    try:
-        record = json.loads(line)
-        completed, duration = int(record["completed"]), float(record["duration"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(
-            f"the load driver's result cannot be read: {error!r}",
-            expected='a line of JSON with at least "completed" and "duration"',
-            log=[line[:200]],
-        ) from None
+    record = json_record(line)
+    completed, duration = parse_figure(record, "completed"), parse_figure(record, "duration")
+    if completed is None or duration is None or not 0 <= completed < 2**53 or duration < 0:
+        raise _not_a_record(line, '"completed" or "duration" is missing or impossible')
+    completed = int(completed)
     return LoadResult(
         requested=max(requested, completed),
         completed=completed,
@@ -279,10 +276,27 @@ def parse_result(
         cache_flushed=cache_flushed,
         started=started,
         ttfts=_ttfts(record),
-        raw={
-            key: strict_json(value)
-            for key, value in redact(without(record, ("server_info", *drop))).items()
-        },
+        raw=strict_json(redact(without(record, ("server_info", *drop)))),
+    )
+
+
+def json_record(line: str) -> dict[str, Any]:
+    """The record in one line of a driver's output file; LoadError if it is none."""
+    try:
+        record = json.loads(line)
+        refuse_deep(record)
+    except UNDECODABLE as error:
+        raise _not_a_record(line, why_undecodable(error)) from None
+    if not isinstance(record, dict):
+        raise _not_a_record(line, "it is not an object of JSON")
+    return record
+
+
+def _not_a_record(line: str, why: str) -> LoadError:
+    return LoadError(
+        f"the load driver's result cannot be read: {why}",
+        expected='a line of JSON with at least "completed" and "duration"',
+        log=[line[:200]],
     )
 
 
@@ -292,7 +306,7 @@ def record_line(text: str) -> str:
     Those are a line of their own, below that of the run.
     """
     lines = text.strip().split("\n")
-    with contextlib.suppress(ValueError, IndexError, TypeError):
+    with contextlib.suppress(IndexError, TypeError, *UNDECODABLE):
         steady = json.loads(lines[-1])
         if "concurrency_ratio" in steady:
             return json.dumps({**json.loads(lines[-2]), "steady_state": steady})
@@ -306,11 +320,9 @@ def without(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 def _ttfts(record: Mapping[str, Any]) -> tuple[float, ...]:
     """ms, of each completed request in order; the driver writes 0 s for one that failed."""
-    return tuple(
-        1000.0 * seconds
-        for seconds in record.get("ttfts") or ()
-        if isinstance(seconds, int | float) and seconds > 0 and math.isfinite(seconds)
-    )
+    listed = record.get("ttfts")
+    seconds = (_finite(item) for item in (listed if isinstance(listed, list) else ()))
+    return tuple(1000.0 * each for each in seconds if each is not None and each > 0)
 
 
 def _statistics(record: Mapping[str, Any], name: str) -> dict[str, float | None]:
@@ -319,18 +331,31 @@ def _statistics(record: Mapping[str, Any], name: str) -> dict[str, float | None]
 
 def parse_figure(record: Mapping[str, Any], key: str) -> float | None:
     """A number of a driver's record; None if it is missing or not finite."""
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    return _finite(record.get(key))
+
+
+def _finite(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    with contextlib.suppress(OverflowError):  # a whole number may have hundreds of digits
+        return float(value) if math.isfinite(value) else None
+    return None
 
 
 def strict_json(value: Any) -> Any:
-    """`value` with every infinite or undefined number as a string, as strict JSON requires."""
+    """`value` as strict JSON requires it: a number that does not fit into 64 bits is a string.
+
+    Python's `json` also reads infinite and undefined numbers, whole ones of any length, and
+    halves of characters, for which a question mark stands.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):
-        return {key: strict_json(item) for key, item in value.items()}
+        return {strict_json(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, list):
         return [strict_json(item) for item in value]
     return value
@@ -344,7 +369,7 @@ def redact_record(text: str, drop: Sequence[str] = ()) -> str:
     kept = []
     for line in text.splitlines():
         # A driver that was killed may leave half a line, in which secrets cannot be hidden.
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(AttributeError, *UNDECODABLE):
             kept.append(json.dumps(redact(without(json.loads(line), drop))) + "\n")
     return "".join(kept)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sglprof._bench_serving.command import (
     STATISTICS,
     LoadResult,
+    json_record,
     option_words,
     parse_figure,
     strict_json,
@@ -125,7 +126,7 @@ class Batches:
         """Waits for this batch; returns the driver's record of it. Raises as `await_held`."""
         while not self.is_over(number):
             self._go_on(number)
-        result: dict[str, Any] = json.loads(self._lines()[number])
+        result = json_record(self._lines()[number])
         self._refuse_other(number, result.get("batch_size"))
         return result
 
@@ -223,15 +224,15 @@ def batch_result(record: Mapping[str, Any], command: Sequence[str], started: flo
     The driver knows the first token of the last request alone, so only a batch of one has
     latencies: those of its one request.
     """
-    try:
-        batch, output_len = int(record["batch_size"]), int(record["output_len"])
-        latency = float(record["latency"])
-    except (KeyError, TypeError, ValueError) as error:
+    figures = [parse_figure(record, key) for key in ("batch_size", "output_len", "latency")]
+    numbers = [number for number in figures if number is not None and 0 < number < 2**53]
+    if len(numbers) < len(figures):
         raise LoadError(
-            f"the driver's result cannot be read: {error!r}",
+            "the driver's result cannot be read: one of its figures is missing or impossible",
             expected='at least "batch_size", "output_len" and "latency"',
             log=[json.dumps(record)[:200]],
-        ) from None
+        )
+    batch, output_len, latency = int(numbers[0]), int(numbers[1]), numbers[2]
     ttft = last_ttft(record)
     steps = output_len - 1
     tpot = (1000 * latency - ttft) / steps if ttft is not None and steps else None
@@ -250,7 +251,7 @@ def batch_result(record: Mapping[str, Any], command: Sequence[str], started: flo
         e2e=_of_one(1000 * latency if is_one else None),
         command=tuple(redact_command(command)),
         started=started,
-        raw={key: strict_json(value) for key, value in redact(dict(record)).items()},
+        raw=strict_json(redact(dict(record))),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_sglprof._cli.inputs import Inputs, InputWindow
 from pytest_sglprof._cli.options import read_table
 from pytest_sglprof._errors import SglprofError
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, why_undecodable
 from pytest_sglprof._ranks import rank_order
 
 if TYPE_CHECKING:
@@ -215,10 +216,10 @@ def _of_baseline(path: Path) -> Side:
     from pytest_sglprof._baselines.records import Baseline
 
     try:
-        baseline = msgspec.json.decode(path.read_bytes(), type=Baseline)
-    except (msgspec.MsgspecError, OSError) as error:
+        baseline = msgspec.json.decode(read_bytes(path), type=Baseline)
+    except (OSError, *UNDECODABLE) as error:
         raise SglprofError(
-            f"{path} is no baseline: {error}",
+            f"{path} is no baseline: {why_undecodable(error)}",
             expected="a file of the folder of baselines",
             hint="sglprof baseline list shows them",
         ) from error

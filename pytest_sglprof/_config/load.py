@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,11 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_sglprof._config.model import CERTAIN, SERVER_KINDS, ServerSpec, Threshold
-from pytest_sglprof._config.options import OPTIONS, Option, compiled, is_on
+from pytest_sglprof._config.options import OPTIONS, Option, is_on
 from pytest_sglprof._config.servers import server_dir_pair, servers_from
 from pytest_sglprof._config.thresholds import check_threshold, default_thresholds
 from pytest_sglprof._config.windows import check_name, refuse_too_few_steps, window_spec
 from pytest_sglprof._errors import SettingsError, did_you_mean, docs
+from pytest_sglprof._limits import (
+    NOT_PATTERN,
+    UNDECODABLE,
+    compiled,
+    read_bytes,
+    refuse_odd,
+    why_undecodable,
+)
 from pytest_sglprof._metrics import METRICS, MIN_SHARE, MIN_STEPS
 from pytest_sglprof._redact import redact_command, redact_text
 from pytest_sglprof._trace.categories import CATEGORY_NAMES
@@ -124,6 +133,8 @@ def read_settings(
     document = load_config(path) if path is not None else {}
     if stored is not None and "config" not in values:
         path = stored[0]
+        problems = [_described(error) for error in _violations(stored[1])] if stored[1] else []
+        _refuse(problems[:_MOST_PROBLEMS], f"{path} holds no valid configuration")
         tools = {"tools": document["tools"]} if "tools" in document else {}
         document = {**tools, **stored[1]}
     return build_settings(
@@ -320,6 +331,7 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
 
 # `sglprof.toml`, or `[tool.sglprof]` of pyproject.toml: search, parse, check against the schema.
 
+_MOST_PROBLEMS = 20  # that are named, each with its place
 SCHEMA = Path(__file__).parents[1] / "schemas" / "config.schema.json"
 
 
@@ -334,9 +346,14 @@ def find_config(tests: Sequence[Path], rootdir: Path) -> Path | None:
         candidate, pyproject = folder / "sglprof.toml", folder / "pyproject.toml"
         if candidate.is_file():
             return candidate
-        if pyproject.is_file() and "sglprof" in _parse(_read(pyproject), pyproject).get("tool", {}):
+        if pyproject.is_file() and "sglprof" in _tools(_parse(_read(pyproject), pyproject)):
             return pyproject
     return None
+
+
+def _tools(pyproject: Mapping[str, Any]) -> Mapping[str, Any]:
+    tools = pyproject.get("tool")
+    return tools if isinstance(tools, dict) else {}
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -346,11 +363,14 @@ def load_config(path: Path) -> dict[str, Any]:
     prefix: tuple[str, ...] = ()
     if path.name == "pyproject.toml":
         prefix = ("tool", "sglprof")
-        document = document.get("tool", {}).get("sglprof", {})
+        document = _tools(document).get("sglprof", {})
     problems = []
-    for error in _violations(document):
+    violations = _violations(document)
+    for error in violations[:_MOST_PROBLEMS]:
         line, column = position(text, (*prefix, *_place(error)))
         problems.append(f"line {line}, column {column}: {_described(error)}")
+    if more := len(violations) - len(problems):
+        problems.append(f"and {more} more")
     _refuse(problems, f"{path} is not a valid configuration")
     return document
 
@@ -405,18 +425,23 @@ def position(text: str, keys: Sequence[str | int]) -> tuple[int, int]:
             min(len(path), len(keys)),
         )
         if agreeing > best[0]:
-            first = text.splitlines()[line - 1]
+            first = text.split("\n")[line - 1]
             best = (agreeing, line, len(first) - len(first.lstrip()) + 1)
     return best[1:]
+
+
+_LAST_LINE = re.compile(r"[\]}]|\"\"\"|'''")  # what ends a value of several lines
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """Each header and assignment with the number of its first line; values may span several."""
     begin, statement = 0, ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not statement:
-            begin = number
+    for number, line in enumerate(text.split("\n"), start=1):
+        is_first = not statement
+        begin = number if is_first else begin
         statement += f"{line}\n"
+        if not is_first and not _LAST_LINE.search(line):
+            continue
         try:
             is_whole = tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
@@ -452,9 +477,11 @@ def _with_counts(
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        document = tomllib.loads(f"value = {text}")
+        refuse_odd(document)
+    except UNDECODABLE:
         return text
+    return document["value"]
 
 
 def _refuse(problems: Sequence[str], what: str) -> None:
@@ -491,7 +518,7 @@ def _is_repository(folder: Path) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, error=SettingsError).decode("utf-8")
     except FileNotFoundError:
         raise SettingsError(
             f"the configuration file {path} does not exist",
@@ -504,14 +531,16 @@ def _read(path: Path) -> str:
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = tomllib.loads(text)
+        refuse_odd(document)
+    except UNDECODABLE as error:
         raise _not_toml(path, error) from None
+    return document
 
 
-def _not_toml(path: Path, error: ValueError) -> SettingsError:
+def _not_toml(path: Path, error: Exception) -> SettingsError:
     return SettingsError(
-        f"{path} is not valid TOML: {error}",
+        f"{path} is not valid TOML: {why_undecodable(error)}",
         expected="TOML 1.0 in UTF-8",
         hint="correct that line",
     )
@@ -524,11 +553,15 @@ def _violations(document: Mapping[str, Any]) -> list[ValidationError]:
 
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     schema["$defs"]["threshold"]["properties"]["metric"]["enum"] = list(METRICS)
-    validator = jsonschema.Draft202012Validator(
-        schema,
-        format_checker=jsonschema.FormatChecker(formats=("regex",)),
-    )
+    formats = jsonschema.FormatChecker(formats=())
+    formats.checks("regex", raises=NOT_PATTERN)(_is_pattern)
+    validator = jsonschema.Draft202012Validator(schema, format_checker=formats)
     return sorted(validator.iter_errors(document), key=lambda error: list(map(str, error.path)))
+
+
+def _is_pattern(value: object) -> bool:
+    """Whether it is a regular expression, where it is a string at all; else raises."""
+    return not isinstance(value, str) or bool(re.compile(value))
 
 
 def _place(error: ValidationError) -> list[str | int]:

@@ -11,10 +11,8 @@ key into the schema. Every pytest run imports this module, so it imports nothing
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
-from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._metrics import MIN_STEPS
 
 PLUGIN_NAME = "sglprof-session"  # under which a run with --sglprof registers its hooks
@@ -290,22 +288,3 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("show_config", "flag", "print each setting and where it was set, then stop"),
 )
-
-
-def compiled(
-    expression: str,
-    what: str,
-    *,
-    expected: str = "a Python regular expression that is searched in full kernel names",
-    hint: str = "escape what is meant literally, for example \\( and \\[",
-) -> re.Pattern[str]:
-    """Compiles an expression that a user wrote.
-
-    what: where and what it is, for the message. Raises `SettingsError` for an invalid one.
-    """
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise SettingsError(
-            f"{what} is not a regular expression: {error}", expected=expected, hint=hint
-        ) from error

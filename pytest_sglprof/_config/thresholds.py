@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 from pytest_sglprof._config.model import ACROSS, STAGES, Across, Threshold
-from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import SettingsError, did_you_mean
+from pytest_sglprof._limits import compiled
 from pytest_sglprof._metrics import LIFE_FIGURES, LOAD_WORDS, METRICS, UNITS
 
 DEFAULT_SLOWDOWN = 1.05

@@ -24,6 +24,7 @@ from pytest_sglprof._baselines.records import LifeRecord
 from pytest_sglprof._capture.recording import WindowCost
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import LauncherName, Moment, Threshold
+from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._metrics import VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
 from pytest_sglprof._report.regression import RecordedRegression
@@ -567,8 +568,15 @@ def _storable_item(key: str, item: Any) -> Any:
 
 
 def unix_ns(text: str) -> int:
-    """The Unix time in ns of what `utc` wrote."""
-    return round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000) * 10**6
+    """The Unix time in ns of what `utc` wrote. Raises `SglprofError` for any other text."""
+    try:
+        time = datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise SglprofError(
+            f"a results document has {text[:40]!r} in the place of a time",
+            expected="a time such as 2026-11-24T06:08:42.123Z",
+        ) from error
+    return round(time * 1000) * 10**6
 
 
 @overload

@@ -13,6 +13,7 @@ import msgspec
 from pytest_sglprof._bench_serving.command import LoadResult
 from pytest_sglprof._errors import SettingsError, SglprofError
 from pytest_sglprof._files import atomic_write, json_text
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, refuse_deep, why_undecodable
 from pytest_sglprof._metrics import VerdictWord, worst_word
 from pytest_sglprof._redact import redact_command
 from pytest_sglprof._report.build import finding_document, window_document
@@ -289,7 +290,7 @@ def load_results(path: Path) -> Results:
     try:
         if stored := stored_results(path):
             return stored
-        text = path.read_bytes()
+        text = read_bytes(path)
     except OSError as error:
         raise SglprofError(
             f"{path} cannot be read: {error.strerror or error}",
@@ -299,12 +300,15 @@ def load_results(path: Path) -> Results:
     try:
         head = msgspec.json.decode(text, type=_Head)
         if head.schema_version.major <= FORMAT.major:
-            return msgspec.json.decode(text, type=Results)
-    except msgspec.ValidationError:
+            document = msgspec.json.decode(text, type=Results)
+            refuse_deep([dict(load.raw) for load in document.loads])
+            return document
+    except msgspec.ValidationError as error:
         _refuse(path, text)
-        raise
-    except ValueError as error:
-        raise SglprofError(f"{path} is not JSON: {error}", expected=expected) from error
+        raise SglprofError(f"{path}: {error}", expected=expected) from error
+    except UNDECODABLE as error:
+        what = f"{path} is not JSON: {why_undecodable(error)}"
+        raise SglprofError(what, expected=expected) from error
     raise SglprofError(
         f"{path} is of format {_words(head.schema_version)}, which this version cannot read",
         expected=f"format {FORMAT.major}, this version writes {_words(FORMAT)}",
@@ -318,9 +322,10 @@ def _refuse(path: Path, text: bytes) -> None:
         validate(msgspec.json.decode(text))
     except SettingsError as error:
         raise SglprofError(f"{path}: {error.what}", expected=error.expected) from error
-    except (ValueError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise SglprofError(
-            f"{path} is not JSON: {error}", expected="a results.json that pytest-sglprof wrote"
+            f"{path} is not JSON: {why_undecodable(error)}",
+            expected="a results.json that pytest-sglprof wrote",
         ) from error
 
 

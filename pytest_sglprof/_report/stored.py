@@ -14,10 +14,12 @@ from typing import IO, overload
 import msgspec
 
 from pytest_sglprof._errors import SglprofError
+from pytest_sglprof._limits import UNDECODABLE, why_undecodable
 from pytest_sglprof._report.model import RecordedWindow, Results, WindowHead
 
 LARGE = 4 << 20  # bytes, of 25 windows; as a whole they take six times that of memory
 CHUNK = 1 << 20
+MOST = 256 << 20  # bytes of one window, of what stands before the windows, and behind them
 BEGIN, END = b'\n "windows": [\n', b"\n  }"
 
 Place = tuple[int, int]  # offset and length, in bytes
@@ -58,9 +60,9 @@ class StoredWindows(Sequence[RecordedWindow]):
             text = stream.read(length)
         try:
             return msgspec.json.decode(text, type=RecordedWindow)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise SglprofError(
-                f"{self._path}: $.windows[{at}]: {error}",
+                f"{self._path}: $.windows[{at}]: {why_undecodable(error)}",
                 expected="what results.schema.json describes",
             ) from error
 
@@ -102,7 +104,7 @@ def stored_results(path: Path) -> Results | None:
     try:
         with path.open("rb") as stream:
             return _read(path, stream)
-    except msgspec.MsgspecError:
+    except UNDECODABLE:
         return None
 
 
@@ -119,15 +121,18 @@ def _read(path: Path, stream: IO[bytes]) -> Results | None:
         places.append((offset, len(text)))
         between = _until(b"\n", stream, ahead)
         offset += len(text) + len(between)
-    rest = between + ahead + stream.read()
+    rest = between + ahead + stream.read(MOST)
     document = msgspec.json.decode(before + rest, type=Results)
     return msgspec.structs.replace(document, windows=StoredWindows(path, places, heads))
 
 
 def _until(mark: bytes, stream: IO[bytes], ahead: bytearray) -> bytes:
-    """What comes up to the end of `mark`, or of the file. ahead: what was read beyond it."""
+    """What comes up to the end of `mark`, of the file, or of `MOST` bytes.
+
+    ahead: what was read beyond it.
+    """
     at = ahead.find(mark)
-    while at < 0 and (piece := stream.read(CHUNK)):
+    while at < 0 and len(ahead) < MOST and (piece := stream.read(CHUNK)):
         begin = max(0, len(ahead) - len(mark))
         ahead += piece
         at = ahead.find(mark, begin)

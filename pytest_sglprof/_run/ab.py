@@ -21,6 +21,7 @@ from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import ServerSpec, WindowSpec
 from pytest_sglprof._errors import Inconclusive, SettingsError, SglprofError
 from pytest_sglprof._files import atomic_write
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, why_undecodable
 from pytest_sglprof._run.clean import swept
 from pytest_sglprof._run.folder import RunFolder, write_run_file
 from pytest_sglprof._run.opening import LoadState, steady_load
@@ -112,10 +113,10 @@ def write_plan(folder: Path, plan: Plan) -> None:
 def read_plan(folder: Path) -> Plan:
     """The plan of a comparison that was begun."""
     try:
-        return msgspec.json.decode((folder / PLAN).read_bytes(), type=Plan)
-    except (OSError, msgspec.MsgspecError) as error:
+        return msgspec.json.decode(read_bytes(folder / PLAN), type=Plan)
+    except (OSError, *UNDECODABLE) as error:
         raise SglprofError(
-            f"there is no comparison in {folder}: {error}",
+            f"there is no comparison in {folder}: {why_undecodable(error)}",
             expected=f"a folder of sglprof ab, with {PLAN}",
             hint="its first line names it",
         ) from error
@@ -128,10 +129,10 @@ def read_lives(folder: Path, plan: Plan) -> list[Life]:
         file = _file(folder, number)
         if file.exists():
             try:
-                lives.append(msgspec.json.decode(file.read_bytes(), type=Life))
-            except msgspec.MsgspecError as error:
+                lives.append(msgspec.json.decode(read_bytes(file), type=Life))
+            except UNDECODABLE as error:
                 raise SglprofError(
-                    f"{file} is damaged: {error}",
+                    f"{file} is damaged: {why_undecodable(error)}",
                     expected="what sglprof ab wrote",
                     hint="remove it and resume: that life is run again",
                 ) from error

@@ -13,6 +13,7 @@ import msgspec
 
 from pytest_sglprof import _process as process
 from pytest_sglprof._files import JOURNAL, RESULTS
+from pytest_sglprof._limits import UNDECODABLE
 from pytest_sglprof._redact import redact_text
 from pytest_sglprof._report.model import utc
 from pytest_sglprof._run.folder import locked, run_content, server_versions
@@ -102,6 +103,6 @@ def _recorded(journal: Path) -> Iterator[Record]:
     """The whole lines of a journal, up to one that cannot be read."""
     from pytest_sglprof._report.model import Record
 
-    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError), journal.open("rb") as lines:
+    with contextlib.suppress(FileNotFoundError, *UNDECODABLE), journal.open("rb") as lines:
         for line in lines:
             yield msgspec.json.decode(line, type=Record)

@@ -28,6 +28,7 @@ from pytest_sglprof._errors import (
     ServerUnreachable,
     SettingsError,
 )
+from pytest_sglprof._limits import refuse_deep, why_undecodable
 from pytest_sglprof._redact import learn, redact, redact_text
 from pytest_sglprof._server.sizes import MOST_RANKS, flat_info, invalid_size
 
@@ -369,9 +370,11 @@ class SglangClient:
 def json_of(response: httpx.Response) -> Any:
     """The document of an answer; ValueError if it is none."""
     try:
-        return response.json()
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        document = response.json()
+        refuse_deep(document)
+    except RecursionError as error:
+        raise ValueError(why_undecodable(error)) from None
+    return document
 
 
 def _is_untrusted(error: httpx.RequestError) -> bool:

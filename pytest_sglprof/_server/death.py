@@ -36,7 +36,8 @@ _CAUSES = re.compile(
     r"bus error|illegal instruction|unrecognized arguments|: error: |"
     r"No module named|no such file or directory|can't open file|permission denied|"
     r"no space left|CUDA error|NCCL error|illegal memory access|device-side assert|"
-    r"terminate called|^\s*what\(\):|Assertion [`'].*failed|double free|free\(\): |malloc\(\)|"
+    r"terminate called|^\s*what\(\):|Assertion [`'].{0,1000}failed|double free|free\(\): |"
+    r"malloc\(\)|"
     rf"{_ENDED}",
     re.I,
 )
@@ -80,7 +81,7 @@ _SIGNALS = {
     "the host (or the container's limit) ran out of memory; dmesg -T | grep -i oom says so",
     signal.SIGBUS: "most often because /dev/shm is full, as with a small --shm-size of a container",
 }
-_KILLED_RANK = re.compile(r"(?:exit ?code:?|terminated with) (-\d+)", re.I)
+_KILLED_RANK = re.compile(r"(?:exit ?code:?|terminated with) (-\d{1,9})", re.I)
 
 
 def describe_status(status: int | None) -> str:

@@ -18,11 +18,14 @@ _LINE_END = re.compile(rb"[\r\n]")
 # What the log of a server that starts says -> what that is called; a group is how far it is.
 _PHASES = (
     (re.compile(r"ready to roll|Application startup complete"), "answering its first request"),
-    (re.compile(r"Capturing batches.*?(\d+)%|Capture \w[^\[]*? begin"), "capturing graphs"),
+    (
+        re.compile(r"Capturing batches.{0,200}?(\d+)%|Capture \w[^\[]{0,80}? begin"),
+        "capturing graphs",
+    ),
     (re.compile(r"KV Cache is allocated|Memory pool end"), "its memory is allocated"),
-    (re.compile(r"[Ll]oading (?:safetensors|pt|shards|weights).*?(\d+)%"), "loading weights"),
+    (re.compile(r"[Ll]oading (?:safetensors|pt|shards|weights).{0,200}?(\d+)%"), "loading weights"),
     (re.compile(r"Load weight begin"), "loading weights"),
-    (re.compile(r"(?:Fetching \d+ files|Downloading).*?(\d+)%"), "downloading"),
+    (re.compile(r"(?:Fetching \d+ files|Downloading).{0,200}?(\d+)%"), "downloading"),
 )
 
 

@@ -76,7 +76,7 @@ _HEADS: dict[Kind, str] = {
     "experts": r"\[Expert Balancedness\]",
     "rebalance_start": r"\[EPLBManager\] rebalance start",
     "rebalance_end": r"\[EPLBManager\] rebalance end",
-    "capture": r"Capture \w[^\[]*? begin\b|Capture (?:cuda|cpu) graph",
+    "capture": r"Capture \w[^\[]{0,80}? begin\b|Capture (?:cuda|cpu) graph",
     "profile_start": r"Profiling starts",
     "profile_end": r"Profiling done",
     "arguments": r"server_args=",
@@ -107,6 +107,7 @@ _QUEUES = (
 )  # fmt: skip
 # What a prefill adds to `#running-req`: its requests, and those whose KV cache is being sent.
 _HELD = ("#new-seq", "#transferring-req", "#inflight-req")
+_LONGEST_BATCH = 4_000  # characters of an entry in which figures are looked for
 _FIELD = re.compile(r"(\w+)=(-?\d{1,18}(?:\.\d+)?)")
 _PROFILE_ID = re.compile(r"\(with profile id: (.*)\)")
 _SIZE = re.compile(r"\b(dp_size|attn_dp_size|pp_size|nnodes|node_rank)'?[=:] ?(\d{1,9})")
@@ -239,11 +240,12 @@ class EntryReader:
     ) -> Iterator[Entry]:
         """The entries after `at`. begin: where the head of one may stand; stamp: its own."""
         tokens = [*_TOKEN.finditer(line, at)]
+        quote = _first_quote(line, at)
         after_batch = False  # the text of a batch quotes nobody
         for number, token in enumerate(tokens, start=1):
             kind = cast("Kind | Literal['stamp']", token.lastgroup)
             if kind == "stamp":
-                if after_batch or _is_glued(line, at, token.start()):
+                if after_batch or _is_glued(line, at, token.start(), quote):
                     stamp = _read_stamp(token)
                     begin, after_batch = (token.end() + 1 if stamp else -1), False
                 continue
@@ -262,7 +264,8 @@ class EntryReader:
 
 def read_batch(entry: Entry) -> Batch:
     """The figures of a "prefill" or "decode" entry."""
-    values = dict(_PAIR.findall(entry.text))  # most of them are not needed as numbers
+    # Most of them are not needed as numbers.
+    values = dict(_PAIR.findall(entry.text, 0, _LONGEST_BATCH))
     get = values.get
     running, accepted = get("#running-req"), get("accept len")
     is_decode = entry.kind == "decode"
@@ -289,7 +292,7 @@ def read_batch(entry: Entry) -> Batch:
 
 def read_balance(entry: Entry) -> ExpertBalance | None:
     """The figures of an "experts" entry; None without a valid balancedness."""
-    values = dict(_FIELD.findall(entry.text))
+    values = dict(_FIELD.findall(entry.text, 0, _LONGEST_BATCH))
     balancedness = float(values.get("current_pass_balancedness", 0.0))
     if not 0.0 < balancedness <= 1.0:
         return None
@@ -371,6 +374,7 @@ def _rank(tags: str) -> Rank | None:
 # (SGLANG_LOGGING_CONFIG_PATH). Texts that a server quotes must not look like it.
 
 _MOST_PIECES = 16
+_LONGEST_PIECE = 1_000  # characters
 _CLOCK = (
     r"(?P<date>\d{4}[-/]\d\d[-/]\d\d)[T ](?P<clock>\d\d:\d\d:\d\d)(?:[.,](?P<part>\d{1,9}))?"
     r"(?P<zone> ?(?:Z|UTC|GMT|[+-]\d\d:?\d\d)\b)?"
@@ -398,7 +402,7 @@ _LEAD = re.compile(
 _TAG = re.compile(r"(?<![^\s\[])[A-Z_]{2,8}\d{1,9}(?![^\s\]])")
 _COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 _QUOTE = re.compile("['\"`]")
-_ACCESS = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+"')
+_QUOTED = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+"|' + _QUOTE.pattern)
 _TEXTS = ("log", "message", "msg", "MESSAGE", "event", "line", "textPayload")
 _TIMES = ("time", "timestamp", "@timestamp", "asctime", "ts", "date")
 _NAMES = ("pod_name", "pod", "container_name", "container")
@@ -426,7 +430,7 @@ def _read_lead(line: str, stamp: Stamp | None = None) -> _Lead:
     labels: list[str] = []
     server, is_timed, is_own, is_filled, tags = "", stamp is not None, False, False, ""
     for _ in range(_MOST_PIECES):
-        piece = _LEAD.match(line, end)
+        piece = _LEAD.match(line, end, end + _LONGEST_PIECE)
         if piece is None or _FIRST.match(line, end):
             break
         kind, text = piece.lastgroup, piece[0]
@@ -479,18 +483,22 @@ def _json_stamp(value: Any) -> Stamp | None:
     return _read_lead(value).stamp if isinstance(value, str) else None
 
 
-def _is_glued(line: str, begin: int, at: int) -> bool:
+def _first_quote(line: str, begin: int) -> int:
+    """Where the first quote after `begin` stands that is not one of an access log's."""
+    quotes = (match for match in _QUOTED.finditer(line, begin) if len(match[0]) == 1)
+    return next((match.start() for match in quotes), len(line))
+
+
+def _is_glued(line: str, begin: int, at: int, quote: int) -> bool:
     """Whether a stamp inside of a line begins an entry, rather than stands in what a request says.
 
     Its own newline is missing, or that of the entry before it, so no blank is there; and a
-    server writes texts of requests in quotes.
+    server writes texts of requests in quotes. quote: where the first of these stands.
     """
     if at == begin:
         return True
     before = line[at - 1]
-    return not (before.isspace() or before in "([{<'\"=:`") and not _QUOTE.search(
-        _ACCESS.sub("", line[begin:at])
-    )
+    return not (before.isspace() or before in "([{<'\"=:`") and quote >= at
 
 
 # Facts about a window's forward passes: rebalances, accept lengths, captures.

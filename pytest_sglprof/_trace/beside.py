@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pytest_sglprof._errors import TraceError
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, refuse_deep, refuse_large
 from pytest_sglprof._server.sizes import EXPERTS, SERVER_INFO, SETTINGS_KEYS, pass_settings
 from pytest_sglprof._trace.reduced import beside_of, is_reduced
 from pytest_sglprof._trace.steps import with_settings
@@ -62,8 +64,9 @@ def beside_of_traces(paths: Sequence[str | Path], name: str) -> Path | None:
 def read_settings(file: Path) -> PassSettings:
     """The settings in an answer of `/server_info`; `TraceError` for anything else."""
     try:
-        info = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        info = json.loads(read_bytes(file, error=TraceError))
+        refuse_deep(info)
+    except (OSError, *UNDECODABLE) as error:
         what = error.strerror if isinstance(error, OSError) else "is not JSON"
         raise _not_of_a_server(file, what or "cannot be read") from error
     if not isinstance(info, dict) or not info.keys() & set(SETTINGS_KEYS):
@@ -79,6 +82,14 @@ def _not_of_a_server(file: Path, what: str) -> TraceError:
     )
 
 
+# Of a file that numpy did not write; the last for a shape that is larger than its data.
+_NO_COUNTS = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, MemoryError),
+)
+_UNPACKED = 12  # bytes of memory for one of the file: five columns of int64 for counts of int32
+
+
 def with_experts(table: KernelTable, file: Path) -> KernelTable:
     """The table with the counts that `_capture/convert_experts.py` wrote.
 
@@ -86,11 +97,16 @@ def with_experts(table: KernelTable, file: Path) -> KernelTable:
     step are left out, and a note says how many steps have none.
     """
     try:
+        with zipfile.ZipFile(file) as packed:
+            size = sum(each.file_size for each in packed.infolist())
+        refuse_large(file, _UNPACKED * size, error=TraceError)
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as stored:
             content = {name: stored[name] for name in ("passes", "counts", "logical", "rank_rows")}
             labels = [str(label) for label in stored["labels"]]
         _check_shapes(content, labels)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except TraceError as error:
+        return _noted(table, f"{file.name} is left out: {error.what}")
+    except _NO_COUNTS as error:
         return _noted(table, f"{file.name} is left out: {type(error).__name__}: {error}")
     row_of = dict(zip(labels, content["rank_rows"].tolist(), strict=True))
     parts = [
@@ -115,7 +131,9 @@ def with_experts(table: KernelTable, file: Path) -> KernelTable:
 
 def _check_shapes(content: Mapping[str, Any], labels: Sequence[str]) -> None:
     counts, logical, rows = (content[name] for name in ("counts", "logical", "rank_rows"))
-    fits = counts.ndim == 4 and counts.shape[1] == len(content["passes"]) > 0
+    is_whole = all(content[name].dtype.kind in "iu" for name in content)
+    fits = is_whole and content["passes"].ndim == rows.ndim == 1
+    fits = fits and counts.ndim == 4 and counts.shape[1] == len(content["passes"]) > 0
     fits = fits and logical.shape == (counts.shape[0], *counts.shape[2:])
     if not fits or len(rows) != len(labels) or not set(rows.tolist()) <= set(range(len(counts))):
         raise ValueError("its arrays do not fit together")

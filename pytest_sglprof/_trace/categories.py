@@ -10,11 +10,11 @@ must not match `convert`. `flashinfer::norm::FusedAddRMSNormKernel` is split int
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from pytest_sglprof._config.options import compiled as compiled_pattern
+from pytest_sglprof._limits import matching
 from pytest_sglprof._trace.kernel_names import normalise
 
 
@@ -191,15 +191,22 @@ _ELEMENTWISE_WORDS = (
 
 
 def category(name: str, patterns: Sequence[tuple[str, str]] = ()) -> str:
-    """The category of a kernel's full name; `patterns` (category, regex) are tried first.
+    """The category of one full name; see `categories_of`."""
+    return categories_of([name], patterns)[name]
 
-    Users' patterns are searched in the full name. Raises `SettingsError` for one that is not
-    a regular expression.
+
+def categories_of(names: Iterable[str], patterns: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The category of each full name; `patterns` (category, regex) of the user are tried first.
+
+    They are searched in the full name. Raises what `matching` does.
     """
+    distinct = dict.fromkeys(names)
+    given: dict[str, str] = {}
     for user_category, pattern in patterns:
-        if _user_pattern(user_category, pattern).search(name):
-            return user_category
-    return _of_key(normalise(name))
+        what = f"the pattern {pattern!r} of category {user_category}"
+        matches = matching(pattern, distinct.keys() - given.keys(), what)
+        given.update(dict.fromkeys(matches, user_category))
+    return {name: given.get(name) or _of_key(normalise(name)) for name in distinct}
 
 
 def words(key: str) -> str:
@@ -246,11 +253,6 @@ def _of_key(key: str) -> str:
 def _first(text: str, patterns: _Compiled = _PATTERNS) -> str:
     """The category of the first pattern that is found in `text`; empty if there is none."""
     return next((name for name, compiled in patterns if compiled.search(text)), "")
-
-
-@lru_cache(maxsize=256)
-def _user_pattern(category: str, pattern: str) -> re.Pattern[str]:
-    return compiled_pattern(pattern, f"the pattern {pattern!r} of category {category}")
 
 
 # Which kind of communication a kernel is. Stragglers can be found in some kinds only.

@@ -74,7 +74,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
         "is a table (CSV) of Ascend's profiler",
         _OTHER_PROFILER,
     ),
-    (rb"[^{}\[\]\n\x00-\x08]+(?:,[^{}\[\]\n\x00-\x08]*){2,}\r?\n", "is a table (CSV)", _GIVE),
+    (rb"[^,{}\[\]\n\x00-\x08]+(?:,[^,{}\[\]\n\x00-\x08]*){2,}\n", "is a table (CSV)", _GIVE),
 )
 _KINDS = tuple((re.compile(begins), what, hint) for begins, what, hint in _BEGINNINGS)
 _BOM = b"\xef\xbb\xbf"

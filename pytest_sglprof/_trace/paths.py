@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError
+from pytest_sglprof._limits import UNDECODABLE
 from pytest_sglprof._ranks import FILE_END, NamedRank, Rank, named_ranks, node_in_name
 from pytest_sglprof._server.sizes import SERVER_INFO
 from pytest_sglprof._trace.foreign import EXPECTED, HEAD, kind_of
@@ -400,5 +401,5 @@ def _decoded(distributed: bytes) -> _Distributed:
     try:
         info = _DISTRIBUTED.decode(distributed) if distributed else _Distributed()
         return _Distributed(None, info.world_size) if (info.rank or 0) < 0 else info
-    except msgspec.DecodeError:  # null, or fields of other types
+    except UNDECODABLE:  # null, or fields of other types
         return _Distributed()

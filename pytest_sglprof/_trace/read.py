@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pytest_sglprof._config.options import compiled
 from pytest_sglprof._errors import TraceError
+from pytest_sglprof._limits import matching
 from pytest_sglprof._ranks import rank_order
-from pytest_sglprof._trace.categories import category, words
+from pytest_sglprof._trace.categories import categories_of, words
 from pytest_sglprof._trace.completeness import comparable, refuse_unrecorded
 from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.one_window import by_force, copies, different_runs, facts_of_run
@@ -209,11 +209,12 @@ def _frame(
         stage[rows] = _stages(part, stages)
         numbers["step"][rows], numbers["stream"][rows] = part.step, part.stream
         numbers["start_ns"][rows], numbers["dur_ns"][rows] = part.start, part.dur
+    categories = categories_of(full_names, patterns)
     texts = {
         "rank": pd.Categorical.from_codes(rank, categories=pd.Index(list(ranks)), ordered=True),
         "name": _mapped_text(full, [normalise(name) for name in full_names]),
         "full_name": pd.Categorical.from_codes(full, categories=pd.Index(list(full_names))),
-        "category": _mapped_text(full, [_category(name, patterns) for name in full_names]),
+        "category": _mapped_text(full, [_category(name, categories[name]) for name in full_names]),
         "kind": pd.Categorical.from_codes(kind, categories=pd.Index(list(kinds))),
         "stage": pd.Categorical.from_codes(stage, categories=pd.Index(list(stages))),
     }
@@ -225,8 +226,8 @@ def _codes(numbers: Interner, texts: Sequence[str]) -> Ints:
     return np.array([numbers[text] for text in texts], dtype=np.int64)
 
 
-def _category(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    return "communication" if name.startswith(COMMUNICATION) else category(name, patterns)
+def _category(name: str, category: str) -> str:
+    return "communication" if name.startswith(COMMUNICATION) else category
 
 
 def _mapped_text(codes: Any, texts: Sequence[str]) -> Any:
@@ -447,22 +448,21 @@ def with_repetition(
     """The parts with steps by repetition, or unchanged, and a note that says why.
 
     Only for GPU activities, and only if no rank has step markers. delimiter: a regular
-    expression; a kernel whose full name it matches begins a step. Raises `SettingsError` for
-    one that is not a regular expression.
+    expression; a kernel whose full name it matches begins a step. Raises what `matching` does.
     """
-    pattern = compiled(delimiter, f"the step delimiter {delimiter!r}") if delimiter else None
     active = [part for part in parts if len(part.start)]
     if not active or any(part.steps for part in parts) or not active[0].is_timeline:
         return list(parts), []
-    if pattern is None and sum(len(part.start) for part in active) > MAX_KERNELS:
+    if not delimiter and sum(len(part.start) for part in active) > MAX_KERNELS:
         note = f"no steps: a window with more than {MAX_KERNELS:,} kernels is not searched"
         return list(parts), [f"{note} for a repetition; set step_delimiter to find steps"]
     names = list(dict.fromkeys(name for part in active for name in part.names))
     keys = {name: normalise(name) for name in names}
     number = {key: n for n, key in enumerate(dict.fromkeys(keys.values()))}
     streams = [_main_stream(part, {name: number[keys[name]] for name in names}) for part in active]
-    if pattern is not None:
-        begins = {number[keys[name]] for name in names if pattern.search(name)}
+    if delimiter:
+        matches = matching(delimiter, names, f"the step delimiter {delimiter!r}")
+        begins = {number[keys[name]] for name in matches}
         cuts = [np.flatnonzero(np.isin(stream.keys, list(begins))) for stream in streams]
         how = f"the kernel /{delimiter}/ that begins each"
     else:

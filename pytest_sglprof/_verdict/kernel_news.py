@@ -5,7 +5,6 @@ Nothing fails by it: it explains a verdict, and lists what changed beside it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from pytest_sglprof._analysis.lives import LifeValue
 from pytest_sglprof._analysis.scan import KernelChange, scan
 from pytest_sglprof._baselines.figures import Figure, KernelMatrix, kernel_matrix
 from pytest_sglprof._baselines.records import LifeRecord
+from pytest_sglprof._limits import matching
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.wording import duration, percent, shorten, signed_duration
 
@@ -175,10 +175,12 @@ def explanation(figure: Figure, news: KernelNews, lost_ns: float) -> str:
         return ""
     before = np.nan_to_num(matrix.ns[list(news.of_level)]).mean(axis=0)
     now = np.nan_to_num(matrix.ns[list(news.fresh)]).mean(axis=0)
+    names = (name for _, name in matrix.names)
+    matches = matching(figure.kernel, names) if figure.kernel else frozenset()
     longer = {
         at: float(now[at] - before[at])
         for at, (category, name) in enumerate(matrix.names)
-        if _is_part(figure, category, name)
+        if name in matches or (not figure.kernel and _is_part(figure, category))
     }
     text = ""
     if figure.name == "pass_wall":
@@ -202,7 +204,5 @@ def explanation(figure: Figure, news: KernelNews, lost_ns: float) -> str:
 _OF_ALL = ("compute", "pass_wall", "all")  # figures that kernels of several categories make
 
 
-def _is_part(figure: Figure, category: str, name: str) -> bool:
-    if figure.kernel:
-        return re.search(figure.kernel, name) is not None
+def _is_part(figure: Figure, category: str) -> bool:
     return category not in NOT_COMPUTE if figure.name in _OF_ALL else category == figure.name

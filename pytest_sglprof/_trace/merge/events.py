@@ -8,7 +8,6 @@ damage) goes the slow way, event by event.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from typing import Any, Literal
 import msgspec
 
 from pytest_sglprof._errors import TraceError
+from pytest_sglprof._limits import UNDECODABLE, refuse_deep
 from pytest_sglprof._trace.paths import rank_of_pid
-from pytest_sglprof._trace.torch.events import ns
+from pytest_sglprof._trace.torch.events import ns, string_of
 from pytest_sglprof._trace.torch.salvage import mended
 from pytest_sglprof._trace.torch.scan import Layout, Unsafe
 
@@ -55,6 +55,8 @@ class _Thread(msgspec.Struct, gc=False):
 _QUICK = msgspec.json.Decoder(list[_Quick])
 _THREADS = msgspec.json.Decoder(list[_Thread])
 _SLOW = msgspec.json.Decoder(list[RawEvent])
+_TEXT = msgspec.json.Decoder(str)
+_ARGS = msgspec.json.Decoder(dict[str, Any])
 
 
 @dataclass
@@ -136,7 +138,7 @@ class EventRewriter:
             if not changed.isascii():
                 changed.decode()
             whole = _QUICK.decode(b"".join((b"[", changed, b"]")))
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNDECODABLE:
             return None
         with_id = len([1 for event in whole if event.id is not None])
         if len(whole) != processes or with_id != len(flows):
@@ -152,7 +154,7 @@ class EventRewriter:
         try:
             events.decode()  # in what is not looked at, msgspec takes any bytes
             decoded = _SLOW.decode(b"[" + events + b"]")
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNDECODABLE:
             decoded = self._one_by_one(layout, events)
         return self.listed(decoded)
 
@@ -187,9 +189,8 @@ class EventRewriter:
         label, pid, _ = self.ids.of(raw)
         self.seen.events[label] += 1
         event["pid"] = msgspec.Raw(b"%d" % pid)
-        tid = bytes(event.get("tid", b""))
-        if tid.isdigit():
-            self.seen.threads.add((pid, int(tid)))
+        if (tid := _thread_of(event)) is not None:
+            self.seen.threads.add((pid, tid))
         if "id" in event:
             event["id"] = msgspec.Raw(flow_id(self._numbers.prefix(label), bytes(event["id"])))
         if self._shift and "ts" in event:
@@ -204,9 +205,10 @@ class EventRewriter:
     def _metadata(self, event: RawEvent, label: str, pid: int, *, gpu: bool) -> None:
         """Names begin with their rank, and processes are sorted by it."""
         try:
-            what = json.loads(bytes(event["name"]))
-            args: dict[str, Any] = json.loads(bytes(event["args"]))
-        except (KeyError, ValueError):
+            what = _TEXT.decode(event["name"])
+            args = _ARGS.decode(event["args"])
+            refuse_deep(args)
+        except (KeyError, *UNDECODABLE):
             return
         if what == "process_name":
             self.seen.named.add(pid)
@@ -217,11 +219,17 @@ class EventRewriter:
             name = str(args.get("name", ""))
             if _STREAM.match(name):
                 args["name"] = f"{label} {name.strip()}"
-            if (tid := bytes(event.get("tid", b""))).isdigit():
-                self.seen.named_threads.add((pid, int(tid)))
+            if (tid := _thread_of(event)) is not None:
+                self.seen.named_threads.add((pid, tid))
         else:
             return
         event["args"] = msgspec.Raw(msgspec.json.encode(args))
+
+
+def _thread_of(event: RawEvent) -> int | None:
+    """Its thread, where that is a number."""
+    tid = bytes(event.get("tid", b""))
+    return int(tid) if tid.isdigit() and len(tid) <= 18 else None
 
 
 def _threads(events: bytes) -> set[tuple[int, int]]:
@@ -277,7 +285,7 @@ def _whole(text: bytes) -> RawEvent | None:
     try:
         text.decode()
         decoded: list[RawEvent] = _SLOW.decode(b"[" + text + b"]")
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNDECODABLE:
         return None
     return decoded[0] if len(decoded) == 1 else None
 
@@ -357,9 +365,7 @@ class ProcessIds:
         named = rank_of_pid(raw)
         label = named or self._default
         prefix = int(self._numbers.prefix(label))
-        text = raw.decode("utf-8", "replace")
-        if text.startswith('"'):
-            text = str(msgspec.json.decode(raw, strict=False))
+        text = string_of(raw)
         if named:
             text = _MERGED_PID.sub("", text)
         if _NUMBER.fullmatch(text) and int(text) < _NAMED:

@@ -9,6 +9,7 @@ import msgspec
 
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._files import atomic_write
+from pytest_sglprof._limits import UNDECODABLE, read_bytes, why_undecodable
 from pytest_sglprof._trace.nsys.database import ReportName
 
 RANKS = ".ranks.json"  # instead of the ending of the report, or of an export
@@ -45,12 +46,12 @@ def ranks_beside(report: Path) -> ReportRanks:
     """What was written beside a report or an export; none without such a file."""
     file = _beside(report)
     try:
-        return msgspec.json.decode(file.read_bytes(), type=ReportRanks)
+        return msgspec.json.decode(read_bytes(file, error=TraceError), type=ReportRanks)
     except FileNotFoundError:
         return ReportRanks()
-    except (OSError, ValueError) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise TraceError(
-            f"{file} cannot be read: {error}",
+            f"{file} cannot be read: {why_undecodable(error)}",
             expected='the ranks of processes: {"pid_ranks": {"31205": "TP0"}}',
             hint="correct or remove it; ranks can also be given: --rank 31205=TP0",
         ) from error

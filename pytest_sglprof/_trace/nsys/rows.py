@@ -126,8 +126,10 @@ def read_gpu_rows(tables: ReportTables, *, correlated: bool = True) -> GpuRows:
 
 
 def _owners(process: Ints, device: Ints) -> frozenset[tuple[int, int]]:
-    pairs = np.unique((pid_of(process) << 32) + device + 1).tolist()
-    return frozenset((pair >> 32, (pair & 0xFFFFFFFF) - 1) for pair in pairs)
+    devices, at = coded(device)
+    pairs = np.unique(pid_of(process) * len(devices) + at)
+    pids, at = np.divmod(pairs, max(len(devices), 1))
+    return frozenset(zip(pids.tolist(), devices[at].tolist(), strict=True))
 
 
 def _joined(parts: list[Ints]) -> Ints:

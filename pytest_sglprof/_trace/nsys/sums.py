@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_sglprof._ranks import rank_order
-from pytest_sglprof._trace.categories import category
+from pytest_sglprof._trace.categories import categories_of
 from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.nsys.database import (
     KINDS,
@@ -167,7 +167,7 @@ def _sums(
     place = {rank: at for at, rank in enumerate(rank_order({rank for rank, _, _ in labelled}))}
     keys = sorted(labelled, key=lambda key: (place[key[0]], -labelled[key][1], key))
     names = {full: normalise(full) for _, full, _ in keys}
-    categories = {full: category(full, patterns) for full in names}
+    categories = categories_of(names, patterns)
     return KernelSums(
         rank=tuple(rank for rank, _, _ in keys),
         name=tuple(names[full] for _, full, _ in keys),

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pytest_sglprof._errors import NotATrace, TraceError
+from pytest_sglprof._limits import refuse_large
 from pytest_sglprof._trace.nsys.database import (
     ACTIVITIES,
     KNOWN_TABLES,
@@ -175,6 +176,7 @@ def _or_missing(column: str) -> str:
 
 
 SUFFIX = ".parquet"
+_PARQUET_VALUE = 24  # bytes: as it is read, without NULLs, as int64
 _PARQUET_ROWS = 1 << 17  # of a batch: enough to hide the cost of a call, little memory
 
 
@@ -269,9 +271,12 @@ class ParquetTables:
         if file is None:
             return None
         try:
-            stored = self._pyarrow.parquet.read_schema(file).names
-            there = [column for column in columns if column in stored]
-            return self._pyarrow.parquet.read_table(file, columns=there) if there else None
+            with self._pyarrow.parquet.ParquetFile(file) as stored:
+                there = [column for column in columns if column in stored.schema_arrow.names]
+                # A file of a kilobyte may hold a thousand million equal values.
+                size = _PARQUET_VALUE * len(there) * stored.metadata.num_rows
+                refuse_large(file, size, error=TraceError)
+                return stored.read(columns=there) if there else None
         except (OSError, self._pyarrow.ArrowException) as error:
             raise _unreadable(file) from error
 

@@ -68,6 +68,7 @@ from pytest_sglprof._trace.torch.events import (
     ProcessName,
     base_time,
     joined,
+    string_of,
     take_header,
 )
 from pytest_sglprof._trace.torch.pool import FileContent, read_here, read_in_processes
@@ -386,7 +387,7 @@ def decode_file(path: Path, *, allow_partial: bool = False) -> FileContent:
 
 def _merged_pid(raw: bytes) -> str | None:
     """A process id that is a string, as in merged files; None for any other."""
-    return str(msgspec.json.decode(raw)) if raw.startswith(b'"') else None
+    return string_of(raw) if raw.startswith(b'"') else None
 
 
 def _add(collector: Collector, event: _Event, category: str, pid: str | None) -> None:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
+from pytest_sglprof._limits import UNDECODABLE
+
 if TYPE_CHECKING:  # reader processes use this module, and start faster without numpy
     import numpy as np
     import numpy.typing as npt
@@ -129,9 +131,9 @@ _ODD_ARGS = msgspec.json.Decoder(_OddArgs)
 
 def arguments(text: bytes | msgspec.Raw) -> Args:
     """The arguments of an event by their text; each that is not of its type counts as absent."""
-    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+    with suppress(*UNDECODABLE):
         return _ARGS.decode(text)
-    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+    with suppress(*UNDECODABLE):
         odd = _ODD_ARGS.decode(text)
         return Args(
             device=_integer(odd.device, -1),
@@ -300,6 +302,7 @@ class _Distributed(msgspec.Struct):
 
 _DEVICES = msgspec.json.Decoder(list[_Device])
 _DISTRIBUTED = msgspec.json.Decoder(_Distributed)
+_STRING = msgspec.json.Decoder(str)
 
 
 class Fact(NamedTuple):
@@ -360,8 +363,15 @@ def take_header(header: Header, facts: FileFacts) -> None:
 def _decoded(decoder: msgspec.json.Decoder[Any], raw: Any, otherwise: Any) -> Any:
     try:
         return decoder.decode(raw) if raw else otherwise
-    except msgspec.DecodeError:  # null, or fields of other types
+    except UNDECODABLE:  # null, or fields of other types
         return otherwise
+
+
+def string_of(raw: bytes) -> str:
+    """The string that a JSON text is; the text itself if it is something else."""
+    with suppress(*UNDECODABLE):
+        return _STRING.decode(raw)
+    return raw.decode("utf-8", "replace")
 
 
 # The activities of one file as numpy columns.

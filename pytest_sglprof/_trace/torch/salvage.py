@@ -14,6 +14,7 @@ from typing import Generic, TypeAlias, TypeVar
 import msgspec
 
 from pytest_sglprof._errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof._limits import UNDECODABLE, refuse_large, why_undecodable
 from pytest_sglprof._trace.foreign import EXPECTED, refuse_document, refuse_empty
 from pytest_sglprof._trace.torch.events import FullEvent, Header
 from pytest_sglprof._trace.torch.stream import inflated
@@ -33,6 +34,10 @@ _TRAILING_COMMA = re.compile(rb",(\s*[}\]])")
 # Unrolled: an alternation inside a repetition runs for minutes on a truncated file.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]|"', re.DOTALL)
 _FULL_EVENT = msgspec.json.Decoder(FullEvent)
+# Memory, measured: of what an event becomes, for each brace that opens (an event has two as a
+# rule, its own and that of its arguments); and how often a repair holds the whole text.
+_BRACE = 450  # bytes
+_COPIES = 5
 
 E = TypeVar("E")
 
@@ -72,11 +77,14 @@ def read_whole(
     if not data or data.isspace():
         refuse_empty(path, packed=path.stat().st_size > len(data))
     valid, skipped = True, 0
+    events = _BRACE * data.count(b"{")
+    refuse_large(path, len(data) + events, error=TraceError)
     try:
         if not data.isascii():
             data.decode()  # in keys that are not asked for, msgspec takes any bytes
         document = decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
+        refuse_large(path, _COPIES * len(data) + events, error=TraceError)
         document, repair = _decode_repaired(path, bytes(data), decoder, error, allow_partial)
         valid, skipped, truncated = False, repair.skipped, truncated or repair.cut
     if isinstance(document, list):
@@ -102,7 +110,7 @@ def _decode_repaired(
         raise _cut(path) from error
     try:
         return decoder.decode(repair.data), repair
-    except (msgspec.DecodeError, UnicodeDecodeError) as second:
+    except UNDECODABLE as second:
         raise _refusal(path, data, second) from error
 
 
@@ -148,6 +156,8 @@ def _fault(data: bytes, error: Exception) -> str:
     """What is wrong with the JSON, in our words."""
     if isinstance(error, UnicodeDecodeError):
         return f"its text is not UTF-8 at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return why_undecodable(error)
     if at := _BYTE.search(str(error)):
         number = int(at[1])
         return f"its JSON is broken at byte {number}, before {_shown(data[number:])}"
@@ -213,18 +223,24 @@ def repaired(data: bytes) -> Repaired:
     return Repaired(body, skipped, cut=tail is None)
 
 
+# Lists in the last event of which each may be that of the events; each attempt reads all of it.
+_MOST_ENDS = 200
+
+
 def _split_last(chunk: bytes, head: bytes) -> tuple[bytes, bytes | None]:
     """The last event, and the rest of the file from the end of the list of events on.
 
     The rest is None where nothing closes what `head` opened: the file was cut there.
     """
     end = chunk.find(b"]")
-    while end >= 0:
+    for _ in range(_MOST_ENDS):
+        if end < 0:
+            return chunk, None
         tail = mended(chunk[end:])
         if _is_valid(head + tail):
             return chunk[:end], tail
         end = chunk.find(b"]", end + 1)
-    return chunk, None
+    raise Unrepairable("it is not clear where its last event ends")
 
 
 def _event(chunk: bytes) -> bytes | None:
@@ -243,7 +259,7 @@ def _is_object(text: bytes) -> bool:
 def _is_valid(text: bytes, kind: type | tuple[type, ...] = (dict, list)) -> bool:
     try:
         return isinstance(msgspec.json.decode(text), kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNDECODABLE:
         return False
 
 
@@ -285,6 +301,6 @@ def read_event(data: bytes) -> FullEvent | None:
     for text in (data, mended(data)):
         try:
             return _FULL_EVENT.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNDECODABLE:
             continue
     return None

@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar, Union
 
 import msgspec
 
 from pytest_sglprof._errors import TraceTruncated
+from pytest_sglprof._limits import UNDECODABLE
 from pytest_sglprof._trace.torch.collect import Collector, NeedsText, ScanRequest
 from pytest_sglprof._trace.torch.events import (
     ANNOUNCEMENT,
@@ -201,6 +203,8 @@ def _rest(
     end = read_footer(before + held, facts, alone=layout.alone)
     if end is not None:
         stop = max(end - len(before), 1)
+        if held.find(_ANOTHER, stop) >= 0:
+            raise Unsafe("a second list of events follows")
         yield _checked(EventChunk(layout, held[:stop], stop - 1))
         return
     if not partial:
@@ -401,7 +405,7 @@ class _Decoder(Generic[E]):
     def all(self, run: _Run, mended: Callable[[FullEvent], None]) -> list[E]:
         """The events of a run; mended: takes those that had to be mended first."""
         text = memoryview(run.chunk.data)[run.start : run.stop]
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with suppress(*UNDECODABLE):
             return self._many(b"".join((b"[", text, b"]")))
         parts = [*run.parts()]
         if len(parts) > 1:
@@ -432,7 +436,7 @@ def _each(
         start = data.rfind(between, low, at)
         stop = _end(chunk, at)
         event: E | None = None
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with suppress(*UNDECODABLE):
             event = decode(data[start + open_at : stop])
         yield at, event
         low = stop - 1  # a `}`, with which what lies between events begins
@@ -463,6 +467,7 @@ def _slowly(chunk: EventChunk, at: int) -> FullEvent:
 
 _LIST_END = re.compile(rb'\}\s*\]\s*(?=,\s*"|\}\s*$)')
 _END_ALONE = re.compile(rb"\}\s*\]\s*\Z")
+_MOST_ENDS = 200  # each is followed by a try to decode all that comes behind it
 
 
 _HEADER = msgspec.json.Decoder(Header)
@@ -485,7 +490,7 @@ def read_footer(data: bytes, facts: FileFacts, *, alone: bool = False) -> int | 
     if alone:
         last = _END_ALONE.search(data)
         return last.start() + 1 if last else None
-    for match in _LIST_END.finditer(data):
+    for match in islice(_LIST_END.finditer(data), _MOST_ENDS):
         if _take(b'{"":0' + data[match.end() :], facts):
             return match.start() + 1
     return None
@@ -495,7 +500,7 @@ def _take(document: bytes, facts: FileFacts) -> bool:
     try:
         document.decode()  # in keys that are not asked for, msgspec takes any bytes
         header = _HEADER.decode(document)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNDECODABLE:
         return False
     take_header(header, facts)
     return True

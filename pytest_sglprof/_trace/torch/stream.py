@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 from pytest_sglprof._errors import NotATrace, TraceError, TraceTruncated
+from pytest_sglprof._limits import most_memory, refuse_large
 from pytest_sglprof._trace.foreign import refuse_empty, refuse_foreign
 
 PIECE = 256 * 1024  # larger pieces fall out of the processor's cache, smaller ones cost calls
@@ -94,15 +95,19 @@ def inflated(path: Path, *, partial: bool = False) -> tuple[bytearray, bool]:
     """All plain bytes of `path`, without a byte order mark, and whether its end is missing.
 
     partial: take what stands before the end of a truncated file. Raises what `pieces` does,
-    and `NotATrace` where the first bytes are not those of JSON.
+    `NotATrace` where the first bytes are not those of JSON, and `TraceError` for more bytes than
+    the memory may hold.
     """
     data = bytearray()
+    most = most_memory()
     cut = False
     try:
         for piece in pieces(path):
             if not data:
                 refuse_foreign(path, piece)
             data += piece
+            if len(data) > most:
+                refuse_large(path, len(data), error=TraceError)
     except TraceTruncated:
         if not partial:
             raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             server.answer(self)
         except OSError:  # the client has gone
             self.close_connection = True
+
+    do_POST = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
@@ -107,6 +111,27 @@ def answering() -> Iterator[Callable[[Answer], str]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def status(code: int, **headers: str) -> Answer:
+    """An error with a long page that nobody asked for."""
+
+    def give(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(100_000))
+        handler.end_headers()
+        handler.wfile.write(b"<script>" * 12_500)
+
+    return give
+
+
+def reset(handler: BaseHTTPRequestHandler) -> None:
+    linger = struct.pack("ii", 1, 0)  # which makes closing a reset
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    handler.connection.close()
+    handler.close_connection = True
 
 
 DEEP = b'{"loads":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
@@ -203,6 +228,33 @@ def test_a_watch_goes_on_without_the_answer(answering, monkeypatch, name):
     assert asyncio.run(ask()) == []
     assert source.failures == 1
     assert source.problem
+
+
+TO_A_PROFILE = {
+    **{f"status {code}": status(code) for code in (400, 401, 404, 500, 503)},
+    "redirect": status(302, Location="/elsewhere"),
+    "without end": forever(b"[1,2,3," * 10_000),
+    "slow without end": forever(b" ", pause=0.05),
+    "half": cut(b"Start profiling."),
+    "reset": reset,
+}
+
+
+@pytest.mark.parametrize("name", TO_A_PROFILE)
+@pytest.mark.parametrize("asked", ["start_profile", "stop_profile"])
+def test_a_profile_that_is_answered_wrongly_is_an_error_of_ours(answering, asked, name):
+    client = client_of(answering(TO_A_PROFILE[name]))
+    words = ({}, LIMIT_S) if asked == "start_profile" else (LIMIT_S,)
+    begin = time.monotonic()
+    if asked == "stop_profile" and name == "status 500":  # the answer where none is running
+        assert client.stop_profile(LIMIT_S) is False
+    else:
+        with pytest.raises((ServerRefused, ServerSilent, ServerUnreachable)) as caught:
+            getattr(client, asked)(*words)
+        assert client.url in caught.value.what
+        assert len(str(caught.value)) < 2_000
+    assert time.monotonic() - begin < 4 * LIMIT_S
+    client.close()
 
 
 def test_readiness_is_decided_in_bounded_time(answering):
