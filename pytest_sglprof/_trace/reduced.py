@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from pytest_sglprof._errors import TraceError
+from pytest_sglprof._limits import refuse_large
 from pytest_sglprof._trace.completeness import Unrecorded
 from pytest_sglprof._trace.table import CollectiveCalls, Launches, RankActivities, Step
 
@@ -161,12 +162,18 @@ def _parts(file: Path, *, launches: bool) -> Iterator[tuple[Path, RankActivities
     beside_of(file)
     try:
         with parquet.ParquetFile(file) as stored:
+            refuse_large(file, 8 * _numbers_in(stored.metadata), error=TraceError)
             for number in range(stored.num_row_groups):
                 (row,) = stored.read_row_group(number).to_batches() or (None,)
                 if row is not None:
                     yield _part(file, row, launches=launches)
     except Exception as error:
         raise _damaged(file, error) from error
+
+
+def _numbers_in(metadata: Any) -> int:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return sum(each.column(at).num_values for each in groups for at in range(each.num_columns))
 
 
 def _numbers(part: RankActivities) -> dict[str, np.ndarray[Any, Any]]:
@@ -219,6 +226,7 @@ def _part(file: Path, row: Any, *, launches: bool) -> tuple[Path, RankActivities
     fields: dict[str, dict[str, Any]] = {"": {}, "launches": {}, "calls": {}}
     for column, (name, field) in _COLUMNS.items():
         fields[name][field] = numbers(column)
+    _refuse_contradictions(fields, rest)
     calls = None
     if rest.groups is not None and rest.operations is not None:
         calls = CollectiveCalls(
@@ -245,6 +253,23 @@ def _part(file: Path, row: Any, *, launches: bool) -> tuple[Path, RankActivities
         host=rest.host,
         **fields[""],
     )
+
+
+def _refuse_contradictions(fields: dict[str, dict[str, Any]], rest: _Rest) -> None:
+    """Raises ValueError for numbers that cannot be of one rank: a file that was changed."""
+    whole, launched, called = fields[""], fields["launches"], fields["calls"]
+    if any(len({len(each) for each in same.values()}) > 1 for same in fields.values()):
+        raise ValueError("its columns are not equally long")
+    for values, number in (
+        (whole["name_codes"], len(rest.names)),
+        (whole["kind_codes"], len(rest.kinds)),
+        (called["row"], len(whole["start"])),
+        (launched["step"] + 1, len(rest.steps) + 1),
+    ):
+        if len(values) and not 0 <= values.min() <= values.max() < number:
+            raise ValueError("a number names nothing")
+    if len(whole["dur"]) and whole["dur"].min() < 0:
+        raise ValueError("a duration is negative")
 
 
 def _pyarrow(doing: str) -> tuple[Any, Any]:

@@ -144,3 +144,15 @@ def test_recorded_windows_are_the_same(name: str, shared_data: Path, tmp_path: P
         pytest.skip(f"{place} is absent")
     node = reduce_to(tmp_path / "node.parquet", [place])
     same(read_window(place), read_window(node))
+
+
+def test_a_file_that_was_changed_is_read_or_refused(nodes: list[Path], tmp_path: Path) -> None:
+    content = nodes[0].read_bytes()
+    random = np.random.default_rng(7)
+    for number in range(16):
+        changed = bytearray(content)
+        for at in random.integers(0, len(content), 1 + number % 8):
+            changed[at] = random.integers(256)
+        file = tmp_path / "changed.parquet"
+        file.write_bytes(changed)
+        assert main(["check", str(file)]) in (0, 1, 2, 3)
