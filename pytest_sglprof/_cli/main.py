@@ -96,12 +96,6 @@ def _report_error(error: Exception) -> int:
             expected="readable input, and a writable output folder with free space",
             hint="check the path, its permissions and the free space",
         )
-    if isinstance(error, MemoryError):
-        error = SglprofError(
-            "there is not enough memory",
-            expected="memory for what is read, and for a table of it",
-            hint="read fewer files at once, or on a machine with more memory",
-        )
     if isinstance(error, SglprofError):
         _write_error(f"sglprof: {in_shell(str(error))}\n")
         return error.exit_status

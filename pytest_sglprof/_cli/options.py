@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._errors import SettingsError
 from pytest_sglprof._files import JOURNAL, RESULTS, RUN_FILE
+from pytest_sglprof._limits import UNDECODABLE, refuse_odd
 from pytest_sglprof._metrics import METRICS
 from pytest_sglprof._ranks import rank_order
 from pytest_sglprof._verdict.wording import text_table
@@ -206,7 +207,8 @@ def stored_configuration(paths: Iterable[str | Path]) -> tuple[Path, dict[str, A
         for folder in (resolved, *resolved.parents)[: _RUN_DEPTH + 1]:
             try:
                 content = json.loads((folder / RUN_FILE).read_bytes())
-            except (OSError, ValueError, RecursionError):
+                refuse_odd(content)
+            except (OSError, *UNDECODABLE):
                 continue
             if isinstance(content, dict) and isinstance(content.get("settings"), dict):
                 return folder / RUN_FILE, content["settings"]

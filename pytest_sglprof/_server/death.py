@@ -36,7 +36,7 @@ _CAUSES = re.compile(
     r"bus error|illegal instruction|unrecognized arguments|: error: |"
     r"No module named|no such file or directory|can't open file|permission denied|"
     r"no space left|CUDA error|NCCL error|illegal memory access|device-side assert|"
-    r"terminate called|^\s*what\(\):|Assertion [`'].{0,1000}failed|double free|free\(\): |"
+    r"terminate called|^\s*what\(\):|Assertion [`'].{0,400}failed|double free|free\(\): |"
     r"malloc\(\)|"
     rf"{_ENDED}",
     re.I,

@@ -30,8 +30,9 @@ def test_the_corpus_is_read_to_the_end(tmp_path: Path, reader: Reader) -> None:
 
 @EVERY_READER
 def test_changed_files_are_read_or_refused(tmp_path: Path, reader: Reader) -> None:
-    outcomes = run_examples(reader, seed=1, count=25, folder=tmp_path)
-    assert outcomes.total() >= 25
+    count = 8 if fuzz.CHECK in reader.reads else 24  # comparing ranks takes 0.05 s each time
+    outcomes = run_examples(reader, seed=1, count=count, folder=tmp_path)
+    assert outcomes.total() >= count
 
 
 def test_a_fault_is_seen_and_can_be_seen_again(
@@ -58,5 +59,5 @@ def test_what_takes_too_long_is_a_fault(tmp_path: Path, monkeypatch: pytest.Monk
             pass
 
     monkeypatch.setattr(fuzz, "SECONDS", 0.1)
-    with pytest.raises(Fault, match=r"more than 0\.1 s"):
+    with pytest.raises(Fault, match="it took too long"):
         outcome(read, tmp_path)
