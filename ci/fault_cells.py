@@ -37,7 +37,8 @@ from tests.support.real_env import real_nsys
 from tests.support.session_nsys import install
 
 PHASES = ("launch", "warm-up", "opening", "inside", "closing", "analysis", "report")
-HANGS = 180.0  # s after a fault: then it is a hang, and everything is ended
+HANGS = 400.0  # s after a fault: then it is a hang, and everything is ended
+COMES_WITHIN = 400.0  # s for a phase, on a machine that is very busy
 GONE_WITHIN = 60.0  # s after the end of pytest, for its keeper to tear down
 PAUSE = 3.0  # s between a fault that passes and what ends it
 BETWEEN = 0.3  # s between two presses of Ctrl-C
@@ -307,12 +308,12 @@ class _Run:
 
     def _wait_for_phase(self) -> str:
         """Returns once it is reached, "" then, else why it never was."""
-        over = time.monotonic() + HANGS
+        over = time.monotonic() + COMES_WITHIN
         while not self._is_reached():
             if self.pytest.poll() is not None:
                 return f"pytest ended with status {self.pytest.returncode} before this phase"
             if time.monotonic() > over:
-                return f"this phase did not come within {HANGS:g} s"
+                return f"this phase did not come within {COMES_WITHIN:g} s"
             time.sleep(0.02)
         self._look()
         return ""

@@ -33,12 +33,24 @@ from pytest_sglprof._run.folder import locked
 
 RECORDED = Path(__file__).resolve().parents[1] / "tests" / "data" / "faults.jsonl"
 SENTENCE_LENGTH = 150  # characters that are shown of a sentence
-# A traceback into the package is a bug of it: its errors are shown without one. Lines of a server's
-# log, which may have some, begin with a bar.
+# Lines of a server's log, which may have such things, begin with a bar.
 NOISE = re.compile(
-    r"^(?!(?:E\s+)?\s*\|).*?(INTERNALERROR|Traceback \(most recent call last\)|Exception ignored|"
-    r"pytest_sglprof/\S+\.py:\d+: \w+)",
+    r"^(?!(?:E\s+)?\s*\|).*?(INTERNALERROR|Traceback \(most recent call last\)|Exception ignored)",
     re.MULTILINE,
+)
+# A bug of the package, whose errors are shown without the code that they came from.
+CODE = re.compile(r"pytest_sglprof/\S+\.py:\d+: \w+")
+SAME = (  # what differs from run to run, and what begins a line
+    (r"^\s*(E|\|)\s+\|?|pytest_sglprof\._errors\.\w+: |and besides: ", ""),
+    (r"^\s*(inconclusive: )?(test_window: )?", ""),
+    (r"\[[\d: .-]{19,}[^]]*\] ", ""),
+    (r"run-\d{8}-\d{6}-\w{4}", "RUN"),
+    (r"sglprof-\d+-[0-9a-f]{12}", "SESSION"),
+    (r"(?<=\()/\S*/(?=python )", ""),
+    (r"(pid[ =]|process |scheduler_)\d+", r"\1N"),
+    (r"127\.0\.0\.1:\d+|port \d+", "PORT"),
+    (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.\dZ]*", "TIME"),
+    (r"\b\d+(\.\d+)? s\b", "N s"),
 )
 GOOD, BAD = (0,), (1,)
 EITHER = (0, 1)  # by whether the fault came before or after what it spoils
@@ -50,7 +62,8 @@ class Promise(NamedTuple):
     who, what: of `Cell`. means: for people. statuses: of pytest. sentence: a pattern of the line
     that names the cause, which must be in the output unless the status is 0; "" for a fault that
     spoils nothing. seconds: to the end of everything. not_in: phases in which there is nothing
-    to hit -> one word why. always: the sentence is there whatever the status.
+    to hit -> one word why. always: the sentence is there whatever the status. is_raw: the error is
+    shown as Python raised it, with the code that it came from.
     """
 
     who: str
@@ -61,6 +74,7 @@ class Promise(NamedTuple):
     seconds: float
     not_in: Mapping[str, str] = {}
     always: bool = False
+    is_raw: bool = False
 
     @property
     def fault(self) -> str:
@@ -135,7 +149,15 @@ PROMISES = (
         90,
     ),
     Promise("folder", "read-only", UNWRITTEN, EITHER, r"Read-only file system", 150),
-    Promise("descriptors", "exhausted", UNWRITTEN, EITHER, r"Too many open files", 150),
+    Promise(
+        "descriptors",
+        "exhausted",
+        "the test that has them all fails with Python's error, the others go on",
+        EITHER,
+        r"Too many open files",
+        150,
+        is_raw=True,
+    ),
     Promise("clock", "+1 h", GOES_ON, GOOD, "", 120),
     Promise("clock", "-1 h", GOES_ON, GOOD, "", 120),
     Promise("locks", "stale", GOES_ON, GOOD, "", 120, AT_START),
@@ -180,8 +202,12 @@ def judged(cell: Cell, outcome: Outcome) -> Shown:
     is_due = promise.sentence and (outcome.status != 0 or promise.always)
     if is_due and not sentence:
         faults.append("nothing names the cause")
-    if not outcome.missed and (noise := NOISE.search(outcome.text)):
+    if noise := NOISE.search(outcome.text):
         faults.append(noise[1])
+    if not promise.is_raw and (code := CODE.search(outcome.text)):
+        faults.append(code[0])
+    if outcome.missed:
+        faults = []
     faults += [f"left: {what}" for what in outcome.left]
     return Shown(
         cell.name,
@@ -198,13 +224,9 @@ def judged(cell: Cell, outcome: Outcome) -> Shown:
 def sentence_of(pattern: str, text: str) -> str:
     """The first line with the pattern, without what differs from run to run; "" without one."""
     line = next((line for line in text.splitlines() if pattern and re.search(pattern, line)), "")
-    line = re.sub(r"^((E|\|)\s+|!+\s*)|\s*!+$", "", line.strip())
-    line = re.sub(r"^pytest_sglprof\._errors\.\w+: |\[[\d: .-]{19,}[^]]*\] ", "", line)
-    line = re.sub(r"run-\d{8}-\d{6}-\w{4}", "RUN", line)
-    line = re.sub(r"(pid[ =]|process )\d+", r"\1N", line)
-    line = re.sub(r"127\.0\.0\.1:\d+|port \d+", "PORT", line)
-    line = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.\dZ]*", "TIME", line)
-    line = re.sub(r"\b\d+(\.\d+)? s\b", "N s", line)
+    for pattern, instead in SAME:
+        line = re.sub(pattern, instead, line)
+    line = line.strip(" !|")
     return line if len(line) <= SENTENCE_LENGTH else f"{line[: SENTENCE_LENGTH - 1]}…"
 
 
@@ -310,7 +332,7 @@ def document(shown: Mapping[str, Shown]) -> str:
         "",
         "## What was said",
         "",
-        "N is a number, PORT an address, RUN a run, TIME a time.",
+        "N is a number, PORT an address, RUN a run, SESSION a session of nsys, TIME a time.",
         "",
         *(f"{number}. `{text.replace('`', chr(39))}`" for text, number in sentences.items()),
     ]

@@ -382,6 +382,8 @@ def died(log: ServerLog | None, status: int | None) -> ServerDied:
 
 
 def _next(meaning: str, log: ServerLog | None) -> str:
+    if log is not None and not log.path.parent.is_dir():  # which is what it may have died of
+        return f"the server's folder {log.path.parent} is gone: let nothing remove it in a run"
     read = f"read the whole log: {log.path}" if log else ""
     return "; ".join(filter(None, (meaning, read)))
 

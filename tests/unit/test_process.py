@@ -216,6 +216,8 @@ def test_fault_d_shared_memory_of_the_dead_goes_and_that_of_others_stays():
 def test_who_looks_without_a_free_descriptor_learns_nothing_and_goes_on(python) -> None:
     stopped = python(SLEEP)
     stopped.send_signal(signal.SIGSTOP)
+    while not process.is_stopped(stopped.pid):
+        time.sleep(0.01)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:

@@ -1,7 +1,8 @@
 """Cells of the matrix of faults that no other test runs, each as `python -m ci.faults` runs it.
 
 docs/reliability.md shows all of them. Kills of a server, a keeper, a worker or pytest are in
-test_kills.py, full disks and lost folders in test_unwritable.py, stale locks in test_lease.py.
+test_kills.py, full disks in test_unwritable.py, stale locks in test_lease.py, kills of the load
+driver in unit/bench_serving.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from ci.fault_cells import CannotRun, Cell, Outcome, run_cell
 from ci.faults import judged
 
 CELLS = (
-    Cell("driver", "KILL", "inside"),
+    Cell("second", "pytest", "inside"),
     Cell("rank", "KILL", "closing"),
-    Cell("server", "STOP", "launch"),
-    Cell("pytest", "INT3", "analysis"),
+    Cell("folder", "gone", "warm-up"),
     Cell("clock", "-1 h", "inside"),
-    Cell("descriptors", "exhausted", "analysis"),
+    Cell("descriptors", "exhausted", "warm-up"),
     Cell("folder", "read-only", "opening"),
-    Cell("second", "pytest", "report"),
+    Cell("pytest", "INT3", "analysis"),
 )
 
 

@@ -94,12 +94,11 @@ def test_the_cost_is_a_line_of_the_summary_and_properties_of_the_test(outcome: O
 
 
 def test_a_window_is_shorter_for_the_disk_that_it_may_take(outcome: Outcome) -> None:
-    """The window before it was of the same kind, so that no other one was opened for it."""
-    plain, small = window_of(outcome, "plain"), window_of(outcome, "small")
+    """By those before it, which were of the same kind."""
+    small = window_of(outcome, "small")
     assert small["spec"]["max_mib"] == 0.3
-    per_step = plain["cost"]["written_bytes"] / plain["spec"]["num_steps"]
-    assert small["spec"]["num_steps"] == pytest.approx(0.27 * 2**20 / per_step, abs=1)
-    assert small["cost"]["written_bytes"] <= 0.3 * 2**20
+    assert 20 <= small["spec"]["num_steps"] < 200
+    assert 0.15 * 2**20 < small["cost"]["written_bytes"] <= 0.3 * 2**20
     assert small["verdict"] == "pass"
 
 

@@ -18,7 +18,8 @@ from pytest_sglprof._redact import learn
 from pytest_sglprof._server.command import EXEC_STEP
 from pytest_sglprof._server.keeper import life
 from pytest_sglprof._server.keeper.life import MAX_LINE, LogPump, hand_over
-from pytest_sglprof._server.launch import ReadyClock
+from pytest_sglprof._server.launch import ReadyClock, died
+from pytest_sglprof._server.log import ServerLog
 
 
 def test_visible_gpus_and_the_choice_among_them():
@@ -209,3 +210,10 @@ def test_a_keeper_that_is_told_nonsense_says_so_by_its_status():
             keeper, input=text, capture_output=True, text=True, timeout=30, env=environment
         )
         assert (answer.returncode, answer.stdout) == (2, "")
+
+
+def test_a_server_whose_folder_was_removed_did_not_run_out_of_memory(tmp_path):
+    log = ServerLog(tmp_path / "server.1" / "server.log")
+    assert "server.1 is gone" in died(log, -9).hint
+    log.path.parent.mkdir()
+    assert "ran out of memory" in died(log, -9).hint
