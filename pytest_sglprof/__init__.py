@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from pytest_sglprof._load.watcher import LoadWatch as LoadWatch
     from pytest_sglprof._plugin.verdicts import VerdictFailed as VerdictFailed
     from pytest_sglprof._plugin.verdicts import VerdictInconclusive as VerdictInconclusive
+    from pytest_sglprof._run.attempt import ProfileWindow as ProfileWindow
     from pytest_sglprof._run.shapes import ProfileShapes as ProfileShapes
     from pytest_sglprof._run.shapes import ShapeResult as ShapeResult
-    from pytest_sglprof._run.window import ProfileWindow as ProfileWindow
     from pytest_sglprof._run.window import Window as Window
     from pytest_sglprof._server.launch import Server as Server
     from pytest_sglprof._trace.read import read_window as read_window
@@ -49,7 +49,7 @@ _HOMES = {
     "LoadSample": "_load.samples",
     "LoadWatch": "_load.watcher",
     "ProfileShapes": "_run.shapes",
-    "ProfileWindow": "_run.window",
+    "ProfileWindow": "_run.attempt",
     "QueueGrowth": "_load.triggers",
     "Ring": "_load.triggers",
     "Server": "_server.launch",

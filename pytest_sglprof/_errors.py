@@ -229,7 +229,8 @@ def in_shell(text: str) -> str:
 def do_every(steps: Iterable[Callable[[], object]]) -> None:
     """Takes every step even if an earlier one raises; then raises the first error.
 
-    The other errors become its notes. An interrupt is raised before any other error.
+    The other errors become its notes, except that a further Ctrl-C says nothing more. An
+    interrupt is raised before any other error.
     """
     errors: list[BaseException] = []
     for step in steps:
@@ -241,7 +242,7 @@ def do_every(steps: Iterable[Callable[[], object]]) -> None:
         return
     first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
     for other in errors:
-        if other is not first:
+        if other is not first and not isinstance(other, KeyboardInterrupt):
             note(first, f"and besides: {described(other)}")
     raise first
 

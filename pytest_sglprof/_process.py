@@ -166,7 +166,7 @@ def is_stopped(pid: int) -> bool:
 
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.Error:
+    except (psutil.Error, OSError):  # too many open files: whoever asks looks again
         return False
 
 

@@ -140,15 +140,18 @@ class DriverProcess:
                 self._process.stdin.close()
 
     def output(self) -> str:
-        """Everything that the driver has written so far."""
-        return self.log.read_text("utf-8", "replace")
+        """Everything that the driver has written so far; "" if its folder was removed."""
+        with contextlib.suppress(OSError):
+            return self.log.read_text("utf-8", "replace")
+        return ""
 
     def newest_output(self) -> str:
-        """The end of its output."""
-        with self.log.open("rb") as stream:
+        """The end of its output; "" if its folder was removed."""
+        with contextlib.suppress(OSError), self.log.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _TAIL_BYTES))
             return stream.read().decode("utf-8", "replace")
+        return ""
 
     def last_line(self) -> str:
         """The last line of its output; of a progress bar its newest state."""

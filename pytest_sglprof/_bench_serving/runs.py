@@ -135,6 +135,8 @@ def driver_failed(driver: DriverProcess, expected: str) -> LoadError:
     """The error of a driver that has ended without the result that was expected."""
     status = driver.status
     what = f"exit status {status}" if status else "exit status 0, but no result"
+    if not driver.log.parent.is_dir():
+        what += f"; its folder {driver.log.parent} is gone"
     return LoadError(
         f"the load driver failed ({what})",
         expected=expected,

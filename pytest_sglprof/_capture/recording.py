@@ -100,6 +100,23 @@ class WindowCapture:
     is_still_open: bool = False
 
 
+@dataclass(frozen=True)
+class WindowCost:
+    """What a window cost.
+
+    stall_s: for how long serving stood still for it, s: the longest gap between two batch lines of
+    a rank in the server's log, less what as many forward passes took before. None where the log
+    does not tell: there is none, or the load was over. written_bytes, kept_bytes: of its files,
+    when it was read and after the test. analysis_s: how long reading, measuring and judging took,
+    s.
+    """
+
+    stall_s: float | None
+    written_bytes: int
+    kept_bytes: int
+    analysis_s: float
+
+
 POLL = 0.1  # s between two looks at a server; it costs a stat and a short read
 CRASH_LINE = "Scheduler hit an exception"
 

@@ -103,6 +103,7 @@ def write_perfetto(args: argparse.Namespace) -> None:
     from pytest_sglprof._cli.options import refuse_foreign, refuse_inputs
     from pytest_sglprof._report.perfetto import open_page_of, write_open_page
     from pytest_sglprof._trace.paths import is_nsys, window_files
+    from pytest_sglprof._trace.reduced import is_reduced
 
     if not args.output.name.endswith((".json", ".json.gz")):
         raise SettingsError(
@@ -113,10 +114,11 @@ def write_perfetto(args: argparse.Namespace) -> None:
     recorded = recorded_by(args)
     settings = settings_of(args, recorded.inputs.places)
     files = window_files(recorded.files.paths)
-    reports = [file for file in files if is_nsys(file)]
+    reports = [file for file in files if is_nsys(file) or is_reduced(file)]
     if reports and args.only != "kernels":
+        is_of_nsys = is_nsys(reports[0])
         raise TraceError(
-            f"{reports[0]} is an nsys report, not a torch trace",
+            f"{reports[0]} is {'an nsys report' if is_of_nsys else 'reduced'}, not a torch trace",
             expected="torch traces (*.trace.json.gz), or --only kernels",
             hint="add --only kernels, which also takes nsys reports",
         )

@@ -38,6 +38,7 @@ COMMANDS = {
     "kernels": "list kernel time by rank and kernel",
     "check": "compare the ranks, name the one that the others wait for, and apply limits",
     "compare": "compare two windows, kernel by kernel, at equal work",
+    "reduce": "write what the figures of a window need into a small file, where its traces lie",
     "report": "write one HTML page about runs, windows or traces",
     "export": "write files for Perfetto, rows to pin in Nsight Systems, or a picture",
     "ab": "start two versions in turn and say which is slower, and in which kernel",

@@ -48,8 +48,8 @@ def window_of(
 
 
 def outcome_lines(outcome: WindowRun) -> list[str]:
-    """The table of the ranks with the verdict and its reason, notes, and where everything is."""
-    from pytest_sglprof._report.terminal import rank_table
+    """The ranks with the verdict and its reason, the cost, notes, and where everything is."""
+    from pytest_sglprof._report.terminal import cost_lines, rank_table
 
     window = outcome.window
     notes = [f"note: {text}" for text in (*window.notes, *outcome.problems)]
@@ -60,7 +60,8 @@ def outcome_lines(outcome: WindowRun) -> list[str]:
             "[[threshold]] of sglprof.toml"
         )
     where = outcome.page or outcome.folder
-    return [*rank_table(window), *notes, f"{'page' if outcome.page else 'results'}: {where}"]
+    lines = [*rank_table(window), *cost_lines([window]), *notes]
+    return [*lines, f"{'page' if outcome.page else 'results'}: {where}"]
 
 
 def fresh(path: Path) -> Path:

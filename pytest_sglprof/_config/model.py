@@ -134,6 +134,8 @@ class WindowSpec:
     of the configuration, if it can be repeated); "certain": until the verdict is not
     inconclusive, 2 to 8 times. max_time: no more windows are opened after that, from the first
     opening on.
+    max_stall, max_mib: it gets fewer steps or seconds where it would make serving stand still for
+    longer (s), or write more (MiB); see `_run.cost`.
     source_lines: after a fail, while the load goes on, another window of 3 steps is recorded with
     Python stacks, for the lines that launched the kernels of the slow rank.
     trigger: opens the window instead of steady load: a trigger of `pytest_sglprof`, or a
@@ -163,6 +165,8 @@ class WindowSpec:
     whole_body: bool = False
     repeat: int | Literal["certain"] | None = None
     max_time: float | None = None
+    max_stall: float | None = None
+    max_mib: float | None = None
     source_lines: bool = False
     trigger: Any = None
     ring: Any = None

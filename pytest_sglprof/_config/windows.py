@@ -20,6 +20,7 @@ from pytest_sglprof._metrics import METRICS
 
 if TYPE_CHECKING:
     from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._config.model import Threshold
 
 
 def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str) -> WindowSpec:
@@ -76,7 +77,26 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
             *listed_thresholds(listed, origin, categories),
         ),
     )
+    _refuse_stepless(spec, settings, thresholds, origin)
     return replace(spec, thresholds=thresholds)
+
+
+def _refuse_stepless(
+    spec: WindowSpec, settings: Settings, thresholds: Sequence[Threshold], origin: str
+) -> None:
+    """Raises `SettingsError` for limits on the steps of a torch window that records none."""
+    given = [each for each in thresholds if each.origin != "default"]
+    judged = [each for each in given if METRICS[each.metric].of != "load"]
+    if spec.backend != "torch" or not judged or settings.step_delimiter:
+        return
+    if spec.activities and "GPU" in spec.activities and "CPU" not in spec.activities:
+        raise SettingsError(
+            f"{origin}: activities={list(spec.activities)} with {judged[0].describe()}",
+            expected="CPU among them: the spans that say where a step begins are recorded by it, "
+            "and a verdict needs steps",
+            hint="leave activities out: CPU and GPU without stacks and shapes are the default; or "
+            "name the kernel that begins a step (trace.step_delimiter)",
+        )
 
 
 def window_by_hand(settings: Settings, name: str, options: Mapping[str, Any]) -> WindowSpec:
@@ -135,7 +155,9 @@ def repeats(spec: WindowSpec, settings: Settings) -> int | Literal["certain"]:
     return spec.repeat
 
 
-_PART_OF_BODY = ("num_steps", "duration", "delay")  # what a window of the whole body cannot have
+# What a window of the whole body cannot have.
+_PART_OF_BODY = ("num_steps", "duration", "delay", "max_stall", "max_mib")
+_Rule = tuple[bool, str, str]  # whether right, what was given, what is expected
 _SWITCHES = (
     "whole_body",
     "profile_by_stage",
@@ -160,26 +182,6 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             "seconds above 0",
         ),
         (_is_count(spec.num_steps), f"num_steps={spec.num_steps!r}", "a whole number above 0"),
-        (
-            spec.repeat == CERTAIN or _is_count(spec.repeat),
-            f"repeat={spec.repeat!r}",
-            'a whole number above 0, or "certain"',
-        ),
-        (
-            spec.max_time is None or _is_number(spec.max_time, above=0),
-            f"max_time={spec.max_time!r}",
-            "seconds above 0",
-        ),
-        (
-            spec.max_time is None or spec.repeat in (None, CERTAIN),
-            f"max_time={spec.max_time!r} with repeat={spec.repeat!r}",
-            'repeat="certain": another number of windows is opened whatever it takes',
-        ),
-        (
-            not (spec.whole_body and (spec.repeat or 1) != 1),
-            f"repeat={spec.repeat} with whole_body=True",
-            "one of the two: the body runs once",
-        ),
         (_is_count(spec.start_step), f"start_step={spec.start_step!r}", "a whole number above 0"),
         (
             not (spec.num_steps and spec.duration),
@@ -220,6 +222,8 @@ def _check_window(spec: WindowSpec, origin: str) -> None:
             "line of Python for a kernel",
         ),
         (isinstance(spec.name, str) and bool(spec.name), f"name={spec.name!r}", "a string"),
+        *_repeat_rules(spec),
+        *_cost_rules(spec),
         *_type_rules(spec),
     )
     for holds, given, expected in rules:
@@ -235,8 +239,55 @@ def _check_names(spec: WindowSpec, origin: str) -> None:
         check_name(name.lower(), tuple(PROFILED), f"{origin}: profile_stages has {name!r}")
 
 
-def _type_rules(spec: WindowSpec) -> Iterator[tuple[bool, str, str]]:
-    """The types of switches, strings and lists: whether right, what was given, what is expected."""
+def _repeat_rules(spec: WindowSpec) -> tuple[_Rule, ...]:
+    """How many times it is opened."""
+    return (
+        (
+            spec.repeat == CERTAIN or _is_count(spec.repeat),
+            f"repeat={spec.repeat!r}",
+            'a whole number above 0, or "certain"',
+        ),
+        (
+            spec.max_time is None or _is_number(spec.max_time, above=0),
+            f"max_time={spec.max_time!r}",
+            "seconds above 0",
+        ),
+        (
+            spec.max_time is None or spec.repeat in (None, CERTAIN),
+            f"max_time={spec.max_time!r} with repeat={spec.repeat!r}",
+            'repeat="certain": another number of windows is opened whatever it takes',
+        ),
+        (
+            not (spec.whole_body and (spec.repeat or 1) != 1),
+            f"repeat={spec.repeat} with whole_body=True",
+            "one of the two: the body runs once",
+        ),
+    )
+
+
+def _cost_rules(spec: WindowSpec) -> tuple[_Rule, ...]:
+    """What it may cost."""
+    return (
+        (
+            spec.max_stall is None or _is_number(spec.max_stall, above=0),
+            f"max_stall={spec.max_stall!r}",
+            "seconds above 0",
+        ),
+        (
+            spec.max_mib is None or _is_number(spec.max_mib, above=0),
+            f"max_mib={spec.max_mib!r}",
+            "MiB above 0",
+        ),
+        (
+            not (spec.whole_body and (spec.max_stall or spec.max_mib)),
+            "whole_body=True with max_stall or max_mib",
+            "a window of so many steps, which can be fewer",
+        ),
+    )
+
+
+def _type_rules(spec: WindowSpec) -> Iterator[_Rule]:
+    """The types of switches, strings and lists."""
     for name in _SWITCHES:
         value = getattr(spec, name)
         yield isinstance(value, bool), f"{name}={value!r}", "True or False"

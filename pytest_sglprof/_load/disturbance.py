@@ -23,6 +23,7 @@ from pytest_sglprof._load.samples import BalanceSample, LoadSample, WaitSample
 
 AFTER = 2.0  # x the stall, after the close, for which samples do not count
 FEWEST_LINES = 3  # of a rank before a window, to know how long its forward passes take
+IDLE = 1.0  # s without a batch line, beside twice their usual gap, that only an idle server has
 MOST_LINES = 500  # of a rank that are remembered
 METRICS_SPAN = 2.0  # s before a sample of `/metrics` that it is a mean of, see `METRICS_INTERVAL`
 
@@ -154,8 +155,8 @@ def stall_of(lines: Mapping[str, Sequence[Line]], opened: float, closed: float) 
     """For how long a server stood still around a window, s; None where its log does not tell.
 
     The longest gap between two batch lines of a rank, less what as many forward passes took
-    before the window. It needs passes that are numbered, times with milliseconds, and lines of
-    both sides of the window.
+    before the window. It needs passes that are numbered, times with milliseconds, and lines
+    shortly before and after the window: an idle server logs none, which is no stall.
     """
     stalls = [_stall_of_rank(list(each), opened, closed) for each in lines.values()]
     known = [stall for stall in stalls if stall is not None]
@@ -175,7 +176,11 @@ def _stall_of_rank(lines: Sequence[Line], opened: float, closed: float) -> float
     if len(usual) < FEWEST_LINES:
         return None
     pass_s = statistics.median(usual)
+    line_s = statistics.median(gap for _, new, gap, _ in gaps if new <= opened)
     first_after = moments[bisect.bisect_right(moments, closed)]
+    last_before = moments[bisect.bisect_right(moments, opened) - 1]
+    if max(opened - last_before, first_after - closed) > IDLE + 2 * line_s:
+        return None
     around = [
         gap - passes * pass_s
         for old, new, gap, passes in gaps

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pytest_sglprof._bench_serving.bench import BenchServing
     from pytest_sglprof._load.watcher import LoadWatch
     from pytest_sglprof._plugin.session import PluginSession
+    from pytest_sglprof._run.attempt import ProfileWindow
     from pytest_sglprof._run.shapes import ProfileShapes
-    from pytest_sglprof._run.window import ProfileWindow
     from pytest_sglprof._server.launch import Server
 
 

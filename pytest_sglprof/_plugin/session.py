@@ -46,8 +46,9 @@ from pytest_sglprof._plugin.verdicts import (
     take_records,
     write_summary,
 )
+from pytest_sglprof._process import uninterrupted
 from pytest_sglprof._redact import learn_command, learn_environment, redact_text
-from pytest_sglprof._run.attempt import TestRun
+from pytest_sglprof._run.attempt import ProfileWindow, TestRun
 from pytest_sglprof._run.clean import swept
 from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune, run_facts
 from pytest_sglprof._run.lives import KnownLives, TestLives, accept_lives
@@ -55,7 +56,6 @@ from pytest_sglprof._run.servers import close_server, describe_server, open_serv
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
-    from pytest_sglprof._run.window import ProfileWindow
     from pytest_sglprof._server.launch import Server
 
 
@@ -96,6 +96,7 @@ class PluginSession:
         self.folder = RunFolder(self.settings.output, self.run_id, worker=self.worker)
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
+        self._quiet = contextlib.ExitStack()  # holds further Ctrl-C back
         self._in_test = False
         self._unfinished: TestRun | None = None  # an attempt without a report
         self._known_lives = KnownLives(self.settings, self.run_id)
@@ -165,37 +166,59 @@ class PluginSession:
             self._book.add_lines(record.problems)
             self._book.add(record)
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        """Until the fixtures are torn down, which may hang, pytest only notes the Ctrl-C."""
+        self._quiet.enter_context(uninterrupted())
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(
         self, session: pytest.Session, exitstatus: int | pytest.ExitCode
-    ) -> None:
-        """Writes results.json and removes old runs, without changing the exit status."""
+    ) -> Generator[None, Any, Any]:
+        """Writes results.json and removes old runs, without changing the exit status.
+
+        After a Ctrl-C here or in the teardown of fixtures, and after it, pytest would print no
+        summary of the tests.
+        """
+        self._quiet.close()
         if self.worker:
-            return
+            return (yield)
+        result = None
         try:
-            if exitstatus == pytest.ExitCode.INTERRUPTED:
-                self._keep_unfinished()
-            if self._left:  # an interrupted run stops its servers without a report
-                self._book.add(record_of_servers(self._left))
-            self._book.add_lines(self._unwritten)
-            self._book.finish(int(exitstatus))
-            if exitstatus == pytest.ExitCode.INTERRUPTED and self._book.file is not None:
-                self._book.notes.append(
-                    "interrupted: what was recorded until then is in these files; "
-                    f"`sglprof report {self._book.folder}` makes the page again"
-                )
-            if self.settings.accept and exitstatus in ENDED:
-                accept_lives(self.settings, self._book)
-            prune(
-                self.settings.output,
-                keep_runs=self.settings.runs,
-                keep_bytes=self.settings.max_gib * 2**30,
-            )
+            result = yield
+            self._finish(exitstatus)
         except KeyboardInterrupt:
-            # If it were raised from here, pytest would print no summary of the tests.
             session.exitstatus = pytest.ExitCode.INTERRUPTED
             session.shouldstop = "KeyboardInterrupt while results were written"
             self._book.problems.append(f"interrupted: {self._book.folder} is not complete")
+        if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            self._quiet.enter_context(uninterrupted())
+        return result
+
+    def pytest_unconfigure(self) -> None:
+        """Ctrl-C is heard again, as before the run."""
+        self._quiet.close()
+
+    def _finish(self, exitstatus: int | pytest.ExitCode) -> None:
+        is_interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+        if is_interrupted:
+            self._keep_unfinished()
+        if self._left:  # an interrupted run stops its servers without a report
+            self._book.add(record_of_servers(self._left))
+        self._book.add_lines(self._unwritten)
+        self._book.finish(int(exitstatus))
+        if is_interrupted and self._book.file is not None:
+            self._book.notes.append(
+                "interrupted: what was recorded until then is in these files; "
+                f"`sglprof report {self._book.folder}` makes the page again"
+            )
+        if self.settings.accept and exitstatus in ENDED:
+            accept_lives(self.settings, self._book)
+        prune(
+            self.settings.output,
+            keep_runs=self.settings.runs,
+            keep_bytes=self.settings.max_gib * 2**30,
+        )
 
     def _keep_unfinished(self) -> None:
         """Adds what the interrupted test had recorded; pytest makes no report of it."""
@@ -344,19 +367,30 @@ class PluginSession:
             hide_secrets(report)
             return report
         if test is not None and call.when == "call":
-            problems = set_properties(item, test)
+            with self._recording(item):
+                problems = set_properties(item, test)
         report = yield
         show_finding(report, call.excinfo and call.excinfo.value)
         if test is not None and (call.when == "call" or (call.when == "setup" and report.failed)):
-            attach(report, test, problems, item.stash[UNREPORTED])
+            with self._recording(item):
+                attach(report, test, problems, item.stash[UNREPORTED])
             self._unfinished = None
-        attach_servers(report, self._left, self._unwritten)
-        self._left, self._unwritten = [], []
+        with self._recording(item):
+            attach_servers(report, self._left, self._unwritten)
+            self._left, self._unwritten = [], []
         if test is not None and call.when == "teardown":
             del item.stash[TEST_RUN]  # pytest keeps the item until it ends
             test.forget()
         hide_secrets(report)
         return report
+
+    @contextlib.contextmanager
+    def _recording(self, item: pytest.Item) -> Iterator[None]:
+        """A record that cannot be made (too many open files) is a line, and not the run's end."""
+        try:
+            yield
+        except Exception as error:
+            self._unwritten.append(unwritten(f"the record of {item.nodeid}", error))
 
     def attach_last_attempt(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Attaches the attempts that a plugin made after the report, which it then changed.
@@ -366,10 +400,12 @@ class PluginSession:
         test = item.stash.get(TEST_RUN, None)
         if test is None or test.is_in_body or report.when != "call" or not item.stash[UNREPORTED]:
             return
-        problems = set_properties(item, test)
-        report.user_properties[:] = item.user_properties
-        report.sections[:] = [each for each in report.sections if not each[0].startswith(SECTION)]
-        attach(report, test, problems, item.stash[UNREPORTED])
+        with self._recording(item):
+            problems = set_properties(item, test)
+            report.user_properties[:] = item.user_properties
+            others = [each for each in report.sections if not each[0].startswith(SECTION)]
+            report.sections[:] = others
+            attach(report, test, problems, item.stash[UNREPORTED])
         hide_secrets(report)
 
     def wants_life(self, item: pytest.Item) -> bool:
@@ -432,8 +468,6 @@ class PluginSession:
 
     def profile_window(self, item: pytest.Item) -> ProfileWindow:
         """The value of the fixture `profile_window`."""
-        from pytest_sglprof._run.window import ProfileWindow
-
         return ProfileWindow(self.settings, self.test_run(item).new_window, item.name)
 
     def _server_spec(self, node: Any) -> ServerSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,6 +174,8 @@ def properties(window: RecordedWindow) -> list[tuple[str, str]]:
         }
     if window.regression is not None:
         figures |= _of_lives(window.regression)
+    if window.cost is not None:
+        figures |= asdict(window.cost)
     figures |= {"window": window.id, "standin": window.standin}
     return [(name, _text(value)) for name, value in figures.items() if value is not None]
 

@@ -21,6 +21,7 @@ from pytest_sglprof._analysis.straggler import StragglerFinding
 from pytest_sglprof._analysis.strata import GroupStrata
 from pytest_sglprof._analysis.sync import SyncFinding
 from pytest_sglprof._baselines.records import LifeRecord
+from pytest_sglprof._capture.recording import WindowCost
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import LauncherName, Moment, Threshold
 from pytest_sglprof._errors import SglprofError
@@ -140,6 +141,8 @@ class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     repeat: int | Literal["certain"] | None
     trigger: str | None
     max_time: float | None = None
+    max_stall: float | None = None
+    max_mib: float | None = None
     ring: str | None = None
     source_lines: bool | None = None
 
@@ -236,7 +239,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     after that one failed; only "at" is judged. Both are None without a trigger, and in older
     documents.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
-    `CUDA driver` …); None in older documents.
+    `CUDA driver` …). It and `cost` are None in older documents.
     """
 
     id: str
@@ -275,6 +278,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     run: dict[str, str] | None = None
     moment: Moment | None = None
     moment_of: str | None = None
+    cost: WindowCost | None = None
 
     @property
     def is_judged(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from pytest_sglprof._verdict.steps import budget_table
 from pytest_sglprof._verdict.wording import (
     count,
     duration,
+    mebibytes,
     milliseconds,
     percent,
     shorten,
@@ -136,7 +138,27 @@ def summary_lines(run: Results) -> list[str]:
         if window.regression is not None and window.verdict == "pass" and window.repeat_index == 1
     )
     lines.extend(_attempt_lines(run.tests))
-    return [*lines, *of_servers]
+    return [*lines, *cost_lines(run.windows), *of_servers]
+
+
+def cost_lines(windows: Sequence[RecordedWindow]) -> list[str]:
+    """One line: what the windows cost together; none where nothing is known of it.
+
+    `cost: serving stood still for 3.1 s, at most 1.20 s for a window (not known of 1); …`.
+    """
+    costs = [each.cost for each in windows if each.cost is not None]
+    if not costs:
+        return []
+    stalls = [each.stall_s for each in costs if each.stall_s is not None]
+    parts = ["how long serving stood still is not known"]
+    if stalls:
+        most = f", at most {max(stalls):.2f} s for a window" if len(stalls) > 1 else ""
+        unknown = f" (not known of {len(costs) - len(stalls)})" * (len(stalls) < len(costs))
+        parts = [f"serving stood still for {math.fsum(stalls):.2f} s{most}{unknown}"]
+    written, kept = sum(each.written_bytes for each in costs), sum(e.kept_bytes for e in costs)
+    parts.append(f"{mebibytes(written)} written, {mebibytes(kept)} kept")
+    parts.append(f"{math.fsum(each.analysis_s for each in costs):.1f} s of analysis")
+    return [f"cost: {'; '.join(parts)}"]
 
 
 def _keeper_lines(server: RecordedServer) -> list[str]:

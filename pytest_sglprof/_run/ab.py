@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pytest_sglprof import __version__
 from pytest_sglprof._baselines.records import LifeRecord, digest_of
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import ServerSpec, WindowSpec
 from pytest_sglprof._errors import Inconclusive, SettingsError, SglprofError
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._limits import UNDECODABLE, read_bytes, why_undecodable
-from pytest_sglprof._run.folder import RunFolder
+from pytest_sglprof._run.clean import swept
+from pytest_sglprof._run.folder import RunFolder, write_run_file
 from pytest_sglprof._run.opening import LoadState, steady_load
 from pytest_sglprof._run.servers import close_server, describe_server, undisturbed
 from pytest_sglprof._run.window import Window
@@ -145,6 +147,8 @@ def run_lives(
     servers: by side. Raises what a server, the load or a window raises, after the server has been
     stopped, and `Inconclusive` where a life left no complete window.
     """
+    for line in swept(folder):
+        say(line)
     known = {life.number: life for life in read_lives(folder, plan)}
     for number, side in enumerate(plan.order, 1):
         if number in known:
@@ -195,9 +199,9 @@ def _life(
 ) -> LifeRecord:
     from pytest_sglprof._server.launch import launch
 
-    server = launch(
-        spec, folder=folder.server(spec.key), nsys_path=settings.nsys or None, progress=say
-    )
+    home = folder.server(spec.key)
+    write_run_file(folder.path, started=time.time(), version=__version__)
+    server = launch(spec, folder=home, nsys_path=settings.nsys or None, progress=say)
     try:
         with undisturbed(server, say):
             return _measured(server, plan, folder, settings, say)
@@ -216,7 +220,7 @@ def _measured(
 def _window(
     spec: WindowSpec, server: Server, folder: RunFolder, settings: Settings, say: Say
 ) -> Window:
-    spec = replace(spec, thresholds=(), repeat=1)
+    spec = replace(spec, thresholds=(), repeat=1, max_stall=None, max_mib=None)
     return Window(
         server,
         spec,

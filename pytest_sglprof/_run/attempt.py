@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_sglprof._capture.recording import in_thread
 from pytest_sglprof._config.model import WindowSpec
-from pytest_sglprof._config.windows import repeats
+from pytest_sglprof._config.windows import repeats, window_by_hand
 from pytest_sglprof._errors import Inconclusive, SglprofError, do_every
 from pytest_sglprof._metrics import WORST_FIRST, VerdictWord
 from pytest_sglprof._run.opening import LoadState, open_in_time, refuse_trigger
@@ -330,15 +330,13 @@ class TestRun:
         """Deletes the traces of the windows if `output.keep` says so."""
         import shutil
 
-        from msgspec.structs import replace
-
         keep = self._settings.keep
         if keep == "all" or (keep == "failed" and self.verdict != "pass"):
             return
         for window in self.windows:
             shutil.rmtree(window.folder, ignore_errors=True)
-        self._documents = [replace(window, artifacts=()) for window in self.documents()]
-        self._measured = [replace(window, artifacts=()) for window in self._measured]
+        self._documents = [_without_files(window) for window in self.documents()]
+        self._measured = [_without_files(window) for window in self._measured]
 
     def forget(self) -> None:
         """After the report: drops windows and documents, because this object may live on.
@@ -508,6 +506,25 @@ class TestRun:
         return self.server is not None and LAUNCHERS[self.server.kind].is_standin
 
 
+class ProfileWindow:
+    """The value of the fixture `profile_window`: makes windows that a test opens itself.
+
+    test_name: the name of a window without one. The options are in docs/windows.md. Raises
+    `SettingsError` for options that do not exist or contradict each other.
+    """
+
+    __module__ = "pytest_sglprof"
+
+    def __init__(
+        self, settings: Settings, make: Callable[[WindowSpec], Window], test_name: str = "window"
+    ) -> None:
+        self._settings, self._make, self._test_name = settings, make, test_name
+
+    def __call__(self, name: str = "", **options: Any) -> Window:
+        """A new window of the current test."""
+        return self._make(window_by_hand(self._settings, name or self._test_name, options))
+
+
 def _without_our_errors(step: Callable[[], object]) -> None:
     """Takes a step and ignores its `SglprofError`, but not a bug."""
     with contextlib.suppress(SglprofError):
@@ -517,3 +534,11 @@ def _without_our_errors(step: Callable[[], object]) -> None:
 def _is_shown(window: RecordedWindow) -> bool:
     """Whether to show a window: of windows that repeat each other only the median."""
     return window.repeats is None or window.id == window.repeats.typical
+
+
+def _without_files(window: RecordedWindow) -> RecordedWindow:
+    """The document of a window whose traces were deleted."""
+    from msgspec.structs import replace as changed
+
+    cost = None if window.cost is None else replace(window.cost, kept_bytes=0)
+    return changed(window, artifacts=(), cost=cost)

@@ -20,7 +20,7 @@ import msgspec
 from pytest_sglprof import _process as process
 from pytest_sglprof._errors import LeaseError
 from pytest_sglprof._redact import redact_command
-from pytest_sglprof._run.folder import has_process, is_run_folder, locked, run_content, run_folders
+from pytest_sglprof._run.folder import has_process, is_run_folder, locked, run_content
 from pytest_sglprof._server import lease
 from pytest_sglprof._server.journal import KeptServer, end_server, kept_servers
 from pytest_sglprof._server.keeper.protocol import (
@@ -63,14 +63,20 @@ def swept(output: Path) -> list[str]:
 
 
 def clean(place: Path, *, patience: float, is_dry: bool = False) -> list[Cleaned]:
-    """Cleans up after a dead run, or after those of an output folder, the oldest first.
+    """Cleans up after a dead run, or after those of an output folder or a comparison, in order.
 
     patience: s to wait for a keeper that is tearing its server down. is_dry: only says what would
     be ended.
     """
     place = Path(os.path.realpath(place))
-    folders = [place] if is_run_folder(place) else run_folders(place)
+    folders = [place] if is_run_folder(place) else [*filter(is_run_folder, _folders_in(place))]
     return [each for folder in folders for each in _clean_run(folder, patience, is_dry)]
+
+
+def _folders_in(place: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(path for path in place.iterdir() if path.is_dir())
+    return []
 
 
 def open_servers(folder: Path) -> list[KeptServer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,11 +94,13 @@ class Measured:
     """table: None when there was nothing to read. verdict: its judgement, with reasons.
 
     doubt: why the window is not whole, None when it is; a judgement of it is inconclusive.
+    seconds: how long reading and judging took.
     """
 
     table: KernelTable | None
     verdict: Verdict
     doubt: str | None = None
+    seconds: float = 0.0
 
 
 def read_and_judge(
@@ -108,9 +111,11 @@ def read_and_judge(
     A window that is not complete, or whose files cannot be read, is inconclusive with
     that reason: it is never passed, and what could be read is kept in the table.
     """
+    began = time.monotonic()
     table, unreadable = _table_or_reason(capture, settings)
     doubt = unreadable or (capture.reason if capture.state != "complete" else None)
-    return Measured(table, judge_table(capture, table, doubt, settings, extra), doubt)
+    verdict = judge_table(capture, table, doubt, settings, extra)
+    return Measured(table, verdict, doubt, time.monotonic() - began)
 
 
 def without_verdict(measured: Measured, moment: str) -> Measured:

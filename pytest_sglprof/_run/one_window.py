@@ -132,7 +132,7 @@ def _record(
     except BaseException:
         with uninterrupted():
             test.abandon(discard=True)
-            shutil.rmtree(window.folder, ignore_errors=True)
+            shutil.rmtree(window.folder.parent, ignore_errors=True)  # with those beside it
         raise
     progress("reading what was recorded")
     record_sources(window, None, threading.Event())

@@ -108,6 +108,13 @@ def open_short(
     samples = window.watch.samples if window.watch is not None else ()
     spec = short_spec(window, name or moment, samples, steps)
     spec = replace(spec, with_stack=spec.with_stack or with_stack)
+    return open_beside(window, moment, spec, body_is_over)
+
+
+def open_beside(
+    window: Window, moment: Moment, spec: WindowSpec, body_is_over: threading.Event
+) -> Window | None:
+    """Opens and closes a window of a few steps; None where the test has opened one by hand."""
     short = window.beside(moment, spec)
     try:
         short.open()
@@ -147,6 +154,8 @@ def short_spec(window: Window, name: str, samples: Sequence[LoadSample], steps: 
         settle=0.0,
         repeat=1,
         max_time=None,
+        max_stall=None,
+        max_mib=None,
         source_lines=False,
         trigger=None,
         ring=None,

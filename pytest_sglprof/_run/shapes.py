@@ -19,7 +19,8 @@ from pytest_sglprof._bench_serving.shapes import (
     running_batches,
 )
 from pytest_sglprof._errors import SettingsError
-from pytest_sglprof._run.window import ProfileWindow, Window
+from pytest_sglprof._run.attempt import ProfileWindow
+from pytest_sglprof._run.window import Window
 
 if TYPE_CHECKING:
     from pytest_sglprof._bench_serving.bench import BenchServing
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 3600.0
 # Options of a window that say when it opens, or how often: here each batch opens one.
-_NOT_OF_SHAPES = ("name", "repeat", "max_time", "trigger", "delay", "whole_body", "start_step")
+_NOT_OF_SHAPES = (
+    *("name", "repeat", "max_time", "trigger", "delay", "whole_body", "start_step"),
+    *("max_stall", "max_mib"),  # a short window before it would wait for the batch
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ class ProfileShapes:
             return batch_command(server, model, batches, input, output, options, record)
 
         alone = [command(Path("result.jsonl"), [size]) for size in sizes]
-        windows = [self._make_window(f"bs{size}", repeat=1, **window) for size in sizes]
+        options_of_each = {"repeat": 1, "max_stall": None, "max_mib": None, **window}
+        windows = [self._make_window(f"bs{size}", **options_of_each) for size in sizes]
         all_sizes = [*twice, *sizes]
         with running_batches(
             server,

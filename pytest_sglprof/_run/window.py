@@ -17,7 +17,6 @@ from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.load import Settings
 from pytest_sglprof._config.model import CERTAIN, MOST_WINDOWS, Across, Threshold, WindowSpec
 from pytest_sglprof._config.thresholds import check_threshold
-from pytest_sglprof._config.windows import window_by_hand
 from pytest_sglprof._errors import (
     Incomparable,
     Inconclusive,
@@ -27,6 +26,7 @@ from pytest_sglprof._errors import (
 )
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._metrics import METRICS, VerdictWord
+from pytest_sglprof._run.cost import cost_of, least_steps, remember, sized
 from pytest_sglprof._run.measure import Measured, judge_table, read_and_judge, without_verdict
 from pytest_sglprof._run.opening import LoadState, await_driven_load
 from pytest_sglprof._server.log_lines import ServerFacts, read_log_facts
@@ -84,6 +84,7 @@ class Window:
         self.state: Literal["new", "open", "closed"] = "new"
         self.windows: list[Window] = [self]  # shared by the windows that repeat each other
         self.load_index = 0
+        self.log_start = 0  # size of the server's log when it was opened, bytes
         self.load_problem: str | None = None  # why the last request for the load failed
         self.onset: Onset | None = None  # at which a trigger opened it
         self.watch: LoadWatch | None = None  # has the load around it
@@ -101,7 +102,6 @@ class Window:
         self._opened_at = 0.0  # monotonic, as is the deadline
         self._deadline = 0.0
         self._timed_out = False
-        self._log_start = 0
         self._clocks: ClockWatch | None = None
         self._series: SeriesWatch | None = None
         self._from_metrics = ServerFacts()  # what the server's metrics say
@@ -160,9 +160,10 @@ class Window:
                 f"window {self.id!r} is {self.state} already",
                 expected="a new window: each is opened once",
             )
+        self._limit()
         start = time.monotonic()
         log = self.server.log
-        self._log_start = log.position() if log is not None else 0
+        self.log_start = log.position() if log is not None else 0
         self._recording.refuse()
         self._delay()
         self._deadline = start + self.spec.delay + self.spec.timeout
@@ -193,6 +194,15 @@ class Window:
         self._clocks = watch_clocks(self.server)
         self._series = watch_series(self.server)
         self.load_index = self._load.load_index
+
+    def _limit(self) -> None:
+        """Records less than was asked for where `max_stall` or `max_mib` allow no more."""
+        if self.spec.max_stall is None and self.spec.max_mib is None:
+            return
+        self.spec = sized(self, self._settings, self._progress)
+        if self.spec.num_steps is not None and self.spec.num_steps < self._settings.min_steps:
+            least = least_steps(self.spec, self._settings)
+            self._settings = replace(self._settings, min_steps=least)
 
     def _delay(self) -> None:
         over = time.monotonic() + self.spec.delay
@@ -257,6 +267,7 @@ class Window:
             with self._closing:
                 if self._capture is None:
                     self._capture = self._close()
+                    remember(self)
         return self._capture
 
     def _close(self) -> WindowCapture:
@@ -346,7 +357,7 @@ class Window:
         log, measured = self.server.log, self._from_metrics
         if log is None:
             return replace(capture, facts=measured)
-        facts = read_log_facts(log.each(self._log_start), capture.closed, capture.opened)
+        facts = read_log_facts(log.each(self.log_start), capture.closed, capture.opened)
         balancedness = measured.balancedness or facts.balancedness
         facts = replace(facts, balancedness=balancedness, sync_waits=measured.sync_waits)
         return replace(capture, facts=facts)
@@ -563,36 +574,22 @@ class Window:
 
     def document(self, *, is_final: bool = True, **about: Any) -> RecordedWindow:
         """The window as in results.json. After the final one `check` raises `WindowError`."""
+        from msgspec.structs import replace as changed
+
         from pytest_sglprof._report.results import window_document
         from pytest_sglprof._run.around import load_document
 
         self._is_documented = is_final
-        table = self.measured.table
-        return window_document(
-            self.capture, table, self.verdict, **about, **load_document(self, table)
+        measured, began = self.measured, time.monotonic()
+        around = load_document(self, measured.table)
+        document = window_document(
+            self.capture, measured.table, measured.verdict, **about, **around
         )
+        spent = measured.seconds + time.monotonic() - began
+        return changed(document, cost=cost_of(self, spent))
 
 
 def _figure(verdict: Verdict) -> float:
     """The figure that decided; infinite if only one rank has activity in the scope."""
     value = verdict.deciding.value if verdict.deciding is not None else None
     return math.inf if value is None else value
-
-
-class ProfileWindow:
-    """The value of the fixture `profile_window`: makes windows that a test opens itself.
-
-    test_name: the name of a window without one. The options are in docs/windows.md. Raises
-    `SettingsError` for options that do not exist or contradict each other.
-    """
-
-    __module__ = "pytest_sglprof"
-
-    def __init__(
-        self, settings: Settings, make: Callable[[WindowSpec], Window], test_name: str = "window"
-    ) -> None:
-        self._settings, self._make, self._test_name = settings, make, test_name
-
-    def __call__(self, name: str = "", **options: Any) -> Window:
-        """A new window of the current test."""
-        return self._make(window_by_hand(self._settings, name or self._test_name, options))

@@ -50,7 +50,7 @@ from pytest_sglprof._server.keeper.protocol import (
     keeper_log_end,
     teardown_limit,
 )
-from pytest_sglprof._server.log import ServerLog
+from pytest_sglprof._server.log import ServerLog, StartGrowth
 from pytest_sglprof._server.nsys_sessions import session_for
 from pytest_sglprof._server.sizes import ServerSizes
 
@@ -124,6 +124,7 @@ class Server:
         self.driver_variables = dict(driver_variables or {})
         self.loads: list[Any] = []  # those that ended before its first window
         self.had_window = False
+        self.past_windows: dict[Any, dict[float, Any]] = {}  # by kind and length, for `_run.cost`
         self.warm_for: dict[str, int] = {}  # shape of a load it has run -> requests at once
         self._is_any_driver = is_any_driver
         self._keeper = keeper
@@ -433,13 +434,14 @@ def wait_until_ready(
     """Returns when the server takes requests.
 
     Raises `ServerDied` when it ends, `ServerNotReady` after `spec.ready_timeout` s. While
-    its log grows it gets more time, up to four times as much.
+    its log grows, not only by answers to these probes, it gets more time, up to four times as much.
     """
     clock = ReadyClock(spec.ready_timeout, time.monotonic())
+    growth = StartGrowth(log)
     shown = 0.0
     while not client.is_ready():
         now = time.monotonic()
-        clock.saw(log.position(), now)
+        clock.saw(growth.size(), now)
         if exited := keeper.last_event(Exited):
             raise starting_death(log, exited.status, clock.elapsed(now))
         if keeper.last_event(Closed):
@@ -469,10 +471,10 @@ class ReadyClock:
 
     def saw(self, size: int, now: float) -> None:
         """Takes the log's size at `now`, in bytes; a log that has grown gives more time."""
-        if size != self._size and self._size >= 0:
+        if size > self._size >= 0:
             longest = self._began + CAP * self._limit
             self._deadline = min(max(self._deadline, now + PATIENCE * self._limit), longest)
-        self._size = size
+        self._size = max(size, self._size)
 
     def is_over(self, now: float) -> bool:
         """True once the server has used up its time."""

@@ -172,6 +172,27 @@ class LogGrowth:
         self._file = file
 
 
+# Of whoever asks whether it is ready: no sign that a server makes progress.
+_PROBE = re.compile(rb'"GET /(?:ready|health)\b')
+
+
+class StartGrowth:
+    """How much a server that starts has written by itself, without its answers to probes."""
+
+    def __init__(self, log: ServerLog) -> None:
+        self._log = log
+        self._growth = LogGrowth(log.path)
+        self._probes = 0  # bytes
+
+    def size(self) -> int:
+        """Bytes so far, with the beginning of a line (a progress bar)."""
+        size = self._log.position()
+        for piece in self._growth.pieces():
+            lines = piece.splitlines(keepends=True)
+            self._probes += sum(len(line) for line in lines if _PROBE.search(line))
+        return size - self._probes
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         state = path.stat()

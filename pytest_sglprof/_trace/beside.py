@@ -15,6 +15,7 @@ import numpy as np
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._limits import UNDECODABLE, read_bytes, refuse_deep, refuse_large
 from pytest_sglprof._server.sizes import EXPERTS, SERVER_INFO, SETTINGS_KEYS, pass_settings
+from pytest_sglprof._trace.reduced import beside_of, is_reduced
 from pytest_sglprof._trace.steps import with_settings
 from pytest_sglprof._trace.table import (
     NO_STEP,
@@ -34,19 +35,24 @@ def with_files_beside(
     server_info: the settings, instead of those beside. Raises `TraceError` if that file is not
     one; a file beside that cannot be read is left out, with a note.
     """
-    given = server_info or _beside(paths, SERVER_INFO)
-    if given is not None:
+    given = server_info or beside_of_traces(paths, SERVER_INFO)
+    if given is None:
+        of_reduced = [beside_of(Path(path)) for path in paths if is_reduced(Path(path))]
+        infos = [each.server_info for each in of_reduced if each.server_info is not None]
+        if infos:
+            table = with_settings(table, pass_settings(infos[0]))
+    else:
         try:
             table = with_settings(table, read_settings(given))
         except TraceError as error:
             if server_info is not None:
                 raise
             table = _noted(table, f"{given.name} is left out: {error.what}")
-    counts = _beside(paths, EXPERTS)
+    counts = beside_of_traces(paths, EXPERTS)
     return table if counts is None else with_experts(table, counts)
 
 
-def _beside(paths: Sequence[str | Path], name: str) -> Path | None:
+def beside_of_traces(paths: Sequence[str | Path], name: str) -> Path | None:
     """The file of that name in the folder of the first of `paths` that has one."""
     for path in map(Path, paths):
         file = (path if path.is_dir() else path.parent) / name

@@ -21,6 +21,7 @@ from pytest_sglprof._server.sizes import SERVER_INFO
 from pytest_sglprof._trace.foreign import EXPECTED, HEAD, kind_of
 from pytest_sglprof._trace.nsys.database import KNOWN_TABLES
 from pytest_sglprof._trace.nsys.ranks import RANKS, known_ranks
+from pytest_sglprof._trace.reduced import ENDING, is_reduced, read_reduced
 from pytest_sglprof._trace.torch.stream import GZIP, ZSTD
 
 if TYPE_CHECKING:
@@ -131,9 +132,14 @@ def _pick_torch(files: Sequence[Path]) -> list[Path]:
     return [file for file in traces if not file.name.startswith("merged-")] or traces
 
 
+def _pick_reduced(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if is_reduced(file)]
+
+
 # Tried in this order. The last reader takes what no other one matches, and its errors say what
 # is wrong with the file.
 READERS: tuple[Reader, ...] = (
+    Reader("reduced", (ENDING,), lambda path, head: is_reduced(path), read_reduced, _pick_reduced),
     Reader("nsys", NSYS_ENDINGS, _is_of_nsys, _read_nsys, _pick_nsys),
     Reader("torch", TORCH_ENDINGS, lambda path, head: True, _read_torch, _pick_torch),
 )
@@ -185,7 +191,7 @@ def _files(path: Path) -> list[Path]:
     inside = sorted(
         file for file in path.iterdir() if file.name[0] != "." and not _is_beside(file.name)
     )
-    tables = [file for file in inside if file.suffix == ".parquet"]
+    tables = [file for file in inside if file.suffix == ".parquet" and not is_reduced(file)]
     if any(file.stem in KNOWN_TABLES for file in tables):
         return [path]
     traces = [

@@ -24,12 +24,14 @@ from pytest_sglprof._trace.kernel_names import normalise
 from pytest_sglprof._trace.one_window import by_force, copies, different_runs, facts_of_run
 from pytest_sglprof._trace.passes import DRAFTS, EPOCH
 from pytest_sglprof._trace.paths import (
+    Activities,
     Reader,
     ReadOptions,
     given_labels,
     reader_of,
     window_files,
 )
+from pytest_sglprof._trace.reduced import beside_of, is_reduced
 from pytest_sglprof._trace.steps import StepIndex
 from pytest_sglprof._trace.table import (
     COLUMNS,
@@ -79,6 +81,39 @@ def read_window(
     Raises `TraceError` (`NotATrace`, `TraceTruncated`, `NoKernels`), naming the file or the
     rank, and what to do.
     """
+    listed, parts = read_parts(
+        paths,
+        pid_ranks=pid_ranks,
+        gpu_ranks=gpu_ranks,
+        file_ranks=file_ranks,
+        allow_partial=allow_partial,
+        nsys=nsys,
+        processes=processes,
+        launches=launches,
+    )
+    besides = [beside_of(file) for file in listed if is_reduced(file)]
+    return build_table(
+        parts,
+        settle_s=max([settle_s, *(each.settle_s for each in besides)]),
+        patterns=patterns,
+        step_delimiter=step_delimiter,
+        unlike=[*copies(listed), *(why for each in besides for why in each.unlike)],
+        force=force,
+    )
+
+
+def read_parts(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    pid_ranks: Mapping[int, str] | None = None,
+    gpu_ranks: Mapping[int, str] | None = None,
+    file_ranks: Mapping[str, str] | None = None,
+    allow_partial: bool = False,
+    nsys: str | None = None,
+    processes: int | None = None,
+    launches: bool = True,
+) -> tuple[list[Path], Activities]:
+    """The files of a window, and the activities of the ranks in each; see `read_window`."""
     listed = window_files(paths)
     options = ReadOptions(
         pid_ranks=pid_ranks or {},
@@ -92,15 +127,7 @@ def read_window(
     files: dict[Reader, list[Path]] = {}
     for file in listed:
         files.setdefault(reader_of(file), []).append(file)
-    parts = [part for reader, same in files.items() for part in reader.read(same, options)]
-    return build_table(
-        parts,
-        settle_s=settle_s,
-        patterns=patterns,
-        step_delimiter=step_delimiter,
-        unlike=copies(listed),
-        force=force,
-    )
+    return listed, [part for reader, same in files.items() for part in reader.read(same, options)]
 
 
 def build_table(

@@ -27,6 +27,12 @@ def milliseconds(ns: float) -> str:
     return _three(ns / 1e6)
 
 
+def mebibytes(size: int) -> str:
+    """`34 MiB` of a number of bytes; with a digit more below 10."""
+    mib = size / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 or not size else f"{mib:.1f} MiB"
+
+
 def percent(share: float | None, digits: int = 0, *, sign: bool = False, none: str = "-") -> str:
     """`64 %`, of a change `+1.2 %`; `none` for None."""
     if share is None:

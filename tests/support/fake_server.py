@@ -209,6 +209,7 @@ class FakeServer:
         self.announced: list[str | None] = []
         self.lock = threading.Lock()
         self.pids: dict[int, Any] = {}
+        self.past_windows: dict[Any, dict[float, Any]] = {}
 
     def is_alive(self) -> bool:
         return self.died is None

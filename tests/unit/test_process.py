@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -209,3 +211,16 @@ def test_fault_d_shared_memory_of_the_dead_goes_and_that_of_others_stays():
             child.communicate()
         for file in files:
             file.unlink(missing_ok=True)
+
+
+def test_who_looks_without_a_free_descriptor_learns_nothing_and_goes_on(python) -> None:
+    stopped = python(SLEEP)
+    stopped.send_signal(signal.SIGSTOP)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        answer = process.is_stopped(stopped.pid)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not answer
+    assert process.is_stopped(stopped.pid)

@@ -31,6 +31,7 @@ from pytest_sglprof._report.page.moments import moments
 from pytest_sglprof._report.page.regression import regression_picture
 from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
+from pytest_sglprof._report.terminal import cost_lines
 
 WHOLE_WINDOWS = 50  # of a page, the worst ones; the content of the others is unpacked by scripts
 FIRST_KERNELS = 40  # rows that stand in the page; scripts make the others when they are asked for
@@ -147,10 +148,11 @@ class PageArtifact:
 
 @dataclass(frozen=True)
 class Facts:
-    """What else is known of a window. gpus: as rows of a table."""
+    """What else is known of a window. gpus: as rows of a table. cost: a sentence, "" if none."""
 
     artifacts: list[PageArtifact]
     gpus: list[dict[str, object]]
+    cost: str
 
 
 def _heat_maps(window: PlacedWindow) -> list[HeatTable] | None:
@@ -186,6 +188,7 @@ def _facts(window: PlacedWindow) -> Facts:
             for file in window.doc.artifacts
         ],
         gpus=[asdict(gpu) for gpu in window.doc.gpus],
+        cost="".join(cost_lines([window.doc])).partition(": ")[2],
     )
 
 

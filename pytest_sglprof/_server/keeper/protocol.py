@@ -301,13 +301,15 @@ class KeeperLink:
         """
         self._ending.set()
         self.send(Stop())
-        self._watch.join(timeout)
-        if self._watch.is_alive() and self.is_running():
-            self._kill(f"did not tear down within {timeout:.0f} s")
-        self._watch.join()
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+        try:
+            self._watch.join(timeout)
+            if self._watch.is_alive() and self.is_running():
+                self._kill(f"did not tear down within {timeout:.0f} s")
+            self._watch.join()
+        finally:  # also after a Ctrl-C: then the keeper goes on alone
+            if self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
         return self.last_event(Stopped) is not None
 
     def _watch_over(self) -> None:

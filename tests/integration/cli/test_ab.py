@@ -51,9 +51,9 @@ class Place:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "SGLPROF"))}
         return {**kept, "SGLPROF_LEASE_DIR": str(self.leases)}
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, command: str = "ab") -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "pytest_sglprof", "ab", *words],
+            [sys.executable, "-W", "error", "-m", "pytest_sglprof", command, *words],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -61,8 +61,8 @@ class Place:
             text=True,
         )
 
-    def run(self, *words: str) -> tuple[int, str, str]:
-        process = self.start(*words)
+    def run(self, *words: str, command: str = "ab") -> tuple[int, str, str]:
+        process = self.start(*words, command=command)
         out, err = process.communicate(timeout=PATIENCE)
         print(out, err)
         return process.returncode, out, err
@@ -177,6 +177,26 @@ def test_ctrl_c_ends_the_server_and_the_bisection(place: Place) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE)
     assert process.returncode == 255
+
+
+def test_what_a_killed_comparison_has_left_is_cleaned(place: Place) -> None:
+    place.write(config(old=("--ready-delay", "60"), new=QUIET))
+    process = place.start("old", "--lives", "2", *LOAD, "--folder", "aa")
+    deadline = time.monotonic() + 60
+    while not list(place.folder.glob("aa/*/servers/*/server.log")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGSTOP)
+    for each in place.family():
+        if "pytest_sglprof._server.keeper" in each.cmdline():
+            each.kill()
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert place.family()
+    status, out, _ = place.run("aa", command="clean")
+    assert status == 0
+    assert "01-A/servers/old.1: " in out
+    assert not place.family()
 
 
 @pytest.mark.parametrize(

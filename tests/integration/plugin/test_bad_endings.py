@@ -168,3 +168,9 @@ def test_fault_14_an_interrupt_goes_before_other_errors_and_ends_the_rest_all_th
         do_every([raiser(OSError("a")), raiser(KeyboardInterrupt()), lambda: taken.append(1)])
     assert taken == [1]
     assert "OSError: a" in raised.value.__notes__[0]
+
+
+def test_an_impatient_ctrl_c_adds_no_traceback():
+    with pytest.raises(KeyboardInterrupt) as raised:
+        do_every([raiser(KeyboardInterrupt()), raiser(KeyboardInterrupt())])
+    assert not hasattr(raised.value, "__notes__")

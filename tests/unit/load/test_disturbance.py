@@ -169,3 +169,16 @@ def test_a_suspicion_comes_after_half_of_the_hold() -> None:
     assert declared == {"suspicion": 7.0, "onset": 9.0}
     assert QueueGrowth(suspicion=False).suspecting(ranks) is None
     assert QueueGrowth(hold=1.0, suspicion=False).detector(ranks) is not None
+
+
+def idle(lines_of: dict[str, list], begin: float, end: float) -> dict[str, list]:
+    """Without the lines of a time in which the server had no requests."""
+    return {
+        rank: [line for line in each if not begin < line[0] < end]
+        for rank, each in lines_of.items()
+    }
+
+
+def test_a_server_without_requests_does_not_stand_still() -> None:
+    assert stall_of(idle(lines(0.5), 31.0, 50.0), 29.9, 31.0) is None
+    assert stall_of(idle(lines(0.5), 10.0, 29.9), 29.9, 31.0) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pytest_sglprof._redact import HIDDEN, learn
-from pytest_sglprof._server.log import MAX_LINE, ServerLog
+from pytest_sglprof._server.log import MAX_LINE, ServerLog, StartGrowth
 
 
 @pytest.fixture
@@ -129,3 +129,19 @@ def test_the_servers_own_word_about_its_end_beats_the_last_lines(log):
 def test_a_message_over_several_lines_stays_whole_and_a_cut_block_is_told(log):
     log.path.write_text('Traceback (most recent call last):\n  File "a.py", line 1, in x\n')
     assert "Traceback" in " ".join(log.reason())
+
+
+PROBE = b'INFO:     127.0.0.1:44124 - "GET /health HTTP/1.1" 503 Service Unavailable\n'
+
+
+def test_answers_to_probes_are_no_progress_of_a_server_that_starts(log):
+    growth = StartGrowth(log)
+    assert growth.size() == 0
+    log.path.write_bytes(b"Load weight begin.\n" + PROBE)
+    assert growth.size() == 19
+    with log.path.open("ab") as stream:
+        stream.write(PROBE.replace(b"health", b"ready") * 3)
+    assert growth.size() == 19
+    with log.path.open("ab") as stream:
+        stream.write(b"Loading: 5%\rLoading: 9%")  # a progress bar, whose line has not ended
+    assert growth.size() == 42

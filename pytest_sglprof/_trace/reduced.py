@@ -1,0 +1,297 @@
+"""Reduced windows: what a kernel table is made of, of all ranks that were read, in one small file.
+
+Most of a trace are events that no figure needs. `sglprof reduce` reads the traces where they lie,
+on each node, and leaves a Parquet file: one row for each rank, of which each column is a list of
+numbers (activities, calls that launch kernels, collectives), and the text of one JSON object has
+the rest (names, steps, notes). Nothing is rounded and nothing added up, so that several of these
+files give the table that their traces give together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from pytest_sglprof._errors import TraceError
+from pytest_sglprof._limits import refuse_large
+from pytest_sglprof._trace.completeness import Unrecorded
+from pytest_sglprof._trace.table import CollectiveCalls, Launches, RankActivities, Step
+
+if TYPE_CHECKING:
+    from pytest_sglprof._trace.paths import Activities, ReadOptions
+
+KEY = "pytest_sglprof.reduced"  # of the file's metadata: the format and what stood beside
+FORMAT = 1
+ENDING = ".parquet"
+_MAGIC = b"PAR1"
+_LARGEST_FOOTER = 1 << 26  # bytes
+
+# Numbers of a rank -> of which object they are, and its field. Of one object all are equally long.
+_COLUMNS = {
+    "start": ("", "start"),
+    "dur": ("", "dur"),
+    "name": ("", "name_codes"),
+    "kind": ("", "kind_codes"),
+    "stream": ("", "stream"),
+    "step": ("", "step"),
+    "launch_start": ("launches", "start"),
+    "launch_step": ("launches", "step"),
+    "launch_recorded": ("launches", "recorded"),
+    "launch_is_graph": ("launches", "is_graph"),
+    "launch_graph": ("launches", "graph"),
+    "call_row": ("calls", "row"),
+    "call_sequence": ("calls", "sequence"),
+    "call_size": ("calls", "size"),
+}
+_GROUP, _OPERATION = "call_group", "call_operation"  # codes of texts
+_SORTED = ("start", "launch_start", "call_row", "dur")  # hardly repeat: differences are stored
+
+
+class _Rest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank has besides numbers; fields as in `RankActivities`. file: that it was read from.
+
+    groups, operations: texts of the collectives, by code; None without them.
+    """
+
+    file: str
+    rank: str
+    names: list[str]
+    kinds: list[str]
+    steps: list[Step]
+    source: str
+    notes: list[str]
+    partial: bool
+    unusable: int
+    run: dict[str, str]
+    recording: str
+    clock_ns: int | None
+    unrecorded: dict[str, Any] | None
+    host: str
+    has_launches: bool
+    groups: list[str] | None
+    operations: list[str] | None
+
+
+class Beside(msgspec.Struct, frozen=True):
+    """What is said of all ranks. server_info: the server's settings, as stands beside traces.
+
+    settle_s: seconds to drop from the front. unlike: why the ranks must not be compared, as far as
+    only the files themselves or their run say so.
+    """
+
+    format: int = FORMAT
+    server_info: dict[str, Any] | None = None
+    settle_s: float = 0.0
+    unlike: tuple[str, ...] = ()
+
+
+def reduced(parts: Activities, beside: Beside) -> bytes:
+    """The contents of a reduced file. parts: with the files that they were read from.
+
+    Raises `TraceError` without pyarrow.
+    """
+    pyarrow, parquet = _pyarrow("writing a reduced file")
+    columns = [*_COLUMNS, _GROUP, _OPERATION]
+    schema = pyarrow.schema(
+        [("rest", pyarrow.string()), *((name, pyarrow.list_(pyarrow.int64())) for name in columns)],
+        metadata={KEY: msgspec.json.encode(beside)},
+    )
+    out = BytesIO()
+    paths = {name: f"{name}.list.element" for name in columns}
+    with parquet.ParquetWriter(
+        out,
+        schema,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=[path for name, path in paths.items() if name not in _SORTED],
+        column_encoding={paths[name]: "DELTA_BINARY_PACKED" for name in _SORTED},
+        write_statistics=False,
+    ) as writer:
+        for file, part in parts:
+            row = {"rest": [_rest(file, part)], **{k: [v] for k, v in _numbers(part).items()}}
+            writer.write_table(pyarrow.table(row, schema=schema))
+    return out.getvalue()
+
+
+def is_reduced(file: Path) -> bool:
+    """Whether this is a file that `reduced` made, by its end."""
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 8))
+            end = stream.read(8)
+            length = int.from_bytes(end[:4], "little")
+            if end[4:] != _MAGIC or length > min(size, _LARGEST_FOOTER):
+                return False
+            stream.seek(size - 8 - length)
+            return KEY.encode() in stream.read(length)
+    except (OSError, ValueError):
+        return False
+
+
+def read_reduced(files: Sequence[Path], options: ReadOptions) -> Activities:
+    """The activities of all ranks in these files. Raises `TraceError` for one that is damaged."""
+    return [part for file in files for part in _parts(file, launches=options.launches)]
+
+
+def beside_of(file: Path) -> Beside:
+    """What a reduced file says of all its ranks."""
+    _, parquet = _pyarrow(f"reading {file}")
+    try:
+        text = parquet.read_metadata(file).metadata[KEY.encode()]
+        beside = msgspec.json.decode(text, type=Beside)
+    except Exception as error:
+        raise _damaged(file, error) from error
+    if beside.format > FORMAT:
+        raise TraceError(
+            f"{file} is a reduced file of format {beside.format}",
+            expected=f"format {FORMAT} or older",
+            hint="read it with the version of pytest-sglprof that wrote it, or a later one",
+        )
+    return beside
+
+
+def _parts(file: Path, *, launches: bool) -> Iterator[tuple[Path, RankActivities]]:
+    _, parquet = _pyarrow(f"reading {file}")
+    beside_of(file)
+    try:
+        with parquet.ParquetFile(file) as stored:
+            refuse_large(file, 8 * _numbers_in(stored.metadata), error=TraceError)
+            for number in range(stored.num_row_groups):
+                (row,) = stored.read_row_group(number).to_batches() or (None,)
+                if row is not None:
+                    yield _part(file, row, launches=launches)
+    except Exception as error:
+        raise _damaged(file, error) from error
+
+
+def _numbers_in(metadata: Any) -> int:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return sum(each.column(at).num_values for each in groups for at in range(each.num_columns))
+
+
+def _numbers(part: RankActivities) -> dict[str, np.ndarray[Any, Any]]:
+    calls, objects = part.calls, {"": part, "launches": part.launches, "calls": part.calls}
+    numbers = {
+        column: np.zeros(0, np.int64)
+        if (rows := objects[name]) is None
+        else np.asarray(getattr(rows, field), np.int64)
+        for column, (name, field) in _COLUMNS.items()
+    }
+    for column, texts in (
+        (_GROUP, calls.group if calls else ()),
+        (_OPERATION, calls.operation if calls else ()),
+    ):
+        codes = {text: code for code, text in enumerate(dict.fromkeys(texts))}
+        numbers[column] = np.array([codes[text] for text in texts], np.int64)
+    return numbers
+
+
+def _rest(file: Path, part: RankActivities) -> str:
+    calls = part.calls
+    rest = _Rest(
+        file=file.name,
+        rank=part.rank,
+        names=[*part.names],
+        kinds=[*part.kinds],
+        steps=[*part.steps],
+        source=part.source,
+        notes=[*part.notes],
+        partial=part.partial,
+        unusable=part.unusable,
+        run=dict(part.run),
+        recording=part.recording,
+        clock_ns=part.clock_ns,
+        unrecorded=None if part.unrecorded is None else asdict(part.unrecorded),
+        host=part.host,
+        has_launches=part.launches is not None,
+        groups=None if calls is None else list(dict.fromkeys(calls.group)),
+        operations=None if calls is None else list(dict.fromkeys(calls.operation)),
+    )
+    return msgspec.json.encode(rest).decode()
+
+
+def _part(file: Path, row: Any, *, launches: bool) -> tuple[Path, RankActivities]:
+    rest = msgspec.json.decode(row.column("rest")[0].as_py(), type=_Rest)
+
+    def numbers(column: str) -> Any:
+        return np.array(row.column(column)[0].values.to_numpy(), np.int64)
+
+    fields: dict[str, dict[str, Any]] = {"": {}, "launches": {}, "calls": {}}
+    for column, (name, field) in _COLUMNS.items():
+        fields[name][field] = numbers(column)
+    _refuse_contradictions(fields, rest)
+    calls = None
+    if rest.groups is not None and rest.operations is not None:
+        calls = CollectiveCalls(
+            group=[rest.groups[code] for code in numbers(_GROUP).tolist()],
+            operation=[rest.operations[code] for code in numbers(_OPERATION).tolist()],
+            **fields["calls"],
+        )
+    launched = fields["launches"] | {"is_graph": fields["launches"]["is_graph"].astype(bool)}
+    return file / rest.file, RankActivities(
+        rank=rest.rank,
+        names=rest.names,
+        kinds=rest.kinds,
+        steps=rest.steps,
+        source=rest.source,
+        notes=rest.notes,
+        partial=rest.partial,
+        calls=calls,
+        launches=Launches(**launched) if launches and rest.has_launches else None,
+        unusable=rest.unusable,
+        run=rest.run,
+        recording=rest.recording,
+        clock_ns=rest.clock_ns,
+        unrecorded=None if rest.unrecorded is None else Unrecorded(**rest.unrecorded),
+        host=rest.host,
+        **fields[""],
+    )
+
+
+def _refuse_contradictions(fields: dict[str, dict[str, Any]], rest: _Rest) -> None:
+    """Raises ValueError for numbers that cannot be of one rank: a file that was changed."""
+    whole, launched, called = fields[""], fields["launches"], fields["calls"]
+    if any(len({len(each) for each in same.values()}) > 1 for same in fields.values()):
+        raise ValueError("its columns are not equally long")
+    for values, number in (
+        (whole["name_codes"], len(rest.names)),
+        (whole["kind_codes"], len(rest.kinds)),
+        (called["row"], len(whole["start"])),
+        (launched["step"] + 1, len(rest.steps) + 1),
+    ):
+        if len(values) and not 0 <= values.min() <= values.max() < number:
+            raise ValueError("a number names nothing")
+    if len(whole["dur"]) and whole["dur"].min() < 0:
+        raise ValueError("a duration is negative")
+
+
+def _pyarrow(doing: str) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise TraceError(
+            f"{doing} needs pyarrow, which is not installed here",
+            expected="the package pyarrow",
+            hint="pip install 'pytest-sglprof[parquet]'",
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _damaged(file: Path, error: Exception) -> TraceError:
+    return (
+        error
+        if isinstance(error, TraceError)
+        else TraceError(
+            f"{file} is damaged: {type(error).__name__}",
+            expected="a file that sglprof reduce wrote, as a whole",
+            hint="reduce the traces again",
+        )
+    )
