@@ -98,7 +98,7 @@ def test_a_pattern_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch) ->
     begin = time.monotonic()
     with pytest.raises(SettingsError) as caught:
         matching(ENDLESS, ["b", NAME, "c"], "the pattern of category moe")
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 100  # of which it had 1 s of CPU
     assert caught.value.what.startswith("the pattern of category moe needs more than 1 s")
     assert repr(NAME) in caught.value.what
     assert matching(ENDLESS, ["b", "aaa"]) == {"aaa"}
@@ -144,14 +144,14 @@ def bomb(path: Path, unit: bytes, count: int) -> Path:
 
 @pytest.mark.parametrize(
     ("unit", "count"),
-    [(b" " * 1_000, 9_000), (b"{},", 300_000), (b'{"name": "' + b"x" * 9_000_000, 1)],
+    [(b" " * 1_000, 1_500), (b"{},", 100_000), (b'{"name": "' + b"x" * 1_500_000, 1)],
     ids=["blanks", "events of nothing", "one event"],
 )
 def test_a_packed_file_is_refused_before_memory_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     unit: bytes, count: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv(limits.READ_GIB, "0.004")
+    monkeypatch.setenv(limits.READ_GIB, "0.001")
     path = bomb(tmp_path / "1-TP-0.trace.json.gz", unit, count)
     assert path.stat().st_size < 1 << 20
     with pytest.raises(TraceError, match="can only be read as a whole") as caught:
