@@ -97,6 +97,7 @@ class PluginSession:
         self.progress = TerminalProgress(config, silent=bool(self.worker))
         self.server: Server | None = None
         self._quiet = contextlib.ExitStack()  # holds further Ctrl-C back
+        config.add_cleanup(self._quiet.close)
         self._in_test = False
         self._unfinished: TestRun | None = None  # an attempt without a report
         self._known_lives = KnownLives(self.settings, self.run_id)
@@ -194,10 +195,6 @@ class PluginSession:
         if session.exitstatus == pytest.ExitCode.INTERRUPTED:
             self._quiet.enter_context(uninterrupted())
         return result
-
-    def pytest_unconfigure(self) -> None:
-        """Ctrl-C is heard again, as before the run."""
-        self._quiet.close()
 
     def _finish(self, exitstatus: int | pytest.ExitCode) -> None:
         is_interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
