@@ -102,8 +102,7 @@ def write_perfetto(args: argparse.Namespace) -> None:
     """Writes the merged trace and a page that opens it, and prints how many events they hold."""
     from pytest_sglprof._cli.options import refuse_foreign, refuse_inputs
     from pytest_sglprof._report.perfetto import open_page_of, write_open_page
-    from pytest_sglprof._trace.paths import is_nsys, window_files
-    from pytest_sglprof._trace.reduced import is_reduced
+    from pytest_sglprof._trace.paths import is_nsys, is_reduced, window_files
 
     if not args.output.name.endswith((".json", ".json.gz")):
         raise SettingsError(

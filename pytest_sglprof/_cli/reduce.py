@@ -50,14 +50,15 @@ def run(args: argparse.Namespace) -> ExitStatus:
     from pytest_sglprof._errors import in_shell
     from pytest_sglprof._files import atomic_write
     from pytest_sglprof._trace.one_window import copies
+    from pytest_sglprof._trace.paths import REDUCED_ENDING
     from pytest_sglprof._trace.read import read_parts
-    from pytest_sglprof._trace.reduced import ENDING, Beside, reduced
+    from pytest_sglprof._trace.reduced import Beside, reduced
 
-    if not args.output.name.endswith(ENDING):
+    if not args.output.name.endswith(REDUCED_ENDING):
         raise SettingsError(
             f"-o {args.output}: unknown file type",
-            expected=f"a name that ends in {ENDING}",
-            hint=f"for example -o node1{ENDING}",
+            expected=f"a name that ends in {REDUCED_ENDING}",
+            hint=f"for example -o node1{REDUCED_ENDING}",
         )
     recorded = recorded_by(args)
     refuse_inputs(args.output, recorded.inputs.recorded)

@@ -15,7 +15,8 @@ import numpy as np
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._limits import UNDECODABLE, read_bytes, refuse_deep, refuse_large
 from pytest_sglprof._server.sizes import EXPERTS, SERVER_INFO, SETTINGS_KEYS, pass_settings
-from pytest_sglprof._trace.reduced import beside_of, is_reduced
+from pytest_sglprof._trace.paths import is_reduced
+from pytest_sglprof._trace.reduced import beside_of
 from pytest_sglprof._trace.steps import with_settings
 from pytest_sglprof._trace.table import (
     NO_STEP,

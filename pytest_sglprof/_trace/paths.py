@@ -21,7 +21,6 @@ from pytest_sglprof._server.sizes import SERVER_INFO
 from pytest_sglprof._trace.foreign import EXPECTED, HEAD, kind_of
 from pytest_sglprof._trace.nsys.database import KNOWN_TABLES
 from pytest_sglprof._trace.nsys.ranks import RANKS, known_ranks
-from pytest_sglprof._trace.reduced import ENDING, is_reduced, read_reduced
 from pytest_sglprof._trace.torch.stream import GZIP, ZSTD
 
 if TYPE_CHECKING:
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
 TORCH_ENDINGS = (".json", ".json.gz", ".json.zst")
 NSYS_ENDINGS = (".sqlite", ".nsys-rep")
 _SQLITE = b"SQLite format 3\x00"
+REDUCED_ENDING = ".parquet"
+REDUCED_KEY = "pytest_sglprof.reduced"  # of its metadata: the format, and what stood beside
+_PARQUET = b"PAR1"  # at both ends of a file
+_LARGEST_FOOTER = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,28 @@ def _pick_torch(files: Sequence[Path]) -> list[Path]:
     return [file for file in traces if not file.name.startswith("merged-")] or traces
 
 
+def is_reduced(file: Path) -> bool:
+    """Whether this is a file that `sglprof reduce` wrote, by its end."""
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 8))
+            end = stream.read(8)
+            length = int.from_bytes(end[:4], "little")
+            if end[4:] != _PARQUET or length > min(size, _LARGEST_FOOTER):
+                return False
+            stream.seek(size - 8 - length)
+            return REDUCED_KEY.encode() in stream.read(length)
+    except (OSError, ValueError):
+        return False
+
+
+def _read_reduced(files: Sequence[Path], options: ReadOptions) -> Activities:
+    from pytest_sglprof._trace.reduced import read_reduced
+
+    return read_reduced(files, options)
+
+
 def _pick_reduced(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if is_reduced(file)]
 
@@ -139,7 +164,13 @@ def _pick_reduced(files: Sequence[Path]) -> list[Path]:
 # Tried in this order. The last reader takes what no other one matches, and its errors say what
 # is wrong with the file.
 READERS: tuple[Reader, ...] = (
-    Reader("reduced", (ENDING,), lambda path, head: is_reduced(path), read_reduced, _pick_reduced),
+    Reader(
+        "reduced",
+        (REDUCED_ENDING,),
+        lambda path, head: head.startswith(_PARQUET) and is_reduced(path),
+        _read_reduced,
+        _pick_reduced,
+    ),
     Reader("nsys", NSYS_ENDINGS, _is_of_nsys, _read_nsys, _pick_nsys),
     Reader("torch", TORCH_ENDINGS, lambda path, head: True, _read_torch, _pick_torch),
 )

@@ -28,10 +28,11 @@ from pytest_sglprof._trace.paths import (
     Reader,
     ReadOptions,
     given_labels,
+    is_reduced,
     reader_of,
     window_files,
 )
-from pytest_sglprof._trace.reduced import beside_of, is_reduced
+from pytest_sglprof._trace.reduced import beside_of
 from pytest_sglprof._trace.steps import StepIndex
 from pytest_sglprof._trace.table import (
     COLUMNS,

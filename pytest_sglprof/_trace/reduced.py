@@ -21,16 +21,13 @@ import numpy as np
 from pytest_sglprof._errors import TraceError
 from pytest_sglprof._limits import refuse_large
 from pytest_sglprof._trace.completeness import Unrecorded
+from pytest_sglprof._trace.paths import REDUCED_KEY
 from pytest_sglprof._trace.table import CollectiveCalls, Launches, RankActivities, Step
 
 if TYPE_CHECKING:
     from pytest_sglprof._trace.paths import Activities, ReadOptions
 
-KEY = "pytest_sglprof.reduced"  # of the file's metadata: the format and what stood beside
 FORMAT = 1
-ENDING = ".parquet"
-_MAGIC = b"PAR1"
-_LARGEST_FOOTER = 1 << 26  # bytes
 
 # Numbers of a rank -> of which object they are, and its field. Of one object all are equally long.
 _COLUMNS = {
@@ -100,7 +97,7 @@ def reduced(parts: Activities, beside: Beside) -> bytes:
     columns = [*_COLUMNS, _GROUP, _OPERATION]
     schema = pyarrow.schema(
         [("rest", pyarrow.string()), *((name, pyarrow.list_(pyarrow.int64())) for name in columns)],
-        metadata={KEY: msgspec.json.encode(beside)},
+        metadata={REDUCED_KEY: msgspec.json.encode(beside)},
     )
     out = BytesIO()
     paths = {name: f"{name}.list.element" for name in columns}
@@ -119,22 +116,6 @@ def reduced(parts: Activities, beside: Beside) -> bytes:
     return out.getvalue()
 
 
-def is_reduced(file: Path) -> bool:
-    """Whether this is a file that `reduced` made, by its end."""
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - 8))
-            end = stream.read(8)
-            length = int.from_bytes(end[:4], "little")
-            if end[4:] != _MAGIC or length > min(size, _LARGEST_FOOTER):
-                return False
-            stream.seek(size - 8 - length)
-            return KEY.encode() in stream.read(length)
-    except (OSError, ValueError):
-        return False
-
-
 def read_reduced(files: Sequence[Path], options: ReadOptions) -> Activities:
     """The activities of all ranks in these files. Raises `TraceError` for one that is damaged."""
     return [part for file in files for part in _parts(file, launches=options.launches)]
@@ -144,7 +125,7 @@ def beside_of(file: Path) -> Beside:
     """What a reduced file says of all its ranks."""
     _, parquet = _pyarrow(f"reading {file}")
     try:
-        text = parquet.read_metadata(file).metadata[KEY.encode()]
+        text = parquet.read_metadata(file).metadata[REDUCED_KEY.encode()]
         beside = msgspec.json.decode(text, type=Beside)
     except Exception as error:
         raise _damaged(file, error) from error
