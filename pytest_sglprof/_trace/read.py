@@ -429,8 +429,6 @@ FEW_OF = 4  # a quarter of the most kernels between two samplings is few: those 
 
 # Without a delimiter, a repetition is searched in at most so many kernels (0.1 KB for each).
 MAX_KERNELS = 2_000_000
-
-
 _SAMPLES = re.compile(r"\b(sampling|arg ?max|multinomial|top ?p|min ?p)\b")
 
 
