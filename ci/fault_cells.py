@@ -480,7 +480,7 @@ def _fill_disk(run: _Run) -> None:
 
 
 def _take_folder(run: _Run) -> None:
-    """The folder of the run, at once: a name that nobody knows, and then nothing."""
+    """The folder of the run, at once: it gets another name, and then goes."""
     gone = run.project.folder / "gone"
     for folder in run.runs():
         folder.rename(gone)
