@@ -6,9 +6,9 @@
 A cell is a fault in a phase, such as `server-KILL-inside`; `--only` takes shell patterns. A cell
 that has run is a small file in the folder, so that a command that was ended goes on where it was;
 remove the file to run it again. Takes about 45 minutes on two idle cores. nsys is the real one
-if there is one. What is promised is the table `PROMISES`; the exit status is 1 where a cell that has run
-broke its promise. `--write` makes the document of the cells that have run, and keeps what it shows
-in `tests/data/faults.jsonl`.
+if there is one. What is promised is the table `PROMISES`; the exit status is 1 where a cell that
+has run broke its promise. `--write` makes the document of the cells that have run, and keeps what
+it shows in `tests/data/faults.jsonl`.
 """
 
 from __future__ import annotations
