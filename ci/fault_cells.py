@@ -53,7 +53,7 @@ kind = "standin"
 args = ["--tp", "2"]
 standin_args = ["--step-ms", "4", "--layers", "1", "--crash-delay", "0.2"{standin}]
 nsys = {nsys}
-ready_timeout = 10
+ready_timeout = {ready}
 stop_timeout = 4
 {port}
 
@@ -196,6 +196,7 @@ class _Run:
             standin=STANDIN.get(cell.phase, ""),
             nsys="true" if self.nsys else "false",
             port=f"port = {self.port}" if self.port else "",
+            ready=300 if cell.who == "second" else 10,  # for which it waits for the port
             timeout=8 if cell.what == "STOP" and cell.who != "pytest" else 30,
         )
         is_stalled = cell[:2] in STALLED and cell.phase != "analysis"
@@ -479,7 +480,7 @@ def _fill_disk(run: _Run) -> None:
 
 
 def _take_folder(run: _Run) -> None:
-    """The folder of the run, at once: a name that nobody knows, and then nothing."""
+    """The folder of the run, at once: it gets another name, and then goes."""
     gone = run.project.folder / "gone"
     for folder in run.runs():
         folder.rename(gone)

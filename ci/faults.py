@@ -5,10 +5,10 @@
 
 A cell is a fault in a phase, such as `server-KILL-inside`; `--only` takes shell patterns. A cell
 that has run is a small file in the folder, so that a command that was ended goes on where it was;
-remove the file to run it again. Takes about 40 minutes on two cores. nsys is the real one if there
-is one. What is promised is the table `PROMISES`; the exit status is 1 where a cell that has run
-broke its promise. `--write` makes the document of the cells that have run, and keeps what it shows
-in `tests/data/faults.jsonl`.
+remove the file to run it again. Takes about 45 minutes on two idle cores. nsys is the real one
+if there is one. What is promised is the table `PROMISES`; the exit status is 1 where a cell that
+has run broke its promise. `--write` makes the document of the cells that have run, and keeps what
+it shows in `tests/data/faults.jsonl`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from pytest_sglprof._run.folder import locked
 
 RECORDED = Path(__file__).resolve().parents[1] / "tests" / "data" / "faults.jsonl"
 SENTENCE_LENGTH = 150  # characters that are shown of a sentence
+CRASH = "INTERNALERROR"
 # Lines of a server's log, which may have such things, begin with a bar.
 NOISE = re.compile(
-    r"^(?!(?:E\s+)?\s*\|).*?(INTERNALERROR|Traceback \(most recent call last\)|Exception ignored)",
+    rf"^(?!(?:E\s+)?\s*\|).*?({CRASH}|Traceback \(most recent call last\)|Exception ignored)",
     re.MULTILINE,
 )
 # A bug of the package, whose errors are shown without the code that they came from.
@@ -47,6 +48,7 @@ SAME = (  # what differs from run to run, and what begins a line
     (r"run-\d{8}-\d{6}-\w{4}", "RUN"),
     (r"sglprof-\d+-[0-9a-f]{12}", "SESSION"),
     (r"(?<=\()/\S*/(?=python )", ""),
+    (r"'/\S*/(?=[^/']*')", "'"),
     (r"(pid[ =]|process |scheduler_)\d+", r"\1N"),
     (r"127\.0\.0\.1:\d+|port \d+", "PORT"),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.\dZ]*", "TIME"),
@@ -202,8 +204,8 @@ def judged(cell: Cell, outcome: Outcome) -> Shown:
     is_due = promise.sentence and (outcome.status != 0 or promise.always)
     if is_due and not sentence:
         faults.append("nothing names the cause")
-    if noise := NOISE.search(outcome.text):
-        faults.append(noise[1])
+    noise = {match[1] for match in NOISE.finditer(outcome.text)}
+    faults += sorted(noise & {CRASH} if promise.is_raw else noise)
     if not promise.is_raw and (code := CODE.search(outcome.text)):
         faults.append(code[0])
     if outcome.missed:
