@@ -461,6 +461,8 @@ class Window:
                     if not self.is_judged:
                         self._measured = without_verdict(self._measured, self.moment or "")
                 except Exception as error:
+                    if isinstance(error.__cause__, KeyboardInterrupt):
+                        raise KeyboardInterrupt from None  # compiled code noticed it too late
                     # Raised once, in the test; later uses get an inconclusive verdict.
                     reason = f"reading or judging the window failed: {error!r}"
                     verdict = undecided((*self.spec.thresholds, *self._checks), reason)
