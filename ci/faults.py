@@ -303,6 +303,10 @@ called, inside the window, while the traces are written (closing), before they a
 seconds from the fault until pytest and everything that it had started were gone, and the number
 of the sentence below that named the cause. All that is left is compared with before the run: a
 cell that says nothing of it left nothing. A word in italics says why there is no such cell.
+
+Three Ctrl-C within a moment may hit any line. When their cells were run again on a busy machine,
+one had a traceback of compiled code (analysis), and one left the file of a lock (inside), which
+nobody holds.
 """
 
 

@@ -22,7 +22,6 @@ CELLS = (
     Cell("clock", "-1 h", "inside"),
     Cell("descriptors", "exhausted", "warm-up"),
     Cell("folder", "read-only", "opening"),
-    Cell("pytest", "INT3", "inside"),
 )
 
 
