@@ -18,7 +18,8 @@ from pytest_sglprof._cli.options import (
     settings_options,
     write_notes,
 )
-from pytest_sglprof._errors import ExitStatus, SettingsError, TraceError
+from pytest_sglprof._errors import ExitStatus, SettingsError, TraceError, in_shell
+from pytest_sglprof._verdict.wording import count
 
 if TYPE_CHECKING:
     from pytest_sglprof._trace.paths import Activities
@@ -47,7 +48,6 @@ def add_parser(new_parser: NewParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Reads the window, writes the file, and prints its size and its ranks."""
-    from pytest_sglprof._errors import in_shell
     from pytest_sglprof._files import atomic_write
     from pytest_sglprof._trace.one_window import copies
     from pytest_sglprof._trace.paths import REDUCED_ENDING
@@ -109,12 +109,9 @@ def _summary(output: Path, size: int, listed: list[Path], parts: Activities) -> 
         for each in (path.rglob("*") if path.is_dir() else [path])
         if each.is_file()
     )
-    ranks = len({part.rank for _, part in parts})
+    ranks = count(len({part.rank for _, part in parts}), "rank")
     mib = 2**20
-    return (
-        f"{output}: {ranks} rank{'s' * (ranks != 1)}, {size / mib:,.2f} MiB of "
-        f"{whole / mib:,.1f} MiB\n"
-    )
+    return f"{output}: {ranks}, {size / mib:,.2f} MiB of {whole / mib:,.1f} MiB\n"
 
 
 def _left_out(listed: list[Path]) -> list[str]:

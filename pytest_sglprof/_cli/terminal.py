@@ -84,9 +84,7 @@ class Keyboard:
     def _stop(self, number: int, frame: object) -> None:
         self._give_back()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(
-            os.getpid(), signal.SIGTSTP
-        )  # stops here until SIGCONT, unless nobody can resume it
+        os.kill(os.getpid(), signal.SIGTSTP)  # stops here until SIGCONT, if a shell can send it
         signal.signal(signal.SIGTSTP, self._stop)
         self._take()  # also where SIGCONT was handled before, or the kernel stopped nobody
 

@@ -228,17 +228,18 @@ def _probe(window: Window, steps: int) -> bool:
             hint=f"see the reason, or leave {_limits(window.spec)} out",
         )
     over = time.monotonic() + SETTLED
-    while _stalls(window)[-1] is None and time.monotonic() < over:
+    while _stall(window, _past(window)[-1]) is None and time.monotonic() < over:
         time.sleep(POLL)
     return True
 
 
-def _stalls(window: Window) -> list[float | None]:
+def _stall(window: Window, past: PastWindow) -> float | None:
     log = window.server.log
-    return [
-        None if log is None else log_stall(log, past.log_start, past.opened, past.closed)
-        for past in _past(window)
-    ]
+    return None if log is None else log_stall(log, past.log_start, past.opened, past.closed)
+
+
+def _stalls(window: Window) -> list[float | None]:
+    return [_stall(window, past) for past in _past(window)]
 
 
 def _allowed(window: Window) -> float:
@@ -287,7 +288,8 @@ def most_within(costs: Sequence[tuple[float, float]], limit: float) -> float:
 
 def _too_dear(window: Window, allowed: float, least: float) -> WindowRefused:
     spec = window.spec
-    newest, stall = _past(window)[-1], _stalls(window)[-1]
+    newest = _past(window)[-1]
+    stall = _stall(window, newest)
     what = replace(spec, num_steps=int(newest.amount)) if spec.num_steps else spec
     measured = f"one of {_length(what)} wrote {newest.written / MIB:.3g} MiB"
     if stall is not None:
