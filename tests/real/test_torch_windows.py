@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,14 @@ import pytest
 
 @pytest.mark.profile_window("steady", num_steps=60)
 def test_a_window_at_steady_load(sglang_server, bench_serving):
-    result = bench_serving(num_prompts=40, **LOAD)
+    result = bench_serving(num_prompts=40, output_details=True, **LOAD)
     assert result.completed == 40
     assert result.ttft["p99"] > 0
+
+
+@pytest.mark.profile_window("cheap", num_steps=300, max_stall=1)
+def test_a_window_that_may_cost_a_second(sglang_server, bench_serving):
+    bench_serving(num_prompts=40, output_details=True, **LOAD)
 
 
 def test_two_windows_by_hand(sglang_server, bench_serving, profile_window):
@@ -103,7 +109,7 @@ def test_two_replicas(sglang_server, bench_serving):
 def tp2(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("tp2")
     write_project(folder, real_sglang(), TP2, model="llama", args=("--tp", "2"), ranks=2)
-    return run_project(folder, "--junitxml=junit.xml")
+    return run_project(folder, "--junitxml=junit.xml", "--sglprof-set=gate.min_steps=10")
 
 
 def test_the_right_test_fails(tp2: Outcome) -> None:
@@ -118,7 +124,7 @@ def test_the_right_test_fails(tp2: Outcome) -> None:
 
 def test_every_window_has_the_file_of_every_rank(tp2: Outcome) -> None:
     by_hand = {"steps", "seconds", "undisturbed", "interrupted"}
-    assert set(tp2.windows()) == {"steady", *by_hand, "bs1", "bs4"}
+    assert set(tp2.windows()) == {"steady", "cheap", *by_hand, "bs1", "bs4"}
     for name, window in tp2.windows().items():
         assert window["state"] == "complete", window["state_reason"]
         assert window["source"] == "cpu_op"
@@ -128,6 +134,27 @@ def test_every_window_has_the_file_of_every_rank(tp2: Outcome) -> None:
             print(f"torch window {name}: {artifact['rank']} {Path(artifact['path']).name}")
     for name in ("steady", "steps"):
         assert min(tp2.windows()[name]["steps"]["per_rank"].values()) >= 38
+
+
+@pytest.mark.parametrize("name", ["steady", "cheap"])
+def test_the_cost_of_a_window_is_what_streams_waited(tp2: Outcome, name: str) -> None:
+    """Each is the only window of its load, and its stall the longest wait for a token."""
+    window = tp2.windows()[name]
+    (load,) = [each for each in tp2.results["loads"] if each["id"] == window["load"]]
+    gaps = [gap for stream in load["raw"]["itls"] for gap in stream]
+    waited = max(gaps) - statistics.median(gaps)
+    cost, steps = window["cost"], window["spec"]["num_steps"]
+    print(f"window {name}: {steps} steps, {cost}, by the driver {waited:.3f} s")
+    assert cost["stall_s"] == pytest.approx(waited, rel=0.2)
+    files = [tp2.folder / artifact["path"] for artifact in window["artifacts"]]
+    assert cost["written_bytes"] >= sum(path.stat().st_size for path in files) > 0
+
+
+def test_a_window_is_shorter_for_what_it_may_cost(tp2: Outcome) -> None:
+    window = tp2.windows()["cheap"]
+    assert 10 <= window["spec"]["num_steps"] < 300
+    assert window["spec"]["max_stall"] == 1
+    assert window["cost"]["stall_s"] <= 1.2
 
 
 def test_a_fixed_shape_has_one_kind_of_decode_step(tp2: Outcome) -> None:
