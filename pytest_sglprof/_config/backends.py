@@ -51,7 +51,7 @@ _ROWS = (
     ),
     CaptureBackend(
         "nsys",
-        "pytest_sglprof._capture.nsys:NsysRecording",
+        "pytest_sglprof._capture.nsys:nsys_recording",
         default_steps=None,
         default_seconds=5.0,
         needs_session=True,
