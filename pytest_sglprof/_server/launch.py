@@ -186,6 +186,13 @@ class Server:
         pid = lease.listener_of(self.port)
         return process.scheduler_ranks(pid) if pid else {}
 
+    def node_names(self) -> dict[str, str]:
+        """Rank label -> the node that it runs on; {} for a server of one machine."""
+        if not self.nodes:
+            return {}
+        names = {node.rank: node.name for node in self.nodes}
+        return {rank.label: names[self.sizes.node_of(rank)] for rank in self.sizes.ranks()}
+
     def window_lock(self) -> AbstractContextManager[None]:
         """A lock to hold while a window is open; `LeaseError` if another process has one open."""
         return lease.window_lock(self.url)

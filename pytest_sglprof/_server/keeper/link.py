@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +50,7 @@ from pytest_sglprof._server.keeper.protocol import (
 
 OnNode = Callable[[Sequence[str]], list[str]]  # a command -> the words that run it on a node
 LOOK_EVERY = 0.5  # s between two checks whether the keeper runs
+SILENT_END = 3.0  # s for a launcher to end whose node never said anything
 READ_LIMIT = 5.0  # s to read the last messages of a keeper that has ended
 
 _Event = TypeVar("_Event")
@@ -186,6 +188,8 @@ class KeeperLink:
         is killed, and this process ends whatever it left behind.
         """
         self.begin_close()
+        if self._run is not None and not self._last:
+            timeout = min(timeout, SILENT_END)  # it never came, so there is nothing to tear down
         try:
             self._watch.join(timeout)
             if self._watch.is_alive() and self.is_running():
@@ -220,7 +224,9 @@ class KeeperLink:
             clocks=locked.clocks if locked else {},
         )
         folder = self._plan.folder
-        if self._run is None:
+        if self._run is not None and not self._last.keys() - {Closed}:
+            self.left = ()  # it never came
+        elif self._run is None:
             self.left = end_orphans(orphaned, folder, leader=started.pid if started else 0)
         else:
             self.left = _end_on_node(self._run, orphaned, folder)
@@ -251,6 +257,9 @@ class KeeperLink:
 
     def _kill(self, fault: str) -> None:
         self._fault = fault
+        if self._run is not None:  # what it started here, also a shell's children
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 
