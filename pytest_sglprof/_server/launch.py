@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.backends import Backend
+from pytest_sglprof._config.backends import BACKENDS, Backend
 from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
@@ -205,7 +205,8 @@ class Server:
     def announce_window(self, backend: Backend | None) -> None:
         """Tells the keeper which window to close before a teardown; None if none is open."""
         self.had_window = True
-        for keeper in self._keepers:
+        everywhere = backend is None or BACKENDS[backend].is_per_node
+        for keeper in self._keepers if everywhere else self._keepers[:1]:
             keeper.send(Window(backend, time.time()))
 
     @property

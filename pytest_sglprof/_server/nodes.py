@@ -203,8 +203,9 @@ class Allocation:
                     reader.join(SLACK)
             if ended or seconds > spec.ready_timeout:
                 what = "Slurm refused" if ended else f"Slurm did not give in {seconds:.0f} s"
+                wanted = f"{spec.nodes}" if isinstance(spec.nodes, int) else ", ".join(spec.nodes)
                 raise ServerNotReady(
-                    f"{what} {count_of(spec)} nodes to server {spec.name!r}",
+                    f"{what} the nodes of server {spec.name!r} ({wanted})",
                     expected="an allocation by salloc",
                     hint="look at `sinfo` and `squeue`; launcher_args has further options of "
                     "salloc (--partition=…), ready_timeout is the limit of this wait",

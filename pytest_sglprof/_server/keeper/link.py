@@ -168,7 +168,7 @@ class KeeperLink:
         if status is None or (self._ending.is_set() and self.last_event(Stopped) is not None):
             return None
         who = f"the keeper process (pid {self.pid})"
-        who = f"the connection to node {self._plan.node} ({who})" if self._run else who
+        who = f"the keeper of node {self._plan.node}" if self._plan.node else who
         if self._fault:
             return f"{who} {self._fault}, so it was killed"
         if self.last_event(Stopped) is not None:
