@@ -68,7 +68,7 @@ class ServerSpec:
     nodes: int | tuple[str, ...] = 1
     launcher: NodeLauncher = "local"
     launcher_args: tuple[str, ...] = ()
-    node_command: Any = ()
+    node_command: Any = None
     url: str = ""
     server_dir: tuple[str, str] | None = None
     server_ca: str = ""

@@ -81,6 +81,12 @@ def _local(spec: ServerSpec, life: str, say: Say | None) -> Nodes:
 
 def _command(spec: ServerSpec, life: str, say: Say | None) -> Nodes:
     names, template = _names(spec), spec.node_command
+    if not template:
+        raise SettingsError(
+            f'server {spec.name!r}: launcher = "command" without node_command',
+            expected="the words that run a command on a node, with {command} among them",
+            hint="docs/nodes.md has those of ssh and of Kubernetes",
+        )
     if callable(template):
         return Nodes(names, lambda rank, words: list(template(spec, names[rank], rank, words)))
 
@@ -265,7 +271,7 @@ class NodesStart:
         name, folder = self._nodes.names[rank], self._plan.folder
         plan = replace(
             self._plan,
-            spec=replace(self._plan.spec, launcher="local", nodes=1, node_command=()),
+            spec=replace(self._plan.spec, launcher="local", nodes=1, node_command=None),
             folder=folder.with_name(f"{folder.name}.{safe_name(name)}") if rank else folder,
             node=name,
             node_rank=rank,
