@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 import pytest_sglprof
 from pytest_sglprof._baselines.records import RECORD_FORMAT, Baseline, LifeRecord
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import ACROSS, SERVER_ENTRIES, SERVER_KINDS
+from pytest_sglprof._config.model import ACROSS, NODE_LAUNCHERS, SERVER_ENTRIES, SERVER_KINDS
 from pytest_sglprof._config.options import OPTIONS
 from pytest_sglprof._report.model import FORMAT, Results
 
@@ -64,6 +64,7 @@ def _config_text() -> str:
     definitions = schema["$defs"]
     definitions["server"]["properties"]["kind"]["enum"] = list(SERVER_KINDS)
     definitions["server"]["properties"]["entry"]["enum"] = list(SERVER_ENTRIES)
+    definitions["server"]["properties"]["launcher"]["enum"] = list(NODE_LAUNCHERS)
     definitions["window"]["properties"]["backend"]["enum"] = list(BACKENDS)
     definitions["threshold"]["properties"]["across"]["enum"] = [*ACROSS, ""]
     for name in {option.table for option in OPTIONS if option.key} - set(definitions):

@@ -10,12 +10,22 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pytest_sglprof._capture.recording import POLL, Artifact, LifeWatch, Progress, WindowCapture
+from pytest_sglprof._capture.recording import (
+    POLL,
+    Artifact,
+    LifeWatch,
+    Progress,
+    Recording,
+    WindowCapture,
+    in_thread,
+)
 from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._errors import (
@@ -23,12 +33,15 @@ from pytest_sglprof._errors import (
     ServerDied,
     ServerError,
     ServerRefused,
+    SglprofError,
     WindowError,
     WindowRefused,
 )
+from pytest_sglprof._files import safe_name
 from pytest_sglprof._nsys import COLLECTING, GONE, IDLE, NsysSession
 from pytest_sglprof._nsys_export import export
 from pytest_sglprof._server.command import LAUNCHERS
+from pytest_sglprof._server.nodes import Node, NodeSession
 from pytest_sglprof._trace.nsys.ranks import ReportRanks, write_ranks
 
 if TYPE_CHECKING:
@@ -41,8 +54,38 @@ LAST_WORDS = 10.0  # s that nsys gets to write the report of a server that died
 ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
 
 
+def nsys_recording(
+    server: Server,
+    spec: WindowSpec,
+    *,
+    window_id: str,
+    folder: Path,
+    life: LifeWatch,
+    progress: Progress | None = None,
+) -> Recording:
+    """A recording of one session, or of one on each node of the server."""
+    if not server.nodes:
+        return NsysRecording(
+            server, spec, window_id=window_id, folder=folder, life=life, progress=progress
+        )
+    return NodesRecording(
+        [
+            NsysRecording(
+                server,
+                spec,
+                window_id=f"{window_id}.{safe_name(node.name)}",
+                folder=folder,
+                life=life,
+                progress=progress,
+                node=node,
+            )
+            for node in server.nodes
+        ]
+    )
+
+
 class NsysRecording:
-    """One nsys window of `server`, with its report and export in `folder`."""
+    """One nsys window of `server`, or of one of its nodes, with report and export in `folder`."""
 
     def __init__(
         self,
@@ -53,9 +96,12 @@ class NsysRecording:
         folder: Path,
         life: LifeWatch,
         progress: Progress | None = None,
+        node: Node | None = None,
     ) -> None:
+        self.node = node
         self._server = server
         self._spec = spec
+        self.by_steps = spec.num_steps is not None
         self._life = life
         self._progress = progress
         self._report = folder.absolute() / f"{window_id}.nsys-rep"
@@ -64,7 +110,7 @@ class NsysRecording:
 
     @property
     def _session(self) -> NsysSession:
-        session = self._server.nsys
+        session = self.node.session if self.node else self._server.nsys
         if session is None:
             raise WindowRefused(
                 f"an nsys window of a server that does not run under nsys ({self._server.url})",
@@ -73,6 +119,11 @@ class NsysRecording:
                 "started give --sglprof-nsys-session=NAME",
             )
         return session
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it asks the server to count its steps: the first node does it for all."""
+        return self.node is None or self.node.rank == 0
 
     def refuse(self) -> None:
         """Raises `WindowRefused` if there is no session, or steps cannot be counted."""
@@ -108,6 +159,8 @@ class NsysRecording:
             session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
             self._notes.append("one window was discarded: the first of a session ignores the range")
         session.start(self._report, capture_range=RANGE, timeout=_left(deadline))
+        if not self.counts_steps:
+            return
         body = {"activities": ["CUDA_PROFILER"], "num_steps": steps}
         try:
             self._life.call(
@@ -131,7 +184,7 @@ class NsysRecording:
         self._notes.append("the session was still collecting for an earlier window: ended first")
 
     def _map_pids(self) -> None:
-        for pid, rank in self._server.scheduler_ranks().items():
+        for pid, rank in (self.node or self._server).scheduler_ranks().items():
             self._pid_ranks.setdefault(pid, rank.label)
 
     def is_done(self) -> bool:
@@ -190,7 +243,7 @@ class NsysRecording:
 
     def _stop(self, deadline: float) -> Path:
         session = self._session
-        if self._spec.num_steps is not None:
+        if self._spec.num_steps is not None and self.counts_steps:
             self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
         if self._spec.num_steps is not None and session.state() in IDLE | GONE:
             return self._ended_report(deadline)
@@ -219,7 +272,7 @@ class NsysRecording:
 
     def _last_words(self) -> Path | None:
         """The report that nsys writes if its target dies in a window; None if it does not come."""
-        first = self._server.folder / "nsys"
+        first = (self.node or self._server).folder / "nsys"
         opened = self._life.began
         over = time.monotonic() + LAST_WORDS
         while time.monotonic() < over:
@@ -261,7 +314,11 @@ class NsysRecording:
             self._progress("exporting the report")
         try:
             left = max(_left(deadline), EXPORT_FLOOR)
-            exported = export(self._session.tool, kept.path, "sqlite", target, left)
+            session = self._session
+            if isinstance(session, NodeSession):
+                exported = session.export(kept.path, target, left)
+            else:
+                exported = export(session.tool, kept.path, "sqlite", target, left)
         except NsysError as error:
             return (kept,), f"its report cannot be exported: {error.what}"
         return (kept, Artifact(exported, "sqlite")), ""
@@ -270,11 +327,12 @@ class NsysRecording:
         env = {**({} if self._server.attached else os.environ), **dict(self._server.spec.env)}
         if env.get(ONE_DEVICE, "").lower() in ("1", "true", "yes", "y"):
             return {}  # then every rank calls its device 0
-        return self._server.sizes.gpu_ranks()
+        return self._server.sizes.gpu_ranks(self.node.rank if self.node else None)
 
     def _remarks(self) -> list[str]:
         sizes = self._server.sizes
-        here = [rank for rank in sizes.ranks() if sizes.node_of(rank) == sizes.node_rank]
+        number = self.node.rank if self.node else sizes.node_rank
+        here = [rank for rank in sizes.ranks() if sizes.node_of(rank) == number]
         if len(self._pid_ranks) >= len(here):
             return []
         return [
@@ -286,12 +344,99 @@ class NsysRecording:
         """Ends the window and deletes its report."""
         deadline = time.monotonic() + BACKENDS["nsys"].abort_seconds
         with contextlib.suppress(NsysError, ServerError):
-            if self._spec.num_steps is not None:
+            if self._spec.num_steps is not None and self.counts_steps:
                 self._life.call(self._server.client.stop_profile, deadline, "/stop_profile")
         with contextlib.suppress(NsysError, ServerDied, OSError):
             if self._session.state() not in IDLE | GONE:
                 self._session.stop(timeout=_left(deadline)).unlink(missing_ok=True)
             self._report.unlink(missing_ok=True)
+
+
+class NodesRecording:
+    """One nsys window of several nodes: a session on each, started and stopped together.
+
+    The window is open once all have said that they record. The report of each node is named after
+    it; beside it stand the ranks of its processes, whose numbers other nodes use, too.
+    """
+
+    def __init__(self, parts: Sequence[NsysRecording]) -> None:
+        self._parts = parts
+        self._notes: tuple[str, ...] = ()
+
+    def refuse(self) -> None:
+        """As `NsysRecording.refuse`."""
+        for part in self._parts:
+            part.refuse()
+
+    def start(self, deadline: float) -> None:
+        """Starts all; raises the error of the first node that failed, with its name."""
+        began = [time.monotonic()] * len(self._parts)
+
+        def start(number: int) -> None:
+            self._parts[number].start(deadline)
+            began[number] = time.monotonic()
+
+        # Steps are counted by the first node, once the others wait for them.
+        last = [0] if self._parts[0].by_steps else []
+        together = [number for number in range(len(self._parts)) if number not in last]
+        for numbers in filter(None, (together, last)):
+            started = [(n, in_thread("sglprof nsys start", partial(start, n))) for n in numbers]
+            for number, future in started:
+                self._raise_named(number, future)
+        apart = max(began) - min(began)
+        self._notes = (f"the {len(self._parts)} sessions of its nodes began within {apart:.2f} s",)
+
+    def _raise_named(self, number: int, future: Future[None]) -> None:
+        try:
+            future.result()
+        except SglprofError as error:
+            node = self._parts[number].node
+            error.what = f"node {node.name if node else number}: {error.what}"
+            raise
+
+    def is_done(self) -> bool:
+        """True once the steps of all nodes have ended by themselves."""
+        return all(part.is_done() for part in self._parts)
+
+    def stop(
+        self, capture: WindowCapture, deadline: float, *, unfinished: str | None
+    ) -> WindowCapture:
+        """Ends all and exports each report on its node; a node that fails is named."""
+        stopping = [
+            in_thread(
+                "sglprof nsys stop",
+                partial(part.stop, capture, deadline, unfinished=unfinished),
+            )
+            for part in self._parts
+        ]
+        ended = [self._result(future, capture) for future in stopping]
+        faults = [
+            f"node {part.node.name if part.node else ''}: {each.reason}"
+            for part, each in zip(self._parts, ended, strict=True)
+            if each.state != "complete"
+        ]
+        artifacts = tuple(artifact for each in ended for artifact in each.artifacts)
+        state: Literal["complete", "incomplete", "failed"] = "incomplete" if faults else "complete"
+        return replace(
+            capture,
+            state=state if artifacts else "failed",
+            reason="; ".join(dict.fromkeys(faults)),
+            artifacts=artifacts,
+            log=tuple(line for each in ended for line in each.log),
+            notes=(*self._notes, *dict.fromkeys(note for each in ended for note in each.notes)),
+            is_still_open=any(each.is_still_open for each in ended),
+        )
+
+    @staticmethod
+    def _result(future: Future[WindowCapture], capture: WindowCapture) -> WindowCapture:
+        try:
+            return future.result()
+        except SglprofError as error:
+            return replace(capture, state="failed", reason=error.what, log=error.log)
+
+    def abort(self) -> None:
+        """Ends all and deletes their reports."""
+        wait([in_thread("sglprof nsys abort", part.abort) for part in self._parts])
 
 
 def _left(deadline: float) -> float:

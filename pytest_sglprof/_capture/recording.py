@@ -78,7 +78,8 @@ class WindowCapture:
     read). reason: why it is not complete, "" if it is. opened, closed: Unix time, s.
     expected_ranks, missing_ranks: labels. pid_ranks: pid of each scheduler while the window
     was open -> rank label; an nsys report knows ranks only by their pid. gpu_ranks: device
-    number -> rank label. log: lines of the server's log that explain `reason`.
+    number -> rank label. nodes: rank label -> the node it runs on.
+    log: lines of the server's log that explain `reason`.
     is_still_open: True if the profiler could not be stopped, so a teardown has to try again.
     """
 
@@ -92,6 +93,7 @@ class WindowCapture:
     missing_ranks: tuple[str, ...] = ()
     pid_ranks: Mapping[int, str] = field(default_factory=dict)
     gpu_ranks: Mapping[int, str] = field(default_factory=dict)
+    nodes: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     log: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ Backend = Literal["torch", "nsys"]  # the name of a row
 class CaptureBackend(NamedTuple):
     """One way to record a window.
 
-    recording: the class of its recordings, ``module:name``, imported when a window is made.
+    recording: what makes its recordings, a class or a function, ``module:name``, imported when a window is made.
     default_steps: steps of a marked window without an end. default_seconds: duration of any
     other window without an end. needs_session: the server has to run under ``nsys profile``.
     is_per_node: it records only the ranks of one node. kinds: kinds of its artifacts, the one
@@ -33,7 +33,7 @@ class CaptureBackend(NamedTuple):
     abort_seconds: float
 
     def load(self) -> RecordingType:
-        """The class of its recordings."""
+        """What makes its recordings."""
         module, _, name = self.recording.partition(":")
         return cast("RecordingType", getattr(import_module(module), name))
 
@@ -51,7 +51,7 @@ _ROWS = (
     ),
     CaptureBackend(
         "nsys",
-        "pytest_sglprof._capture.nsys:NsysRecording",
+        "pytest_sglprof._capture.nsys:nsys_recording",
         default_steps=None,
         default_seconds=5.0,
         needs_session=True,

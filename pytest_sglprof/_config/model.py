@@ -8,6 +8,8 @@ from pytest_sglprof._metrics import METRICS
 
 LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
 ServerKind = Literal[LauncherName, "auto"]
+NodeLauncher = Literal["local", "slurm", "command"]  # of a row of `_server.nodes.NODE_LAUNCHERS`
+NODE_LAUNCHERS = get_args(NodeLauncher)
 ServerEntry = Literal["", "serve", "launch_server"]  # "": the first that the interpreter has
 SERVER_ENTRIES = get_args(ServerEntry)[1:]
 SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
@@ -33,6 +35,11 @@ class ServerSpec:
     nsys: start the server under ``nsys profile --start-later``. nsys_args: further options of
     nsys. gpus: device indices to lease, or "all" visible ones. lock_clocks: MHz at which their
     clocks are held while the server lives; 0 leaves them alone.
+    nodes: how many nodes it spans, or their names, the first node first. launcher: how a process is
+    started on one of them. launcher_args: further options of `srun` or `salloc`. node_command: of
+    launcher "command", the words that run ``{command}`` (or, as one word, ``{quoted}``) on
+    ``{node}``, number ``{rank}``; or a function that returns these words for (specification, node,
+    number, words of the command).
     url: of a running server, which is attached to instead; server_dir: (a folder on its machine,
     the same folder here); server_ca: file of the certificate of its https; nsys_session: the name
     of the session that it is in.
@@ -58,6 +65,10 @@ class ServerSpec:
     port: int | None = None
     ready_timeout: float = 1800.0
     stop_timeout: float = 60.0
+    nodes: int | tuple[str, ...] = 1
+    launcher: NodeLauncher = "local"
+    launcher_args: tuple[str, ...] = ()
+    node_command: Any = None
     url: str = ""
     server_dir: tuple[str, str] | None = None
     server_ca: str = ""

@@ -32,6 +32,8 @@ def server_dir_pair(text: str) -> tuple[str, str]:
 def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
     values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
     _refuse_both(name, table)
+    if "node_command" in table:
+        values["launcher"] = _command_launcher(name, table)
     values["args"] = tuple(_with_absolute_files(values.get("args", ()), base))
     values["env"] = tuple(values.get("env", {}).items())
     check_profile_args(values.get("nsys_args", ()), f"server {name}: nsys_args")
@@ -42,6 +44,25 @@ def _server_spec(name: str, table: Mapping[str, Any], base: Path) -> ServerSpec:
     if "server_ca" in values:
         values["server_ca"] = str(base / values["server_ca"])
     return ServerSpec(name=name, **values)
+
+
+def _command_launcher(name: str, table: Mapping[str, Any]) -> str:
+    """The launcher of a server with a `node_command`, which is checked."""
+    words = table["node_command"]
+    if table.get("launcher", "command") != "command":
+        raise SettingsError(
+            f"server {name}: node_command beside launcher = {table['launcher']!r}",
+            expected='launcher = "command", which node_command belongs to',
+            hint="leave one of the two out",
+        )
+    if not any(word == "{command}" or "{quoted}" in word for word in words):
+        raise SettingsError(
+            f"server {name}: node_command {' '.join(words)!r} holds no {{command}}",
+            expected='["ssh", "{node}", "{quoted}"], or ["kubectl", "exec", "-i", "sglang-{rank}", '
+            '"--", "{command}"]',
+            hint="{command} stands for several words, {quoted} for the same as one word of a shell",
+        )
+    return "command"
 
 
 # Keys of a server that somebody else runs, and those that both kinds have.

@@ -116,6 +116,7 @@ def window_document(
         moment=moment,
         moment_of=moment_of,
         sources=sources,
+        nodes=dict(capture.nodes) or None,
         **(
             _UNMEASURED if table is None else _measured(verdict.sums or Sums(table), capture, onset)
         ),

@@ -239,7 +239,8 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     after that one failed; only "at" is judged. Both are None without a trigger, and in older
     documents.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
-    `CUDA driver` …). It and `cost` are None in older documents.
+    `CUDA driver` …). nodes: rank -> the node that it ran on; None for a server of one machine.
+    `run`, `cost` and `nodes` are None in older documents.
     """
 
     id: str
@@ -279,6 +280,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     moment: Moment | None = None
     moment_of: str | None = None
     cost: WindowCost | None = None
+    nodes: dict[str, str] | None = None
 
     @property
     def is_judged(self) -> bool:

@@ -295,8 +295,10 @@ def _group_rows(
     if chosen is not None and not chosen.keys() >= computed.keys():  # of another group
         chosen = None
     rows = []
+    nodes = window.nodes or {}
     for rank in _shown(computed):
-        row = [rank, milliseconds(computed[rank].busy_ns)]
+        name = f"{rank} ({nodes[rank]})" if rank in nodes else rank
+        row = [name, milliseconds(computed[rank].busy_ns)]
         row.append(milliseconds(spent[rank].busy_ns) if spent else "-")
         if decided_scope(window):
             row.append(milliseconds(chosen[rank].busy_ns) if chosen else "-")

@@ -95,8 +95,11 @@ def _clean_run(folder: Path, patience: float, is_dry: bool) -> Iterator[Cleaned]
         for server in servers:
             name = f"{folder.name}/{server.folder}"
             home = folder / server.folder
-            if why or folder not in home.resolve().parents:
-                yield Cleaned(name, alone=(why or "its folder is a link to another place",))
+            where = f"it ran on node {server.node}: its keeper ends it there" if server.node else ""
+            if why or where or folder not in home.resolve().parents:
+                yield Cleaned(
+                    name, alone=(why or where or "its folder is a link to another place",)
+                )
             else:
                 yield _Cleaning(name, home, _of_now(server, content), is_dry).clean(patience)
 

@@ -346,11 +346,12 @@ class Window:
         """Adds the time of the close, and the ranks that it should contain."""
         sizes = self.server.sizes
         ranks = sizes.ranks()
-        if self._backend.is_per_node:
+        if self._backend.is_per_node and not self.server.nodes:
             ranks = tuple(rank for rank in ranks if sizes.node_of(rank) == sizes.node_rank)
         # A server that does not tell its sizes has the ranks that were recorded.
         labels = tuple(rank.label for rank in ranks) or capture.expected_ranks
-        return replace(capture, closed=time.time(), expected_ranks=labels)
+        nodes = self.server.node_names()
+        return replace(capture, closed=time.time(), expected_ranks=labels, nodes=nodes)
 
     def _with_facts(self, capture: WindowCapture) -> WindowCapture:
         """Adds facts from the server's metrics, and its log; attached servers have no log."""

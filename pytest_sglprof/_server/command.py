@@ -322,6 +322,23 @@ def server_words(spec: ServerSpec, entry: Entry, port: int, nccl_port: int | Non
     return LAUNCHERS[entry.kind].words(spec, merged_spec(spec, entry), port, nccl_port)
 
 
+def node_words(merged: ServerSpec, nodes: int, rank: int, head: str) -> list[str]:
+    """The arguments of a server's part on one of several nodes. head: of the first, HOST:PORT."""
+    if nodes == 1:
+        return []
+    return [
+        *_unless_given(merged, "--nnodes", str(nodes)),
+        *_unless_given(merged, "--dist-init-addr", head),
+        *("--node-rank", str(rank)),
+    ]
+
+
+def spec_on_node(spec: ServerSpec, address: str) -> ServerSpec:
+    """`spec`, with the address at which a node of a network listens ("": this machine's own)."""
+    words = _unless_given(spec, "--host", address)
+    return replace(spec, args=(*spec.args, *words)) if words else spec
+
+
 def has_replicas(args: Sequence[str]) -> bool:
     """True for data parallelism without DP attention: replicas that share no collective."""
     is_wide = option(args, "--dp-size") not in (None, "1")

@@ -33,6 +33,7 @@ class KeptServer(msgspec.Struct, frozen=True, kw_only=True):
 
     life: the value of `SGLPROF_LIFE` in its processes. folder: relative to the run's. since: Unix
     time in s at which its keeper started. owner: the pytest or worker that started the keeper.
+    node: the one that it runs on, "" for the machine of pytest; then the processes are that node's.
     server: the main process. processes: all below the keeper, as last seen. session: of nsys.
     clocks: UUID of a GPU -> MHz at which it is locked. files: outside of the folder. ended: when
     all of it was torn down, None before. left: what could not be removed then.
@@ -44,6 +45,7 @@ class KeptServer(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout: float
     owner: ProcessId
     keeper: ProcessId
+    node: str = ""
     server: ProcessId | None = None
     processes: tuple[ProcessId, ...] = ()
     session: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_sglprof import _process as process
-from pytest_sglprof._config.backends import Backend
+from pytest_sglprof._config.backends import BACKENDS, Backend
 from pytest_sglprof._config.model import LauncherName, ServerSpec
 from pytest_sglprof._errors import (
     ServerDied,
-    ServerNotReady,
     SettingsError,
     SglprofError,
 )
@@ -33,26 +32,22 @@ from pytest_sglprof._server.client import (
     patiently,
     port_of,
 )
-from pytest_sglprof._server.death import describe_status, explain_status
+from pytest_sglprof._server.keeper.link import KeeperLink
 from pytest_sglprof._server.keeper.protocol import (
     EXIT_LIMIT,
-    SILENCE_LIMIT,
     Clocks,
     Closed,
     Exited,
-    Failed,
-    KeeperLink,
     Plan,
-    ProgressEvent,
     Started,
     Window,
-    error_from,
-    keeper_log_end,
     teardown_limit,
 )
-from pytest_sglprof._server.log import ServerLog, StartGrowth
+from pytest_sglprof._server.log import ServerLog
+from pytest_sglprof._server.nodes import Node, NodesStart, is_on_nodes
 from pytest_sglprof._server.nsys_sessions import session_for
 from pytest_sglprof._server.sizes import ServerSizes
+from pytest_sglprof._server.starting import died, lost_keeper, wait_started, wait_until_ready
 
 Progress = Callable[[str], None]
 
@@ -69,7 +64,8 @@ class Server:
     ended or failed although nobody had asked it to; None if it did not. problems: after `stop`,
     a line for each file that could not be written. started: Unix time in s. ready_s: s from
     then until the server was ready. Both are None for an attached server. driver_variables:
-    what a load driver needs in its environment to reach it.
+    what a load driver needs in its environment to reach it. nodes: those that it was started on
+    through a launcher, the first one first; () for a server of this machine.
     """
 
     __module__ = "pytest_sglprof"
@@ -88,7 +84,9 @@ class Server:
         nsys: NsysSession | None = None,
         server_dir: tuple[str, str] | None = None,
         shown_command: tuple[str, ...] = (),
-        keeper: KeeperLink | None = None,
+        keepers: Sequence[KeeperLink] = (),
+        nodes: Sequence[Node] = (),
+        release: Callable[[], tuple[str, ...]] = tuple,
         pid: int = 0,
         created: float = 0.0,
         locked_clocks: Mapping[str, int] | None = None,
@@ -106,8 +104,8 @@ class Server:
         self.folder = folder
         self.python = python
         self.client = client
-        self.info = dict(info)
-        self.sizes = ServerSizes.from_info(info)
+        self.info: dict[str, Any] = dict(info)
+        self.sizes: ServerSizes = ServerSizes.from_info(info)
         self.log = log
         self.nsys = nsys
         self.server_dir = server_dir
@@ -116,7 +114,8 @@ class Server:
         self.keeper_fault: str | None = None
         self.problems: tuple[str, ...] = ()
         self.pid = pid
-        self.attached = keeper is None
+        self.attached: bool = not keepers
+        self.nodes = tuple(nodes)
         self.locked_clocks = dict(locked_clocks or {})
         self._presence = Presence(url)
         self.started = started
@@ -127,7 +126,8 @@ class Server:
         self.past_windows: dict[Any, dict[float, Any]] = {}  # by kind and length, for `_run.cost`
         self.warm_for: dict[str, int] = {}  # shape of a load it has run -> requests at once
         self._is_any_driver = is_any_driver
-        self._keeper = keeper
+        self._keepers = tuple(keepers)
+        self._release = release
         self._created = created
         self._left: tuple[str, ...] | None = None
 
@@ -137,22 +137,32 @@ class Server:
         This costs the server nothing; one on another machine gets a connection every few
         seconds.
         """
-        if self._keeper is None:
+        if self.attached:
             return self._presence.is_there()
+        if self.nodes:  # their pids may be those of other machines
+            return not any(
+                keeper.last_event(Exited) or keeper.last_event(Closed) for keeper in self._keepers
+            )
         return process.is_alive(self.pid, self._created)
 
     def exit_reason(self) -> ServerDied | None:
         """Why the server died, with its exit status and lines of its log; None while it lives."""
         if self.is_alive():
             return None
-        if self._keeper is None:
+        if self.attached:
             return ServerDied(
                 f"nothing listens at {self.url} any more",
                 hint="pytest-sglprof did not start this server: look at its log",
             )
-        exited = self._keeper.wait_for(Exited, EXIT_LIMIT)
-        if exited is None and self._keeper.death():
-            return lost_keeper(self._keeper, self.folder, "while the server ran")
+        for node in self.nodes:  # the others follow the one that ended
+            if (exited := node.link.last_event(Exited)) and node.link.last_event(Closed) is None:
+                return died(node.log, exited.status, node.name)
+            if node.link.last_event(Closed):
+                return lost_keeper(node.link, node.folder, "while the server ran")
+        (keeper,) = self._keepers
+        exited = keeper.wait_for(Exited, EXIT_LIMIT)
+        if exited is None and keeper.death():
+            return lost_keeper(keeper, self.folder, "while the server ran")
         return died(self.log, exited.status if exited else None)
 
     @cached_property
@@ -163,13 +173,25 @@ class Server:
         return self.kind
 
     def scheduler_ranks(self) -> dict[int, Rank]:
-        """pid -> rank, from the titles of processes; {} for a server on another machine."""
-        if self._keeper is not None:
+        """pid -> rank, from the titles of processes; {} for a server on other machines.
+
+        Each of `nodes` has those of its own.
+        """
+        if self.nodes:
+            return {}
+        if not self.attached:
             return process.scheduler_ranks(self.pid)
         if not is_local_url(self.url):
             return {}
         pid = lease.listener_of(self.port)
         return process.scheduler_ranks(pid) if pid else {}
+
+    def node_names(self) -> dict[str, str]:
+        """Rank label -> the node that it runs on; {} for a server of one machine."""
+        if not self.nodes:
+            return {}
+        names = {node.rank: node.name for node in self.nodes}
+        return {rank.label: names[self.sizes.node_of(rank)] for rank in self.sizes.ranks()}
 
     def window_lock(self) -> AbstractContextManager[None]:
         """A lock to hold while a window is open; `LeaseError` if another process has one open."""
@@ -183,8 +205,9 @@ class Server:
     def announce_window(self, backend: Backend | None) -> None:
         """Tells the keeper which window to close before a teardown; None if none is open."""
         self.had_window = True
-        if self._keeper is not None:
-            self._keeper.send(Window(backend, time.time()))
+        everywhere = backend is None or BACKENDS[backend].is_per_node
+        for keeper in self._keepers if everywhere else self._keepers[:1]:
+            keeper.send(Window(backend, time.time()))
 
     @property
     def left_behind(self) -> tuple[str, ...]:
@@ -199,13 +222,14 @@ class Server:
         if self._left is None:
             self.client.close()
             self._left = ()
-            if self._keeper is not None:
-                # One whose server has ended by itself ends, too.
-                death = None if self._keeper.last_event(Exited) else self._keeper.death()
-                self._keeper.close(_teardown(self.spec))
-                self._left = self._keeper.left
-                self.problems = self._keeper.problems
-                self.keeper_fault = death or self._keeper.death()
+            # A keeper whose server has ended by itself ends, too.
+            deaths = [None if each.last_event(Exited) else each.death() for each in self._keepers]
+            close_keepers(self._keepers, self.spec)
+            deaths += [each.death() for each in self._keepers]
+            self._left = tuple(text for each in self._keepers for text in each.left)
+            self._left += self._release()
+            self.problems = tuple(text for each in self._keepers for text in each.problems)
+            self.keeper_fault = next(filter(None, deaths), None)
         return self._left
 
 
@@ -223,15 +247,22 @@ def launch(
     `ServerNotReady`, after everything that was started has been ended.
     """
     plan = _plan(spec, folder, nsys_path)
-    keeper = KeeperLink(plan)
+    start = NodesStart(plan, progress) if is_on_nodes(spec) else None
+    keepers: list[KeeperLink] = []
     try:
-        started = wait_started(keeper, plan, progress)
-        return _when_ready(keeper, plan, started, progress)
+        if start is None:
+            keepers.append(KeeperLink(plan))
+            started = wait_started(keepers[0], plan, progress)
+            return _when_ready([(plan, keepers[0])], started, progress)
+        nodes = start.run(keepers)
+        return _when_ready(start.keepers, nodes[0].started, progress, nodes, start.close)
     except BaseException as error:
-        keeper.close(_teardown(spec))
-        if keeper.left and isinstance(error, SglprofError):
-            left = f"left behind: {', '.join(keeper.left)}"
-            error.hint = f"{error.hint}; {left}" if error.hint else left
+        close_keepers(keepers, spec)
+        left = [text for each in keepers for text in each.left]
+        left += start.close() if start else ()
+        if left and isinstance(error, SglprofError):
+            text = f"left behind: {', '.join(left)}"
+            error.hint = f"{error.hint}; {text}" if error.hint else text
         raise
 
 
@@ -260,9 +291,14 @@ def _plan(spec: ServerSpec, folder: Path, nsys_path: str | None) -> Plan:
 
 
 def _when_ready(
-    keeper: KeeperLink, plan: Plan, started: Started, progress: Progress | None
+    keepers: Sequence[tuple[Plan, KeeperLink]],
+    started: Started,
+    progress: Progress | None,
+    nodes: Sequence[Node] = (),
+    release: Callable[[], tuple[str, ...]] = tuple,
 ) -> Server:
     """Waits until the server takes requests; raises as `wait_until_ready` does."""
+    plan, keeper = keepers[0]
     began, began_at = time.time(), time.monotonic()
     log = ServerLog(plan.folder / "server.log")
     spec = command.merged_spec(plan.spec, plan.entry)
@@ -271,14 +307,13 @@ def _when_ready(
     verify = tls.trust(files, any_name=True)
     client = SglangClient(url, api_key=plan.api_key, admin_key=plan.admin_key, verify=verify)
     try:
-        wait_until_ready(keeper, client, log, plan.spec, progress)
+        wait_until_ready(keepers, client, progress)
         ready_s = time.monotonic() - began_at
         info = patiently(client.server_info)
     except BaseException:
         client.close()
         raise
     locked = keeper.last_event(Clocks)
-    tool = NsysTool(plan.nsys, plan.nsys_version) if plan.nsys else None
     return Server(
         spec=spec,
         kind=plan.entry.kind,
@@ -288,9 +323,11 @@ def _when_ready(
         client=client,
         info=info,
         log=log,
-        nsys=NsysSession(tool, started.session, tmpdir=started.tmpdir) if tool else None,
+        nsys=nodes[0].session if nodes else _session(plan, started),
         shown_command=started.command,
-        keeper=keeper,
+        keepers=[link for _, link in keepers],
+        nodes=nodes,
+        release=release,
         pid=started.pid,
         created=started.created,
         locked_clocks=locked.clocks if locked else {},
@@ -298,6 +335,13 @@ def _when_ready(
         ready_s=ready_s,
         driver_variables=tls.bundle_variables(files, plan.folder),
     )
+
+
+def _session(plan: Plan, started: Started) -> NsysSession | None:
+    if not plan.nsys:
+        return None
+    tool = NsysTool(plan.nsys, plan.nsys_version)
+    return NsysSession(tool, started.session, tmpdir=started.tmpdir)
 
 
 def attach(
@@ -370,141 +414,10 @@ def server_keys(spec: ServerSpec) -> tuple[str, str]:
     return keys[0], keys[1]
 
 
-def died(log: ServerLog | None, status: int | None) -> ServerDied:
-    """The error for a server that ended by itself."""
-    reason = log.reason() if log else ()
-    return ServerDied(
-        f"the server died ({describe_status(status)})",
-        expected="a running server",
-        hint=_next(explain_status(status, reason), log),
-        log=reason,
-    )
-
-
-def _next(meaning: str, log: ServerLog | None) -> str:
-    if log is not None and not log.path.parent.is_dir():  # which is what it may have died of
-        return f"the server's folder {log.path.parent} is gone: let nothing remove it in a run"
-    read = f"read the whole log: {log.path}" if log else ""
-    return "; ".join(filter(None, (meaning, read)))
-
-
-def _teardown(spec: ServerSpec) -> float:
-    return teardown_limit(spec.stop_timeout, nsys=spec.nsys)
-
-
-# Waiting until a server has started and is ready.
-
-PROGRESS_EVERY = 1.0  # s between two lines of progress
-POLL = 0.25  # s between two requests to /ready
-CAP = 4.0  # however much the log grows, the wait ends after this many times the limit
-PATIENCE = 0.25  # share of the limit that is still waited after the log last grew
-
-Show = Callable[[str], None]
-
-
-def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Started:
-    """Waits for the keeper to start the server's process; raises the error of a failed start."""
-    deadline = time.monotonic() + SILENCE_LIMIT
-    while time.monotonic() < deadline:
-        event = keeper.next_event(PROGRESS_EVERY)
-        if event is None:
-            continue
-        deadline = time.monotonic() + SILENCE_LIMIT
-        if isinstance(event, Started):
-            return event
-        if isinstance(event, Failed):
-            raise error_from(event)
-        if isinstance(event, ProgressEvent) and progress is not None:
-            progress(event.text)
-        if isinstance(event, Closed):
-            raise lost_keeper(keeper, plan.folder, "before it had started the server")
-    raise ServerNotReady(
-        f"the keeper process (pid {keeper.pid}) sent nothing for {SILENCE_LIMIT:.0f} s",
-        expected="messages about the server's start",
-        hint=f"read {plan.folder / 'keeper.log'}",
-        log=keeper_log_end(plan.folder),
-    )
-
-
-def wait_until_ready(
-    keeper: KeeperLink,
-    client: SglangClient,
-    log: ServerLog,
-    spec: ServerSpec,
-    progress: Show | None,
-) -> None:
-    """Returns when the server takes requests.
-
-    Raises `ServerDied` when it ends, `ServerNotReady` after `spec.ready_timeout` s. While
-    its log grows, not only by answers to these probes, it gets more time, up to four times as much.
-    """
-    clock = ReadyClock(spec.ready_timeout, time.monotonic())
-    growth = StartGrowth(log)
-    shown = 0.0
-    while not client.is_ready():
-        now = time.monotonic()
-        clock.saw(growth.size(), now)
-        if exited := keeper.last_event(Exited):
-            raise starting_death(log, exited.status, clock.elapsed(now))
-        if keeper.last_event(Closed):
-            raise lost_keeper(keeper, log.path.parent, "before the server was ready")
-        if clock.is_over(now):
-            raise ServerNotReady(
-                f"the server was not ready after {clock.elapsed(now):.0f} s",
-                expected=f"an answer 200 at {client.url}/ready within {spec.ready_timeout:g} s",
-                hint=f"raise ready_timeout, or read the whole log: {log.path}",
-                log=log.reason() or [log.last_line()],
-            )
-        if progress is not None and now - shown >= PROGRESS_EVERY:
-            phase = log.phase() or "starting"
-            progress(f"server {spec.key}: {phase}, {clock.elapsed(now):.0f} s")
-            shown = now
-        time.sleep(POLL)
-
-
-class ReadyClock:
-    """Says when to stop waiting for a server. All times in s of one monotonic clock."""
-
-    def __init__(self, limit: float, now: float) -> None:
-        self._limit = limit
-        self._began = now
-        self._deadline = now + limit
-        self._size = -1
-
-    def saw(self, size: int, now: float) -> None:
-        """Takes the log's size at `now`, in bytes; a log that has grown gives more time."""
-        if size > self._size >= 0:
-            longest = self._began + CAP * self._limit
-            self._deadline = min(max(self._deadline, now + PATIENCE * self._limit), longest)
-        self._size = max(size, self._size)
-
-    def is_over(self, now: float) -> bool:
-        """True once the server has used up its time."""
-        return now >= self._deadline
-
-    def elapsed(self, now: float) -> float:
-        """Time since the start."""
-        return now - self._began
-
-
-def lost_keeper(keeper: KeeperLink, folder: Path, when: str) -> ServerDied:
-    """The error for a server that was ended because its keeper had died."""
-    return ServerDied(
-        f"{keeper.death()} {when}; the server was ended with it",
-        expected="a keeper that lives as long as its server",
-        hint="find out what ended it (if memory ran out, the kernel's log says so), and read "
-        f"{folder / 'keeper.log'}",
-        log=keeper_log_end(folder),
-    )
-
-
-def starting_death(log: ServerLog, status: int | None, seconds: float) -> ServerDied:
-    """The error for a server that ended before it was ready."""
-    reason = log.reason()
-    return ServerDied(
-        f"the server ended with {describe_status(status)} after {seconds:.0f} s, before it was "
-        "ready",
-        expected="a server that becomes ready",
-        hint=_next(explain_status(status, reason), log),
-        log=reason,
-    )
+def close_keepers(keepers: Sequence[KeeperLink], spec: ServerSpec) -> None:
+    """Asks all for their teardown, and waits for all."""
+    limit = teardown_limit(spec.stop_timeout, nsys=spec.nsys)
+    for keeper in keepers[1:]:
+        keeper.begin_close()
+    for keeper in keepers:
+        keeper.close(limit)

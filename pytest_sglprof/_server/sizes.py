@@ -163,14 +163,15 @@ class ServerSizes:
             + (rank.tp or 0) % tp_per_node * self.gpu_id_step
         )
 
-    def gpu_ranks(self) -> dict[int, str]:
-        """Device index -> rank label, for the ranks of this node.
+    def gpu_ranks(self, node: int | None = None) -> dict[int, str]:
+        """Device index -> rank label, for the ranks of a node (None: the one that answered).
 
         Empty on a CPU server. A device that several ranks share is left out.
         """
         if self.is_cpu:
             return {}
-        here = [rank for rank in self.ranks() if self.node_of(rank) == self.node_rank]
+        number = self.node_rank if node is None else node
+        here = [rank for rank in self.ranks() if self.node_of(rank) == number]
         shared = Counter(self.gpu_of(rank) for rank in here)
         return {self.gpu_of(rank): rank.label for rank in here if shared[self.gpu_of(rank)] == 1}
 

@@ -14,6 +14,7 @@ from pytest_sglprof.standin.answers import find
 from pytest_sglprof.standin.engine import RankGone, end_all
 from pytest_sglprof.standin.front import Front, address_in_use, died_while_starting, start_failure
 from pytest_sglprof.standin.http import Listener
+from pytest_sglprof.standin.nodes import run_node
 from pytest_sglprof.standin.options import log, parse, web, with_life_seed
 
 
@@ -31,12 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"stand-in of SGLang: life {options.model.life_noise.seed}")
     if options.start_fault == "import":
         return start_failure(options)
+    if options.node_rank:
+        return run_node(options, life)
     front = Front(options, life)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, front.stop)
     sys.setswitchinterval(0.001)
     try:
         front.start_ranks()
+    except OSError as error:
+        log(f"the ranks of {options.nnodes} nodes did not meet: {error}")
+        return 1
     except RankGone as gone:
         if front.stopping:
             end_all(front.ranks)

@@ -76,7 +76,7 @@ def _arguments(front: Front) -> dict[str, Any]:
         "ep_size": sizes.ep,
         "enable_dp_attention": sizes.dp_attention,
         "load_balance_method": "round_robin",
-        "nnodes": 1,
+        "nnodes": options.nnodes,
         "node_rank": 0,
         "base_gpu_id": 0,
         "gpu_id_step": 1,

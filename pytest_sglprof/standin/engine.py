@@ -19,6 +19,7 @@ from typing import Any
 
 from pytest_sglprof.standin.laws import CPU_US_A_REQUEST
 from pytest_sglprof.standin.model import IDLE, Batch, Place, is_idle, stage_peers
+from pytest_sglprof.standin.nodes import FarProcess
 from pytest_sglprof.standin.options import Options, env_flag, log
 
 PUBLISH_INTERVAL = 15
@@ -362,8 +363,12 @@ class RankGone(Exception):
 class RankProcess:
     """One running rank. Messages are answered in order, one line each."""
 
-    def __init__(self, place: Place, argv: Sequence[str]) -> None:
+    def __init__(self, place: Place, argv: Sequence[str], far: FarProcess | None = None) -> None:
         self.place = place
+        self.process: FarProcess | subprocess.Popen[bytes]
+        if far is not None:
+            self.process = far
+            return
         command = [sys.executable, "-m", "pytest_sglprof.standin.rank", place.title]
         self.process = subprocess.Popen(
             [*command, str(place.index), str(os.getpid()), *argv],

@@ -21,6 +21,7 @@ from pytest_sglprof.standin.engine import (
     end_all,
 )
 from pytest_sglprof.standin.model import places
+from pytest_sglprof.standin.nodes import far_ranks
 from pytest_sglprof.standin.options import Options, log, web
 
 READY = "The server is fired up and ready to roll!"
@@ -49,8 +50,9 @@ class Front:
 
     def start_ranks(self) -> None:
         """Starts one process a rank; RankGone when one dies while starting."""
+        far = far_ranks(self.options) if self.options.nnodes > 1 else {}
         for place in places(self.options.sizes):
-            self.ranks.append(RankProcess(place, self.argv))
+            self.ranks.append(RankProcess(place, self.argv, far.get(place.index)))
         for rank in self.ranks:
             rank.receive()
         for number in range(self.options.sizes.engines):

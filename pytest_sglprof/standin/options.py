@@ -31,6 +31,9 @@ class Options:
     model_path: str = "standin"
     served_model_name: str = "standin"
     device: str = "cuda"
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str = ""
     api_key: str = ""
     admin_api_key: str = ""
     decode_log_interval: int = 40
@@ -75,6 +78,8 @@ def parse(argv: Sequence[str]) -> Options:
     for file in filter(None, (known.ssl_certfile, known.ssl_keyfile)):
         if not Path(file).is_file():
             parser.error(f"SSL file not found: {file!r}")
+    if known.nnodes > 1 and not known.dist_init_addr.rpartition(":")[2].isdigit():
+        parser.error("--nnodes needs --dist-init-addr HOST:PORT")
     step_ns = round(known.step_ms * 1e6)
     if step_ns < 100_000:
         parser.error("--step-ms must be at least 0.1")
@@ -88,6 +93,9 @@ def parse(argv: Sequence[str]) -> Options:
         model_path=known.model_path,
         served_model_name=known.served_model_name or known.model_path,
         device=known.device,
+        nnodes=known.nnodes,
+        node_rank=known.node_rank,
+        dist_init_addr=known.dist_init_addr,
         api_key=known.api_key,
         admin_api_key=known.admin_api_key,
         decode_log_interval=known.decode_log_interval,
@@ -132,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     effective.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, default=1)
     effective.add_argument("--enable-dp-attention", action="store_true")
     effective.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    effective.add_argument("--nnodes", type=int, default=1)
+    effective.add_argument("--node-rank", type=int, default=0)
+    effective.add_argument("--dist-init-addr", default="")
     effective.add_argument("--api-key", default="")
     effective.add_argument("--admin-api-key", default="")
     effective.add_argument("--decode-log-interval", type=int, default=40)

@@ -210,6 +210,10 @@ class FakeServer:
         self.lock = threading.Lock()
         self.pids: dict[int, Any] = {}
         self.past_windows: dict[Any, dict[float, Any]] = {}
+        self.nodes: tuple[Any, ...] = ()
+
+    def node_names(self) -> dict[str, str]:
+        return {}
 
     def is_alive(self) -> bool:
         return self.died is None

@@ -8,6 +8,7 @@ the server down.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -15,6 +16,9 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+
+import msgspec
 
 from pytest_sglprof import _process as process
 from pytest_sglprof._config.backends import Backend
@@ -24,11 +28,16 @@ from pytest_sglprof._server.command import learn_secrets, merged_spec
 from pytest_sglprof._server.journal import end_server
 from pytest_sglprof._server.keeper.life import ServerLife, log_gpus
 from pytest_sglprof._server.keeper.protocol import (
+    END_ORPHANS,
+    LIFE,
+    SEEN,
+    Ask,
     Clocks,
     Event,
     Exited,
     Launch,
     Order,
+    Orphans,
     Plan,
     ProgressEvent,
     Started,
@@ -37,8 +46,10 @@ from pytest_sglprof._server.keeper.protocol import (
     Window,
     decode_order,
     encode,
+    end_orphans,
     error_message,
 )
+from pytest_sglprof._server.keeper.questions import answer
 from pytest_sglprof._server.keeper.teardown import tear_down
 
 log = logging.getLogger("sglprof.keeper")
@@ -62,6 +73,7 @@ class Keeper:
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._ending = threading.Event()
+        self._saying = threading.Lock()
         self._alone = False
         self._window: Backend | None = None
         self._opened = 0.0
@@ -81,7 +93,11 @@ class Keeper:
         learn((plan.api_key, plan.admin_key))
         learn_secrets(merged_spec(plan.spec, plan.entry), {**os.environ, **plan.private})
         self._log_to(plan)
-        self._parent = plan.parent
+        self._parent = os.getppid() if plan.is_remote else plan.parent
+        os.environ[LIFE] = plan.life  # a launcher may not have passed it on
+        if plan.node:
+            (plan.folder / SEEN).write_text(plan.life, encoding="utf-8")
+            self._say(ProgressEvent(f"server {plan.spec.key}: node {plan.node} starts"))
         os.environ.pop("PYTHONPATH", None)
         if plan.pythonpath:
             os.environ["PYTHONPATH"] = plan.pythonpath
@@ -122,6 +138,7 @@ class Keeper:
                 command=tuple(life.words),
                 session=life.session.name if life.session else "",
                 tmpdir=life.tmpdir,
+                head=life.head,
             )
         )
         return True
@@ -134,7 +151,7 @@ class Keeper:
                 pause = min(2 * pause, LAST_LOOKS)
                 due = time.monotonic() + pause
             with contextlib.suppress(queue.Empty):
-                self._take(self._inbox.get(timeout=TICK))
+                self._take(self._inbox.get(timeout=TICK), life)
             if not life.is_alive():
                 life.remember()
                 life.end_ranks()
@@ -146,9 +163,13 @@ class Keeper:
                 process.reap_orphans()
         with contextlib.suppress(queue.Empty):
             while True:
-                self._take(self._inbox.get_nowait())
+                self._take(self._inbox.get_nowait(), life)
 
-    def _take(self, order: Order | None) -> None:
+    def _take(self, order: Order | None, life: ServerLife) -> None:
+        if isinstance(order, Ask):  # it may take a minute, in which the server is still watched
+            threading.Thread(
+                target=lambda: self._say(answer(life, order)), name=order.what, daemon=True
+            ).start()
         if isinstance(order, Window):
             self._window, self._opened = order.backend, order.opened
             log.info("window: %s", self._window)
@@ -175,8 +196,10 @@ class Keeper:
         self._ending.set()
 
     def _say(self, event: Event) -> None:
-        with contextlib.suppress(OSError, ValueError):  # pytest may have closed the pipe
-            sys.stdout.buffer.write(encode(event))
+        line = encode(event)
+        # pytest may have closed the pipe
+        with self._saying, contextlib.suppress(OSError, ValueError):
+            sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
 
     def _log_to(self, plan: Plan) -> None:
@@ -189,5 +212,14 @@ class Keeper:
         log.info("keeper %d of process %d; %s", os.getpid(), plan.parent, log_gpus())
 
 
+def _clean() -> int:
+    """Ends what a keeper of this node left that was killed, see `protocol.Orphans`."""
+    orphans = msgspec.json.decode(sys.stdin.buffer.read(), type=Orphans)
+    os.environ.pop(LIFE, None)
+    left = end_orphans(orphans.server, Path(orphans.folder), leader=orphans.leader)
+    sys.stdout.write(json.dumps(left))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(Keeper().run())
+    sys.exit(_clean() if sys.argv[1:] == [END_ORPHANS] else Keeper().run())

@@ -10,6 +10,7 @@ import os
 import re
 import select
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -41,6 +42,7 @@ from pytest_sglprof._server.keeper.protocol import (
     STATUS_WAIT,
     Plan,
     remove_injection,
+    remove_tmpdir,
 )
 from pytest_sglprof._server.nvml import ClockLock, Nvml
 
@@ -72,7 +74,9 @@ class ServerLife:
     ) -> None:
         self.plan = plan
         self.folder = plan.folder
-        self.merged = command.merged_spec(plan.spec, plan.entry)
+        self.spec = command.spec_on_node(plan.spec, address() if plan.is_remote else "")
+        self.merged = command.merged_spec(self.spec, plan.entry)
+        self.head = plan.head
         self.host = option(self.merged.args, "--host") or command.HOST
         self.certificates = tls.certificates(self.merged.args)
         self.port = 0
@@ -99,6 +103,7 @@ class ServerLife:
     def start(self) -> None:
         """Takes the leases, then starts the server's process; it is not ready yet on return."""
         lease.sweep()
+        self._make_tmpdir()
         for name in ("tmp", "traces", "nsys"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         # Else a death would be explained by the log of an earlier server.
@@ -112,7 +117,8 @@ class ServerLife:
         )
         self._shorten_tmpdir()
         plan = self.plan
-        words = command.server_words(plan.spec, plan.entry, self.port, nccl_port)
+        words = command.server_words(self.spec, plan.entry, self.port, nccl_port)
+        words += command.node_words(self.merged, plan.nodes, plan.node_rank, self.head)
         shown, hidden = command.split_secret_words(words)
         hidden += command.key_words(self.merged, plan.api_key, plan.admin_key)
         self.words = redact_command(command.shown_command(plan.entry, [*shown, *hidden]))
@@ -191,10 +197,10 @@ class ServerLife:
             self.pump.close()
             self.problems += self.pump.problems
         if self._link is not None:
-            self._link.unlink(missing_ok=True)
+            remove_tmpdir(self._link)
         remove_injection(self._injection)
         process.remove_shared_memory(self.shared)
-        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        remove_tmpdir(self.folder / "tmp")
         for held in self._leases:
             held.release()
         self._leases.clear()
@@ -237,6 +243,10 @@ class ServerLife:
         else:
             port = wanted
             self._lease_wanted_port(port)
+        if self.plan.nodes > 1 and not self.head and not self.plan.node_rank:
+            head, leases = lease.free_server_ports()  # the ranks take some ports from there on
+            self._leases += leases
+            self.head = f"{self.host}:{head}"
         if has_option(self.merged.args, "--nccl-port"):
             return port, None
         nccl_port, held = lease.free_port()
@@ -263,6 +273,17 @@ class ServerLife:
                     hint="end that process, set another port, or set none to get a free one",
                 )
             time.sleep(0.1)
+
+    def _make_tmpdir(self) -> None:
+        """On a node the folder may be on a network disk, where sockets and fifos are slow or fail.
+
+        So its temporary files are on a disk of the node, and the folder has a link to them.
+        """
+        if self.plan.is_remote:
+            self.plan.short_tmpdir.mkdir(mode=0o700)
+            self._link = self.plan.short_tmpdir
+            (self.folder / "tmp").symlink_to(self._link, target_is_directory=True)
+            self.tmpdir = self._link
 
     def _shorten_tmpdir(self) -> None:
         """Uses a link for a long path of TMPDIR, since the kernel limits the path of a socket."""
@@ -491,6 +512,20 @@ class LogPump:
         except OSError as error:
             self._dropped += len(rest)
             self._fault = error
+
+
+def address() -> str:
+    """The address of this node that others reach it by, as far as it can be known here."""
+    with contextlib.suppress(OSError):
+        given = socket.gethostbyname(socket.gethostname())
+        if not given.startswith("127."):
+            return given
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(
+            ("192.0.2.1", 9)
+        )  # sends nothing; the kernel chooses the address to send from
+        return str(probe.getsockname()[0])
+    return command.HOST
 
 
 # Which GPUs are visible, and which processes NVML lists on them.

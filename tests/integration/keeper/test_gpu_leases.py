@@ -66,7 +66,8 @@ def test_a_cpu_server_leases_no_gpu(four_gpus, start, lease_folder):
 def test_waiting_for_a_gpu_ends_with_pytest(four_gpus, fake_sglang, nothing_left, tmp_path):
     """The pipe closes while the keeper waits for a lease."""
     from pytest_sglprof._server import command
-    from pytest_sglprof._server.keeper.protocol import KeeperLink, Plan
+    from pytest_sglprof._server.keeper.link import KeeperLink
+    from pytest_sglprof._server.keeper.protocol import Plan
 
     held = lease.acquire("gpu-4", timeout=0)
     spec = ServerSpec()

@@ -187,7 +187,7 @@ def test_a_port_that_another_run_leases_is_waited_for(fake_sglang, nothing_left,
 
 def test_the_keepers_death_loses_no_server(start, lease_folder):
     server = start()
-    keeper = server._keeper
+    keeper = server._keepers[0]
     assert keeper is not None
     os.kill(keeper.pid, signal.SIGKILL)
     while keeper.is_running():

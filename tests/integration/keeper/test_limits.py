@@ -55,7 +55,7 @@ def test_fault_13_an_exit_status_that_comes_late_is_waited_for(below_slow_nsys):
 
 
 def test_fault_13_waiting_for_it_ends_with_the_keeper(below_slow_nsys):
-    keeper = below_slow_nsys._keeper
+    keeper = below_slow_nsys._keepers[0]
     threading.Timer(1.0, os.kill, (keeper.pid, signal.SIGKILL)).start()
     began = time.monotonic()
     reason = below_slow_nsys.exit_reason()

@@ -24,7 +24,7 @@ def test_other(sglang_server):
 """
 LATE = SERVERS.replace('"--crash-delay"', '"--ready-delay", "1.5", "--crash-delay"')
 LEAVING = """
-from pytest_sglprof._server.keeper.protocol import KeeperLink
+from pytest_sglprof._server.keeper.link import KeeperLink
 
 really_close_it = KeeperLink.close
 
@@ -105,7 +105,7 @@ def test_fault_20_an_interrupted_run_tells_it_too(make_project):
 
 STUBBORN = """
 import os, signal
-from pytest_sglprof._server.keeper.protocol import KeeperLink
+from pytest_sglprof._server.keeper.link import KeeperLink
 
 really_close = KeeperLink.close
 

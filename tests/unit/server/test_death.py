@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pytest_sglprof._server.death import describe_status, explain_status
-from pytest_sglprof._server.launch import died, starting_death
 from pytest_sglprof._server.log import ServerLog
+from pytest_sglprof._server.starting import died, starting_death
 
 
 def reason_of(folder: Path, text: str) -> list[str]:

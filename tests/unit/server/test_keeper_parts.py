@@ -18,8 +18,8 @@ from pytest_sglprof._redact import learn
 from pytest_sglprof._server.command import EXEC_STEP
 from pytest_sglprof._server.keeper import life
 from pytest_sglprof._server.keeper.life import MAX_LINE, LogPump, hand_over
-from pytest_sglprof._server.launch import ReadyClock, died
 from pytest_sglprof._server.log import ServerLog
+from pytest_sglprof._server.starting import ReadyClock, died
 
 
 def test_visible_gpus_and_the_choice_among_them():
