@@ -16,7 +16,7 @@ Backend = Literal["torch", "nsys"]  # the name of a row
 class CaptureBackend(NamedTuple):
     """One way to record a window.
 
-    recording: what makes its recordings, a class or a function, ``module:name``, imported when a window is made.
+    recording: what makes its recordings, ``module:name``, imported when a window is made.
     default_steps: steps of a marked window without an end. default_seconds: duration of any
     other window without an end. needs_session: the server has to run under ``nsys profile``.
     is_per_node: it records only the ranks of one node. kinds: kinds of its artifacts, the one
