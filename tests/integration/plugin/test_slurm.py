@@ -97,6 +97,20 @@ def test_the_slow_rank_is_named_with_its_node(project: Project, slurm: Slurm) ->
     assert sorted(path.parent.name for path in logs) == ["default.1", "default.1.n2"]
 
 
+def test_inside_of_an_allocation(project: Project, slurm: Slurm) -> None:
+    slurm.run("salloc", "--nodes=2", "--no-shell")
+    (job,) = [line.split()[0] for line in slurm.jobs()]
+    try:
+        ran = project.run("-k", "slow", SLURM_JOB_ID=job, SLURM_JOB_NODELIST="n[1-2]",
+                          **slurm.variables)  # fmt: skip
+        (window,) = ran.windows("test_slow")
+        assert window["nodes"] == {"TP0": "n1", "TP1": "n2"}
+        assert [line.split()[0] for line in slurm.jobs()] == [job]  # it is not ours to end
+    finally:
+        slurm.run("scancel", job)
+        slurm.wait_idle()
+
+
 def test_a_cancelled_job(project: Project, slurm: Slurm) -> None:
     ran = lost(project, slurm, lambda: slurm.run("scancel", "--user=root"))
     assert ran.status == pytest.ExitCode.TESTS_FAILED
