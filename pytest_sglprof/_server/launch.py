@@ -36,7 +36,6 @@ from pytest_sglprof._server.keeper.link import KeeperLink
 from pytest_sglprof._server.keeper.protocol import (
     EXIT_LIMIT,
     Clocks,
-    Closed,
     Exited,
     Plan,
     Started,
@@ -140,9 +139,7 @@ class Server:
         if self.attached:
             return self._presence.is_there()
         if self.nodes:  # their pids may be those of other machines
-            return not any(
-                keeper.last_event(Exited) or keeper.last_event(Closed) for keeper in self._keepers
-            )
+            return all(keeper.ended is None for keeper in self._keepers)
         return process.is_alive(self.pid, self._created)
 
     def exit_reason(self) -> ServerDied | None:
@@ -154,11 +151,11 @@ class Server:
                 f"nothing listens at {self.url} any more",
                 hint="pytest-sglprof did not start this server: look at its log",
             )
-        for node in self.nodes:  # the others follow the one that ended
-            if (exited := node.link.last_event(Exited)) and node.link.last_event(Closed) is None:
+        over = [node for node in self.nodes if node.link.ended is not None]
+        for node in sorted(over, key=lambda node: node.link.ended or 0.0):  # the others follow it
+            if exited := node.link.last_event(Exited):
                 return died(node.log, exited.status, node.name)
-            if node.link.last_event(Closed):
-                return lost_keeper(node.link, node.folder, "while the server ran")
+            return lost_keeper(node.link, node.folder, "while the server ran")
         (keeper,) = self._keepers
         exited = keeper.wait_for(Exited, EXIT_LIMIT)
         if exited is None and keeper.death():

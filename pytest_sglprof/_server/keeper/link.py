@@ -35,6 +35,7 @@ from pytest_sglprof._server.keeper.protocol import (
     Clocks,
     Closed,
     Event,
+    Exited,
     Launch,
     Order,
     Orphans,
@@ -59,9 +60,9 @@ _Event = TypeVar("_Event")
 class KeeperLink:
     """Starts a keeper, talks to it, and cleans up after it if it is killed.
 
-    run: the words that run a command on the plan's node; None on this machine.
-    Events are kept until they are asked for. left: what could not be removed. problems: a line for
-    each file that could not be written.
+    run: the words that run a command on the plan's node; None on this machine. ended: when its
+    server, or it, ended by itself (monotonic, s); None before. Events are kept until they are asked
+    for. left: what could not be removed. problems: a line for each file that could not be written.
     """
 
     def __init__(self, plan: Plan, run: OnNode | None = None) -> None:
@@ -77,6 +78,7 @@ class KeeperLink:
         self._last: dict[type[Any], Any] = {}
         self._asked = itertools.count()
         self._answers: dict[int, Answer] = {}
+        self.ended: float | None = None
         plan.folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as errors:
             self._process = _spawn(
@@ -277,6 +279,8 @@ class KeeperLink:
         if isinstance(event, Answer):
             self._answers[event.number] = event
             return
+        if isinstance(event, Exited | Closed):
+            self.ended = self.ended or time.monotonic()
         self._last[type(event)] = event
         self._events.put(event)
 
