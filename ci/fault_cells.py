@@ -37,6 +37,7 @@ from tests.support.real_env import real_nsys
 from tests.support.session_nsys import install
 
 PHASES = ("launch", "warm-up", "opening", "inside", "closing", "analysis", "report")
+COMPLETE = "the results are complete: every test had ended"
 HANGS = 400.0  # s after a fault: then it is a hang, and everything is ended
 COMES_WITHIN = 400.0  # s for a phase, on a machine that is very busy
 GONE_WITHIN = 60.0  # s after the end of pytest, for its keeper to tear down
@@ -388,7 +389,7 @@ class _Run:
             with contextlib.suppress(OSError, ValueError):
                 results = json.loads((folder / RESULTS).read_text())
                 begun = [test["reason"] for test in results["tests"] if test["reason"]]
-                self.words += [str(results["run"]["interrupted"]), *begun]
+                self.words += [results["run"]["interrupted"] or COMPLETE, *begun]
 
     def _left(self, within: float) -> tuple[str, ...]:
         """What is left after at most so many s."""

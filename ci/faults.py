@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ci.fault_cells import HANGS, PHASES, CannotRun, Cell, Outcome, run_cell
+from ci.fault_cells import COMPLETE, HANGS, PHASES, CannotRun, Cell, Outcome, run_cell
 from pytest_sglprof._files import atomic_write
 from pytest_sglprof._run.folder import locked
 
@@ -40,7 +40,8 @@ NOISE = re.compile(
     re.MULTILINE,
 )
 # A bug of the package, whose errors are shown without the code that they came from.
-CODE = re.compile(r"pytest_sglprof/\S+\.py:\d+: \w+")
+# Where Ctrl-C came, pytest says in a line of its own.
+CODE = re.compile(r"pytest_sglprof/\S+\.py:\d+: (?!KeyboardInterrupt$)\w+", re.MULTILINE)
 SAME = (  # what differs from run to run, and what begins a line
     (r"^\s*(E|\|)\s+\|?|pytest_sglprof\._errors\.\w+: |and besides: ", ""),
     (r"^\s*(inconclusive: )?(test_window: )?", ""),
@@ -135,8 +136,8 @@ PROMISES = (
         120,
         AFTER_ALL,
     ),
-    Promise("pytest", "KILL", KILLED, (-9,), r"was killed|was interrupted", 120),
-    Promise("pytest", "TERM", KILLED, (-15,), r"was killed|was interrupted", 120),
+    Promise("pytest", "KILL", KILLED, (-9,), rf"was killed|was interrupted|{COMPLETE}", 120),
+    Promise("pytest", "TERM", KILLED, (-15,), rf"was killed|was interrupted|{COMPLETE}", 120),
     Promise("pytest", "STOP", "it goes on after SIGCONT (here 3 s later)", GOOD, "", 150),
     Promise("pytest", "INT", CTRL_C, (2,), r"KeyboardInterrupt", 90),
     Promise("pytest", "INT2", CTRL_C, (2,), r"KeyboardInterrupt", 90),
@@ -147,7 +148,7 @@ PROMISES = (
         "gone",
         UNWRITTEN,
         EITHER,
-        r"No such file or directory|cannot be created|is gone",
+        r"No such file or directory|cannot be created|is gone|does not exist",
         90,
     ),
     Promise("folder", "read-only", UNWRITTEN, EITHER, r"Read-only file system", 150),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from pytest_sglprof._server.keeper.protocol import (
 if TYPE_CHECKING:
     import psutil
 
+# Records of load drivers as these write them, which hold the server's keys.
+RAW_RECORDS = "loads/*/.*.raw"
 _MAX_WORDS = 60  # characters of a command line
 
 
@@ -86,8 +88,8 @@ def open_servers(folder: Path) -> list[KeptServer]:
 
 
 def _clean_run(folder: Path, patience: float, is_dry: bool) -> Iterator[Cleaned]:
-    servers = open_servers(folder)
-    if not servers:
+    servers, raw = open_servers(folder), sorted(folder.glob(RAW_RECORDS))
+    if not servers and not raw:
         return
     with locked(folder) as is_over:
         content = run_content(folder) or {}
@@ -102,6 +104,21 @@ def _clean_run(folder: Path, patience: float, is_dry: bool) -> Iterator[Cleaned]
                 )
             else:
                 yield _Cleaning(name, home, _of_now(server, content), is_dry).clean(patience)
+        if raw and not why:
+            yield _without(folder, raw, is_dry)
+
+
+def _without(folder: Path, raw: Sequence[Path], is_dry: bool) -> Cleaned:
+    for record in () if is_dry else raw:
+        with contextlib.suppress(OSError):
+            record.unlink()
+    gone = [record for record in raw if is_dry or not record.exists()]
+    verb = "would remove" if is_dry else "removed"
+    return Cleaned(
+        folder.name,
+        ended=tuple(f"{verb} {path.relative_to(folder)}" for path in gone),
+        left=tuple(str(path.relative_to(folder)) for path in raw if path not in gone),
+    )
 
 
 def _why_alone(content: Mapping[str, Any]) -> str:

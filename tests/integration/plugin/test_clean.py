@@ -96,10 +96,15 @@ def test_what_is_left_is_shown_ended_and_gone_and_a_process_with_its_number_is_n
 ) -> None:
     before = {each.pid for each in dead.servers()}
     assert len(before) == 3  # the server and its two ranks
+    record = dead.folder / "loads" / "test-1" / ".load-1.raw"  # as a driver writes it, with keys
+    record.parent.mkdir(parents=True)
+    record.write_text('{"server_info": {"api_key": "secret"}}')
     shown = dead.sglprof("clean", "--dry-run")
     assert shown.returncode == 1
     assert {each.pid for each in dead.servers()} == before
     assert all(f"would end process {pid} " in shown.stdout for pid in before)
+    assert "would remove loads/test-1/.load-1.raw" in shown.stdout
+    assert record.exists()
 
     decoy = subprocess.Popen(["sleep", "600"])
     try:
@@ -114,6 +119,7 @@ def test_what_is_left_is_shown_ended_and_gone_and_a_process_with_its_number_is_n
         decoy.kill()
         decoy.wait()
     assert ran.returncode == 0
+    assert not record.exists()
     assert all(f": ended process {pid} " in ran.stdout for pid in before)
     assert f"left alone: process {decoy.pid} is another one now" in ran.stdout
     assert dead.project.left_over(within=5) == []
