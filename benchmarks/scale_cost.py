@@ -1,10 +1,10 @@
 """What 1,024 ranks x 1 GB cost on N workers: `python -m benchmarks.scale_cost`.
 
-Generates traces of `--megabytes` of JSON, reduces each several times in two processes that have
-started before, and takes the seconds per GB of every task as they were. The plan is arithmetic:
-files x GB x mean / workers. A simulation draws each file's seconds from the measured ones, hands
-files to whichever worker is free, and lets workers die and stall; it must come out near the plan.
-First it has to say how long the measured tasks took together on their two processes.
+Generates traces of `--megabytes` of JSON, and reduces each several times in two processes that have
+started before. The plan is arithmetic for workers with a core each: files x GB x mean seconds of
+CPU / workers. A simulation draws each file's seconds from the measured ones, hands files to
+whichever worker is free, and lets workers die and stall as often as is assumed below. Of the
+measured tasks themselves it has to say, without that, how long they took on their two processes.
 """
 
 from __future__ import annotations
@@ -96,12 +96,11 @@ def main() -> None:
         packed = files[0].stat().st_size
     gb, size = args.megabytes / 1e3, tasks[0].size
     seconds = [each.wall_s for each in tasks]
-    per_gb = [each / gb for each in seconds]
-    mean = statistics.mean(per_gb)
-    cpu = statistics.mean(each.cpu_s for each in tasks) / gb
+    per_gb = [each.cpu_s / gb for each in tasks]
+    mean, wall = statistics.mean(per_gb), statistics.mean(seconds) / gb
     print(
-        f"{mean:.2f} s of a worker per GB of JSON ({min(per_gb):.2f} to {max(per_gb):.2f}, "
-        f"{len(per_gb)} tasks), {cpu:.2f} s of CPU"
+        f"{mean:.2f} s of CPU per GB of JSON ({min(per_gb):.2f} to {max(per_gb):.2f}, "
+        f"{len(per_gb)} tasks), {wall:.2f} s on this machine as busy as it was"
     )
     print(f"{args.megabytes} MB of JSON, {packed / 1e6:.1f} MB packed: {size / 1e6:.2f} MB reduced")
     rounds = [simulated(seconds, len(seconds), 2, random_, faults=False) for _ in range(ROUNDS)]

@@ -38,7 +38,7 @@ from pytest_sglprof._trace.reduced import Beside, beside_of, reduced
 MOST_TASKS = 256  # each has the names of all files, by which numbers in names become ranks
 ATTEMPTS = 3  # at each task
 PATIENCE = 4  # times the longest task so far, in which no other ends: then workers are stuck
-PATIENCE_S = 60.0  # and no less than this;
+PATIENCE_S = 15.0  # and no less than this;
 FIRST_S = 600.0  # before any task has ended
 
 _Call = tuple[Any, ...]  # a function of this module, and its arguments
