@@ -55,7 +55,7 @@ def report(
     figures = {
         "cpu_s": itself.ru_utime + itself.ru_stime + children.ru_utime + children.ru_stime,
         "wall_s": wall,
-        "parent_mb": _peak_mb("self"),
+        "parent_mb": peak_mb("self"),
         "child_mb": max(peaks.values(), default=0.0),
         "right": right,
         "note": note,
@@ -77,7 +77,7 @@ def _watched() -> Iterator[dict[int, float]]:
             for task in Path("/proc/self/task").iterdir():
                 for pid in map(int, _text(task / "children").split()):
                     # The latest: before it begins its program, it shares this one's memory.
-                    peaks[pid] = _peak_mb(pid) or peaks.get(pid, 0.0)
+                    peaks[pid] = peak_mb(pid) or peaks.get(pid, 0.0)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -88,7 +88,7 @@ def _watched() -> Iterator[dict[int, float]]:
         thread.join()
 
 
-def _peak_mb(process: int | str) -> float:
+def peak_mb(process: int | str) -> float:
     """Peak memory of a process since its program began, in MB; 0 if it has exited.
 
     What `getrusage` reports includes the memory of the process from which it was forked.

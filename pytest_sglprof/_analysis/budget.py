@@ -170,12 +170,11 @@ def step_walls(table: KernelTable, waited: Sequence[Waits] | None = None) -> Wal
         return Walls((), NO_TIMELINE.format(source=SOURCES.get(table.source, table.source)))
     waited = waits(table) if waited is None else waited
     passes = _passes_of(table)
-    codes = table.frame["rank"].cat.codes.to_numpy(np.int64)
-    code_of = {str(label): code for code, label in enumerate(table.frame["rank"].cat.categories)}
+    by_rank = dict(iter(passes.groupby("rank", sort=False)))
     ranks = []
     for rank in table.ranks:
-        rows = np.flatnonzero(codes == code_of.get(rank, -1))
-        walls = _rank_walls(rank, _timeline(table, rows), passes, _met(rank, waited))
+        line, of_rank = _timeline(table, table.places[rank]), by_rank.get(rank, passes.iloc[:0])
+        walls = _rank_walls(rank, line, of_rank, _met(rank, waited))
         ranks += [] if walls is None else [walls]
     known = any(len(walls.parts) for walls in ranks)
     return Walls(tuple(ranks), "" if known else "no rank has a step with any GPU activity")
@@ -369,7 +368,7 @@ def _rank_walls(
         return RankWalls(
             rank, number, parts, ("",), ("",), whole, unknown, is_matched, has_steps=False
         )
-    passes = passes[passes["rank"] == rank].drop_duplicates("step")
+    passes = passes.drop_duplicates("step")
     passes, begin, end = _on_gpu(passes, line)
     substage = passes["substage"].astype(str).tolist()
     steps = _steps(begin, end, substage, passes["excluded"].to_numpy(bool))

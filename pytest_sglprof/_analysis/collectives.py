@@ -17,10 +17,11 @@ import numpy.typing as npt
 from pytest_sglprof._analysis.busy import busy_parts
 from pytest_sglprof._analysis.clocks import TIMES_UNCERTAINTY, ClockFit, clocks_of
 from pytest_sglprof._analysis.exposure import computing
-from pytest_sglprof._analysis.groups import RankGroup, sync_groups
+from pytest_sglprof._analysis.groups import RankGroup, group_of_each, sync_groups
 from pytest_sglprof._analysis.kinds import communication
 from pytest_sglprof._analysis.matching import Meetings, match, meetings
 from pytest_sglprof._trace.categories import NOT_COMPUTE
+from pytest_sglprof._trace.table import places_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,8 +87,10 @@ class Waits:
 
 def waits(table: KernelTable) -> tuple[Waits, ...]:
     """The waits of each sync group, in the order of the table."""
-    rows = communication(table)
-    return tuple(_group_waits(table, group, rows) for group in sync_groups(table.ranks))
+    rows, groups = communication(table), sync_groups(table.ranks)
+    places = places_of(group_of_each(rows["rank"], groups), len(groups))
+    pairs = zip(groups, places, strict=True)
+    return tuple(_group_waits(table, group, rows.iloc[at]) for group, at in pairs)
 
 
 def by_step(waited: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints | None:
@@ -103,8 +106,7 @@ def by_step(waited: Waits, numbers: Sequence[int], ranks: Sequence[str]) -> Ints
     return rounded
 
 
-def _group_waits(table: KernelTable, group: RankGroup, rows: pd.DataFrame) -> Waits:
-    calls = rows[rows["rank"].isin(group.ranks)]
+def _group_waits(table: KernelTable, group: RankGroup, calls: pd.DataFrame) -> Waits:
     kinds = {str(kind): int(number) for kind, number in calls["kind"].value_counts().items()}
     meeting = int(calls["waits"].sum())
     reason = _why_none(group, kinds, len(calls), meeting)
@@ -234,6 +236,15 @@ class Segments:
     busy: Ints
     span: Ints
 
+    def of_ranks(self, ranks: Sequence[str]) -> Ints:
+        """The indices of the rows of these ranks, ascending."""
+        labels = self.waits.group.ranks
+        return np.sort(np.concatenate([self._by_rank[labels.index(label)] for label in ranks]))
+
+    @cached_property
+    def _by_rank(self) -> list[Ints]:
+        return places_of(self.rank, len(self.waits.group.ranks))
+
     @cached_property
     def compute(self) -> Ints:
         """Busy time of compute, shape (segments, ranks), ns."""
@@ -248,19 +259,18 @@ class Segments:
 
 def segments(table: KernelTable, waits: Waits) -> Segments:
     """The segments between the collectives of `waits`; empty if there are none."""
-    import pandas as pd
-
     frame = table.frame
-    codes = pd.Index(waits.group.ranks).get_indexer(pd.Index(frame["rank"].astype(object)))
-    compute = ~frame["category"].isin(NOT_COMPUTE).to_numpy(bool) & (codes >= 0)
-    rows = np.flatnonzero(compute).astype(np.int64)
-    rank = codes[rows].astype(np.int64)
+    places = [table.places[label] for label in waits.group.ranks]
+    rank = np.repeat(np.arange(len(places)), list(map(len, places)))
+    order = np.argsort(np.concatenate(places), kind="stable")
+    rows, rank = np.concatenate(places)[order], rank[order]
+    compute = ~frame["category"].iloc[rows].isin(NOT_COMPUTE).to_numpy(bool)
+    rows, rank = rows[compute], rank[compute]
     start = frame["start_ns"].to_numpy(np.int64)[rows]
     # With collectives on two streams, a rank may start one before the previous one ends.
     arrived = np.maximum.accumulate(waits.start, axis=0)
     before = np.full(len(rows), -1, np.int64)
-    for number in range(len(waits.group.ranks)):
-        of_rank = rank == number
+    for number, of_rank in enumerate(places_of(rank, len(places))):
         before[of_rank] = np.searchsorted(arrived[:, number], start[of_rank], side="right") - 1
     inside = (before >= 0) & (before < len(waits.step) - 1)
     rows, rank, segment = rows[inside], rank[inside], before[inside]

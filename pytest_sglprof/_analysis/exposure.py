@@ -30,16 +30,14 @@ def computing(
     (collectives, ranks). What runs on the stream of the collective itself waits for it.
     """
     beneath = np.zeros(start.shape)
-    frame = table.frame
-    streams = frame["stream"].to_numpy(np.int64)
-    usable = ~frame["category"].isin(NOT_COMPUTE).to_numpy(bool) & (streams >= 0)
-    if not table.is_timeline or not usable.any():
+    if not table.is_timeline:
         return beneath
-    rank = frame["rank"].cat.codes.to_numpy(np.int64)
-    code_of = {str(label): code for code, label in enumerate(frame["rank"].cat.categories)}
-    begin, dur = (frame[name].to_numpy(np.int64) for name in ("start_ns", "dur_ns"))
+    columns = (table.frame[name].to_numpy(np.int64) for name in ("stream", "start_ns", "dur_ns"))
+    streams, begin, dur = columns
     for column, label in enumerate(ranks):
-        rows = np.flatnonzero(usable & (rank == code_of.get(label, -1)))
+        rows = table.places[label]
+        category = table.frame["category"].iloc[rows]
+        rows = rows[~category.isin(NOT_COMPUTE).to_numpy(bool) & (streams[rows] >= 0)]
         for number in np.unique(stream[:, column]).tolist():
             others = rows[streams[rows] != number]
             if number < 0 or not len(others):

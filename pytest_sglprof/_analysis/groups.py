@@ -79,6 +79,13 @@ def sync_groups(ranks: Sequence[str]) -> tuple[RankGroup, ...]:
     return tuple(RankGroup(names[key], tuple(labels)) for key, labels in members.items())
 
 
+def group_of_each(rank: pd.Series, groups: Sequence[RankGroup]) -> npt.NDArray[np.int64]:
+    """The index of the group of each of these labels."""
+    numbers = {label: at for at, group in enumerate(groups) for label in group.ranks}
+    of_each: npt.NDArray[np.int64] = rank.map(numbers).to_numpy().astype(np.int64)
+    return of_each
+
+
 def replicas(ranks: Sequence[str]) -> tuple[str, ...]:
     """`DP0`, `DP1`, …: the replicas of plain data parallel, which never meet; () without any."""
     parsed = [Rank.parse(label) for label in ranks]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pytest_sglprof._analysis.busy import Ints, busy_parts
 from pytest_sglprof._analysis.clocks import MIN_ENDS, fit_clocks
-from pytest_sglprof._analysis.groups import sync_groups
+from pytest_sglprof._analysis.groups import group_of_each, sync_groups
 from pytest_sglprof._analysis.matching import match, meetings
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._trace.categories import CollectiveKind, collective_kind, is_meeting
@@ -75,13 +75,15 @@ def communication(table: KernelTable) -> pd.DataFrame:
     )
     size = _column(recorded, "group_size", -1).astype(np.int64)
     undecided = of_exchange & known & ~(is_recorded & (rows["kind"] != "all_to_all").to_numpy(bool))
-    for members in (group.ranks for group in sync_groups(table.ranks)):
-        of_group = np.isin(rows["rank"].to_numpy(object), members)
-        rows.loc[of_group & (size > 0) & (size < len(members)), "waits"] = False
-        for _, calls in rows[of_group & undecided].groupby(says[of_group & undecided]):
-            kind, waits = _exchange(calls, members, table.ranks)
-            rows.loc[calls.index, "kind"] = kind
-            rows.loc[calls.index, "waits"] = waits
+    groups = sync_groups(table.ranks)
+    number = group_of_each(rows["rank"], groups)
+    sizes = np.array([len(group.ranks) for group in groups], np.int64)
+    rows.loc[(size > 0) & (size < sizes[number]), "waits"] = False
+    exchanges: Any = rows[undecided].groupby([number[undecided], says[undecided]])
+    for (at, _), calls in exchanges:
+        kind, waits = _exchange(calls, groups[at].ranks, table.ranks)
+        rows.loc[calls.index, "kind"] = kind
+        rows.loc[calls.index, "waits"] = waits
     return rows.drop(columns=["full_name", "both_ways"])
 
 

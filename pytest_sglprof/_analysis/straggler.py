@@ -322,8 +322,7 @@ def _judged(base: StragglerFinding, doubt: str | None, top: int, why: str) -> St
 
 def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLateness, ...]:
     waited = parts.waits
-    frame = table.frame
-    every = frame.groupby("rank", observed=True)["dur_ns"].sum()
+    dur = table.frame["dur_ns"].to_numpy(np.int64)
     compute = parts.compute.sum(axis=0)
     idle = np.maximum(0, parts.span.sum(axis=0) - compute)
     if not len(parts.span):  # without collectives
@@ -347,7 +346,7 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
             kernels=kernels[at],
             late_ns=round(late[:, at].sum()),
             idle_ns=int(idle[at]),
-            total_ns=int(every.get(rank, 0)),
+            total_ns=int(dur[table.places[rank]].sum()),
         )
         for at, rank in enumerate(waited.group.ranks)
     )
@@ -355,14 +354,15 @@ def _ranks(table: KernelTable, parts: Segments, late: Floats) -> tuple[RankLaten
 
 def _window_compute(table: KernelTable, ranks: Sequence[str]) -> npt.NDArray[np.int64]:
     """Busy time of compute over the whole window, shape (ranks,), ns."""
-    import pandas as pd
-
-    frame = table.frame[~table.frame["category"].isin(NOT_COMPUTE)]
-    owner = pd.Index(ranks).get_indexer(pd.Index(frame["rank"].astype(object))).astype(np.int64)
-    ns = frame["dur_ns"].to_numpy(np.int64)
-    if table.is_timeline:
-        ns = busy_parts(owner, frame["start_ns"].to_numpy(np.int64), ns)
-    return np.array([ns[owner == at].sum() for at in range(len(ranks))], np.int64)
+    sums = []
+    for rank in ranks:
+        rows = table.frame.iloc[table.places[rank]]
+        rows = rows[~rows["category"].isin(NOT_COMPUTE)]
+        ns = rows["dur_ns"].to_numpy(np.int64)
+        if table.is_timeline:
+            ns = busy_parts(0 * ns, rows["start_ns"].to_numpy(np.int64), ns)
+        sums.append(int(ns.sum()))
+    return np.array(sums, np.int64)
 
 
 def _kernels(table: KernelTable, parts: Segments) -> list[tuple[KernelTime, ...]]:

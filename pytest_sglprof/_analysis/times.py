@@ -27,7 +27,7 @@ from pytest_sglprof._analysis.groups import (
 from pytest_sglprof._analysis.work import StepInputs, step_inputs
 from pytest_sglprof._limits import matching
 from pytest_sglprof._trace.categories import NOT_COMPUTE
-from pytest_sglprof._trace.table import first_of
+from pytest_sglprof._trace.table import first_of, places_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 Floats = npt.NDArray[np.float64]
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,43 @@ class Rows:
     is_timeline: bool
     has_idle_ranges: bool
 
-    @cached_property
-    def counts(self) -> pd.DataFrame:
+    def places(self, ranks: Sequence[str]) -> tuple[Ints, Ints]:
+        """The activities of these ranks, ascending, and the index of each one's rank in `ranks`."""
+        at = [self._by_rank[place] if place >= 0 else _NONE for place in self._indices(ranks)]
+        member = np.repeat(np.arange(len(at)), list(map(len, at)))
+        rows = np.concatenate([_NONE, *at])
+        order = np.argsort(rows, kind="stable")
+        return rows[order], member[order]
+
+    def counts_of(self, ranks: Sequence[str]) -> pd.DataFrame:
         """`rank, step, count`: number of activities."""
+        at = [self._counts_by_rank[place] for place in self._indices(ranks) if place >= 0]
+        chosen: pd.DataFrame = self._counts.iloc[np.sort(np.concatenate([_NONE, *at]))]
+        return chosen
+
+    def has_any(self, label: str) -> bool:
+        """Whether a rank has any activity."""
+        return label in self._index and len(self._by_rank[self._index[label]]) > 0
+
+    def _indices(self, ranks: Sequence[str]) -> list[int]:
+        return [self._index.get(label, -1) for label in ranks]
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {label: at for at, label in enumerate(self.ranks)}
+
+    @cached_property
+    def _by_rank(self) -> list[Ints]:
+        return places_of(self.rank, len(self.ranks))
+
+    @cached_property
+    def _counts_by_rank(self) -> list[Ints]:
+        return places_of(
+            np.array(self._indices(self._counts["rank"].tolist()), np.int64), len(self.ranks)
+        )
+
+    @cached_property
+    def _counts(self) -> pd.DataFrame:
         import pandas as pd
 
         pairs = pd.DataFrame({"rank": self.rank, "step": self.step})
@@ -273,7 +308,7 @@ def _codes(column: Any) -> Ints:
 def _group_cells(
     group: RankGroup, rows: Rows, spans: pd.DataFrame, part: Segments | None
 ) -> GroupCells:
-    counts = rows.counts[rows.counts["rank"].isin(group.ranks)]
+    counts = rows.counts_of(group.ranks)
     steps = compared_steps(spans, counts, group.ranks)
     # Of the table: a replica that ran none still has steps, zero.
     return cells_of_steps(group, rows, steps, has_steps=not spans.empty, part=part)
@@ -288,29 +323,24 @@ def cells_of_steps(
     part: Segments | None = None,
 ) -> GroupCells:
     """The cells of a group of ranks in some of its steps. part: its sync segments, if matched."""
-    member = _positions(group.ranks, rows.ranks)[rows.rank]
-    chosen = member >= 0
-    counts = rows.counts[rows.counts["rank"].isin(group.ranks)]
+    at, member = rows.places(group.ranks)
+    step, dur = rows.step[at], rows.dur[at]
     # Compute only: an idle server waits for requests inside a collective, between steps.
-    compute = chosen & rows.is_compute
-    every = int(rows.dur[compute].sum())
-    assigned = int(rows.dur[compute & (rows.step >= 0)].sum())
+    compute = rows.is_compute[at]
+    every = int(dur[compute].sum())
+    assigned = int(dur[compute & (step >= 0)].sum())
     # NVTX ranges outside of steps are the scheduler's loop (idle, receive), not kernels whose
     # step is unknown, so with them the share of assigned work cannot be measured.
     is_measurable = has_steps and not rows.has_idle_ranges and every > 0
-    step = np.zeros(len(chosen), np.int64)
-    if has_steps:
-        step = first_of(np.array(steps.numbers, np.int64), rows.step)
-        chosen &= step >= 0
-    at = np.flatnonzero(chosen)
-    present = np.flatnonzero(np.bincount(rows.kernel[at], minlength=1) > 0)
+    place = first_of(np.array(steps.numbers, np.int64), step) if has_steps else 0 * step
+    at, member, place = (values[place >= 0] for values in (at, member, place))
+    present = np.unique(rows.kernel[at])
     kernel = np.full(len(rows.kernels) + 1, -1, np.int64)
     kernel[present] = np.arange(len(present))
     length = len(steps.numbers) if has_steps else 1
     activities = Activities(
-        kernel[rows.kernel[at]], member[at] * length + step[at], rows.start[at], rows.dur[at]
+        kernel[rows.kernel[at]], member * length + place, rows.start[at], rows.dur[at]
     )
-    place = np.where(chosen, step, -1)
     return GroupCells(
         group=group,
         steps=steps,
@@ -323,41 +353,33 @@ def cells_of_steps(
             is_timeline=rows.is_timeline,
         ),
         assigned_share=assigned / every if is_measurable else 1.0,
-        active=frozenset(str(rank) for rank in counts["rank"].unique()),
-        sync=None if part is None else _sync(rows, kernel, member, place, length, part),
+        active=frozenset(label for label in group.ranks if rows.has_any(label)),
+        sync=None if part is None else _sync(rows, activities, at, length, part, group.ranks),
     )
 
 
 def _sync(
-    rows: Rows, kernel: Ints, member: Ints, step: Ints, length: int, part: Segments
+    rows: Rows, activities: Activities, at: Ints, length: int, part: Segments, ranks: Sequence[str]
 ) -> SyncCells:
     """The part of a sync group's segments that belongs to a work group's ranks and steps.
 
-    kernel: index in the work group of each of the table's kernels. member, step: the same for
-    each activity's rank and step. All of them -1 for none. length: number of steps.
+    activities: of the work group in its steps, in whose owners ranks have `length` steps each.
+    at: their positions in the table.
     """
-    local, rank = kernel[rows.kernel[part.rows]], member[part.rows]
-    kept = (local >= 0) & (rank >= 0) & (step[part.rows] >= 0)
-    at = part.rows[kept]
-    pieces, piece = np.unique(part.segment[kept] * length + step[at], return_inverse=True)
-    owner = rank[kept] * len(pieces) + piece
-    ranks = int(member.max(initial=-1)) + 1
+    inside = part.of_ranks(ranks)
+    place = first_of(at, part.rows[inside])
+    inside, place = inside[place >= 0], place[place >= 0]
+    rank, step = np.divmod(activities.owner[place], length)
+    pieces, piece = np.unique(part.segment[inside] * length + step, return_inverse=True)
+    kernel, start, dur = activities.kernel[place], activities.start[place], activities.dur[place]
     return SyncCells(
         times=busy_times(
-            Activities(local[kept], owner, rows.start[at], rows.dur[at]),
-            int(kernel.max(initial=-1)) + 1,
-            ranks * len(pieces),
+            Activities(kernel, rank * len(pieces) + piece, start, dur),
+            int(activities.kernel.max(initial=-1)) + 1,
+            len(ranks) * len(pieces),
             is_timeline=rows.is_timeline,
         ),
         step=pieces % length,
         segment=pieces // length,
         segments=len(part.span),
     )
-
-
-def _positions(known: Sequence[object], values: Sequence[object]) -> Ints:
-    """Index into `known` of each value, -1 for none; shape of `values`."""
-    import pandas as pd
-
-    at: Ints = pd.Index(list(known)).get_indexer(pd.Index(list(values))).astype(np.int64)
-    return at

@@ -101,6 +101,8 @@ def _from_sums(
     """
     from pytest_sglprof._trace.paths import is_nsys, names_of_reports, window_files
 
+    if settings.executor:
+        return None
     files = window_files(recorded.files.paths)
     if len(files) != 1 or not is_nsys(files[0]) or args.rank or recorded.window:
         return None

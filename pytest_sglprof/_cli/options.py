@@ -79,7 +79,7 @@ def input_options(paths: str = "") -> argparse.ArgumentParser:
         help="compare ranks although their files are not of one run (other GPUs, other versions, "
         "other times)",
     )
-    add_rows(group, "nsys", "step_delimiter")
+    add_rows(group, "nsys", "step_delimiter", "executor")
     return parser
 
 

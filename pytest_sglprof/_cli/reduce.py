@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pytest_sglprof._cli.inputs import Recorded, recorded_by
+from pytest_sglprof._cli.inputs import recorded_by
 from pytest_sglprof._cli.options import (
     PATHS,
     NewParser,
@@ -18,10 +17,12 @@ from pytest_sglprof._cli.options import (
     settings_options,
     write_notes,
 )
-from pytest_sglprof._errors import ExitStatus, SettingsError, TraceError, in_shell
+from pytest_sglprof._errors import ExitStatus, SettingsError, in_shell
 from pytest_sglprof._verdict.wording import count
 
 if TYPE_CHECKING:
+    from pytest_sglprof._config.load import Settings
+    from pytest_sglprof._run.measure import WindowFiles
     from pytest_sglprof._trace.paths import Activities
 
 
@@ -48,11 +49,13 @@ def add_parser(new_parser: NewParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitStatus:
     """Reads the window, writes the file, and prints its size and its ranks."""
-    from pytest_sglprof._files import atomic_write
-    from pytest_sglprof._trace.one_window import copies
+    from msgspec.structs import replace
+
+    from pytest_sglprof._files import atomic_writer
+    from pytest_sglprof._run.measure import where_they_lie
     from pytest_sglprof._trace.paths import REDUCED_ENDING
-    from pytest_sglprof._trace.read import read_parts
-    from pytest_sglprof._trace.reduced import Beside, reduced
+    from pytest_sglprof._trace.reduced import join_reduced, write_reduced
+    from pytest_sglprof._trace.tasks import surveyed
 
     if not args.output.name.endswith(REDUCED_ENDING):
         raise SettingsError(
@@ -63,55 +66,42 @@ def run(args: argparse.Namespace) -> ExitStatus:
     recorded = recorded_by(args)
     refuse_inputs(args.output, recorded.inputs.recorded)
     settings = settings_of(args, recorded.inputs.places)
-    files = recorded.files
-    listed, parts = read_parts(
-        files.paths,
-        pid_ranks=files.pid_ranks,
-        gpu_ranks=files.gpu_ranks,
-        file_ranks=files.file_ranks,
-        allow_partial=args.allow_partial,
-        nsys=settings.nsys or None,
-    )
-    unlike = [*copies(listed), *([in_shell(recorded.doubt)] if recorded.doubt else [])]
-    beside = Beside(
-        server_info=_server_info(recorded, listed), settle_s=files.settle, unlike=tuple(unlike)
-    )
-    content = reduced(parts, beside)
-    atomic_write(args.output, content)
-    sys.stdout.write(_summary(args.output, len(content), listed, parts))
-    write_notes([*unlike, *_left_out(listed)])
+    files, partial = recorded.files, args.allow_partial
+    with where_they_lie(files, settings, allow_partial=partial) as elsewhere:
+        survey = elsewhere.survey if elsewhere else surveyed(files.paths, files.server_info)
+        beside = replace(
+            survey.beside,
+            settle_s=max(files.settle, survey.beside.settle_s),
+            unlike=(*survey.beside.unlike, *([in_shell(recorded.doubt)] if recorded.doubt else [])),
+        )
+        with atomic_writer(args.output) as out:
+            if elsewhere:
+                ranks = join_reduced(out, elsewhere.paths, beside)
+            else:
+                ranks = write_reduced(out, _parts(files, settings, partial=partial), beside)
+    sys.stdout.write(_summary(args.output, ranks, survey.size))
+    write_notes([*beside.unlike, *_left_out(survey.listed)])
     return ExitStatus.DONE
 
 
-def _server_info(recorded: Recorded, listed: list[Path]) -> dict[str, Any] | None:
-    """The settings that are given, or stand beside the traces."""
-    from pytest_sglprof._server.sizes import SERVER_INFO
-    from pytest_sglprof._trace.beside import beside_of_traces, read_settings
+def _parts(files: WindowFiles, settings: Settings, *, partial: bool) -> Activities:
+    from pytest_sglprof._trace.paths import ReadOptions
+    from pytest_sglprof._trace.read import read_parts
 
-    file = recorded.files.server_info or beside_of_traces(listed, SERVER_INFO)
-    if file is None:
-        return None
-    try:
-        read_settings(file)
-    except TraceError:
-        if recorded.files.server_info is not None:
-            raise
-        return None
-    info: dict[str, Any] = json.loads(file.read_bytes())
-    return info
-
-
-def _summary(output: Path, size: int, listed: list[Path], parts: Activities) -> str:
-    """`node1.parquet: 8 ranks, 6.1 MiB of 1,656 MiB`."""
-    whole = sum(
-        each.stat().st_size
-        for path in listed
-        for each in (path.rglob("*") if path.is_dir() else [path])
-        if each.is_file()
+    options = ReadOptions(
+        pid_ranks=files.pid_ranks,
+        gpu_ranks=files.gpu_ranks,
+        allow_partial=partial,
+        nsys=settings.nsys or None,
     )
-    ranks = count(len({part.rank for _, part in parts}), "rank")
+    return read_parts(files.paths, options, files.file_ranks)[1]
+
+
+def _summary(output: Path, ranks: int, size: int) -> str:
+    """`node1.parquet: 8 ranks, 6.1 MiB of 1,656 MiB`."""
     mib = 2**20
-    return f"{output}: {ranks}, {size / mib:,.2f} MiB of {whole / mib:,.1f} MiB\n"
+    small = output.stat().st_size / mib
+    return f"{output}: {count(ranks, 'rank')}, {small:,.2f} MiB of {size / mib:,.1f} MiB\n"
 
 
 def _left_out(listed: list[Path]) -> list[str]:

@@ -45,10 +45,9 @@ if TYPE_CHECKING:
 class Settings:
     """The settings of a run of pytest or of one command.
 
-    A row of `OPTIONS` with a key is the field of its name. lock_clocks: MHz, 0 for clocks that
-    are left alone. baselines: None without a folder. thresholds: those of the configuration, else
-    the default one. origins: where each field was set. stored: the tables that say how a window
-    is measured and judged; a run keeps them, so that commands read its windows in the same way.
+    A row of `OPTIONS` with a key is the field of its name. lock_clocks: MHz, 0: clocks are left
+    alone. baselines: None without a folder. thresholds: those configured, else the default one.
+    origins: where each field was set. stored: what a run keeps, so that commands read it alike.
     """
 
     output: Path
@@ -57,6 +56,7 @@ class Settings:
     max_gib: float = 20.0
     python: str = ""
     nsys: str = ""
+    executor: str = ""
     server: str = ""
     server_dir: tuple[str, str] | None = None
     server_ca: str = ""

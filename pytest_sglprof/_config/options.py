@@ -141,6 +141,16 @@ OPTIONS: tuple[Option, ...] = (
         command=True,
     ),
     Option(
+        "executor",
+        "text",
+        "who reads the files, with the paths as the workers see them: dask://HOST:PORT, or a "
+        "command for each task, command:srun -N1 -n1 {command} (default: processes here)",
+        "tools.executor",
+        "EXECUTOR",
+        pytest=False,
+        command=True,
+    ),
+    Option(
         "lock_clocks",
         "positive",
         "MHz at which the GPUs of each started server are held (default: clocks are left alone)",

@@ -206,7 +206,8 @@ def _group(table: KernelTable, cells: GroupCells) -> KernelGroup:
     lost, totals = _lost(cells)
     order = sorted(range(len(lost)), key=lambda k: (-lost[k], -int(totals[k].sum()), k))
     shown = order[:MAX_KERNELS]
-    calls = _Calls(table.frame, cells)
+    places = np.sort(np.concatenate([table.places[rank] for rank in ranks]))
+    calls = _Calls(table.frame.iloc[places], cells)
     rows = []
     room = MAX_CELLS
     for at, k in enumerate(shown):
@@ -407,6 +408,8 @@ def _chosen(
 ) -> list[tuple[GroupCells, int | None, list[str]]]:
     each = max(1, MAX_STEPS // max(1, len(groups)))
     chosen = []
+    if len(groups) > MAX_STEPS and not steps:  # the page shows the most unequal ones first
+        groups = sorted(groups, key=_spread, reverse=True)
     for cells in groups[:MAX_STEPS]:
         if not cells.has_steps:
             why_by_step: dict[int | None, list[str]] = {None: ["the window"]}
@@ -416,6 +419,12 @@ def _chosen(
             why_by_step = _notable_steps(cells, onset)
         chosen += [(cells, number, why) for number, why in list(why_by_step.items())[:each]]
     return chosen
+
+
+def _spread(cells: GroupCells) -> float:
+    """By how much of the mean the slowest rank of a group exceeds it."""
+    totals = cells.matrix(cells.select("compute")).sum(axis=0)
+    return float(totals.max() / mean) if (mean := totals.mean()) else 0.0
 
 
 def _notable_steps(cells: GroupCells, onset: set[int]) -> dict[int | None, list[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_sglprof._config.load import Settings
     from pytest_sglprof._server.log_lines import ServerFacts
     from pytest_sglprof._trace.table import KernelTable
+    from pytest_sglprof._trace.tasks import Gathered
     from pytest_sglprof._verdict.judge import Verdict
 
 
@@ -64,29 +66,61 @@ def read_recorded(
     The plugin and every command read windows by this function, so that all of them see the
     same table. allow_partial, launches, force: see `read_window`. Raises `TraceError`.
     """
+    from pytest_sglprof._trace.beside import with_files_beside
     from pytest_sglprof._trace.read import read_window
 
-    table = read_window(
-        files.paths,
-        pid_ranks=files.pid_ranks,
-        gpu_ranks=files.gpu_ranks,
-        file_ranks=files.file_ranks,
-        allow_partial=allow_partial,
-        settle_s=files.settle,
-        patterns=settings.categories,
-        step_delimiter=settings.step_delimiter,
-        nsys=settings.nsys or None,
-        launches=launches,
-        force=force,
-    )
-    from pytest_sglprof._trace.beside import with_files_beside
-
-    table = with_files_beside(table, files.paths, files.server_info)
+    with where_they_lie(
+        files, settings, allow_partial=allow_partial, launches=launches
+    ) as elsewhere:
+        if elsewhere is not None:
+            paths = tuple(elsewhere.paths)
+            files = replace(files, paths=paths, file_ranks={}, server_info=None)
+        table = read_window(
+            files.paths,
+            pid_ranks=files.pid_ranks,
+            gpu_ranks=files.gpu_ranks,
+            file_ranks=files.file_ranks,
+            allow_partial=allow_partial,
+            settle_s=files.settle,
+            patterns=settings.categories,
+            step_delimiter=settings.step_delimiter,
+            nsys=settings.nsys or None,
+            launches=launches,
+            force=force,
+        )
+        table = with_files_beside(table, files.paths, files.server_info)
     if files.facts is None:
         return table
     from pytest_sglprof._trace.steps import with_server_facts
 
     return with_server_facts(table, files.facts)
+
+
+@contextmanager
+def where_they_lie(
+    files: WindowFiles, settings: Settings, *, allow_partial: bool = False, launches: bool = True
+) -> Iterator[Gathered | None]:
+    """What the workers of `settings.executor` make of the files; None without an executor."""
+    if not settings.executor:
+        yield None
+        return
+    from pytest_sglprof._trace.executors import opened
+    from pytest_sglprof._trace.paths import ReadOptions
+    from pytest_sglprof._trace.tasks import gathered
+
+    options = ReadOptions(
+        pid_ranks=files.pid_ranks,
+        gpu_ranks=files.gpu_ranks,
+        allow_partial=allow_partial,
+        nsys=settings.nsys or None,
+        launches=launches,
+    )
+    labels, info = files.file_ranks, files.server_info
+    with (
+        opened(settings.executor) as executor,
+        gathered(files.paths, executor, options, file_ranks=labels, server_info=info) as small,
+    ):
+        yield small
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,14 @@ KEEPER = "pytest_sglprof._server.keeper"
 DEFAULT_PORT = 30000  # of SGLang
 SERVERS = ("sglang", "pytest_sglprof.standin")  # one of the first words of a server begins so
 _LAUNCHER_WORDS = 8  # in which it stands, behind the interpreter and what hands over its secrets
-EXTRAS = {"parquet": "pyarrow", "gpu": "pynvml", "png": "PIL", "xdist": "xdist", "nvtx": "nvtx"}
+EXTRAS = {
+    "parquet": "pyarrow",
+    "gpu": "pynvml",
+    "png": "PIL",
+    "xdist": "xdist",
+    "nvtx": "nvtx",
+    "cluster": "distributed",
+}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ _LARGEST_FOOTER = 1 << 26  # bytes
 class ReadOptions:
     """The arguments of `read_window` that readers need; described there.
 
-    file_ranks: label of each file for which one is given; see `given_labels`.
+    file_ranks: label of each file for which one is given; see `given_labels`. among: all files of
+    the window that the same reader reads, where it is given some of them: what their names say
+    depends on each other.
     """
 
     pid_ranks: Mapping[int, str] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class ReadOptions:
     nsys: str | None = None
     processes: int | None = None
     launches: bool = True
+    among: Sequence[Path] = ()
 
 
 Activities = list[tuple[Path, "RankActivities"]]
@@ -81,7 +84,7 @@ def _is_of_nsys(path: Path, head: bytes) -> bool:
 def _read_nsys(files: Sequence[Path], options: ReadOptions) -> Activities:
     from pytest_sglprof._trace.nsys.report import read_recorded
 
-    names = names_of_reports(files, options.file_ranks)
+    names = names_of_reports(options.among or files, options.file_ranks)
     parts: Activities = []
     for file in files:
         ranks = known_ranks(file, names[file], options.pid_ranks, options.gpu_ranks)
@@ -111,9 +114,11 @@ def _refuse_several(file: Path, name: ReportName, labels: Sequence[str]) -> None
 def _read_torch(files: Sequence[Path], options: ReadOptions) -> Activities:
     from pytest_sglprof._trace.torch.assemble import read_traces
 
-    ranks, notes = of_ranks(files)
+    ranks, notes = of_ranks(options.among or files)
+    chosen = set(files)
     return read_traces(
-        ranks,
+        [file for file in ranks if file in chosen],
+        among=ranks,
         file_ranks=options.file_ranks,
         allow_partial=options.allow_partial,
         processes=options.processes,

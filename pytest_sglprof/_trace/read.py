@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ def read_window(
     processes: int | None = None,
     launches: bool = True,
     force: bool = False,
+    executor: Executor | None = None,
 ) -> KernelTable:
     """Reads traces, reports, exports, or folders of them into one `KernelTable`.
 
@@ -78,21 +81,29 @@ def read_window(
     calls that launch kernels and the numbers of collectives. Without them it is not known
     whether kernels are missing, and those of some torch traces have no step. force: whether to
     compare ranks of which something says that they are not of one window; a note then says what.
+    executor: whose workers read the files, with `paths` as they see them, and send back what
+    figures need; this process by default.
 
     Raises `TraceError` (`NotATrace`, `TraceTruncated`, `NoKernels`), naming the file or the
     rank, and what to do.
     """
-    listed, parts = read_parts(
-        paths,
-        pid_ranks=pid_ranks,
-        gpu_ranks=gpu_ranks,
-        file_ranks=file_ranks,
+    options = ReadOptions(
+        pid_ranks=pid_ranks or {},
+        gpu_ranks=gpu_ranks or {},
         allow_partial=allow_partial,
         nsys=nsys,
         processes=processes,
         launches=launches,
     )
-    besides = [beside_of(file) for file in listed if is_reduced(file)]
+    with ExitStack() as meanwhile:
+        if executor is not None:
+            from pytest_sglprof._trace.tasks import gathered
+
+            given = [paths] if isinstance(paths, str | Path) else paths
+            files = gathered(given, executor, options, file_ranks=file_ranks)
+            paths, file_ranks = meanwhile.enter_context(files).paths, None
+        listed, parts = read_parts(paths, options, file_ranks)
+        besides = [beside_of(file) for file in listed if is_reduced(file)]
     return build_table(
         parts,
         settle_s=max([settle_s, *(each.settle_s for each in besides)]),
@@ -105,26 +116,12 @@ def read_window(
 
 def read_parts(
     paths: str | Path | Sequence[str | Path],
-    *,
-    pid_ranks: Mapping[int, str] | None = None,
-    gpu_ranks: Mapping[int, str] | None = None,
+    options: ReadOptions,
     file_ranks: Mapping[str, str] | None = None,
-    allow_partial: bool = False,
-    nsys: str | None = None,
-    processes: int | None = None,
-    launches: bool = True,
 ) -> tuple[list[Path], Activities]:
     """The files of a window, and the activities of the ranks in each; see `read_window`."""
     listed = window_files(paths)
-    options = ReadOptions(
-        pid_ranks=pid_ranks or {},
-        gpu_ranks=gpu_ranks or {},
-        file_ranks=given_labels(listed, file_ranks or {}),
-        allow_partial=allow_partial,
-        nsys=nsys,
-        processes=processes,
-        launches=launches,
-    )
+    options = replace(options, file_ranks=given_labels(listed, file_ranks or {}))
     files: dict[Reader, list[Path]] = {}
     for file in listed:
         files.setdefault(reader_of(file), []).append(file)

@@ -9,11 +9,11 @@ files give the table that their traces give together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -89,19 +89,50 @@ class Beside(msgspec.Struct, frozen=True):
 
 
 def reduced(parts: Activities, beside: Beside) -> bytes:
-    """The contents of a reduced file. parts: with the files that they were read from.
+    """The contents of a reduced file; see `write_reduced`."""
+    out = BytesIO()
+    write_reduced(out, parts, beside)
+    return out.getvalue()
 
-    Raises `TraceError` without pyarrow.
+
+def write_reduced(
+    out: IO[bytes], parts: Iterable[tuple[Path, RankActivities]], beside: Beside
+) -> int:
+    """Writes a reduced file, one rank after the other, and returns the number of ranks in it.
+
+    parts: with the files that they were read from. Raises `TraceError` without pyarrow.
     """
+    pyarrow, _ = _pyarrow("writing a reduced file")
+    ranks: set[str] = set()
+    with _writer(out, beside) as writer:
+        for file, part in parts:
+            row = {"rest": [_rest(file, part)], **{k: [v] for k, v in _numbers(part).items()}}
+            writer.write_table(pyarrow.table(row, schema=writer.schema))
+            ranks.add(part.rank)
+    return len(ranks)
+
+
+def join_reduced(out: IO[bytes], files: Iterable[Path], beside: Beside) -> int:
+    """Writes one reduced file of several, as `write_reduced`, without looking into the ranks."""
+    ranks: set[str] = set()
+    with _writer(out, beside) as writer:
+        for file in files:
+            for row in _rows(file):
+                writer.write_batch(row.replace_schema_metadata(writer.schema.metadata))
+                rest = row.column("rest")[0].as_py()
+                ranks.add(msgspec.json.decode(rest, type=_Rest).rank)
+    return len(ranks)
+
+
+def _writer(out: IO[bytes], beside: Beside) -> Any:
     pyarrow, parquet = _pyarrow("writing a reduced file")
     columns = [*_COLUMNS, _GROUP, _OPERATION]
     schema = pyarrow.schema(
         [("rest", pyarrow.string()), *((name, pyarrow.list_(pyarrow.int64())) for name in columns)],
         metadata={REDUCED_KEY: msgspec.json.encode(beside)},
     )
-    out = BytesIO()
     paths = {name: f"{name}.list.element" for name in columns}
-    with parquet.ParquetWriter(
+    return parquet.ParquetWriter(
         out,
         schema,
         compression="zstd",
@@ -109,11 +140,7 @@ def reduced(parts: Activities, beside: Beside) -> bytes:
         use_dictionary=[path for name, path in paths.items() if name not in _SORTED],
         column_encoding={paths[name]: "DELTA_BINARY_PACKED" for name in _SORTED},
         write_statistics=False,
-    ) as writer:
-        for file, part in parts:
-            row = {"rest": [_rest(file, part)], **{k: [v] for k, v in _numbers(part).items()}}
-            writer.write_table(pyarrow.table(row, schema=schema))
-    return out.getvalue()
+    )
 
 
 def read_reduced(files: Sequence[Path], options: ReadOptions) -> Activities:
@@ -139,17 +166,21 @@ def beside_of(file: Path) -> Beside:
 
 
 def _parts(file: Path, *, launches: bool) -> Iterator[tuple[Path, RankActivities]]:
-    _, parquet = _pyarrow(f"reading {file}")
-    beside_of(file)
     try:
-        with parquet.ParquetFile(file) as stored:
-            refuse_large(file, 8 * _numbers_in(stored.metadata), error=TraceError)
-            for number in range(stored.num_row_groups):
-                (row,) = stored.read_row_group(number).to_batches() or (None,)
-                if row is not None:
-                    yield _part(file, row, launches=launches)
+        for row in _rows(file):
+            yield _part(file, row, launches=launches)
     except Exception as error:
         raise _damaged(file, error) from error
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    """One rank after the other. Raises whatever is wrong with a damaged file."""
+    _, parquet = _pyarrow(f"reading {file}")
+    beside_of(file)
+    with parquet.ParquetFile(file) as stored:
+        refuse_large(file, 8 * _numbers_in(stored.metadata), error=TraceError)
+        for number in range(stored.num_row_groups):
+            yield from stored.read_row_group(number).to_batches()
 
 
 def _numbers_in(metadata: Any) -> int:

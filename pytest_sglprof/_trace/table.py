@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -222,6 +224,15 @@ class KernelTable:
         """Whether activities outside of steps include the scheduler's loop, which also waits."""
         return self.source == NVTX
 
+    @cached_property
+    def places(self) -> Mapping[str, Ints]:
+        """The activities of each rank: positions in `frame`, ascending."""
+        rank = self.frame["rank"].astype("category").cat
+        codes: Ints = rank.codes.to_numpy().astype(np.int64)
+        places = places_of(codes, len(rank.categories))
+        by_label = dict(zip(map(str, rank.categories), places, strict=True))
+        return {label: by_label.get(label, np.zeros(0, np.int64)) for label in self.ranks}
+
     def by(self, *keys: str) -> pd.DataFrame:
         """Count and total time for each combination of `keys`.
 
@@ -288,6 +299,13 @@ def expert_frame(parts: Sequence[ExpertRows], ranks: Sequence[str] = ()) -> pd.D
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+
+
+def places_of(codes: Ints, number: int) -> list[Ints]:
+    """Where each of the codes 0 … number - 1 stands, ascending: all at once, not one by one."""
+    order = np.argsort(codes, kind="stable").astype(np.int64)
+    edges = np.searchsorted(codes[order], np.arange(number + 1)).tolist()
+    return [order[first:end] for first, end in pairwise(edges)]
 
 
 def first_of(ids: Ints, wanted: Ints) -> Ints:

@@ -32,6 +32,7 @@ NOT_KNOWN = "not known"
 NOBODY = "nobody"
 LEAST_SHOWN_NS = 500  # less is 0.000 ms
 EXPLAINING = 3  # kernels that stand beside a straggler
+MOST_RANKS = 64  # of a table; then the slowest come first, and the others when they are asked for
 
 
 def shade(ratio: float | None) -> int:
@@ -67,13 +68,15 @@ class RankWaits:
 @dataclass(frozen=True)
 class HeatRow:
     """One rank. mark: "straggler" where arrivals at collectives name this rank, "slowest" where
-    a verdict does, else "": a rank that is slowest by chance is not pointed at."""
+    a verdict does, else "": a rank that is slowest by chance is not pointed at. is_more: shown
+    when it is asked for."""
 
     rank: str
     mark: str
     slowest_share: float | None
     cells: tuple[HeatCell, ...]
     waits: RankWaits | None
+    is_more: bool
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ def _heat_table(window: RecordedWindow, compute: ImbalanceFinding) -> HeatTable:
         for times in scope_times(window, group)
         if times.mean or times.finding.scope == "compute"
     ]
+    ordered = list(compute.ranks)
+    if len(ordered) > MOST_RANKS:
+        ordered.sort(key=lambda figure: (figure.rank != late, -figure.busy_ns))
     return HeatTable(
         group=group,
         reason=compute.reason,
@@ -151,8 +157,9 @@ def _heat_table(window: RecordedWindow, compute: ImbalanceFinding) -> HeatTable:
                 slowest_share=figure.slowest_share,
                 cells=tuple(_heat_cell(times, figure.rank) for times in shown),
                 waits=waits.get(figure.rank),
+                is_more=at >= MOST_RANKS,
             )
-            for figure in compute.ranks
+            for at, figure in enumerate(ordered)
         ),
         has_waits=bool(waits),
     )

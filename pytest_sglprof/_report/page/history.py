@@ -36,9 +36,13 @@ class PlacedHead:
 
 @dataclass(frozen=True)
 class PlacedWindow(PlacedHead):
-    """A window on a page, with all that was measured."""
+    """A window on a page, with all that was measured.
+
+    others: compute of the work groups that are not shown, since `doc` has been left the worst.
+    """
 
     doc: RecordedWindow
+    others: tuple[ImbalanceFinding, ...] = ()
 
 
 Placed = TypeVar("Placed", bound=PlacedHead)

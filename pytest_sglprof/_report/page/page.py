@@ -22,6 +22,7 @@ from pytest_sglprof._metrics import WORST_FIRST, worst_word
 from pytest_sglprof._report.model import Results, WindowHead
 from pytest_sglprof._report.page.baseline import loads_of
 from pytest_sglprof._report.page.data import embedded
+from pytest_sglprof._report.page.groups import most_unequal
 from pytest_sglprof._report.page.history import PlacedHead, PlacedWindow, with_earlier
 from pytest_sglprof._report.page.jinja import template
 from pytest_sglprof._report.page.sections import (
@@ -164,7 +165,8 @@ def _few_collections() -> Iterator[None]:
 def _window(head: PlacedHead, *, opened: bool, in_full: bool) -> PageWindow:
     """A window is decoded here, and not kept."""
     values = {field.name: getattr(head, field.name) for field in fields(PlacedHead)}
-    window = PlacedWindow(**values | {"doc": whole(head.doc, head.run)})
+    doc, others = most_unequal(whole(head.doc, head.run))
+    window = PlacedWindow(**values | {"doc": doc}, others=others)
     reason = _reason(window.doc)
     sections = all_shown(WINDOW_SECTIONS, window)
     content = template("window.html.j2").render(w=window, reason=reason, sections=sections)

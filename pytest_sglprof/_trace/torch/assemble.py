@@ -88,16 +88,18 @@ def read_traces(
     processes: int | None = None,
     launches: bool = True,
     notes: Sequence[str] = (),
+    among: Sequence[Path] = (),
 ) -> list[tuple[Path, RankActivities]]:
     """The activities of each rank in each file, in the order of `files`.
 
     file_ranks: label of each file for which one is given. notes: on files that were left out.
+    among: all files of the window, if these are some of them.
     processes: how many processes read at most, this one included; by default one for each
     processor. launches: whether to read launches and the numbers of collectives, which
     only a comparison of ranks and the steps of some traces need.
     Raises `NotATrace`, `TraceTruncated` or `TraceError`, all naming the file.
     """
-    file_rank = FileRanks(files, file_ranks or {})
+    file_rank = FileRanks(among or files, file_ranks or {})
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in files}
     large = [path for path in dict.fromkeys(files) if sizes[path] >= SCAN_BYTES]
     total = sum(sizes[path] for path in files)
