@@ -237,7 +237,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     decisive: index of the judgement that decided. source: None where there was nothing to read.
     moment: where it lies, seen from the onset that opened the window `moment_of`, or "sources"
     after that one failed; only "at" is judged. Both are None without a trigger, and in older
-    documents.
+    documents. role: of its server ("prefill", "decode", "embedding"), None for all of them.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
     `CUDA driver` …). It and `cost` are None in older documents.
     """
@@ -279,6 +279,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     moment: Moment | None = None
     moment_of: str | None = None
     cost: WindowCost | None = None
+    role: str | None = None
 
     @property
     def is_judged(self) -> bool:
