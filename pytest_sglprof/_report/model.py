@@ -145,6 +145,7 @@ class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_mib: float | None = None
     ring: str | None = None
     source_lines: bool | None = None
+    roles: tuple[str, ...] | None = None
 
 
 class RecordedSpread(msgspec.Struct, frozen=True, kw_only=True):
