@@ -39,7 +39,7 @@ class RoleWindows:
         windows = tuple(each for each in self.windows if each.role == role)
         if not windows:
             raise SettingsError(
-                f"there is no window on a {role!r} server",
+                f"none of these windows is on a {role!r} server",
                 expected="one of " + ", ".join(dict.fromkeys(each.role for each in self.windows)),
                 hint="give profile_window that role",
             )
