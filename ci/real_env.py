@@ -3,7 +3,8 @@
     eval "$(python3 ci/real_env.py)"
 
 prints `export` lines for SGLPROF_REAL_PYTHON (an interpreter that has SGLang),
-SGLPROF_REAL_MODELS (a folder of tiny models) and SGLPROF_NSYS. What cannot be installed
+SGLPROF_REAL_MODELS (a folder of tiny models), SGLPROF_NSYS and SGLPROF_ROUTER_PYTHON (an
+interpreter that has sglang-router; `router` alone installs only that). What cannot be installed
 gets no line but a reason on standard error; the suites then skip with it, or fail where
 SGLPROF_REQUIRE_REAL is set. Needs only the standard library.
 
@@ -27,6 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("llama", "qwen3moe", "mixtral")
+ROUTER = "sglang-router==0.3.2"  # a wheel of 31 MB
 SGLANG_PYTHON = (3, 11)  # the version whose wheels the pinned requirements name
 
 
@@ -36,8 +38,9 @@ class CannotInstall(Exception):
 
 def main() -> None:
     """Prints one `export` line for each part that is there or can be installed."""
+    parts = {"sglang": _sglang, "nsys": _nsys, "router": _router}
     with _locked(_cache()):
-        for install in (_sglang, _nsys):
+        for install in (parts[name] for name in sys.argv[1:] or parts):
             try:
                 for name, value in install():
                     sys.stdout.write(f"export {name}={shlex.quote(str(value))}\n")
@@ -85,6 +88,18 @@ def _nsys() -> list[tuple[str, Path]]:
     if not os.access(nsys, os.X_OK):
         _install([script, folder], folder)
     return [("SGLPROF_NSYS", nsys)]
+
+
+def _router() -> list[tuple[str, Path]]:
+    venv = _cache() / ROUTER.replace("==", "-")
+    python = venv / "bin" / "python"
+    if not os.access(python, os.X_OK):
+        _install([sys.executable, "-m", "venv", venv], venv)
+        pip = [str(python), "-m", "pip", "install", "-q", ROUTER]
+        if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
+            shutil.rmtree(venv, ignore_errors=True)
+            raise CannotInstall(f"{ROUTER} cannot be installed here (see above)")
+    return [("SGLPROF_ROUTER_PYTHON", python)]
 
 
 def _key(files: Sequence[Path]) -> str:

@@ -28,6 +28,7 @@ NO_DEFAULT = object()
 ADDED_LATER = (
     "across",
     "min_us",
+    "role",
 )  # fields that older documents lack, although their default is not None
 KINDS: dict[str, dict[str, Any]] = {  # what a value of each `Option.kind` may be
     "flag": {"type": "boolean"},

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from pytest_sglprof._plugin.verdicts import VerdictFailed as VerdictFailed
     from pytest_sglprof._plugin.verdicts import VerdictInconclusive as VerdictInconclusive
     from pytest_sglprof._run.attempt import ProfileWindow as ProfileWindow
+    from pytest_sglprof._run.roles import RoleWindows as RoleWindows
     from pytest_sglprof._run.shapes import ProfileShapes as ProfileShapes
     from pytest_sglprof._run.shapes import ShapeResult as ShapeResult
     from pytest_sglprof._run.window import Window as Window
+    from pytest_sglprof._server.deployment import Deployment as Deployment
     from pytest_sglprof._server.launch import Server as Server
     from pytest_sglprof._trace.read import read_window as read_window
     from pytest_sglprof._trace.table import KernelTable as KernelTable
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BenchServing": "_bench_serving.bench",
+    "Deployment": "_server.deployment",
     "ImbalanceOnset": "_load.triggers",
     "Inconclusive": "_errors",
     "KernelImbalance": "_load.triggers",
@@ -52,6 +55,7 @@ _HOMES = {
     "ProfileWindow": "_run.attempt",
     "QueueGrowth": "_load.triggers",
     "Ring": "_load.triggers",
+    "RoleWindows": "_run.roles",
     "Server": "_server.launch",
     "ServerSpec": "_config.model",
     "SglprofError": "_errors",

@@ -35,6 +35,7 @@ from pytest_sglprof._bench_serving.runs import DriverRuns, Progress, driver_fail
 from pytest_sglprof._errors import LoadError, ServerRefused
 from pytest_sglprof._redact import redact_command, redact_text
 from pytest_sglprof._server.client import is_transient
+from pytest_sglprof._server.deployment import servers_of
 
 if TYPE_CHECKING:
     from pytest_sglprof._server.launch import Server
@@ -206,7 +207,7 @@ class BenchServing:
             if attempt:
                 time.sleep(FLUSH_PAUSE_S)
             try:
-                if self.server.client.flush_cache():
+                if all(each.client.flush_cache() for each in servers_of(self.server).values()):
                     return True
                 problem = None
             except ServerRefused as error:

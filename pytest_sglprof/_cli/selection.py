@@ -34,7 +34,9 @@ def thresholds_of(
     if judged and args.config is None and not is_changed:
         thresholds = tuple(dict.fromkeys(judgement.threshold for judgement in judged))
     else:
-        thresholds = settings.thresholds
+        from pytest_sglprof._config.thresholds import of_role
+
+        thresholds = of_role(settings.thresholds, (window and window.role) or "")
     return tuple(
         replace(each, limit=math.inf) if each.origin == "default" else each for each in thresholds
     )

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_sglprof._config.model import CERTAIN, SERVER_KINDS, ServerSpec, Threshold
+from pytest_sglprof._config.model import CERTAIN, ServerSpec, Threshold
 from pytest_sglprof._config.options import OPTIONS, Option, is_on
-from pytest_sglprof._config.servers import server_dir_pair, servers_from
+from pytest_sglprof._config.servers import check_servers, server_dir_pair, servers_from
 from pytest_sglprof._config.thresholds import check_threshold, default_thresholds
-from pytest_sglprof._config.windows import check_name, refuse_too_few_steps, window_spec
+from pytest_sglprof._config.windows import refuse_too_few_steps, window_spec
 from pytest_sglprof._errors import SettingsError, did_you_mean, docs
 from pytest_sglprof._limits import (
     NOT_PATTERN,
@@ -103,7 +103,8 @@ class Settings:
             if spec.url:
                 lines.append(f"server {name}: url={redact_text(spec.url)}")
                 continue
-            lines.append(f"server {name}: kind={spec.kind} nsys={spec.nsys} args={args}")
+            of = "".join(f" {role}={server}" for role, server in spec.members)
+            lines.append(f"server {name}: kind={spec.kind} nsys={spec.nsys}{of} args={args}")
         return lines
 
 
@@ -192,7 +193,7 @@ def build_settings(
     if python := rows.get("python"):
         is_default = effective_origins["python"] == where  # weaker than `python` of a server
         servers = {
-            name: replace(spec, python=(is_default and spec.python) or python)
+            name: replace(spec, python=((is_default or spec.members) and spec.python) or python)
             for name, spec in servers.items()
         }
     if folder := rows.get("baselines"):
@@ -200,8 +201,7 @@ def build_settings(
         rows["baselines"] = (base if is_of_file else invocation_dir) / folder
     if mhz := rows.get("lock_clocks"):
         servers = {name: replace(spec, lock_clocks=mhz) for name, spec in servers.items()}
-    for name, spec in servers.items():
-        check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
+    check_servers(servers)
     window = document.get("window", {})
     settings = Settings(
         **{**rows, "output": invocation_dir / rows.get("output", ".sglprof")},

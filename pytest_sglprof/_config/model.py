@@ -6,13 +6,16 @@ from typing import Any, Final, Literal, get_args
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._metrics import METRICS
 
-LauncherName = Literal["sglang", "standin"]  # of a row of `_server.command.LAUNCHERS`
+# Of a row of `_server.command.LAUNCHERS`; a router is that of a deployment.
+LauncherName = Literal["sglang", "standin", "router"]
 ServerKind = Literal[LauncherName, "auto"]
 NodeLauncher = Literal["local", "slurm", "command"]  # of a row of `_server.nodes.NODE_LAUNCHERS`
 NODE_LAUNCHERS = get_args(NodeLauncher)
 ServerEntry = Literal["", "serve", "launch_server"]  # "": the first that the interpreter has
 SERVER_ENTRIES = get_args(ServerEntry)[1:]
-SERVER_KINDS: tuple[ServerKind, ...] = (*get_args(LauncherName), "auto")
+SERVER_KINDS: tuple[ServerKind, ...] = ("sglang", "standin", "auto")  # of a server alone
+MemberRole = Literal["prefill", "decode"]
+ROLES: tuple[MemberRole, ...] = get_args(MemberRole)  # of a deployment's servers, as they start
 Across = Literal["", "peers", "sync"]  # who is compared; "": peers, else sync if nobody has any
 ACROSS = get_args(Across)[1:]
 # Of a window, seen from the onset that opened one; "sources": after a fail, with stacks.
@@ -43,6 +46,7 @@ class ServerSpec:
     url: of a running server, which is attached to instead; server_dir: (a folder on its machine,
     the same folder here); server_ca: file of the certificate of its https; nsys_session: the name
     of the session that it is in.
+    members: of a deployment, whose router this is: (role, name of the server), as they start.
     """
 
     __module__ = "pytest_sglprof"
@@ -73,11 +77,21 @@ class ServerSpec:
     server_dir: tuple[str, str] | None = None
     server_ca: str = ""
     nsys_session: str = ""
+    members: tuple[tuple[MemberRole, str], ...] = ()
 
     @property
     def key(self) -> str:
         """Tests whose specifications have equal keys share one server life."""
         return f"{self.name}+nsys" if self.nsys else self.name
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server of a deployment. label: "prefill", or "decode-2" where the role has several."""
+
+    role: MemberRole
+    label: str
+    spec: ServerSpec
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class Threshold:
     collectives, at equal work; "" for peers, or for sync where no rank has a peer.
     origin: where it was set, for messages ("marker", "sglprof.toml", "default", ...).
     min_us: of `regression`: it fails only if it is also slower by so many microseconds a step.
+    role: of servers with this role in a deployment ("prefill", "decode"), "" for all servers.
     """
 
     __module__ = "pytest_sglprof"
@@ -107,12 +122,13 @@ class Threshold:
     origin: str = "default"
     across: Across = ""
     min_us: float = 0.0
+    role: str = ""
 
     @property
-    def identity(self) -> tuple[str, str, str, str, str]:
+    def identity(self) -> tuple[str, str, str, str, str, str]:
         """A threshold replaces an earlier one with the same identity."""
         across = METRICS[self.metric].across or self.across
-        return (self.scope, self.kernel, self.stage, self.metric, across)
+        return (self.role, self.scope, self.kernel, self.stage, self.metric, across)
 
     def describe(self) -> str:
         """`slowdown of moe in decode across sync <= 1.2`."""
@@ -124,7 +140,8 @@ class Threshold:
         stage = f" in {self.stage}" if self.stage else ""
         across = f" across {self.across}" if self.across else ""
         least = f" and {self.min_us:g} µs a step" if self.min_us else ""
-        return f"{self.metric} of {what}{stage}{across} {sign} {self.limit:g}{least}"
+        role = f" of {self.role} servers" if self.role else ""
+        return f"{self.metric} of {what}{stage}{across}{role} {sign} {self.limit:g}{least}"
 
 
 CERTAIN: Final = "certain"  # of `repeat`: until the verdict is certain
@@ -149,6 +166,8 @@ class WindowSpec:
     longer (s), or write more (MiB); see `_run.cost`.
     source_lines: after a fail, while the load goes on, another window of 3 steps is recorded with
     Python stacks, for the lines that launched the kernels of the slow rank.
+    roles: of the servers of a deployment on which it is opened, each with a window of its own
+    (empty: on all).
     trigger: opens the window instead of steady load: a trigger of `pytest_sglprof`, or a
     callable. The other names and defaults are those of SGLang's `/start_profile`.
     """
@@ -179,6 +198,7 @@ class WindowSpec:
     max_stall: float | None = None
     max_mib: float | None = None
     source_lines: bool = False
+    roles: tuple[MemberRole, ...] = ()
     trigger: Any = None
     ring: Any = None
     thresholds: tuple[Threshold, ...] = ()

@@ -1,20 +1,106 @@
-"""The servers of `sglprof.toml`: `[server]` and `[servers.NAME]`, started or attached to."""
+"""The servers of `sglprof.toml`: `[server]`, `[servers.NAME]` and `[deployments.NAME]`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pytest_sglprof._config.model import ServerSpec
-from pytest_sglprof._errors import SettingsError
+from pytest_sglprof._config.model import ROLES, SERVER_KINDS, Member, ServerSpec
+from pytest_sglprof._config.windows import check_name
+from pytest_sglprof._errors import SettingsError, did_you_mean
 from pytest_sglprof._nsys import check_profile_args
 
 
 def servers_from(document: Mapping[str, Any], base: Path) -> dict[str, ServerSpec]:
-    """The servers by name: `[server]` is "default", `[servers.NAME]` is NAME."""
+    """The servers by name: `[server]` is "default", `[servers.NAME]` is NAME.
+
+    A deployment, `[deployments.NAME]`, is its router, which has members.
+    """
     tables = {"default": document.get("server", {}), **document.get("servers", {})}
-    return {name: _server_spec(name, table, base) for name, table in tables.items()}
+    deployments = document.get("deployments", {})
+    if twice := [name for name in deployments if name in tables]:
+        raise SettingsError(
+            f"{twice[0]} is a server and a deployment",
+            expected="one of the two: the marker sglang_server takes the names of both",
+            hint=f"rename [deployments.{twice[0]}]",
+        )
+    servers = {name: _server_spec(name, table, base) for name, table in tables.items()}
+    return servers | {name: _router(name, table) for name, table in deployments.items()}
+
+
+def _router(name: str, table: Mapping[str, Any]) -> ServerSpec:
+    members = [(role, server) for role in ROLES for server in table[role]]
+    args, python = tuple(table.get("router", ())), table.get("router_python", "")
+    return ServerSpec(name=name, kind="router", args=args, python=python, members=tuple(members))
+
+
+def members_of(router: ServerSpec, servers: Mapping[str, ServerSpec]) -> tuple[Member, ...]:
+    """The servers of a deployment, in the order in which they start.
+
+    Each has its role, and a name of its own. The GPUs of a server that is named several times
+    are shared out, in order. Raises `SettingsError` for what cannot be started together.
+    """
+    times, seen = Counter(name for _, name in router.members), Counter[str]()
+    per_role, numbers = Counter(role for role, _ in router.members), Counter[str]()
+    members = []
+    for role, name in router.members:
+        spec = _checked(router, servers, name, times[name])
+        gpus = spec.gpus
+        if gpus != "all":
+            share = len(gpus) // times[name]
+            gpus = gpus[seen[name] * share :][:share]
+        seen[name] += 1
+        numbers[role] += 1
+        label = role if per_role[role] == 1 else f"{role}-{numbers[role]}"
+        args = (*spec.args, *_unless(spec.args, "--disaggregation-mode", role))
+        key, nsys = f"{router.name}.{label}", spec.nsys or router.nsys
+        spec = replace(spec, name=key, args=args, gpus=gpus, nsys=nsys)
+        members.append(Member(role, label, spec))
+    return tuple(members)
+
+
+def _checked(
+    router: ServerSpec, servers: Mapping[str, ServerSpec], name: str, times: int
+) -> ServerSpec:
+    where = f"deployment {router.name}: server {name}"
+    if name not in servers or servers[name].members or servers[name].url:
+        raise SettingsError(
+            f"{where} is none that could be started",
+            expected="the name of a [servers.NAME] without url",
+            hint=did_you_mean([name], servers, f"add [servers.{name}]"),
+        )
+    spec = servers[name]
+    if times > 1 and (spec.port or any(word.partition("=")[0] == "--port" for word in spec.args)):
+        raise SettingsError(
+            f"{where} is started {times} times and has a port",
+            expected="no port: each gets a free one",
+            hint="leave it out, or name several servers",
+        )
+    if spec.gpus != "all" and len(spec.gpus) % times:
+        raise SettingsError(
+            f"{where} is started {times} times and has {len(spec.gpus)} GPUs",
+            expected="GPUs that can be shared out evenly",
+            hint="correct gpus, or name several servers",
+        )
+    return spec
+
+
+def _unless(args: Sequence[str], option: str, value: str) -> Sequence[str]:
+    """An option with its value; () where `args` have it."""
+    is_given = any(word.partition("=")[0] == option for word in args)
+    return () if is_given else (option, value)
+
+
+def check_servers(servers: Mapping[str, ServerSpec]) -> None:
+    """Raises `SettingsError` for a kind that does not exist, or members that cannot be started."""
+    for name, spec in servers.items():
+        if spec.members:
+            members_of(spec, servers)
+        else:
+            check_name(spec.kind, SERVER_KINDS, f"server {name}: kind={spec.kind!r}")
 
 
 def server_dir_pair(text: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from pytest_sglprof._config.model import ACROSS, STAGES, Across, Threshold
+from pytest_sglprof._config.model import ACROSS, ROLES, STAGES, Across, Threshold
 from pytest_sglprof._errors import SettingsError, did_you_mean
 from pytest_sglprof._limits import compiled
 from pytest_sglprof._metrics import LIFE_FIGURES, LOAD_WORDS, METRICS, UNITS
@@ -30,15 +30,27 @@ def default_thresholds() -> tuple[Threshold, ...]:
 def merge_thresholds(*layers: Sequence[Threshold]) -> tuple[Threshold, ...]:
     """The thresholds of all layers; a later one replaces an earlier one of the same identity.
 
-    One that says who is compared also replaces one of an earlier layer that leaves it open. The
-    order is that of first appearance, so that it is the same in all reports.
+    One that says who is compared also replaces one of an earlier layer that leaves it open, and
+    one for all servers those of earlier layers for one role. The order is that of first
+    appearance, so that it is the same in all reports.
     """
     merged: dict[tuple[str, ...], Threshold] = {}
     for layer in layers:
         decided = {(*each.identity[:-1], "") for each in layer if each.identity[-1]}
+        decided |= {(role, *each.identity[1:]) for each in layer if not each.role for role in ROLES}
         merged = {key: each for key, each in merged.items() if key not in decided}
         merged |= {each.identity: each for each in layer}
     return tuple(merged.values())
+
+
+def of_role(thresholds: Sequence[Threshold], role: str) -> tuple[Threshold, ...]:
+    """Those of a server with this role; one for the role alone replaces one for all servers.
+
+    Where all of them are for other roles it is the one without any configuration.
+    """
+    for_all = [each for each in thresholds if not each.role]
+    for_role = [replace(each, role="") for each in thresholds if role and each.role == role]
+    return merge_thresholds(for_all, for_role) or (default_thresholds() if thresholds else ())
 
 
 def thresholds_from_keywords(
@@ -142,6 +154,7 @@ def check_threshold(
     check_stage(stage, origin, f"{prefix}stage")
     check_min_us(metric, scope, threshold.min_us, origin, f"{prefix}min_us")
     check_across(metric, threshold.across, origin, f"{prefix}across")
+    check_role(threshold.role, origin, f"{prefix}role")
     return threshold
 
 
@@ -241,6 +254,16 @@ def check_stage(stage: object, origin: str, where: str) -> None:
             f"{origin}: {where}: {stage!r} is not a stage",
             expected=f"one of {', '.join(STAGES)}",
             hint=did_you_mean([stage], STAGES, "leave it out for all steps together"),
+        )
+
+
+def check_role(role: object, origin: str, where: str) -> None:
+    """Raises SettingsError unless `role` is in `ROLES` or ""."""
+    if role != "" and role not in ROLES:
+        raise SettingsError(
+            f"{origin}: {where}: {role!r} is not a role of a server",
+            expected=f"one of {', '.join(ROLES)}",
+            hint=did_you_mean([role], ROLES, "leave it out for all servers"),
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_sglprof._config.backends import BACKENDS
-from pytest_sglprof._config.model import CERTAIN, WindowSpec
+from pytest_sglprof._config.model import CERTAIN, ROLES, WindowSpec
 from pytest_sglprof._config.thresholds import (
     listed_thresholds,
     merge_thresholds,
@@ -52,7 +52,7 @@ def window_spec(settings: Settings, keywords: Mapping[str, Any], *, origin: str)
             expected="a limit beside it, such as slowdown=1.05",
             hint="in thresholds=[...], each Threshold has its own across",
         )
-    for name in ("activities", "profile_stages"):
+    for name in _LISTS:
         if isinstance(options.get(name), list):
             options[name] = tuple(options[name])
     defaults = dict(settings.window)
@@ -168,7 +168,7 @@ _SWITCHES = (
     "source_lines",
 )
 _TEXTS = ("profile_prefix", "profile_id", "output_dir")
-_LISTS = ("activities", "profile_stages")
+_LISTS = ("activities", "profile_stages", "roles")
 
 
 def _check_window(spec: WindowSpec, origin: str) -> None:
@@ -235,6 +235,8 @@ def _check_names(spec: WindowSpec, origin: str) -> None:
     from pytest_sglprof._capture.torch_request import STAGES as PROFILED
 
     check_name(spec.backend, tuple(BACKENDS), f"{origin}: backend={spec.backend!r}")
+    for role in spec.roles or ():
+        check_name(role, ROLES, f"{origin}: roles has {role!r}")
     for name in spec.profile_stages or ():
         check_name(name.lower(), tuple(PROFILED), f"{origin}: profile_stages has {name!r}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pytest_sglprof._config.load import Settings
 from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._config.servers import members_of
 from pytest_sglprof._errors import ServerMissing, SglprofError
 from pytest_sglprof._nsys import find_nsys
 from pytest_sglprof._redact import redact_text
@@ -49,7 +50,12 @@ def _servers(settings: Settings) -> str:
 def lacking_lines(specs: Iterable[ServerSpec], settings: Settings) -> list[str]:
     """A line for each thing that these servers need and this machine lacks."""
     lines = []
-    for spec in () if settings.server else specs:
+    parts = [
+        each
+        for spec in (() if settings.server else specs)
+        for each in (*(member.spec for member in members_of(spec, settings.servers)), spec)
+    ]
+    for spec in parts:
         for lack in (_lacks_sglang, _lacks_nsys, _lacks_key, _lacks_model):
             try:
                 lack(spec, settings)

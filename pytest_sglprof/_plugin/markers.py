@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,7 @@ def marked_window(item: pytest.Item, settings: Settings) -> WindowSpec | None:
 
 def check_item(item: pytest.Item, settings: Settings) -> str | None:
     """The first mistake in the markers of a test, or None."""
+    from pytest_sglprof._config.servers import members_of
     from pytest_sglprof._config.windows import repeats
 
     try:
@@ -104,7 +105,9 @@ def check_item(item: pytest.Item, settings: Settings) -> str | None:
         _check_test_case(item)
         if window is not None:
             repeats(window, settings)
-            _check_pair(item, server, window, attached=bool(settings.server or server.url))
+            members = [each.spec for each in members_of(server, settings.servers)]
+            is_attached = bool(settings.server or server.url)
+            _check_pair(item, server, window, members, attached=is_attached)
     except (SettingsError, WindowRefused) as error:
         return f"{item.name}: {error}"
     return None
@@ -125,7 +128,12 @@ def _check_test_case(item: pytest.Item) -> None:
 
 
 def _check_pair(
-    item: pytest.Item, server: ServerSpec, window: WindowSpec, *, attached: bool
+    item: pytest.Item,
+    server: ServerSpec,
+    window: WindowSpec,
+    members: Sequence[ServerSpec],
+    *,
+    attached: bool,
 ) -> None:
     if SERVER_FIXTURE not in getattr(item, "fixturenames", ()):
         raise SettingsError(
@@ -133,14 +141,20 @@ def _check_pair(
             expected="the fixture sglang_server or bench_serving among its arguments",
             hint="add sglang_server to the test's arguments",
         )
+    if window.roles and not (server.members or attached):
+        raise SettingsError(
+            f"@pytest.mark.{WINDOW_MARK}(roles={list(window.roles)}) on a server alone",
+            expected=f'@pytest.mark.{SERVER_MARK}("NAME") with NAME of [deployments.NAME]',
+            hint="leave roles out: such a server has one window",
+        )
     if BACKENDS[window.backend].needs_session and not server.nsys and not attached:
         raise SettingsError(
             f'backend="{window.backend}" on a server that is not started under nsys',
             expected=f"@pytest.mark.{SERVER_MARK}(nsys=True) on the test",
             hint="remove nsys=False, or use the torch backend",
         )
-    if not attached:
-        _refuse_by_text(server, window)
+    for each in () if attached else (members or (server,)):
+        _refuse_by_text(each, window)
 
 
 def _refuse_by_text(server: ServerSpec, window: WindowSpec) -> None:

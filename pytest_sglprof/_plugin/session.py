@@ -53,6 +53,7 @@ from pytest_sglprof._run.clean import swept
 from pytest_sglprof._run.folder import RunBook, RunFolder, new_run_id, prune, run_facts
 from pytest_sglprof._run.lives import KnownLives, TestLives, accept_lives
 from pytest_sglprof._run.servers import close_server, describe_server, open_server
+from pytest_sglprof._server.deployment import processes_of
 
 if TYPE_CHECKING:
     from pytest_sglprof._report.model import RecordedServer
@@ -454,8 +455,9 @@ class PluginSession:
             self._book.problems.append(f"server {server.spec.key}: {what}")
         finally:
             self._unwritten.extend(server.problems)
-            if server.left_behind or server.keeper_fault:
-                self._left.append(describe_server(server, self.folder.path))
+            for each in processes_of(server):
+                if each.left_behind or each.keeper_fault:
+                    self._left.append(describe_server(each, self.folder.path))
 
     def test_run(self, item: pytest.Item) -> TestRun:
         """The current attempt of `item`, with its server."""
@@ -465,7 +467,7 @@ class PluginSession:
 
     def profile_window(self, item: pytest.Item) -> ProfileWindow:
         """The value of the fixture `profile_window`."""
-        return ProfileWindow(self.settings, self.test_run(item).new_window, item.name)
+        return ProfileWindow(self.settings, self.test_run(item).new_by_hand, item.name)
 
     def _server_spec(self, node: Any) -> ServerSpec:
         try:

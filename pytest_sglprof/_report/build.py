@@ -59,6 +59,7 @@ def window_document(
     server_key: str,
     standin: bool,
     load: str | None,
+    role: str | None = None,
     root: Path | None = None,
     repeat: Repeat | None = None,
     onset: RecordedOnset | None = None,
@@ -71,7 +72,7 @@ def window_document(
     """One window as results hold it, redacted.
 
     table: None when there was nothing to read. load: id of the load that ran meanwhile.
-    root: folder that artifact paths are relative to (None: file names only).
+    role: of its server. root: folder that artifact paths are relative to (None: file names only).
     repeat: the windows that it was opened with; `verdict` and `reason` are then those over all
     of them, and the judgements those of this window. onset, load_samples: those that opened it.
     around, moment, moment_of, sources: see `RecordedWindow`.
@@ -89,6 +90,7 @@ def window_document(
         server=server_key,
         standin=standin,
         load=load,
+        role=role,
         spec=_spec(capture.spec),
         opened=utc(capture.opened),
         closed=utc(capture.closed),

@@ -145,6 +145,7 @@ class RecordedSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_mib: float | None = None
     ring: str | None = None
     source_lines: bool | None = None
+    roles: tuple[str, ...] | None = None
 
 
 class RecordedSpread(msgspec.Struct, frozen=True, kw_only=True):
@@ -237,7 +238,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     decisive: index of the judgement that decided. source: None where there was nothing to read.
     moment: where it lies, seen from the onset that opened the window `moment_of`, or "sources"
     after that one failed; only "at" is judged. Both are None without a trigger, and in older
-    documents.
+    documents. role: of its server ("prefill", "decode", "embedding"), None for all of them.
     partial: a trace is truncated. run: what the traces say of the run that recorded them (`GPU`,
     `CUDA driver` …). nodes: rank -> the node that it ran on; None for a server of one machine.
     `run`, `cost` and `nodes` are None in older documents.
@@ -281,6 +282,7 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     moment_of: str | None = None
     cost: WindowCost | None = None
     nodes: dict[str, str] | None = None
+    role: str | None = None
 
     @property
     def is_judged(self) -> bool:

@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from pytest_sglprof._capture.recording import in_thread
 from pytest_sglprof._config.model import WindowSpec
 from pytest_sglprof._config.windows import repeats, window_by_hand
-from pytest_sglprof._errors import Inconclusive, SglprofError, do_every
+from pytest_sglprof._errors import Inconclusive, SettingsError, SglprofError, do_every
 from pytest_sglprof._metrics import WORST_FIRST, VerdictWord
 from pytest_sglprof._run.opening import LoadState, open_in_time, refuse_trigger
+from pytest_sglprof._run.roles import RoleWindows, specs_by_server, together
 from pytest_sglprof._run.servers import check_alive, describe_server, undisturbed
 from pytest_sglprof._run.window import Window
 from pytest_sglprof._server.command import LAUNCHERS
+from pytest_sglprof._server.deployment import Deployment, processes_of, servers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,8 +85,8 @@ class TestRun:
         self._load = LoadState()
         self._bench: BenchServing | None = None
         self._made: list[Window] = []  # all of them; `windows` has those that are closed
-        self._window: Window | None = None  # the one of the marker
-        self._opening: Future[None] | None = None  # opens that one beside the body
+        self._of_marker: list[Window] = []  # one for each server that it is opened on
+        self._openings: list[Future[None]] = []  # open these beside the body
         self._body_is_over = threading.Event()
         self._documents: list[RecordedWindow] | None = None
         self._lives = lives
@@ -96,7 +98,7 @@ class TestRun:
         self._is_incomparable = False  # that exception says no more than this
         self._ended: float | None = None  # where another server life follows
         self._started = time.monotonic()
-        self._load_watch: LoadWatch | None = None
+        self._load_watches: dict[str, LoadWatch] = {}  # by the URL of the server
 
     def prepare(self, server: Server | None) -> None:
         """After the setup: checks that the server lives, and opens a window of the whole body."""
@@ -105,28 +107,41 @@ class TestRun:
             return
         check_alive(server)
         self._open_whole_body()
-        if self._window is None and self._marked is not None:
-            self._window = self.new_window(self._marked)
-            refuse_trigger(self._marked.trigger, server)
+        if self._of_marker or self._marked is None:
+            return
+        self._of_marker = self.new_windows(self._marked)
+        for window in self._of_marker:
+            refuse_trigger(self._marked.trigger, window.server)
             with contextlib.suppress(Inconclusive):  # a full disk may have space when it opens
-                self._window.refuse()
+                window.refuse()
 
     def new_window(self, spec: WindowSpec) -> Window:
-        """A new window of this test."""
-        return self._make_window(replace(spec, repeat=repeats(spec, self._settings)))
+        """A new window of this test, on its only server."""
+        (window,) = self.new_windows(spec)
+        return window
 
-    def _make_window(self, spec: WindowSpec) -> Window:
+    def new_by_hand(self, spec: WindowSpec) -> Window | RoleWindows:
+        """The window that a body opens; on a deployment one for each of its servers."""
+        windows = self.new_windows(spec)
+        return RoleWindows(windows) if isinstance(self.server, Deployment) else windows[0]
+
+    def new_windows(self, spec: WindowSpec) -> list[Window]:
+        """A new window of this test for each server that it is opened on."""
         assert self.server is not None, "a window needs the server fixture"
+        spec = replace(spec, repeat=repeats(spec, self._settings))
+        return [self._make_window(*each) for each in specs_by_server(spec, self.server)]
+
+    def _make_window(self, server: Server, spec: WindowSpec) -> Window:
         window = Window(
-            self.server,
+            server,
             spec,
             self._folder.window(spec.name, self.nodeid),
             settings=self._settings,
             load=self._load,
-            make_next=self._make_window,
+            make_next=partial(self._make_window, server),
             progress=self._progress,
         )
-        window.watch = self._load_watch
+        window.watch = self._load_watches.get(server.url)
         window.compare = self._compared
         window.drop = partial(self._drop, window)
         self._made.append(window)
@@ -159,19 +174,22 @@ class TestRun:
         """Drives batches of fixed shapes, with a window of this test for each."""
         from pytest_sglprof._run.shapes import ProfileShapes
 
+        self._refuse_deployment("profile_shapes")
         folder = self._folder.load(self.nodeid)
         return ProfileShapes(
             self._settings, self.new_window, self.bench_serving(), self._load, folder
         )
 
-    def load_watch(self) -> LoadWatch:
-        """Watches the load of the server's ranks until the end of the test."""
-        if self._load_watch is None:
+    def load_watch(self, server: Server | None = None) -> LoadWatch:
+        """Watches the load of a server's ranks until the end of the test."""
+        if server is None:
+            self._refuse_deployment("load_watch")
+            server = self.server
+        assert server is not None, "load is that of the server fixture"
+        if server.url not in self._load_watches:
             from pytest_sglprof._load.watcher import server_watch
 
-            server = self.server
-            assert server is not None, "load is that of the server fixture"
-            self._load_watch = server_watch(
+            watch = self._load_watches[server.url] = server_watch(
                 server.url,
                 api_key=server.client.api_key,
                 log=server.log.path if server.log is not None else None,
@@ -179,10 +197,18 @@ class TestRun:
                 waits=True,
                 verify=server.client.verify,
             )
-            self._load_watch.start()
+            watch.start()
             for window in self._made:
-                window.watch = self._load_watch
-        return self._load_watch
+                window.watch = self._load_watches.get(window.server.url)
+        return self._load_watches[server.url]
+
+    def _refuse_deployment(self, fixture: str) -> None:
+        if isinstance(self.server, Deployment):
+            raise SettingsError(
+                f"{fixture} on the deployment {self.server.spec.name}",
+                expected="a server alone: it is about one server",
+                hint='@pytest.mark.sglang_server("NAME") with NAME of [servers.NAME]',
+            )
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -197,16 +223,12 @@ class TestRun:
         """Before the body: starts to wait for the moment to open the marked window."""
         if self._marked is None or self._marked.whole_body or self.server is None:
             return
-        window = self._window
-        assert window is not None, "prepare comes first"
-        if window.spec.trigger is not None:
-            window.watch = self.load_watch()
-        self._opening = in_thread(
-            "sglprof-window",
-            lambda: open_in_time(
-                window, self._load, self._body_is_over, drives_load=self._drives_load
-            ),
-        )
+        for window in self._of_marker:
+            if window.spec.trigger is not None:
+                window.watch = self.load_watch(window.server)
+            begun = window, self._load, self._body_is_over
+            opening = partial(open_in_time, *begun, drives_load=self._drives_load)
+            self._openings.append(in_thread("sglprof-window", opening))
 
     def end(self) -> None:
         """After the body: closes and judges each window, and raises their errors."""
@@ -248,7 +270,7 @@ class TestRun:
         yield self._compare_lives
 
     def _close(self, window: Window) -> None:
-        if window.was_opened or window is self._window:
+        if window.was_opened or window in self._of_marker:
             window.close()
             self.windows.append(window)
         _ = window.capture  # raises an error for a window that was never opened
@@ -276,7 +298,10 @@ class TestRun:
                 worker=self._folder.worker,
             ),
             windows=tuple(windows),
-            servers=(describe_server(self.server, self._folder.path),) if self.server else (),
+            servers=tuple(
+                describe_server(each, self._folder.path)
+                for each in (processes_of(self.server) if self.server else ())
+            ),
             loads=self._load_documents(),
             problems=tuple(problems),
             lives=tuple(self._records(windows)),
@@ -346,15 +371,13 @@ class TestRun:
         for earlier in self.earlier:
             earlier.forget()
         self.windows, self._made, self._documents, self._measured = [], [], [], []
-        self._window = self._opening = self._load_watch = self._bench = None
+        self._of_marker, self._openings, self._load_watches, self._bench = [], [], {}, None
 
     def _end_opening(self) -> None:
-        opening, self._opening = self._opening, None
+        openings, self._openings = self._openings, []
         self._body_is_over.set()
-        if opening is None:
-            return
         try:
-            opening.result()
+            do_every(each.result for each in openings)
         except BaseException:
             # This error explains why its windows were never opened.
             self._made = [window for window in self._made if window.was_opened]
@@ -362,13 +385,12 @@ class TestRun:
 
     def _end_load_watch(self) -> None:
         """Ends the watch and raises the error of its thread, if any; its samples stay readable."""
-        if self._load_watch is not None:
-            self._load_watch.stop()
+        do_every(each.stop for each in self._load_watches.values())
 
     def _open_whole_body(self) -> None:
         if self._marked is not None and self._marked.whole_body:
-            self._window = self.new_window(self._marked)
-            self._window.open()
+            self._of_marker = self.new_windows(self._marked)
+            together([each.open for each in self._of_marker])
 
     def _conclude(self) -> None:
         """Sets the worst verdict of all windows. Reads each of them, even if another one fails."""
@@ -433,13 +455,18 @@ class TestRun:
         """What these windows leave of their server life."""
         if self.server is None or self._lives is None:
             return []
-        return self._lives.records(
-            [window for window in windows if window.is_judged],
-            self.server,
-            describe_server(self.server, self._folder.path),
-            self._load_commands(),
-            has_failed=(self._has_failed and not self._is_incomparable) or self.has_failed_subtest,
-        )
+        has_failed = (self._has_failed and not self._is_incomparable) or self.has_failed_subtest
+        return [
+            record
+            for server in servers_of(self.server).values()
+            for record in self._lives.records(
+                [each for each in windows if each.is_judged and each.server == server.spec.key],
+                server,
+                describe_server(server, self._folder.path),
+                self._load_commands(),
+                has_failed=has_failed,
+            )
+        ]
 
     def _repeated(self, window: Window) -> RepeatedVerdict | None:
         """The verdict over all windows that repeat this one; None if it is not repeated."""
@@ -465,8 +492,9 @@ class TestRun:
             is_final=is_final,
             nodeid=self.nodeid,
             attempt=self.attempt,
-            server_key=self._server_key,
-            standin=self._standin,
+            server_key=window.server.spec.key,
+            standin=LAUNCHERS[window.server.kind].is_standin,
+            role=window.role or None,
             load=self._load_id(window.load_index) if window.load_index else None,
             root=self._folder.path,
             repeat=self._repeat(window),
@@ -503,7 +531,8 @@ class TestRun:
 
     @property
     def _standin(self) -> bool:
-        return self.server is not None and LAUNCHERS[self.server.kind].is_standin
+        servers = servers_of(self.server).values() if self.server is not None else ()
+        return any(LAUNCHERS[each.kind].is_standin for each in servers)
 
 
 class ProfileWindow:
@@ -516,12 +545,19 @@ class ProfileWindow:
     __module__ = "pytest_sglprof"
 
     def __init__(
-        self, settings: Settings, make: Callable[[WindowSpec], Window], test_name: str = "window"
+        self,
+        settings: Settings,
+        make: Callable[[WindowSpec], Window | RoleWindows],
+        test_name: str = "window",
     ) -> None:
         self._settings, self._make, self._test_name = settings, make, test_name
 
-    def __call__(self, name: str = "", **options: Any) -> Window:
-        """A new window of the current test."""
+    @overload
+    def __call__(self, name: str = ..., *, roles: Sequence[str], **options: Any) -> RoleWindows: ...
+    @overload
+    def __call__(self, name: str = ..., **options: Any) -> Window: ...
+    def __call__(self, name: str = "", **options: Any) -> Window | RoleWindows:
+        """A new window of the current test; on a deployment one for each of its servers."""
         return self._make(window_by_hand(self._settings, name or self._test_name, options))
 
 

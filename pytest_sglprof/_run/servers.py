@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_sglprof._config.model import ServerSpec
+from pytest_sglprof._config.servers import members_of
 from pytest_sglprof._errors import ServerDied, ServerError
 from pytest_sglprof._server import lease as leases
 from pytest_sglprof._server.client import server_name
@@ -33,7 +34,10 @@ def open_server(
     folder: RunFolder,
     progress: Callable[[str], None] | None,
 ) -> Server:
-    """Starts the server of `spec`, or attaches to its url, or to that of `--sglprof-server`."""
+    """Starts the server of `spec`, or attaches to its url, or to that of `--sglprof-server`.
+
+    A `spec` with members is a deployment.
+    """
     from pytest_sglprof._server import launch as servers
 
     if settings.server:
@@ -49,6 +53,16 @@ def open_server(
             python=spec.python,
             api_key=api_key,
             admin_key=admin_key,
+        )
+    if spec.members:
+        from pytest_sglprof._server.deployment import launch_deployment
+
+        return launch_deployment(
+            spec,
+            members_of(spec, settings.servers),
+            folder=folder.server,
+            nsys_path=settings.nsys or None,
+            progress=progress,
         )
     return servers.launch(
         spec,
@@ -137,9 +151,14 @@ def undisturbed(server: Server, progress: Callable[[str], None] | None) -> Itera
     GPUs are leased for the whole life of a server, so that only attached servers and the cores
     of CPU servers can be shared. The figures of the stand-in do not depend on the machine.
     """
+    from pytest_sglprof._server.deployment import servers_of
+
     if server.attached:
         name, what = f"test-{server_name(server.url)}", f"the server {server.url}"
-    elif LAUNCHERS[server.kind].uses_hardware and server.sizes.is_cpu:
+    elif any(
+        LAUNCHERS[each.kind].uses_hardware and each.sizes.is_cpu
+        for each in servers_of(server).values()
+    ):
         name, what = "test-cpu", "the processor, by a test of another CPU server"
     else:
         yield

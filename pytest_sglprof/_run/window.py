@@ -16,7 +16,7 @@ from pytest_sglprof._capture.recording import POLL, LifeWatch, Progress, WindowC
 from pytest_sglprof._config.backends import BACKENDS
 from pytest_sglprof._config.load import Settings
 from pytest_sglprof._config.model import CERTAIN, MOST_WINDOWS, Across, Threshold, WindowSpec
-from pytest_sglprof._config.thresholds import check_threshold
+from pytest_sglprof._config.thresholds import check_threshold, of_role
 from pytest_sglprof._errors import (
     Incomparable,
     Inconclusive,
@@ -32,7 +32,7 @@ from pytest_sglprof._run.opening import LoadState, await_driven_load
 from pytest_sglprof._server.log_lines import ServerFacts, read_log_facts
 from pytest_sglprof._server.nvml import ClockWatch, GpuClocks, watch_clocks
 from pytest_sglprof._server.series import SeriesWatch, watch_series
-from pytest_sglprof._server.sizes import SERVER_INFO, write_settings
+from pytest_sglprof._server.sizes import SERVER_INFO, role_of, write_settings
 from pytest_sglprof._verdict.judge import Verdict, undecided
 from pytest_sglprof._verdict.repeats import RepeatedVerdict, judge_together, judge_until_certain
 
@@ -78,7 +78,8 @@ class Window:
         progress: Progress | None = None,
     ) -> None:
         self.server = server
-        self.spec = spec
+        self.role = role_of(server.info)
+        self.spec = replace(spec, thresholds=of_role(spec.thresholds, self.role))
         self.folder = Path(folder)
         self.id = window_id or self.folder.name
         self.state: Literal["new", "open", "closed"] = "new"

@@ -58,7 +58,8 @@ except importlib.metadata.PackageNotFoundError:
 batch = first("benchmark.one_batch_server", "bench_one_batch_server")
 print(json.dumps({"serve": has("cli.serve"), "server": first("launch_server"),
                   "driver": first("benchmark.serving", "bench_serving"),
-                  "batch_driver": batch, "batch_options": options(batch), "version": version}))
+                  "batch_driver": batch, "batch_options": options(batch), "version": version,
+                  "router": importlib.util.find_spec("sglang_router") is not None}))
 """
 
 
@@ -68,8 +69,8 @@ class Installation:
 
     serve: it has `sglang serve`. server, driver, batch_driver: modules that start a server, its
     load driver, and the one that sends batches of fixed shape, "" where it has none.
-    batch_options: of the last one, without dashes. version: "" if unknown. problem: the last
-    lines of a failed look, None after one that worked.
+    batch_options: of the last one, without dashes. version: "" if unknown. router: whether it has
+    sglang-router. problem: the last lines of a failed look, None after one that worked.
     """
 
     serve: bool = False
@@ -78,6 +79,7 @@ class Installation:
     batch_driver: str = ""
     batch_options: Sequence[str] = ()
     version: str = ""
+    router: bool = False
     problem: tuple[str, ...] | None = None
 
 
@@ -203,6 +205,36 @@ def _unless_given(spec: ServerSpec, name: str, value: str) -> list[str]:
     return [name, value] if value and not has_option(spec.args, name) else []
 
 
+# The router in front of the servers of a deployment, which serves nobody itself.
+
+ROUTER = "sglang_router.launch_router"
+ROUTER_GRACE = "5"  # s for open requests at its end; its own 180 would outlast the keeper
+
+
+def _find_router(spec: ServerSpec) -> Entry:
+    python = (process.which(spec.python) or spec.python) if spec.python else sys.executable
+    if installation(python).router:
+        return Entry("router", python, "module", ROUTER)
+    raise ServerMissing(
+        f"sglang-router is not installed for {python}",
+        expected="an interpreter that has the package sglang-router",
+        hint=f"pip install sglang-router there, or set router_python of deployment {spec.name!r}",
+    )
+
+
+def _router_words(
+    spec: ServerSpec, merged: ServerSpec, port: int, nccl_port: int | None
+) -> list[str]:
+    # It always listens for Prometheus, by default at one port that all routers would share.
+    return [
+        *_unless_given(spec, "--host", HOST),
+        *_unless_given(spec, "--port", str(port)),
+        *_unless_given(spec, "--prometheus-port", str(nccl_port or "")),
+        *_unless_given(spec, "--shutdown-grace-period-secs", ROUTER_GRACE),
+        *spec.args,
+    ]
+
+
 # The embedded stand-in, which runs in the interpreter of pytest.
 
 
@@ -257,6 +289,18 @@ _ROWS = (
         recognises=_is_standin,
         is_automatic=True,
         is_standin=True,
+        uses_hardware=False,
+    ),
+    Launcher(
+        "router",
+        find=_find_router,
+        words=_router_words,
+        environment=lambda base: {},
+        load_driver=lambda python: [python, "-m", load_driver(python)],
+        batch_driver=_batch_driver,
+        recognises=lambda info: False,
+        is_automatic=False,
+        is_standin=False,
         uses_hardware=False,
     ),
 )

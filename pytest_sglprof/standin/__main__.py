@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.start_fault == "port":
             raise OSError
         time.sleep(options.ready_delay / 2)
+        if options.disaggregation == "prefill":
+            front.rooms.listen(options.host, options.bootstrap_port)
         listener = Listener(front, find)
     except ssl.SSLError as error:
         end_all(front.ranks)

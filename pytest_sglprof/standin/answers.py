@@ -19,6 +19,7 @@ from pytest_sglprof.standin.documents import (
 )
 from pytest_sglprof.standin.engine import Request
 from pytest_sglprof.standin.front import Front
+from pytest_sglprof.standin.handover import await_prompt, rooms_of
 from pytest_sglprof.standin.http import (
     BadRequest,
     Call,
@@ -46,7 +47,8 @@ def generate(call: Call) -> Reply:
         raise BadRequest("Either text, input_ids or input_embeds should be provided.")
     sampling = body.get("sampling_params") or {}
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str):
-        requests = [_request(call.front, one, _limit(sampling), body) for one in prompt]
+        limit = _limit(sampling)
+        requests = [_request(call.front, one, limit, body, at) for at, one in enumerate(prompt)]
         if body.get("stream"):
             index = {request.rid: number for number, request in enumerate(requests)}
             events = _stream(requests, lambda one: {**_answer(one), "index": index[one.rid]})
@@ -103,7 +105,9 @@ def chat_completions(call: Call) -> Reply:
     return Reply(200, content_type=_EVENTS, stream=_stream([request], chunk))
 
 
-def _request(front: Front, prompt: Any, limit: int, body: dict[str, Any]) -> Request:
+def _request(
+    front: Front, prompt: Any, limit: int, body: dict[str, Any], index: int = 0
+) -> Request:
     words = tuple(prompt) if isinstance(prompt, list) else tuple(str(prompt).split() or [""])
     if len(words) >= front.options.context_length:
         raise BadRequest(
@@ -117,8 +121,28 @@ def _request(front: Front, prompt: Any, limit: int, body: dict[str, Any]) -> Req
         raise BadRequest(f"routed_dp_rank={rank} out of range [0, {lanes})")
     rid = body.get("rid")
     request = Request(words, limit, rid if isinstance(rid, str) else uuid.uuid4().hex)
+    _meet(front, request, body, index)
     front.submit(request, int(rank) if rank is not None and lanes > 1 else None)
     return request
+
+
+def _meet(front: Front, request: Request, body: dict[str, Any], index: int) -> None:
+    """What a disaggregated server does first: it opens a room, or waits for what happens in one."""
+    mode = front.options.disaggregation
+    if mode == "null":
+        return
+    if (address := rooms_of(body, index)) is None:
+        raise BadRequest(
+            "Invalid request: Disaggregated request received without bootstrap room id. "
+            f"recv_req.rid={request.rid!r}"
+        )
+    if mode == "prefill":
+        request.max_new_tokens, request.prompt_ran = 1, front.rooms.of(address[2])
+        return
+    try:
+        await_prompt(*address)
+    except OSError as error:
+        raise ServerFault(f"Decode handshake failed for request {request.rid!r}: {error}") from None
 
 
 def _limit(sampling: dict[str, Any]) -> int:

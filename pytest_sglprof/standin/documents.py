@@ -80,7 +80,7 @@ def _arguments(front: Front) -> dict[str, Any]:
         "node_rank": 0,
         "base_gpu_id": 0,
         "gpu_id_step": 1,
-        "disaggregation_mode": "null",
+        "disaggregation_mode": options.disaggregation,
         "max_running_requests": options.max_running_requests,
         "max_total_tokens": options.max_total_tokens,
         "chunked_prefill_size": options.chunked_prefill_size,
@@ -266,7 +266,7 @@ def _load(front: Front, rank: int, load: Load) -> dict[str, Any]:
             "graph_gb": 0.0,
             "token_capacity": options.max_total_tokens,
         },
-        "disaggregation": {"mode": "null", **dict.fromkeys(_TRANSFERS, 0)},
+        "disaggregation": {"mode": options.disaggregation, **dict.fromkeys(_TRANSFERS, 0)},
         "queues": {
             "waiting": load.waiting,
             "grammar": 0,

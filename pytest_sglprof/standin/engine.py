@@ -93,7 +93,8 @@ class Engine(threading.Thread):
         self.peers = stage_peers(places[0], tuple(places))
         leaders = [p for p in self.peers if p.attention_rank == 0]
         chunk = options.chunked_prefill_size
-        self.lanes = [Lane(p.dp or 0, options.max_running_requests, chunk) for p in leaders]
+        limit, decodes = options.max_running_requests, options.disaggregation == "decode"
+        self.lanes = [Lane(p.dp or 0, limit, chunk, decodes=decodes) for p in leaders]
         self.tags = [p.tags for p in leaders]
         self.step = 0
         self.last_progress = 0.0
@@ -260,6 +261,7 @@ class Request:
     tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
     number: int = field(default_factory=lambda: next(_numbers))
     aborted: bool = False
+    prompt_ran: threading.Event = field(default_factory=threading.Event)
 
     @property
     def length(self) -> int:
@@ -270,13 +272,15 @@ class Request:
 class Lane:
     """The requests of one batch: a replica, or an attention replica of one.
 
-    `lock` guards `waiting`, which other threads fill; the rest belongs to the engine.
+    `lock` guards `waiting`, which other threads fill; the rest belongs to the engine. decodes: the
+    prompts have run on a prefill server.
     """
 
-    def __init__(self, dp_rank: int, limit: int, chunk: int) -> None:
+    def __init__(self, dp_rank: int, limit: int, chunk: int, *, decodes: bool = False) -> None:
         self.dp_rank = dp_rank
         self.limit = limit
         self.chunk = chunk
+        self.decodes = decodes
         self.lock = threading.Lock()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -302,6 +306,8 @@ class Lane:
         """A prefill of what waits and fits, else a decode step of what runs, else idle."""
         self.running = [request for request in self.running if not request.aborted]
         self.admitted = self._admit()
+        if self.decodes:
+            self._take(self.admitted)
         if self.admitted:
             tokens = sum(len(request.prompt) - request.cached for request in self.admitted)
             kv = sum(len(request.prompt) for request in self.admitted)
@@ -314,11 +320,7 @@ class Lane:
         """Hands out the tokens of a batch that has run; how many there were."""
         given = self.admitted if batch.mode == "EXTEND" else list(self.running)
         if batch.mode == "EXTEND":
-            for request in given:
-                request.prefilled = len(request.prompt)
-                self.seen.add(request.prompt)
-            self.running += given
-            self.admitted = []
+            self._take(given)
         for request in given:
             request.made += 1
             request.tokens.put(request.made)
@@ -326,6 +328,15 @@ class Lane:
                 request.tokens.put(None)
         self.running = [r for r in self.running if r.made < r.max_new_tokens]
         return len(given)
+
+    def _take(self, requests: Sequence[Request]) -> None:
+        """Requests run from now on, whose prompts have run."""
+        for request in requests:
+            request.prefilled = len(request.prompt)
+            self.seen.add(request.prompt)
+            request.prompt_ran.set()
+        self.running += requests
+        self.admitted = []
 
     def flush(self) -> bool:
         """Forgets the prefix cache; False while something waits or runs."""

@@ -20,6 +20,7 @@ from pytest_sglprof.standin.engine import (
     Request,
     end_all,
 )
+from pytest_sglprof.standin.handover import Rooms
 from pytest_sglprof.standin.model import places
 from pytest_sglprof.standin.nodes import far_ranks
 from pytest_sglprof.standin.options import Options, log, web
@@ -40,6 +41,7 @@ class Front:
         self.stopping = False
         self.crashed = threading.Event()
         self.dead_rank: RankProcess | None = None
+        self.rooms = Rooms()
         self._ended = threading.Event()
         self._turn = itertools.count()
 
@@ -114,7 +116,8 @@ class Front:
         time.sleep(options.ready_delay / 2)
         if options.never_ready:
             return
-        warm_up = Request(prompt=tuple(range(7)), max_new_tokens=8)
+        tokens = 1 if options.disaggregation == "prefill" else 8
+        warm_up = Request(prompt=tuple(range(7)), max_new_tokens=tokens)
         self.submit(warm_up)
         while warm_up.tokens.get() is not None:
             pass

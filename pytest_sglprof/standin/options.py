@@ -42,6 +42,8 @@ class Options:
     chunked_prefill_size: int = 8192
     context_length: int = 131_072
     enable_metrics: bool = False
+    disaggregation: str = "null"
+    bootstrap_port: int = 8998
     ssl_certfile: str = ""
     ssl_keyfile: str = ""
     ssl_keyfile_password: str = ""
@@ -104,6 +106,8 @@ def parse(argv: Sequence[str]) -> Options:
         chunked_prefill_size=known.chunked_prefill_size,
         context_length=known.context_length,
         enable_metrics=known.enable_metrics,
+        disaggregation=known.disaggregation_mode,
+        bootstrap_port=known.disaggregation_bootstrap_port,
         ssl_certfile=known.ssl_certfile,
         ssl_keyfile=known.ssl_keyfile,
         ssl_keyfile_password=known.ssl_keyfile_password,
@@ -152,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     effective.add_argument("--context-length", type=int, default=131_072)
     effective.add_argument("--random-seed", type=int, default=0)
     effective.add_argument("--enable-metrics", action="store_true")
+    modes = ("null", "prefill", "decode")
+    effective.add_argument("--disaggregation-mode", choices=modes, default="null")
+    effective.add_argument("--disaggregation-bootstrap-port", type=int, default=8998)
     parser.add_argument(
         "--speak", choices=SPEECHES, default=NEWEST.version, help="the SGLang that it stands for"
     )

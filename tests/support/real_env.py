@@ -64,6 +64,14 @@ def real_sglang() -> RealSglang:
     return RealSglang(python, models)
 
 
+def real_router() -> str:
+    """An interpreter that has sglang-router, or the end of the calling test."""
+    python = os.environ.get("SGLPROF_ROUTER_PYTHON", "")
+    if not python or not os.access(python, os.X_OK):
+        _without("no real router: SGLPROF_ROUTER_PYTHON is not an interpreter")
+    return python
+
+
 def real_nsys() -> str:
     """Path of the real nsys, or the end of the calling test."""
     nsys = shutil.which(os.environ.get("SGLPROF_NSYS") or "nsys")

@@ -23,7 +23,7 @@ VALUES = {
     "count": "7", "positive": "7", "repeat": "7", "size": "0.5", "share": "0.25", "regex": "^embed",
     "flag": "true", "confirm": "1",
 }  # fmt: skip
-NOT_SCALAR = ("server", "servers", "window", "threshold", "category")
+NOT_SCALAR = ("server", "servers", "deployments", "window", "threshold", "category")
 TEXTS = {"keep": "all", "accept": "new", "server_dir": "/a:/b", "server": "http://h:1"}
 WITH_KEY = [option for option in OPTIONS if option.key]
 PER_INVOCATION = {

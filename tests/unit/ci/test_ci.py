@@ -12,7 +12,8 @@ import pytest
 
 from tests.support import real_env
 
-VARIABLES = ("SGLPROF_REAL_PYTHON", "SGLPROF_REAL_MODELS", "SGLPROF_NSYS", "SGLPROF_REQUIRE_REAL")
+VARIABLES = ("SGLPROF_REAL_PYTHON", "SGLPROF_REAL_MODELS", "SGLPROF_NSYS",
+             "SGLPROF_ROUTER_PYTHON", "SGLPROF_REQUIRE_REAL")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def nothing_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
-@pytest.mark.parametrize("ask", [real_env.real_sglang, real_env.real_nsys])
+@pytest.mark.parametrize("ask", [real_env.real_sglang, real_env.real_nsys, real_env.real_router])
 def test_what_is_missing_skips_or_fails(
     ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

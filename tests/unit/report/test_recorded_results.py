@@ -51,6 +51,7 @@ DEFAULTS = (
     ("across", ""),
     ("across", "peers"),
     ("min_us", 0.0),
+    ("role", ""),
 )  # of what was added and is not null
 
 

@@ -116,7 +116,9 @@ def test_every_launcher_can_be_configured_and_no_other_kind():
     assert set(LAUNCHERS) == set(get_args(LauncherName))
     schema = json.loads(SCHEMA.read_text())
     kinds = schema["$defs"]["server"]["properties"]["kind"]["enum"]
-    assert sorted(kinds) == sorted([*LAUNCHERS, "auto"])
+    # A router is started for the servers of a deployment, never by its kind.
+    assert sorted([*kinds, "router"]) == sorted([*LAUNCHERS, "auto"])
+    assert "deployments" in schema["properties"]
 
 
 @pytest.mark.parametrize(
