@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -9,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +41,8 @@ def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path`, renamed to it if the body raises nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.")
+    forget = partial(_remove, temporary, os.getpid())
+    atexit.register(forget)  # a third Ctrl-C may interrupt the removal below
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -46,10 +50,16 @@ def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    finally:
+        forget()  # it is there no more once it has its name
+        atexit.unregister(forget)
+
+
+def _remove(temporary: str, owner: int) -> None:
+    if os.getpid() != owner:  # at the end of a process that was forked meanwhile
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
 
 
 def atomic_write(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:

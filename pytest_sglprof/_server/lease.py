@@ -10,6 +10,7 @@ followed, and only lock files that pytest-sglprof made are written to or removed
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -76,6 +77,8 @@ class Lease:
         self.path = path
         self._lock = lock
         self._file = file
+        self._owner = os.getpid()
+        atexit.register(self._at_exit)  # a third Ctrl-C may interrupt what releases it
 
     def release(self) -> None:
         """Frees the lease and removes its file; idempotent."""
@@ -87,6 +90,11 @@ class Lease:
             if os.path.samestat(self.path.lstat(), self._file):
                 self.path.unlink()
         self._lock.release()
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._owner:  # not in a process that was forked meanwhile
+            self.release()
 
 
 def try_acquire(name: str) -> Lease | None:
