@@ -140,8 +140,8 @@ PROMISES = (
     Promise("pytest", "TERM", KILLED, (-15,), rf"was killed|was interrupted|{COMPLETE}", 120),
     Promise("pytest", "STOP", "it goes on after SIGCONT (here 3 s later)", GOOD, "", 150),
     Promise("pytest", "INT", CTRL_C, (2,), r"KeyboardInterrupt", 90),
-    Promise("pytest", "INT2", CTRL_C, (2,), r"KeyboardInterrupt", 90),
     # The last one may come when Python itself is about to end.
+    Promise("pytest", "INT2", CTRL_C, (2, -2), r"KeyboardInterrupt", 90),
     Promise("pytest", "INT3", CTRL_C, (2, -2), r"KeyboardInterrupt", 90),
     Promise("disk", "full", UNWRITTEN, EITHER, r"No space left|disk .* full", 150),
     Promise(
@@ -306,7 +306,7 @@ seconds from the fault until pytest and everything that it had started were gone
 of the sentence below that named the cause. All that is left is compared with before the run: a
 cell that says nothing of it left nothing. A word in italics says why there is no such cell.
 
-Three Ctrl-C within a moment may hit any line. What they interrupt, a lock that is being released,
+Two or three Ctrl-C within a moment may hit any line. What they interrupt, a lock that is being released,
 a file that is being written, is put right when Python ends; the last one may come as late as that,
 and then pytest ends by the signal itself.
 """
