@@ -306,9 +306,9 @@ seconds from the fault until pytest and everything that it had started were gone
 of the sentence below that named the cause. All that is left is compared with before the run: a
 cell that says nothing of it left nothing. A word in italics says why there is no such cell.
 
-Two or three Ctrl-C within a moment may hit any line. What they interrupt, a lock that is being released,
-a file that is being written, is put right when Python ends; the last one may come as late as that,
-and then pytest ends by the signal itself.
+Two or three Ctrl-C within a moment may hit any line. What they interrupt, a lock that is being
+released, a file that is being written, is put right when Python ends; the last one may come as
+late as that, and then pytest ends by the signal itself.
 """
 
 

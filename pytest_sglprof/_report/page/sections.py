@@ -29,6 +29,7 @@ from pytest_sglprof._report.page.history import History, PlacedHead, PlacedWindo
 from pytest_sglprof._report.page.lead import lead
 from pytest_sglprof._report.page.moments import moments
 from pytest_sglprof._report.page.regression import regression_picture
+from pytest_sglprof._report.page.roles import role_rows
 from pytest_sglprof._report.page.sync import sync_pictures
 from pytest_sglprof._report.series import KernelGroup
 from pytest_sglprof._report.terminal import cost_lines
@@ -303,6 +304,7 @@ def _others(page: PageRuns) -> list[PageWindow] | None:
 
 
 SECTIONS: tuple[Section[PageRuns], ...] = (
+    Section("roles", "roles.html.j2", lambda page: role_rows(page.windows) or None),
     Section("failing", "windows.html.j2", _failing),
     Section("moments", "moments.html.j2", lambda page: moments(page.windows) or None),
     Section(

@@ -135,6 +135,14 @@ def test_each_server_has_a_window_and_the_slow_rank_of_one_fails_the_test(ran):
     assert "test_all_roles-decode-2" in ran.section("test_all_roles")
 
 
+def test_the_page_has_a_row_of_ranks_for_each_server(ran):
+    page = (ran.run_folder / "report.html").read_text()
+    section = page.partition('id="roles"')[2].partition("</section>")[0]
+    roles = re.findall(r'<th scope="row">(\w+)</th>', section)
+    assert roles[:3] == ["prefill", "decode", "decode"]
+    assert re.search(r'class="word fail">TP1 1\.', section)
+
+
 def test_the_steps_of_each_window_are_those_of_its_role(ran):
     stages = {
         each["name"].removeprefix("test_all_roles-"): {
