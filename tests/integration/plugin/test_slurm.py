@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.dp_windows import planted, written
 from tests.support.project import Outcome, Project
 from tests.support.slurm import Slurm, two_nodes
 
@@ -125,6 +128,27 @@ def test_a_node_that_is_gone(project: Project, slurm: Slurm) -> None:
         slurm.start_node("n2")
     assert ran.status == pytest.ExitCode.TESTS_FAILED
     assert "node n2" in ran.section("test_long")
+
+
+def test_traces_are_read_by_steps_on_the_nodes_one_of_which_is_cancelled(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    slurm.wait_idle()
+    traces = written(planted("e", 4), tmp_path / "traces")
+    words = [sys.executable, "-m", "pytest_sglprof", "check", str(traces), "--limit", "1.05"]
+    words += ["--format", "json", "-o"]
+    here = subprocess.run([*words, str(tmp_path / "here.json")], check=False).returncode
+    process = subprocess.Popen(
+        [*words, str(tmp_path / "there.json"), "--executor", "command:srun -N1 -n1 {command}"],
+        env={**os.environ, **slurm.variables},
+    )
+    deadline = time.monotonic() + 60
+    while len(jobs := slurm.jobs()) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+    slurm.run("scancel", jobs[0].split()[0])
+    assert process.wait(180) == here == 1
+    assert (tmp_path / "there.json").read_text() == (tmp_path / "here.json").read_text()
+    assert slurm.jobs() == []
 
 
 def test_a_node_that_does_not_come(project: Project, slurm: Slurm) -> None:
