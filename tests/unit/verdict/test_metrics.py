@@ -120,7 +120,7 @@ def test_a_new_row_is_accepted_by_thresholds_markers_and_configuration(
     (threshold,) = thresholds_from_keywords({"evenness": 0.9}, "here")
     assert threshold.describe() == "evenness of compute >= 0.9"
     spec = window_spec(Settings(Path("out")), {"evenness": {"moe": 0.8}}, origin="marker")
-    assert spec.thresholds[-1].identity == ("moe", "", "", "evenness", "")
+    assert spec.thresholds[-1].identity == ("", "moe", "", "", "evenness", "")
     path = tmp_path / "sglprof.toml"
     path.write_text('[[threshold]]\nmetric = "evenness"\nlimit = 0.5\n')
     assert load_config(path)["threshold"][0]["metric"] == "evenness"
