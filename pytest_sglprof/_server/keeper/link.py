@@ -174,7 +174,7 @@ class KeeperLink:
         if self._fault:
             return f"{who} {self._fault}, so it was killed"
         if self.last_event(Stopped) is not None:
-            return f"{who} was ended by another process (SIGTERM)"
+            return f"{who} was sent SIGTERM by another process"
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"{who} {how}"
 

@@ -118,7 +118,7 @@ def test_a_cancelled_job(project: Project, slurm: Slurm) -> None:
     ran = lost(project, slurm, lambda: slurm.run("scancel", "--user=root"))
     assert ran.status == pytest.ExitCode.TESTS_FAILED
     assert re.search(r"node n[12]", ran.section("test_long"))
-    assert "ended by another process (SIGTERM)" in ran.text
+    assert "sent SIGTERM by another process" in ran.text
 
 
 def test_a_node_that_is_gone(project: Project, slurm: Slurm) -> None:
