@@ -64,7 +64,9 @@ class SimulatedServer:
         self._random = random.Random(seed)
         self._decodes = [0] * ranks
         self._options: Any = SimpleNamespace(
-            options=SimpleNamespace(max_total_tokens=CAPACITY, max_running_requests=256)
+            options=SimpleNamespace(
+                max_total_tokens=CAPACITY, disaggregation="null", max_running_requests=256
+            )
         )
 
     def advance(self, seconds: float) -> None:
