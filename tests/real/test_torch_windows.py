@@ -70,8 +70,8 @@ def test_a_window_at_steady_load(sglang_server, bench_serving):
     assert result.ttft["p99"] > 0
 
 
-@pytest.mark.profile_window("cheap", num_steps=300, max_stall=1)
-def test_a_window_that_may_cost_a_second(sglang_server, bench_serving):
+@pytest.mark.profile_window("cheap", num_steps=300, max_stall=2)
+def test_a_window_that_may_cost_two_seconds(sglang_server, bench_serving):
     bench_serving(num_prompts=40, output_details=True, **LOAD)
 
 
@@ -154,8 +154,8 @@ def test_the_cost_of_a_window_is_what_streams_waited(tp2: Outcome, name: str) ->
 def test_a_window_is_shorter_for_what_it_may_cost(tp2: Outcome) -> None:
     window = tp2.windows()["cheap"]
     assert 10 <= window["spec"]["num_steps"] < 300
-    assert window["spec"]["max_stall"] == 1
-    assert window["cost"]["stall_s"] <= 1.2
+    assert window["spec"]["max_stall"] == 2
+    assert window["cost"]["stall_s"] < 0.75 * tp2.windows()["steady"]["cost"]["stall_s"]
 
 
 def test_a_fixed_shape_has_one_kind_of_decode_step(tp2: Outcome) -> None:
