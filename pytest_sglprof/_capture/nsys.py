@@ -64,23 +64,11 @@ def nsys_recording(
     progress: Progress | None = None,
 ) -> Recording:
     """A recording of one session, or of one on each node of the server."""
+    one = partial(NsysRecording, server, spec, folder=folder, life=life, progress=progress)
     if not server.nodes:
-        return NsysRecording(
-            server, spec, window_id=window_id, folder=folder, life=life, progress=progress
-        )
+        return one(window_id=window_id)
     return NodesRecording(
-        [
-            NsysRecording(
-                server,
-                spec,
-                window_id=f"{window_id}.{safe_name(node.name)}",
-                folder=folder,
-                life=life,
-                progress=progress,
-                node=node,
-            )
-            for node in server.nodes
-        ]
+        [one(window_id=f"{window_id}.{safe_name(node.name)}", node=node) for node in server.nodes]
     )
 
 
