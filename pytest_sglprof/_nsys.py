@@ -250,6 +250,14 @@ class NsysSession:
         shutil.move(report, wanted)
         return wanted
 
+    def size(self, report: Path) -> int:
+        """Of a report where nsys writes it, bytes; -1 while there is none."""
+        return report.stat().st_size if report.is_file() else -1
+
+    def fetch(self, file: Path, timeout: float) -> Path:
+        """A complete file of nsys, once it is on this machine; raises `NsysError` if it is not."""
+        return file
+
     def shutdown(self, *, timeout: float = 60.0, discard: bool = False) -> None:
         """Ends the session and its server (SIGTERM); does nothing if it is gone.
 

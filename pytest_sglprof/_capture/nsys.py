@@ -247,9 +247,9 @@ class NsysRecording:
         """The report of a range that ended by itself, once its size no longer grows."""
         size = -1
         while time.monotonic() < deadline and not self._life.death():
-            now = self._report.stat().st_size if self._report.is_file() else -1
+            now = self._session.size(self._report)
             if 0 < now == size:
-                return self._report
+                return self._session.fetch(self._report, _left(deadline))
             size = now
             time.sleep(5 * POLL)
         raise NsysError(

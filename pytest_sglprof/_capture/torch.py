@@ -260,7 +260,8 @@ class TorchRecording:
         # ranks after the first.
         if self._server.sizes.pp > 1 and not self._is_logged():
             return math.inf
-        return QUIET if ended and not self._server.attached else QUIET_SHARED
+        is_local = not self._server.attached and not self._server.is_gathered
+        return QUIET if ended and is_local else QUIET_SHARED
 
     def _is_logged(self) -> bool:
         """Whether the log tells which ranks have begun, so that it will tell when they end."""

@@ -154,6 +154,7 @@ class Server:
         over = [node for node in self.nodes if node.link.ended is not None]
         for node in sorted(over, key=lambda node: node.link.ended or 0.0):  # the others follow it
             if exited := node.link.last_event(Exited):
+                node.link.catch_up()
                 return died(node.log, exited.status, node.name)
             return lost_keeper(node.link, node.folder, "while the server ran")
         (keeper,) = self._keepers
@@ -161,6 +162,11 @@ class Server:
         if exited is None and keeper.death():
             return lost_keeper(keeper, self.folder, "while the server ran")
         return died(self.log, exited.status if exited else None)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether files of a node come here a moment later than they are written."""
+        return any(keeper.is_gathered for keeper in self._keepers)
 
     @cached_property
     def driver_kind(self) -> LauncherName:

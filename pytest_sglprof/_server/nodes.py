@@ -21,7 +21,13 @@ from functools import partial
 from pathlib import Path
 
 from pytest_sglprof._config.model import ServerSpec
-from pytest_sglprof._errors import ServerMissing, ServerNotReady, SettingsError
+from pytest_sglprof._errors import (
+    NsysError,
+    ServerError,
+    ServerMissing,
+    ServerNotReady,
+    SettingsError,
+)
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._nsys import NsysSession, NsysTool
 from pytest_sglprof._ranks import Rank
@@ -334,9 +340,20 @@ class NodeSession(NsysSession):
         self.remarks = ()
         answer = self._link.ask("nsys_stop", {"timeout": timeout}, timeout + SLACK)
         self.remarks = tuple(answer["remarks"])
-        return Path(answer["report"])
+        return self.fetch(Path(answer["report"]), timeout)
+
+    def size(self, report: Path) -> int:
+        """As `NsysSession.size`."""
+        return int(self._link.ask("nsys_size", {"report": str(report)}, ASK_LIMIT))
 
     def export(self, report: Path, target: Path, timeout: float) -> Path:
         """As `_nsys_export.export` to SQLite."""
         values = {"report": str(report), "target": str(target), "timeout": timeout}
-        return Path(self._link.ask("nsys_export", values, timeout + SLACK))
+        return self.fetch(Path(self._link.ask("nsys_export", values, timeout + SLACK)), timeout)
+
+    def fetch(self, file: Path, timeout: float) -> Path:
+        """As `NsysSession.fetch`."""
+        try:
+            return self._link.bring(file, timeout)
+        except ServerError as error:
+            raise NsysError(error.what, expected=error.expected, hint=error.hint) from error

@@ -14,6 +14,7 @@ from pytest_sglprof._server.keeper.link import KeeperLink, keeper_log_end
 from pytest_sglprof._server.keeper.protocol import (
     NODE_START,
     SEEN,
+    SHOWN,
     SILENCE_LIMIT,
     Closed,
     Exited,
@@ -48,7 +49,11 @@ def wait_started(keeper: KeeperLink, plan: Plan, progress: Show | None) -> Start
         limit = SILENCE_LIMIT
         deadline = time.monotonic() + limit
         if isinstance(event, Started):
-            _check_folder(plan)
+            (plan.folder / SHOWN).unlink(missing_ok=True)
+            if event.is_shared:
+                _check_folder(plan)
+            else:
+                keeper.gather()
             return event
         if isinstance(event, Failed):
             raise error_from(event)
@@ -81,7 +86,7 @@ def _check_folder(plan: Plan) -> None:
     raise SettingsError(
         f"node {plan.node} does not write into {plan.folder}: its folder of that name is another",
         expected="a folder that this machine and all nodes share",
-        hint="put the results on a shared disk: --sglprof-output-dir DIR",
+        hint="put the results on a shared disk: --sglprof-output DIR",
     )
 
 
@@ -107,6 +112,7 @@ def wait_until_ready(
         clock.saw(growth.size(), now)
         for plan, keeper in keepers:
             if exited := keeper.last_event(Exited):
+                keeper.catch_up()
                 its_log = ServerLog(plan.folder / "server.log")
                 raise starting_death(its_log, exited.status, clock.elapsed(now), plan.node)
             if keeper.last_event(Closed):

@@ -26,11 +26,13 @@ from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._redact import learn, redact_text
 from pytest_sglprof._server.command import learn_secrets, merged_spec
 from pytest_sglprof._server.journal import end_server
+from pytest_sglprof._server.keeper.gather import send_files
 from pytest_sglprof._server.keeper.life import ServerLife, log_gpus
 from pytest_sglprof._server.keeper.protocol import (
     END_ORPHANS,
     LIFE,
     SEEN,
+    SEND_FILES,
     Ask,
     Clocks,
     Event,
@@ -48,6 +50,7 @@ from pytest_sglprof._server.keeper.protocol import (
     encode,
     end_orphans,
     error_message,
+    is_shown,
 )
 from pytest_sglprof._server.keeper.questions import answer
 from pytest_sglprof._server.keeper.teardown import tear_down
@@ -96,7 +99,8 @@ class Keeper:
         self._parent = os.getppid() if plan.is_remote else plan.parent
         os.environ[LIFE] = plan.life  # a launcher may not have passed it on
         if plan.node:
-            (plan.folder / SEEN).write_text(plan.life, encoding="utf-8")
+            if is_shown(plan):
+                (plan.folder / SEEN).write_text(plan.life, encoding="utf-8")
             self._say(ProgressEvent(f"server {plan.spec.key}: node {plan.node} starts"))
         os.environ.pop("PYTHONPATH", None)
         if plan.pythonpath:
@@ -139,6 +143,7 @@ class Keeper:
                 session=life.session.name if life.session else "",
                 tmpdir=life.tmpdir,
                 head=life.head,
+                is_shared=is_shown(life.plan),
             )
         )
         return True
@@ -221,5 +226,7 @@ def _clean() -> int:
     return 0
 
 
+COMMANDS = {"": lambda: Keeper().run(), END_ORPHANS: _clean, SEND_FILES: send_files}
+
 if __name__ == "__main__":
-    sys.exit(_clean() if sys.argv[1:] == [END_ORPHANS] else Keeper().run())
+    sys.exit(COMMANDS[" ".join(sys.argv[1:])]())

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +24,14 @@ from pytest_sglprof._files import RUN_FILE, unwritten
 from pytest_sglprof._process import ProcessId
 from pytest_sglprof._server.command import PACKAGE_ROOT
 from pytest_sglprof._server.journal import KeptServer, end_server, note_server, run_of
+from pytest_sglprof._server.keeper.gather import Gathering
 from pytest_sglprof._server.keeper.protocol import (
     END_ORPHANS,
     FROZEN_LIMIT,
     LIFE,
     NODE_CLEAN_LIMIT,
     ORPHAN_GRACE,
+    SEND_FILES,
     Answer,
     Ask,
     Clocks,
@@ -47,6 +49,7 @@ from pytest_sglprof._server.keeper.protocol import (
     encode,
     end_orphans,
     error_from,
+    show,
 )
 
 OnNode = Callable[[Sequence[str]], list[str]]  # a command -> the words that run it on a node
@@ -79,16 +82,10 @@ class KeeperLink:
         self._asked = itertools.count()
         self._answers: dict[int, Answer] = {}
         self.ended: float | None = None
+        self._gathering: Gathering | None = None
         plan.folder.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as errors:
-            self._process = _spawn(
-                _command(run),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env={**_environment(plan.private), LIFE: plan.life},
-                start_new_session=True,
-            )
+        show(plan)
+        self._process = self._spawned(_command(run), {LIFE: plan.life})
         self._began = process.create_time(self.pid) or time.time()
         self._server = self._kept_server()
         with self._writing():
@@ -99,6 +96,19 @@ class KeeperLink:
         )
         self._watch.start()
         self.send(Launch(plan))
+
+    def _spawned(
+        self, words: list[str], variables: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as errors:
+            return _spawn(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**_environment(self._plan.private), **(variables or {})},
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:
@@ -161,6 +171,28 @@ class KeeperLink:
             raise error_from(answer)
         return answer.value
 
+    # Files of a node that has another folder than pytest, see `gather`.
+
+    def gather(self) -> None:
+        """Brings the files of the node here from now on."""
+        words = _command(self._run, SEND_FILES)
+        root = run_of(self._plan.folder)
+        self._gathering = Gathering(lambda: self._spawned(words), root, self._plan.node)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether files come from the node a moment later than they are written there."""
+        return self._gathering is not None
+
+    def catch_up(self) -> None:
+        """Returns when all is here that the node has written until now."""
+        if self._gathering is not None:
+            self._gathering.catch_up()
+
+    def bring(self, path: Path, timeout: float) -> Path:
+        """`path`, once the complete file is here; raises `ServerError` if it does not come."""
+        return path if self._gathering is None else self._gathering.bring(path, timeout)
+
     def death(self) -> str | None:
         """How the keeper ended; None while it runs, or if it ended because `close` asked it to."""
         status = self._process.poll()
@@ -197,11 +229,23 @@ class KeeperLink:
             if self._watch.is_alive() and self.is_running():
                 self._kill(f"did not tear down within {timeout:.0f} s")
             self._watch.join()
+            self._end_gathering()
         finally:  # also after a Ctrl-C: then the keeper goes on alone
             if self._process.stdin is not None:
                 with contextlib.suppress(OSError):
                     self._process.stdin.close()
         return self.last_event(Stopped) is not None
+
+    def _end_gathering(self) -> None:
+        """Also notes the end of the server, which the keeper could do only on its node."""
+        if self._gathering is None:
+            return
+        gathering, self._gathering = self._gathering, None
+        self.left += gathering.close()
+        if gathering.fault:
+            self.problems += (f"files of node {self._plan.node}: {gathering.fault}",)
+        with self._writing():
+            end_server(self._plan.folder, self._plan.life, self.left)
 
     def _watch_over(self) -> None:
         """Runs until the keeper is gone, and everything that it had started."""

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 
 LIFE = "SGLPROF_LIFE"  # set for every process that a keeper starts; holds the plan's `life`
-SEEN = "seen-by-node"  # a file that a keeper on a node writes, so that pytest knows its folder
-END_ORPHANS = "--end-orphans"  # argument of the keeper's module
+SHOWN = "shown-to-node"  # a file by which a keeper on a node sees whether it has pytest's folder
+SEEN = "seen-by-node"  # the one that it writes then, by which pytest sees the same
+END_ORPHANS = "--end-orphans"  # arguments of the keeper's module, for other commands on a node
+SEND_FILES = "--send-files"
 TMPDIR_LINK = "sglprof-"  # begins the name of a link, which ends in the plan's `life`
 
 
@@ -128,6 +130,7 @@ class Started(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
 
     created: Unix time in s at which it started. session: its nsys session, "" without nsys.
     head: address at which ranks of other nodes reach the first one, "" without other nodes.
+    is_shared: the keeper has the folder that pytest has.
     """
 
     pid: int
@@ -138,6 +141,7 @@ class Started(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
     session: str
     tmpdir: Path
     head: str = ""
+    is_shared: bool = True
 
 
 class Answer(msgspec.Struct, frozen=True, tag_field="event", tag="answer"):
@@ -196,6 +200,19 @@ def decode_event(line: bytes | str) -> Event:
     """The inverse of `encode`; ValueError for what is none of these messages."""
     event: Event = msgspec.convert(json.loads(line), Event, dec_hook=_path)
     return event
+
+
+def show(plan: Plan) -> None:
+    """Writes what a keeper on a node looks for with `is_shown`."""
+    if plan.is_remote:
+        (plan.folder / SHOWN).write_text(plan.life, encoding="utf-8")
+
+
+def is_shown(plan: Plan) -> bool:
+    """On a node: whether its folder is the one in which pytest has called `show`."""
+    with contextlib.suppress(OSError):
+        return (plan.folder / SHOWN).read_text(encoding="utf-8") == plan.life
+    return not plan.is_remote
 
 
 def error_message(error: SglprofError) -> Failed:

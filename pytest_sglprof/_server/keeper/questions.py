@@ -53,6 +53,7 @@ def _export(life: ServerLife, report: str, target: str, timeout: float) -> str:
 QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "ranks": _ranks,
     "nsys_state": lambda life: _session(life).state(),
+    "nsys_size": lambda life, report: _session(life).size(Path(report)),
     "nsys_start": _start,
     "nsys_stop": _stop,
     "nsys_export": _export,
