@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 VerdictWord = Literal["pass", "fail", "inconclusive"]
 WORST_FIRST: tuple[VerdictWord, ...] = ("fail", "inconclusive", "pass")
+MEASURED: Literal["measured"] = "measured"  # shown instead of "pass" where there was no limit
 
 
 def worst_word(words: Container[str | None]) -> VerdictWord | None:

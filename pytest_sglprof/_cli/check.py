@@ -27,7 +27,7 @@ from pytest_sglprof._cli.options import (
 from pytest_sglprof._cli.selection import is_selected, thresholds_of
 from pytest_sglprof._config.model import Threshold
 from pytest_sglprof._errors import ExitStatus, NoKernels, SettingsError
-from pytest_sglprof._metrics import METRICS, WORST_FIRST
+from pytest_sglprof._metrics import MEASURED, METRICS, WORST_FIRST
 
 if TYPE_CHECKING:
     from pytest_sglprof._analysis.straggler import StragglerFinding
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pytest_sglprof._verdict.judge import Verdict
     from pytest_sglprof._verdict.reasons import Measured
 
-MEASURED = "measured"  # instead of a verdict, for figures without a limit
 STATUS = {
     "pass": ExitStatus.DONE,
     MEASURED: ExitStatus.DONE,

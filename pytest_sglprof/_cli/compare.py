@@ -24,7 +24,7 @@ from pytest_sglprof._cli.options import (
     write_text,
 )
 from pytest_sglprof._errors import ExitStatus
-from pytest_sglprof._metrics import WORST_FIRST
+from pytest_sglprof._metrics import MEASURED, WORST_FIRST
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.wording import (
     against_limit,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from pytest_sglprof._cli.sides import Side
     from pytest_sglprof._config.load import Settings
 
-MEASURED = "measured"  # instead of a verdict where no limit was given
 STATUS = {
     "pass": ExitStatus.DONE,
     MEASURED: ExitStatus.DONE,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._metrics import METRICS, WORST_FIRST
+from pytest_sglprof._metrics import MEASURED, METRICS, WORST_FIRST
 from pytest_sglprof._report.terminal import (
     STANDIN_NOTE,
     is_across_sync,
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from pytest_sglprof._report.regression import RecordedRegression
 
 
-_SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
+_SIGNS = {
+    "pass": "✅ pass",
+    "fail": "❌ fail",
+    "inconclusive": "❔ inconclusive",
+    MEASURED: MEASURED,
+}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&~$])")
 # GitHub cuts a step's summary at 1 MiB, and whole summaries are then not shown at all.
 MAX_BYTES = 900_000
@@ -124,7 +129,7 @@ def _ratios(recorded: RecordedRegression) -> list[str]:
 
 def _row(window: RecordedWindow) -> str:
     texts = (shorten(text, MAX_TEXT) for text in (window.nodeid, window_title(window)))
-    cells = [_SIGNS[window.verdict], *map(escape, texts)]
+    cells = [_SIGNS[window.word], *map(escape, texts)]
     judgement = window.deciding
     if judgement is None:
         return f"| {' | '.join((*cells, '-', '-', '-', '-'))} |"
@@ -143,7 +148,7 @@ def _details(window: RecordedWindow) -> str:
     fence = "`" * max(3, longest + 1)
     kernels = "".join(f"\n{line}" for line in kernel_table(window))
     kernels = f"{kernels}\n" if kernels else ""
-    return f"\n<details><summary>{_SIGNS[window.verdict]} {head}</summary>\n\n" + (
+    return f"\n<details><summary>{_SIGNS[window.word]} {head}</summary>\n\n" + (
         f"{fence}text\n{body}\n{fence}\n{kernels}\n</details>\n"
     )
 

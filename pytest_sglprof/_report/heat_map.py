@@ -122,7 +122,7 @@ def heat_map_svg(window: RecordedWindow) -> str:
 def captions(window: RecordedWindow, limit: int = MAX_TEXT) -> tuple[str, str]:
     """What the window is, and its verdict and reason; short, without control characters."""
     title = shorten(f"{window.nodeid} {window_title(window)}", limit)
-    verdict = shorten(f"{window.verdict}: {window.reason}", limit)
+    verdict = shorten(f"{window.word}: {window.reason}", limit)
     return _printable(title), _printable(verdict)
 
 

@@ -25,7 +25,7 @@ from pytest_sglprof._capture.recording import WindowCost
 from pytest_sglprof._config.backends import Backend
 from pytest_sglprof._config.model import LauncherName, Moment, Threshold
 from pytest_sglprof._errors import SglprofError
-from pytest_sglprof._metrics import VerdictWord
+from pytest_sglprof._metrics import MEASURED, VerdictWord
 from pytest_sglprof._redact import HIDDEN, is_secret_name, redact_text
 from pytest_sglprof._report.regression import RecordedRegression
 from pytest_sglprof._report.series import KernelGroup, Lanes, StepSeries
@@ -288,6 +288,11 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     def is_judged(self) -> bool:
         """False for the short windows beside another one, whose verdict says nothing."""
         return self.moment in (None, "at")
+
+    @property
+    def word(self) -> VerdictWord | Literal["measured"]:
+        """What people read: the verdict, or "measured" where there was no limit to pass."""
+        return MEASURED if self.verdict == "pass" and not self.judgements else self.verdict
 
     @property
     def deciding(self) -> Judgement | None:

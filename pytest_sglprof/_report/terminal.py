@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._metrics import metrics_of
+from pytest_sglprof._metrics import MEASURED, metrics_of
 from pytest_sglprof._trace.categories import NOT_COMPUTE
 from pytest_sglprof._verdict.life_words import figure_label
 from pytest_sglprof._verdict.reasons import headline as headline_of
@@ -55,7 +55,7 @@ def rank_table(window: RecordedWindow) -> list[str]:
     group, the slowest and the fastest are shown. Of ranks with different input a sentence says what
     they cost each other. Where a metric of whole steps decided, also what a step is made of.
     """
-    lines = [f"{window_title(window)}: {window.verdict}", window.reason]
+    lines = [f"{window_title(window)}: {window.word}", window.reason]
     if window.state != "complete" and window.state_reason not in window.reason:
         lines.append(f"window {window.state}: {window.state_reason}")
     lines.extend(f"  | {line}" for line in window.log)
@@ -86,7 +86,7 @@ def headline(window: RecordedWindow) -> str:
     judgement = window.deciding
     if window.verdict == "fail" and judgement is not None:
         return headline_of(_measured(judgement), judgement.threshold)
-    return f"{window.verdict}: {window.reason.partition(chr(10))[0]}"
+    return f"{window.word}: {window.reason.partition(chr(10))[0]}"
 
 
 def _figures_and_limits(window: RecordedWindow) -> str:
@@ -109,9 +109,9 @@ def summary_lines(run: Results) -> list[str]:
     ]
     if not run.windows:
         return of_servers
-    counts = run.summary.windows
-    by_word = {"pass": counts.passed, "fail": counts.fail, "inconclusive": counts.inconclusive}
-    parts = [f"{number} {word}" for word, number in by_word.items() if number]
+    words = [window.word for window in run.windows if window.is_judged]
+    order = ("pass", "fail", "inconclusive", MEASURED)
+    parts = [f"{words.count(word)} {word}" for word in order if word in words]
     lines = [f"{count(len(run.windows), 'profile window')}: {', '.join(parts)}"]
     if run.summary.standin:
         lines.append(STANDIN_NOTE)
@@ -123,8 +123,8 @@ def summary_lines(run: Results) -> list[str]:
                 lines.append(f"  {window.reason}")
     passed = [each for each in shown if each.verdict == "pass" and each.repeat_index == 1]
     lines.extend(
-        f"PASS {window.nodeid} {window_title(window)}: {_figures_and_limits(window)}"
-        for window in passed[:MAX_PASSED]
+        f"{each.word.upper()} {each.nodeid} {window_title(each)}: {_figures_and_limits(each)}"
+        for each in passed[:MAX_PASSED]
     )
     if len(passed) > MAX_PASSED:
         lines.append(f"and {len(passed) - MAX_PASSED} more passed")

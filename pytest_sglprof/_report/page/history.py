@@ -189,7 +189,7 @@ def _point(window: PlacedHead, doc: RecordedWindow, first: RecordedWindow) -> Po
         run=window.run.run.id,
         anchor=window.anchor,
         opened=doc.opened,
-        verdict=doc.verdict,
+        verdict=doc.word,
         rows=tuple(
             GroupFigures(
                 group=compute.group,

@@ -6,7 +6,7 @@ import re
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from pytest_sglprof._metrics import METRICS, UNITS, Metric, metrics_of
+from pytest_sglprof._metrics import MEASURED, METRICS, UNITS, Metric, metrics_of
 from pytest_sglprof._verdict.reasons import subject
 from pytest_sglprof._verdict.wording import count, duration, milliseconds, percent, ratio
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
 NONE = "–"  # where there is no figure
-SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", MEASURED: "–"}
 
 
 def template(name: str) -> Template:

@@ -18,7 +18,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pytest_sglprof._files import atomic_writer
-from pytest_sglprof._metrics import WORST_FIRST, worst_word
+from pytest_sglprof._metrics import MEASURED, WORST_FIRST, worst_word
 from pytest_sglprof._report.model import Results, WindowHead
 from pytest_sglprof._report.page.baseline import loads_of
 from pytest_sglprof._report.page.data import embedded
@@ -91,6 +91,7 @@ def _pieces(
 ) -> Iterator[str]:
     placed = with_earlier(documents, _placed(documents, list(bases) or [""] * len(documents)))
     windows = _windows(placed)
+    words = [window.doc.word for window in placed if window.doc.is_judged]
     sections = all_shown(SECTIONS, PageRuns(documents, windows, baseline))
     if is_long(windows):
         sections = tuple(sorted(sections, key=lambda section: section.name != "verdicts"))
@@ -99,8 +100,8 @@ def _pieces(
         "page.html.j2",
         scripts=SCRIPTS,
         runs=documents,
-        verdict=_worst(documents),
-        counts=_counts(documents),
+        verdict=_word(documents, words),
+        counts=_counts(words),
         standin=any(document.summary.standin for document in documents),
         standin_note=STANDIN_NOTE,
         sections=sections,
@@ -188,20 +189,16 @@ def _reason(window: WindowHead) -> str:
     return repeats.own_reason if repeats is not None and alone else window.reason
 
 
-def _worst(documents: Sequence[Results]) -> str | None:
-    return worst_word({document.summary.verdict for document in documents})
+def _word(documents: Sequence[Results], words: Sequence[str]) -> str | None:
+    """The worst verdict of the runs; "measured" where no window had a limit to pass."""
+    worst = worst_word({document.summary.verdict for document in documents})
+    return MEASURED if worst == "pass" and set(words) == {MEASURED} else worst
 
 
-def _counts(documents: Sequence[Results]) -> str:
+def _counts(words: Sequence[str]) -> str:
     """`3 windows: 1 fail, 2 pass`."""
-    every = [document.summary.windows for document in documents]
-    numbers = {
-        "fail": sum(one.fail for one in every),
-        "inconclusive": sum(one.inconclusive for one in every),
-        "pass": sum(one.passed for one in every),
-    }
-    parts = [f"{number} {word}" for word, number in numbers.items() if number]
-    windows = count(sum(numbers.values()), "window")
+    parts = [f"{words.count(word)} {word}" for word in (*WORST_FIRST, MEASURED) if word in words]
+    windows = count(len(words), "window")
     return f"{windows}: {', '.join(parts)}" if parts else windows
 
 

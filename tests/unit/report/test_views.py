@@ -11,6 +11,7 @@ from pytest_sglprof._report.ci import (
     properties_of_test,
     step_summary,
 )
+from pytest_sglprof._report.page.page import page
 from pytest_sglprof._report.regression import RecordedRegression
 from pytest_sglprof._report.results import attempt_document
 from pytest_sglprof._report.terminal import STANDIN_NOTE, baseline_line, rank_table, summary_lines
@@ -131,6 +132,28 @@ def test_the_summary_counts_and_names_what_did_not_pass() -> None:
     assert lines[3].startswith("INCONCLUSIVE")
     assert lines[-1] == "server default left behind: process 17"
     assert STANDIN_NOTE not in lines
+
+
+def test_a_window_without_a_limit_is_measured_and_did_not_pass() -> None:
+    passed = attempt_document(
+        nodeid="t", number=1, outcome="passed", verdict="pass", reason="", duration_s=1
+    )
+    document = as_run(run([window(SLOW, keywords={})], tests=[passed]))
+    why = "no threshold is set: figures are recorded, not judged"
+    title = 'window "steady" (torch, 50 steps)'
+    assert rank_table(document.windows[0])[:2] == [f"{title}: measured", why]
+    assert summary_lines(document)[:2] == [
+        "1 profile window: 1 measured",
+        f"MEASURED tests/test_a.py::test_b[x|y] {title}: {why}",
+    ]
+    assert "| measured | tests/" in step_summary(document)
+    text = page([document])
+    assert '<h1><span class="word measured">– measured</span>' in text
+    assert "1 window: 1 measured" in text
+    assert "✓ pass" not in text
+    both = as_run(run([window(SLOW, keywords={}), window(BALANCED)], tests=[passed]))
+    assert '<h1><span class="word pass">✓ pass</span>' in page([both])
+    assert document.windows[0].verdict == "pass"  # what scripts read, as before
 
 
 def test_the_summary_marks_the_stand_in_and_shows_every_attempt() -> None:

@@ -92,7 +92,9 @@ const sglprof = (() => {
     if (!canUnpack) return new Promise(() => {}); // the page says so
     if (document.readyState === "loading") await new Promise((go) => addEventListener("DOMContentLoaded", go)); // data stands last
     const text = document.getElementById(`${window.id}-data`).textContent;
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const letters = atob(text);
+    const bytes = new Uint8Array(letters.length); // filled by a loop: `from` takes ten times as long
+    for (let at = 0; at < letters.length; at += 1) bytes[at] = letters.charCodeAt(at);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const value = await new Response(stream).json();
     for (const picture of value.lanes?.steps ?? []) {
