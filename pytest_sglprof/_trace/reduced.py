@@ -3,13 +3,14 @@
 Most of a trace are events that no figure needs. `sglprof reduce` reads the traces where they lie,
 on each node, and leaves a Parquet file: one row for each rank, of which each column is a list of
 numbers (activities, calls that launch kernels, collectives), and the text of one JSON object has
-the rest (names, steps, notes). Nothing is rounded and nothing added up, so that several of these
-files give the table that their traces give together.
+the rest (names, steps, notes). Times are noise, which a list does not make smaller: they are packed
+(`_packed`). Nothing is rounded and nothing added up, so that several of these files give the table
+that their traces give together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -47,7 +48,7 @@ _COLUMNS = {
     "call_size": ("calls", "size"),
 }
 _GROUP, _OPERATION = "call_group", "call_operation"  # codes of texts
-_SORTED = ("start", "launch_start", "call_row", "dur")  # hardly repeat: differences are stored
+_TIMES = ("start", "dur", "launch_start")
 
 
 class _Rest(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +107,9 @@ def write_reduced(
     ranks: set[str] = set()
     with _writer(out, beside) as writer:
         for file, part in parts:
-            row = {"rest": [_rest(file, part)], **{k: [v] for k, v in _numbers(part).items()}}
+            numbers = _numbers(part)
+            cells = numbers | {name: _packed(name, numbers) for name in _TIMES}
+            row = {"rest": [_rest(file, part)], **{name: [cell] for name, cell in cells.items()}}
             writer.write_table(pyarrow.table(row, schema=writer.schema))
             ranks.add(part.rank)
     return len(ranks)
@@ -126,19 +129,15 @@ def join_reduced(out: IO[bytes], files: Iterable[Path], beside: Beside) -> int:
 
 def _writer(out: IO[bytes], beside: Beside) -> Any:
     pyarrow, parquet = _pyarrow("writing a reduced file")
-    columns = [*_COLUMNS, _GROUP, _OPERATION]
-    schema = pyarrow.schema(
-        [("rest", pyarrow.string()), *((name, pyarrow.list_(pyarrow.int64())) for name in columns)],
-        metadata={REDUCED_KEY: msgspec.json.encode(beside)},
-    )
-    paths = {name: f"{name}.list.element" for name in columns}
+    kinds = {name: pyarrow.list_(pyarrow.int64()) for name in (*_COLUMNS, _GROUP, _OPERATION)}
+    kinds |= {"rest": pyarrow.string(), **dict.fromkeys(_TIMES, pyarrow.binary())}
+    schema = pyarrow.schema(kinds.items(), metadata={REDUCED_KEY: msgspec.json.encode(beside)})
     return parquet.ParquetWriter(
         out,
         schema,
         compression="zstd",
         compression_level=9,
-        use_dictionary=[path for name, path in paths.items() if name not in _SORTED],
-        column_encoding={paths[name]: "DELTA_BINARY_PACKED" for name in _SORTED},
+        use_dictionary=[f"{name}.list.element" for name in kinds if name not in (*_TIMES, "rest")],
         write_statistics=False,
     )
 
@@ -178,17 +177,46 @@ def _rows(file: Path) -> Iterator[Any]:
     _, parquet = _pyarrow(f"reading {file}")
     beside_of(file)
     with parquet.ParquetFile(file) as stored:
-        refuse_large(file, 8 * _numbers_in(stored.metadata), error=TraceError)
+        refuse_large(file, _size_of(stored.metadata), error=TraceError)
         for number in range(stored.num_row_groups):
             yield from stored.read_row_group(number).to_batches()
 
 
-def _numbers_in(metadata: Any) -> int:
+def _size_of(metadata: Any) -> int:
+    """Of all numbers of a file in memory, bytes."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    return sum(each.column(at).num_values for each in groups for at in range(each.num_columns))
+    columns = [each.column(at) for each in groups for at in range(each.num_columns)]
+    return sum(max(8 * each.num_values, each.total_uncompressed_size) for each in columns)
 
 
-def _numbers(part: RankActivities) -> dict[str, np.ndarray[Any, Any]]:
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _packed(name: str, numbers: Mapping[str, Numbers]) -> bytes:
+    """Times, so that zstd makes them small: equal bytes of all numbers beside each other.
+
+    Durations stand in the order of their names, since those of one name are alike; of times that
+    grow, differences.
+    """
+    if name == "dur":
+        values = numbers[name][np.argsort(numbers["name"], kind="stable")]
+    else:
+        values = np.diff(numbers[name], prepend=0)
+    return values.astype("<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
+
+
+def _unpacked(name: str, packed: bytes, names: Numbers) -> Numbers:
+    """The inverse of `_packed`. names: codes of the activities."""
+    planes = np.frombuffer(packed, np.uint8).reshape(8, -1)
+    values = np.ascontiguousarray(planes.T).view("<i8").ravel().astype(np.int64)
+    if name != "dur":
+        return np.cumsum(values)
+    durations = np.empty_like(values)
+    durations[np.argsort(names, kind="stable")] = values
+    return durations
+
+
+def _numbers(part: RankActivities) -> dict[str, Numbers]:
     calls, objects = part.calls, {"": part, "launches": part.launches, "calls": part.calls}
     numbers = {
         column: np.zeros(0, np.int64)
@@ -233,7 +261,10 @@ def _part(file: Path, row: Any, *, launches: bool) -> tuple[Path, RankActivities
     rest = msgspec.json.decode(row.column("rest")[0].as_py(), type=_Rest)
 
     def numbers(column: str) -> Any:
-        return np.array(row.column(column)[0].values.to_numpy(), np.int64)
+        cell = row.column(column)[0]
+        if column in _TIMES:
+            return _unpacked(column, cell.as_py(), numbers("name"))
+        return np.array(cell.values.to_numpy(), np.int64)
 
     fields: dict[str, dict[str, Any]] = {"": {}, "launches": {}, "calls": {}}
     for column, (name, field) in _COLUMNS.items():

@@ -200,8 +200,10 @@ def _environment(tables: ReportTables, key: str) -> str:
     """What a report says of the machine that recorded it; "" if nothing."""
     names, keys = tables.texts("TARGET_INFO_SYSTEM_ENV", "name")
     values, texts = tables.texts("TARGET_INFO_SYSTEM_ENV", "value")
-    rows = np.flatnonzero(names == keys.index(key)) if key in keys else names[:0]
-    matches = [texts[values[row]] for row in rows.tolist() if values[row] >= 0]
+    if key not in keys or not len(values):  # a column may be missing
+        return ""
+    codes = values[names == keys.index(key)]
+    matches = [texts[code] for code in codes.tolist() if code >= 0]
     return matches[-1] if matches else ""
 
 

@@ -232,6 +232,8 @@ def began(utc_s: float, system_s: float | None = None) -> dict[str, Any]:
         (began(1000, 20), began(1980, 1000), ""),  # other clocks, the same moment
         (began(1000), {}, ""),
         ({}, {}, ""),
+        (driver("12040"), {"TARGET_INFO_SYSTEM_ENV": [{"name": "CudaDriverVersion"}]}, ""),
+        (driver("12040"), {"TARGET_INFO_SYSTEM_ENV": [{"value": "13000"}]}, ""),
     ],
 )
 def test_reports(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], text: str) -> None:
