@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pytest_sglprof._report.results import validate
-from tests.support.real_env import real_router
+from tests.support.real_env import real_nsys, real_router
 from tests.support.running import wait_for
 
 SERVERS = """
@@ -204,3 +204,27 @@ def servers(project):
     logs = project.folder.glob(".sglprof/run-*/servers/*/keeper.log")
     starts = [re.search(r"server is process (\d+)", log.read_text()) for log in logs]
     return [int(start[1]) for start in starts if start]
+
+
+NSYS_TEST = """
+@pytest.mark.sglang_server("pd", nsys=True)
+@pytest.mark.profile_window(backend="nsys", duration=1.5)
+def test_under_nsys(bench_serving):
+    assert bench_serving(**LOAD).completed == 96
+"""
+
+
+@pytest.mark.real_nsys
+def test_each_server_is_recorded_by_an_nsys_session_of_its_own(
+    make_project, config, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SGLPROF_NSYS", real_nsys())
+    ran = make_project(LOAD.partition("pytestmark")[0] + NSYS_TEST, config).run()
+    windows = ran.windows("test_under_nsys")
+    assert [(w["role"], w["backend"], w["state"]) for w in windows] == [
+        ("prefill", "nsys", "complete"), ("decode", "nsys", "complete"),
+        ("decode", "nsys", "complete"),
+    ]  # fmt: skip
+    # What they measure is how this machine schedules processes: no rank is planted in ranges.
+    assert [w["judgements"][0]["threshold"]["limit"] for w in windows] == [1.2, 1.1, 1.1]
+    assert len({w["server"] for w in windows}) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from pytest_sglprof._server.keeper.protocol import SEND_FILES
 from tests.support.nodes import can_hide_disks, on_own_disk
 from tests.support.project import Project
+from tests.support.real_env import real_nsys
 
 CONFIG = """
 [server]
@@ -119,9 +119,11 @@ def test_logs_and_traces_come_from_the_nodes(project: Project, disks: Path) -> N
     assert files(disks) == []  # all came here, or was the node's alone
 
 
-def test_reports_of_nsys_come_from_the_nodes(project: Project, disks: Path) -> None:
-    if not os.environ.get("SGLPROF_NSYS"):
-        pytest.skip("needs a real nsys: SGLPROF_NSYS names none")
+@pytest.mark.real_nsys
+def test_reports_of_nsys_come_from_the_nodes(
+    project: Project, disks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLPROF_NSYS", real_nsys())
     ran = project.run("-k", "nsys")
     (window,) = ran.windows("test_nsys")
     assert window["state"] == "complete"
