@@ -211,6 +211,7 @@ class FakeServer:
         self.pids: dict[int, Any] = {}
         self.past_windows: dict[Any, dict[float, Any]] = {}
         self.nodes: tuple[Any, ...] = ()
+        self.is_gathered = False
 
     def node_names(self) -> dict[str, str]:
         return {}

@@ -137,12 +137,19 @@ def _kernels(group: KernelGroup) -> DrawnKernels:
     """All rows at once: of each alone, there are too few to cut them quickly."""
     parts = (part for row in group.rows for part in (row.by_step, row.by_call) if part)
     cut = iter(_short([*chain.from_iterable(parts)]))
+    called = (points for row in group.rows for points in row.quantiles if points)
+    quantiles = iter(_short([*called]))
 
     def next_rows(part: list[list[int]] | None) -> list[list[int]] | None:
         return None if part is None else [*islice(cut, len(part))]
 
     rows = (
-        DrawnKernel(row.name, _short(row.quantiles), next_rows(row.by_step), next_rows(row.by_call))
+        DrawnKernel(
+            row.name,
+            [points and next(quantiles) for points in row.quantiles],
+            next_rows(row.by_step),
+            next_rows(row.by_call),
+        )
         for row in group.rows
     )
     return DrawnKernels(group.ranks, group.numbers, tuple(rows))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 from pytest_sglprof._metrics import MEASURED, METRICS, UNITS, Metric, metrics_of
 from pytest_sglprof._verdict.reasons import subject
@@ -12,6 +16,8 @@ from pytest_sglprof._verdict.wording import count, duration, milliseconds, perce
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+
+    from pytest_sglprof._report.page.figures import TextCell
 
 NONE = "–"  # where there is no figure
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", MEASURED: "–"}
@@ -39,6 +45,7 @@ def _environment() -> Environment:
         "in_percent": in_percent,
         "ratio": partial(ratio, none=NONE),
         "column": _column,
+        "cells": _cells,
         "moment": moment,
     }
     environment.globals |= {
@@ -51,6 +58,18 @@ def _environment() -> Environment:
         "subject": subject,
     }
     return environment
+
+
+def _cells(cells: Iterable[TextCell]) -> Markup:
+    """The cells of a row: as a template of their own they take four times as long."""
+    return Markup(
+        "".join(
+            f'<td class="{cell.of}">{html.escape(cell.text)}</td>'
+            if cell.of
+            else f"<td>{html.escape(cell.text)}</td>"
+            for cell in cells
+        )
+    )
 
 
 def figure_alone(metric: Metric, value: float | None) -> str:

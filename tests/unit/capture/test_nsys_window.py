@@ -19,7 +19,7 @@ from pytest_sglprof._errors import (
     WindowError,
     WindowRefused,
 )
-from pytest_sglprof._nsys import NsysTool
+from pytest_sglprof._nsys import NsysSession, NsysTool
 from pytest_sglprof._ranks import Rank
 from pytest_sglprof._server.sizes import ServerSizes
 from pytest_sglprof._trace.nsys.ranks import ranks_beside
@@ -62,6 +62,13 @@ class FakeSession:
             raise self.fails_to_stop
         self.now = "Launched"
         return self.write()
+
+    def size(self, report: Path) -> int:
+        return NsysSession.size(self, report)  # type: ignore[arg-type]
+
+    def fetch(self, file: Path, timeout: float) -> Path:
+        assert timeout > 0
+        return file
 
 
 @pytest.fixture
