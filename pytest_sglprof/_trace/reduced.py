@@ -1,11 +1,10 @@
 """Reduced windows: what a kernel table is made of, of all ranks that were read, in one small file.
 
 Most of a trace are events that no figure needs. `sglprof reduce` reads the traces where they lie,
-on each node, and leaves a Parquet file: one row for each rank, of which each column is a list of
-numbers (activities, calls that launch kernels, collectives), and the text of one JSON object has
-the rest (names, steps, notes). Times are noise, which a list does not make smaller: they are packed
-(`_packed`). Nothing is rounded and nothing added up, so that several of these files give the table
-that their traces give together.
+on each node, and leaves a Parquet file: one row for each rank, of which each column is an array of
+numbers (activities, calls that launch kernels, collectives; see `_packed`), and the text of one
+JSON object has the rest (names, steps, notes). Nothing is rounded and nothing added up, so that
+several of these files give the table that their traces give together.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _COLUMNS = {
     "call_size": ("calls", "size"),
 }
 _GROUP, _OPERATION = "call_group", "call_operation"  # codes of texts
-_TIMES = ("start", "dur", "launch_start")
+_GROWING = ("start", "launch_start")  # their differences are stored
 
 
 class _Rest(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,8 +107,8 @@ def write_reduced(
     with _writer(out, beside) as writer:
         for file, part in parts:
             numbers = _numbers(part)
-            cells = numbers | {name: _packed(name, numbers) for name in _TIMES}
-            row = {"rest": [_rest(file, part)], **{name: [cell] for name, cell in cells.items()}}
+            cells = {name: [_packed(name, numbers)] for name in numbers}
+            row = {"rest": [_rest(file, part)], **cells}
             writer.write_table(pyarrow.table(row, schema=writer.schema))
             ranks.add(part.rank)
     return len(ranks)
@@ -129,15 +128,15 @@ def join_reduced(out: IO[bytes], files: Iterable[Path], beside: Beside) -> int:
 
 def _writer(out: IO[bytes], beside: Beside) -> Any:
     pyarrow, parquet = _pyarrow("writing a reduced file")
-    kinds = {name: pyarrow.list_(pyarrow.int64()) for name in (*_COLUMNS, _GROUP, _OPERATION)}
-    kinds |= {"rest": pyarrow.string(), **dict.fromkeys(_TIMES, pyarrow.binary())}
+    kinds = {"rest": pyarrow.string()}
+    kinds |= dict.fromkeys((*_COLUMNS, _GROUP, _OPERATION), pyarrow.binary())
     schema = pyarrow.schema(kinds.items(), metadata={REDUCED_KEY: msgspec.json.encode(beside)})
     return parquet.ParquetWriter(
         out,
         schema,
         compression="zstd",
         compression_level=9,
-        use_dictionary=[f"{name}.list.element" for name in kinds if name not in (*_TIMES, "rest")],
+        use_dictionary=False,
         write_statistics=False,
     )
 
@@ -177,43 +176,38 @@ def _rows(file: Path) -> Iterator[Any]:
     _, parquet = _pyarrow(f"reading {file}")
     beside_of(file)
     with parquet.ParquetFile(file) as stored:
-        refuse_large(file, _size_of(stored.metadata), error=TraceError)
+        groups = [stored.metadata.row_group(at) for at in range(stored.num_row_groups)]
+        refuse_large(file, sum(each.total_byte_size for each in groups), error=TraceError)
         for number in range(stored.num_row_groups):
             yield from stored.read_row_group(number).to_batches()
-
-
-def _size_of(metadata: Any) -> int:
-    """Of all numbers of a file in memory, bytes."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = [each.column(at) for each in groups for at in range(each.num_columns)]
-    return sum(max(8 * each.num_values, each.total_uncompressed_size) for each in columns)
 
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _packed(name: str, numbers: Mapping[str, Numbers]) -> bytes:
-    """Times, so that zstd makes them small: equal bytes of all numbers beside each other.
+    """An array as bytes that zstd makes small: equal bytes of all numbers beside each other.
 
-    Durations stand in the order of their names, since those of one name are alike; of times that
-    grow, differences.
+    Durations stand in the order of their names, since those of one name are alike. A list of
+    Parquet would take twice the room for times, and be smaller in the file than in memory.
     """
+    values = numbers[name]
     if name == "dur":
-        values = numbers[name][np.argsort(numbers["name"], kind="stable")]
-    else:
-        values = np.diff(numbers[name], prepend=0)
+        values = values[np.argsort(numbers["name"], kind="stable")]
+    elif name in _GROWING:
+        values = np.diff(values, prepend=0)
     return values.astype("<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
 
 
-def _unpacked(name: str, packed: bytes, names: Numbers) -> Numbers:
-    """The inverse of `_packed`. names: codes of the activities."""
+def _unpacked(name: str, packed: bytes, names: Numbers | None = None) -> Numbers:
+    """The inverse of `_packed`. names: codes of the activities, for their durations."""
     planes = np.frombuffer(packed, np.uint8).reshape(8, -1)
     values = np.ascontiguousarray(planes.T).view("<i8").ravel().astype(np.int64)
-    if name != "dur":
-        return np.cumsum(values)
-    durations = np.empty_like(values)
-    durations[np.argsort(names, kind="stable")] = values
-    return durations
+    if names is not None:
+        durations = np.empty_like(values)
+        durations[np.argsort(names, kind="stable")] = values
+        return durations
+    return np.cumsum(values) if name in _GROWING else values
 
 
 def _numbers(part: RankActivities) -> dict[str, Numbers]:
@@ -261,10 +255,8 @@ def _part(file: Path, row: Any, *, launches: bool) -> tuple[Path, RankActivities
     rest = msgspec.json.decode(row.column("rest")[0].as_py(), type=_Rest)
 
     def numbers(column: str) -> Any:
-        cell = row.column(column)[0]
-        if column in _TIMES:
-            return _unpacked(column, cell.as_py(), numbers("name"))
-        return np.array(cell.values.to_numpy(), np.int64)
+        packed = row.column(column)[0].as_py()
+        return _unpacked(column, packed, numbers("name") if column == "dur" else None)
 
     fields: dict[str, dict[str, Any]] = {"": {}, "launches": {}, "calls": {}}
     for column, (name, field) in _COLUMNS.items():
