@@ -38,7 +38,6 @@ from unittest import mock
 import hypothesis
 import msgspec
 from hypothesis import strategies as st
-from hypothesis.errors import HypothesisWarning
 
 from pytest_sglprof._baselines.store import BaselineFolder, moment, usable_lives
 from pytest_sglprof._bench_serving.command import (
@@ -592,8 +591,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ[READ_GIB] = "0.5"
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     warnings.simplefilter("error")
-    # A fault is told with what was drawn; that a file is large must not take its place.
-    warnings.filterwarnings("ignore", category=HypothesisWarning)
+    warnings.filterwarnings(
+        "ignore", category=hypothesis.errors.HypothesisWarning
+    )  # would hide the fault itself
     faulthandler.enable()
     return 0 if all(fuzz(reader, seed, args.seconds / len(chosen)) for reader in chosen) else 1
 

@@ -3,8 +3,9 @@
     eval "$(python3 ci/real_env.py)"
 
 prints `export` lines for SGLPROF_REAL_PYTHON (an interpreter that has SGLang),
-SGLPROF_REAL_MODELS (a folder of tiny models), SGLPROF_NSYS and SGLPROF_ROUTER_PYTHON (an
-interpreter that has sglang-router; `router` alone installs only that). What cannot be installed
+SGLPROF_REAL_MODELS (a folder of tiny models), SGLPROF_NSYS, SGLPROF_ROUTER_PYTHON (an
+interpreter that has sglang-router; `router` alone installs only that) and SGLPROF_MOONCAKE (a
+PYTHONPATH with which SGLang sends its KV cache over TCP). What cannot be installed
 gets no line but a reason on standard error; the suites then skip with it, or fail where
 SGLPROF_REQUIRE_REAL is set. Needs only the standard library.
 
@@ -29,6 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MODELS = ("llama", "qwen3moe", "mixtral")
 ROUTER = "sglang-router==0.3.2"  # a wheel of 31 MB
+MOONCAKE = "mooncake-transfer-engine-non-cuda==0.3.13.post1"  # a wheel of 46 MB
 SGLANG_PYTHON = (3, 11)  # the version whose wheels the pinned requirements name
 
 
@@ -38,7 +40,7 @@ class CannotInstall(Exception):
 
 def main() -> None:
     """Prints one `export` line for each part that is there or can be installed."""
-    parts = {"sglang": _sglang, "nsys": _nsys, "router": _router}
+    parts = {"sglang": _sglang, "nsys": _nsys, "router": _router, "mooncake": _mooncake}
     with _locked(_cache()):
         for install in (parts[name] for name in sys.argv[1:] or parts):
             try:
@@ -100,6 +102,21 @@ def _router() -> list[tuple[str, Path]]:
             shutil.rmtree(venv, ignore_errors=True)
             raise CannotInstall(f"{ROUTER} cannot be installed here (see above)")
     return [("SGLPROF_ROUTER_PYTHON", python)]
+
+
+def _mooncake() -> list[tuple[str, str]]:
+    """For the SGLang of `_sglang`. Needs libibverbs1, libnuma1 and libcurl4 of the machine."""
+    ((_, python), _) = _sglang()
+    folder = _cache() / MOONCAKE.replace("==", "-")
+    if not (folder / "mooncake").is_dir():
+        pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, MOONCAKE]
+        _install(pip, folder)
+    test = [str(python), "-c", "import mooncake.engine"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(test, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotInstall(f"{MOONCAKE} does not load: {done.stderr.strip().splitlines()[-1]}")
+    return [("SGLPROF_MOONCAKE", f"{HERE / 'mooncake_cpu_shim'}{os.pathsep}{folder}")]
 
 
 def _key(files: Sequence[Path]) -> str:

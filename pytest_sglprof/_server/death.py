@@ -81,6 +81,7 @@ _SIGNALS = {
     "the host (or the container's limit) ran out of memory; dmesg -T | grep -i oom says so",
     signal.SIGBUS: "most often because /dev/shm is full, as with a small --shm-size of a container",
 }
+_FAILED_SCHEDULER = "Scheduler hit an exception"
 _KILLED_RANK = re.compile(r"(?:exit ?code:?|terminated with) (-\d{1,9})", re.I)
 
 
@@ -94,7 +95,10 @@ def describe_status(status: int | None) -> str:
 
 def explain_status(status: int | None, reason: Iterable[str]) -> str:
     """What the exit status of the server, or that of a rank in `reason`, means; "" if nothing."""
-    codes = [int(match[1]) for line in reason for match in _KILLED_RANK.finditer(line)]
+    lines = [*reason]
+    if status == -signal.SIGKILL and any(_FAILED_SCHEDULER in line for line in lines):
+        return "SGLang ends itself by SIGKILL when a scheduler has failed: the log says why"
+    codes = [int(match[1]) for line in lines for match in _KILLED_RANK.finditer(line)]
     for code in (*codes, *([] if status is None else [status])):
         number = _signal(code)
         if number in _SIGNALS:

@@ -72,6 +72,14 @@ def real_router() -> str:
     return python
 
 
+def real_mooncake() -> str:
+    """A PYTHONPATH with which a real SGLang sends its KV cache over TCP, or the test's end."""
+    path = os.environ.get("SGLPROF_MOONCAKE", "")
+    if not all(Path(part).is_dir() for part in path.split(os.pathsep)) or not path:
+        _without("no Mooncake: SGLPROF_MOONCAKE does not name its folders")
+    return path
+
+
 def real_nsys() -> str:
     """Path of the real nsys, or the end of the calling test."""
     nsys = shutil.which(os.environ.get("SGLPROF_NSYS") or "nsys")

@@ -372,6 +372,7 @@ def test_statuses(status, words):
     [
         (-9, [], "-9 is SIGKILL.*out of memory; dmesg"),
         (137, [], "137 is SIGKILL"),
+        (-9, ["[.. TP0] Scheduler hit an exception: Traceback"], "a scheduler has failed: the log"),
         (-7, [], "-7 is SIGBUS.*/dev/shm"),
         (1, ["[..] Exit code: -9"], "-9 is SIGKILL"),
         (1, ["Subprocess x (pid=7) crashed with exit code -7."], "-7 is SIGBUS"),
