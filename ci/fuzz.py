@@ -591,9 +591,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ[READ_GIB] = "0.5"
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     warnings.simplefilter("error")
-    warnings.filterwarnings(
-        "ignore", category=hypothesis.errors.HypothesisWarning
-    )  # would hide the fault itself
+    warnings.filterwarnings("ignore", category=hypothesis.errors.HypothesisWarning)
     faulthandler.enable()
     return 0 if all(fuzz(reader, seed, args.seconds / len(chosen)) for reader in chosen) else 1
 
