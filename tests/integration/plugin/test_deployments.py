@@ -86,6 +86,10 @@ def test_by_hand(bench_serving, profile_window, sglang_server):
     assert 1.3 < windows.check("slowdown", 1.6) < 1.5
     assert [each.spec.key for each in sglang_server.members["prefill"]] == ["pd.prefill"]
 
+@pytest.mark.profile_window("again", num_steps=20, repeat=2, roles=["decode"])
+def test_repeated(bench_serving):
+    bench_serving(**{**LOAD, "num_prompts": 240})
+
 def test_of_one_server(load_watch):
     pass
 """
@@ -162,6 +166,14 @@ def test_windows_are_of_the_roles_that_are_asked_for(ran):
     }
     assert {each["verdict"] for each in windows.values()} == {"pass"}
     assert ran.word("test_by_hand") == "PASSED"
+
+
+def test_windows_are_repeated_on_each_server(ran):
+    windows = [(each["name"], each["repeat_index"]) for each in ran.windows("test_repeated")]
+    assert sorted(windows) == [(f"again-decode-{n}", at) for n in (1, 2) for at in (1, 2)]
+    words = {each["server"]: each["verdict"] for each in ran.windows("test_repeated")}
+    assert words == {"pd.decode-1": "pass", "pd.decode-2": "fail"}
+    assert "in the median of 2 windows" in ran.section("test_repeated")
 
 
 def test_all_processes_are_recorded_and_the_load_is_of_the_router(ran):
