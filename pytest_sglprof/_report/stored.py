@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, overload
+from typing import IO, Any, overload
 
 import msgspec
 
@@ -41,6 +41,9 @@ class StoredWindows(Sequence[RecordedWindow]):
         self._path, self._places, self._others = path, places, dict(others or {})
         self.heads = tuple(self._others.get(at, head) for at, head in enumerate(heads))
         self._index = {id(head): at for at, head in enumerate(self.heads)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredWindows, (self._path, self._places, self.heads, self._others)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -6,8 +6,12 @@ import base64
 import gc
 import hashlib
 import os
+import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import cache
 from importlib import resources
@@ -46,6 +50,8 @@ SCRIPTS = (
     "boot.js",
 )
 NEW_OBJECTS = 200_000  # after which those that refer to each other are looked for
+HALVED = 400  # windows of which another process makes a part: it takes a second to start
+PART_OF_HELPER = 0.45
 MOST_OPEN = 10  # of many windows: charts of all that fail would keep the page busy
 STYLES = ("uPlot.min.css", "page.css")
 
@@ -89,8 +95,9 @@ def write_page(
 def _pieces(
     documents: Sequence[Results], bases: Sequence[str], baseline: Results | None
 ) -> Iterator[str]:
-    placed = with_earlier(documents, _placed(documents, list(bases) or [""] * len(documents)))
-    windows = _windows(placed)
+    bases = list(bases) or [""] * len(documents)
+    placed = _placed(documents, bases)
+    windows = _windows(placed, documents, bases)
     words = [window.doc.word for window in placed if window.doc.is_judged]
     sections = all_shown(SECTIONS, PageRuns(documents, windows, baseline))
     if is_long(windows):
@@ -129,13 +136,16 @@ def _placed(documents: Sequence[Results], bases: Sequence[str]) -> list[PlacedHe
         for document, load, base in zip(documents, loads, bases, strict=True)
         for head in heads_of(document)
     )
-    return [
+    placed = [
         PlacedHead(head, document, f"window-{number}", load, base)
         for number, (head, document, load, base) in enumerate(windows, 1)
     ]
+    return with_earlier(documents, placed)
 
 
-def _windows(placed: Sequence[PlacedHead]) -> list[PageWindow]:
+def _windows(
+    placed: Sequence[PlacedHead], documents: Sequence[Results], bases: Sequence[str]
+) -> list[PageWindow]:
     """The windows with their content: of the worst ones as it is, of all others packed."""
     failing = [window for window in placed if window.counts and window.doc.verdict == "fail"]
     newest = sorted(failing, key=lambda w: w.run.run.started or "", reverse=True)
@@ -144,11 +154,17 @@ def _windows(placed: Sequence[PlacedHead]) -> list[PageWindow]:
     in_full = set(islice(by_weight, WHOLE_WINDOWS))
     most = MOST_OPEN if is_long(placed) else len(placed)
     opened = {window.anchor for window in newest[:most] or worst[:1]}
-    with _few_collections():
-        return [
-            _window(window, opened=window.anchor in opened, in_full=window.anchor in in_full)
-            for window in placed
-        ]
+    packed = [at for at, window in enumerate(placed) if window.anchor not in in_full]
+    by_helper = packed[: int(len(packed) * PART_OF_HELPER)] if len(placed) >= HALVED else []
+    with _few_collections(), _Helper(documents, bases, by_helper) as helper:
+        others = set(by_helper)
+        made = {
+            at: _window(window, opened=window.anchor in opened, in_full=window.anchor in in_full)
+            for at, window in enumerate(placed)
+            if at not in others
+        }
+        made |= helper.windows(placed)
+        return [made.get(at) or _window(window) for at, window in enumerate(placed)]
 
 
 @contextmanager
@@ -163,9 +179,9 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*usual)
 
 
-def _window(head: PlacedHead, *, opened: bool, in_full: bool) -> PageWindow:
+def _window(head: PlacedHead, *, opened: bool = False, in_full: bool = False) -> PageWindow:
     """A window is decoded here, and not kept."""
-    values = {field.name: getattr(head, field.name) for field in fields(PlacedHead)}
+    values = _values(head)
     doc, others = most_unequal(whole(head.doc, head.run))
     window = PlacedWindow(**values | {"doc": doc}, others=others)
     reason = _reason(window.doc)
@@ -180,6 +196,94 @@ def _window(head: PlacedHead, *, opened: bool, in_full: bool) -> PageWindow:
         content=Markup(content) if in_full else None,
         data=embedded(drawn) if in_full else embedded(drawn | {"content": content}, at_once=True),
     )
+
+
+def _values(head: PlacedHead) -> dict[str, Any]:
+    return {field.name: getattr(head, field.name) for field in fields(PlacedHead)}
+
+
+# Of many windows, a part is made by another process. Not by `multiprocessing`, which would import
+# the caller's main module again (it may be pytest), or fork beside the caller's threads.
+
+_HELPER = (
+    "import sys; sys.path[:] = {path!r}; from pytest_sglprof._report.page.page import help_out; "
+    "help_out()"
+)
+
+
+class _Helper:
+    """Makes windows beside this process. What it could not make is left to this one.
+
+    numbers: of the windows among those that `_placed` gives; () for no other process.
+    """
+
+    def __init__(
+        self, documents: Sequence[Results], bases: Sequence[str], numbers: Sequence[int]
+    ) -> None:
+        self._made: list[tuple[int, str, str, str]] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        if not numbers or (os.cpu_count() or 1) == 1:
+            return
+        command = [sys.executable, "-I", "-c", _HELPER.format(path=[p for p in sys.path if p])]
+        with suppress(OSError):
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            job = (tuple(documents), tuple(bases), tuple(numbers))
+            self._thread = threading.Thread(target=self._exchange, args=(job,), daemon=True)
+            self._thread.start()
+
+    def _exchange(self, job: object) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(OSError, EOFError, pickle.UnpicklingError):
+            with self._process.stdin as stream:
+                pickle.dump(job, stream, protocol=5)
+            while True:
+                self._made.append(pickle.load(self._process.stdout))
+
+    def windows(self, placed: Sequence[PlacedHead]) -> dict[int, PageWindow]:
+        """All that it has made, as soon as it has ended; by number."""
+        if self._process is not None:
+            self._thread.join()
+        return {
+            at: PageWindow(
+                **_values(placed[at]),
+                title=title,
+                reason=reason,
+                opened=False,
+                content=None,
+                data=data,
+            )
+            for at, title, reason, data in self._made
+        }
+
+    def __enter__(self) -> _Helper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._thread.join()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def help_out() -> None:
+    """The other process: its job from stdin, its windows to stdout, both from and to its parent."""
+    documents, bases, numbers = pickle.load(sys.stdin.buffer)
+    placed = _placed(documents, bases)
+    with _few_collections():
+        for number in numbers:
+            window = _window(placed[number])
+            made = (number, window.title, window.reason, window.data)
+            pickle.dump(made, sys.stdout.buffer, protocol=5)
 
 
 def _reason(window: WindowHead) -> str:

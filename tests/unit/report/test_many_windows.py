@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pytest_sglprof._errors import SglprofError
 from pytest_sglprof._report import stored
 from pytest_sglprof._report.model import Results
+from pytest_sglprof._report.page import page as page_module
 from pytest_sglprof._report.page.page import page
 from pytest_sglprof._report.page.sections import WHOLE_WINDOWS
 from pytest_sglprof._report.results import load_results, write_results
@@ -115,3 +117,36 @@ def _data(text: str, anchor: str) -> dict[str, Any]:
     (letters,) = re.findall(rf'id="{anchor}-data">([^<]*)<', text)
     data: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(letters)))
     return data
+
+
+def test_the_page_is_the_same_with_a_second_process_and_without(
+    results: Results, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = page([load_results(large)])
+    monkeypatch.setattr(page_module, "HALVED", 100)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    made: list[int] = []
+    windows_of = page_module._Helper.windows
+
+    def windows(self: Any, placed: Any) -> Any:
+        its = windows_of(self, placed)
+        made.append(len(its))
+        return its
+
+    monkeypatch.setattr(page_module._Helper, "windows", windows)
+    assert page([load_results(large)]) == alone
+    assert page([results]) == alone
+    assert made == [int((COUNT - WHOLE_WINDOWS) * page_module.PART_OF_HELPER)] * 2
+    assert psutil.Process().children() == []
+
+
+def test_what_a_killed_second_process_has_not_made_is_made_here(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = page([load_results(large)])
+    monkeypatch.setattr(page_module, "HALVED", 100)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for code in ("import sys; sys.exit(3)", "import os; os.kill(os.getpid(), 9)", "print('no')"):
+        monkeypatch.setattr(page_module, "_HELPER", code)
+        assert page([load_results(large)]) == alone
+    assert psutil.Process().children() == []
