@@ -35,7 +35,7 @@ KEPT_HERE = {RUN_FILE, SHARED_LOG}
 
 
 class Piece(msgspec.Struct, frozen=True, tag_field="piece", tag="file"):
-    """The next `size` bytes of the stream are those of a file from `at` on.
+    """The next `size` bytes of the stream are those of a file from `at` on, then comes a newline.
 
     last: they are the last ones of a file that was asked for.
     """
@@ -180,7 +180,8 @@ class Sender:
             at += taken
 
     def _say(self, message: Message, content: bytes = b"") -> None:
-        self._out.write(msgspec.json.encode(message) + b"\n" + content)
+        # The last newline: `srun` keeps back what is not a whole line.
+        self._out.write(b"\n".join((msgspec.json.encode(message), content, b"")))
         self._out.flush()
 
     def _remove_empty(self) -> Iterator[str]:
@@ -290,7 +291,7 @@ class Gathering:
         elif isinstance(message, Gone):
             self._forget(message.name)
         else:
-            content = stream.read(message.size)
+            content = stream.read(message.size + 1)[:-1]
             if self._is_ours(message):
                 self._write(message, content)
             if message.last and message.name in self._whole:

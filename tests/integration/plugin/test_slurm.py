@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sglprof._server.keeper.gather import Gathering
+from pytest_sglprof._server.keeper.protocol import SEND_FILES
 from tests.support.dp_windows import planted, written
+from tests.support.nodes import can_hide_disks, on_own_disk
 from tests.support.project import Outcome, Project
 from tests.support.slurm import Slurm, two_nodes
 
@@ -128,6 +131,37 @@ def test_a_node_that_is_gone(project: Project, slurm: Slurm) -> None:
         slurm.start_node("n2")
     assert ran.status == pytest.ExitCode.TESTS_FAILED
     assert "node n2" in ran.section("test_long")
+
+
+def test_files_of_a_node_come_through_srun(slurm: Slurm, tmp_path: Path) -> None:
+    if not can_hide_disks():
+        pytest.skip("needs a disk that only one process has")
+    slurm.wait_idle()
+    here, there = tmp_path / "run", tmp_path / "disk"
+    here.mkdir()
+    there.mkdir()
+    content = bytes(range(256)) * 20_000 + b"without a newline"
+    (there / "a.trace.json.gz").write_bytes(content)
+    words = ["srun", "--nodes=1", "--nodelist=n2", *on_own_disk(there, here), sys.executable]
+    files = Gathering(
+        lambda: subprocess.Popen(
+            [*words, "-m", "pytest_sglprof._server.keeper", SEND_FILES],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **slurm.variables},
+        ),
+        here,
+        "n2",
+    )
+    files.catch_up()
+    (there / "w.sqlite").write_bytes(content)
+    files.bring(here / "w.sqlite", 30)
+    assert files.close() == ()
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == {
+        "a.trace.json.gz": content,
+        "w.sqlite": content,
+    }
+    assert list(there.iterdir()) == []
 
 
 def test_traces_are_read_by_steps_on_the_nodes_one_of_which_is_cancelled(
