@@ -224,7 +224,8 @@ class _Helper:
         self._process: subprocess.Popen[bytes] | None = None
         if not numbers or (os.cpu_count() or 1) == 1:
             return
-        command = [sys.executable, "-I", "-c", _HELPER.format(path=[p for p in sys.path if p])]
+        path = [*filter(None, sys.path), str(Path(__file__).parents[3])]
+        command = [sys.executable, "-I", "-c", _HELPER.format(path=path)]
         with suppress(OSError):
             self._process = subprocess.Popen(
                 command,

@@ -19,6 +19,7 @@ from ci.faults import (
     run_all,
     sentence_of,
 )
+from ci.fuzz import READERS
 
 CELL = Cell("driver", "KILL", "inside")
 SAID = "E   the load driver failed (exit status 137)"
@@ -30,6 +31,12 @@ def outcome(**changes: object) -> Outcome:
 
 def test_the_document_is_what_the_generator_makes_of_the_recorded_cells(project_root: Path) -> None:
     assert (project_root / "docs" / "reliability.md").read_text() == document(read_recorded())
+
+
+def test_the_document_has_figures_of_every_reader_that_is_fuzzed() -> None:
+    rows = document({}).partition("| reader |")[2].splitlines()[2:]
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows if row.startswith("| ")]
+    assert names == [reader.name for reader in READERS]
 
 
 def test_every_fault_has_a_cell_or_a_word_in_every_phase() -> None:
