@@ -17,6 +17,7 @@ from pytest_sglprof._errors import Inconclusive, WindowRefused, did_you_mean
 from pytest_sglprof._files import safe_name
 from pytest_sglprof._process import shares_files
 from pytest_sglprof._server.client import is_local_url, port_of
+from pytest_sglprof._server.journal import run_of
 from pytest_sglprof._server.lease import listener_of
 from pytest_sglprof._server.sizes import Role, ServerSizes, version_of
 
@@ -279,6 +280,12 @@ def output_folder(server: Server, spec: WindowSpec, window_id: str) -> OutputFol
     if not server.attached:
         if spec.output_dir:
             local = Path(spec.output_dir).expanduser().absolute()
+            if server.is_gathered and not local.is_relative_to(run_of(server.folder)):
+                raise WindowRefused(
+                    f"output_dir {local} is a folder of nodes that share no disk with this machine",
+                    expected="a folder below the results, whose files are brought here",
+                    hint="leave output_dir out",
+                )
             return OutputFolder(str(local), local, ours=False)
         local = server.trace_root.absolute() / _fresh(server.trace_root, window_id)
         return OutputFolder(str(local), local, ours=True)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import msgspec
 
@@ -41,8 +41,8 @@ class Piece(msgspec.Struct, frozen=True, tag_field="piece", tag="file"):
     """
 
     name: str
-    at: int
-    size: int
+    at: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0, le=CHUNK)]
     last: bool = False
 
 
@@ -154,9 +154,11 @@ class Sender:
             for name in names:
                 path = Path(folder, name)
                 if name != RUN_FILE and path.suffix not in ON_REQUEST:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, UnicodeError):
                         if path.is_file() and not path.is_symlink():
-                            yield str(path.relative_to(self._root)), path.stat()
+                            relative = str(path.relative_to(self._root))
+                            relative.encode()  # JSON has no other names
+                            yield relative, path.stat()
 
     def _send(self, name: str, at: int, size: int, *, last: bool = False) -> int:
         content = b""
@@ -187,7 +189,8 @@ class Sender:
     def _remove_empty(self) -> Iterator[str]:
         """Removes empty folders, the lowest first; gives the files that are left."""
         for folder, _, names in os.walk(self._root, topdown=False):
-            yield from (str(Path(folder, name)) for name in names if name != RUN_FILE)
+            left = (str(Path(folder, name)) for name in names if name != RUN_FILE)
+            yield from (path.encode(errors="replace").decode() for path in left)
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +60,7 @@ def test_what_grows_there_grows_here(files: Gathering, here: Path, there: Path) 
     names = ["server.log", "a b/large.gz", "a b/two\nlines", "empty"]
     contents = {name: bytes([at]) * (at * CHUNK + 17) for at, name in enumerate(names)}
     contents["empty"] = b""
+    (there / os.fsdecode(b"not \xff text")).write_bytes(b"stays")
     for name, content in contents.items():
         (there / name).write_bytes(content)
     files.catch_up()
@@ -69,6 +72,8 @@ def test_what_grows_there_grows_here(files: Gathering, here: Path, there: Path) 
     (there / "a b/large.gz").write_bytes(b"another one")
     files.catch_up()
     assert (here / "a b/large.gz").read_bytes() == b"another one"
+    assert sorted(path.name for path in here.iterdir()) == ["a b", "empty", "server.log"]
+    assert files.close() == (f"{here / 'not ? text'} on node n1",)
 
 
 def test_what_goes_here_goes_there_and_the_other_way_round(
@@ -131,3 +136,31 @@ def test_a_node_that_is_lost(files: Gathering, here: Path, there: Path) -> None:
     assert files.close() == ()
     assert time.monotonic() - began < 5
     assert (here / "server.log").read_bytes() == b"x"
+
+
+def test_what_a_node_may_not_write(here: Path) -> None:
+    """Anything but a file below the folder, in pieces of a size that was agreed on."""
+    said = b"Welcome to n1\n"
+    for name, at, size, content in (
+        ("../evil", 0, 3, b"abc"),
+        ("/tmp/evil", 0, 3, b"abc"),
+        ("a/../../evil", 0, 3, b"abc"),
+        ("huge", 0, 10**13, b""),
+        ("before", -1, 3, b"abc"),
+        ("good", 0, 3, b"abc"),
+    ):
+        head = {"piece": "file", "name": name, "at": at, "size": size, "last": False}
+        said += json.dumps(head).encode() + b"\n" + content + b"\n"
+    (here / "said").write_bytes(said)
+    program = f"import sys; sys.stdout.buffer.write(open({str(here / 'said')!r}, 'rb').read())"
+    files = Gathering(
+        lambda: subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ),
+        here,
+        "n1",
+    )
+    assert files.close() == ()
+    assert {path.name for path in here.iterdir()} == {"said", "good"}
+    assert (here / "good").read_bytes() == b"abc"
+    assert {path.name for path in here.parent.iterdir()} == {"run"}

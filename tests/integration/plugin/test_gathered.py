@@ -46,6 +46,10 @@ def test_slow(load):
 def test_nsys(load):
     load(1500)
 
+@pytest.mark.profile_window(num_steps=60, output_dir="/tmp/elsewhere")
+def test_elsewhere(load):
+    load(1500)
+
 @pytest.mark.profile_window(whole_body=True)
 def test_long(sglang_server, load):
     pathlib.Path("here.txt").write_text(sglang_server.url)
@@ -102,7 +106,7 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def test_logs_and_traces_come_from_the_nodes(project: Project, disks: Path) -> None:
-    ran = project.run("-k", "slow")
+    ran = project.run("-k", "slow or elsewhere")
     assert ran.status == pytest.ExitCode.TESTS_FAILED
     (window,) = ran.windows("test_slow")
     assert (window["verdict"], window["state"]) == ("fail", "complete")
@@ -115,6 +119,7 @@ def test_logs_and_traces_come_from_the_nodes(project: Project, disks: Path) -> N
         log = (ran.run_folder / "servers" / name / "server.log").read_text()
         assert log.endswith("\n")
         assert "keeper" in (ran.run_folder / "servers" / name / "keeper.log").read_text()
+    assert "is a folder of nodes that share no disk" in ran.section("test_elsewhere")
     assert sorted(each.name for each in disks.iterdir()) == ["alpha", "beta"]
     assert files(disks) == []  # all came here, or was the node's alone
 
