@@ -297,7 +297,7 @@ def _reason(window: WindowHead) -> str:
 def _word(documents: Sequence[Results], words: Sequence[str]) -> str | None:
     """The worst verdict of the runs; "measured" where no window had a limit to pass."""
     worst = worst_word({document.summary.verdict for document in documents})
-    return MEASURED if worst == "pass" and set(words) == {MEASURED} else worst
+    return MEASURED if worst in ("pass", None) and set(words) == {MEASURED} else worst
 
 
 def _counts(words: Sequence[str]) -> str:

@@ -232,7 +232,7 @@ def test_a_page_of_traces_is_measured_or_judged_by_a_limit(tmp_path: Path, capsy
     folder = torch_files(tmp_path / "w")
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
-    assert "nothing judged" in page
+    assert ">– measured</span>" in page
     assert "no threshold is set: figures are recorded, not judged" in page
     assert 'href="p-1-TP-1.trace.json.gz"' in page
     assert main(["report", str(folder), "--limit", "1.1"]) == 0
