@@ -297,7 +297,8 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def deciding(self) -> Judgement | None:
         """The judgement that decided; None when there is none."""
-        return None if self.decisive is None else self.judgements[self.decisive]
+        named = [] if self.decisive is None else self.judgements[self.decisive :]
+        return named[0] if named else None  # a file may name one that it does not have
 
 
 class RecordedWindow(WindowHead, frozen=True, kw_only=True):

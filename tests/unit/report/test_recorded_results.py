@@ -66,3 +66,13 @@ def without_additions(document: Any, recorded: Any) -> Any:
     if isinstance(document, list) and isinstance(recorded, list):
         return [without_additions(*pair) for pair in zip(document, recorded, strict=True)]
     return document
+
+
+def test_a_judgement_that_a_file_names_and_does_not_have(tmp_path: Path) -> None:
+    path = sorted(DATA.glob("results-*.json"))[-1]
+    document = json.loads(path.read_text())
+    document["windows"][0]["decisive"] = 10**6
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    results = load_results(tmp_path / "results.json")
+    assert results.windows[0].deciding is None
+    assert results.windows[0].reason.partition(";")[0] in page([results])
