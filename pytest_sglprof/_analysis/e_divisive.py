@@ -33,6 +33,8 @@ FIRST_MAX_P = 0.01  # of a split that may become a change point
 def change_points(series: Sequence[float] | Floats) -> list[int]:
     """The indices at which a new level begins, in order. series: finite, the oldest first."""
     values = np.asarray(series, dtype=np.float64)
+    if len(values):  # below 1 by a power of two, which changes no digit: sums cannot overflow
+        values = np.ldexp(values, -math.frexp(np.abs(values).max())[1])
     weak: set[int] = set()
     start = 0
     while start < len(values):

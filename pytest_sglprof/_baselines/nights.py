@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import mean
 
@@ -55,4 +56,7 @@ def _beside(
     value, reference = values
     if figure.is_of_load or figure.name == IDLE_SHARE:
         return value
-    return value / reference * scale if value is not None and reference and scale else None
+    if value is None or not reference or not scale:
+        return None
+    beside = value / reference * scale
+    return beside if math.isfinite(beside) else None

@@ -86,3 +86,11 @@ def test_the_unit_of_a_figure_changes_nothing(seed: int, factor: float) -> None:
     times[seed % 80 :] *= 1.05
 
     assert change_points(times) == change_points(times * factor)
+
+
+@pytest.mark.parametrize("factor", [1e306, 1e-300, -1e306, 2.0**-1000])
+def test_the_size_of_numbers_makes_no_difference(factor: float) -> None:
+    rng = np.random.default_rng(1)
+    values = np.concatenate([rng.normal(100, 1, 40), rng.normal(110, 1, 40)])
+    assert change_points(values * factor) == change_points(values) == [40]
+    assert change_points([-1.7e308] * 10 + [1.7e308] * 10) == [10]
