@@ -204,7 +204,7 @@ def test_a_killed_pytest_leaves_neither_members_nor_the_router(make_project, con
     slow = LOAD + "def test_waits(sglang_server):\n    import time\n    time.sleep(60)\n"
     project = make_project(slow, config)
     process = project.start("-p", "no:cacheprovider")
-    started = wait_for(lambda: pids if len(pids := servers(project)) == 4 else None)
+    started = wait_for(lambda: pids if len(pids := servers(project)) == 4 else None, 90.0)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert project.left_over(within=30.0) == []
