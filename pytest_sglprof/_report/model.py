@@ -296,9 +296,8 @@ class WindowHead(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def deciding(self) -> Judgement | None:
-        """The judgement that decided; None when there is none."""
-        named = [] if self.decisive is None else self.judgements[self.decisive :]
-        return named[0] if named else None  # a file may name one that it does not have
+        """The judgement that decided; None when there is none, whatever a file names."""
+        return None if self.decisive is None else next(iter(self.judgements[self.decisive :]), None)
 
 
 class RecordedWindow(WindowHead, frozen=True, kw_only=True):
