@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -31,7 +31,6 @@ SWEEP_EVERY = 1.0  # s between two looks for files that have gone here
 CATCH_UP = 10.0  # s for what a node has written to be here
 ON_REQUEST = (".nsys-rep", ".qdstrm", ".sqlite")  # are not only appended to while they are written
 SHARED_LOG = "keeper.log"  # also holds, here, what the launcher says
-KEPT_HERE = {RUN_FILE, SHARED_LOG}
 
 
 class Piece(msgspec.Struct, frozen=True, tag_field="piece", tag="file"):
@@ -133,9 +132,9 @@ class Sender:
             self._say(Level())
 
     def _send_new(self) -> bool:
-        """Sends the next piece of each file that has one; False if none has."""
+        """Sends the next piece of each file that has one; whether any has more than that."""
         there = dict(self._files())
-        is_any = False
+        has_more = False
         for name, status in there.items():
             inode, sent = self._sent.get(name, (status.st_ino, 0))
             if inode != status.st_ino or status.st_size < sent:
@@ -143,11 +142,11 @@ class Sender:
             if (size := status.st_size - sent) or name not in self._sent:
                 taken = self._send(name, sent, min(size, CHUNK))
                 self._sent[name] = status.st_ino, sent + taken
-                is_any = is_any or taken > 0
+                has_more |= 0 < taken < size
         for name in self._sent.keys() - there.keys():
             del self._sent[name]
             self._say(Gone(name))
-        return is_any
+        return has_more
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         for folder, _, names in os.walk(self._root):
@@ -201,14 +200,15 @@ class Sender:
 class Gathering:
     """The files of one node, brought into `root` here as long as its server lives.
 
-    node: its name. fault: why none come any more, "" as long as they do.
+    process: the command on the node, with pipes. node: its name. fault: why none come any more, ""
+    as long as they do.
     """
 
-    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], root: Path, node: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], root: Path, node: str) -> None:
         self.node = node
         self.fault = ""
         self._root = root
-        self._process = start()
+        self._process = process
         self._accepted: set[str] = set()
         self._refused: set[str] = set()
         self._level = threading.Event()
@@ -304,7 +304,7 @@ class Gathering:
         if name in self._whole:
             self._missing.add(name)
             self._whole[name].set()
-        if name in self._accepted and Path(name).name not in KEPT_HERE:
+        if name in self._accepted and Path(name).name != SHARED_LOG:
             self._accepted.discard(name)
             (self._root / name).unlink(missing_ok=True)
 

@@ -175,9 +175,8 @@ class KeeperLink:
 
     def gather(self) -> None:
         """Brings the files of the node here from now on."""
-        words = _command(self._run, SEND_FILES)
-        root = run_of(self._plan.folder)
-        self._gathering = Gathering(lambda: self._spawned(words), root, self._plan.node)
+        process = self._spawned(_command(self._run, SEND_FILES))
+        self._gathering = Gathering(process, run_of(self._plan.folder), self._plan.node)
 
     @property
     def is_gathered(self) -> bool:

@@ -38,9 +38,7 @@ def there(tmp_path: Path) -> Path:
 def files(here: Path, there: Path) -> Iterator[Gathering]:
     words = [*on_own_disk(there, here), sys.executable, "-m", "pytest_sglprof._server.keeper"]
     files = Gathering(
-        lambda: subprocess.Popen(
-            [*words, SEND_FILES], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ),
+        subprocess.Popen([*words, SEND_FILES], stdin=subprocess.PIPE, stdout=subprocess.PIPE),
         here,
         "n1",
     )
@@ -154,7 +152,7 @@ def test_what_a_node_may_not_write(here: Path) -> None:
     (here / "said").write_bytes(said)
     program = f"import sys; sys.stdout.buffer.write(open({str(here / 'said')!r}, 'rb').read())"
     files = Gathering(
-        lambda: subprocess.Popen(
+        subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ),
         here,

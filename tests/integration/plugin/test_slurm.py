@@ -144,7 +144,7 @@ def test_files_of_a_node_come_through_srun(slurm: Slurm, tmp_path: Path) -> None
     (there / "a.trace.json.gz").write_bytes(content)
     words = ["srun", "--nodes=1", "--nodelist=n2", *on_own_disk(there, here), sys.executable]
     files = Gathering(
-        lambda: subprocess.Popen(
+        subprocess.Popen(
             [*words, "-m", "pytest_sglprof._server.keeper", SEND_FILES],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
